@@ -1,0 +1,56 @@
+//! The command line as a whole.
+
+use clap::{ArgAction, Parser, Subcommand};
+
+use crate::commands::{accuracy, bench, explain, run};
+
+/// Attention in 8 and 4 bits.
+#[derive(Debug, Parser)]
+#[command(name = "sageattn", version, after_help = AFTER, max_term_width = 110, disable_help_subcommand = true)]
+pub struct Args {
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    /// Print one JSON document instead of tables
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Show no progress
+    #[arg(short, long, global = true)]
+    pub quiet: bool,
+    /// Threads to compute with [default: one for each core]
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+    /// Log what happens to standard error; twice or thrice for more
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    pub verbose: u8,
+}
+
+const AFTER: &str = "\
+Without a command: accuracy and speed on a shipped example, in a few seconds.
+
+Exit codes: 0 done; 1 the work could not be done (a bad file, tensors that do not go together, nothing that
+can compute it); 2 the command line is wrong. The last line on standard error is then `error: …`.";
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Compute attention of the queries, keys and values in a file
+    Run(run::Run),
+    /// Compare every scheme with exact attention on the tensors of a file
+    Accuracy(accuracy::Accuracy),
+    /// Measure the speed of schemes on shapes
+    Bench(bench::Bench),
+    /// Say how a problem would be computed, and why
+    Explain(explain::Explain),
+    /// Show what this machine offers
+    #[command(after_help = "Examples:\n  sageattn info\n  sageattn info --json")]
+    Info,
+}
+
+/// clap's message of many lines as one: its first paragraph, and where to read more.
+pub fn one_line(error: &clap::Error) -> String {
+    let text = error.render().to_string();
+    let first = text.split("\n\n").next().unwrap_or_default();
+    let first = first.strip_prefix("error: ").unwrap_or(first);
+    let message = first.split_whitespace().collect::<Vec<_>>().join(" ");
+    let tip = text.lines().find_map(|line| line.trim().strip_prefix("tip: ")).map(|tip| format!("; {tip}"));
+    format!("{message}{} (see --help)", tip.unwrap_or_default())
+}

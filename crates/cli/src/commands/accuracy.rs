@@ -1,0 +1,232 @@
+//! `sageattn accuracy`: every scheme against exact attention, on tensors from files.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use sage_core::metrics::Accuracy as Distance;
+use sageattention::{DType, Preset};
+use sageattn_files::qkv_file::Qkv;
+use serde::Serialize;
+
+use crate::accuracy_plot::AccuracyPlot;
+use crate::call_options::{CallOptions, LayoutName, PresetName};
+use crate::compare::{Comparison, ComputedBy, Reference};
+use crate::console::Console;
+use crate::failure::{Failure, Result};
+use crate::inputs;
+use crate::table::{Cell, TITLE, Table, styled};
+
+/// Compare every scheme with exact attention on the tensors of a file
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Exact attention is computed in double precision from the numbers as they stand in the file. \"oracle\" is a scheme's
+definition, in which only what is quantised is inexact; \"cpu kernel\" is what this machine computes, rounded to the
+file's dtype. relative L1 is Σ|a − e| / Σ|e|; errors are in the unit of the output.
+
+Examples:
+  sageattn accuracy qkv.safetensors
+  sageattn accuracy qkv.safetensors --per-head --scheme int8 --scheme sage2-int8-fp8-per-thread
+  sageattn accuracy a.safetensors b.safetensors --causal --plot accuracy.png
+  sageattn accuracy qkv.safetensors --prefix layer5. --json")]
+pub struct Accuracy {
+    /// Files of queries, keys and values (safetensors)
+    #[arg(value_name = "IN", required = true)]
+    inputs: Vec<PathBuf>,
+    #[command(flatten)]
+    call: CallOptions,
+    /// Order of the tensors' dimensions
+    #[arg(long, value_enum, default_value_t)]
+    layout: LayoutName,
+    /// Only this scheme; may be repeated [default: all]
+    #[arg(long, value_name = "NAME")]
+    scheme: Vec<PresetName>,
+    /// Only the tensors behind this prefix [default: all prefixes that have q, k and v]
+    #[arg(long, value_name = "PREFIX")]
+    prefix: Option<String>,
+    /// A table for each scheme with a row for each head
+    #[arg(long)]
+    per_head: bool,
+    /// Draw error per head, and K before and after smoothing, into a .png or .svg
+    #[arg(long, value_name = "FILE")]
+    plot: Option<PathBuf>,
+}
+
+/// One scheme on the tensors of one prefix.
+#[derive(Clone, Debug, Serialize)]
+pub struct Row {
+    pub file: String,
+    pub prefix: String,
+    pub scheme: &'static str,
+    pub computed_by: ComputedBy,
+    pub dtype: &'static str,
+    #[serde(flatten)]
+    pub overall: Metrics,
+    pub per_head: Vec<HeadRow>,
+}
+
+/// One head of a [`Row`].
+#[derive(Clone, Debug, Serialize)]
+pub struct HeadRow {
+    pub batch: usize,
+    pub head: usize,
+    #[serde(flatten)]
+    pub metrics: Metrics,
+}
+
+/// [`Distance`], with the field names of every report.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Metrics {
+    pub cosine: f64,
+    pub relative_l1: f64,
+    pub rmse: f64,
+    pub max_abs_error: f64,
+}
+
+impl From<Distance> for Metrics {
+    fn from(d: Distance) -> Self {
+        Metrics { cosine: d.cosine, relative_l1: d.relative_l1, rmse: d.rmse, max_abs_error: d.max_abs_error }
+    }
+}
+
+impl Metrics {
+    /// Headings of [`Metrics::cells`].
+    pub const HEADINGS: [&'static str; 4] = ["cosine", "relative L1", "RMSE", "max error"];
+
+    /// The four numbers as they stand in every table.
+    pub fn cells(&self) -> [Cell; 4] {
+        [
+            format!("{:.6}", self.cosine).into(),
+            format!("{:.5}", self.relative_l1).into(),
+            format!("{:.2e}", self.rmse).into(),
+            format!("{:.2e}", self.max_abs_error).into(),
+        ]
+    }
+}
+
+impl Row {
+    /// A comparison, with what it is of.
+    pub fn new(file: &Path, prefix: &str, dtype: DType, preset: Preset, comparison: Comparison) -> Self {
+        let head = |(head, distance): (crate::heads::Head, Distance)| HeadRow {
+            batch: head.batch,
+            head: head.head,
+            metrics: distance.into(),
+        };
+        Row {
+            file: file.display().to_string(),
+            prefix: prefix.to_owned(),
+            scheme: preset.name(),
+            computed_by: comparison.computed_by,
+            dtype: dtype.name(),
+            overall: comparison.overall.into(),
+            per_head: comparison.per_head.into_iter().map(head).collect(),
+        }
+    }
+}
+
+impl Accuracy {
+    /// Compares, and shows tables, JSON and a plot.
+    pub fn execute(&self, console: Console) -> Result<()> {
+        let presets: Vec<Preset> = if self.scheme.is_empty() {
+            Preset::ALL.to_vec()
+        } else {
+            self.scheme.iter().map(|name| name.0).collect()
+        };
+        let mut plot = self.plot.as_deref().map(AccuracyPlot::new).transpose()?;
+        let mut rows = Vec::new();
+        for path in &self.inputs {
+            let bytes = inputs::read(path)?;
+            let file = inputs::parse(path, &bytes)?;
+            for layer in inputs::load(path, &file, self.prefix.as_deref())? {
+                let place = || format!("{}: {}", path.display(), layer.prefix);
+                let added = self.compare(console, path, &layer, &presets, &mut plot).map_err(|error| {
+                    Failure::Failed(format!("{}: {error}", place().trim_end_matches(": ")))
+                })?;
+                if !console.json {
+                    console.print(&self.tables(path, &layer, &added))?;
+                }
+                rows.extend(added);
+            }
+        }
+        if console.json {
+            console.print_json(&serde_json::json!({ "command": "accuracy", "rows": rows }))?;
+        }
+        match plot {
+            Some(plot) => {
+                plot.write()?;
+                if console.json {
+                    Ok(())
+                } else {
+                    console.print(&format!("plot written to {}\n", plot.path().display()))
+                }
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn compare(
+        &self,
+        console: Console,
+        path: &Path,
+        layer: &Qkv,
+        presets: &[Preset],
+        plot: &mut Option<AccuracyPlot>,
+    ) -> Result<Vec<Row>, sageattention::Error> {
+        let attention = self.call.attention().layout(self.layout.into());
+        let progress = console.progress("exact attention", 0);
+        let reference = Reference::new(layer, attention, &progress)?;
+        progress.set_length((reference.heads().list().len() * (presets.len() + 1)) as u64);
+        progress.set_message("schemes");
+        let head_dim = layer.q.shape()[3];
+        let mut rows = Vec::new();
+        for &preset in presets {
+            let row = |comparison| Row::new(path, &layer.prefix, layer.q.dtype(), preset, comparison);
+            if let Some(comparison) = reference.cpu_kernel(preset)? {
+                rows.push(row(comparison));
+            }
+            rows.push(row(reference.oracle(&preset.scheme(head_dim), &progress)?));
+        }
+        progress.finish_and_clear();
+        if let Some(plot) = plot {
+            plot.add(&reference, &rows)?;
+        }
+        Ok(rows)
+    }
+
+    fn tables(&self, path: &Path, layer: &Qkv, rows: &[Row]) -> String {
+        let title = format!(
+            "{} {}· q {:?}, k {:?}, {}",
+            path.display(),
+            if layer.prefix.is_empty() { String::new() } else { format!("{} ", layer.prefix) },
+            layer.q.shape(),
+            layer.k.shape(),
+            layer.q.dtype()
+        );
+        let mut text = format!("{}\n\n", styled(TITLE, title));
+        let mut headings = vec!["<scheme", "<computed by"];
+        headings.extend(Metrics::HEADINGS);
+        let mut table = Table::new(&headings);
+        for row in rows {
+            let mut cells: Vec<Cell> = vec![row.scheme.into(), row.computed_by.name().into()];
+            cells.extend(row.overall.cells());
+            table.row(cells);
+        }
+        text.push_str(&format!("{table}\n"));
+        if self.per_head {
+            rows.iter().for_each(|row| text.push_str(&head_table(row)));
+        }
+        text
+    }
+}
+
+/// A row for each head.
+fn head_table(row: &Row) -> String {
+    let mut headings = vec!["batch", "head"];
+    headings.extend(Metrics::HEADINGS);
+    let mut table = Table::new(&headings);
+    for head in &row.per_head {
+        let mut cells: Vec<Cell> = vec![head.batch.into(), head.head.into()];
+        cells.extend(head.metrics.cells());
+        table.row(cells);
+    }
+    format!("{}\n\n{table}\n", styled(TITLE, format!("{} ({})", row.scheme, row.computed_by.name())))
+}

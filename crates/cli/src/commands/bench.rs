@@ -1,0 +1,281 @@
+//! `sageattn bench`: the speed of schemes on shapes.
+
+use std::path::PathBuf;
+use std::process;
+use std::str::FromStr;
+
+use clap::{Args, ValueEnum};
+use serde_json::json;
+
+use crate::bench_plot::BenchPlot;
+use crate::call_options::{AlignmentName, CallOptions, DTypeName, SchemeName};
+use crate::console::Console;
+use crate::failure::{Failure, Result};
+use crate::plot::PlotFile;
+use crate::speed::{Row, Shape, Subject, runnable};
+use crate::table::{Cell, GOOD, TITLE, Table, styled};
+use crate::timing::read_bandwidth_gbs;
+
+/// Measure the speed of schemes on shapes
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Tensors are normally distributed. Schemes take turns, repetition by repetition, so that what slows the machine for a
+while slows all of them; the first call of each is not timed. GFLOP/s count 4·B·H·Lq·Lk·D operations, halved for
+causal. \"vs full\" is full precision's median time over the scheme's, from the same run. Memory is the rise of the
+resident size of a fresh process in its first call (Linux). With one query, \"GB/s\" is K and V over the median time, and
+\"of memory\" its share of the bandwidth that reading a large buffer reaches here.
+
+Examples:
+  sageattn bench
+  sageattn bench --shapes 1,8,2048,64 1,32,1x8192,128 --causal
+  sageattn bench --heads 8 --seq 512,1024,2048 --head-dim 64,128 --schemes int8,full --reps 15
+  sageattn bench --dtype f32 --threads 1 --json
+  sageattn bench --plot speed.png")]
+pub struct Bench {
+    /// Shapes as batch,heads,seq,head_dim; seq may be QUERIESxKEYS, heads may be HEADS/KVHEADS
+    #[arg(long, value_name = "B,H,S,D", num_args = 1.., conflicts_with_all = ["batch", "heads", "kv_heads", "seq", "kv_len", "head_dim"])]
+    shapes: Vec<Shape>,
+    /// Batch sizes
+    #[arg(long, value_delimiter = ',', value_name = "N,…")]
+    batch: Vec<usize>,
+    /// Numbers of query heads
+    #[arg(long, value_delimiter = ',', value_name = "N,…")]
+    heads: Vec<usize>,
+    /// Key heads [default: as many as query heads]
+    #[arg(long, value_name = "N")]
+    kv_heads: Option<usize>,
+    /// Numbers of queries
+    #[arg(long, value_delimiter = ',', value_name = "N,…")]
+    seq: Vec<usize>,
+    /// Keys [default: as many as queries]
+    #[arg(long, value_delimiter = ',', value_name = "N,…")]
+    kv_len: Vec<usize>,
+    /// Channels of a head
+    #[arg(long, value_delimiter = ',', value_name = "N,…")]
+    head_dim: Vec<usize>,
+    /// Element type of queries, keys and values
+    #[arg(long, value_enum, default_value_t)]
+    dtype: DTypeName,
+    /// Causal mask; top-left and bottom-right differ where there are more or fewer keys than queries
+    #[arg(long, value_name = "ALIGNMENT", num_args = 0..=1, require_equals = true, default_missing_value = "bottom-right")]
+    causal: Option<AlignmentName>,
+    /// Schemes [default: all that this machine computes]
+    #[arg(long, value_delimiter = ',', value_name = "NAME,…")]
+    schemes: Vec<SchemeName>,
+    /// Timed repetitions of each scheme
+    #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    reps: u32,
+    /// Print the bytes by which the first call raises this process's memory, and nothing else
+    #[arg(long, hide = true)]
+    peak_memory: bool,
+    /// Draw GFLOP/s into a .png or .svg
+    #[arg(long, value_name = "FILE")]
+    plot: Option<PathBuf>,
+}
+
+impl FromStr for Shape {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong =
+            || "expected batch,heads,seq,head_dim such as 1,8,1024,64 or 1,32/8,1x4096,128".to_owned();
+        let number = |text: &str| text.trim().parse::<usize>().map_err(|_| wrong());
+        let pair = |text: &str, separator| match text.split_once(separator) {
+            Some((a, b)) => Ok((number(a)?, number(b)?)),
+            None => number(text).map(|n| (n, n)),
+        };
+        let fields: Vec<&str> = text.split(',').collect();
+        let [batch, heads, seq, head_dim] = fields[..] else { return Err(wrong()) };
+        let ((heads, kv_heads), (q_len, kv_len)) = (pair(heads, '/')?, pair(seq, 'x')?);
+        Ok(Shape { batch: number(batch)?, heads, kv_heads, q_len, kv_len, head_dim: number(head_dim)? })
+    }
+}
+
+impl Bench {
+    /// Measures, and shows a table, JSON and a plot.
+    pub fn execute(&self, console: Console) -> Result<()> {
+        let plot = self.plot.as_deref().map(PlotFile::new).transpose()?;
+        let shapes = self.shapes();
+        let call = CallOptions { causal: self.causal, ..CallOptions::default() };
+        if let (true, [shape], [scheme]) = (self.peak_memory, &shapes[..], &self.schemes[..]) {
+            let peak = Subject::random(shape, self.dtype.into(), call.attention())?.peak_memory(*scheme)?;
+            return console.print(&peak.map(|bytes| bytes.to_string()).unwrap_or_default());
+        }
+        let decodes = shapes.iter().any(|shape| shape.q_len == 1);
+        let limit = decodes.then(read_bandwidth_gbs);
+        let mut rows: Vec<Row> = Vec::new();
+        let progress = console.progress("measuring", 0);
+        for shape in &shapes {
+            let in_shape = |error| Failure::Failed(format!("shape {}: {error}", label(shape)));
+            let subject = Subject::random(shape, self.dtype.into(), call.attention()).map_err(in_shape)?;
+            let schemes = match self.schemes.as_slice() {
+                [] => runnable(&subject.attention, &subject.q, &subject.k, &subject.v),
+                asked => asked.to_vec(),
+            };
+            progress.inc_length(self.reps as u64 * schemes.len() as u64);
+            let measured =
+                subject.measure(&schemes, self.reps as usize, limit, &progress).map_err(in_shape)?;
+            rows.extend(measured.into_iter().zip(&schemes).map(|(row, &scheme)| Row {
+                peak_memory_bytes: self.peak_memory_elsewhere(shape, scheme),
+                ..row
+            }));
+        }
+        progress.finish_and_clear();
+        if console.json {
+            console.print_json(&json!({
+                "command": "bench",
+                "threads": rayon::current_num_threads(),
+                "reps": self.reps,
+                "memory_bandwidth_gbs": limit,
+                "rows": rows,
+            }))?;
+        } else {
+            console.print(&self.text(&rows, limit))?;
+        }
+        if let Some(plot) = plot {
+            plot.write(&BenchPlot::new(&rows))?;
+            if !console.json {
+                console.print(&format!("\nplot written to {}\n", plot.path().display()))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The memory of a scheme's first call, from a process of its own: in this one, schemes that were measured before
+    /// have left memory behind that the next ones reuse.
+    fn peak_memory_elsewhere(&self, shape: &Shape, scheme: SchemeName) -> Option<u64> {
+        let dtype = self.dtype.to_possible_value()?;
+        let mut command = process::Command::new(std::env::current_exe().ok()?);
+        command.args(["bench", "--peak-memory", "--shapes", &label(shape), "--schemes", scheme.name()]);
+        command.args(["--dtype", dtype.get_name(), "--threads", &rayon::current_num_threads().to_string()]);
+        if let Some(alignment) = self.causal.and_then(|causal| causal.to_possible_value()) {
+            command.arg(format!("--causal={}", alignment.get_name()));
+        }
+        let output = command.stdin(process::Stdio::null()).output().ok()?;
+        String::from_utf8(output.stdout).ok()?.trim().parse().ok()
+    }
+
+    /// The shapes asked for: a list, or all combinations of the lists of sizes.
+    fn shapes(&self) -> Vec<Shape> {
+        let sized = !(self.batch.is_empty()
+            && self.heads.is_empty()
+            && self.kv_heads.is_none()
+            && self.seq.is_empty()
+            && self.kv_len.is_empty()
+            && self.head_dim.is_empty());
+        if !self.shapes.is_empty() {
+            return self.shapes.clone();
+        }
+        let shape = |batch, heads, q_len, kv_len, head_dim| Shape {
+            batch,
+            heads,
+            kv_heads: self.kv_heads.unwrap_or(heads),
+            q_len,
+            kv_len,
+            head_dim,
+        };
+        if !sized {
+            return vec![
+                shape(1, 8, 512, 512, 64),
+                shape(1, 8, 1024, 1024, 64),
+                shape(1, 8, 1024, 1024, 128),
+                shape(1, 8, 1, 8192, 128),
+            ];
+        }
+        let or = |list: &[usize], default: usize| if list.is_empty() { vec![default] } else { list.to_vec() };
+        let mut shapes = Vec::new();
+        for batch in or(&self.batch, 1) {
+            for heads in or(&self.heads, 8) {
+                for head_dim in or(&self.head_dim, 64) {
+                    for q_len in or(&self.seq, 1024) {
+                        for kv_len in or(&self.kv_len, q_len) {
+                            shapes.push(shape(batch, heads, q_len, kv_len, head_dim));
+                        }
+                    }
+                }
+            }
+        }
+        shapes
+    }
+
+    fn text(&self, rows: &[Row], limit: Option<f64>) -> String {
+        let first = rows.first();
+        let title = format!(
+            "Speed of attention · {}, {}, {} threads, median of {}",
+            first.map_or("", |row| row.dtype),
+            if self.causal.is_some() { "causal" } else { "no mask" },
+            rayon::current_num_threads(),
+            self.reps
+        );
+        let mut text = format!("{}\n\n{}", styled(TITLE, title), table(rows));
+        if let Some(limit) = limit {
+            text.push_str(&format!("\nReading memory reaches {limit:.1} GB/s here.\n"));
+        }
+        text
+    }
+}
+
+/// A shape in the form of the command line.
+fn label(shape: &Shape) -> String {
+    let Shape { batch, heads, kv_heads, q_len, kv_len, head_dim } = shape;
+    let heads = if heads == kv_heads { heads.to_string() } else { format!("{heads}/{kv_heads}") };
+    let seq = if q_len == kv_len { q_len.to_string() } else { format!("{q_len}x{kv_len}") };
+    format!("{batch},{heads},{seq},{head_dim}")
+}
+
+/// The shape of a row, as [`label`].
+pub fn row_label(row: &Row) -> String {
+    label(&Shape {
+        batch: row.batch,
+        heads: row.heads,
+        kv_heads: row.kv_heads,
+        q_len: row.q_len,
+        kv_len: row.kv_len,
+        head_dim: row.head_dim,
+    })
+}
+
+/// Rows as in every table of speeds. Columns about bandwidth appear where a row has them.
+pub fn table(rows: &[Row]) -> Table {
+    let decodes = rows.iter().any(|row| row.bandwidth_gbs.is_some());
+    let mut headings =
+        vec!["<batch,heads,seq,dim", "<scheme", "median ms", "min", "max", "GFLOP/s", "vs full", "memory"];
+    if decodes {
+        headings.extend(["GB/s", "of memory"]);
+    }
+    let mut table = Table::new(&headings);
+    let mut previous = String::new();
+    for row in rows {
+        let shape = row_label(row);
+        let mut cells: Vec<Cell> = vec![
+            if shape == previous { "".into() } else { shape.clone().into() },
+            row.scheme.into(),
+            format!("{:.2}", row.times.median_ms).into(),
+            format!("{:.2}", row.times.min_ms).into(),
+            format!("{:.2}", row.times.max_ms).into(),
+            format!("{:.1}", row.gflops).into(),
+            ratio(row.ratio_to_full_precision),
+            row.peak_memory_bytes.map_or("–".into(), bytes),
+        ];
+        if decodes {
+            cells.push(row.bandwidth_gbs.map_or("".into(), |gbs| format!("{gbs:.1}").into()));
+            cells.push(
+                row.bandwidth_fraction.map_or("".into(), |share| format!("{:.0} %", share * 100.0).into()),
+            );
+        }
+        table.row(cells);
+        previous = shape;
+    }
+    table
+}
+
+/// A ratio of speeds; green where it is a gain beyond noise.
+pub fn ratio(ratio: f64) -> Cell {
+    let cell = Cell::from(format!("{ratio:.2}×"));
+    if ratio > 1.05 { cell.style(GOOD) } else { cell }
+}
+
+fn bytes(bytes: u64) -> Cell {
+    const MIB: f64 = (1 << 20) as f64;
+    format!("{:.1} MiB", bytes as f64 / MIB).into()
+}

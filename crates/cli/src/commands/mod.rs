@@ -1,0 +1,8 @@
+//! The commands, one file each.
+
+pub mod accuracy;
+pub mod bench;
+pub mod demo;
+pub mod explain;
+pub mod info;
+pub mod run;

@@ -1,0 +1,117 @@
+//! Schemes against exact attention, head by head.
+
+use indicatif::ProgressBar;
+use rayon::prelude::*;
+use sage_core::metrics::Accuracy;
+use sageattention::{Attention, Preset, Result, Scheme};
+use sageattn_files::qkv_file::Qkv;
+use serde::Serialize;
+
+use crate::heads::{Head, Heads};
+
+/// What computed a result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub enum ComputedBy {
+    /// The scheme's definition, in double precision but for what is quantised.
+    #[serde(rename = "oracle")]
+    Oracle,
+    /// The kernels of the CPU backend.
+    #[serde(rename = "cpu kernel")]
+    CpuKernel,
+}
+
+impl ComputedBy {
+    /// The name in tables, the same as in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            ComputedBy::Oracle => "oracle",
+            ComputedBy::CpuKernel => "cpu kernel",
+        }
+    }
+}
+
+/// How far one scheme's result is from exact attention.
+#[derive(Clone, Debug)]
+pub struct Comparison {
+    /// What computed it.
+    pub computed_by: ComputedBy,
+    /// All heads together.
+    pub overall: Accuracy,
+    /// Each query head alone.
+    pub per_head: Vec<(Head, Accuracy)>,
+}
+
+/// Exact attention of one set of tensors, to compare schemes with.
+#[derive(Clone, Debug)]
+pub struct Reference<'a> {
+    qkv: &'a Qkv,
+    heads: Heads<'a>,
+    attention: Attention<'a>,
+    exact: Vec<Vec<f64>>,
+}
+
+impl<'a> Reference<'a> {
+    /// Computes exact attention, all heads at once.
+    pub fn new(qkv: &'a Qkv, attention: Attention<'a>, progress: &ProgressBar) -> Result<Self> {
+        let heads = Heads::new(qkv, attention.options())?;
+        let exact = per_head(&heads, progress, |head| heads.exact(head))?;
+        Ok(Reference { qkv, heads, attention, exact })
+    }
+
+    /// The tensors, head by head.
+    pub fn heads(&self) -> &Heads<'a> {
+        &self.heads
+    }
+
+    /// Compares a scheme's definition.
+    pub fn oracle(&self, scheme: &Scheme, progress: &ProgressBar) -> Result<Comparison> {
+        scheme.check()?;
+        let found = per_head(&self.heads, progress, |head| self.heads.scheme(head, scheme))?;
+        Ok(self.comparison(ComputedBy::Oracle, &found))
+    }
+
+    /// Compares the CPU backend's kernels, or `None` where it has none for the preset.
+    pub fn cpu_kernel(&self, preset: Preset) -> Result<Option<Comparison>> {
+        let attention = self.attention.clone().scheme(preset);
+        let Qkv { q, k, v, .. } = self.qkv;
+        if attention.plan(q, k, v).is_err() {
+            return Ok(None);
+        }
+        let out = attention.forward(q, k, v)?.out;
+        let found = self
+            .heads
+            .list()
+            .iter()
+            .map(|&head| self.heads.output(&out, head))
+            .collect::<Result<Vec<_>>>()?;
+        Ok(Some(self.comparison(ComputedBy::CpuKernel, &found)))
+    }
+
+    fn comparison<T: Copy + Into<f64>>(&self, computed_by: ComputedBy, found: &[Vec<T>]) -> Comparison {
+        let per_head = self
+            .heads
+            .list()
+            .iter()
+            .zip(found.iter().zip(&self.exact))
+            .map(|(&head, (found, exact))| (head, Accuracy::of(found, exact)))
+            .collect();
+        Comparison { computed_by, overall: Accuracy::of(&found.concat(), &self.exact.concat()), per_head }
+    }
+}
+
+/// One result for each head, in their order, computed on all threads.
+fn per_head<T: Send>(
+    heads: &Heads<'_>,
+    progress: &ProgressBar,
+    compute: impl Fn(Head) -> Result<T> + Sync,
+) -> Result<Vec<T>> {
+    heads
+        .list()
+        .par_iter()
+        .map(|&head| {
+            let result = compute(head);
+            progress.inc(1);
+            result
+        })
+        .collect()
+}

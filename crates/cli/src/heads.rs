@@ -1,0 +1,148 @@
+//! One head of a tensor at a time, without copies: how exact attention is spread over threads.
+
+use half::{bf16, f16};
+use sage_core::oracle;
+use sage_core::{Call, Inputs};
+use sageattention::{Geometry, Layout, Options, Result, Scheme, Tensor, TensorView, View};
+use sageattn_files::qkv_file::Qkv;
+
+/// A query head of a batch entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Head {
+    /// Batch entry.
+    pub batch: usize,
+    /// Query head.
+    pub head: usize,
+}
+
+/// Checked queries, keys and values that can be taken head by head.
+#[derive(Clone, Debug)]
+pub struct Heads<'a> {
+    qkv: &'a Qkv,
+    options: Options,
+    /// Query heads that share a key head.
+    group_size: usize,
+    list: Vec<Head>,
+}
+
+impl<'a> Heads<'a> {
+    /// Checks the tensors as a call to attention would.
+    pub fn new(qkv: &'a Qkv, options: Options) -> Result<Self> {
+        let inputs = Inputs::new(qkv.q.view(), qkv.k.view(), qkv.v.view());
+        let problem = Call::check(&inputs, &options)?.problem;
+        let list = (0..problem.batch)
+            .flat_map(|batch| (0..problem.num_q_heads).map(move |head| Head { batch, head }))
+            .collect();
+        Ok(Heads { qkv, options, group_size: problem.group_size(), list })
+    }
+
+    /// All query heads.
+    pub fn list(&self) -> &[Head] {
+        &self.list
+    }
+
+    /// Channels of a head.
+    pub fn head_dim(&self) -> usize {
+        self.qkv.q.shape()[3]
+    }
+
+    /// Exact attention of one head, `[q_len, head_dim]`.
+    pub fn exact(&self, head: Head) -> Result<Vec<f64>> {
+        self.with_call(head, |call| oracle::exact(call).out)
+    }
+
+    /// A scheme's attention of one head, `[q_len, head_dim]`.
+    pub fn scheme(&self, head: Head, scheme: &Scheme) -> Result<Vec<f64>> {
+        self.with_call(head, |call| oracle::scheme(call, scheme).out)
+    }
+
+    /// One head of an output in q's shape.
+    pub fn output(&self, out: &Tensor, head: Head) -> Result<Vec<f32>> {
+        Ok(values(&slice("out", out.view(), self.options.layout, head)?))
+    }
+
+    /// The keys that a query head sees, `[kv_len, head_dim]`.
+    pub fn keys(&self, head: Head) -> Result<Vec<f32>> {
+        let kv_head = Head { head: head.head / self.group_size, ..head };
+        Ok(values(&slice("k", self.qkv.k.view(), self.options.layout, kv_head)?))
+    }
+
+    fn with_call<T>(&self, head: Head, compute: impl FnOnce(&Call<'_>) -> T) -> Result<T> {
+        let layout = self.options.layout;
+        let kv_head = Head { head: head.head / self.group_size, ..head };
+        let inputs = Inputs::new(
+            slice("q", self.qkv.q.view(), layout, head)?,
+            slice("k", self.qkv.k.view(), layout, kv_head)?,
+            slice("v", self.qkv.v.view(), layout, kv_head)?,
+        );
+        // The slices are all in one order, whatever the tensors' layout was.
+        let call = Call::check(&inputs, &Options { layout: Layout::Hnd, ..self.options })?;
+        Ok(compute(&call))
+    }
+}
+
+/// One head as `[1, 1, seq, head_dim]`.
+fn slice<'t>(name: &str, tensor: TensorView<'t>, layout: Layout, head: Head) -> Result<TensorView<'t>> {
+    fn typed<'t, T: Copy>(name: &str, view: View<'t, T>, geometry: Geometry) -> Result<TensorView<'t>>
+    where
+        View<'t, T>: Into<TensorView<'t>>,
+    {
+        Ok(View::strided(name, view.data(), geometry)?.into())
+    }
+    let (shape, strides) = (tensor.shape(), tensor.geometry().strides());
+    let (heads, seq) = match layout {
+        Layout::Hnd => (1, 2),
+        Layout::Nhd => (2, 1),
+    };
+    // An empty tensor has no first element to point at.
+    let mut at = [0; 4];
+    if !tensor.geometry().is_empty() {
+        at[0] = head.batch;
+        at[heads] = head.head;
+    }
+    let geometry = Geometry::strided(
+        name,
+        &[1, 1, shape[seq], shape[3]],
+        &[strides[0], strides[heads], strides[seq], strides[3]],
+        tensor.geometry().index(at),
+    )?;
+    match tensor {
+        TensorView::F32(view) => typed::<f32>(name, view, geometry),
+        TensorView::F16(view) => typed::<f16>(name, view, geometry),
+        TensorView::BF16(view) => typed::<bf16>(name, view, geometry),
+    }
+}
+
+/// All elements of a head, widened.
+fn values(head: &TensorView<'_>) -> Vec<f32> {
+    let shape = head.shape();
+    let (rows, width) = (shape[2], shape[3]);
+    (0..rows * width).map(|i| head.at([0, 0, i / width, i % width])).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::inputs;
+    use sageattention::DType;
+
+    /// Heads taken one by one are those of the whole, in both layouts and with shared key heads.
+    #[test]
+    fn heads_one_by_one_are_the_whole() {
+        for layout in [Layout::Hnd, Layout::Nhd] {
+            let shape = |heads, rows| match layout {
+                Layout::Hnd => [2, heads, rows, 8],
+                Layout::Nhd => [2, rows, heads, 8],
+            };
+            let tensor = |heads, rows, seed| inputs::normal(DType::F32, &shape(heads, rows), seed).unwrap();
+            let qkv =
+                Qkv { prefix: String::new(), q: tensor(4, 5, 1), k: tensor(2, 7, 2), v: tensor(2, 7, 3) };
+            let options = Options { layout, ..Options::default() };
+            let heads = Heads::new(&qkv, options).unwrap();
+            let inputs = Inputs::new(qkv.q.view(), qkv.k.view(), qkv.v.view());
+            let whole = oracle::exact(&Call::check(&inputs, &options).unwrap()).out;
+            let parts: Vec<f64> = heads.list().iter().flat_map(|&head| heads.exact(head).unwrap()).collect();
+            assert_eq!(parts, whole);
+        }
+    }
+}

@@ -1,0 +1,40 @@
+//! Tensors that commands compute with: read from files, or made up.
+
+use std::path::Path;
+
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+use rand_distr::{Distribution, StandardNormal};
+use sageattention::{DType, Result as CallResult, Tensor};
+use sageattn_files::qkv_file::{self, Qkv, QkvFile};
+
+use crate::failure::{Failure, Result};
+
+/// The shipped example: queries, keys and values of two layers of all-MiniLM-L6-v2 (Apache-2.0) on a licence text.
+pub const EXAMPLE: &[u8] = include_bytes!("../data/minilm_qkv.safetensors");
+
+/// A file's bytes.
+pub fn read(path: &Path) -> Result<Vec<u8>> {
+    std::fs::read(path).map_err(|error| Failure::io(path, "cannot be read", &error))
+}
+
+/// A file's header, checked.
+pub fn parse<'a>(path: &Path, bytes: &'a [u8]) -> Result<QkvFile<'a>> {
+    qkv_file::parse(bytes).map_err(|error| Failure::file(path, &error))
+}
+
+/// Queries, keys and values behind `prefix`, or behind each prefix that has all three.
+pub fn load(path: &Path, file: &QkvFile<'_>, prefix: Option<&str>) -> Result<Vec<Qkv>> {
+    let loaded = match prefix {
+        Some(prefix) => file.load(prefix).map(|qkv| vec![qkv]),
+        None => file.prefixes().and_then(|all| all.iter().map(|prefix| file.load(prefix)).collect()),
+    };
+    loaded.map_err(|error| Failure::file(path, &error))
+}
+
+/// A tensor of normally distributed numbers, the same in every run.
+pub fn normal(dtype: DType, shape: &[usize], seed: u64) -> CallResult<Tensor> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let values: Vec<f32> = (0..shape.iter().product()).map(|_| StandardNormal.sample(&mut rng)).collect();
+    Ok(Tensor::new(values, shape)?.to_dtype(dtype))
+}

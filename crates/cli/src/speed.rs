@@ -1,0 +1,166 @@
+//! The speed of schemes on one shape.
+
+use indicatif::ProgressBar;
+use sage_core::Problem;
+use sageattention::{Attention, DType, Preset, Result, Tensor};
+use serde::Serialize;
+
+use crate::call_options::SchemeName;
+use crate::inputs;
+use crate::memory::peak_increase;
+use crate::timing::{Times, interleaved};
+
+/// Sizes of a problem to measure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    pub batch: usize,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub q_len: usize,
+    pub kv_len: usize,
+    pub head_dim: usize,
+}
+
+/// One scheme on one shape.
+#[derive(Clone, Debug, Serialize)]
+pub struct Row {
+    /// The name on the command line.
+    pub scheme: &'static str,
+    /// What was computed.
+    pub computes: String,
+    pub dtype: &'static str,
+    pub batch: usize,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub q_len: usize,
+    pub kv_len: usize,
+    pub head_dim: usize,
+    pub causal: bool,
+    #[serde(flatten)]
+    pub times: Times,
+    /// 4·B·H·Lq·Lk·D operations, halved for causal, in the median time.
+    pub gflops: f64,
+    /// Full precision's median time over this one's, both from the same run: above 1 is faster.
+    pub ratio_to_full_precision: f64,
+    /// Rise of the resident memory of a process in its first call, where that was measured.
+    pub peak_memory_bytes: Option<u64>,
+    /// For one query: bytes of K and V over the median time.
+    pub bandwidth_gbs: Option<f64>,
+    /// The same over the measured bandwidth of the machine's memory.
+    pub bandwidth_fraction: Option<f64>,
+}
+
+/// The schemes that are measured unless others are asked for: all that the backend computes for the problem, and its
+/// own choice last, where that has no name.
+pub fn runnable(attention: &Attention<'_>, q: &Tensor, k: &Tensor, v: &Tensor) -> Vec<SchemeName> {
+    let runs = |preset: &&Preset| attention.clone().scheme(**preset).plan(q, k, v).is_ok();
+    let mut seen = Vec::new();
+    let mut names = Vec::new();
+    for &preset in Preset::ALL.iter().filter(runs) {
+        // Names that stand for the same computation are measured once.
+        let scheme = preset.scheme(q.shape().last().copied().unwrap_or(0));
+        if !seen.contains(&scheme) {
+            seen.push(scheme);
+            names.push(preset.into());
+        }
+    }
+    match attention.plan(q, k, v) {
+        Ok(plan) if !seen.contains(plan.scheme()) => names.push(SchemeName::automatic()),
+        _ => {}
+    }
+    names
+}
+
+/// Tensors of a shape, and attention on them.
+#[derive(Clone, Debug)]
+pub struct Subject<'a> {
+    pub attention: Attention<'a>,
+    pub q: Tensor,
+    pub k: Tensor,
+    pub v: Tensor,
+}
+
+impl<'a> Subject<'a> {
+    /// Normally distributed tensors.
+    pub fn random(shape: &Shape, dtype: DType, attention: Attention<'a>) -> Result<Self> {
+        let tensor =
+            |heads, rows, seed| inputs::normal(dtype, &[shape.batch, heads, rows, shape.head_dim], seed);
+        Ok(Subject {
+            attention,
+            q: tensor(shape.heads, shape.q_len, 1)?,
+            k: tensor(shape.kv_heads, shape.kv_len, 2)?,
+            v: tensor(shape.kv_heads, shape.kv_len, 3)?,
+        })
+    }
+
+    /// How far a scheme's call raises the resident memory of this process, which must not have made one before: later
+    /// ones reuse what the first one took.
+    pub fn peak_memory(&self, scheme: SchemeName) -> Result<Option<u64>> {
+        // A copy, since zeros would be pages that the call is the first to touch.
+        let mut out = self.q.clone();
+        let attention = self.attention.clone().scheme(scheme.choice());
+        let (result, peak) =
+            peak_increase(|| attention.forward_into(&self.q, &self.k, &self.v, out.view_mut(), None));
+        result.map(|()| peak)
+    }
+
+    /// Measures schemes in turn, full precision always among them. The first call of each, which warms it up, is not
+    /// timed.
+    pub fn measure(
+        &self,
+        schemes: &[SchemeName],
+        reps: usize,
+        bandwidth_gbs: Option<f64>,
+        progress: &ProgressBar,
+    ) -> Result<Vec<Row>> {
+        let full = SchemeName::from(Preset::FULL);
+        let mut timed = schemes.to_vec();
+        if !timed.contains(&full) {
+            timed.push(full);
+        }
+        let calls: Vec<Attention<'_>> =
+            timed.iter().map(|name| self.attention.clone().scheme(name.choice())).collect();
+        let mut out = Tensor::zeros(self.q.dtype(), self.q.shape())?;
+        let mut call = |i: usize| calls[i].forward_into(&self.q, &self.k, &self.v, out.view_mut(), None);
+        (0..timed.len()).try_for_each(&mut call)?;
+        let times = interleaved(timed.len(), reps, &mut call, || progress.inc(1))?;
+        let full_ms = timed.iter().position(|&name| name == full).map_or(f64::NAN, |i| times[i].median_ms);
+        (0..schemes.len())
+            .map(|i| {
+                let plan = calls[i].plan(&self.q, &self.k, &self.v)?;
+                let p = plan.problem();
+                let seconds = times[i].median_ms / 1e3;
+                let read = (self.k.shape().iter().product::<usize>() * 2 * p.dtype.bytes()) as f64;
+                let achieved = (p.q_len == 1).then(|| read / seconds / 1e9);
+                Ok(Row {
+                    scheme: timed[i].name(),
+                    computes: plan.scheme().to_string(),
+                    dtype: p.dtype.name(),
+                    batch: p.batch,
+                    heads: p.num_q_heads,
+                    kv_heads: p.num_kv_heads,
+                    q_len: p.q_len,
+                    kv_len: p.kv_len,
+                    head_dim: p.head_dim,
+                    causal: p.band.right == Some(0),
+                    times: times[i],
+                    gflops: operations(p) / seconds / 1e9,
+                    ratio_to_full_precision: full_ms / times[i].median_ms,
+                    peak_memory_bytes: None,
+                    bandwidth_gbs: achieved,
+                    bandwidth_fraction: achieved.zip(bandwidth_gbs).map(|(achieved, limit)| achieved / limit),
+                })
+            })
+            .collect()
+    }
+}
+
+/// 4·B·H·Lq·Lk·D, halved for causal; where the lengths differ, the pairs that causal leaves are counted.
+fn operations(p: &Problem) -> f64 {
+    let pairs = if p.band.right == Some(0) && p.q_len == p.kv_len {
+        (p.q_len * p.kv_len) as f64 / 2.0
+    } else {
+        (0..p.q_len).map(|i| p.band.keys(i, p.q_len, p.kv_len).len() as f64).sum()
+    };
+    4.0 * (p.batch * p.num_q_heads * p.head_dim) as f64 * pairs
+}

@@ -1,0 +1,34 @@
+//! The words that every part of SageAttention shares, and the oracle that all of it is compared with.
+//!
+//! - [`TensorView`] and friends: strided tensors in f32, f16 or bf16;
+//! - [`Inputs`] and [`Options`]: what a caller asks for; [`Call`]: the same, checked, in one canonical order;
+//! - [`Scheme`]: what is quantised, and how;
+//! - [`oracle`]: exact attention in f64, every quantiser in scalar Rust, and a scheme's attention built from them;
+//! - [`metrics`]: how far one result is from another.
+//!
+//! Nothing here knows a backend, and nothing here is `unsafe`.
+
+#![forbid(unsafe_code)]
+
+mod dtype;
+mod error;
+mod geometry;
+mod mask;
+pub mod metrics;
+pub mod oracle;
+mod preset;
+mod problem;
+mod scheme;
+mod tensor;
+
+pub use dtype::{DType, Element};
+pub use error::{Error, Result};
+pub use geometry::{Geometry, MAX_RANK};
+pub use mask::{Alignment, Band, BlockMask, Mask};
+pub use preset::Preset;
+pub use problem::{Call, Inputs, Layout, Lengths, MAX_HEAD_DIM, Options, Problem, Sequence};
+pub use scheme::{
+    Accumulator, Granularity, IntBits, IntQuantizer, Pv, Qk, Rounding, Scheme, SmoothQ, Smoothing, Tile,
+    ZeroGroup,
+};
+pub use tensor::{Elements, Tensor, TensorView, TensorViewMut, View, ViewMut};

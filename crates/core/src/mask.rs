@@ -1,0 +1,145 @@
+//! Which keys a query sees.
+
+use std::ops::Range;
+
+use crate::{Geometry, TensorView, View};
+
+/// How the rows of a band mask line up when `q_len != kv_len`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Alignment {
+    /// The last query sees the last key: FlashAttention's rule (since 2.1), right for a KV cache.
+    #[default]
+    BottomRight,
+    /// The first query sees the first key: PyTorch's `is_causal`, and SageAttention's CUDA kernels.
+    TopLeft,
+}
+
+/// A band of visible keys around the diagonal: causal masks and sliding windows.
+///
+/// Query `i` sees key `j` iff `i + shift − left ≤ j ≤ i + shift + right`, where `shift` is `kv_len − q_len`
+/// ([`Alignment::BottomRight`]) or 0 ([`Alignment::TopLeft`]), and `None` stands for no limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Band {
+    /// Keys visible before the diagonal.
+    pub left: Option<usize>,
+    /// Keys visible after the diagonal: 0 is causal.
+    pub right: Option<usize>,
+    /// Where the diagonal lies.
+    pub alignment: Alignment,
+}
+
+impl Band {
+    /// Every key is visible.
+    pub const FULL: Band = Band { left: None, right: None, alignment: Alignment::BottomRight };
+
+    /// No key after the diagonal is visible.
+    pub const fn causal(alignment: Alignment) -> Self {
+        Band { left: None, right: Some(0), alignment }
+    }
+
+    /// Whether every key is visible, whatever the lengths.
+    pub fn is_full(&self) -> bool {
+        self.left.is_none() && self.right.is_none()
+    }
+
+    /// The keys that query `i` of `q_len` sees among `kv_len`.
+    ///
+    /// ```
+    /// use sage_core::{Alignment, Band};
+    ///
+    /// let band = Band::causal(Alignment::BottomRight);
+    /// assert_eq!(band.keys(0, 2, 5), 0..4);
+    /// assert_eq!(band.keys(0, 5, 2), 0..0); // no key: this row's output is zero
+    /// ```
+    pub fn keys(&self, i: usize, q_len: usize, kv_len: usize) -> Range<usize> {
+        // i128 holds every sum of three usize values.
+        let shift = match self.alignment {
+            Alignment::BottomRight => kv_len as i128 - q_len as i128,
+            Alignment::TopLeft => 0,
+        };
+        let diagonal = i as i128 + shift;
+        let clamp = |key: i128| key.clamp(0, kv_len as i128) as usize;
+        let start = self.left.map_or(0, |left| clamp(diagonal - left as i128));
+        let end = self.right.map_or(kv_len, |right| clamp(diagonal + right as i128 + 1));
+        start..end.max(start)
+    }
+}
+
+/// An explicit mask, broadcastable to `[batch, num_q_heads, q_len, kv_len]`, on top of the band.
+#[derive(Clone, Copy, Debug)]
+pub enum Mask<'a> {
+    /// `true`: the key is visible.
+    Bool(View<'a, bool>),
+    /// Added to the scaled scores before softmax; −∞ hides a key. Any element type.
+    Additive(TensorView<'a>),
+}
+
+impl Mask<'_> {
+    /// Where each element lies.
+    pub fn geometry(&self) -> &Geometry {
+        match self {
+            Mask::Bool(view) => view.geometry(),
+            Mask::Additive(view) => view.geometry(),
+        }
+    }
+
+    pub(crate) fn with_geometry(&self, geometry: Geometry) -> Self {
+        match self {
+            Mask::Bool(view) => Mask::Bool(view.with_geometry(geometry)),
+            Mask::Additive(view) => Mask::Additive(view.with_geometry(geometry)),
+        }
+    }
+}
+
+/// Visibility of whole blocks of the score matrix: `true` where the block is computed.
+///
+/// Broadcastable to `[batch, num_q_heads, ⌈q_len / block_q⌉, ⌈kv_len / block_k⌉]`.
+#[derive(Clone, Copy, Debug)]
+pub struct BlockMask<'a> {
+    /// One flag for each block.
+    pub blocks: View<'a, bool>,
+    /// Queries in a block.
+    pub block_q: usize,
+    /// Keys in a block.
+    pub block_k: usize,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The definition, key by key.
+    fn visible(band: &Band, i: usize, j: usize, q_len: usize, kv_len: usize) -> bool {
+        let shift = match band.alignment {
+            Alignment::BottomRight => kv_len as i64 - q_len as i64,
+            Alignment::TopLeft => 0,
+        };
+        let distance = j as i64 - (i as i64 + shift);
+        band.left.is_none_or(|left| distance >= -(left as i64))
+            && band.right.is_none_or(|right| distance <= right as i64)
+    }
+
+    #[test]
+    fn a_band_is_the_interval_of_its_definition() {
+        let limits = [None, Some(0), Some(1), Some(3), Some(100)];
+        for (q_len, kv_len) in [(1, 1), (4, 4), (3, 8), (8, 3), (5, 0)] {
+            for alignment in [Alignment::BottomRight, Alignment::TopLeft] {
+                for (left, right) in limits.iter().flat_map(|&l| limits.iter().map(move |&r| (l, r))) {
+                    let band = Band { left, right, alignment };
+                    for i in 0..q_len {
+                        let keys: Vec<usize> = band.keys(i, q_len, kv_len).collect();
+                        let expected: Vec<usize> =
+                            (0..kv_len).filter(|&j| visible(&band, i, j, q_len, kv_len)).collect();
+                        assert_eq!(keys, expected, "{band:?} row {i} of {q_len}×{kv_len}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn limits_near_the_end_of_usize_do_not_overflow() {
+        let band = Band { left: Some(usize::MAX), right: Some(usize::MAX), ..Band::FULL };
+        assert_eq!(band.keys(3, 4, 9), 0..9);
+    }
+}

@@ -1,0 +1,85 @@
+//! 12-bit fixed point: V in blocks of keys.
+
+use super::{Matrix, absmax};
+
+/// Largest magnitude of a 12-bit value here; the sign is extra.
+pub const FIXED12_MAX: f32 = 4095.0;
+
+/// 12-bit integers, and a scale for each block of keys and channel.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Fixed12Blocks {
+    /// Integers in −4095..=4095.
+    pub values: Matrix<i16>,
+    /// `value ≈ scale · integer`, `[⌈kv_len / block⌉, head_dim]`. 0 for a block and channel of zeros, NaN for one
+    /// that holds a non-finite value.
+    pub scales: Matrix<f32>,
+    /// Keys of a block.
+    pub block: usize,
+}
+
+impl Fixed12Blocks {
+    /// Quantises V: with `a` the largest magnitude of a block and channel, the integers are
+    /// `round_ties_even(V · (4095 / a))` and the scale is `a / 4095`.
+    ///
+    /// Where `a` is so small that `4095 / a` overflows, it counts as 0.
+    ///
+    /// # Panics
+    /// When `block` is 0.
+    pub fn quantize(v: &Matrix<f32>, block: usize) -> Self {
+        let maxima = Matrix::from_fn(v.rows().div_ceil(block), v.width(), |b, c| {
+            absmax((b * block..v.rows().min((b + 1) * block)).map(|j| v.row(j)[c]))
+        });
+        let factor = |a: f32| Some(FIXED12_MAX / a).filter(|f| f.is_finite());
+        let values = Matrix::from_fn(v.rows(), v.width(), |j, c| {
+            factor(maxima.row(j / block)[c])
+                .map_or(0, |factor| (v.row(j)[c] * factor).round_ties_even() as i16)
+        });
+        let scales = maxima.map(|a| if a.is_nan() || factor(a).is_some() { a / FIXED12_MAX } else { 0.0 });
+        Fixed12Blocks { values, scales, block }
+    }
+
+    /// The real numbers that the integers stand for; exact.
+    pub fn dequantize(&self) -> Matrix<f64> {
+        Matrix::from_fn(self.values.rows(), self.values.width(), |j, c| {
+            f64::from(self.scales.row(j / self.block)[c]) * f64::from(self.values.row(j)[c])
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::oracle::testing::{matrix, normal_matrix};
+
+    #[test]
+    fn numbers_worked_out_by_hand() {
+        // Two keys a block. First block: a = 4095, scale 1; second: a = 8190, scale 2, 3/2 ties to 2.
+        let blocks = Fixed12Blocks::quantize(&matrix(1, &[4095.0, -1.4, -8190.0, 3.0, 0.5]), 2);
+        assert_eq!(blocks.values.as_slice(), [4095, -1, -4095, 2, 4095]);
+        assert_eq!(blocks.scales.as_slice(), [1.0, 2.0, 0.5 / 4095.0]);
+    }
+
+    #[test]
+    fn the_error_is_at_most_half_a_step() {
+        let v = normal_matrix(1, 300, 8);
+        let blocks = Fixed12Blocks::quantize(&v, 128);
+        assert_eq!(blocks.scales.rows(), 3);
+        assert!(blocks.values.as_slice().iter().all(|x| x.abs() <= 4095));
+        for (j, row) in blocks.dequantize().iter().enumerate() {
+            for (c, x) in row.iter().enumerate() {
+                // Beside half a step, two single-precision roundings of a quotient of at most 4095.
+                let bound = f64::from(blocks.scales.row(j / 128)[c]) * (0.5 + 4095.0 * 1.2e-7);
+                assert!((x - f64::from(v.row(j)[c])).abs() <= bound);
+            }
+        }
+    }
+
+    #[test]
+    fn blocks_of_zeros_are_zeros_and_bad_ones_nan() {
+        let back =
+            Fixed12Blocks::quantize(&matrix(1, &[0.0, -0.0, 1.0, f32::NAN, 1e-42, 0.0]), 2).dequantize();
+        let back = back.as_slice();
+        assert_eq!((&back[..2], &back[4..]), (&[0.0; 2][..], &[0.0; 2][..]));
+        assert!(back[2].is_nan() && back[3].is_nan());
+    }
+}

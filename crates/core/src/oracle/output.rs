@@ -1,0 +1,26 @@
+//! What an oracle returns.
+
+use crate::Call;
+
+/// Attention's result in double precision.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Output {
+    /// Row-major `[batch, num_q_heads, seq, head_dim]`, whatever the caller's layout; batch is 1 when packed.
+    pub out: Vec<f64>,
+    /// Log-sum-exp (natural logarithm) of each row's visible scores, in the order of [`Call::lse_index`].
+    pub lse: Vec<f64>,
+}
+
+impl Output {
+    /// The result of a call in which no query sees a key: zeros, and log-sum-exps of −∞.
+    pub(super) fn without_keys(call: &Call<'_>) -> Self {
+        let elements = call.q.geometry().len();
+        Output { out: vec![0.0; elements], lse: vec![f64::NEG_INFINITY; elements / call.problem.head_dim] }
+    }
+
+    /// Sets the row whose log-sum-exp has index `row`.
+    pub(super) fn set(&mut self, row: usize, out: &[f64], lse: f64) {
+        self.out[row * out.len()..(row + 1) * out.len()].copy_from_slice(out);
+        self.lse[row] = lse;
+    }
+}

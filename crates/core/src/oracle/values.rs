@@ -1,0 +1,95 @@
+//! V as each scheme's P·V sees it.
+
+use half::{bf16, f16};
+
+use super::{Fixed12Blocks, Fp8Channels, Matrix, Nvfp4Rows, absmax};
+use crate::Pv;
+
+/// The real numbers that V's quantised form stands for, `[kv_len, head_dim]`.
+///
+/// Keys are counted from the start of their sequence: that is where blocks and groups of 16 begin.
+///
+/// # Panics
+/// When [`Pv::Fixed12`]'s block is 0.
+pub fn quantize_v(v: &Matrix<f32>, pv: &Pv) -> Matrix<f64> {
+    match *pv {
+        Pv::F32 => v.map(f64::from),
+        Pv::F16(_) => v.map(|x| f16::from_f32(x).to_f64()),
+        Pv::BF16(_) => v.map(|x| bf16::from_f32(x).to_f64()),
+        Pv::Fp8 { v_max, .. } => Fp8Channels::quantize(v, v_max).dequantize(),
+        Pv::Int8 => Int8Channels::quantize(v).dequantize(),
+        Pv::Fixed12 { block } => Fixed12Blocks::quantize(v, block).dequantize(),
+        Pv::Nvfp4 => Nvfp4Rows::quantize(&v.transposed()).dequantize().transposed(),
+    }
+}
+
+/// INT8 V, and the scale of each channel.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Int8Channels {
+    /// Integers in −127..=127.
+    pub values: Matrix<i8>,
+    /// `value ≈ scale · integer`, one a channel: the channel's largest magnitude over 127. 0 for a channel of zeros,
+    /// NaN for one that holds a non-finite value.
+    pub scales: Vec<f32>,
+}
+
+impl Int8Channels {
+    /// Quantises V: `round_ties_even(V / scale)`, zeros where the scale is 0 or NaN.
+    pub fn quantize(v: &Matrix<f32>) -> Self {
+        let scales: Vec<f32> = (0..v.width()).map(|c| absmax(v.column(c)) / 127.0).collect();
+        let values = Matrix::from_fn(v.rows(), v.width(), |j, c| {
+            let quotient = if scales[c] > 0.0 { v.row(j)[c] / scales[c] } else { 0.0 };
+            quotient.round_ties_even().clamp(-127.0, 127.0) as i8
+        });
+        Int8Channels { values, scales }
+    }
+
+    /// The real numbers that the integers stand for; exact.
+    pub fn dequantize(&self) -> Matrix<f64> {
+        Matrix::from_fn(self.values.rows(), self.values.width(), |j, c| {
+            f64::from(self.scales[c]) * f64::from(self.values.row(j)[c])
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::oracle::testing::matrix;
+
+    #[test]
+    fn numbers_worked_out_by_hand() {
+        let channels = Int8Channels::quantize(&matrix(1, &[-254.0, 3.0, 5.1, 0.9]));
+        assert_eq!((channels.values.as_slice(), channels.scales[0]), (&[-127, 2, 3, 0][..], 2.0));
+        let back = |pv: Pv| quantize_v(&matrix(1, &[1.0, 1.0 + 1.0 / 512.0, 70_000.0]), &pv);
+        // 10 bits of fraction keep 1/512 but not 70000; 7 bits the reverse: 70000 = 136.72·2⁹.
+        assert_eq!(
+            back(Pv::F16(crate::Accumulator::F32)).as_slice(),
+            [1.0, 1.0 + 1.0 / 512.0, f64::INFINITY]
+        );
+        assert_eq!(back(Pv::BF16(crate::Accumulator::F32)).as_slice(), [1.0, 1.0, 137.0 * 512.0]);
+    }
+
+    #[test]
+    fn nvfp4_groups_are_sixteen_tokens_of_a_channel() {
+        // Channel 0: tokens 0..16 up to 6, tokens 16.. up to 12; channel 1 is the same, doubled.
+        let v = Matrix::from_fn(20, 2, |j, c| if j < 16 { 6.0 } else { 12.0 } * (c + 1) as f32);
+        assert_eq!(quantize_v(&v, &Pv::Nvfp4), v.map(f64::from));
+    }
+
+    #[test]
+    fn channels_of_zeros_are_zeros_and_bad_ones_nan() {
+        let v = matrix(3, &[0.0, f32::NAN, 1.0, 0.0, 1.0, 2.0]);
+        for pv in [
+            Pv::Int8,
+            Pv::Nvfp4,
+            Pv::Fixed12 { block: 4 },
+            Pv::Fp8 { v_max: 2.25, accumulator: crate::Accumulator::F32 },
+        ] {
+            let back = quantize_v(&v, &pv);
+            assert!(back.column(0).all(|x| x == 0.0), "{pv:?}");
+            assert!(back.column(1).all(f64::is_nan), "{pv:?}");
+            assert!(back.column(2).all(f64::is_finite), "{pv:?}");
+        }
+    }
+}

@@ -1,0 +1,420 @@
+//! A call to attention: what the caller hands over, and the same after every check.
+
+use crate::{Band, BlockMask, DType, Error, Geometry, Mask, Result, TensorView};
+
+/// Largest head dimension.
+pub const MAX_HEAD_DIM: usize = 256;
+
+/// Order of the dimensions of dense query, key, value and output tensors.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Layout {
+    /// `[batch, heads, seq, head_dim]`.
+    #[default]
+    Hnd,
+    /// `[batch, seq, heads, head_dim]`.
+    Nhd,
+}
+
+impl Layout {
+    /// The name used in messages and on the command line.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Layout::Hnd => "HND",
+            Layout::Nhd => "NHD",
+        }
+    }
+
+    /// The dimensions, for messages.
+    pub const fn dimensions(self) -> &'static str {
+        match self {
+            Layout::Hnd => "[batch, heads, seq, head_dim]",
+            Layout::Nhd => "[batch, seq, heads, head_dim]",
+        }
+    }
+}
+
+/// Lengths of the sequences in a call.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Lengths<'a> {
+    /// The tensors' sequence dimensions.
+    #[default]
+    Dense,
+    /// As dense, but only the first `kv_lens[b]` keys of batch entry `b` are valid.
+    KvLens(&'a [i32]),
+    /// Packed tensors `[total, heads, head_dim]`: sequence `b` is rows `cu_seqlens[b]..cu_seqlens[b + 1]`.
+    Packed {
+        /// Boundaries of the query sequences, batch + 1 values from 0 to the total.
+        cu_seqlens_q: &'a [i32],
+        /// Boundaries of the key sequences, batch + 1 values from 0 to the total.
+        cu_seqlens_k: &'a [i32],
+    },
+}
+
+/// Everything a caller hands over, unchecked.
+#[derive(Clone, Copy, Debug)]
+pub struct Inputs<'a> {
+    /// Queries.
+    pub q: TensorView<'a>,
+    /// Keys.
+    pub k: TensorView<'a>,
+    /// Values.
+    pub v: TensorView<'a>,
+    /// Explicit mask.
+    pub mask: Option<Mask<'a>>,
+    /// Blocks of the score matrix to compute; all when absent.
+    pub block_mask: Option<BlockMask<'a>>,
+    /// Lengths of the sequences.
+    pub lengths: Lengths<'a>,
+}
+
+impl<'a> Inputs<'a> {
+    /// Dense queries, keys and values without an explicit mask.
+    pub fn new(q: TensorView<'a>, k: TensorView<'a>, v: TensorView<'a>) -> Self {
+        Inputs { q, k, v, mask: None, block_mask: None, lengths: Lengths::Dense }
+    }
+}
+
+/// What a caller asks for beside the tensors.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Options {
+    /// Order of the dimensions of dense tensors.
+    pub layout: Layout,
+    /// Factor on Q·Kᵀ; `1 / √head_dim` when absent.
+    pub sm_scale: Option<f32>,
+    /// Causal masks and sliding windows.
+    pub band: Band,
+    /// Scaled scores `s` become `softcap · tanh(s / softcap)`, before any mask is added.
+    pub logit_softcap: Option<f32>,
+}
+
+/// The shape of a checked call: what a plan depends on.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Problem {
+    /// Element type of Q, K, V and the output.
+    pub dtype: DType,
+    /// Number of sequences.
+    pub batch: usize,
+    /// Query heads.
+    pub num_q_heads: usize,
+    /// Key and value heads; query head `h` reads head `h / (num_q_heads / num_kv_heads)`.
+    pub num_kv_heads: usize,
+    /// Queries of the longest sequence.
+    pub q_len: usize,
+    /// Keys of the longest sequence.
+    pub kv_len: usize,
+    /// Channels of a head.
+    pub head_dim: usize,
+    /// Factor on Q·Kᵀ.
+    pub sm_scale: f32,
+    /// Causal masks and sliding windows.
+    pub band: Band,
+    /// Soft cap of the scaled scores.
+    pub logit_softcap: Option<f32>,
+    /// Whether sequences are packed.
+    pub packed: bool,
+    /// Whether there is an explicit mask.
+    pub masked: bool,
+    /// Whether there is a block mask.
+    pub block_masked: bool,
+}
+
+impl Problem {
+    /// Query heads that share a key head.
+    pub fn group_size(&self) -> usize {
+        self.num_q_heads.checked_div(self.num_kv_heads).unwrap_or(0)
+    }
+}
+
+/// Rows of one sequence in a [`Call`]'s tensors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sequence {
+    /// Index in the tensors' batch dimension.
+    pub batch: usize,
+    /// First query row.
+    pub q_start: usize,
+    /// Query rows.
+    pub q_len: usize,
+    /// First key row.
+    pub kv_start: usize,
+    /// Key rows.
+    pub kv_len: usize,
+}
+
+/// A checked call. All tensors are in one order, whatever the caller's layout:
+/// Q `[batch, num_q_heads, seq, head_dim]`, K and V `[batch, num_kv_heads, seq, head_dim]` (packed tensors have a
+/// batch dimension of 1), mask `[batch, num_q_heads, q_len, kv_len]`,
+/// block mask `[batch, num_q_heads, blocks, blocks]`.
+#[derive(Clone, Debug)]
+pub struct Call<'a> {
+    /// Shapes and options.
+    pub problem: Problem,
+    /// Queries.
+    pub q: TensorView<'a>,
+    /// Keys.
+    pub k: TensorView<'a>,
+    /// Values.
+    pub v: TensorView<'a>,
+    /// Explicit mask, broadcast.
+    pub mask: Option<Mask<'a>>,
+    /// Block mask, broadcast.
+    pub block_mask: Option<BlockMask<'a>>,
+    /// Where each sequence lies.
+    pub sequences: Vec<Sequence>,
+    layout: Layout,
+}
+
+impl<'a> Call<'a> {
+    /// Checks everything that can be wrong with a call.
+    ///
+    /// # Errors
+    /// Names the first tensor, option or list entry that is wrong, the value found and the value wanted.
+    pub fn check(inputs: &Inputs<'a>, options: &Options) -> Result<Self> {
+        let packed = matches!(inputs.lengths, Lengths::Packed { .. });
+        let layout = options.layout;
+        let q = canonical("q", inputs.q, layout, packed)?;
+        let k = canonical("k", inputs.k, layout, packed)?;
+        let v = canonical("v", inputs.v, layout, packed)?;
+
+        let dtype = q.dtype();
+        for (name, tensor) in [("k", &k), ("v", &v)] {
+            if tensor.dtype() != dtype {
+                return Err(Error::DType {
+                    name: name.into(),
+                    found: tensor.dtype().to_string(),
+                    wanted: format!("{dtype}, as q"),
+                });
+            }
+        }
+        let [q_batch, num_q_heads, q_rows, head_dim] = dimensions(&q);
+        let [k_batch, num_kv_heads, kv_rows, k_head_dim] = dimensions(&k);
+        if !(1..=MAX_HEAD_DIM).contains(&head_dim) {
+            return Err(Error::value("head_dim", head_dim, format!("1 to {MAX_HEAD_DIM}")));
+        }
+        if k_head_dim != head_dim {
+            return Err(Error::shape("k", inputs.k.shape(), format!("head_dim {head_dim}, as q")));
+        }
+        if k_batch != q_batch {
+            return Err(Error::shape("k", inputs.k.shape(), format!("batch {q_batch}, as q")));
+        }
+        if num_kv_heads == 0 || !num_q_heads.is_multiple_of(num_kv_heads) {
+            return Err(Error::shape(
+                "k",
+                inputs.k.shape(),
+                format!("a number of heads that divides q's {num_q_heads}"),
+            ));
+        }
+        if v.shape() != k.shape() {
+            return Err(Error::shape("v", inputs.v.shape(), format!("{:?}, as k", inputs.k.shape())));
+        }
+
+        let sm_scale = options.sm_scale.unwrap_or(1.0 / (head_dim as f32).sqrt());
+        if !(sm_scale.is_finite() && sm_scale > 0.0) {
+            return Err(Error::value("sm_scale", sm_scale, "a finite number above 0"));
+        }
+        if let Some(cap) = options.logit_softcap
+            && !(cap.is_finite() && cap > 0.0)
+        {
+            return Err(Error::value("logit_softcap", cap, "a finite number above 0"));
+        }
+
+        let sequences = sequences(&inputs.lengths, q_batch, q_rows, kv_rows)?;
+        let longest = |len: fn(&Sequence) -> usize| sequences.iter().map(len).max().unwrap_or(0);
+        let (q_len, kv_len) =
+            if packed { (longest(|s| s.q_len), longest(|s| s.kv_len)) } else { (q_rows, kv_rows) };
+        let batch = sequences.len();
+
+        if packed && inputs.mask.is_some() {
+            return Err(Error::unsupported(
+                "mask with cu_seqlens",
+                "an explicit mask needs dense tensors, or use causal and window options",
+            ));
+        }
+        if packed && inputs.block_mask.is_some() {
+            return Err(Error::unsupported("block_mask with cu_seqlens", "a block mask needs dense tensors"));
+        }
+        let mask = inputs
+            .mask
+            .map(|mask| {
+                broadcast("mask", mask.geometry(), [batch, num_q_heads, q_len, kv_len])
+                    .map(|geometry| mask.with_geometry(geometry))
+            })
+            .transpose()?;
+        let block_mask = inputs
+            .block_mask
+            .map(|mask| {
+                for (name, size) in
+                    [("block_mask.block_q", mask.block_q), ("block_mask.block_k", mask.block_k)]
+                {
+                    if size == 0 {
+                        return Err(Error::value(name, size, "at least 1"));
+                    }
+                }
+                let wanted =
+                    [batch, num_q_heads, q_len.div_ceil(mask.block_q), kv_len.div_ceil(mask.block_k)];
+                let geometry = broadcast("block_mask", mask.blocks.geometry(), wanted)?;
+                Ok(BlockMask { blocks: mask.blocks.with_geometry(geometry), ..mask })
+            })
+            .transpose()?;
+
+        let problem = Problem {
+            dtype,
+            batch,
+            num_q_heads,
+            num_kv_heads,
+            q_len,
+            kv_len,
+            head_dim,
+            sm_scale,
+            band: options.band,
+            logit_softcap: options.logit_softcap,
+            packed,
+            masked: mask.is_some(),
+            block_masked: block_mask.is_some(),
+        };
+        Ok(Call { problem, q, k, v, mask, block_mask, sequences, layout })
+    }
+
+    /// Where each element of an output given in the caller's layout lies, in this call's order.
+    ///
+    /// # Errors
+    /// When the output's shape, element type or strides do not fit.
+    pub fn check_output(&self, dtype: DType, geometry: &Geometry) -> Result<Geometry> {
+        let out = canonical_geometry("out", geometry, self.layout, self.problem.packed)?;
+        if out.shape() != self.q.shape() {
+            let wanted = match (self.problem.packed, self.layout) {
+                (true, _) => self.q.geometry().permuted(&[0, 2, 1, 3]).shape()[1..].to_vec(),
+                (false, Layout::Nhd) => self.q.geometry().permuted(&[0, 2, 1, 3]).shape().to_vec(),
+                (false, Layout::Hnd) => self.q.shape().to_vec(),
+            };
+            return Err(Error::shape("out", geometry.shape(), format!("{wanted:?}, as q")));
+        }
+        if dtype != self.problem.dtype {
+            return Err(Error::DType {
+                name: "out".into(),
+                found: dtype.to_string(),
+                wanted: format!("{}, as q", self.problem.dtype),
+            });
+        }
+        Ok(out)
+    }
+
+    /// Shape of the log-sum-exp: `[batch, num_q_heads, q_len]`, or `[num_q_heads, total]` when packed.
+    pub fn lse_shape(&self) -> Vec<usize> {
+        let [batch, heads, rows, _] = dimensions(&self.q);
+        if self.problem.packed { vec![heads, rows] } else { vec![batch, heads, rows] }
+    }
+
+    /// Index of a row's log-sum-exp in a row-major tensor of [`Call::lse_shape`].
+    pub fn lse_index(&self, sequence: &Sequence, head: usize, i: usize) -> usize {
+        let rows = dimensions(&self.q)[2];
+        (sequence.batch * self.problem.num_q_heads + head) * rows + sequence.q_start + i
+    }
+}
+
+/// Sizes of a tensor of four dimensions.
+fn dimensions(tensor: &TensorView<'_>) -> [usize; 4] {
+    let shape = tensor.shape();
+    [shape[0], shape[1], shape[2], shape[3]]
+}
+
+/// A caller's tensor as `[batch, heads, seq, head_dim]`.
+fn canonical<'a>(
+    name: &'static str,
+    tensor: TensorView<'a>,
+    layout: Layout,
+    packed: bool,
+) -> Result<TensorView<'a>> {
+    canonical_geometry(name, tensor.geometry(), layout, packed).map(|g| tensor.with_geometry(g))
+}
+
+fn canonical_geometry(
+    name: &'static str,
+    geometry: &Geometry,
+    layout: Layout,
+    packed: bool,
+) -> Result<Geometry> {
+    let (rank, dimensions) = if packed { (3, "[total, heads, head_dim]") } else { (4, layout.dimensions()) };
+    if geometry.rank() != rank {
+        return Err(Error::shape(name, geometry.shape(), dimensions));
+    }
+    if !geometry.last_is_contiguous() {
+        return Err(Error::Strides {
+            name: name.into(),
+            found: format!("{:?}", geometry.strides()),
+            wanted: "1 for the last dimension (head_dim)".into(),
+        });
+    }
+    let geometry = geometry.with_rank(4);
+    Ok(if packed || layout == Layout::Nhd { geometry.permuted(&[0, 2, 1, 3]) } else { geometry })
+}
+
+fn broadcast(name: &'static str, geometry: &Geometry, shape: [usize; 4]) -> Result<Geometry> {
+    geometry
+        .broadcast(shape)
+        .ok_or_else(|| Error::shape(name, geometry.shape(), format!("broadcastable to {shape:?}")))
+}
+
+fn sequences(lengths: &Lengths<'_>, batch: usize, q_rows: usize, kv_rows: usize) -> Result<Vec<Sequence>> {
+    let dense = |b, kv_len| Sequence { batch: b, q_start: 0, q_len: q_rows, kv_start: 0, kv_len };
+    match *lengths {
+        Lengths::Dense => Ok((0..batch).map(|b| dense(b, kv_rows)).collect()),
+        Lengths::KvLens(kv_lens) => {
+            if kv_lens.len() != batch {
+                return Err(Error::shape(
+                    "kv_lens",
+                    &[kv_lens.len()],
+                    format!("[{batch}], one for each batch entry"),
+                ));
+            }
+            let entry = |(b, &len): (usize, &i32)| match usize::try_from(len) {
+                Ok(len) if len <= kv_rows => Ok(dense(b, len)),
+                _ => Err(Error::value(format!("kv_lens[{b}]"), len, format!("0 to {kv_rows}, k's length"))),
+            };
+            kv_lens.iter().enumerate().map(entry).collect()
+        }
+        Lengths::Packed { cu_seqlens_q, cu_seqlens_k } => {
+            let q = boundaries("cu_seqlens_q", cu_seqlens_q, q_rows)?;
+            let k = boundaries("cu_seqlens_k", cu_seqlens_k, kv_rows)?;
+            if k.len() != q.len() {
+                return Err(Error::shape(
+                    "cu_seqlens_k",
+                    &[k.len()],
+                    format!("[{}], as cu_seqlens_q", q.len()),
+                ));
+            }
+            let entry = |(q, k): (&[usize], &[usize])| Sequence {
+                batch: 0,
+                q_start: q[0],
+                q_len: q[1] - q[0],
+                kv_start: k[0],
+                kv_len: k[1] - k[0],
+            };
+            Ok(q.windows(2).zip(k.windows(2)).map(entry).collect())
+        }
+    }
+}
+
+/// Boundaries of packed sequences: from 0 to `total`, never falling.
+fn boundaries(name: &'static str, cu_seqlens: &[i32], total: usize) -> Result<Vec<usize>> {
+    let mut previous = 0;
+    let mut out = Vec::with_capacity(cu_seqlens.len());
+    for (b, &boundary) in cu_seqlens.iter().enumerate() {
+        let wrong = |wanted: String| Error::value(format!("{name}[{b}]"), boundary, wanted);
+        let value = usize::try_from(boundary).map_err(|_| wrong("at least 0".into()))?;
+        if b == 0 && value != 0 {
+            return Err(wrong("0".into()));
+        }
+        if value < previous {
+            return Err(wrong(format!("at least {previous}, the entry before")));
+        }
+        if b + 1 == cu_seqlens.len() && value != total {
+            return Err(wrong(format!("{total}, the number of packed rows")));
+        }
+        out.push(value);
+        previous = value;
+    }
+    if out.is_empty() {
+        return Err(Error::shape(name, &[0], "[batch + 1]"));
+    }
+    Ok(out)
+}

@@ -1,0 +1,102 @@
+//! Attention of one call: what both strategies share.
+
+use std::f32::consts::{LN_2, LOG2_E};
+
+use sage_core::{Call, Sequence, View};
+
+use crate::kernels::{Kernels, Load, RowState, SoftCap, TILE_KEYS};
+use crate::rows::{HeadRows, OutputRows};
+use crate::visibility::{Row, apply_masks};
+
+/// A call with its element type known.
+pub(crate) struct Attention<'a, E> {
+    pub kernels: &'static Kernels,
+    pub call: &'a Call<'a>,
+    pub q: View<'a, E>,
+    pub k: View<'a, E>,
+    pub v: View<'a, E>,
+    pub out: OutputRows<'a, E>,
+    pub lse: Option<OutputRows<'a, f32>>,
+}
+
+impl<E: Load> Attention<'_, E> {
+    /// `sm_scale · log₂e`: all scores are in base 2.
+    pub fn score_scale(&self) -> f32 {
+        self.call.problem.sm_scale * LOG2_E
+    }
+
+    pub fn queries(&self, sequence: &Sequence, head: usize) -> HeadRows<'_, E> {
+        HeadRows::new(&self.q, sequence.batch, head, sequence.q_start)
+    }
+
+    pub fn keys(&self, sequence: &Sequence, kv_head: usize) -> HeadRows<'_, E> {
+        HeadRows::new(&self.k, sequence.batch, kv_head, sequence.kv_start)
+    }
+
+    pub fn values(&self, sequence: &Sequence, kv_head: usize) -> HeadRows<'_, E> {
+        HeadRows::new(&self.v, sequence.batch, kv_head, sequence.kv_start)
+    }
+
+    /// Caps and masks the scores of a tile: keys `first..first + columns` of sequence `index`.
+    ///
+    /// `mean_score` is what smoothing K took from each row's scores: it moves no probability, but the cap needs it.
+    pub fn finish_scores(
+        &self,
+        index: usize,
+        rows: &[Row],
+        first: usize,
+        columns: usize,
+        mean_score: Option<&[f32]>,
+        scores: &mut [f32],
+    ) {
+        if let Some(cap) = self.call.problem.logit_softcap {
+            for (r, row) in scores.chunks_exact_mut(TILE_KEYS).enumerate().take(rows.len()) {
+                let row = &mut row[..columns];
+                if let Some(mean_score) = mean_score {
+                    row.iter_mut().for_each(|score| *score += mean_score[r]);
+                }
+                self.kernels.soft_cap(SoftCap { scores: row, cap: cap * LOG2_E });
+            }
+        }
+        let sees_all = |row: &Row| row.keys.start <= first && first + columns <= row.keys.end;
+        let masked = self.call.mask.is_some() || self.call.block_mask.is_some();
+        if masked || !rows.iter().all(sees_all) {
+            apply_masks(self.call, index, rows, first, columns, scores);
+        }
+    }
+
+    /// Writes one row of the output from its unnormalised sum, and its log-sum-exp.
+    ///
+    /// `mean_score` is what smoothing K took from the row's scores, in base 2.
+    ///
+    /// # Safety
+    /// No other thread may write the same row.
+    pub unsafe fn write_row(
+        &self,
+        sequence: &Sequence,
+        row: &Row,
+        (max, sum): (f32, f32),
+        mean_score: f32,
+        unnormalised: &mut [f32],
+    ) {
+        let unnormalised = &mut unnormalised[..self.call.problem.head_dim];
+        // No visible key: zeros and −∞. A NaN sum stays NaN.
+        let inverse = if sum == 0.0 { 0.0 } else { 1.0 / sum };
+        unnormalised.iter_mut().for_each(|x| *x *= inverse);
+        let index = sequence.q_start + row.index;
+        // SAFETY: the caller's promise.
+        unsafe {
+            E::narrow(unnormalised, self.out.row_mut(sequence.batch, row.head, index));
+            if let Some(lse) = &self.lse {
+                let value =
+                    if sum == 0.0 { f32::NEG_INFINITY } else { (max + sum.log2() + mean_score) * LN_2 };
+                lse.row_mut(sequence.batch, row.head, index)[0] = value;
+            }
+        }
+    }
+}
+
+/// Maximum and sum of a row that has been through online softmax.
+pub(crate) fn totals(state: &RowState, row: usize) -> (f32, f32) {
+    (state.max[row], state.sum[row])
+}

@@ -1,0 +1,170 @@
+//! Plain Rust on arrays: what runs where no instruction set was detected, and the twin that the others are tested
+//! against. The word layout is a parameter, so that every layout has a twin on every machine.
+
+use half::{bf16, f16};
+
+use super::{IntWord, Isa};
+
+const LANES: usize = 8;
+
+/// The three values of [`IntWord`], as parameters of [`Portable`].
+pub(crate) const PAIR: u8 = 0;
+#[cfg(test)]
+pub(crate) const QUAD: u8 = 1;
+#[cfg(test)]
+pub(crate) const QUAD_OFFSET: u8 = 2;
+
+/// Arrays of eight, with the words that `WORD` names.
+pub(crate) struct Portable<const WORD: u8 = PAIR>;
+
+#[inline(always)]
+fn map(a: [f32; LANES], f: impl Fn(f32) -> f32) -> [f32; LANES] {
+    std::array::from_fn(|i| f(a[i]))
+}
+
+#[inline(always)]
+fn zip(a: [f32; LANES], b: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> [f32; LANES] {
+    std::array::from_fn(|i| f(a[i], b[i]))
+}
+
+impl<const WORD: u8> Isa for Portable<WORD> {
+    type F = [f32; LANES];
+    type I = [u32; LANES];
+    const LANES: usize = LANES;
+    const WORD: IntWord = match WORD {
+        PAIR => IntWord::Pair,
+        1 => IntWord::Quad,
+        _ => IntWord::QuadOffset,
+    };
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self::F {
+        [x; LANES]
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self::F {
+        // SAFETY: the caller's pointer is valid for a vector.
+        unsafe { p.cast::<Self::F>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const f16) -> Self::F {
+        // SAFETY: the caller's pointer is valid for a vector.
+        unsafe { p.cast::<[f16; LANES]>().read_unaligned() }.map(f16::to_f32)
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const bf16) -> Self::F {
+        // SAFETY: the caller's pointer is valid for a vector.
+        unsafe { p.cast::<[bf16; LANES]>().read_unaligned() }.map(bf16::to_f32)
+    }
+    #[inline(always)]
+    unsafe fn store(p: *mut f32, x: Self::F) {
+        // SAFETY: the caller's pointer is valid for a vector.
+        unsafe { p.cast::<Self::F>().write_unaligned(x) }
+    }
+    #[inline(always)]
+    unsafe fn add(a: Self::F, b: Self::F) -> Self::F {
+        zip(a, b, |a, b| a + b)
+    }
+    #[inline(always)]
+    unsafe fn sub(a: Self::F, b: Self::F) -> Self::F {
+        zip(a, b, |a, b| a - b)
+    }
+    #[inline(always)]
+    unsafe fn mul(a: Self::F, b: Self::F) -> Self::F {
+        zip(a, b, |a, b| a * b)
+    }
+    #[inline(always)]
+    unsafe fn div(a: Self::F, b: Self::F) -> Self::F {
+        zip(a, b, |a, b| a / b)
+    }
+    #[inline(always)]
+    unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        // Two roundings: without an FMA unit `mul_add` would be a library call.
+        std::array::from_fn(|i| a[i] * b[i] + c[i])
+    }
+    #[inline(always)]
+    unsafe fn max(a: Self::F, b: Self::F) -> Self::F {
+        zip(a, b, |a, b| if a > b { a } else { b })
+    }
+    #[inline(always)]
+    unsafe fn round(x: Self::F) -> Self::F {
+        // Adding 1.5 · 2²³ leaves no bits for a fraction.
+        const SHIFT: f32 = 12_582_912.0;
+        map(x, |x| (x + SHIFT) - SHIFT)
+    }
+    #[inline(always)]
+    unsafe fn scale_exponent(x: Self::F, n: Self::F) -> Self::F {
+        zip(x, n, |x, n| f32::from_bits(x.to_bits().wrapping_add(((n as i32) << 23) as u32)))
+    }
+    #[inline(always)]
+    unsafe fn zero_below(x: Self::F, limit: Self::F, y: Self::F) -> Self::F {
+        std::array::from_fn(|i| if x[i] < limit[i] { 0.0 } else { y[i] })
+    }
+    #[inline(always)]
+    unsafe fn reduce_add(x: Self::F) -> f32 {
+        ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]))
+    }
+    #[inline(always)]
+    unsafe fn reduce_max(x: Self::F) -> f32 {
+        x.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    }
+    #[inline(always)]
+    unsafe fn splat_int(x: u32) -> Self::I {
+        [x; LANES]
+    }
+    #[inline(always)]
+    unsafe fn load_int(p: *const u32) -> Self::I {
+        // SAFETY: the caller's pointer is valid for a vector.
+        unsafe { p.cast::<Self::I>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn add_int(a: Self::I, b: Self::I) -> Self::I {
+        std::array::from_fn(|i| a[i].wrapping_add(b[i]))
+    }
+    #[inline(always)]
+    unsafe fn reduce_add_int(x: Self::I) -> i32 {
+        x.into_iter().fold(0, |sum, x| sum.wrapping_add(x as i32))
+    }
+    #[inline(always)]
+    unsafe fn int_to_float(x: Self::I) -> Self::F {
+        std::array::from_fn(|i| x[i] as i32 as f32)
+    }
+    #[inline(always)]
+    unsafe fn float_to_int(x: Self::F) -> Self::I {
+        // SAFETY: plain arithmetic here.
+        unsafe { Self::round(x) }.map(|x| x as i32 as u32)
+    }
+    #[inline(always)]
+    unsafe fn store_i16(p: *mut i16, low: Self::I, high: Self::I) {
+        for i in 0..LANES {
+            // SAFETY: the caller's pointer is valid for two vectors of 16-bit integers.
+            unsafe {
+                p.add(i).write_unaligned(low[i] as i16);
+                p.add(LANES + i).write_unaligned(high[i] as i16);
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn dot_int(acc: Self::I, q: Self::I, k: Self::I) -> Self::I {
+        match Self::WORD {
+            // SAFETY: plain arithmetic here.
+            IntWord::Pair => unsafe { Self::dot_i16(acc, q, k) },
+            IntWord::Quad => std::array::from_fn(|i| {
+                let (q, k) = (q[i].to_le_bytes(), k[i].to_le_bytes());
+                (0..4).fold(acc[i], |sum, c| sum.wrapping_add((q[c] as i8 as i32 * k[c] as i8 as i32) as u32))
+            }),
+            IntWord::QuadOffset => std::array::from_fn(|i| {
+                let (q, k) = (q[i].to_le_bytes(), k[i].to_le_bytes());
+                (0..4).fold(acc[i], |sum, c| sum.wrapping_add((q[c] as i32 * k[c] as i8 as i32) as u32))
+            }),
+        }
+    }
+    #[inline(always)]
+    unsafe fn dot_i16(acc: Self::I, a: Self::I, b: Self::I) -> Self::I {
+        let low = |x: u32| x as i16 as i32;
+        let high = |x: u32| (x >> 16) as i16 as i32;
+        std::array::from_fn(|i| {
+            (acc[i] as i32).wrapping_add(low(a[i]) * low(b[i])).wrapping_add(high(a[i]) * high(b[i])) as u32
+        })
+    }
+}

@@ -1,0 +1,135 @@
+//! The kernels: every algorithm is written once above [`Isa`], and tabled for each instruction set.
+
+mod direct;
+mod product;
+mod softmax;
+
+pub(crate) use direct::{DirectScores, DirectValues, Load};
+pub(crate) use product::{Scores, Values};
+pub(crate) use softmax::{RowState, SoftCap, Softmax};
+
+use half::{bf16, f16};
+
+use crate::isa::{self, IntWord, Isa};
+use crate::tile::{PackQueries, PackTile, pack_queries, pack_tile};
+
+/// Keys in a tile: what the softmax sees at once, and what 12-bit P and V share scales over.
+///
+/// 128 · 4095 · 4095 is the largest sum of 12-bit products that stays below 2³¹.
+pub(crate) const TILE_KEYS: usize = 128;
+
+/// Largest 12-bit magnitude.
+pub(crate) const FIXED12_MAX: f32 = 4095.0;
+
+/// Declares the table: its fields are the kernels, its methods call them.
+macro_rules! kernels {
+    ($($(#[$doc:meta])* $kernel:ident: $Args:ty,)*) => {
+        /// The kernels of one instruction set.
+        pub(crate) struct Kernels {
+            /// Rows of a register tile.
+            pub rows: usize,
+            /// Keys of a K panel, channels of a V panel.
+            pub width: usize,
+            /// Layout of quantised Q and K.
+            pub word: IntWord,
+            $($kernel: unsafe fn(&mut $Args),)*
+        }
+
+        impl Kernels {
+            $(
+                $(#[$doc])*
+                pub fn $kernel(&self, mut args: $Args) {
+                    // SAFETY: `crate::kernels` hands out tables of detected instruction sets only, and each
+                    // kernel checks its arguments.
+                    unsafe { (self.$kernel)(&mut args) }
+                }
+            )*
+        }
+    };
+}
+
+kernels! {
+    /// Packs a tile of keys and values.
+    pack_tile: PackTile<'_>,
+    /// Packs a block of queries.
+    pack_queries: PackQueries<'_>,
+    /// Q·Kᵀ in floating point.
+    scores_float: Scores<'_, f32>,
+    /// Q·Kᵀ in integers.
+    scores_int: Scores<'_, u32>,
+    /// Caps scores.
+    soft_cap: SoftCap<'_>,
+    /// Softmax with probabilities in floating point, in place of the scores.
+    softmax_float: Softmax<'_>,
+    /// Softmax with probabilities in 12 bits.
+    softmax_fixed12: Softmax<'_>,
+    /// P·V in floating point.
+    values_float: Values<'_, f32>,
+    /// P·V in 12 bits.
+    values_fixed12: Values<'_, u32>,
+    /// Scores of a few queries with keys in f32.
+    direct_scores_f32: DirectScores<'_, f32>,
+    /// Scores of a few queries with keys in f16.
+    direct_scores_f16: DirectScores<'_, f16>,
+    /// Scores of a few queries with keys in bf16.
+    direct_scores_bf16: DirectScores<'_, bf16>,
+    /// Outputs of a few queries with values in f32.
+    direct_values_f32: DirectValues<'_, f32>,
+    /// Outputs of a few queries with values in f16.
+    direct_values_f16: DirectValues<'_, f16>,
+    /// Outputs of a few queries with values in bf16.
+    direct_values_bf16: DirectValues<'_, bf16>,
+}
+
+/// Builds the table of one instruction set: every kernel inside a function that enables its features.
+macro_rules! table {
+    ($(#[$attribute:meta])* $NAME:ident: $Isa:ty, rows $R:literal, vectors $V:literal $(, $features:literal)?) => {
+        $(#[$attribute])*
+        pub(crate) static $NAME: Kernels = {
+            macro_rules! kernel {
+                ($kernel:expr, $Args:ty) => {{
+                    $(#[target_feature(enable = $features)])?
+                    // The packing kernels are safe: they use no intrinsics.
+                    #[allow(unused_unsafe)]
+                    unsafe fn kernel(args: &mut $Args) {
+                        // SAFETY: the caller vouches for the instruction set.
+                        unsafe { $kernel(args) }
+                    }
+                    kernel
+                }};
+            }
+            Kernels {
+                rows: $R,
+                width: $V * <$Isa as Isa>::LANES,
+                word: <$Isa as Isa>::WORD,
+                pack_tile: kernel!(pack_tile, PackTile<'_>),
+                pack_queries: kernel!(pack_queries, PackQueries<'_>),
+                scores_float: kernel!(product::scores_float::<$Isa, $R, $V>, Scores<'_, f32>),
+                scores_int: kernel!(product::scores_int::<$Isa, $R, $V>, Scores<'_, u32>),
+                soft_cap: kernel!(softmax::soft_cap::<$Isa>, SoftCap<'_>),
+                softmax_float: kernel!(softmax::softmax_float::<$Isa>, Softmax<'_>),
+                softmax_fixed12: kernel!(softmax::softmax_fixed12::<$Isa>, Softmax<'_>),
+                values_float: kernel!(product::values_float::<$Isa, $R, $V>, Values<'_, f32>),
+                values_fixed12: kernel!(product::values_fixed12::<$Isa, $R, $V>, Values<'_, u32>),
+                direct_scores_f32: kernel!(direct::direct_scores::<$Isa, f32>, DirectScores<'_, f32>),
+                direct_scores_f16: kernel!(direct::direct_scores::<$Isa, f16>, DirectScores<'_, f16>),
+                direct_scores_bf16: kernel!(direct::direct_scores::<$Isa, bf16>, DirectScores<'_, bf16>),
+                direct_values_f32: kernel!(direct::direct_values::<$Isa, f32>, DirectValues<'_, f32>),
+                direct_values_f16: kernel!(direct::direct_values::<$Isa, f16>, DirectValues<'_, f16>),
+                direct_values_bf16: kernel!(direct::direct_values::<$Isa, bf16>, DirectValues<'_, bf16>),
+            }
+        };
+    };
+}
+
+// Register tiles: accumulators, one row of words and one broadcast must fit the register file
+// (16 vectors on AVX2 and SSE2, 32 on AVX-512 and NEON).
+table!(PORTABLE: isa::Portable, rows 2, vectors 2);
+#[cfg(target_arch = "x86_64")]
+table!(AVX2: isa::Avx2, rows 6, vectors 2, "avx2,fma,f16c");
+#[cfg(target_arch = "x86_64")]
+table!(AVX_VNNI: isa::AvxVnni, rows 6, vectors 2, "avx2,fma,f16c,avxvnni");
+#[cfg(target_arch = "x86_64")]
+table!(AVX512: isa::Avx512, rows 12, vectors 2, "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vnni");
+#[cfg(target_arch = "aarch64")]
+table!(NEON: isa::Neon, rows 6, vectors 4, "neon");

@@ -1,0 +1,225 @@
+//! Online softmax of a tile of scores, in base 2, and the soft cap.
+
+use super::{FIXED12_MAX, TILE_KEYS};
+use crate::isa::{Isa, exp2, exp2_or_zero};
+
+/// One step of online softmax, in base 2.
+pub(crate) struct Softmax<'a> {
+    pub rows: usize,
+    /// Scores of a row, hidden ones −∞: a multiple of the kernels' width.
+    pub columns: usize,
+    /// Rows of [`TILE_KEYS`] scores; the full-precision form leaves probabilities here.
+    pub scores: &'a mut [f32],
+    /// Rows of `TILE_KEYS / 2` words: the 12-bit form leaves pairs of probabilities here.
+    pub pairs: &'a mut [u32],
+    pub state: &'a mut RowState,
+}
+
+/// What online softmax remembers of each row, and what the last step asks of the output.
+///
+/// The vectors are padded to whole vectors of every instruction set.
+#[derive(Default)]
+pub(crate) struct RowState {
+    /// Largest score so far.
+    pub max: Vec<f32>,
+    /// Sum of probabilities relative to it.
+    pub sum: Vec<f32>,
+    /// Factor on the output so far.
+    pub alpha: Vec<f32>,
+    /// Factor on the tile's output.
+    pub beta: Vec<f32>,
+    /// Largest score of the tile.
+    tile_max: Vec<f32>,
+    /// Sum of the tile's probabilities relative to it.
+    tile_sum: Vec<f32>,
+}
+
+impl RowState {
+    /// Starts `rows` rows afresh.
+    pub fn reset(&mut self, rows: usize) {
+        let padded = rows.next_multiple_of(16);
+        for (values, start) in [
+            (&mut self.max, f32::NEG_INFINITY),
+            (&mut self.sum, 0.0),
+            (&mut self.alpha, 0.0),
+            (&mut self.beta, 0.0),
+            (&mut self.tile_max, f32::NEG_INFINITY),
+            (&mut self.tile_sum, 0.0),
+        ] {
+            values.clear();
+            values.resize(padded, start);
+        }
+    }
+
+    /// Rows there is room for.
+    fn capacity(&self) -> usize {
+        let all = [&self.max, &self.sum, &self.alpha, &self.beta, &self.tile_max, &self.tile_sum];
+        all.into_iter().map(Vec::len).min().unwrap_or(0)
+    }
+
+    /// Accounts for a tile whose probabilities, relative to its maximum, are multiples of `unit`.
+    #[inline(always)]
+    unsafe fn update<I: Isa>(&mut self, rows: usize, unit: f32) {
+        let padded = rows.next_multiple_of(I::LANES);
+        assert!(padded <= self.capacity());
+        for r in (0..padded).step_by(I::LANES) {
+            // SAFETY: the assertion bounds every index; the caller vouches for the instruction set.
+            unsafe {
+                let old = I::load(self.max.as_ptr().add(r));
+                let tile = I::load(self.tile_max.as_ptr().add(r));
+                let new = I::max(old, tile);
+                let shift = finite_shift::<I>(new);
+                let alpha = exp2_or_zero::<I>(I::sub(old, shift));
+                let beta = I::mul(exp2_or_zero::<I>(I::sub(tile, shift)), I::splat(unit));
+                let sum = I::mul(I::load(self.sum.as_ptr().add(r)), alpha);
+                let sum = I::fma(I::load(self.tile_sum.as_ptr().add(r)), beta, sum);
+                I::store(self.max.as_mut_ptr().add(r), new);
+                I::store(self.alpha.as_mut_ptr().add(r), alpha);
+                I::store(self.beta.as_mut_ptr().add(r), beta);
+                I::store(self.sum.as_mut_ptr().add(r), sum);
+            }
+        }
+    }
+}
+
+/// A maximum that can be subtracted: −∞, where every score is hidden, would give −∞ − −∞ = NaN.
+#[inline(always)]
+unsafe fn finite_shift<I: Isa>(max: I::F) -> I::F {
+    // SAFETY: the caller vouches for the instruction set.
+    unsafe { I::max(max, I::splat(f32::MIN)) }
+}
+
+/// Caps base-2 scores: `cap · tanh(s / cap)`.
+pub(crate) struct SoftCap<'a> {
+    /// Whole vectors.
+    pub scores: &'a mut [f32],
+    /// In base 2 too.
+    pub cap: f32,
+}
+
+#[inline(always)]
+pub(super) unsafe fn soft_cap<I: Isa>(args: &mut SoftCap<'_>) {
+    let SoftCap { scores, cap } = args;
+    assert!(scores.len().is_multiple_of(I::LANES));
+    for chunk in scores.chunks_exact_mut(I::LANES) {
+        // SAFETY: a chunk is one vector; the caller vouches for the instruction set.
+        unsafe {
+            let s = I::load(chunk.as_ptr());
+            let zero = I::splat(0.0);
+            // tanh|x| = (1 − e^(−2|x|)) / (1 + e^(−2|x|)); scores are in units of ln 2.
+            let magnitude = I::max(I::sub(zero, s), s);
+            let [e] = exp2::<I, 1>([I::mul(magnitude, I::splat(-2.0 * std::f32::consts::LOG2_E / *cap))]);
+            let one = I::splat(1.0);
+            let tanh = I::div(I::sub(one, e), I::add(one, e));
+            let positive = I::zero_below(s, zero, tanh);
+            let signed = I::sub(I::add(positive, positive), tanh);
+            I::store(chunk.as_mut_ptr(), I::mul(signed, I::splat(*cap)));
+        }
+    }
+}
+
+/// Largest of `columns` scores.
+#[inline(always)]
+unsafe fn row_max<I: Isa>(row: *const f32, columns: usize) -> f32 {
+    // SAFETY: the caller's row holds `columns` scores, a multiple of two vectors.
+    unsafe {
+        let mut max = [I::splat(f32::NEG_INFINITY); 2];
+        for c in (0..columns).step_by(2 * I::LANES) {
+            max[0] = I::max(I::load(row.add(c)), max[0]);
+            max[1] = I::max(I::load(row.add(c + I::LANES)), max[1]);
+        }
+        I::reduce_max(I::max(max[0], max[1]))
+    }
+}
+
+#[inline(always)]
+fn check_softmax<I: Isa>(args: &Softmax<'_>) {
+    assert!(args.columns <= TILE_KEYS && args.columns.is_multiple_of(2 * I::LANES));
+    assert!(args.scores.len() >= args.rows * TILE_KEYS);
+    assert!(args.state.capacity() >= args.rows);
+}
+
+/// Loads `N` vectors of scores, subtracts `shift` and raises 2 to them.
+#[inline(always)]
+unsafe fn probabilities<I: Isa, const N: usize>(scores: *const f32, shift: I::F) -> [I::F; N] {
+    // SAFETY: the caller vouches for the instruction set and the pointer.
+    unsafe {
+        let mut x = [shift; N];
+        for (i, x) in x.iter_mut().enumerate() {
+            *x = I::sub(I::load(scores.add(i * I::LANES)), shift);
+        }
+        exp2::<I, N>(x)
+    }
+}
+
+#[inline(always)]
+pub(super) unsafe fn softmax_float<I: Isa>(args: &mut Softmax<'_>) {
+    check_softmax::<I>(args);
+    for r in 0..args.rows {
+        // SAFETY: the assertions bound every index; the caller vouches for the instruction set.
+        unsafe {
+            let row = args.scores.as_mut_ptr().add(r * TILE_KEYS);
+            let max = row_max::<I>(row, args.columns);
+            let shift = finite_shift::<I>(I::splat(max));
+            let mut sum = [I::splat(0.0); 2];
+            let mut store = |c: usize, p: [I::F; 2]| {
+                for (i, (sum, &p)) in sum.iter_mut().zip(&p).enumerate() {
+                    *sum = I::add(*sum, p);
+                    I::store(row.add(c + i * I::LANES), p);
+                }
+            };
+            let whole = args.columns / (4 * I::LANES) * 4 * I::LANES;
+            for c in (0..whole).step_by(4 * I::LANES) {
+                let [p0, p1, p2, p3] = probabilities::<I, 4>(row.add(c), shift);
+                store(c, [p0, p1]);
+                store(c + 2 * I::LANES, [p2, p3]);
+            }
+            for c in (whole..args.columns).step_by(2 * I::LANES) {
+                store(c, probabilities::<I, 2>(row.add(c), shift));
+            }
+            args.state.tile_max[r] = max;
+            args.state.tile_sum[r] = I::reduce_add(I::add(sum[0], sum[1]));
+        }
+    }
+    // SAFETY: the caller vouches for the instruction set.
+    unsafe { args.state.update::<I>(args.rows, 1.0) }
+}
+
+#[inline(always)]
+pub(super) unsafe fn softmax_fixed12<I: Isa>(args: &mut Softmax<'_>) {
+    check_softmax::<I>(args);
+    assert!(args.pairs.len() >= args.rows * TILE_KEYS / 2);
+    for r in 0..args.rows {
+        // SAFETY: the assertions bound every index; the caller vouches for the instruction set.
+        unsafe {
+            let row = args.scores.as_ptr().add(r * TILE_KEYS);
+            let pairs = args.pairs.as_mut_ptr().add(r * TILE_KEYS / 2).cast::<i16>();
+            let max = row_max::<I>(row, args.columns);
+            // The factor 4095 rides on the exponent.
+            let shift = I::sub(finite_shift::<I>(I::splat(max)), I::splat(FIXED12_MAX.log2()));
+            let mut sum = [I::splat_int(0); 2];
+            let mut nan = I::splat(0.0);
+            let mut store = |c: usize, p: [I::F; 2]| {
+                // A NaN vanishes in the conversion to integers; this sum keeps it.
+                nan = I::add(nan, I::add(p[0], p[1]));
+                let (low, high) = (I::float_to_int(p[0]), I::float_to_int(p[1]));
+                sum = [I::add_int(sum[0], low), I::add_int(sum[1], high)];
+                I::store_i16(pairs.add(c), low, high);
+            };
+            let whole = args.columns / (4 * I::LANES) * 4 * I::LANES;
+            for c in (0..whole).step_by(4 * I::LANES) {
+                let [p0, p1, p2, p3] = probabilities::<I, 4>(row.add(c), shift);
+                store(c, [p0, p1]);
+                store(c + 2 * I::LANES, [p2, p3]);
+            }
+            for c in (whole..args.columns).step_by(2 * I::LANES) {
+                store(c, probabilities::<I, 2>(row.add(c), shift));
+            }
+            let sum = I::reduce_add_int(I::add_int(sum[0], sum[1])) as f32;
+            args.state.tile_max[r] = max;
+            args.state.tile_sum[r] = if I::reduce_add(nan).is_nan() { f32::NAN } else { sum };
+        }
+    }
+    // SAFETY: the caller vouches for the instruction set.
+    unsafe { args.state.update::<I>(args.rows, 1.0 / FIXED12_MAX) }
+}

@@ -1,0 +1,203 @@
+//! SageAttention on CPUs: SIMD micro-kernels chosen at run time, threads, f32, f16 and bf16 in and out.
+//!
+//! - [`Cpu::plan`] chooses scheme, kernels and tiles for a problem; the plan prints itself and says why;
+//! - [`Cpu::forward`] computes attention, with online softmax and memory that grows with the sequence only.
+//!
+//! ```
+//! use sage_core::{Call, Inputs, Options, Tensor};
+//! use sage_cpu::Cpu;
+//!
+//! let x = Tensor::new(vec![0.5f32; 2 * 64 * 32], &[1, 2, 64, 32])?;
+//! let call = Call::check(&Inputs::new(x.view(), x.view(), x.view()), &Options::default())?;
+//! let cpu = Cpu::detect();
+//! let plan = cpu.plan(&call.problem, None)?;
+//! let mut out = x.clone();
+//! cpu.forward(&plan, &call, out.view_mut(), None)?;
+//! # Ok::<(), sage_core::Error>(())
+//! ```
+//!
+//! # Numbers that are not finite
+//! A score that is NaN, or +∞, makes its row of the output NaN, as in PyTorch. Under integer Q·Kᵀ a NaN or ±∞ in Q or
+//! K does so for every row that reads its group's scale, and under smooth-K one in K for the whole head: never a
+//! number that is silently wrong. Keys beyond `kv_lens` or `cu_seqlens` are never read. A value that is not finite
+//! reaches every row whose tile of 128 keys holds it, even where a mask hides it from the row.
+//!
+//! # Determinism
+//! The same call on the same machine gives the same bits: no sum's order depends on the number of threads.
+
+mod forward;
+mod isa;
+mod kernels;
+mod machine;
+mod plan;
+mod rows;
+mod split;
+mod tile;
+mod tiled;
+mod visibility;
+
+use std::sync::{Arc, Mutex};
+
+use aligned_vec::AVec;
+use sage_core::{Call, Error, Geometry, Problem, Result, Scheme, TensorView, TensorViewMut, View, ViewMut};
+
+use crate::forward::Attention;
+use crate::kernels::{Kernels, Load};
+use crate::plan::Strategy;
+use crate::rows::OutputRows;
+
+pub use crate::isa::InstructionSet;
+pub use crate::machine::{Caches, Machine};
+pub use crate::plan::CpuPlan;
+
+/// Attention on this machine's processor.
+#[derive(Clone, Debug)]
+pub struct Cpu {
+    machine: Machine,
+    instruction_set: InstructionSet,
+    /// Memory for packed keys and values that calls have finished with.
+    spare: Arc<Mutex<Vec<AVec<u32>>>>,
+}
+
+impl Cpu {
+    /// Looks at the processor, and chooses the fastest instruction set that it has.
+    pub fn detect() -> Self {
+        let machine = Machine::detect();
+        let instruction_set = machine.instruction_sets[0];
+        tracing::debug!(?machine, %instruction_set, "detected");
+        Cpu { machine, instruction_set, spare: Arc::default() }
+    }
+
+    /// The same processor, restricted to one instruction set.
+    ///
+    /// # Errors
+    /// When the processor lacks it.
+    pub fn with_instruction_set(self, instruction_set: InstructionSet) -> Result<Self> {
+        if !self.machine.instruction_sets.contains(&instruction_set) {
+            let names: Vec<_> = self.machine.instruction_sets.iter().map(|set| set.name()).collect();
+            return Err(Error::value("instruction_set", instruction_set, names.join(", ")));
+        }
+        Ok(Cpu { instruction_set, ..self })
+    }
+
+    /// What the processor has.
+    pub fn machine(&self) -> &Machine {
+        &self.machine
+    }
+
+    /// The instruction set whose kernels run.
+    pub fn instruction_set(&self) -> InstructionSet {
+        self.instruction_set
+    }
+
+    /// Chooses kernels and tiles, and the scheme where it is `None`.
+    ///
+    /// # Errors
+    /// When no kernel here computes the scheme.
+    pub fn plan(&self, problem: &Problem, scheme: Option<Scheme>) -> Result<CpuPlan> {
+        CpuPlan::new(problem, scheme, &self.machine, self.instruction_set, kernels(self.instruction_set))
+    }
+
+    /// Computes attention into `out`, which has Q's shape and element type, in the caller's layout; and the natural
+    /// log-sum-exp of each row into `lse`, row-major of [`Call::lse_shape`].
+    ///
+    /// # Errors
+    /// When `out` or `lse` do not fit the call, or the plan is of another problem.
+    pub fn forward(
+        &self,
+        plan: &CpuPlan,
+        call: &Call<'_>,
+        out: TensorViewMut<'_>,
+        lse: Option<&mut [f32]>,
+    ) -> Result<()> {
+        if plan.problem != call.problem {
+            return Err(Error::unsupported("a plan of another problem", "plan the problem of this call"));
+        }
+        let geometry = call.check_output(out.dtype(), out.geometry())?;
+        match (call.q, call.k, call.v, out) {
+            (TensorView::F32(q), TensorView::F32(k), TensorView::F32(v), TensorViewMut::F32(out)) => {
+                self.run(plan, call, [q, k, v], (out, geometry), lse)
+            }
+            (TensorView::F16(q), TensorView::F16(k), TensorView::F16(v), TensorViewMut::F16(out)) => {
+                self.run(plan, call, [q, k, v], (out, geometry), lse)
+            }
+            (TensorView::BF16(q), TensorView::BF16(k), TensorView::BF16(v), TensorViewMut::BF16(out)) => {
+                self.run(plan, call, [q, k, v], (out, geometry), lse)
+            }
+            // `Call::check` and `check_output` refuse mixed element types.
+            _ => Err(Error::unsupported("q, k, v and out of different dtypes", "use one dtype for all")),
+        }
+    }
+
+    fn run<E: Load>(
+        &self,
+        plan: &CpuPlan,
+        call: &Call<'_>,
+        [q, k, v]: [View<'_, E>; 3],
+        (mut out, geometry): (ViewMut<'_, E>, Geometry),
+        lse: Option<&mut [f32]>,
+    ) -> Result<()> {
+        let mut lse = match lse {
+            Some(lse) => {
+                let shape = [&call.q.shape()[..3], &[1]].concat();
+                let wanted = Geometry::contiguous("lse", &shape)?;
+                if lse.len() != wanted.len() {
+                    return Err(Error::Memory {
+                        name: "lse".into(),
+                        found: lse.len(),
+                        wanted: format!("{} for shape {:?}", wanted.len(), call.lse_shape()),
+                    });
+                }
+                Some((ViewMut::strided("lse", lse, wanted)?, wanted))
+            }
+            None => None,
+        };
+        let attention = Attention {
+            kernels: kernels(plan.instruction_set),
+            call,
+            q,
+            k,
+            v,
+            out: OutputRows::new(&mut out, geometry),
+            lse: lse.as_mut().map(|(view, geometry)| OutputRows::new(view, *geometry)),
+        };
+        match plan.strategy {
+            Strategy::Tiled { block_q, layout } => {
+                let mut packed = self.take_spare();
+                attention.tiled(&layout, block_q, plan.scheme.smooth.k, &mut packed);
+                self.return_spare(packed);
+            }
+            Strategy::Split => attention.split(),
+        }
+        Ok(())
+    }
+
+    fn take_spare(&self) -> AVec<u32> {
+        let spare = self.spare.lock().ok().and_then(|mut spare| spare.pop());
+        spare.unwrap_or_else(|| AVec::new(64))
+    }
+
+    fn return_spare(&self, packed: AVec<u32>) {
+        // Larger ones are rare, and better given back.
+        if packed.len() * 4 <= plan::PACKED_BYTES_MAX
+            && let Ok(mut spare) = self.spare.lock()
+        {
+            spare.push(packed);
+        }
+    }
+}
+
+/// The kernels of an instruction set that was detected.
+fn kernels(instruction_set: InstructionSet) -> &'static Kernels {
+    match instruction_set {
+        #[cfg(target_arch = "x86_64")]
+        InstructionSet::Avx2 => &kernels::AVX2,
+        #[cfg(target_arch = "x86_64")]
+        InstructionSet::AvxVnni => &kernels::AVX_VNNI,
+        #[cfg(target_arch = "x86_64")]
+        InstructionSet::Avx512Vnni => &kernels::AVX512,
+        #[cfg(target_arch = "aarch64")]
+        InstructionSet::NeonDotprod => &kernels::NEON,
+        _ => &kernels::PORTABLE,
+    }
+}

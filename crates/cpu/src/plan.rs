@@ -1,0 +1,216 @@
+//! How the CPU carries out a problem.
+
+use std::fmt;
+
+use sage_core::{Error, Granularity, Preset, Problem, Pv, Qk, Result, Scheme, SmoothQ};
+
+use crate::isa::InstructionSet;
+use crate::kernels::{Kernels, TILE_KEYS};
+use crate::machine::Machine;
+use crate::tile::{PvForm, QkForm, TileLayout};
+
+/// Query rows that share a key head up to which keys are read as they lie in memory: packing them would cost more
+/// than it saves.
+const DIRECT_ROWS_MAX: usize = 8;
+
+/// Keys of a unit of work when keys are read directly. A constant, so that results do not depend on the threads.
+pub(crate) const SPLIT_KEYS: usize = 4 * TILE_KEYS;
+
+/// Packed keys and values in memory at once, unless one head needs more.
+pub(crate) const PACKED_BYTES_MAX: usize = 24 << 20;
+
+/// Query rows of a unit of work: more would not save memory traffic that matters.
+const BLOCK_Q_MAX: usize = 96;
+
+/// Units of work for each thread that keep the last ones from leaving threads idle.
+const UNITS_PER_THREAD: usize = 6;
+
+/// How the CPU carries out a problem. Prints itself.
+#[derive(Clone, Debug)]
+pub struct CpuPlan {
+    pub(crate) problem: Problem,
+    pub(crate) scheme: Scheme,
+    pub(crate) instruction_set: InstructionSet,
+    pub(crate) strategy: Strategy,
+    threads: usize,
+    workspace_bytes: usize,
+    reasons: Vec<String>,
+}
+
+/// The two ways through the keys.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Strategy {
+    /// Pack keys and values once, then let each block of queries pass over them.
+    Tiled { block_q: usize, layout: TileLayout },
+    /// Few queries: read keys as they lie, split between units of work, and merge by log-sum-exp.
+    Split,
+}
+
+impl CpuPlan {
+    pub(crate) fn new(
+        problem: &Problem,
+        scheme: Option<Scheme>,
+        machine: &Machine,
+        instruction_set: InstructionSet,
+        kernels: &Kernels,
+    ) -> Result<Self> {
+        let rows_per_head = problem.q_len * problem.group_size();
+        let few_rows = rows_per_head <= DIRECT_ROWS_MAX;
+        let mut reasons = Vec::new();
+        let scheme = match scheme {
+            Some(scheme) => scheme,
+            None => {
+                let (preset, reason) = choose(problem, instruction_set, few_rows);
+                reasons.push(format!("scheme {}: {reason}", preset.name()));
+                preset.scheme(problem.head_dim)
+            }
+        };
+        let (qk, pv) = forms(&scheme)?;
+        let strategy = if few_rows && (qk, pv) == (QkForm::Float, PvForm::Float) {
+            reasons.push(format!(
+                "split over keys: {rows_per_head} query rows for each key head leave nothing to reuse, so keys and \
+                 values are read once, where they lie"
+            ));
+            Strategy::Split
+        } else {
+            let layout =
+                TileLayout::new((kernels.width, kernels.word), problem.head_dim, qk, pv, scheme.rotate);
+            let (block_q, reason) = block_q(problem, machine, kernels, &layout);
+            reasons.push(reason);
+            Strategy::Tiled { block_q, layout }
+        };
+        let workspace_bytes = workspace_bytes(problem, machine.threads, &strategy);
+        Ok(CpuPlan {
+            problem: *problem,
+            scheme,
+            instruction_set,
+            strategy,
+            threads: machine.threads,
+            workspace_bytes,
+            reasons,
+        })
+    }
+
+    /// The scheme that the plan computes.
+    pub fn scheme(&self) -> &Scheme {
+        &self.scheme
+    }
+
+    /// The instruction set whose kernels run.
+    pub fn instruction_set(&self) -> InstructionSet {
+        self.instruction_set
+    }
+
+    /// Bytes of scratch memory, at most.
+    pub fn workspace_bytes(&self) -> usize {
+        self.workspace_bytes
+    }
+
+    /// Why the plan is what it is, a sentence for each choice.
+    pub fn reasons(&self) -> &[String] {
+        &self.reasons
+    }
+}
+
+impl fmt::Display for CpuPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "scheme      {}", self.scheme)?;
+        writeln!(f, "kernels     cpu, {}, {} threads", self.instruction_set, self.threads)?;
+        match self.strategy {
+            Strategy::Tiled { block_q, .. } => {
+                writeln!(f, "tiles       {block_q} queries × {TILE_KEYS} keys, online softmax in base 2")?;
+            }
+            Strategy::Split => {
+                writeln!(f, "tiles       all queries × {TILE_KEYS} keys, units of {SPLIT_KEYS} keys")?
+            }
+        }
+        write!(f, "workspace   {:.1} MiB", self.workspace_bytes as f64 / (1 << 20) as f64)?;
+        for reason in &self.reasons {
+            write!(f, "\nbecause     {reason}")?;
+        }
+        Ok(())
+    }
+}
+
+/// The scheme when the caller leaves it open.
+fn choose(problem: &Problem, instruction_set: InstructionSet, few_rows: bool) -> (Preset, &'static str) {
+    if few_rows {
+        (Preset::FULL, "so few queries are bound by reading K and V once; quantising would read K twice")
+    } else if instruction_set == InstructionSet::Portable {
+        (Preset::FULL, "without an integer dot product there is nothing to gain from integers")
+    } else if problem.q_len < TILE_KEYS {
+        (Preset::FULL, "packing integers does not pay for fewer than 128 queries")
+    } else {
+        (Preset::INT8, "integer dot products do twice the work of floating point at this accuracy")
+    }
+}
+
+/// The kernels that compute a scheme.
+fn forms(scheme: &Scheme) -> Result<(QkForm, PvForm)> {
+    let unsupported = |what: &str| {
+        Err(Error::unsupported(
+            format!("{what} in the CPU kernels"),
+            "they compute full precision, and INT8 or INT4 Q·Kᵀ per block, warp, thread or token with smooth-K and \
+             P·V in f32 or 12 bits",
+        ))
+    };
+    let qk = match scheme.qk {
+        Qk::Full => QkForm::Float,
+        Qk::Int(quantizer) if quantizer.granularity == Granularity::PerTensor => {
+            return unsupported("per-tensor Q·Kᵀ");
+        }
+        Qk::Int(quantizer) => {
+            let tile = quantizer.tile;
+            let divides = |rows: usize| rows > 0 && TILE_KEYS.is_multiple_of(rows);
+            if !(divides(tile.block_k) && divides(tile.warp_k) && tile.block_q > 0 && tile.warp_q > 0) {
+                return unsupported(&format!("{tile:?}"));
+            }
+            QkForm::Int(quantizer)
+        }
+        Qk::Nvfp4 => return unsupported("NVFP4 Q·Kᵀ"),
+    };
+    let pv = match scheme.pv {
+        Pv::F32 => PvForm::Float,
+        Pv::Fixed12 { block: TILE_KEYS } => PvForm::Fixed12,
+        other => return unsupported(&format!("P·V in {other:?}")),
+    };
+    if scheme.smooth.q != SmoothQ::Off {
+        return unsupported("smooth-Q");
+    }
+    if scheme.smooth.v {
+        return unsupported("smooth-V");
+    }
+    Ok((qk, pv))
+}
+
+/// Query rows of a unit of work.
+fn block_q(problem: &Problem, machine: &Machine, kernels: &Kernels, layout: &TileLayout) -> (usize, String) {
+    let row_bytes = 4 * (layout.depth + TILE_KEYS + layout.padded_dim()) + 2 * TILE_KEYS;
+    let fits = machine.caches.l2 / 2 / row_bytes;
+    let rows = problem.q_len * problem.num_q_heads * problem.batch;
+    let balanced = rows / (UNITS_PER_THREAD * machine.threads);
+    let block_q = fits.min(balanced).min(BLOCK_Q_MAX).min(problem.q_len).max(1);
+    let block_q = block_q.div_ceil(kernels.rows) * kernels.rows;
+    let limit = match block_q {
+        n if n >= problem.q_len => "the whole sequence",
+        n if n + kernels.rows > BLOCK_Q_MAX => "more saves no memory traffic that matters",
+        n if n < fits => "enough units to keep every thread busy",
+        _ => "as many as half of the L2 cache holds",
+    };
+    (block_q, format!("{block_q} queries a block ({} rows a register tile): {limit}", kernels.rows))
+}
+
+fn workspace_bytes(problem: &Problem, threads: usize, strategy: &Strategy) -> usize {
+    match strategy {
+        Strategy::Tiled { block_q, layout } => {
+            let head = problem.kv_len.div_ceil(TILE_KEYS) * layout.words() * 4;
+            let all = head * problem.num_kv_heads * problem.batch;
+            let scratch = block_q * 4 * (2 * layout.qk_dim + 2 * TILE_KEYS + layout.padded_dim());
+            all.min(head.max(PACKED_BYTES_MAX)) + threads * scratch
+        }
+        Strategy::Split => {
+            let units = problem.kv_len.div_ceil(SPLIT_KEYS) * problem.num_kv_heads * problem.batch;
+            units * problem.q_len * problem.group_size() * 4 * (problem.head_dim + 2)
+        }
+    }
+}

@@ -1,0 +1,341 @@
+//! A tile of keys and values in the order that the kernels read it, a block of queries likewise, and how they are
+//! packed.
+
+use sage_core::{IntQuantizer, Rounding};
+
+use crate::isa::IntWord;
+use crate::kernels::{FIXED12_MAX, TILE_KEYS};
+
+/// How Q·Kᵀ is computed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum QkForm {
+    /// In single precision.
+    Float,
+    /// In integers.
+    Int(IntQuantizer),
+}
+
+/// How P·V is computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum PvForm {
+    /// In single precision.
+    Float,
+    /// In 12-bit fixed point.
+    Fixed12,
+}
+
+/// Sizes of a packed tile, in 32-bit words. A tile is one contiguous run of memory:
+/// K panels, K scales, V panels, V scales.
+///
+/// A K panel holds `width` keys: for integers their start values, then for each word of depth the words of all keys.
+/// A V panel holds `width` channels: for each key (12-bit: pair of keys) the words of all channels.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct TileLayout {
+    pub qk: QkForm,
+    pub pv: PvForm,
+    pub head_dim: usize,
+    /// Whether Q and K are rotated.
+    pub rotate: bool,
+    /// Channels of Q and K after rotation.
+    pub qk_dim: usize,
+    pub word: IntWord,
+    /// Keys of a K panel, channels of a V panel.
+    pub width: usize,
+    /// Words of a row of Q, and of a key.
+    pub depth: usize,
+    /// Words of a K panel.
+    pub k_panel: usize,
+    /// Words of a V panel.
+    pub v_panel: usize,
+    /// V panels.
+    pub channel_panels: usize,
+}
+
+/// A packed tile.
+pub(crate) struct Tile<'a> {
+    pub k: &'a [u32],
+    pub k_scale: &'a [u32],
+    pub v: &'a [u32],
+    pub v_scale: &'a [u32],
+}
+
+impl TileLayout {
+    pub fn new(
+        (width, word): (usize, IntWord),
+        head_dim: usize,
+        qk: QkForm,
+        pv: PvForm,
+        rotate: bool,
+    ) -> Self {
+        let qk_dim = if rotate { head_dim.next_power_of_two() } else { head_dim };
+        let (depth, start) = match qk {
+            QkForm::Float => (qk_dim, 0),
+            QkForm::Int(_) => (qk_dim.div_ceil(word.channels()), 1),
+        };
+        let v_rows = match pv {
+            PvForm::Float => TILE_KEYS,
+            PvForm::Fixed12 => TILE_KEYS / 2,
+        };
+        TileLayout {
+            qk,
+            pv,
+            head_dim,
+            rotate,
+            qk_dim,
+            word,
+            width,
+            depth,
+            k_panel: (start + depth) * width,
+            v_panel: v_rows * width,
+            channel_panels: head_dim.div_ceil(width),
+        }
+    }
+
+    /// Channels of the output, padded to whole panels.
+    pub fn padded_dim(&self) -> usize {
+        self.channel_panels * self.width
+    }
+
+    /// Words of a tile.
+    pub fn words(&self) -> usize {
+        self.lengths().iter().sum()
+    }
+
+    /// The parts of a packed tile.
+    pub fn parts<'a>(&self, tile: &'a [u32]) -> Tile<'a> {
+        let [k, k_scale, v, _] = self.lengths();
+        let (k, rest) = tile.split_at(k);
+        let (k_scale, rest) = rest.split_at(k_scale);
+        let (v, v_scale) = rest.split_at(v);
+        Tile { k, k_scale, v, v_scale }
+    }
+
+    fn lengths(&self) -> [usize; 4] {
+        let k_scales = if self.qk == QkForm::Float { 0 } else { TILE_KEYS };
+        let v_scales = if self.pv == PvForm::Float { 0 } else { self.padded_dim() };
+        [self.k_panel * (TILE_KEYS / self.width), k_scales, self.v_panel * self.channel_panels, v_scales]
+    }
+}
+
+/// Packs a tile of keys and values.
+pub(crate) struct PackTile<'a> {
+    pub layout: TileLayout,
+    /// Index of the first key in its sequence: a multiple of [`TILE_KEYS`].
+    pub first: usize,
+    /// Keys, up to [`TILE_KEYS`].
+    pub keys: usize,
+    /// Rows of `qk_dim` numbers, smoothed; rotated here.
+    pub k: &'a mut [f32],
+    /// Rows of `head_dim` numbers.
+    pub v: &'a [f32],
+    /// [`TileLayout::words`] words.
+    pub tile: &'a mut [u32],
+}
+
+/// Packs a block of queries.
+pub(crate) struct PackQueries<'a> {
+    pub layout: TileLayout,
+    /// Index of the first query in its sequence.
+    pub first: usize,
+    /// Queries.
+    pub rows: usize,
+    /// `sm_scale · log₂e`.
+    pub score_scale: f32,
+    /// Rows of `qk_dim` numbers, rotated; scaled here.
+    pub q: &'a mut [f32],
+    /// Largest magnitude, as bits, of each group of rows from `first_group` on.
+    pub group_max: &'a [u32],
+    pub first_group: usize,
+    /// Rows of `depth` words; rows beyond `rows` are zero.
+    pub words: &'a mut [u32],
+    /// A factor for each row.
+    pub scale: &'a mut [f32],
+}
+
+#[inline(always)]
+pub(crate) fn pack_tile(args: &mut PackTile<'_>) {
+    let layout = args.layout;
+    assert!(args.keys <= TILE_KEYS && args.first.is_multiple_of(TILE_KEYS));
+    args.tile.fill(0);
+    let [k_words, k_scale_words, v_words, _] = layout.lengths();
+    let (k, rest) = args.tile.split_at_mut(k_words);
+    let (k_scale, rest) = rest.split_at_mut(k_scale_words);
+    let (v, v_scale) = rest.split_at_mut(v_words);
+    let k_rows = &mut args.k[..args.keys * layout.qk_dim];
+    if layout.rotate {
+        k_rows.chunks_exact_mut(layout.qk_dim).for_each(hadamard);
+    }
+    match layout.qk {
+        QkForm::Float => float_keys(&layout, k_rows, k),
+        QkForm::Int(quantizer) => int_keys(&layout, &quantizer, args.first, k_rows, k, k_scale),
+    }
+    let v_rows = &args.v[..args.keys * layout.head_dim];
+    match layout.pv {
+        PvForm::Float => float_values(&layout, v_rows, v),
+        PvForm::Fixed12 => fixed12_values(&layout, v_rows, v, v_scale),
+    }
+}
+
+#[inline(always)]
+fn float_keys(layout: &TileLayout, rows: &[f32], out: &mut [u32]) {
+    for (panel, rows) in out.chunks_exact_mut(layout.k_panel).zip(rows.chunks(layout.width * layout.qk_dim)) {
+        for (key, row) in rows.chunks_exact(layout.qk_dim).enumerate() {
+            for (words, x) in panel.chunks_exact_mut(layout.width).zip(row) {
+                words[key] = x.to_bits();
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn int_keys(
+    layout: &TileLayout,
+    quantizer: &IntQuantizer,
+    first: usize,
+    rows: &[f32],
+    out: &mut [u32],
+    scales: &mut [u32],
+) {
+    // Groups lie within a tile, and are counted from the start of the sequence.
+    let first_group = quantizer.k_group(first);
+    let mut group_max = [0; TILE_KEYS];
+    for (j, row) in rows.chunks_exact(layout.qk_dim).enumerate() {
+        let max = &mut group_max[quantizer.k_group(first + j) - first_group];
+        *max = absmax_bits(row).max(*max);
+    }
+    let mut ints = [0; 256];
+    let ints = &mut ints[..layout.qk_dim];
+    for (j, row) in rows.chunks_exact(layout.qk_dim).enumerate() {
+        let max = f32::from_bits(group_max[quantizer.k_group(first + j) - first_group]);
+        let scale = quantizer.scale(max);
+        scales[j] = scale.to_bits();
+        quantize(row, scale, quantizer.rounding, ints);
+        let panel = &mut out[j / layout.width * layout.k_panel..][..layout.k_panel];
+        let (start, words) = panel.split_at_mut(layout.width);
+        let key = j % layout.width;
+        start[key] = (-layout.word.q_offset() * ints.iter().sum::<i32>()) as u32;
+        layout.word.pack_row(ints, words[key..].iter_mut().step_by(layout.width));
+    }
+}
+
+#[inline(always)]
+fn float_values(layout: &TileLayout, rows: &[f32], out: &mut [u32]) {
+    for (panel, first) in out.chunks_exact_mut(layout.v_panel).zip((0..).step_by(layout.width)) {
+        for (words, row) in panel.chunks_exact_mut(layout.width).zip(rows.chunks_exact(layout.head_dim)) {
+            words.iter_mut().zip(&row[first..]).for_each(|(word, x)| *word = x.to_bits());
+        }
+    }
+}
+
+#[inline(always)]
+fn fixed12_values(layout: &TileLayout, rows: &[f32], out: &mut [u32], scales: &mut [u32]) {
+    let mut max = [0u32; 256];
+    let max = &mut max[..layout.head_dim];
+    for row in rows.chunks_exact(layout.head_dim) {
+        max.iter_mut().zip(row).for_each(|(max, x)| *max = (*max).max(magnitude_bits(*x)));
+    }
+    let mut inverse = [0f32; 256];
+    for ((inverse, scale), &max) in inverse.iter_mut().zip(scales.iter_mut()).zip(max.iter()) {
+        let max = f32::from_bits(max);
+        // A maximum so small that its inverse is infinite counts as zero.
+        *inverse = if max > 0.0 && FIXED12_MAX / max < f32::INFINITY { FIXED12_MAX / max } else { 0.0 };
+        *scale = if max.is_finite() { max / FIXED12_MAX } else { f32::NAN }.to_bits();
+    }
+    for (panel, first) in out.chunks_exact_mut(layout.v_panel).zip((0..).step_by(layout.width)) {
+        let channels = first..(first + layout.width).min(layout.head_dim);
+        let inverse = &inverse[channels.clone()];
+        let pairs = rows.chunks(2 * layout.head_dim);
+        for (words, pair) in panel.chunks_exact_mut(layout.width).zip(pairs) {
+            let (even, odd) = pair.split_at(layout.head_dim);
+            for ((word, x), inverse) in words.iter_mut().zip(&even[channels.clone()]).zip(inverse) {
+                *word = nearest_even(x * inverse) as u32 & 0xffff;
+            }
+            if !odd.is_empty() {
+                for ((word, x), inverse) in words.iter_mut().zip(&odd[channels.clone()]).zip(inverse) {
+                    *word |= (nearest_even(x * inverse) as u32) << 16;
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+pub(crate) fn pack_queries(args: &mut PackQueries<'_>) {
+    let layout = args.layout;
+    let rows = &mut args.q[..args.rows * layout.qk_dim];
+    args.words.fill(0);
+    args.scale.fill(0.0);
+    let QkForm::Int(quantizer) = layout.qk else {
+        for (word, x) in args.words.iter_mut().zip(rows) {
+            *word = (*x * args.score_scale).to_bits();
+        }
+        return;
+    };
+    let (before, after) =
+        if quantizer.scale_q_first { (args.score_scale, 1.0) } else { (1.0, args.score_scale) };
+    let mut ints = [0; 256];
+    let ints = &mut ints[..layout.qk_dim];
+    for (i, row) in rows.chunks_exact_mut(layout.qk_dim).enumerate() {
+        let max = f32::from_bits(args.group_max[quantizer.q_group(args.first + i) - args.first_group]);
+        row.iter_mut().for_each(|x| *x *= before);
+        let scale = quantizer.scale(max * before);
+        args.scale[i] = scale * after;
+        quantize(row, scale, quantizer.rounding, ints);
+        ints.iter_mut().for_each(|x| *x += layout.word.q_offset());
+        layout.word.pack_row(ints, args.words[i * layout.depth..][..layout.depth].iter_mut());
+    }
+}
+
+/// Bits of `|x|`: as integers they order like the numbers, and NaN lies above infinity, so that a maximum over them
+/// loses neither.
+#[inline(always)]
+fn magnitude_bits(x: f32) -> u32 {
+    x.to_bits() & 0x7fff_ffff
+}
+
+/// Bits of the largest magnitude.
+#[inline(always)]
+pub(crate) fn absmax_bits(row: &[f32]) -> u32 {
+    row.iter().fold(0, |max, x| max.max(magnitude_bits(*x)))
+}
+
+/// `row / scale`, rounded; zeros where the scale is NaN, or so small that its inverse is infinite.
+#[inline(always)]
+fn quantize(row: &[f32], scale: f32, rounding: Rounding, out: &mut [i32]) {
+    let inverse = if scale > 0.0 && 1.0 / scale < f32::INFINITY { 1.0 / scale } else { 0.0 };
+    match rounding {
+        Rounding::NearestEven => {
+            out.iter_mut().zip(row).for_each(|(out, x)| *out = nearest_even(x * inverse));
+        }
+        Rounding::HalfAwayFromZero => {
+            for (out, x) in out.iter_mut().zip(row) {
+                let x = x * inverse;
+                *out = (x + 0.5f32.copysign(x)) as i32;
+            }
+        }
+    }
+}
+
+/// The nearest integer of a magnitude below 2²², without a rounding instruction; anything for NaN.
+#[inline(always)]
+fn nearest_even(x: f32) -> i32 {
+    const SHIFT: f32 = 12_582_912.0;
+    ((x + SHIFT).to_bits() as i32).wrapping_sub(SHIFT.to_bits() as i32)
+}
+
+/// Multiplies a row, whose length is a power of two, by the orthonormal Walsh–Hadamard matrix.
+#[inline(always)]
+pub(crate) fn hadamard(row: &mut [f32]) {
+    let mut half = 1;
+    while half < row.len() {
+        for pair in row.chunks_exact_mut(2 * half) {
+            let (low, high) = pair.split_at_mut(half);
+            for (a, b) in low.iter_mut().zip(high) {
+                (*a, *b) = (*a + *b, *a - *b);
+            }
+        }
+        half *= 2;
+    }
+    let norm = 1.0 / (row.len() as f32).sqrt();
+    row.iter_mut().for_each(|x| *x *= norm);
+}

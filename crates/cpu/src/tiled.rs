@@ -1,0 +1,394 @@
+//! Attention with packed keys and values: each block of queries passes over all tiles of its head.
+
+use std::cell::RefCell;
+
+use aligned_vec::AVec;
+use rayon::prelude::*;
+use sage_core::{Granularity, IntQuantizer, Sequence};
+
+use crate::forward::{Attention, totals};
+use crate::kernels::{Load, RowState, Scores, Softmax, TILE_KEYS, Values};
+use crate::plan::PACKED_BYTES_MAX;
+use crate::tile::{PackQueries, PackTile, PvForm, QkForm, TileLayout, absmax_bits, hadamard};
+use crate::visibility::{Row, tile_is_hidden, union};
+
+/// Keys whose sum one thread takes. A constant, so that results do not depend on the threads.
+const MEAN_KEYS: usize = 2048;
+
+/// One key head of one sequence, and where its tiles lie among those packed together.
+#[derive(Clone, Copy)]
+struct Unit {
+    sequence_index: usize,
+    sequence: Sequence,
+    kv_head: usize,
+    first_tile: usize,
+    tiles: usize,
+}
+
+/// A block of query rows of one head.
+#[derive(Clone, Copy)]
+struct Block {
+    unit: usize,
+    head: usize,
+    first: usize,
+    rows: usize,
+}
+
+/// What one thread needs for a block; kept from call to call.
+#[derive(Default)]
+struct Scratch {
+    rows: Vec<Row>,
+    wide: Vec<f32>,
+    group_max: Vec<u32>,
+    q: Vec<f32>,
+    q_words: Vec<u32>,
+    q_scale: Vec<f32>,
+    mean_score: Vec<f32>,
+    scores: Vec<f32>,
+    pairs: Vec<u32>,
+    out: Vec<f32>,
+    state: RowState,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+impl<E: Load> Attention<'_, E> {
+    /// Computes the call with blocks of `block_q` queries. `smooth_k`: subtract the mean of each head's keys.
+    pub fn tiled(&self, layout: &TileLayout, block_q: usize, smooth_k: bool, packed: &mut AVec<u32>) {
+        let max_tiles = PACKED_BYTES_MAX / 4 / layout.words();
+        let mut wave: Vec<Unit> = Vec::new();
+        let mut tiles = 0;
+        for (sequence_index, sequence) in self.call.sequences.iter().enumerate() {
+            let count = sequence.kv_len.div_ceil(TILE_KEYS);
+            for kv_head in 0..self.call.problem.num_kv_heads {
+                if tiles + count > max_tiles && !wave.is_empty() {
+                    self.wave(layout, block_q, smooth_k, &wave, tiles, packed);
+                    wave.clear();
+                    tiles = 0;
+                }
+                wave.push(Unit {
+                    sequence_index,
+                    sequence: *sequence,
+                    kv_head,
+                    first_tile: tiles,
+                    tiles: count,
+                });
+                tiles += count;
+            }
+        }
+        self.wave(layout, block_q, smooth_k, &wave, tiles, packed);
+    }
+
+    /// Packs the keys and values of some heads, then computes all queries that read them.
+    fn wave(
+        &self,
+        layout: &TileLayout,
+        block_q: usize,
+        smooth_k: bool,
+        units: &[Unit],
+        tiles: usize,
+        packed: &mut AVec<u32>,
+    ) {
+        let means = if smooth_k { self.key_means(units) } else { vec![Vec::new(); units.len()] };
+        if packed.len() < tiles * layout.words() {
+            packed.resize(tiles * layout.words(), 0);
+        }
+        let packed = &mut packed[..tiles * layout.words()];
+        packed.par_chunks_exact_mut(layout.words()).enumerate().for_each(|(tile, words)| {
+            let unit = units.partition_point(|unit| unit.first_tile + unit.tiles <= tile);
+            self.pack(layout, &units[unit], tile - units[unit].first_tile, &means[unit], words);
+        });
+
+        let packed = &*packed;
+        let group_size = self.call.problem.group_size();
+        let mut blocks = Vec::new();
+        for (unit, Unit { sequence, kv_head, .. }) in units.iter().enumerate() {
+            for head in kv_head * group_size..(kv_head + 1) * group_size {
+                for first in (0..sequence.q_len).step_by(block_q) {
+                    blocks.push(Block { unit, head, first, rows: block_q.min(sequence.q_len - first) });
+                }
+            }
+        }
+        blocks.par_iter().with_max_len(1).for_each(|block| {
+            let unit = &units[block.unit];
+            let tiles = &packed[unit.first_tile * layout.words()..][..unit.tiles * layout.words()];
+            SCRATCH.with_borrow_mut(|scratch| {
+                self.block(layout, unit, block, tiles, &means[block.unit], scratch)
+            });
+        });
+    }
+
+    /// Mean of the keys of each unit.
+    fn key_means(&self, units: &[Unit]) -> Vec<Vec<f32>> {
+        let head_dim = self.call.problem.head_dim;
+        let parts: Vec<(usize, usize)> = units
+            .iter()
+            .enumerate()
+            .flat_map(|(u, unit)| (0..unit.sequence.kv_len).step_by(MEAN_KEYS).map(move |first| (u, first)))
+            .collect();
+        let sum = |&(u, first): &(usize, usize)| {
+            let unit: &Unit = &units[u];
+            let keys = self.keys(&unit.sequence, unit.kv_head);
+            let mut total = vec![0f64; head_dim];
+            let (mut sum, mut wide) = (vec![0f32; head_dim], vec![0f32; head_dim]);
+            let last = (first + MEAN_KEYS).min(unit.sequence.kv_len);
+            for start in (first..last).step_by(TILE_KEYS) {
+                sum.fill(0.0);
+                for j in start..(start + TILE_KEYS).min(last) {
+                    E::widen(keys.row(j), &mut wide);
+                    sum.iter_mut().zip(&wide).for_each(|(sum, x)| *sum += x);
+                }
+                total.iter_mut().zip(&sum).for_each(|(total, sum)| *total += f64::from(*sum));
+            }
+            total
+        };
+        let sums: Vec<Vec<f64>> = parts.par_iter().map(sum).collect();
+        let mut totals = vec![vec![0f64; head_dim]; units.len()];
+        for (&(unit, _), sum) in parts.iter().zip(&sums) {
+            totals[unit].iter_mut().zip(sum).for_each(|(total, sum)| *total += sum);
+        }
+        let mean = |(total, unit): (&Vec<f64>, &Unit)| {
+            let keys = unit.sequence.kv_len.max(1) as f64;
+            total.iter().map(|total| (total / keys) as f32).collect()
+        };
+        totals.iter().zip(units).map(mean).collect()
+    }
+
+    /// Packs one tile of a unit; `mean` is empty without smoothing.
+    fn pack(&self, layout: &TileLayout, unit: &Unit, tile: usize, mean: &[f32], words: &mut [u32]) {
+        let first = tile * TILE_KEYS;
+        let keys = TILE_KEYS.min(unit.sequence.kv_len - first);
+        let (k, v) = (self.keys(&unit.sequence, unit.kv_head), self.values(&unit.sequence, unit.kv_head));
+        SCRATCH.with_borrow_mut(|scratch| {
+            let k_rows = resized(&mut scratch.q, keys * layout.qk_dim);
+            for (j, row) in k_rows.chunks_exact_mut(layout.qk_dim).enumerate() {
+                let (row, padding) = row.split_at_mut(layout.head_dim);
+                E::widen(k.row(first + j), row);
+                row.iter_mut().zip(mean).for_each(|(x, mean)| *x -= mean);
+                padding.fill(0.0);
+            }
+            let v_rows = resized(&mut scratch.wide, keys * layout.head_dim);
+            for (j, row) in v_rows.chunks_exact_mut(layout.head_dim).enumerate() {
+                E::widen(v.row(first + j), row);
+            }
+            self.kernels.pack_tile(PackTile {
+                layout: *layout,
+                first,
+                keys,
+                k: k_rows,
+                v: v_rows,
+                tile: words,
+            });
+        });
+    }
+
+    /// Computes a block of queries.
+    fn block(
+        &self,
+        layout: &TileLayout,
+        unit: &Unit,
+        block: &Block,
+        tiles: &[u32],
+        mean: &[f32],
+        scratch: &mut Scratch,
+    ) {
+        let Block { head, first, rows, .. } = *block;
+        let sequence = &unit.sequence;
+        let row_groups = rows.div_ceil(self.kernels.rows);
+        let padded_rows = row_groups * self.kernels.rows;
+        let padded_dim = layout.padded_dim();
+
+        self.pack_queries(layout, sequence, block, padded_rows, mean, scratch);
+        let Scratch { rows: row_list, q_words, q_scale, mean_score, scores, pairs, out, state, .. } = scratch;
+        row_list.clear();
+        row_list.extend((first..first + rows).map(|i| Row::new(self.call, sequence, head, i)));
+        let scores = resized(scores, padded_rows * TILE_KEYS);
+        let pairs = resized(pairs, padded_rows * TILE_KEYS / 2);
+        let out = resized(out, padded_rows * padded_dim);
+        out.fill(0.0);
+        state.reset(padded_rows);
+
+        let visible = union(row_list);
+        for tile in visible.start / TILE_KEYS..visible.end.div_ceil(TILE_KEYS) {
+            let first_key = tile * TILE_KEYS;
+            let keys = first_key..visible.end.min(first_key + TILE_KEYS);
+            if tile_is_hidden(self.call, unit.sequence_index, row_list, &keys) {
+                continue;
+            }
+            let panels = keys.len().div_ceil(self.kernels.width);
+            let columns = panels * self.kernels.width;
+            let packed = layout.parts(&tiles[tile * layout.words()..][..layout.words()]);
+
+            let depth = layout.depth;
+            let (k, k_scale) = (packed.k, packed.k_scale);
+            match layout.qk {
+                QkForm::Float => {
+                    let q = bytemuck::cast_slice(q_words);
+                    self.kernels.scores_float(Scores {
+                        q,
+                        k,
+                        depth,
+                        row_groups,
+                        panels,
+                        q_scale,
+                        k_scale,
+                        scores,
+                    });
+                }
+                QkForm::Int(_) => {
+                    let q = &*q_words;
+                    self.kernels.scores_int(Scores {
+                        q,
+                        k,
+                        depth,
+                        row_groups,
+                        panels,
+                        q_scale,
+                        k_scale,
+                        scores,
+                    });
+                }
+            }
+            let mean_score = (!mean.is_empty()).then_some(&mean_score[..]);
+            self.finish_scores(unit.sequence_index, row_list, first_key, columns, mean_score, scores);
+
+            let softmax = Softmax { rows: padded_rows, columns, scores, pairs, state };
+            let (v, v_scale) = (packed.v, packed.v_scale);
+            let (panel_words, panels) = (layout.v_panel, layout.channel_panels);
+            match layout.pv {
+                PvForm::Float => {
+                    self.kernels.softmax_float(softmax);
+                    let (p, p_stride, depth) = (&*scores, TILE_KEYS, keys.len());
+                    let state = &*state;
+                    self.kernels.values_float(Values {
+                        p,
+                        p_stride,
+                        v,
+                        panel_words,
+                        depth,
+                        row_groups,
+                        panels,
+                        v_scale,
+                        out,
+                        state,
+                    });
+                }
+                PvForm::Fixed12 => {
+                    self.kernels.softmax_fixed12(softmax);
+                    let (p, p_stride, depth) = (&*pairs, TILE_KEYS / 2, keys.len().div_ceil(2));
+                    let state = &*state;
+                    self.kernels.values_fixed12(Values {
+                        p,
+                        p_stride,
+                        v,
+                        panel_words,
+                        depth,
+                        row_groups,
+                        panels,
+                        v_scale,
+                        out,
+                        state,
+                    });
+                }
+            }
+        }
+
+        // The cap acted on whole scores; without one, the log-sum-exp lacks the mean's part.
+        let capped = self.call.problem.logit_softcap.is_some();
+        for (r, (row, out)) in row_list.iter().zip(out.chunks_exact_mut(padded_dim)).enumerate() {
+            let mean_score = if capped { 0.0 } else { mean_score[r] };
+            // SAFETY: each row belongs to one block, and each block to one thread.
+            unsafe { self.write_row(sequence, row, totals(state, r), mean_score, out) }
+        }
+    }
+
+    /// Packs a block's queries, and computes what smoothing K takes from each row's scores, in base 2.
+    fn pack_queries(
+        &self,
+        layout: &TileLayout,
+        sequence: &Sequence,
+        block: &Block,
+        padded_rows: usize,
+        mean: &[f32],
+        scratch: &mut Scratch,
+    ) {
+        let Block { head, first, rows, .. } = *block;
+        let queries = self.queries(sequence, head);
+        let Scratch { wide, group_max, q, q_words, q_scale, mean_score, .. } = scratch;
+        let q = resized(q, rows * layout.qk_dim);
+        mean_score.clear();
+        mean_score.resize(rows, 0.0);
+        let wants_mean_score = self.lse.is_some() || self.call.problem.logit_softcap.is_some();
+        for (i, row) in q.chunks_exact_mut(layout.qk_dim).enumerate() {
+            let (head_row, padding) = row.split_at_mut(layout.head_dim);
+            E::widen(queries.row(first + i), head_row);
+            padding.fill(0.0);
+            if wants_mean_score {
+                let dot: f32 = head_row.iter().zip(mean).map(|(q, mean)| q * mean).sum();
+                mean_score[i] = dot * self.score_scale();
+            }
+            if layout.rotate {
+                hadamard(row);
+            }
+        }
+
+        // A group's scale depends on all of its rows, also those of other blocks.
+        let mut first_group = 0;
+        group_max.clear();
+        if let QkForm::Int(quantizer) = layout.qk {
+            let span = q_group_span(&quantizer);
+            let start = first / span * span;
+            let end = (first + rows).next_multiple_of(span).min(sequence.q_len);
+            first_group = quantizer.q_group(start);
+            let wide = resized(wide, layout.qk_dim);
+            for i in start..end {
+                let max = if (first..first + rows).contains(&i) {
+                    absmax_bits(&q[(i - first) * layout.qk_dim..][..layout.qk_dim])
+                } else {
+                    let (head_row, padding) = wide.split_at_mut(layout.head_dim);
+                    E::widen(queries.row(i), head_row);
+                    padding.fill(0.0);
+                    if layout.rotate {
+                        hadamard(wide);
+                    }
+                    absmax_bits(wide)
+                };
+                let group = quantizer.q_group(i) - first_group;
+                if group_max.len() <= group {
+                    group_max.resize(group + 1, 0);
+                }
+                group_max[group] = group_max[group].max(max);
+            }
+        }
+        self.kernels.pack_queries(PackQueries {
+            layout: *layout,
+            first,
+            rows,
+            score_scale: self.score_scale(),
+            q,
+            group_max,
+            first_group,
+            words: resized(q_words, padded_rows * layout.depth),
+            scale: resized(q_scale, padded_rows),
+        });
+    }
+}
+
+/// Rows within which the groups of queries lie.
+fn q_group_span(quantizer: &IntQuantizer) -> usize {
+    match quantizer.granularity {
+        Granularity::PerTensor | Granularity::PerBlock => quantizer.tile.block_q,
+        Granularity::PerWarp | Granularity::PerThread => quantizer.tile.warp_q,
+        Granularity::PerToken => 1,
+    }
+}
+
+/// The first `len` elements, after growing where needed; what they hold is left over from before.
+fn resized<T: Copy + Default>(buffer: &mut Vec<T>, len: usize) -> &mut [T] {
+    if buffer.len() < len {
+        buffer.resize(len, T::default());
+    }
+    &mut buffer[..len]
+}

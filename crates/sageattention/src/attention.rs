@@ -1,0 +1,230 @@
+//! Attention with its options: what users write.
+
+use sage_core::{
+    Alignment, Band, BlockMask, Call, Error, Inputs, Layout, Lengths, Mask, Options, Preset, Result, Scheme,
+    Tensor, TensorView, TensorViewMut,
+};
+
+use crate::backend;
+use crate::plan::Plan;
+
+/// Which scheme computes attention.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum Choice {
+    /// The fastest that is accurate on the backend at hand.
+    #[default]
+    Automatic,
+    /// A scheme with a name: our own, or what a function of the original SageAttention stands for.
+    Preset(Preset),
+    /// This one.
+    Scheme(Scheme),
+}
+
+impl Choice {
+    /// The scheme that was chosen for heads of `head_dim` channels, or `None` where the backend chooses.
+    pub fn scheme(&self, head_dim: usize) -> Option<Scheme> {
+        match self {
+            Choice::Automatic => None,
+            Choice::Preset(preset) => Some(preset.scheme(head_dim)),
+            Choice::Scheme(scheme) => Some(*scheme),
+        }
+    }
+}
+
+impl From<Scheme> for Choice {
+    fn from(scheme: Scheme) -> Self {
+        Choice::Scheme(scheme)
+    }
+}
+
+impl From<Preset> for Choice {
+    fn from(preset: Preset) -> Self {
+        Choice::Preset(preset)
+    }
+}
+
+/// What attention returns.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Output {
+    /// The output, in q's layout, shape and element type.
+    pub out: Tensor,
+    /// Natural logarithm of each row's sum of exponentials, f32, where [`Attention::return_lse`] asked for it:
+    /// `[batch, num_q_heads, q_len]`, or `[num_q_heads, total]` for packed sequences.
+    pub lse: Option<Tensor>,
+}
+
+/// Attention with its options. One value serves any number of calls.
+///
+/// Without options: dense `[batch, heads, seq, head_dim]` tensors, no mask, scores scaled by `1 / √head_dim`, and the
+/// fastest scheme that is accurate. Fewer key heads than query heads is grouped-query attention.
+#[derive(Clone, Debug, Default)]
+#[must_use = "options compute nothing until `forward` is called"]
+pub struct Attention<'a> {
+    layout: Layout,
+    causal: bool,
+    window: Band,
+    sm_scale: Option<f32>,
+    logit_softcap: Option<f32>,
+    mask: Option<Mask<'a>>,
+    block_mask: Option<BlockMask<'a>>,
+    lengths: Lengths<'a>,
+    choice: Choice,
+    return_lse: bool,
+}
+
+impl<'a> Attention<'a> {
+    /// No option set.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Order of the dimensions of dense tensors, the output included.
+    pub fn layout(self, layout: Layout) -> Self {
+        Attention { layout, ..self }
+    }
+
+    /// Whether a query sees no later key. Where `q_len != kv_len` the last query sees the last key, unless
+    /// [`Attention::causal_alignment`] says otherwise.
+    pub fn causal(self, causal: bool) -> Self {
+        Attention { causal, ..self }
+    }
+
+    /// A causal mask whose diagonal lies as `alignment` says.
+    pub fn causal_alignment(self, alignment: Alignment) -> Self {
+        Attention { causal: true, window: Band { alignment, ..self.window }, ..self }
+    }
+
+    /// A sliding window: keys further than `left` before the diagonal or `right` after it are hidden; `None` is no
+    /// limit. With a causal mask, none after the diagonal is visible whatever `right` says.
+    pub fn window(self, left: impl Into<Option<usize>>, right: impl Into<Option<usize>>) -> Self {
+        Attention { window: Band { left: left.into(), right: right.into(), ..self.window }, ..self }
+    }
+
+    /// Factor on Q·Kᵀ, instead of `1 / √head_dim`.
+    pub fn sm_scale(self, sm_scale: f32) -> Self {
+        Attention { sm_scale: Some(sm_scale), ..self }
+    }
+
+    /// Scaled scores `s` become `softcap · tanh(s / softcap)`, before any mask is added.
+    pub fn logit_softcap(self, softcap: f32) -> Self {
+        Attention { logit_softcap: Some(softcap), ..self }
+    }
+
+    /// An explicit mask, broadcastable to `[batch, num_q_heads, q_len, kv_len]`, on top of causal mask and window.
+    pub fn mask(self, mask: Mask<'a>) -> Self {
+        Attention { mask: Some(mask), ..self }
+    }
+
+    /// The blocks of the score matrix to compute.
+    pub fn block_mask(self, mask: BlockMask<'a>) -> Self {
+        Attention { block_mask: Some(mask), ..self }
+    }
+
+    /// Only the first `kv_lens[b]` keys of batch entry `b` are valid.
+    pub fn kv_lens(self, kv_lens: &'a [i32]) -> Self {
+        Attention { lengths: Lengths::KvLens(kv_lens), ..self }
+    }
+
+    /// Packed tensors `[total, heads, head_dim]`: sequence `b` is rows `cu_seqlens[b]..cu_seqlens[b + 1]`.
+    pub fn packed(self, cu_seqlens_q: &'a [i32], cu_seqlens_k: &'a [i32]) -> Self {
+        Attention { lengths: Lengths::Packed { cu_seqlens_q, cu_seqlens_k }, ..self }
+    }
+
+    /// A [`Scheme`] or [`Preset`], instead of the backend's own choice.
+    pub fn scheme(self, choice: impl Into<Choice>) -> Self {
+        Attention { choice: choice.into(), ..self }
+    }
+
+    /// Whether [`Attention::forward`] also returns each row's log-sum-exp.
+    pub fn return_lse(self, return_lse: bool) -> Self {
+        Attention { return_lse, ..self }
+    }
+
+    /// Computes attention.
+    ///
+    /// # Errors
+    /// Names the first tensor or option that is wrong, or what no backend here can do.
+    pub fn forward<'t>(
+        &self,
+        q: impl Into<TensorView<'t>>,
+        k: impl Into<TensorView<'t>>,
+        v: impl Into<TensorView<'t>>,
+    ) -> Result<Output> {
+        let (q, k, v) = (q.into(), k.into(), v.into());
+        let inputs = self.inputs(q, k, v);
+        let call = Call::check(&inputs, &self.options())?;
+        let mut out = Tensor::zeros(q.dtype(), q.shape())?;
+        let lse_shape = call.lse_shape();
+        let mut lse = self.return_lse.then(|| vec![0f32; lse_shape.iter().product()]);
+        self.execute(&call, out.view_mut(), lse.as_deref_mut())?;
+        let lse = lse.map(|lse| Tensor::new(lse, &lse_shape)).transpose()?;
+        Ok(Output { out, lse })
+    }
+
+    /// Computes attention into the caller's memory: `out` in q's layout, shape and element type, `lse` row-major in
+    /// the shape that [`Output::lse`] has. [`Attention::return_lse`] plays no part here.
+    ///
+    /// # Errors
+    /// Names the first tensor or option that is wrong, or what no backend here can do; `out` and `lse` are then
+    /// untouched.
+    pub fn forward_into<'t>(
+        &self,
+        q: impl Into<TensorView<'t>>,
+        k: impl Into<TensorView<'t>>,
+        v: impl Into<TensorView<'t>>,
+        out: TensorViewMut<'_>,
+        lse: Option<&mut [f32]>,
+    ) -> Result<()> {
+        let inputs = self.inputs(q.into(), k.into(), v.into());
+        let call = Call::check(&inputs, &self.options())?;
+        self.execute(&call, out, lse)
+    }
+
+    /// What [`Attention::forward`] would do with such tensors, and why.
+    ///
+    /// # Errors
+    /// As [`Attention::forward`].
+    pub fn plan<'t>(
+        &self,
+        q: impl Into<TensorView<'t>>,
+        k: impl Into<TensorView<'t>>,
+        v: impl Into<TensorView<'t>>,
+    ) -> Result<Plan> {
+        let inputs = self.inputs(q.into(), k.into(), v.into());
+        let call = Call::check(&inputs, &self.options())?;
+        Plan::new(&call.problem, self.choice)
+    }
+
+    fn execute(&self, call: &Call<'_>, out: TensorViewMut<'_>, lse: Option<&mut [f32]>) -> Result<()> {
+        call.check_output(out.dtype(), out.geometry())?;
+        if let Some(lse) = &lse {
+            let shape = call.lse_shape();
+            let rows: usize = shape.iter().product();
+            if lse.len() != rows {
+                return Err(Error::Shape {
+                    name: "lse".into(),
+                    found: format!("[{}]", lse.len()),
+                    wanted: format!("[{rows}], the rows of {shape:?}"),
+                });
+            }
+        }
+        let plan = Plan::new(&call.problem, self.choice)?;
+        backend::cpu().forward(plan.cpu(), call, out, lse)
+    }
+
+    /// Options and tensors in core's words. The lifetime of the tensors is narrowed to what both share.
+    fn inputs<'s>(&'s self, q: TensorView<'s>, k: TensorView<'s>, v: TensorView<'s>) -> Inputs<'s> {
+        Inputs { q, k, v, mask: self.mask, block_mask: self.block_mask, lengths: self.lengths }
+    }
+
+    /// The options that a check of a call takes, in core's words.
+    pub fn options(&self) -> Options {
+        let right = if self.causal { Some(0) } else { self.window.right };
+        Options {
+            layout: self.layout,
+            sm_scale: self.sm_scale,
+            band: Band { right, ..self.window },
+            logit_softcap: self.logit_softcap,
+        }
+    }
+}

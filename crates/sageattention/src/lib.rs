@@ -1,0 +1,33 @@
+//! Attention in 8 and 4 bits: a drop-in for scaled dot-product attention.
+//!
+//! Queries, keys and values come in as f32, f16 or bf16 with any strides; they are smoothed, quantised and multiplied
+//! in low precision inside, and the output has the caller's layout and element type again.
+//!
+//! ```
+//! use sageattention::{Attention, Tensor};
+//!
+//! let x = Tensor::new(vec![0.5f32; 2 * 4 * 16 * 64], &[2, 4, 16, 64])?; // [batch, heads, seq, head_dim]
+//! let result = Attention::new().causal(true).return_lse(true).forward(&x, &x, &x)?;
+//! assert_eq!(result.out.shape(), [2, 4, 16, 64]);
+//! # assert_eq!(result.lse.expect("asked for").shape(), [2, 4, 16]);
+//! # Ok::<(), sageattention::Error>(())
+//! ```
+//!
+//! [`Attention`] collects the options; [`Attention::forward`] computes, [`Attention::forward_into`] does so into the
+//! caller's memory, and [`Attention::plan`] says what would be computed, how and why. Everything that can be wrong with
+//! a call is an [`Error`] that names the tensor or option, the value found and the value wanted.
+
+#![forbid(unsafe_code)]
+
+mod attention;
+mod backend;
+mod plan;
+
+pub use attention::{Attention, Choice, Output};
+pub use backend::backend_description;
+pub use plan::Plan;
+
+pub use sage_core::{
+    Alignment, Band, BlockMask, DType, Element, Error, Geometry, Layout, MAX_HEAD_DIM, MAX_RANK, Mask,
+    Options, Preset, Problem, Result, Scheme, Tensor, TensorView, TensorViewMut, View, ViewMut,
+};

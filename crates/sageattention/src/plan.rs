@@ -1,0 +1,98 @@
+//! How a call would be carried out, in words.
+
+use std::fmt;
+
+use sage_core::{Alignment, Band, Problem, Result, Scheme};
+use sage_cpu::CpuPlan;
+
+use crate::attention::Choice;
+use crate::backend;
+
+/// How a call is carried out: the backend's kernels, tiles, threads and workspace, and why. Prints itself.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    problem: Problem,
+    cpu: CpuPlan,
+}
+
+impl Plan {
+    /// The plan for a problem, without tensors at hand.
+    ///
+    /// # Errors
+    /// When no backend here can carry it out.
+    pub fn new(problem: &Problem, choice: Choice) -> Result<Self> {
+        let cpu = backend::cpu().plan(problem, choice.scheme(problem.head_dim))?;
+        Ok(Plan { problem: *problem, cpu })
+    }
+
+    /// The problem that the plan is for.
+    pub fn problem(&self) -> &Problem {
+        &self.problem
+    }
+
+    /// The scheme that is computed.
+    pub fn scheme(&self) -> &Scheme {
+        self.cpu.scheme()
+    }
+
+    /// Bytes of scratch memory.
+    pub fn workspace_bytes(&self) -> usize {
+        self.cpu.workspace_bytes()
+    }
+
+    pub(crate) fn cpu(&self) -> &CpuPlan {
+        &self.cpu
+    }
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let p = &self.problem;
+        row(
+            f,
+            "problem",
+            &format!(
+                "{}, batch {}, {} query heads, {} key heads, {} queries × {} keys, head_dim {}{}",
+                p.dtype,
+                p.batch,
+                p.num_q_heads,
+                p.num_kv_heads,
+                p.q_len,
+                p.kv_len,
+                p.head_dim,
+                if p.packed { ", packed sequences" } else { "" }
+            ),
+        )?;
+        row(f, "visible", &visible(p))?;
+        let softcap = p.logit_softcap.map(|cap| format!(", soft cap {cap}")).unwrap_or_default();
+        row(f, "scores", &format!("sm_scale {}{softcap}", p.sm_scale))?;
+        // The backend's plan has rows of the same form.
+        self.cpu.fmt(f)
+    }
+}
+
+/// One aligned entry.
+fn row(f: &mut fmt::Formatter<'_>, name: &str, value: &str) -> fmt::Result {
+    writeln!(f, "{name:<11} {value}")
+}
+
+/// The masks of a problem, in words.
+fn visible(problem: &Problem) -> String {
+    let Band { left, right, alignment } = problem.band;
+    let mut parts = Vec::new();
+    if !problem.band.is_full() {
+        let limit = |side: Option<usize>| side.map_or("any".to_owned(), |n| n.to_string());
+        let name = match (left, right) {
+            (None, Some(0)) => "causal".to_owned(),
+            _ => format!("window of {} before and {} after the diagonal", limit(left), limit(right)),
+        };
+        let diagonal = match alignment {
+            Alignment::BottomRight => "the last query sees the last key",
+            Alignment::TopLeft => "the first query sees the first key",
+        };
+        parts.push(format!("{name} ({diagonal})"));
+    }
+    parts.extend(problem.masked.then(|| "explicit mask".to_owned()));
+    parts.extend(problem.block_masked.then(|| "block mask".to_owned()));
+    if parts.is_empty() { "all keys".to_owned() } else { parts.join(", ") }
+}
