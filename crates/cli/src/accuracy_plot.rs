@@ -5,6 +5,7 @@ use std::path::Path;
 use plotters::prelude::*;
 use plotters::style::FontStyle;
 use sageattention::{Preset, Result as CallResult};
+use sageattn_files::qkv_file::printable;
 
 use crate::commands::accuracy::Row;
 use crate::compare::{ComputedBy, Reference};
@@ -76,7 +77,7 @@ impl AccuracyPlot {
                 None => self.series.push(Series { scheme: row.scheme, heads: vec![heads] }),
             }
         }
-        let name = rows.first().map(|row| row.prefix.trim_end_matches('.').to_owned()).unwrap_or_default();
+        let name = rows.first().map(|row| printable(row.prefix.trim_end_matches('.'))).unwrap_or_default();
         for &head in reference.heads().list() {
             let place = if name.is_empty() { String::new() } else { format!("{name}, ") };
             let found = BiasedHead::new(

@@ -11,24 +11,33 @@ pub struct Args {
     #[command(subcommand)]
     pub command: Option<Command>,
     /// Print one JSON document instead of tables
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = EVERYWHERE)]
     pub json: bool,
     /// Show no progress
-    #[arg(short, long, global = true)]
+    #[arg(short, long, global = true, help_heading = EVERYWHERE)]
     pub quiet: bool,
     /// Threads to compute with [default: one for each core]
-    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    #[arg(long, global = true, help_heading = EVERYWHERE, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
     /// Log what happens to standard error; twice or thrice for more
-    #[arg(short, long, global = true, action = ArgAction::Count)]
+    #[arg(short, long, global = true, help_heading = EVERYWHERE, action = ArgAction::Count)]
     pub verbose: u8,
 }
+
+/// Heading of the options that every command has.
+const EVERYWHERE: &str = "With every command";
 
 const AFTER: &str = "\
 Without a command: accuracy and speed on a shipped example, in a few seconds.
 
-Exit codes: 0 done; 1 the work could not be done (a bad file, tensors that do not go together, nothing that
-can compute it); 2 the command line is wrong. The last line on standard error is then `error: …`.";
+Exit codes: 0 done; 1 the work could not be done (a bad file, tensors that do not go together, nothing that can \
+compute it); 2 the command line is wrong. The last line on standard error is then `error: …`.
+
+Examples:
+  sageattn
+  sageattn run qkv.safetensors -o out.safetensors --causal
+  sageattn accuracy qkv.safetensors --plot accuracy.png
+  sageattn bench --causal --json";
 
 #[derive(Debug, Subcommand)]
 pub enum Command {

@@ -10,14 +10,8 @@ use crate::failure::{Failure, Result};
 pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     // A link keeps pointing to the file, whose contents change.
     let target = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
-    replace(&target, bytes).map_err(|error| {
-        // The temporary file's name says nothing to the user: only the kind of error does.
-        let reason = match error.raw_os_error() {
-            Some(code) => io::Error::from_raw_os_error(code).to_string(),
-            None => error.kind().to_string(),
-        };
-        Failure::Failed(format!("{}: cannot be written: {reason}", path.display()))
-    })
+    replace(&target, bytes)
+        .map_err(|error| Failure::Failed(format!("{}: cannot be written: {error}", path.display())))
 }
 
 fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
@@ -28,12 +22,9 @@ fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
         _ => {}
     }
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".sageattn-");
-    // Temporary files are private by default, but this one becomes an ordinary file: the umask decides.
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    let mut file = builder.tempfile_in(parent)?;
+    // Made by hand, since temporary files are private by default, but this one becomes an ordinary file.
+    let create = |path: &Path| fs::OpenOptions::new().write(true).create_new(true).open(path);
+    let mut file = tempfile::Builder::new().prefix(".sageattn-").make_in(parent, create)?;
     file.write_all(bytes)?;
     file.as_file().sync_all()?;
     file.persist(path).map_err(|error| error.error)?;

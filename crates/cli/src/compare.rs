@@ -51,9 +51,10 @@ pub struct Reference<'a> {
 }
 
 impl<'a> Reference<'a> {
-    /// Computes exact attention, all heads at once.
+    /// Computes exact attention, all heads at once; they are added to the progress.
     pub fn new(qkv: &'a Qkv, attention: Attention<'a>, progress: &ProgressBar) -> Result<Self> {
         let heads = Heads::new(qkv, attention.options())?;
+        progress.inc_length(heads.list().len() as u64);
         let exact = per_head(&heads, progress, |head| heads.exact(head))?;
         Ok(Reference { qkv, heads, attention, exact })
     }

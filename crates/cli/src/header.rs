@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use serde::de::{self, Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 
-use crate::qkv_file::{FileError, Result};
+use crate::qkv_file::{FileError, Result, printable};
 
 /// Bytes of the number in front of the header.
 const PREFIX: usize = 8;
@@ -46,20 +46,24 @@ pub(crate) fn read(file: &[u8]) -> Result<Vec<Entry>> {
         Err(FileError::Malformed { what: what.to_owned(), found, wanted })
     };
     let Some((length, rest)) = file.split_first_chunk::<PREFIX>() else {
-        return wrong("file", format!("{} bytes long", file.len()), format!("at least {PREFIX}"));
+        return wrong("file", format!("{} bytes", file.len()), format!("at least {PREFIX}"));
     };
     let length = u64::from_le_bytes(*length);
     let Some((header, data)) = usize::try_from(length).ok().and_then(|n| rest.split_at_checked(n)) else {
         return wrong(
             "header",
-            format!("{length} bytes long"),
+            format!("{length} bytes"),
             format!("at most the {} bytes that the file has left", rest.len()),
         );
     };
     let header = match serde_json::from_slice::<Header>(header) {
         Ok(header) => header,
         Err(error) => {
-            return wrong("header", one_line(&error.to_string()), "a JSON object of tensors".into());
+            return wrong(
+                "header",
+                format!("invalid JSON ({})", printable(&error.to_string())),
+                "a JSON object of tensors".into(),
+            );
         }
     };
     let start = PREFIX + length as usize;
@@ -74,8 +78,8 @@ pub(crate) fn read(file: &[u8]) -> Result<Vec<Entry>> {
     for entry in &entries {
         if entry.bytes.start != end {
             return wrong(
-                &format!("tensor \"{}\"", entry.name),
-                format!("starting at data byte {}", entry.bytes.start - start),
+                &format!("tensor \"{}\"", printable(&entry.name)),
+                format!("a start at data byte {}", entry.bytes.start - start),
                 format!("{}, the end of the tensor before", end - start),
             );
         }
@@ -84,7 +88,7 @@ pub(crate) fn read(file: &[u8]) -> Result<Vec<Entry>> {
     if end != file.len() {
         return wrong(
             "tensors",
-            format!("ending at data byte {}", end - start),
+            format!("an end at data byte {}", end - start),
             format!("{}, the end of the file", data.len()),
         );
     }
@@ -94,7 +98,7 @@ pub(crate) fn read(file: &[u8]) -> Result<Vec<Entry>> {
 /// Checks what the header says of one tensor. The data starts at byte `start` of the file and has `len` bytes.
 fn entry(name: String, info: Info, start: usize, len: usize) -> Result<Entry> {
     let wrong = |found: String, wanted: String| {
-        Err(FileError::Malformed { what: format!("tensor \"{}\"", one_line(&name)), found, wanted })
+        Err(FileError::Malformed { what: format!("tensor \"{}\"", printable(&name)), found, wanted })
     };
     let [from, to] = info.data_offsets;
     let (Ok(first), Ok(last)) = (usize::try_from(from), usize::try_from(to)) else {
@@ -110,7 +114,10 @@ fn entry(name: String, info: Info, start: usize, len: usize) -> Result<Entry> {
         );
     }
     let Some(bits) = bits(&info.dtype) else {
-        return wrong(format!("dtype {}", one_line(&info.dtype)), "a dtype of the safetensors format".into());
+        return wrong(
+            format!("dtype {}", printable(&info.dtype)),
+            "a dtype of the safetensors format".into(),
+        );
     };
     if info.shape.len() > MAX_DIMENSIONS {
         return wrong(format!("{} dimensions", info.shape.len()), format!("at most {MAX_DIMENSIONS}"));
@@ -122,23 +129,13 @@ fn entry(name: String, info: Info, start: usize, len: usize) -> Result<Entry> {
         .filter(|bits| bits.is_multiple_of(8))
         .map(|bits| bits / 8);
     if size != Some(last - first) {
-        let wanted = size.map_or("a size that fits 64 bits".to_owned(), |size| {
+        let wanted = size.map_or("whole bytes, fewer than 2⁶⁴ bits".to_owned(), |size| {
             format!("{size} for {} {:?}", info.dtype, info.shape)
         });
         return wrong(format!("{} bytes of data", last - first), wanted);
     }
     let shape = info.shape.iter().map(|&n| n as usize).collect();
     Ok(Entry { name, dtype: info.dtype, shape, bytes: start + first..start + last })
-}
-
-/// Control characters and great length, which a hostile file may put into a message, made harmless.
-pub(crate) fn one_line(text: &str) -> String {
-    const LONGEST: usize = 120;
-    let mut line: String = text.chars().take(LONGEST).map(|c| if c.is_control() { '?' } else { c }).collect();
-    if text.chars().nth(LONGEST).is_some() {
-        line.push('…');
-    }
-    line
 }
 
 /// What the header says of a tensor.

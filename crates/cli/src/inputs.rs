@@ -5,7 +5,7 @@ use std::path::Path;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
-use sageattention::{DType, Result as CallResult, Tensor};
+use sageattention::{DType, Error, Geometry, Result as CallResult, Tensor};
 use sageattn_files::qkv_file::{self, Qkv, QkvFile};
 
 use crate::failure::{Failure, Result};
@@ -34,7 +34,13 @@ pub fn load(path: &Path, file: &QkvFile<'_>, prefix: Option<&str>) -> Result<Vec
 
 /// A tensor of normally distributed numbers, the same in every run.
 pub fn normal(dtype: DType, shape: &[usize], seed: u64) -> CallResult<Tensor> {
+    // The size comes from the command line: it may overflow, or exceed this machine.
+    let len = Geometry::contiguous("tensor", shape)?.len();
+    let mut values: Vec<f32> = Vec::new();
+    values.try_reserve_exact(len).map_err(|_| {
+        Error::unsupported(format!("a tensor of shape {shape:?}"), format!("no memory for {len} numbers"))
+    })?;
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let values: Vec<f32> = (0..shape.iter().product()).map(|_| StandardNormal.sample(&mut rng)).collect();
+    values.extend((0..len).map(|_| -> f32 { StandardNormal.sample(&mut rng) }));
     Ok(Tensor::new(values, shape)?.to_dtype(dtype))
 }

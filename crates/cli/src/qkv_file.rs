@@ -3,7 +3,7 @@
 use half::{bf16, f16};
 use sage_core::Tensor;
 
-use crate::header::{self, Entry, one_line};
+use crate::header::{self, Entry};
 
 /// Result of reading a file.
 pub type Result<T, E = FileError> = std::result::Result<T, E>;
@@ -13,7 +13,7 @@ pub type Result<T, E = FileError> = std::result::Result<T, E>;
 #[non_exhaustive]
 pub enum FileError {
     /// Not a safetensors file, or one cut short or damaged.
-    #[error("not a valid safetensors file: {what} is {found}, expected {wanted}")]
+    #[error("not a valid safetensors file: {what}: found {found}, expected {wanted}")]
     Malformed {
         /// Part of the file.
         what: String,
@@ -136,7 +136,7 @@ impl QkvFile<'_> {
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
         let entry = self.entry(name)?;
         self.float(entry)?.ok_or_else(|| FileError::Unusable {
-            name: one_line(name),
+            name: printable(name),
             what: "dtype",
             found: entry.dtype.clone(),
             wanted: "F32, F16 or BF16",
@@ -154,7 +154,7 @@ impl QkvFile<'_> {
             return Ok(MaskTensor::Bool { visible, shape: entry.shape.clone() });
         }
         self.float(entry)?.map(MaskTensor::Additive).ok_or_else(|| FileError::Unusable {
-            name: one_line(name),
+            name: printable(name),
             what: "dtype",
             found: entry.dtype.clone(),
             wanted: "BOOL, U8, F32, F16 or BF16 for a mask",
@@ -166,14 +166,14 @@ impl QkvFile<'_> {
     }
 
     fn missing(&self, name: &str) -> FileError {
-        FileError::Missing { name: one_line(name), found: self.listing() }
+        FileError::Missing { name: printable(name), found: self.listing() }
     }
 
     /// The names there are, for messages.
     fn listing(&self) -> String {
         const SHOWN: usize = 12;
         let names = self.names();
-        let mut found = names.iter().take(SHOWN).map(|name| one_line(name)).collect::<Vec<_>>().join(", ");
+        let mut found = names.iter().take(SHOWN).map(|name| printable(name)).collect::<Vec<_>>().join(", ");
         if names.len() > SHOWN {
             found.push_str(&format!(" and {} more", names.len() - SHOWN));
         } else if names.is_empty() {
@@ -201,12 +201,23 @@ impl QkvFile<'_> {
             _ => return Ok(None),
         };
         tensor.map(Some).map_err(|_| FileError::Unusable {
-            name: one_line(&entry.name),
+            name: printable(&entry.name),
             what: "shape",
             found: format!("{:?}", entry.shape),
             wanted: "at most 4 dimensions",
         })
     }
+}
+
+/// A name from a file as it may be shown: control characters and great length, which a hostile file may use to
+/// disturb a terminal, made harmless.
+pub fn printable(text: &str) -> String {
+    const LONGEST: usize = 120;
+    let mut line: String = text.chars().take(LONGEST).map(|c| if c.is_control() { '?' } else { c }).collect();
+    if text.chars().nth(LONGEST).is_some() {
+        line.push('…');
+    }
+    line
 }
 
 /// A key by which numbers in names sort by value.

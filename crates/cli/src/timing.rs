@@ -94,7 +94,16 @@ mod tests {
     #[test]
     fn candidates_take_turns() {
         let mut order = Vec::new();
-        interleaved::<()>(2, 2, |i| Ok(order.push(i)), || {}).unwrap();
+        interleaved::<()>(
+            2,
+            2,
+            |i| {
+                order.push(i);
+                Ok(())
+            },
+            || {},
+        )
+        .unwrap();
         assert_eq!(order, [0, 1, 1, 0]);
     }
 }

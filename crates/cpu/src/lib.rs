@@ -34,6 +34,8 @@ mod rows;
 mod split;
 mod tile;
 mod tiled;
+#[cfg(test)]
+mod twins;
 mod visibility;
 
 use std::sync::{Arc, Mutex};

@@ -73,17 +73,11 @@ pub struct Machine {
     pub instruction_sets: Vec<InstructionSet>,
     /// Caches of a core.
     pub caches: Caches,
-    /// Threads that a call uses: those of the current `rayon` pool.
-    pub threads: usize,
 }
 
 impl Machine {
     /// Looks at the processor.
     pub fn detect() -> Self {
-        Machine {
-            instruction_sets: InstructionSet::detected(),
-            caches: Caches::detect(),
-            threads: rayon::current_num_threads(),
-        }
+        Machine { instruction_sets: InstructionSet::detected(), caches: Caches::detect() }
     }
 }

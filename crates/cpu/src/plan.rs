@@ -20,7 +20,7 @@ pub(crate) const SPLIT_KEYS: usize = 4 * TILE_KEYS;
 pub(crate) const PACKED_BYTES_MAX: usize = 24 << 20;
 
 /// Query rows of a unit of work: more would not save memory traffic that matters.
-const BLOCK_Q_MAX: usize = 96;
+const BLOCK_Q_MAX: usize = 192;
 
 /// Units of work for each thread that keep the last ones from leaving threads idle.
 const UNITS_PER_THREAD: usize = 6;
@@ -54,7 +54,8 @@ impl CpuPlan {
         instruction_set: InstructionSet,
         kernels: &Kernels,
     ) -> Result<Self> {
-        let rows_per_head = problem.q_len * problem.group_size();
+        let threads = rayon::current_num_threads();
+        let rows_per_head = problem.q_len.saturating_mul(problem.group_size());
         let few_rows = rows_per_head <= DIRECT_ROWS_MAX;
         let mut reasons = Vec::new();
         let scheme = match scheme {
@@ -75,17 +76,17 @@ impl CpuPlan {
         } else {
             let layout =
                 TileLayout::new((kernels.width, kernels.word), problem.head_dim, qk, pv, scheme.rotate);
-            let (block_q, reason) = block_q(problem, machine, kernels, &layout);
+            let (block_q, reason) = block_q(problem, machine, threads, kernels, &layout);
             reasons.push(reason);
             Strategy::Tiled { block_q, layout }
         };
-        let workspace_bytes = workspace_bytes(problem, machine.threads, &strategy);
+        let workspace_bytes = workspace_bytes(problem, threads, &strategy);
         Ok(CpuPlan {
             problem: *problem,
             scheme,
             instruction_set,
             strategy,
-            threads: machine.threads,
+            threads,
             workspace_bytes,
             reasons,
         })
@@ -141,7 +142,7 @@ fn choose(problem: &Problem, instruction_set: InstructionSet, few_rows: bool) ->
     } else if problem.q_len < TILE_KEYS {
         (Preset::FULL, "packing integers does not pay for fewer than 128 queries")
     } else {
-        (Preset::INT8, "integer dot products do twice the work of floating point at this accuracy")
+        (Preset::INT8_PER_TOKEN, "integer dot products are faster, and a scale for each row costs no time")
     }
 }
 
@@ -184,11 +185,17 @@ fn forms(scheme: &Scheme) -> Result<(QkForm, PvForm)> {
 }
 
 /// Query rows of a unit of work.
-fn block_q(problem: &Problem, machine: &Machine, kernels: &Kernels, layout: &TileLayout) -> (usize, String) {
+fn block_q(
+    problem: &Problem,
+    machine: &Machine,
+    threads: usize,
+    kernels: &Kernels,
+    layout: &TileLayout,
+) -> (usize, String) {
     let row_bytes = 4 * (layout.depth + TILE_KEYS + layout.padded_dim()) + 2 * TILE_KEYS;
     let fits = machine.caches.l2 / 2 / row_bytes;
-    let rows = problem.q_len * problem.num_q_heads * problem.batch;
-    let balanced = rows / (UNITS_PER_THREAD * machine.threads);
+    let rows = problem.q_len.saturating_mul(problem.num_q_heads).saturating_mul(problem.batch);
+    let balanced = rows / (UNITS_PER_THREAD * threads);
     let block_q = fits.min(balanced).min(BLOCK_Q_MAX).min(problem.q_len).max(1);
     let block_q = block_q.div_ceil(kernels.rows) * kernels.rows;
     let limit = match block_q {
@@ -200,17 +207,20 @@ fn block_q(problem: &Problem, machine: &Machine, kernels: &Kernels, layout: &Til
     (block_q, format!("{block_q} queries a block ({} rows a register tile): {limit}", kernels.rows))
 }
 
+/// Saturates: a problem that is only to be explained may be of any size.
 fn workspace_bytes(problem: &Problem, threads: usize, strategy: &Strategy) -> usize {
+    let product = |factors: &[usize]| factors.iter().fold(1usize, |product, &n| product.saturating_mul(n));
+    let heads = [problem.num_kv_heads, problem.batch];
     match strategy {
         Strategy::Tiled { block_q, layout } => {
-            let head = problem.kv_len.div_ceil(TILE_KEYS) * layout.words() * 4;
-            let all = head * problem.num_kv_heads * problem.batch;
-            let scratch = block_q * 4 * (2 * layout.qk_dim + 2 * TILE_KEYS + layout.padded_dim());
-            all.min(head.max(PACKED_BYTES_MAX)) + threads * scratch
+            let head = product(&[problem.kv_len.div_ceil(TILE_KEYS), layout.words(), 4]);
+            let packed = product(&[head, heads[0], heads[1]]).min(head.max(PACKED_BYTES_MAX));
+            let scratch = product(&[*block_q, 4, 2 * layout.qk_dim + 2 * TILE_KEYS + layout.padded_dim()]);
+            packed.saturating_add(scratch.saturating_mul(threads))
         }
         Strategy::Split => {
-            let units = problem.kv_len.div_ceil(SPLIT_KEYS) * problem.num_kv_heads * problem.batch;
-            units * problem.q_len * problem.group_size() * 4 * (problem.head_dim + 2)
+            let parts = product(&[problem.kv_len.div_ceil(SPLIT_KEYS), heads[0], heads[1]]);
+            product(&[parts, problem.q_len, problem.group_size(), 4, problem.head_dim + 2])
         }
     }
 }

@@ -14,10 +14,5 @@ pub(crate) fn cpu() -> &'static Cpu {
 pub fn backend_description() -> String {
     let cpu = cpu();
     let sets: Vec<&str> = cpu.machine().instruction_sets.iter().map(|set| set.name()).collect();
-    format!(
-        "cpu, kernels for {} (of {}), {} threads",
-        cpu.instruction_set(),
-        sets.join(", "),
-        cpu.machine().threads
-    )
+    format!("cpu, kernels for {} (of {})", cpu.instruction_set(), sets.join(", "))
 }

@@ -19,10 +19,10 @@ use crate::timing::read_bandwidth_gbs;
 /// Measure the speed of schemes on shapes
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Tensors are normally distributed. Schemes take turns, repetition by repetition, so that what slows the machine for a
-while slows all of them; the first call of each is not timed. GFLOP/s count 4·B·H·Lq·Lk·D operations, halved for
-causal. \"vs full\" is full precision's median time over the scheme's, from the same run. Memory is the rise of the
-resident size of a fresh process in its first call (Linux). With one query, \"GB/s\" is K and V over the median time, and
+Tensors are normally distributed. Schemes take turns, repetition by repetition, so that what slows the machine for a \
+while slows all of them; the first call of each is not timed. GFLOP/s count 4·B·H·Lq·Lk·D operations, halved for \
+causal. \"vs full\" is full precision's median time over the scheme's, from the same run. Memory is the rise of the \
+resident size of a fresh process in its first call (Linux). With one query, \"GB/s\" is K and V over the median time, and \
 \"of memory\" its share of the bandwidth that reading a large buffer reaches here.
 
 Examples:

@@ -9,21 +9,22 @@ use serde_json::json;
 
 use crate::call_options::SchemeName;
 use crate::commands::accuracy;
-use crate::commands::bench::ratio;
+use crate::commands::bench::{ratio, row_label};
 use crate::compare::{ComputedBy, Reference};
 use crate::console::Console;
 use crate::failure::Result;
 use crate::inputs;
-use crate::speed::{self, Subject, runnable};
+use crate::speed::{self, Shape, Subject, runnable};
 use crate::table::{Cell, DIM, GOOD, TITLE, Table, styled};
 
 /// Where the example comes from.
 const SOURCE: &str = "all-MiniLM-L6-v2 (Apache-2.0)";
 
 /// One of each generation.
-const SHOWN: [Preset; 6] = [
+const SHOWN: [Preset; 7] = [
     Preset::FULL,
     Preset::INT8,
+    Preset::INT8_PER_TOKEN,
     Preset::SAGE1_INT8_FP16,
     Preset::SAGE2_INT8_FP8_PER_THREAD,
     Preset::SAGE2PP_INT4_FP8,
@@ -36,8 +37,18 @@ const SMOOTHED: [Preset; 2] = [Preset::INT8, Preset::SAGE2PP_INT4_FP8];
 /// What is added to one channel of every key to show what smoothing is for.
 const BIAS: f32 = 10.0;
 
-/// Repetitions of each scheme that is timed.
+/// Repetitions of each scheme that is timed on the example.
 const REPS: usize = 15;
+
+/// Shapes that are timed on random numbers: the example is too short to show what longer sequences gain.
+const TIMED: [Shape; 2] = [
+    Shape { batch: 1, heads: 8, kv_heads: 8, q_len: 1024, kv_len: 1024, head_dim: 64 },
+    Shape { batch: 1, heads: 8, kv_heads: 8, q_len: 2048, kv_len: 2048, head_dim: 128 },
+];
+
+/// Schemes that are timed on them, and how often.
+const TIMED_SCHEMES: [Preset; 3] = [Preset::FULL, Preset::INT8, Preset::INT8_PER_TOKEN];
+const TIMED_REPS: usize = 5;
 
 /// The error of one scheme on one layer, with K as given and with its mean subtracted.
 #[derive(Clone, Debug, Serialize)]
@@ -62,9 +73,7 @@ pub fn execute(console: Console) -> Result<()> {
         .map(|layer| Reference::new(layer, Attention::new(), &progress))
         .collect::<Result<Vec<_>, _>>()?;
     let heads: usize = references.iter().map(|reference| reference.heads().list().len()).sum();
-    let steps =
-        heads * (1 + 2 * SMOOTHED.len()) + layers.first().map_or(0, |_| SHOWN.len() * heads / layers.len());
-    progress.set_length(steps as u64);
+    progress.inc_length((heads * 2 * SMOOTHED.len()) as u64);
     progress.set_message("schemes");
 
     let mut accuracy = Vec::new();
@@ -72,7 +81,10 @@ pub fn execute(console: Console) -> Result<()> {
         for preset in SHOWN {
             let comparison = match reference.cpu_kernel(preset)? {
                 Some(comparison) => comparison,
-                None => reference.oracle(&preset.scheme(head_dim(layer)), &progress)?,
+                None => {
+                    progress.inc_length(reference.heads().list().len() as u64);
+                    reference.oracle(&preset.scheme(head_dim(layer)), &progress)?
+                }
             };
             accuracy.push(accuracy::Row::new(name, &layer.prefix, layer.q.dtype(), preset, comparison));
         }
@@ -82,13 +94,25 @@ pub fn execute(console: Console) -> Result<()> {
         Some(layer) => speed(layer, &progress)?,
         None => Vec::new(),
     };
+    let mut by_shape = Vec::new();
+    progress.inc_length((TIMED.len() * TIMED_SCHEMES.len() * TIMED_REPS) as u64);
+    for shape in &TIMED {
+        let subject = Subject::random(shape, DType::F32, Attention::new())?;
+        by_shape.extend(subject.measure(
+            &TIMED_SCHEMES.map(SchemeName::from),
+            TIMED_REPS,
+            None,
+            &progress,
+        )?);
+    }
     progress.finish_and_clear();
     if console.json {
         return console.print_json(&json!({
-            "command": "demo", "source": SOURCE, "accuracy": accuracy, "speed": speed, "smoothing": smoothing,
+            "command": "demo", "source": SOURCE, "accuracy": accuracy, "speed": speed, "speed_by_shape": by_shape,
+            "smoothing": smoothing,
         }));
     }
-    console.print(&text(&layers, &accuracy, &speed, &smoothing))
+    console.print(&text(&layers, &accuracy, &speed, &by_shape, &smoothing))
 }
 
 fn head_dim(layer: &Qkv) -> usize {
@@ -147,6 +171,7 @@ fn text(
     layers: &[Qkv],
     accuracy: &[accuracy::Row],
     speed: &[speed::Row],
+    by_shape: &[speed::Row],
     smoothing: &[SmoothingRow],
 ) -> String {
     let shape =
@@ -168,6 +193,19 @@ fn text(
         ]);
     }
     text.push_str(&format!("{table}\n"));
+
+    let title = format!("Speed on longer sequences: random f32, {} threads", rayon::current_num_threads());
+    let mut table = Table::new(&["<batch,heads,seq,dim", "<scheme", "ms", "GFLOP/s", "vs full"]);
+    for row in by_shape {
+        table.row(vec![
+            row_label(row).into(),
+            row.scheme.into(),
+            format!("{:.2}", row.times.median_ms).into(),
+            format!("{:.1}", row.gflops).into(),
+            ratio(row.ratio_to_full_precision),
+        ]);
+    }
+    text.push_str(&format!("{}\n\n{table}\n", styled(TITLE, title)));
 
     text.push_str(&format!(
         "{}\n\n",

@@ -6,7 +6,7 @@ use std::time::Instant;
 use clap::Args;
 use safetensors::tensor::{Dtype, TensorView as FileTensor};
 use sageattention::{Attention, Mask, Tensor, TensorView, View};
-use sageattn_files::qkv_file::{FileError, MaskTensor, Qkv, QkvFile};
+use sageattn_files::qkv_file::{FileError, MaskTensor, Qkv, QkvFile, printable};
 use serde::Serialize;
 
 use crate::call_options::{CallOptions, LayoutName, SchemeName};
@@ -18,7 +18,7 @@ use crate::{atomic_file, inputs};
 /// Compute attention of the queries, keys and values in a file
 #[derive(Debug, Args)]
 #[command(after_help = "\
-The input holds tensors q, k and v, or any number of them behind prefixes such as \"layer0.\", in f32, f16 or bf16.
+The input holds tensors q, k and v, or any number of them behind prefixes such as \"layer0.\", in f32, f16 or bf16. \
 The output holds {prefix}out in q's shape and dtype, and {prefix}lse (f32) with --lse. It appears whole or not at all.
 
 Examples:
@@ -98,7 +98,7 @@ impl Run {
         let mut table = Table::new(&["<prefix", "<q", "<k, v", "<dtype", "<scheme", "ms"]);
         for row in &rows {
             table.row(vec![
-                if row.prefix.is_empty() { "(none)".into() } else { (&row.prefix).into() },
+                if row.prefix.is_empty() { "(none)".into() } else { printable(&row.prefix).into() },
                 format!("{:?}", row.shape).into(),
                 format!("{:?}", row.kv_shape).into(),
                 row.dtype.into(),
@@ -112,11 +112,15 @@ impl Run {
     fn layer(&self, file: &QkvFile<'_>, layer: &Qkv, named: &mut Vec<Named>) -> Result<Row> {
         let mask = self.mask.as_deref().map(|name| mask_tensor(file, name, &layer.prefix)).transpose();
         let mask = mask.map_err(|error| Failure::file(&self.input, &error))?;
-        let attention = self.attention(mask.as_ref())?;
         let in_file = |error| {
-            let place = if layer.prefix.is_empty() { String::new() } else { format!("{}: ", layer.prefix) };
+            let place = if layer.prefix.is_empty() {
+                String::new()
+            } else {
+                format!("{}: ", printable(&layer.prefix))
+            };
             Failure::Failed(format!("{}: {place}{error}", self.input.display()))
         };
+        let attention = self.attention(mask.as_ref()).map_err(in_file)?;
         let plan = attention.plan(&layer.q, &layer.k, &layer.v).map_err(in_file)?;
         tracing::info!(prefix = layer.prefix, "plan\n{plan}");
         let start = Instant::now();
@@ -136,7 +140,7 @@ impl Run {
         })
     }
 
-    fn attention<'a>(&'a self, mask: Option<&'a MaskTensor>) -> Result<Attention<'a>> {
+    fn attention<'a>(&'a self, mask: Option<&'a MaskTensor>) -> Result<Attention<'a>, sageattention::Error> {
         let mut attention = self
             .call
             .attention()

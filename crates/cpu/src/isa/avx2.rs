@@ -20,6 +20,11 @@ macro_rules! shared_operations {
         const LANES: usize = 8;
 
         #[inline(always)]
+        unsafe fn prefetch<T>(p: *const T) {
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+        }
+
+        #[inline(always)]
         unsafe fn splat(x: f32) -> __m256 {
             unsafe { _mm256_set1_ps(x) }
         }

@@ -19,6 +19,11 @@ impl Isa for Neon {
     const WORD: IntWord = IntWord::Quad;
 
     #[inline(always)]
+    unsafe fn prefetch<T>(p: *const T) {
+        unsafe { asm!("prfm pldl1keep, [{p}]", p = in(reg) p, options(nostack, preserves_flags, readonly)) }
+    }
+
+    #[inline(always)]
     unsafe fn splat(x: f32) -> float32x4_t {
         unsafe { vdupq_n_f32(x) }
     }

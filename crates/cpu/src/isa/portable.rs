@@ -38,6 +38,8 @@ impl<const WORD: u8> Isa for Portable<WORD> {
     };
 
     #[inline(always)]
+    unsafe fn prefetch<T>(_: *const T) {}
+    #[inline(always)]
     unsafe fn splat(x: f32) -> Self::F {
         [x; LANES]
     }

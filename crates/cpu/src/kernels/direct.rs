@@ -63,6 +63,16 @@ load!(f32, load, direct_scores_f32, direct_values_f32);
 load!(half::f16, load_f16, direct_scores_f16, direct_values_f16);
 load!(half::bf16, load_bf16, direct_scores_bf16, direct_values_bf16);
 
+/// How far ahead of those being read rows are asked for: enough to cover the latency of memory at the rate at which one
+/// core reads (2 KiB: 17 → 22 GB/s of the 25 that plain reads reach; 4 KiB: 18).
+const PREFETCH_BYTES: usize = 2048;
+
+/// The distance, in elements, of the row to ask for.
+#[inline(always)]
+fn prefetch_distance<E>(head_dim: usize, stride: usize) -> usize {
+    (PREFETCH_BYTES / (head_dim * size_of::<E>())).max(DIRECT_ROWS) * stride
+}
+
 /// Rows read side by side: enough independent sums to hide the latency of an addition.
 const DIRECT_ROWS: usize = 4;
 
@@ -86,6 +96,7 @@ pub(super) unsafe fn direct_scores<I: Isa, E: Load>(args: &mut DirectScores<'_, 
     check_direct(args.keys, args.stride, args.head_dim, args.k.len());
     assert!(args.q.len() >= args.rows * args.head_dim && args.scores.len() >= args.rows * TILE_KEYS);
     let vectors = args.head_dim / I::LANES * I::LANES;
+    let ahead = prefetch_distance::<E>(args.head_dim, args.stride);
     for first in (0..args.keys).step_by(DIRECT_ROWS) {
         let keys = direct_rows(first, args.keys, args.stride);
         for row in 0..args.rows {
@@ -96,7 +107,9 @@ pub(super) unsafe fn direct_scores<I: Isa, E: Load>(args: &mut DirectScores<'_, 
                 for d in (0..vectors).step_by(I::LANES) {
                     let q = I::load(q.add(d));
                     for (acc, &key) in acc.iter_mut().zip(&keys) {
-                        *acc = I::fma(q, E::vector::<I>(args.k.as_ptr().add(key + d)), *acc);
+                        let k = args.k.as_ptr().add(key + d);
+                        I::prefetch(k.wrapping_add(ahead));
+                        *acc = I::fma(q, E::vector::<I>(k), *acc);
                     }
                 }
                 for (i, (&acc, &key)) in acc.iter().zip(&keys).enumerate().take(args.keys - first) {
@@ -117,6 +130,7 @@ pub(super) unsafe fn direct_values<I: Isa, E: Load>(args: &mut DirectValues<'_, 
     assert!(args.p.len() >= args.rows * TILE_KEYS && args.out.len() >= args.rows * args.head_dim);
     assert!(args.state.alpha.len() >= args.rows && args.state.beta.len() >= args.rows);
     let vectors = args.head_dim / I::LANES * I::LANES;
+    let ahead = prefetch_distance::<E>(args.head_dim, args.stride);
     for row in 0..args.rows {
         let alpha = args.state.alpha[row];
         for x in &mut args.out[row * args.head_dim..(row + 1) * args.head_dim] {
@@ -137,7 +151,9 @@ pub(super) unsafe fn direct_values<I: Isa, E: Load>(args: &mut DirectValues<'_, 
                 for d in (0..vectors).step_by(I::LANES) {
                     let mut acc = I::load(out.add(d));
                     for (&p, &key) in p.iter().zip(&keys) {
-                        acc = I::fma(I::splat(p), E::vector::<I>(args.v.as_ptr().add(key + d)), acc);
+                        let v = args.v.as_ptr().add(key + d);
+                        I::prefetch(v.wrapping_add(ahead));
+                        acc = I::fma(I::splat(p), E::vector::<I>(v), acc);
                     }
                     I::store(out.add(d), acc);
                 }

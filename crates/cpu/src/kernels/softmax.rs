@@ -1,7 +1,7 @@
 //! Online softmax of a tile of scores, in base 2, and the soft cap.
 
 use super::{FIXED12_MAX, TILE_KEYS};
-use crate::isa::{Isa, exp2, exp2_or_zero};
+use crate::isa::{EXP2_DEGREE_4, EXP2_DEGREE_5, Isa, exp2, exp2_or_zero};
 
 /// One step of online softmax, in base 2.
 pub(crate) struct Softmax<'a> {
@@ -108,7 +108,10 @@ pub(super) unsafe fn soft_cap<I: Isa>(args: &mut SoftCap<'_>) {
             let zero = I::splat(0.0);
             // tanh|x| = (1 − e^(−2|x|)) / (1 + e^(−2|x|)); scores are in units of ln 2.
             let magnitude = I::max(I::sub(zero, s), s);
-            let [e] = exp2::<I, 1>([I::mul(magnitude, I::splat(-2.0 * std::f32::consts::LOG2_E / *cap))]);
+            let [e] = exp2::<I, 1>(
+                &EXP2_DEGREE_5,
+                [I::mul(magnitude, I::splat(-2.0 * std::f32::consts::LOG2_E / *cap))],
+            );
             let one = I::splat(1.0);
             let tanh = I::div(I::sub(one, e), I::add(one, e));
             let positive = I::zero_below(s, zero, tanh);
@@ -141,14 +144,18 @@ fn check_softmax<I: Isa>(args: &Softmax<'_>) {
 
 /// Loads `N` vectors of scores, subtracts `shift` and raises 2 to them.
 #[inline(always)]
-unsafe fn probabilities<I: Isa, const N: usize>(scores: *const f32, shift: I::F) -> [I::F; N] {
+unsafe fn probabilities<I: Isa, const N: usize>(
+    polynomial: &[f32],
+    scores: *const f32,
+    shift: I::F,
+) -> [I::F; N] {
     // SAFETY: the caller vouches for the instruction set and the pointer.
     unsafe {
         let mut x = [shift; N];
         for (i, x) in x.iter_mut().enumerate() {
             *x = I::sub(I::load(scores.add(i * I::LANES)), shift);
         }
-        exp2::<I, N>(x)
+        exp2::<I, N>(polynomial, x)
     }
 }
 
@@ -170,12 +177,12 @@ pub(super) unsafe fn softmax_float<I: Isa>(args: &mut Softmax<'_>) {
             };
             let whole = args.columns / (4 * I::LANES) * 4 * I::LANES;
             for c in (0..whole).step_by(4 * I::LANES) {
-                let [p0, p1, p2, p3] = probabilities::<I, 4>(row.add(c), shift);
+                let [p0, p1, p2, p3] = probabilities::<I, 4>(&EXP2_DEGREE_5, row.add(c), shift);
                 store(c, [p0, p1]);
                 store(c + 2 * I::LANES, [p2, p3]);
             }
             for c in (whole..args.columns).step_by(2 * I::LANES) {
-                store(c, probabilities::<I, 2>(row.add(c), shift));
+                store(c, probabilities::<I, 2>(&EXP2_DEGREE_5, row.add(c), shift));
             }
             args.state.tile_max[r] = max;
             args.state.tile_sum[r] = I::reduce_add(I::add(sum[0], sum[1]));
@@ -208,12 +215,12 @@ pub(super) unsafe fn softmax_fixed12<I: Isa>(args: &mut Softmax<'_>) {
             };
             let whole = args.columns / (4 * I::LANES) * 4 * I::LANES;
             for c in (0..whole).step_by(4 * I::LANES) {
-                let [p0, p1, p2, p3] = probabilities::<I, 4>(row.add(c), shift);
+                let [p0, p1, p2, p3] = probabilities::<I, 4>(&EXP2_DEGREE_4, row.add(c), shift);
                 store(c, [p0, p1]);
                 store(c + 2 * I::LANES, [p2, p3]);
             }
             for c in (whole..args.columns).step_by(2 * I::LANES) {
-                store(c, probabilities::<I, 2>(row.add(c), shift));
+                store(c, probabilities::<I, 2>(&EXP2_DEGREE_4, row.add(c), shift));
             }
             let sum = I::reduce_add_int(I::add_int(sum[0], sum[1])) as f32;
             args.state.tile_max[r] = max;

@@ -1,0 +1,312 @@
+//! Empty calls, rows without keys, refusals, and determinism.
+
+// Helpers unwrap too.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use common::{Built, Case, Explicit, Extent, Masking, bits, every_cpu, schemes};
+use sage_core::{
+    Accumulator, Alignment, Band, DType, Error, Granularity, IntQuantizer, Layout, Preset, Pv, Qk, Scheme,
+    SmoothQ, Smoothing, Tensor, Tile, oracle,
+};
+use sage_cpu::{Cpu, InstructionSet};
+
+/// Queries: few enough to be split over keys, and more.
+const Q_LENS: [usize; 2] = [4, 45];
+
+#[test]
+fn sizes_of_zero_are_calls_like_any_other() {
+    for (batch, q_len, kv_len) in [(0, 5, 5), (2, 0, 5), (2, 5, 0), (2, 40, 0), (0, 0, 0), (2, 0, 0)] {
+        for layout in [Layout::Hnd, Layout::Nhd] {
+            for masking in [
+                Masking::default(),
+                Masking { band: Band::causal(Alignment::BottomRight), kv_lens: true, ..Masking::default() },
+                Masking { explicit: Some(Explicit::Bool(Extent::All)), ..Masking::default() },
+                Masking { blocks: Some((3, 2)), ..Masking::default() },
+            ] {
+                let case = Case { batch, layout, heads: (4, 2), q_len, kv_len, masking, ..Case::default() };
+                let built = case.build();
+                for cpu in every_cpu() {
+                    for scheme in schemes(64) {
+                        let run = built.run(&cpu, Some(scheme));
+                        assert_eq!(run.out, vec![0.0; batch * 4 * q_len * 64], "{case:?}");
+                        assert_eq!(run.lse, vec![f32::NEG_INFINITY; batch * 4 * q_len], "{case:?}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn no_heads_at_all_is_a_call_too() {
+    let tensor = |heads: usize| Tensor::zeros(DType::F32, &[2, heads, 5, 8]).unwrap();
+    let built = Built::dense(tensor(0), tensor(1), tensor(1));
+    for scheme in schemes(8) {
+        let run = built.run(&Cpu::detect(), Some(scheme));
+        assert!(run.out.is_empty() && run.lse.is_empty());
+    }
+}
+
+/// Ways of hiding every key of some rows: a name, and the call.
+fn hidden(q_len: usize, kv_len: usize) -> Vec<(&'static str, Built)> {
+    let case = Case { q_len, kv_len, head_dim: 24, ..Case::default() };
+    let with = |masking| Case { masking, ..case.clone() }.build();
+    let mut bools = case.build();
+    let rows = |i: usize, j: usize| !i.is_multiple_of(3) && j % 2 == 1;
+    let all = |f: &dyn Fn(usize, usize) -> bool| {
+        (0..q_len * kv_len).map(|at| f(at / kv_len, at % kv_len)).collect::<Vec<bool>>()
+    };
+    bools.bools = Some((all(&rows), vec![q_len, kv_len]));
+    let mut bias = case.build();
+    let values: Vec<f32> =
+        all(&rows).into_iter().map(|seen| if seen { 0.5 } else { f32::NEG_INFINITY }).collect();
+    bias.bias = Some(Tensor::new(values, &[q_len, kv_len]).unwrap());
+    let mut blocks = case.build();
+    let (rows, columns) = (q_len.div_ceil(2), kv_len.div_ceil(50));
+    blocks.blocks =
+        Some(((0..rows * columns).map(|at| at / columns % 2 == 1).collect(), vec![rows, columns], 2, 50));
+    let left_of_all = Band { left: Some(0), right: Some(0), alignment: Alignment::TopLeft };
+    vec![
+        (
+            "causal with more queries than keys",
+            with(Masking { band: Band::causal(Alignment::BottomRight), ..Masking::default() }),
+        ),
+        ("a window beyond the last key", with(Masking { band: left_of_all, ..Masking::default() })),
+        (
+            "kv_lens",
+            Case { batch: 3, masking: Masking { kv_lens: true, ..Masking::default() }, ..case.clone() }
+                .build(),
+        ),
+        ("a bool mask", bools),
+        ("an additive mask", bias),
+        ("a block mask", blocks),
+    ]
+}
+
+#[test]
+fn a_row_without_keys_is_zero_and_its_log_sum_exp_minus_infinity() {
+    for q_len in Q_LENS {
+        for kv_len in [2, 150] {
+            for (what, built) in hidden(q_len, kv_len) {
+                let expected = oracle::exact(&built.call());
+                let empty = |row: &usize| expected.lse[*row] == f64::NEG_INFINITY;
+                let empty: Vec<usize> = (0..expected.lse.len()).filter(empty).collect();
+                for cpu in every_cpu() {
+                    for scheme in schemes(24) {
+                        let run = built.run(&cpu, Some(scheme));
+                        for (row, lse) in run.lse.iter().enumerate() {
+                            let out = &run.out[row * 24..(row + 1) * 24];
+                            if empty.contains(&row) {
+                                assert!(
+                                    *lse == f32::NEG_INFINITY && out.iter().all(|x| *x == 0.0),
+                                    "{what}, {scheme}, row {row}"
+                                );
+                            } else {
+                                assert!(
+                                    lse.is_finite() && out.iter().any(|x| *x != 0.0),
+                                    "{what}, {scheme}, row {row}"
+                                );
+                            }
+                        }
+                    }
+                }
+                let longer = kv_len > q_len
+                    && matches!(what, "causal with more queries than keys" | "a window beyond the last key");
+                assert!(longer || !empty.is_empty(), "{what} hides nothing");
+            }
+        }
+    }
+}
+
+fn is_int(scheme: &Scheme) -> Option<IntQuantizer> {
+    match scheme.qk {
+        Qk::Int(quantizer) => Some(quantizer),
+        _ => None,
+    }
+}
+
+#[test]
+fn a_plan_of_another_problem_is_refused() {
+    let cpu = Cpu::detect();
+    let built = Case::default().build();
+    let other = Case { kv_len: 65, ..Case::default() }.build();
+    let plan = cpu.plan(&other.call().problem, None).unwrap();
+    let mut out = Tensor::zeros(DType::F32, built.q.shape()).unwrap();
+    let error = cpu.forward(&plan, &built.call(), out.view_mut(), None).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "a plan of another problem is not supported: plan the problem of this call"
+    );
+}
+
+#[test]
+fn outputs_that_do_not_fit_are_refused() {
+    let cpu = Cpu::detect();
+    let built = Case::default().build();
+    let call = built.call();
+    let plan = cpu.plan(&call.problem, None).unwrap();
+    let refused = |mut out: Tensor, lse: Option<&mut [f32]>, wanted: &str| {
+        let error = cpu.forward(&plan, &call, out.view_mut(), lse).unwrap_err();
+        assert_eq!(error.to_string(), wanted);
+    };
+    let zeros = |dtype, shape: &[usize]| Tensor::zeros(dtype, shape).unwrap();
+    refused(
+        zeros(DType::F32, &[1, 1, 63, 64]),
+        None,
+        "out: shape is [1, 1, 63, 64], expected [1, 1, 64, 64], as q",
+    );
+    refused(zeros(DType::F16, &[1, 1, 64, 64]), None, "out: dtype is f16, expected f32, as q");
+    refused(
+        zeros(DType::F32, &[1, 1, 64, 64]),
+        Some(&mut [0.0; 63]),
+        "lse: memory holds 63 elements, expected 64 for shape [1, 1, 64]",
+    );
+}
+
+#[test]
+fn schemes_without_kernels_are_refused_and_say_what_would_do() {
+    let int8 = Preset::INT8.scheme(64);
+    let quantizer = is_int(&int8).unwrap();
+    let with = |quantizer| Scheme { qk: Qk::Int(quantizer), ..int8 };
+    let narrow = Tile { block_k: 48, warp_k: 48, ..quantizer.tile };
+    for (scheme, what) in [
+        (with(IntQuantizer { granularity: Granularity::PerTensor, ..quantizer }), "per-tensor Q·Kᵀ"),
+        (
+            with(IntQuantizer { tile: narrow, ..quantizer }),
+            "Tile { block_q: 128, warp_q: 32, block_k: 48, warp_k: 48 }",
+        ),
+        (Scheme { qk: Qk::Nvfp4, ..int8 }, "NVFP4 Q·Kᵀ"),
+        (Scheme { pv: Pv::Int8, ..int8 }, "P·V in Int8"),
+        (Scheme { pv: Pv::Nvfp4, ..int8 }, "P·V in Nvfp4"),
+        (Scheme { pv: Pv::F16(Accumulator::F32), ..int8 }, "P·V in F16(F32)"),
+        (Scheme { pv: Pv::Fixed12 { block: 64 }, ..int8 }, "P·V in Fixed12 { block: 64 }"),
+        (Scheme { smooth: Smoothing { q: SmoothQ::Sequence, ..int8.smooth }, ..int8 }, "smooth-Q"),
+        (Scheme { smooth: Smoothing { v: true, ..int8.smooth }, ..int8 }, "smooth-V"),
+    ] {
+        let problem = Case::default().build().call().problem;
+        let error: Error = Cpu::detect().plan(&problem, Some(scheme)).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            format!(
+                "{what} in the CPU kernels is not supported: they compute full precision, and INT8 or INT4 Q·Kᵀ per \
+                 block, warp, thread or token with smooth-K and P·V in f32 or 12 bits"
+            )
+        );
+    }
+}
+
+#[test]
+fn every_scheme_that_is_planned_runs() {
+    // Odd tiles: whatever the plan accepts must not panic.
+    let int8 = Preset::INT8.scheme(32);
+    let quantizer = is_int(&int8).unwrap();
+    let built = Case { q_len: 70, kv_len: 200, head_dim: 32, ..Case::default() }.build();
+    let cpu = Cpu::detect();
+    let mut planned = 0;
+    let mut failures = Vec::new();
+    for granularity in
+        [Granularity::PerBlock, Granularity::PerWarp, Granularity::PerThread, Granularity::PerToken]
+    {
+        for (block_q, warp_q) in [(128, 32), (1, 1), (7, 7), (24, 8)] {
+            for (block_k, warp_k) in [(128, 128), (64, 8), (32, 4), (2, 2), (1, 1), (0, 0), (256, 256)] {
+                let tile = Tile { block_q, warp_q, block_k, warp_k };
+                let scheme = Scheme { qk: Qk::Int(IntQuantizer { granularity, tile, ..quantizer }), ..int8 };
+                if cpu.plan(&built.call().problem, Some(scheme)).is_ok() {
+                    planned += 1;
+                    let run = std::panic::catch_unwind(|| built.run(&cpu, Some(scheme)));
+                    if !run.is_ok_and(|run| run.out.iter().all(|x| x.is_finite())) {
+                        failures.push(format!("{granularity:?} of {tile:?}"));
+                    }
+                }
+            }
+        }
+    }
+    assert!(planned > 20 && failures.is_empty(), "{planned} planned; failed: {failures:#?}");
+}
+
+#[test]
+fn an_instruction_set_that_is_not_there_is_refused() {
+    let all = [
+        InstructionSet::Portable,
+        InstructionSet::Avx2,
+        InstructionSet::AvxVnni,
+        InstructionSet::Avx512Vnni,
+        InstructionSet::NeonDotprod,
+    ];
+    let detected = InstructionSet::detected();
+    assert_eq!(detected.last(), Some(&InstructionSet::Portable));
+    let names: Vec<&str> = detected.iter().map(|set| set.name()).collect();
+    for set in all {
+        match Cpu::detect().with_instruction_set(set) {
+            Ok(cpu) => assert!(detected.contains(&set) && cpu.instruction_set() == set),
+            Err(error) => {
+                assert!(!detected.contains(&set));
+                let wanted = format!("instruction_set: value is {set}, expected {}", names.join(", "));
+                assert_eq!(error.to_string(), wanted);
+            }
+        }
+    }
+}
+
+#[test]
+fn the_same_call_gives_the_same_bits_whatever_the_threads() {
+    let causal = Masking { band: Band::causal(Alignment::BottomRight), ..Masking::default() };
+    let cases = [
+        // Work is cut into blocks of queries by the number of threads.
+        Case { heads: (2, 1), q_len: 300, kv_len: 900, masking: causal, k_bias: 1.0, ..Case::default() },
+        Case { heads: (2, 1), q_len: 130, kv_len: 5000, head_dim: 16, k_bias: 1.0, ..Case::default() },
+        Case { heads: (8, 1), q_len: 1, kv_len: 5000, masking: causal, ..Case::default() },
+        Case {
+            dtype: DType::BF16,
+            q_len: 200,
+            kv_len: 700,
+            softcap: Some(9.0),
+            masking: causal,
+            ..Case::default()
+        },
+    ];
+    for case in cases {
+        let built = case.build();
+        for scheme in schemes(case.head_dim) {
+            let run = |threads: usize| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                pool.install(|| {
+                    let cpu = Cpu::detect();
+                    let runs = [built.run(&cpu, Some(scheme)), built.run(&cpu, Some(scheme))];
+                    assert_eq!(
+                        bits(&runs[0]),
+                        bits(&runs[1]),
+                        "{scheme} with {threads} threads, twice: {case:?}"
+                    );
+                    runs
+                })
+            };
+            let one = run(1);
+            for threads in [2, 5] {
+                let differing =
+                    bits(&run(threads)[0]).iter().zip(bits(&one[0])).filter(|(a, b)| **a != *b).count();
+                assert_eq!(
+                    differing,
+                    0,
+                    "of {} {scheme}, 1 and {threads} threads: {case:?}",
+                    one[0].out.len()
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn a_plan_says_what_it_does() {
+    let cpu = Cpu::detect();
+    let plan = |case: &Case, scheme| cpu.plan(&case.build().call().problem, scheme).unwrap();
+    let few = plan(&Case { q_len: 1, kv_len: 5000, ..Case::default() }, None);
+    assert_eq!(few.scheme(), &Preset::FULL.scheme(64));
+    assert!(few.to_string().contains("units of 512 keys"), "{few}");
+    let many = plan(&Case { q_len: 256, kv_len: 256, ..Case::default() }, None);
+    let wanted = if cpu.instruction_set() == InstructionSet::Portable { Preset::FULL } else { Preset::INT8 };
+    assert_eq!(many.scheme(), &wanted.scheme(64));
+    assert!(!many.reasons().is_empty() && many.workspace_bytes() > 0);
+}

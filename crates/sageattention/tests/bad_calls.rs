@@ -1,0 +1,200 @@
+//! Calls that cannot be carried out: each is refused with one message that names what is wrong, the value found and
+//! the value wanted.
+
+#![allow(clippy::unwrap_used)] // the helpers of tests are tests too
+
+use half::f16;
+use sageattention::{
+    Alignment, Attention, BlockMask, DType, Error, Geometry, Layout, Mask, Preset, Result, Scheme, Tensor,
+    TensorView, View, ViewMut,
+};
+
+/// A row-major tensor of zeros.
+fn zeros(shape: &[usize]) -> Tensor {
+    Tensor::zeros(DType::F32, shape).unwrap()
+}
+
+/// Attention of zeros in the given shapes.
+fn shapes(attention: &Attention<'_>, q: &[usize], k: &[usize], v: &[usize]) -> Result<()> {
+    attention.forward(&zeros(q), &zeros(k), &zeros(v)).map(drop)
+}
+
+/// Attention of zeros, all of the same well-formed shape.
+fn well_formed(attention: &Attention<'_>) -> Result<()> {
+    shapes(attention, &[2, 4, 8, 16], &[2, 2, 6, 16], &[2, 2, 6, 16])
+}
+
+/// Attention of packed zeros: 6 queries, 8 keys.
+fn packed(cu_seqlens_q: &[i32], cu_seqlens_k: &[i32]) -> Result<()> {
+    shapes(&Attention::new().packed(cu_seqlens_q, cu_seqlens_k), &[6, 4, 16], &[8, 2, 16], &[8, 2, 16])
+}
+
+/// Attention with a boolean mask of the given shape.
+fn masked(attention: &Attention<'_>, shape: &[usize]) -> Result<()> {
+    let visible = vec![true; shape.iter().product()];
+    well_formed(&attention.clone().mask(Mask::Bool(View::contiguous("mask", &visible, shape)?)))
+}
+
+/// Attention with a mask of blocks of the given shape.
+fn block_masked(shape: &[usize], block_q: usize, block_k: usize) -> Result<()> {
+    let flags = vec![true; shape.iter().product()];
+    let blocks = View::contiguous("block_mask", &flags, shape)?;
+    well_formed(&Attention::new().block_mask(BlockMask { blocks, block_q, block_k }))
+}
+
+/// Attention into an output of the given dtype, shape and strides. It stays as it is when the call is refused.
+fn into<T: sageattention::Element + PartialEq>(
+    shape: &[usize],
+    strides: &[i64],
+    lse: Option<usize>,
+) -> Result<()>
+where
+    for<'a> ViewMut<'a, T>: Into<sageattention::TensorViewMut<'a>>,
+{
+    let (q, k) = (zeros(&[1, 2, 4, 16]), zeros(&[1, 2, 6, 16]));
+    let untouched = T::from_f32(7.0);
+    let mut data = vec![untouched; 4096];
+    let mut lse = lse.map(|len| vec![7.0; len]);
+    let result = ViewMut::strided("out", &mut data, Geometry::strided("out", shape, strides, 0)?)
+        .and_then(|out| Attention::new().forward_into(&q, &k, &k, out.into(), lse.as_deref_mut()));
+    assert!(result.is_ok() || data.iter().all(|&x| x == untouched));
+    assert!(result.is_ok() || lse.iter().flatten().all(|&x| x == 7.0));
+    result
+}
+
+/// Attention of a query tensor with the given strides.
+fn strided_q(shape: &[usize], strides: &[i64], len: usize) -> Result<()> {
+    let data = vec![0f32; len];
+    let q = View::strided("q", &data, Geometry::strided("q", shape, strides, 0)?)?;
+    let k = zeros(&[1, 2, 6, 16]);
+    Attention::new().forward(q, &k, &k).map(drop)
+}
+
+/// Attention in which one tensor is of another dtype.
+fn mixed(q: DType, k: DType, v: DType) -> Result<()> {
+    let tensor = |dtype| Tensor::zeros(dtype, &[1, 2, 4, 16]);
+    Attention::new().forward(&tensor(q)?, &tensor(k)?, &tensor(v)?).map(drop)
+}
+
+fn preset_names() -> String {
+    Preset::ALL.iter().map(Preset::name).collect::<Vec<_>>().join(", ")
+}
+
+#[test]
+fn every_bad_call_is_refused_in_words() {
+    let new = Attention::new;
+    let contiguous = [128, 64, 16, 1];
+    let rows: Vec<(Result<()>, String)> = [
+        // Ranks.
+        (shapes(&new(), &[2, 8, 16], &[2, 2, 6, 16], &[2, 2, 6, 16]), "q: shape is [2, 8, 16], expected [batch, heads, seq, head_dim]"),
+        (shapes(&new(), &[2, 4, 8, 16], &[6, 16], &[6, 16]), "k: shape is [6, 16], expected [batch, heads, seq, head_dim]"),
+        (shapes(&new().layout(Layout::Nhd), &[2, 8, 4, 16], &[2, 6, 2, 16], &[]), "v: shape is [], expected [batch, seq, heads, head_dim]"),
+        (shapes(&new().packed(&[0, 8], &[0, 6]), &[1, 8, 4, 16], &[6, 2, 16], &[6, 2, 16]), "q: shape is [1, 8, 4, 16], expected [total, heads, head_dim]"),
+        (Tensor::zeros(DType::F32, &[1, 1, 1, 1, 1]).map(drop), "tensor: shape is [1, 1, 1, 1, 1], expected at most 4 dimensions"),
+        // Sizes.
+        (shapes(&new(), &[2, 4, 8, 0], &[2, 2, 6, 0], &[2, 2, 6, 0]), "head_dim: value is 0, expected 1 to 256"),
+        (shapes(&new(), &[1, 1, 2, 257], &[1, 1, 2, 257], &[1, 1, 2, 257]), "head_dim: value is 257, expected 1 to 256"),
+        (shapes(&new(), &[2, 4, 8, 16], &[2, 2, 6, 32], &[2, 2, 6, 32]), "k: shape is [2, 2, 6, 32], expected head_dim 16, as q"),
+        (shapes(&new(), &[2, 4, 8, 16], &[3, 2, 6, 16], &[3, 2, 6, 16]), "k: shape is [3, 2, 6, 16], expected batch 2, as q"),
+        (shapes(&new(), &[2, 4, 8, 16], &[2, 3, 6, 16], &[2, 3, 6, 16]), "k: shape is [2, 3, 6, 16], expected a number of heads that divides q's 4"),
+        (shapes(&new(), &[2, 4, 8, 16], &[2, 0, 6, 16], &[2, 0, 6, 16]), "k: shape is [2, 0, 6, 16], expected a number of heads that divides q's 4"),
+        (shapes(&new(), &[2, 4, 8, 16], &[2, 2, 6, 16], &[2, 2, 5, 16]), "v: shape is [2, 2, 5, 16], expected [2, 2, 6, 16], as k"),
+        (shapes(&new().layout(Layout::Nhd), &[2, 8, 4, 16], &[2, 6, 3, 16], &[2, 6, 3, 16]), "k: shape is [2, 6, 3, 16], expected a number of heads that divides q's 4"),
+        // Element types.
+        (mixed(DType::F16, DType::F32, DType::F16), "k: dtype is f32, expected f16, as q"),
+        (mixed(DType::BF16, DType::BF16, DType::F16), "v: dtype is f16, expected bf16, as q"),
+        // Memory and strides.
+        (Tensor::new(vec![0f32; 5], &[2, 3]).map(drop), "tensor: memory holds 5 elements, expected 6 for shape [2, 3]"),
+        (strided_q(&[1, 2, 4, 16], &contiguous, 127), "q: memory holds 127 elements, expected at least 128 for [1, 2, 4, 16] strides [128, 64, 16, 1] offset 0"),
+        (strided_q(&[1, 2, 4, 16], &[128, 64, -16, 1], 128), "q: memory holds 128 elements, expected none before the first, but [1, 2, 4, 16] strides [128, 64, -16, 1] offset 0 reaches index -48"),
+        (strided_q(&[1, 2, 4, 16], &[128, 64, 1, 4], 128), "q: strides are [128, 64, 1, 4], expected 1 for the last dimension (head_dim)"),
+        (strided_q(&[1, 2, 4, 16], &[64, 16, 1], 128), "q: strides are [64, 16, 1], expected 4 strides, one for each dimension of shape [1, 2, 4, 16]"),
+        (strided_q(&[1 << 40, 1 << 40, 4, 16], &[0, 0, 16, 1], 128), "q: shape is [1099511627776, 1099511627776, 4, 16], expected indices of all elements within 63 bits"),
+        // Options.
+        (well_formed(&new().sm_scale(f32::NAN)), "sm_scale: value is NaN, expected a finite number above 0"),
+        (well_formed(&new().sm_scale(0.0)), "sm_scale: value is 0, expected a finite number above 0"),
+        (well_formed(&new().sm_scale(-0.125)), "sm_scale: value is -0.125, expected a finite number above 0"),
+        (well_formed(&new().sm_scale(f32::INFINITY)), "sm_scale: value is inf, expected a finite number above 0"),
+        (well_formed(&new().logit_softcap(0.0)), "logit_softcap: value is 0, expected a finite number above 0"),
+        (well_formed(&new().logit_softcap(f32::NAN)), "logit_softcap: value is NaN, expected a finite number above 0"),
+        // Masks.
+        (masked(&new(), &[3, 1]), "mask: shape is [3, 1], expected broadcastable to [2, 4, 8, 6]"),
+        (masked(&new().causal(true), &[2, 1, 8, 8]), "mask: shape is [2, 1, 8, 8], expected broadcastable to [2, 4, 8, 6]"),
+        (masked(&new(), &[1, 1, 1, 8, 6]), "mask: shape is [1, 1, 1, 8, 6], expected at most 4 dimensions"),
+        (block_masked(&[2, 4, 2, 2], 0, 4), "block_mask.block_q: value is 0, expected at least 1"),
+        (block_masked(&[2, 4, 2, 2], 4, 0), "block_mask.block_k: value is 0, expected at least 1"),
+        (block_masked(&[2, 4, 2, 3], 4, 4), "block_mask: shape is [2, 4, 2, 3], expected broadcastable to [2, 4, 2, 2]"),
+        // Lengths.
+        (well_formed(&new().kv_lens(&[6])), "kv_lens: shape is [1], expected [2], one for each batch entry"),
+        (well_formed(&new().kv_lens(&[6, 7])), "kv_lens[1]: value is 7, expected 0 to 6, k's length"),
+        (well_formed(&new().kv_lens(&[-1, 6])), "kv_lens[0]: value is -1, expected 0 to 6, k's length"),
+        (packed(&[1, 6], &[0, 8]), "cu_seqlens_q[0]: value is 1, expected 0"),
+        (packed(&[0, 4, 2, 6], &[0, 2, 4, 8]), "cu_seqlens_q[2]: value is 2, expected at least 4, the entry before"),
+        (packed(&[0, 6], &[0, 7]), "cu_seqlens_k[1]: value is 7, expected 8, the number of packed rows"),
+        (packed(&[0, 6], &[0, 9]), "cu_seqlens_k[1]: value is 9, expected 8, the number of packed rows"),
+        (packed(&[0, 3, 6], &[0, 8]), "cu_seqlens_k: shape is [2], expected [3], as cu_seqlens_q"),
+        (packed(&[], &[]), "cu_seqlens_q: shape is [0], expected [batch + 1]"),
+        (packed(&[0, -3, 6], &[0, 4, 8]), "cu_seqlens_q[1]: value is -3, expected at least 0"),
+        (packed(&[0], &[0]), "cu_seqlens_q[0]: value is 0, expected 6, the number of packed rows"),
+        // Outputs.
+        (into::<f32>(&[1, 2, 5, 16], &[160, 80, 16, 1], None), "out: shape is [1, 2, 5, 16], expected [1, 2, 4, 16], as q"),
+        (into::<f16>(&[1, 2, 4, 16], &contiguous, None), "out: dtype is f16, expected f32, as q"),
+        (into::<f32>(&[2, 4, 16], &[64, 16, 1], None), "out: shape is [2, 4, 16], expected [batch, heads, seq, head_dim]"),
+        (into::<f32>(&[1, 2, 4, 16], &[128, 64, 0, 1], None), "out: strides are [128, 64, 0, 1], expected no two elements of shape [1, 2, 4, 16] in one place"),
+        (into::<f32>(&[1, 2, 4, 16], &[128, 1, 32, 2], None), "out: strides are [128, 1, 32, 2], expected 1 for the last dimension (head_dim)"),
+        (into::<f32>(&[1, 2, 4, 16], &contiguous, Some(7)), "lse: shape is [7], expected [8], the rows of [1, 2, 4]"),
+        (into::<f32>(&[1, 2, 4, 16], &contiguous, Some(0)), "lse: shape is [0], expected [8], the rows of [1, 2, 4]"),
+    ]
+    .into_iter()
+    .map(|(result, message)| (result, message.to_owned()))
+    .chain([(
+        "sage9".parse::<Preset>().map(drop),
+        format!("scheme: value is sage9, expected one of {}", preset_names()),
+    )])
+    .collect();
+    assert!(rows.len() >= 50);
+    for (result, expected) in rows {
+        assert_eq!(result.map_err(|error: Error| error.to_string()), Err(expected));
+    }
+}
+
+/// What no backend does is refused as such, with the scheme's part that stands in the way.
+#[test]
+fn schemes_without_kernels_are_unsupported() {
+    let nvfp4: Scheme = Preset::SAGE3_NVFP4.scheme(16);
+    for attention in [Attention::new().scheme(nvfp4), Attention::new().scheme(Preset::SAGE3_NVFP4)] {
+        let error = well_formed(&attention).unwrap_err();
+        assert!(matches!(error, Error::Unsupported { .. }), "{error}");
+        assert!(error.to_string().starts_with("NVFP4 Q·Kᵀ in the CPU kernels is not supported: "), "{error}");
+    }
+}
+
+/// Masks and packed sequences do not go together, and the message says what does.
+#[test]
+fn masks_need_dense_tensors() {
+    let (cu_q, cu_k) = ([0, 6], [0, 8]);
+    let visible = [true; 48];
+    let mask = View::contiguous("mask", &visible, &[6, 8]).unwrap();
+    let call = |attention: &Attention<'_>| {
+        shapes(attention, &[6, 4, 16], &[8, 2, 16], &[8, 2, 16]).unwrap_err().to_string()
+    };
+    let packed = Attention::new().packed(&cu_q, &cu_k);
+    assert_eq!(
+        call(&packed.clone().mask(Mask::Bool(mask))),
+        "mask with cu_seqlens is not supported: an explicit mask needs dense tensors, or use causal and window options"
+    );
+    assert_eq!(
+        call(&packed.block_mask(BlockMask { blocks: mask, block_q: 1, block_k: 1 })),
+        "block_mask with cu_seqlens is not supported: a block mask needs dense tensors"
+    );
+}
+
+/// The same checks stand before `plan`.
+#[test]
+fn plans_are_checked_as_calls_are() {
+    let q = zeros(&[1, 2, 4, 16]);
+    let k = zeros(&[1, 2, 4, 8]);
+    let error =
+        Attention::new().causal_alignment(Alignment::TopLeft).plan(&q, &k, TensorView::from(&k)).unwrap_err();
+    assert_eq!(error.to_string(), "k: shape is [1, 2, 4, 8], expected head_dim 16, as q");
+}
