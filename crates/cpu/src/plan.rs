@@ -148,6 +148,7 @@ fn choose(problem: &Problem, instruction_set: InstructionSet, few_rows: bool) ->
 
 /// The kernels that compute a scheme.
 fn forms(scheme: &Scheme) -> Result<(QkForm, PvForm)> {
+    scheme.check()?;
     let unsupported = |what: &str| {
         Err(Error::unsupported(
             format!("{what} in the CPU kernels"),

@@ -302,7 +302,10 @@ pub(crate) fn absmax_bits(row: &[f32]) -> u32 {
 /// `row / scale`, rounded; zeros where the scale is NaN, or so small that its inverse is infinite.
 #[inline(always)]
 fn quantize(row: &[f32], scale: f32, rounding: Rounding, out: &mut [i32]) {
-    let inverse = if scale > 0.0 && 1.0 / scale < f32::INFINITY { 1.0 / scale } else { 0.0 };
+    let inverse = 1.0 / scale;
+    if !inverse.is_finite() {
+        return out.fill(0);
+    }
     match rounding {
         Rounding::NearestEven => {
             out.iter_mut().zip(row).for_each(|(out, x)| *out = nearest_even(x * inverse));

@@ -306,7 +306,8 @@ fn a_plan_says_what_it_does() {
     assert_eq!(few.scheme(), &Preset::FULL.scheme(64));
     assert!(few.to_string().contains("units of 512 keys"), "{few}");
     let many = plan(&Case { q_len: 256, kv_len: 256, ..Case::default() }, None);
-    let wanted = if cpu.instruction_set() == InstructionSet::Portable { Preset::FULL } else { Preset::INT8 };
+    let wanted =
+        if cpu.instruction_set() == InstructionSet::Portable { Preset::FULL } else { Preset::INT8_PER_TOKEN };
     assert_eq!(many.scheme(), &wanted.scheme(64));
     assert!(!many.reasons().is_empty() && many.workspace_bytes() > 0);
 }

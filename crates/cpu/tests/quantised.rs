@@ -197,7 +197,7 @@ fn int8_is_close_to_exact_on_a_models_data() {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../cli/data/minilm_qkv.safetensors");
     let bytes = std::fs::read(path).unwrap();
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-    for layer in [0, 5] {
+    for layer in [0, 2] {
         let tensor = |part| {
             let tensor = file.tensor(&format!("layer{layer}.{part}")).unwrap();
             let numbers = tensor.data().as_chunks::<2>().0.iter().map(|x| half::f16::from_le_bytes(*x));

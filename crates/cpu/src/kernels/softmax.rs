@@ -1,7 +1,7 @@
 //! Online softmax of a tile of scores, in base 2, and the soft cap.
 
 use super::{FIXED12_MAX, TILE_KEYS};
-use crate::isa::{EXP2_DEGREE_4, EXP2_DEGREE_5, Isa, exp2, exp2_or_zero};
+use crate::isa::{EXP2, Isa, exp2, exp2_or_zero, scaled_exp2};
 
 /// One step of online softmax, in base 2.
 pub(crate) struct Softmax<'a> {
@@ -108,10 +108,8 @@ pub(super) unsafe fn soft_cap<I: Isa>(args: &mut SoftCap<'_>) {
             let zero = I::splat(0.0);
             // tanh|x| = (1 − e^(−2|x|)) / (1 + e^(−2|x|)); scores are in units of ln 2.
             let magnitude = I::max(I::sub(zero, s), s);
-            let [e] = exp2::<I, 1>(
-                &EXP2_DEGREE_5,
-                [I::mul(magnitude, I::splat(-2.0 * std::f32::consts::LOG2_E / *cap))],
-            );
+            let [e] =
+                exp2::<I, 1>(&EXP2, [I::mul(magnitude, I::splat(-2.0 * std::f32::consts::LOG2_E / *cap))]);
             let one = I::splat(1.0);
             let tanh = I::div(I::sub(one, e), I::add(one, e));
             let positive = I::zero_below(s, zero, tanh);
@@ -177,12 +175,12 @@ pub(super) unsafe fn softmax_float<I: Isa>(args: &mut Softmax<'_>) {
             };
             let whole = args.columns / (4 * I::LANES) * 4 * I::LANES;
             for c in (0..whole).step_by(4 * I::LANES) {
-                let [p0, p1, p2, p3] = probabilities::<I, 4>(&EXP2_DEGREE_5, row.add(c), shift);
+                let [p0, p1, p2, p3] = probabilities::<I, 4>(&EXP2, row.add(c), shift);
                 store(c, [p0, p1]);
                 store(c + 2 * I::LANES, [p2, p3]);
             }
             for c in (whole..args.columns).step_by(2 * I::LANES) {
-                store(c, probabilities::<I, 2>(&EXP2_DEGREE_5, row.add(c), shift));
+                store(c, probabilities::<I, 2>(&EXP2, row.add(c), shift));
             }
             args.state.tile_max[r] = max;
             args.state.tile_sum[r] = I::reduce_add(I::add(sum[0], sum[1]));
@@ -194,6 +192,7 @@ pub(super) unsafe fn softmax_float<I: Isa>(args: &mut Softmax<'_>) {
 
 #[inline(always)]
 pub(super) unsafe fn softmax_fixed12<I: Isa>(args: &mut Softmax<'_>) {
+    const POLYNOMIAL: [f32; 5] = scaled_exp2(FIXED12_MAX);
     check_softmax::<I>(args);
     assert!(args.pairs.len() >= args.rows * TILE_KEYS / 2);
     for r in 0..args.rows {
@@ -202,8 +201,7 @@ pub(super) unsafe fn softmax_fixed12<I: Isa>(args: &mut Softmax<'_>) {
             let row = args.scores.as_ptr().add(r * TILE_KEYS);
             let pairs = args.pairs.as_mut_ptr().add(r * TILE_KEYS / 2).cast::<i16>();
             let max = row_max::<I>(row, args.columns);
-            // The factor 4095 rides on the exponent.
-            let shift = I::sub(finite_shift::<I>(I::splat(max)), I::splat(FIXED12_MAX.log2()));
+            let shift = finite_shift::<I>(I::splat(max));
             let mut sum = [I::splat_int(0); 2];
             let mut nan = I::splat(0.0);
             let mut store = |c: usize, p: [I::F; 2]| {
@@ -215,12 +213,12 @@ pub(super) unsafe fn softmax_fixed12<I: Isa>(args: &mut Softmax<'_>) {
             };
             let whole = args.columns / (4 * I::LANES) * 4 * I::LANES;
             for c in (0..whole).step_by(4 * I::LANES) {
-                let [p0, p1, p2, p3] = probabilities::<I, 4>(&EXP2_DEGREE_4, row.add(c), shift);
+                let [p0, p1, p2, p3] = probabilities::<I, 4>(&POLYNOMIAL, row.add(c), shift);
                 store(c, [p0, p1]);
                 store(c + 2 * I::LANES, [p2, p3]);
             }
             for c in (whole..args.columns).step_by(2 * I::LANES) {
-                store(c, probabilities::<I, 2>(&EXP2_DEGREE_4, row.add(c), shift));
+                store(c, probabilities::<I, 2>(&POLYNOMIAL, row.add(c), shift));
             }
             let sum = I::reduce_add_int(I::add_int(sum[0], sum[1])) as f32;
             args.state.tile_max[r] = max;
