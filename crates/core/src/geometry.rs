@@ -112,21 +112,18 @@ impl Geometry {
         if self.is_empty() {
             return None;
         }
-        let reach = |negative: bool| {
-            self.shape
-                .iter()
-                .zip(&self.strides)
-                .filter(|(_, s)| (**s < 0) == negative)
-                .map(|(&n, &s)| (n as i64 - 1) * s)
-                .sum::<i64>()
+        // From the offset on, as in `strided`: the reaches alone might not fit.
+        let end = |negative: bool| {
+            let dimensions = self.shape.iter().zip(&self.strides).filter(|(_, s)| (**s < 0) == negative);
+            dimensions.fold(self.offset, |end, (&n, &s)| end + (n as i64 - 1) * s)
         };
-        Some((self.offset + reach(true), self.offset + reach(false)))
+        Some((end(true), end(false)))
     }
 
     /// Index of an element; dimensions that the tensor lacks come first and are ignored.
     pub fn index(&self, at: [usize; MAX_RANK]) -> i64 {
         debug_assert!((0..MAX_RANK).all(|d| at[d] < self.shape[d] || self.strides[d] == 0));
-        self.offset + at.iter().zip(&self.strides).map(|(&i, &s)| i as i64 * s).sum::<i64>()
+        at.iter().zip(&self.strides).fold(self.offset, |index, (&i, &s)| index + i as i64 * s)
     }
 
     /// Whether elements along the last dimension are neighbours in memory.
@@ -230,6 +227,13 @@ mod tests {
             assert!(Geometry::strided("q", shape, strides, 0).is_err(), "{shape:?} {strides:?}");
         }
         assert!(Geometry::contiguous("q", &[1 << 32, 1 << 32]).is_err());
+    }
+
+    #[test]
+    fn reaches_that_only_fit_together_with_the_offset_do() {
+        let g = Geometry::strided("q", &[2, 2], &[i64::MIN / 2, i64::MIN / 2 - 2], i64::MAX).unwrap();
+        assert_eq!(g.span(), Some((-3, i64::MAX)));
+        assert_eq!(g.index([0, 0, 1, 1]), -3);
     }
 
     #[test]

@@ -5,6 +5,9 @@ use crate::{Band, BlockMask, DType, Error, Geometry, Mask, Result, TensorView};
 /// Largest head dimension.
 pub const MAX_HEAD_DIM: usize = 256;
 
+/// Most query heads of a call, all batch entries together.
+pub const MAX_HEADS: usize = 1 << 24;
+
 /// Order of the dimensions of dense query, key, value and output tensors.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Layout {
@@ -205,6 +208,12 @@ impl<'a> Call<'a> {
         }
         if v.shape() != k.shape() {
             return Err(Error::shape("v", inputs.v.shape(), format!("{:?}, as k", inputs.k.shape())));
+        }
+
+        // Sizes without a single element, or with strides of 0, may be any: here the work for them is bounded.
+        if q_batch.saturating_mul(num_q_heads) > MAX_HEADS || q_batch > MAX_HEADS {
+            let wanted = format!("at most {MAX_HEADS} heads, all batch entries together");
+            return Err(Error::shape("q", inputs.q.shape(), wanted));
         }
 
         let sm_scale = options.sm_scale.unwrap_or(1.0 / (head_dim as f32).sqrt());

@@ -231,14 +231,20 @@ impl Tensor {
     /// A tensor of zeros.
     ///
     /// # Errors
-    /// When there are more than [`MAX_RANK`] dimensions, or more elements than fit 63 bits.
+    /// When there are more than [`MAX_RANK`] dimensions, or more elements than memory holds.
     pub fn zeros(dtype: DType, shape: &[usize]) -> Result<Self> {
         let geometry = Geometry::contiguous("tensor", shape)?;
         let elements = match dtype {
-            DType::F32 => vec![0f32; geometry.len()].into(),
-            DType::F16 => vec![f16::ZERO; geometry.len()].into(),
-            DType::BF16 => vec![bf16::ZERO; geometry.len()].into(),
+            DType::F32 => zeros::<f32>(geometry.len()).map(Elements::from),
+            DType::F16 => zeros::<f16>(geometry.len()).map(Elements::from),
+            DType::BF16 => zeros::<bf16>(geometry.len()).map(Elements::from),
         };
+        let elements = elements.ok_or_else(|| {
+            Error::unsupported(
+                format!("a tensor of shape {shape:?} in {dtype}"),
+                "there is not enough memory",
+            )
+        })?;
         Ok(Tensor { elements, geometry })
     }
 
@@ -315,6 +321,14 @@ impl<'a> From<&'a Tensor> for TensorView<'a> {
     }
 }
 
+/// `len` zeros, or `None` where memory does not hold them.
+fn zeros<T: Element>(len: usize) -> Option<Vec<T>> {
+    let mut elements = Vec::new();
+    elements.try_reserve_exact(len).ok()?;
+    elements.resize(len, T::ZERO);
+    Some(elements)
+}
+
 fn memory(name: &str, found: usize, wanted: String) -> Error {
     Error::Memory { name: name.to_owned().into(), found, wanted }
 }
@@ -325,7 +339,7 @@ fn check_span(name: &str, len: usize, geometry: &Geometry) -> Result<()> {
             Err(memory(name, len, format!("none before the first, but {geometry:?} reaches index {low}")))
         }
         Some((_, high)) if high as u64 >= len as u64 => {
-            Err(memory(name, len, format!("at least {} for {geometry:?}", high + 1)))
+            Err(memory(name, len, format!("at least {} for {geometry:?}", high as u64 + 1)))
         }
         _ => Ok(()),
     }

@@ -154,6 +154,9 @@ impl Cpu {
             }
             None => None,
         };
+        if call.q.geometry().is_empty() {
+            return Ok(());
+        }
         let attention = Attention {
             kernels: kernels(plan.instruction_set),
             call,

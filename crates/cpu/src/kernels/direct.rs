@@ -63,27 +63,24 @@ load!(f32, load, direct_scores_f32, direct_values_f32);
 load!(half::f16, load_f16, direct_scores_f16, direct_values_f16);
 load!(half::bf16, load_bf16, direct_scores_bf16, direct_values_bf16);
 
-/// How far ahead of those being read rows are asked for: enough to cover the latency of memory at the rate at which one
-/// core reads (2 KiB: 17 → 22 GB/s of the 25 that plain reads reach; 4 KiB: 18).
+/// How far ahead of what is being read cache lines are asked for: enough to cover the latency of memory at the rate at
+/// which one core reads.
 const PREFETCH_BYTES: usize = 2048;
 
-/// The distance, in elements, of the row to ask for.
-#[inline(always)]
-fn prefetch_distance<E>(head_dim: usize, stride: usize) -> usize {
-    (PREFETCH_BYTES / (head_dim * size_of::<E>())).max(DIRECT_ROWS) * stride
-}
+/// Bytes of a cache line.
+const LINE_BYTES: usize = 64;
 
-/// Rows read side by side: enough independent sums to hide the latency of an addition.
-const DIRECT_ROWS: usize = 4;
+/// Independent sums of a dot product, to hide the latency of an addition.
+const SUMS: usize = 4;
 
-/// The positions of `DIRECT_ROWS` rows from `first` on, the last one repeated beyond the end.
+/// Asks for the line that lies [`PREFETCH_BYTES`] further on among rows that are `stride` apart, once for each line.
 #[inline(always)]
-fn direct_rows(first: usize, keys: usize, stride: usize) -> [usize; DIRECT_ROWS] {
-    let mut rows = [0; DIRECT_ROWS];
-    for (i, row) in rows.iter_mut().enumerate() {
-        *row = (first + i).min(keys - 1) * stride;
+unsafe fn prefetch<I: Isa, E: Load>(rows: &[E], row: usize, d: usize, head_dim: usize, stride: usize) {
+    if (d * size_of::<E>()).is_multiple_of(LINE_BYTES) {
+        let ahead = (PREFETCH_BYTES / (head_dim * size_of::<E>())).max(1);
+        // SAFETY: any address will do; the caller vouches for the instruction set.
+        unsafe { I::prefetch(rows.as_ptr().wrapping_add((row + ahead) * stride + d)) }
     }
-    rows
 }
 
 #[inline(always)]
@@ -93,32 +90,35 @@ fn check_direct(keys: usize, stride: usize, head_dim: usize, len: usize) {
 
 #[inline(always)]
 pub(super) unsafe fn direct_scores<I: Isa, E: Load>(args: &mut DirectScores<'_, E>) {
-    check_direct(args.keys, args.stride, args.head_dim, args.k.len());
-    assert!(args.q.len() >= args.rows * args.head_dim && args.scores.len() >= args.rows * TILE_KEYS);
-    let vectors = args.head_dim / I::LANES * I::LANES;
-    let ahead = prefetch_distance::<E>(args.head_dim, args.stride);
-    for first in (0..args.keys).step_by(DIRECT_ROWS) {
-        let keys = direct_rows(first, args.keys, args.stride);
-        for row in 0..args.rows {
+    let DirectScores { q, rows, k, stride, keys, head_dim, ref mut scores } = *args;
+    check_direct(keys, stride, head_dim, k.len());
+    assert!(q.len() >= rows * head_dim && scores.len() >= rows * TILE_KEYS);
+    let unrolled = head_dim / (SUMS * I::LANES) * (SUMS * I::LANES);
+    let vectors = head_dim / I::LANES * I::LANES;
+    // Keys in the order of memory: several side by side would be several streams for the processor to follow.
+    for key in 0..keys {
+        for row in 0..rows {
             // SAFETY: the assertions bound every index; the caller vouches for the instruction set.
             unsafe {
-                let q = args.q.as_ptr().add(row * args.head_dim);
-                let mut acc = [I::splat(0.0); DIRECT_ROWS];
-                for d in (0..vectors).step_by(I::LANES) {
-                    let q = I::load(q.add(d));
-                    for (acc, &key) in acc.iter_mut().zip(&keys) {
-                        let k = args.k.as_ptr().add(key + d);
-                        I::prefetch(k.wrapping_add(ahead));
-                        *acc = I::fma(q, E::vector::<I>(k), *acc);
+                let q = q.as_ptr().add(row * head_dim);
+                let k_row = k.as_ptr().add(key * stride);
+                let mut sums = [I::splat(0.0); SUMS];
+                for d in (0..unrolled).step_by(SUMS * I::LANES) {
+                    for (i, sum) in sums.iter_mut().enumerate() {
+                        let d = d + i * I::LANES;
+                        prefetch::<I, E>(k, key, d, head_dim, stride);
+                        *sum = I::fma(I::load(q.add(d)), E::vector::<I>(k_row.add(d)), *sum);
                     }
                 }
-                for (i, (&acc, &key)) in acc.iter().zip(&keys).enumerate().take(args.keys - first) {
-                    let mut sum = I::reduce_add(acc);
-                    for d in vectors..args.head_dim {
-                        sum += *q.add(d) * args.k.get_unchecked(key + d).to_f32();
-                    }
-                    *args.scores.get_unchecked_mut(row * TILE_KEYS + first + i) = sum;
+                for d in (unrolled..vectors).step_by(I::LANES) {
+                    prefetch::<I, E>(k, key, d, head_dim, stride);
+                    sums[0] = I::fma(I::load(q.add(d)), E::vector::<I>(k_row.add(d)), sums[0]);
                 }
+                let mut score = I::reduce_add(I::add(I::add(sums[0], sums[1]), I::add(sums[2], sums[3])));
+                for d in vectors..head_dim {
+                    score += *q.add(d) * (*k_row.add(d)).to_f32();
+                }
+                *scores.get_unchecked_mut(row * TILE_KEYS + key) = score;
             }
         }
     }
@@ -126,41 +126,29 @@ pub(super) unsafe fn direct_scores<I: Isa, E: Load>(args: &mut DirectScores<'_, 
 
 #[inline(always)]
 pub(super) unsafe fn direct_values<I: Isa, E: Load>(args: &mut DirectValues<'_, E>) {
-    check_direct(args.keys, args.stride, args.head_dim, args.v.len());
-    assert!(args.p.len() >= args.rows * TILE_KEYS && args.out.len() >= args.rows * args.head_dim);
-    assert!(args.state.alpha.len() >= args.rows && args.state.beta.len() >= args.rows);
-    let vectors = args.head_dim / I::LANES * I::LANES;
-    let ahead = prefetch_distance::<E>(args.head_dim, args.stride);
-    for row in 0..args.rows {
-        let alpha = args.state.alpha[row];
-        for x in &mut args.out[row * args.head_dim..(row + 1) * args.head_dim] {
-            *x *= alpha;
-        }
+    let DirectValues { p, rows, v, stride, keys, head_dim, ref mut out, state } = *args;
+    check_direct(keys, stride, head_dim, v.len());
+    assert!(p.len() >= rows * TILE_KEYS && out.len() >= rows * head_dim);
+    assert!(state.alpha.len() >= rows && state.beta.len() >= rows);
+    let vectors = head_dim / I::LANES * I::LANES;
+    for (out, alpha) in out.chunks_exact_mut(head_dim).zip(&state.alpha).take(rows) {
+        out.iter_mut().for_each(|x| *x *= alpha);
     }
-    for first in (0..args.keys).step_by(DIRECT_ROWS) {
-        let keys = direct_rows(first, args.keys, args.stride);
-        for row in 0..args.rows {
-            let beta = args.state.beta[row];
-            let mut p = [0.0; DIRECT_ROWS];
-            for (i, p) in p.iter_mut().enumerate().take(args.keys - first) {
-                *p = beta * args.p[row * TILE_KEYS + first + i];
-            }
+    for key in 0..keys {
+        for row in 0..rows {
+            let weight = state.beta[row] * p[row * TILE_KEYS + key];
             // SAFETY: the assertions bound every index; the caller vouches for the instruction set.
             unsafe {
-                let out = args.out.as_mut_ptr().add(row * args.head_dim);
+                let out = out.as_mut_ptr().add(row * head_dim);
+                let v_row = v.as_ptr().add(key * stride);
+                let weights = I::splat(weight);
                 for d in (0..vectors).step_by(I::LANES) {
-                    let mut acc = I::load(out.add(d));
-                    for (&p, &key) in p.iter().zip(&keys) {
-                        let v = args.v.as_ptr().add(key + d);
-                        I::prefetch(v.wrapping_add(ahead));
-                        acc = I::fma(I::splat(p), E::vector::<I>(v), acc);
-                    }
-                    I::store(out.add(d), acc);
+                    prefetch::<I, E>(v, key, d, head_dim, stride);
+                    let out = out.add(d);
+                    I::store(out, I::fma(weights, E::vector::<I>(v_row.add(d)), I::load(out)));
                 }
-                for d in vectors..args.head_dim {
-                    for (&p, &key) in p.iter().zip(&keys) {
-                        *out.add(d) += p * args.v.get_unchecked(key + d).to_f32();
-                    }
+                for d in vectors..head_dim {
+                    *out.add(d) += weight * (*v_row.add(d)).to_f32();
                 }
             }
         }

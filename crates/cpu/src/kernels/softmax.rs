@@ -99,19 +99,31 @@ pub(crate) struct SoftCap<'a> {
 
 #[inline(always)]
 pub(super) unsafe fn soft_cap<I: Isa>(args: &mut SoftCap<'_>) {
+    /// Coefficients of `tanh(x) / x` in `x²`, the highest first.
+    const SERIES: [f32; 5] = [62.0 / 2835.0, -17.0 / 315.0, 2.0 / 15.0, -1.0 / 3.0, 1.0];
     let SoftCap { scores, cap } = args;
     assert!(scores.len().is_multiple_of(I::LANES));
     for chunk in scores.chunks_exact_mut(I::LANES) {
         // SAFETY: a chunk is one vector; the caller vouches for the instruction set.
         unsafe {
             let s = I::load(chunk.as_ptr());
-            let zero = I::splat(0.0);
-            // tanh|x| = (1 − e^(−2|x|)) / (1 + e^(−2|x|)); scores are in units of ln 2.
+            let (zero, one) = (I::splat(0.0), I::splat(1.0));
             let magnitude = I::max(I::sub(zero, s), s);
-            let [e] =
-                exp2::<I, 1>(&EXP2, [I::mul(magnitude, I::splat(-2.0 * std::f32::consts::LOG2_E / *cap))]);
-            let one = I::splat(1.0);
-            let tanh = I::div(I::sub(one, e), I::add(one, e));
+            // Up to |x| = ¼ the series of tanh (next term: 1e-8), where the quotient below would cancel.
+            let limit = I::splat(0.25);
+            let x = I::div(magnitude, I::splat(*cap));
+            let small = I::sub(zero, I::max(I::sub(zero, limit), I::sub(zero, x)));
+            let square = I::mul(small, small);
+            let mut series = I::splat(SERIES[0]);
+            for c in &SERIES[1..] {
+                series = I::fma(series, square, I::splat(*c));
+            }
+            let series = I::mul(series, small);
+            // Beyond, tanh|x| = (1 − e^(−2|x|)) / (1 + e^(−2|x|)).
+            let [e] = exp2::<I, 1>(&EXP2, [I::mul(x, I::splat(-2.0 * std::f32::consts::LOG2_E))]);
+            let quotient = I::div(I::sub(one, e), I::add(one, e));
+            let tanh =
+                I::sub(I::add(series, I::zero_below(x, limit, quotient)), I::zero_below(x, limit, series));
             let positive = I::zero_below(s, zero, tanh);
             let signed = I::sub(I::add(positive, positive), tanh);
             I::store(chunk.as_mut_ptr(), I::mul(signed, I::splat(*cap)));
