@@ -55,7 +55,7 @@ impl<E: Load> Attention<'_, E> {
                 if let Some(mean_score) = mean_score {
                     row.iter_mut().for_each(|score| *score += mean_score[r]);
                 }
-                self.kernels.soft_cap(SoftCap { scores: row, cap: cap * LOG2_E });
+                self.kernels.soft_cap(SoftCap { scores: row, cap: (cap * LOG2_E).min(f32::MAX) });
             }
         }
         let sees_all = |row: &Row| row.keys.start <= first && first + columns <= row.keys.end;

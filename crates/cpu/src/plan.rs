@@ -102,7 +102,7 @@ impl CpuPlan {
         self.instruction_set
     }
 
-    /// Bytes of scratch memory, at most.
+    /// Bytes of scratch memory: packed keys and values, and each thread's block of queries.
     pub fn workspace_bytes(&self) -> usize {
         self.workspace_bytes
     }

@@ -95,8 +95,13 @@ pub(crate) fn apply_masks(
 fn add_bias<E: Element>(mask: &View<'_, E>, at: [usize; 4], scores: &mut [f32]) {
     for_each_key(mask, at, scores, |score, bias| {
         let bias = bias.to_f32();
-        // −∞ hides the key, whatever its score.
-        *score = if bias == f32::NEG_INFINITY { bias } else { *score + bias * LOG2_E };
+        // −∞ hides the key, whatever its score. A finite bias stays finite in base 2: padding with the lowest number hides
+        // keys from rows that see others, and is no bias in rows that see none.
+        *score = match bias {
+            f32::NEG_INFINITY => bias,
+            _ if bias.is_finite() => *score + (bias * LOG2_E).clamp(f32::MIN, f32::MAX),
+            _ => *score + bias,
+        };
     });
 }
 

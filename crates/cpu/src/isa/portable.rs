@@ -7,15 +7,8 @@ use super::{IntWord, Isa};
 
 const LANES: usize = 8;
 
-/// The three values of [`IntWord`], as parameters of [`Portable`].
-pub(crate) const PAIR: u8 = 0;
-#[cfg(test)]
-pub(crate) const QUAD: u8 = 1;
-#[cfg(test)]
-pub(crate) const QUAD_OFFSET: u8 = 2;
-
-/// Arrays of eight, with the words that `WORD` names.
-pub(crate) struct Portable<const WORD: u8 = PAIR>;
+/// Arrays of eight, with words of [`IntWord::Pair`] (0), [`IntWord::Quad`] (1) or [`IntWord::QuadOffset`] (2).
+pub(crate) struct Portable<const WORD: u8 = 0>;
 
 #[inline(always)]
 fn map(a: [f32; LANES], f: impl Fn(f32) -> f32) -> [f32; LANES] {
@@ -32,7 +25,7 @@ impl<const WORD: u8> Isa for Portable<WORD> {
     type I = [u32; LANES];
     const LANES: usize = LANES;
     const WORD: IntWord = match WORD {
-        PAIR => IntWord::Pair,
+        0 => IntWord::Pair,
         1 => IntWord::Quad,
         _ => IntWord::QuadOffset,
     };

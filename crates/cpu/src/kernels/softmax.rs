@@ -1,7 +1,7 @@
 //! Online softmax of a tile of scores, in base 2, and the soft cap.
 
 use super::{FIXED12_MAX, TILE_KEYS};
-use crate::isa::{EXP2, Isa, exp2, exp2_or_zero, scaled_exp2};
+use crate::isa::{EXP2, EXP2_LOWEST, Isa, exp2, exp2_or_zero, scaled_exp2};
 
 /// One step of online softmax, in base 2.
 pub(crate) struct Softmax<'a> {
@@ -152,9 +152,10 @@ fn check_softmax<I: Isa>(args: &Softmax<'_>) {
     assert!(args.state.capacity() >= args.rows);
 }
 
-/// Loads `N` vectors of scores, subtracts `shift` and raises 2 to them.
+/// Loads `N` vectors of scores, subtracts `shift` and raises 2 to them. `EXACT_ZERO`: a hidden key's probability is 0 and
+/// not `2^-125`, which in 12 bits rounds to 0 anyway.
 #[inline(always)]
-unsafe fn probabilities<I: Isa, const N: usize>(
+unsafe fn probabilities<I: Isa, const N: usize, const EXACT_ZERO: bool>(
     polynomial: &[f32],
     scores: *const f32,
     shift: I::F,
@@ -165,7 +166,13 @@ unsafe fn probabilities<I: Isa, const N: usize>(
         for (i, x) in x.iter_mut().enumerate() {
             *x = I::sub(I::load(scores.add(i * I::LANES)), shift);
         }
-        exp2::<I, N>(polynomial, x)
+        let mut p = exp2::<I, N>(polynomial, x);
+        if EXACT_ZERO {
+            for (p, x) in p.iter_mut().zip(&x) {
+                *p = I::zero_below(*x, I::splat(EXP2_LOWEST), *p);
+            }
+        }
+        p
     }
 }
 
@@ -187,12 +194,12 @@ pub(super) unsafe fn softmax_float<I: Isa>(args: &mut Softmax<'_>) {
             };
             let whole = args.columns / (4 * I::LANES) * 4 * I::LANES;
             for c in (0..whole).step_by(4 * I::LANES) {
-                let [p0, p1, p2, p3] = probabilities::<I, 4>(&EXP2, row.add(c), shift);
+                let [p0, p1, p2, p3] = probabilities::<I, 4, true>(&EXP2, row.add(c), shift);
                 store(c, [p0, p1]);
                 store(c + 2 * I::LANES, [p2, p3]);
             }
             for c in (whole..args.columns).step_by(2 * I::LANES) {
-                store(c, probabilities::<I, 2>(&EXP2, row.add(c), shift));
+                store(c, probabilities::<I, 2, true>(&EXP2, row.add(c), shift));
             }
             args.state.tile_max[r] = max;
             args.state.tile_sum[r] = I::reduce_add(I::add(sum[0], sum[1]));
@@ -225,12 +232,12 @@ pub(super) unsafe fn softmax_fixed12<I: Isa>(args: &mut Softmax<'_>) {
             };
             let whole = args.columns / (4 * I::LANES) * 4 * I::LANES;
             for c in (0..whole).step_by(4 * I::LANES) {
-                let [p0, p1, p2, p3] = probabilities::<I, 4>(&POLYNOMIAL, row.add(c), shift);
+                let [p0, p1, p2, p3] = probabilities::<I, 4, false>(&POLYNOMIAL, row.add(c), shift);
                 store(c, [p0, p1]);
                 store(c + 2 * I::LANES, [p2, p3]);
             }
             for c in (whole..args.columns).step_by(2 * I::LANES) {
-                store(c, probabilities::<I, 2>(&POLYNOMIAL, row.add(c), shift));
+                store(c, probabilities::<I, 2, false>(&POLYNOMIAL, row.add(c), shift));
             }
             let sum = I::reduce_add_int(I::add_int(sum[0], sum[1])) as f32;
             args.state.tile_max[r] = max;
