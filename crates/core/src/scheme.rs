@@ -62,7 +62,7 @@ pub enum Pv {
 }
 
 /// Precision in which products of P and V are summed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Accumulator {
     /// Single precision (on FP8 tensor cores: about 22 bits).
     F32,

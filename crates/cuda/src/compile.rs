@@ -1,0 +1,335 @@
+//! From PTX to a loaded function: the driver's compiler, and the disk cache before it.
+
+use std::ffi::{CStr, CString, c_uint, c_void};
+use std::ptr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use cudarc::driver::sys::{
+    CUfunction, CUfunction_attribute, CUjit_option, CUjitInputType, CUlinkState, CUmodule,
+};
+use sage_ptx::Param;
+
+use crate::context::Context;
+use crate::device::DeviceInfo;
+use crate::disk_cache::DiskCache;
+use crate::driver::{Driver, cu, report};
+use crate::error::{Error, Result};
+use crate::kernel::{Kernel, KernelAttributes, KernelSource, Origin};
+
+/// Room for each of the compiler's two logs.
+const LOG_BYTES: usize = 16 << 10;
+
+/// A kernel's function and all that a launch needs.
+pub(crate) struct Loaded {
+    pub(crate) name: String,
+    pub(crate) params: Box<[Param]>,
+    pub(crate) block: [u32; 3],
+    pub(crate) cluster: Option<[u32; 3]>,
+    pub(crate) dynamic_shared_bytes: u32,
+    pub(crate) attributes: KernelAttributes,
+    pub(crate) origin: Origin,
+    pub(crate) context: Arc<Context>,
+    function: Function,
+    /// Unloaded when the last clone of the kernel goes, which ends the function's life too.
+    _module: Module,
+}
+
+#[derive(Clone, Copy)]
+struct Function(CUfunction);
+
+// SAFETY: the driver lets any thread launch a function.
+unsafe impl Send for Function {}
+// SAFETY: as above; nothing changes a function once it is loaded.
+unsafe impl Sync for Function {}
+
+struct Module {
+    raw: CUmodule,
+    context: Arc<Context>,
+}
+
+// SAFETY: the handle is only passed to the driver, which lets any thread use it.
+unsafe impl Send for Module {}
+// SAFETY: as above; a shared reference offers nothing.
+unsafe impl Sync for Module {}
+
+impl Loaded {
+    pub(crate) fn function(&self) -> CUfunction {
+        self.function.0
+    }
+}
+
+/// Loads `source` from the disk cache, or compiles it and leaves it there. The context is current.
+pub(crate) fn load(
+    source: &KernelSource<'_>,
+    gpu: &DeviceInfo,
+    context: &Arc<Context>,
+    disk: Option<&DiskCache>,
+) -> Result<Loaded> {
+    Kernel::check_driver(Driver::get()?, source)?;
+    let started = Instant::now();
+    let entry = entry_name(source)?;
+    let key = source.disk_key(gpu.driver_version, gpu.capability);
+
+    if let Some(disk) = disk
+        && let Some(cubin) = disk.get(&key)
+    {
+        let module = Module::load(&cubin, context);
+        match module.and_then(|module| Ok((module.function(&entry)?, module))) {
+            Ok((function, module)) => {
+                tracing::debug!(
+                    kernel = source.name,
+                    ms = milliseconds(started),
+                    "loaded from the disk cache"
+                );
+                return finish(source, gpu, context, module, function, Origin::Disk);
+            }
+            Err(error) => {
+                tracing::warn!(
+                    "disk cache: kernel `{}` does not load ({error}), it is compiled again",
+                    source.name
+                );
+                disk.remove(&key);
+            }
+        }
+    }
+
+    let cubin = link(source)?;
+    let module = Module::load(&cubin, context)?;
+    let function =
+        module.function(&entry).map_err(|error| jit(source, error, "there is no such entry in the text"))?;
+    if let Some(disk) = disk {
+        disk.put(&key, &cubin);
+    }
+    tracing::debug!(kernel = source.name, ms = milliseconds(started), "compiled");
+    finish(source, gpu, context, module, function, Origin::Compiled)
+}
+
+fn milliseconds(since: Instant) -> f64 {
+    since.elapsed().as_secs_f64() * 1e3
+}
+
+fn entry_name(source: &KernelSource<'_>) -> Result<CString> {
+    CString::new(source.name)
+        .map_err(|_| Error::value("kernel's name", format!("{:?}", source.name), "a name without NUL"))
+}
+
+fn jit(source: &KernelSource<'_>, error: Error, log: &str) -> Error {
+    let reason = match error {
+        Error::Driver { code, description, .. } => format!("{code} ({description})"),
+        other => other.to_string(),
+    };
+    let log = if log.is_empty() { reason } else { format!("{reason}\n{log}") };
+    Error::Jit { kernel: source.name.to_owned(), target: source.target, log }
+}
+
+/// The compiler at work; freed with its result when dropped.
+struct Link(CUlinkState);
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        // SAFETY: created once, destroyed once, while the context is current.
+        report(unsafe { cu!(cuLinkDestroy(self.0)) });
+    }
+}
+
+/// Compiles `source` for the GPU whose context is current.
+fn link(source: &KernelSource<'_>) -> Result<Vec<u8>> {
+    // The compiler reads text up to a NUL.
+    let Ok(text) = CString::new(source.ptx) else {
+        let error = Error::value("PTX", "a text with a NUL inside", "one without");
+        return Err(jit(source, error, ""));
+    };
+    let mut errors = vec![0_u8; LOG_BYTES];
+    let mut notes = vec![0_u8; LOG_BYTES];
+    let mut options = [
+        CUjit_option::CU_JIT_ERROR_LOG_BUFFER,
+        CUjit_option::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES,
+        CUjit_option::CU_JIT_INFO_LOG_BUFFER,
+        CUjit_option::CU_JIT_INFO_LOG_BUFFER_SIZE_BYTES,
+    ];
+    // Sizes are passed by value, in the shape of a pointer.
+    let size: *mut c_void = ptr::without_provenance_mut(LOG_BYTES);
+    let mut values = [errors.as_mut_ptr().cast(), size, notes.as_mut_ptr().cast(), size];
+    let count = options.len() as c_uint;
+
+    let linked = (|| {
+        let mut state = ptr::null_mut();
+        // SAFETY: `options` and `values` have `count` entries that go together, and they and the logs outlive `state`.
+        unsafe { cu!(cuLinkCreate_v2(count, options.as_mut_ptr(), values.as_mut_ptr(), &mut state)) }?;
+        let state = Link(state);
+        let bytes = text.as_bytes_with_nul();
+        // SAFETY: `bytes` is alive during the call, which only reads it; there are no further options.
+        unsafe {
+            cu!(cuLinkAddData_v2(
+                state.0,
+                CUjitInputType::CU_JIT_INPUT_PTX,
+                bytes.as_ptr().cast_mut().cast(),
+                bytes.len(),
+                c"kernel.ptx".as_ptr(),
+                0,
+                ptr::null_mut(),
+                ptr::null_mut(),
+            ))
+        }?;
+        let (mut cubin, mut size) = (ptr::null_mut(), 0);
+        // SAFETY: the pointers are to locals.
+        unsafe { cu!(cuLinkComplete(state.0, &mut cubin, &mut size)) }?;
+        // SAFETY: the driver owns `size` bytes there until `state` is dropped.
+        Ok(unsafe { std::slice::from_raw_parts(cubin.cast::<u8>().cast_const(), size) }.to_vec())
+    })();
+
+    let notes = log_text(&notes);
+    linked
+        .map_err(|error| {
+            let logs = [log_text(&errors), notes.clone()];
+            jit(source, error, logs.join("\n").trim())
+        })
+        .inspect(|_| {
+            if !notes.is_empty() {
+                tracing::debug!(kernel = source.name, "{notes}");
+            }
+        })
+}
+
+fn log_text(log: &[u8]) -> String {
+    let end = log.iter().position(|&byte| byte == 0).unwrap_or(log.len());
+    String::from_utf8_lossy(&log[..end]).trim().to_owned()
+}
+
+impl Module {
+    fn load(cubin: &[u8], context: &Arc<Context>) -> Result<Module> {
+        let mut raw = ptr::null_mut();
+        // SAFETY: a whole cubin as the driver made it (the disk cache checks lengths and checksums), alive during the
+        // call, which copies it.
+        unsafe { cu!(cuModuleLoadData(&mut raw, cubin.as_ptr().cast())) }?;
+        Ok(Module { raw, context: Arc::clone(context) })
+    }
+
+    fn function(&self, entry: &CStr) -> Result<Function> {
+        let mut function = ptr::null_mut();
+        // SAFETY: the module is alive, the name ends in NUL, and the pointer is to a local.
+        unsafe { cu!(cuModuleGetFunction(&mut function, self.raw, entry.as_ptr())) }?;
+        Ok(Function(function))
+    }
+}
+
+impl Drop for Module {
+    fn drop(&mut self) {
+        report(self.context.enter().and_then(|_entered| {
+            // SAFETY: loaded once, unloaded once, after the last kernel that has a function of it.
+            unsafe { cu!(cuModuleUnload(self.raw)) }
+        }));
+    }
+}
+
+/// Asks for what the function has, and sets what its launches need.
+fn finish(
+    source: &KernelSource<'_>,
+    gpu: &DeviceInfo,
+    context: &Arc<Context>,
+    module: Module,
+    function: Function,
+    origin: Origin,
+) -> Result<Loaded> {
+    use CUfunction_attribute::{
+        CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES as LOCAL,
+        CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as DYNAMIC,
+        CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK as THREADS, CU_FUNC_ATTRIBUTE_NUM_REGS as REGISTERS,
+        CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES as SHARED,
+    };
+    let get = |which| -> Result<u32> {
+        let mut value = 0;
+        // SAFETY: the function is alive, and the pointer is to a local.
+        unsafe { cu!(cuFuncGetAttribute(&mut value, which, function.0)) }?;
+        Ok(value.unsigned_abs())
+    };
+    let threads: u32 = source.block.iter().product();
+    let most = get(THREADS)?;
+    if threads > most {
+        let wanted = format!("at most {most}, with the registers that a thread has");
+        return Err(Error::limit(source.name, "threads of a block", threads, wanted));
+    }
+    let (fixed, dynamic) = (get(SHARED)?, source.dynamic_shared_bytes);
+    if u64::from(fixed) + u64::from(dynamic) > u64::from(gpu.shared_bytes_per_block) {
+        let found = format!("{fixed} declared and {dynamic} dynamic");
+        let wanted = format!("together at most {} bytes on this GPU", gpu.shared_bytes_per_block);
+        return Err(Error::limit(source.name, "shared memory", found, wanted));
+    }
+    // Both fit an i32: they are at most what a GPU has.
+    let (signed_threads, signed_dynamic) = (threads as i32, dynamic as i32);
+    if dynamic > 0 {
+        // SAFETY: the function is alive.
+        unsafe { cu!(cuFuncSetAttribute(function.0, DYNAMIC, signed_dynamic)) }?;
+    }
+    let mut blocks = 0;
+    // SAFETY: the function is alive, and the pointer is to a local.
+    unsafe {
+        cu!(cuOccupancyMaxActiveBlocksPerMultiprocessor(
+            &mut blocks,
+            function.0,
+            signed_threads,
+            dynamic as usize
+        ))
+    }?;
+    let attributes = KernelAttributes {
+        registers: get(REGISTERS)?,
+        local_bytes: get(LOCAL)?,
+        static_shared_bytes: fixed,
+        max_blocks_per_multiprocessor: blocks.unsigned_abs(),
+    };
+    Ok(Loaded {
+        name: source.name.to_owned(),
+        params: source.params.into(),
+        block: source.block,
+        cluster: source.cluster,
+        dynamic_shared_bytes: dynamic,
+        attributes,
+        origin,
+        context: Arc::clone(context),
+        function,
+        _module: module,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn logs_end_at_the_nul() {
+        assert_eq!(log_text(b"ptxas error: line 3\n\0rubbish"), "ptxas error: line 3");
+        assert_eq!(log_text(b"full"), "full");
+        assert_eq!(log_text(b""), "");
+    }
+
+    #[test]
+    fn a_compiler_error_keeps_code_and_log() {
+        let source = KernelSource {
+            name: "k",
+            ptx: "",
+            target: sage_ptx::Target::SM_80,
+            params: &[],
+            block: [1, 1, 1],
+            cluster: None,
+            dynamic_shared_bytes: 0,
+        };
+        let error = Error::Driver {
+            call: "cuLinkAddData_v2",
+            code: "CUDA_ERROR_INVALID_PTX".into(),
+            description: "a PTX JIT compilation failed".into(),
+        };
+        assert_eq!(
+            jit(&source, error, "ptxas: line 3").to_string(),
+            "kernel `k` for sm_80: the driver cannot compile it: CUDA_ERROR_INVALID_PTX (a PTX JIT compilation \
+             failed)\nptxas: line 3"
+        );
+        // Found before the driver is asked.
+        let nul = link(&KernelSource { ptx: "a\0b", ..source }).unwrap_err().to_string();
+        assert_eq!(
+            nul,
+            "kernel `k` for sm_80: the driver cannot compile it: PTX: value is a text with a NUL inside, expected one \
+             without"
+        );
+    }
+}

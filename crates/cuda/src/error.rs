@@ -1,0 +1,164 @@
+//! What can go wrong between here and the GPU. Every message names the thing, the value found and the value wanted.
+
+use std::borrow::Cow;
+
+use sage_ptx::Target;
+
+use crate::driver::DriverVersion;
+
+/// Result of anything that talks to the driver.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// A call that could not be carried out.
+///
+/// Trouble with the disk cache is never one of these: it is reported as a warning and the kernel is compiled again.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The driver's library is missing or cannot be used.
+    #[error("CUDA driver: {reason}, expected libcuda, which the NVIDIA driver installs")]
+    NoDriver {
+        /// What the loader said.
+        reason: String,
+    },
+    /// There is no such GPU.
+    #[error("CUDA device: ordinal is {ordinal}, expected {}", match count {
+        0 => "a GPU, but the driver finds none".to_owned(),
+        1 => "0, as there is one GPU".to_owned(),
+        count => format!("0 to {}, as there are {count} GPUs", count - 1),
+    })]
+    NoDevice {
+        /// The ordinal asked for.
+        ordinal: u32,
+        /// GPUs that the driver finds.
+        count: u32,
+    },
+    /// The driver is too old to have a function.
+    #[error("CUDA driver: version is {version}, expected a newer one, with `{symbol}`")]
+    Symbol {
+        /// Function.
+        symbol: &'static str,
+        /// CUDA version of the driver.
+        version: DriverVersion,
+    },
+    /// A driver call failed.
+    #[error("{call}: {code} ({description})")]
+    Driver {
+        /// Driver function.
+        call: &'static str,
+        /// Name of the error code, such as `CUDA_ERROR_OUT_OF_MEMORY`.
+        code: String,
+        /// The driver's description of it.
+        description: String,
+    },
+    /// The driver cannot compile a kernel.
+    #[error("kernel `{kernel}` for {target}: the driver cannot compile it: {log}")]
+    Jit {
+        /// Kernel.
+        kernel: String,
+        /// What its text was written for.
+        target: Target,
+        /// Error code and compiler log.
+        log: String,
+    },
+    /// A kernel is for another GPU.
+    #[error("kernel `{kernel}`: GPU is {found}, expected {}", if wanted.is_specific() {
+        format!("{wanted} alone")
+    } else {
+        format!("{wanted} or newer")
+    })]
+    Target {
+        /// Kernel.
+        kernel: String,
+        /// Richest target of the GPU.
+        found: Target,
+        /// What the kernel was written for.
+        wanted: Target,
+    },
+    /// A launch's arguments do not fit the kernel's parameters.
+    #[error("kernel `{kernel}`: argument {index}{} is {found}, expected {wanted}",
+        if name.is_empty() { String::new() } else { format!(" (`{name}`)") })]
+    Argument {
+        /// Kernel.
+        kernel: String,
+        /// Position, from 0.
+        index: usize,
+        /// Name of the parameter; empty where the kernel has none at the position.
+        name: String,
+        /// What was passed.
+        found: String,
+        /// What the kernel takes.
+        wanted: String,
+    },
+    /// A kernel or a launch exceeds what the GPU can do.
+    #[error("kernel `{kernel}`: {what} is {found}, expected {limit}")]
+    Limit {
+        /// Kernel.
+        kernel: String,
+        /// Grid, block or memory.
+        what: Cow<'static, str>,
+        /// Its value.
+        found: String,
+        /// The values that would do.
+        limit: String,
+    },
+    /// Any other value is outside its range.
+    #[error("{name}: value is {found}, expected {wanted}")]
+    Value {
+        /// What has the value.
+        name: Cow<'static, str>,
+        /// The value.
+        found: String,
+        /// The values that would do.
+        wanted: String,
+    },
+}
+
+impl Error {
+    pub(crate) fn value(
+        name: impl Into<Cow<'static, str>>,
+        found: impl ToString,
+        wanted: impl Into<String>,
+    ) -> Self {
+        Error::Value { name: name.into(), found: found.to_string(), wanted: wanted.into() }
+    }
+
+    pub(crate) fn limit(
+        kernel: &str,
+        what: impl Into<Cow<'static, str>>,
+        found: impl ToString,
+        limit: impl Into<String>,
+    ) -> Self {
+        let (kernel, found) = (kernel.to_owned(), found.to_string());
+        Error::Limit { kernel, what: what.into(), found, limit: limit.into() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_name_the_thing_the_value_found_and_the_value_wanted() {
+        let missing = |ordinal, count| Error::NoDevice { ordinal, count }.to_string();
+        assert_eq!(missing(0, 0), "CUDA device: ordinal is 0, expected a GPU, but the driver finds none");
+        assert_eq!(missing(1, 1), "CUDA device: ordinal is 1, expected 0, as there is one GPU");
+        assert_eq!(missing(8, 4), "CUDA device: ordinal is 8, expected 0 to 3, as there are 4 GPUs");
+
+        let gpu = |found, wanted| Error::Target { kernel: "k".into(), found, wanted }.to_string();
+        assert_eq!(gpu(Target::SM_86, Target::SM_90A), "kernel `k`: GPU is sm_86, expected sm_90a alone");
+        assert_eq!(gpu(Target::SM_75, Target::SM_80), "kernel `k`: GPU is sm_75, expected sm_80 or newer");
+
+        let version = DriverVersion { major: 11, minor: 4 };
+        assert_eq!(
+            Error::Symbol { symbol: "cuTensorMapEncodeTiled", version }.to_string(),
+            "CUDA driver: version is 11.4, expected a newer one, with `cuTensorMapEncodeTiled`"
+        );
+        let call = Error::Driver {
+            call: "cuMemAllocAsync",
+            code: "CUDA_ERROR_OUT_OF_MEMORY".into(),
+            description: "out of memory".into(),
+        };
+        assert_eq!(call.to_string(), "cuMemAllocAsync: CUDA_ERROR_OUT_OF_MEMORY (out of memory)");
+    }
+}

@@ -1,0 +1,82 @@
+//! Recorded work that is launched as a whole.
+
+use std::ptr;
+
+use cudarc::driver::sys::{CUgraph, CUgraphExec};
+
+use crate::device::Device;
+use crate::driver::{cu, report};
+use crate::error::Result;
+use crate::stream::Stream;
+
+/// `CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH`: memory that a replay allocated and did not free is freed by the
+/// next replay, which would be refused otherwise. The bindings name it differently from version to version.
+const AUTO_FREE_ON_LAUNCH: u64 = 1;
+
+/// What [`Stream::end_capture`] recorded. The memory that the recorded work uses must outlive every replay.
+#[derive(Debug)]
+pub struct Graph {
+    raw: CUgraph,
+    device: Device,
+}
+
+// SAFETY: the handle may move between threads, and no method changes the graph.
+unsafe impl Send for Graph {}
+// SAFETY: as above.
+unsafe impl Sync for Graph {}
+
+impl Graph {
+    /// # Safety
+    /// `raw` is a graph that nobody else destroys.
+    pub(crate) unsafe fn from_raw(device: Device, raw: CUgraph) -> Graph {
+        Graph { raw, device }
+    }
+
+    /// Prepares the graph for launches.
+    pub fn instantiate(&self) -> Result<ExecutableGraph> {
+        let _entered = self.device.enter()?;
+        let mut raw = ptr::null_mut();
+        // SAFETY: the graph is alive, and the pointer is to a local.
+        unsafe { cu!(cuGraphInstantiateWithFlags(&mut raw, self.raw, AUTO_FREE_ON_LAUNCH)) }?;
+        Ok(ExecutableGraph { raw, device: self.device.clone() })
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        report(self.device.enter().and_then(|_entered| {
+            // SAFETY: handed over once, destroyed once.
+            unsafe { cu!(cuGraphDestroy(self.raw)) }
+        }));
+    }
+}
+
+/// A graph that can be launched, again and again.
+#[derive(Debug)]
+pub struct ExecutableGraph {
+    raw: CUgraphExec,
+    device: Device,
+}
+
+// SAFETY: the driver lets any thread use the handle.
+unsafe impl Send for ExecutableGraph {}
+// SAFETY: `cuGraphLaunch` orders launches of the same graph; nothing else takes a shared reference.
+unsafe impl Sync for ExecutableGraph {}
+
+impl ExecutableGraph {
+    /// Puts the recorded work on `stream`, without waiting for it.
+    pub fn launch(&self, stream: &Stream) -> Result<()> {
+        let _entered = self.device.enter()?;
+        // SAFETY: graph and stream are alive; the driver refuses a stream of another context.
+        unsafe { cu!(cuGraphLaunch(self.raw, stream.raw())) }
+    }
+}
+
+impl Drop for ExecutableGraph {
+    fn drop(&mut self) {
+        report(self.device.enter().and_then(|_entered| {
+            // SAFETY: instantiated once, destroyed once; the driver lets a running replay finish first.
+            unsafe { cu!(cuGraphExecDestroy(self.raw)) }
+        }));
+    }
+}

@@ -1,0 +1,58 @@
+//! CUDA devices, streams, memory and the kernel cache of SageAttention.
+//!
+//! A [`KernelSource`] is PTX text and what a launch must know about it. [`Device::load`] has the driver compile it,
+//! once per process and, thanks to the [`DiskCache`], once per machine; [`Kernel::launch`] puts it on a [`Stream`].
+//! The crate builds without a CUDA toolkit and finds the driver when it runs; without one, every call says so in an
+//! [`Error`].
+//!
+//! ```no_run
+//! use sage_cuda::{Buffer, Device, KernelSource, Stream};
+//! use sage_ptx::{Param, ParamType, Target};
+//!
+//! # fn main() -> sage_cuda::Result<()> {
+//! # let ptx = "";
+//! let device = Device::new(0)?;
+//! let kernel = device.load(&KernelSource {
+//!     name: "double",
+//!     ptx,
+//!     target: Target::SM_80,
+//!     params: &[Param { name: "x".into(), ty: ParamType::Pointer }],
+//!     block: [128, 1, 1],
+//!     cluster: None,
+//!     dynamic_shared_bytes: 0,
+//! })?;
+//! let stream = Stream::new(&device)?;
+//! let x = Buffer::from_slice(&stream, &[1.0_f32; 1024])?;
+//! kernel.launch(&stream, [8, 1, 1], &[x.arg()])?;
+//! let doubled: Vec<f32> = x.to_vec()?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Calls leave the caller's current context as they found it, so other CUDA libraries in the process do not notice
+//! them.
+
+mod arguments;
+mod compile;
+mod context;
+mod device;
+mod disk_cache;
+mod driver;
+mod error;
+mod event;
+mod graph;
+mod kernel;
+mod memory;
+mod stream;
+mod tensor_map;
+
+pub use device::{Device, DeviceInfo, LoadCounts};
+pub use disk_cache::{CacheKey, DEFAULT_CACHE_BYTES, DiskCache};
+pub use driver::{Driver, DriverVersion, devices};
+pub use error::{Error, Result};
+pub use event::Event;
+pub use graph::{ExecutableGraph, Graph};
+pub use kernel::{Kernel, KernelAttributes, KernelSource, Origin};
+pub use memory::Buffer;
+pub use stream::Stream;
+pub use tensor_map::{ElementType, L2Promotion, Swizzle, TensorMap};

@@ -1,0 +1,457 @@
+//! A block: its warps, its shared memory, what they wait for, and in which order they take turns.
+
+use std::panic::Location;
+
+use sage_ptx::Arg;
+
+use crate::barrier::Barriers;
+use crate::bulk::Flight;
+use crate::decode::{Code, Step};
+use crate::emulator::EmulatorOptions;
+use crate::fault::{Fault, FaultKind, Outcome, Trouble};
+use crate::mbarrier::Mbarriers;
+use crate::memory::Global;
+use crate::races::Clocks;
+use crate::report::Stats;
+use crate::shared::{Access, AccessKind, Layout, Shared};
+use crate::warp::Warp;
+
+/// What all blocks of a launch share.
+#[derive(Debug)]
+pub(crate) struct Launch<'a> {
+    pub code: Code<'a>,
+    pub layout: Layout<'a>,
+    pub global: &'a Global,
+    pub args: &'a [Arg],
+    pub grid: [u32; 3],
+    pub options: &'a EmulatorOptions,
+}
+
+/// Why a warp does not run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Status {
+    Ready,
+    /// Sees the same values of global memory again and again.
+    Polling,
+    Barrier(u32),
+    /// At `try_wait`, which will say `false` once when nothing else can run, and after that no more.
+    Mbarrier { address: u32, parity: u32 },
+    /// At a `wgmma`, for the other warps of the group.
+    Wgmma,
+    /// At `setmaxnreg`, for registers that others give back.
+    Registers,
+    Done,
+}
+
+/// How execution goes on after an instruction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Flow {
+    Next,
+    /// The instruction is done; the warp waits behind it.
+    Wait(Status),
+    /// The instruction will be executed again when the warp runs again.
+    Retry(Status),
+    /// The warp's turn ends.
+    Yield,
+}
+
+/// What the warps of a block share.
+#[derive(Debug)]
+pub(crate) struct State {
+    pub index: [u32; 3],
+    pub shared: Shared,
+    pub clocks: Clocks,
+    pub barriers: Barriers,
+    pub mbarriers: Mbarriers,
+    pub status: Vec<Status>,
+    /// Bulk loads under way.
+    pub flights: Vec<Flight>,
+    /// Turns taken, the clock of the bulk copies.
+    pub turn: u64,
+    /// Registers that each thread of a warp may use.
+    pub register_limits: Vec<u32>,
+    /// `try_wait` may say `false`.
+    pub timeout: bool,
+}
+
+/// One warp about to execute an instruction, with all it can touch.
+pub(crate) struct Context<'c, 'a> {
+    pub cx: &'c Launch<'a>,
+    pub state: &'c mut State,
+    pub warp: &'c mut Warp,
+    pub stats: &'c mut Stats,
+}
+
+impl Context<'_, '_> {
+    /// This warp's access to shared memory by the current instruction.
+    pub fn access(&self, kind: AccessKind) -> Access {
+        Access::of_warp(self.warp.index as usize, &self.state.clocks, self.warp.instr, kind)
+    }
+
+    pub fn index(&self) -> usize {
+        self.warp.index as usize
+    }
+
+    /// An instruction that the whole warp must execute together.
+    pub fn together(&self, what: &str) -> Outcome<()> {
+        if self.warp.active == self.warp.live {
+            return Ok(());
+        }
+        Err(self.divergent(what, self.warp.live))
+    }
+
+    /// An instruction that needs all 32 lanes.
+    pub fn all_lanes(&self, what: &str) -> Outcome<()> {
+        if self.warp.active == u32::MAX {
+            return Ok(());
+        }
+        Err(self.divergent(what, u32::MAX))
+    }
+
+    #[cold]
+    fn divergent(&self, what: &str, wanted: u32) -> Box<Trouble> {
+        let missing = wanted & !self.warp.active;
+        let exited = if missing & !self.warp.live != 0 { ", of which some have exited" } else { "" };
+        let branches: Vec<String> = self.warp.branches().map(|at| format!("{at}")).collect();
+        let inside = match branches.as_slice() {
+            [] => String::new(),
+            branches => format!("; inside the branches and loops at {}", branches.join(", ")),
+        };
+        let detail = format!("{what} without lanes {missing:#010x}{exited}{inside}");
+        Trouble::new(FaultKind::Divergent, detail).lanes(self.warp.active)
+    }
+}
+
+/// How a block's turn ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Turn {
+    Ran,
+    /// All its warps wait, some for global memory to change.
+    Stalled,
+    Done,
+}
+
+/// A block.
+#[derive(Debug)]
+pub(crate) struct Block {
+    pub linear: u64,
+    warps: Vec<Warp>,
+    state: State,
+    order: Vec<usize>,
+    random: u64,
+}
+
+/// Rounds over the warps in one turn of a block.
+const ROUNDS: usize = 64;
+/// Steps of one warp in one round.
+const SLICE: u64 = 1024;
+
+impl Block {
+    pub fn new(cx: &Launch<'_>, linear: u64) -> Block {
+        let threads = cx.code.program.threads();
+        let count = threads.div_ceil(32) as usize;
+        let warps = (0..count as u32).map(|index| {
+            let lanes = (threads - 32 * index).min(32);
+            Warp::new(index, if lanes == 32 { u32::MAX } else { (1 << lanes) - 1 }, &cx.code)
+        });
+        let clocks = Clocks::new(count);
+        let [x, y, _] = cx.grid.map(u64::from);
+        let index = [linear % x, linear / x % y, linear / x / y].map(|i| i as u32);
+        let per_thread = (65536 / threads.max(1) / cx.code.program.min_blocks.unwrap_or(1).max(1)).min(255) & !7;
+        let mut block = Block {
+            linear,
+            warps: warps.collect(),
+            order: (0..count).collect(),
+            random: cx.options.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ linear.wrapping_add(1),
+            state: State {
+                index,
+                shared: Shared::new(cx.layout.bytes, clocks.readers()),
+                clocks,
+                barriers: Barriers::default(),
+                mbarriers: Mbarriers::default(),
+                status: vec![Status::Ready; count],
+                flights: Vec::new(),
+                turn: 0,
+                register_limits: vec![per_thread; count],
+                timeout: false,
+            },
+        };
+        block.shuffle(cx);
+        block
+    }
+
+    /// A random number, the same in every run with this seed.
+    fn random(&mut self) -> u64 {
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        self.random
+    }
+
+    /// With a seed, another order of the warps.
+    fn shuffle(&mut self, cx: &Launch<'_>) {
+        if cx.options.seed != 0 {
+            for i in (1..self.order.len()).rev() {
+                let j = (self.random() % (i as u64 + 1)) as usize;
+                self.order.swap(i, j);
+            }
+        }
+    }
+
+    /// Lets the warps take turns for a while.
+    pub fn run(&mut self, cx: &Launch<'_>, stats: &mut Stats) -> Result<Turn, Box<Fault>> {
+        for _ in 0..ROUNDS {
+            let mut ran = false;
+            self.shuffle(cx);
+            for i in 0..self.order.len() {
+                let warp = self.order[i];
+                if !matches!(self.state.status[warp], Status::Ready | Status::Polling | Status::Registers) {
+                    continue;
+                }
+                let slice = if cx.options.seed == 0 { SLICE } else { 1 + self.random() % SLICE };
+                let before = self.warps[warp].steps;
+                let outcome = self.run_warp(cx, stats, warp, slice).and_then(|()| self.deliver(cx));
+                outcome.map_err(|trouble| self.fault(cx, warp, trouble))?;
+                let waits = matches!(self.state.status[warp], Status::Polling | Status::Registers);
+                ran |= self.warps[warp].steps > before && !waits;
+            }
+            if self.state.status.iter().all(|&status| status == Status::Done) {
+                stats.shared_bytes = stats.shared_bytes.max(cx.layout.bytes);
+                return Ok(Turn::Done);
+            }
+            if ran {
+                continue;
+            }
+            if let Some(first) = self.state.flights.iter().map(|flight| flight.lands_at).min() {
+                self.state.turn = self.state.turn.max(first);
+                self.deliver(cx).map_err(|trouble| self.fault(cx, 0, trouble))?;
+                continue;
+            }
+            if self.time_out() {
+                continue;
+            }
+            if self.state.status.contains(&Status::Polling) {
+                return Ok(Turn::Stalled);
+            }
+            return Err(self.deadlock(cx, "no warp of the block can go on"));
+        }
+        Ok(Turn::Ran)
+    }
+
+    /// Bulk loads whose time has come arrive.
+    fn deliver(&mut self, cx: &Launch<'_>) -> Outcome<()> {
+        self.state.turn += 1;
+        while let Some(i) = self.state.flights.iter().position(|flight| flight.lands_at <= self.state.turn) {
+            let flight = self.state.flights.remove(i);
+            self.state.land(cx, flight)?;
+        }
+        Ok(())
+    }
+
+    /// A `try_wait` may give up and say `false`: whoever has not done so since it last did something does so now.
+    fn time_out(&mut self) -> bool {
+        let mut any = false;
+        for (warp, status) in self.warps.iter_mut().zip(&mut self.state.status) {
+            if matches!(status, Status::Mbarrier { .. }) && !warp.timed_out_at(warp.pc) {
+                warp.note_time_out(warp.pc);
+                *status = Status::Ready;
+                any = true;
+            }
+        }
+        any
+    }
+
+    /// Runs a warp until it waits, or for so many steps.
+    fn run_warp(&mut self, cx: &Launch<'_>, stats: &mut Stats, index: usize, slice: u64) -> Outcome<()> {
+        self.state.status[index] = Status::Ready;
+        let end = self.warps[index].steps + slice;
+        while self.warps[index].steps < end {
+            let warp = &mut self.warps[index];
+            let step = cx.code.steps[warp.pc as usize];
+            warp.steps += 1;
+            if warp.steps > cx.options.step_limit {
+                return Err(runaway(warp, cx.options.step_limit));
+            }
+            let Step::Instr(instr) = step else {
+                warp.control(&cx.code, step).map_err(|trouble| at_control(trouble, step))?;
+                if warp.finished() {
+                    self.retire(index);
+                    return Ok(());
+                }
+                continue;
+            };
+            warp.instr = instr;
+            warp.pc += 1;
+            let mut context = Context { cx, state: &mut self.state, warp, stats };
+            let flow = context.execute(&cx.code.instrs[instr as usize])?;
+            let status = match flow {
+                Flow::Next => {
+                    stats.executed[instr as usize] += 1;
+                    if self.warps[index].finished() {
+                        self.retire(index);
+                        return Ok(());
+                    }
+                    continue;
+                }
+                Flow::Wait(status) => {
+                    stats.executed[instr as usize] += 1;
+                    status
+                }
+                Flow::Yield => {
+                    stats.executed[instr as usize] += 1;
+                    return Ok(());
+                }
+                Flow::Retry(status) => {
+                    let warp = &mut self.warps[index];
+                    warp.pc -= 1;
+                    warp.steps -= u64::from(status == Status::Registers);
+                    status
+                }
+            };
+            self.state.status[index] = status;
+            if status == Status::Wgmma && !self.wgmma(cx, stats, index)? {
+                return Ok(());
+            }
+            if self.state.status[index] != Status::Ready {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    /// Issues the `wgmma` at which a warp stands, if all four of its group stand there.
+    fn wgmma(&mut self, cx: &Launch<'_>, stats: &mut Stats, index: usize) -> Outcome<bool> {
+        let first = index & !3;
+        let Some(group) = self.warps.get_mut(first..first + 4) else {
+            let detail = format!("wgmma by a block of {} warps, whose last group is not whole", self.warps.len());
+            return Err(Trouble::new(FaultKind::Divergent, detail));
+        };
+        if self.state.status[first..first + 4].iter().any(|&status| status != Status::Wgmma) {
+            return Ok(false);
+        }
+        let pc = group[0].pc;
+        if let Some(other) = group.iter().find(|warp| warp.pc != pc) {
+            let detail = format!("the warps of warpgroup {} are at different wgmmas", first / 4);
+            return Err(Trouble::new(FaultKind::Divergent, detail).other(other.instr));
+        }
+        let instr = group[0].instr as usize;
+        self.state.issue_wgmma(cx, group, &cx.code.instrs[instr])?;
+        for warp in group.iter_mut() {
+            warp.pc += 1;
+            stats.executed[instr] += 1;
+        }
+        self.state.status[first..first + 4].fill(Status::Ready);
+        Ok(true)
+    }
+
+    /// A warp has ended: barriers of the whole block wait for it no more.
+    fn retire(&mut self, index: usize) {
+        self.state.status[index] = Status::Done;
+        let live = self.state.live_warps();
+        self.state.barriers.warp_ended(live, &mut self.state.clocks, &mut self.state.status);
+    }
+
+    fn fault(&self, cx: &Launch<'_>, warp: usize, trouble: Box<Trouble>) -> Box<Fault> {
+        let warp = &self.warps[warp];
+        let (at, instruction) = self.place(cx, warp);
+        Box::new(Fault {
+            kind: trouble.kind,
+            block: self.state.index,
+            warp: warp.index,
+            lanes: if trouble.lanes == 0 { warp.active } else { trouble.lanes },
+            at,
+            instruction,
+            object: trouble.object.filter(|name| !name.is_empty()),
+            other: trouble.other.and_then(|instr| cx.code.instrs.get(instr as usize)).map(|instr| instr.at),
+            detail: trouble.detail,
+        })
+    }
+
+    /// The source and text of what a warp is doing.
+    fn place(&self, cx: &Launch<'_>, warp: &Warp) -> (Option<&'static Location<'static>>, String) {
+        // An instruction that ran, or will run again, is the step before or at the program counter.
+        let steps = &cx.code.steps;
+        let here = steps.get(warp.pc as usize);
+        match (warp.pc.checked_sub(1).and_then(|pc| steps.get(pc as usize)), here) {
+            (Some(Step::Instr(i)), _) | (_, Some(Step::Instr(i))) if *i == warp.instr => {}
+            (_, Some(&(Step::If { at, .. } | Step::Loop { at, .. } | Step::Test { at, .. }))) => {
+                return (Some(at), "condition".into());
+            }
+            _ => {}
+        }
+        match cx.code.instrs.get(warp.instr as usize) {
+            Some(instr) => (Some(instr.at), cx.code.text(warp.instr)),
+            None => (None, String::new()),
+        }
+    }
+
+    /// Everything waits: says where each warp stands.
+    pub fn deadlock(&self, cx: &Launch<'_>, why: &str) -> Box<Fault> {
+        let mut detail = why.to_owned();
+        let mut first = None;
+        let mut kind = FaultKind::Deadlock;
+        for (warp, status) in self.warps.iter().zip(&self.state.status) {
+            let what = match status {
+                Status::Done => continue,
+                Status::Ready | Status::Polling => "polls global memory".to_owned(),
+                Status::Barrier(id) => self.state.barriers.describe(*id, self.state.live_warps()),
+                Status::Mbarrier { address, parity } => {
+                    let (place, _) = cx.layout.place(*address);
+                    self.state.mbarriers.describe(*address, *parity, &place)
+                }
+                Status::Wgmma => "waits at a wgmma for the other warps of its group".to_owned(),
+                Status::Registers => {
+                    kind = FaultKind::RegisterBudget;
+                    let sum: u32 = self.state.register_limits.iter().map(|limit| 32 * limit).sum();
+                    format!("waits at setmaxnreg for registers; the block holds {sum} of 65536")
+                }
+            };
+            first = first.or(Some(warp));
+            let at = cx.code.instrs.get(warp.instr as usize).map(|instr| instr.at.to_string()).unwrap_or_default();
+            detail += &format!("\n      warp {} {what}, at {at}", warp.index);
+        }
+        let (at, instruction) = match first {
+            Some(warp) => (
+                cx.code.instrs.get(warp.instr as usize).map(|instr| instr.at),
+                cx.code.text(warp.instr),
+            ),
+            None => (None, String::new()),
+        };
+        Box::new(Fault {
+            kind,
+            block: self.state.index,
+            warp: first.map_or(0, |warp| warp.index),
+            lanes: first.map_or(0, |warp| warp.active),
+            at,
+            instruction,
+            object: None,
+            other: None,
+            detail,
+        })
+    }
+}
+
+impl State {
+    pub fn live_warps(&self) -> u32 {
+        self.status.iter().filter(|&&status| status != Status::Done).count() as u32
+    }
+}
+
+#[cold]
+fn runaway(warp: &Warp, limit: u64) -> Box<Trouble> {
+    let loops: Vec<String> = warp.loops().map(|at| at.to_string()).collect();
+    let place = match loops.as_slice() {
+        [] => "outside of loops".to_owned(),
+        loops => format!("in the loops at {}", loops.join(", ")),
+    };
+    Trouble::new(FaultKind::Runaway, format!("warp {} took more than {limit} steps, {place}", warp.index))
+}
+
+/// A fault in a condition belongs to the statement, not to the instruction before it.
+#[cold]
+fn at_control(mut trouble: Box<Trouble>, step: Step) -> Box<Trouble> {
+    if let Step::If { at, .. } | Step::Test { at, .. } = step {
+        trouble.detail += &format!("; the condition at {at}");
+    }
+    trouble
+}

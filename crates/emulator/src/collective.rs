@@ -1,0 +1,144 @@
+//! What the lanes of a warp do together: shuffles, votes, reductions, matrix loads and stores.
+
+use sage_ptx::isa::{Lane, Redux, Shuffle, Vote, Warp as WarpOp};
+
+use crate::banks;
+use crate::block::{Context, Flow};
+use crate::decode::Lanes;
+use crate::execute::lanes;
+use crate::fault::{FaultKind, Outcome, Trouble};
+use crate::shared::AccessKind;
+use crate::warp::mask_of;
+
+impl Context<'_, '_> {
+    pub fn warp_wide(&mut self, op: WarpOp, dst: &[u32], src: &[u32]) -> Outcome<Flow> {
+        let active = self.warp.active;
+        let code = &self.cx.code;
+        let result: Lanes = match op {
+            WarpOp::Shuffle(mode) => {
+                self.together("a shuffle")?;
+                let values = self.warp.read(code, src[0], active)?;
+                let picks = self.warp.read(code, src[1], active)?;
+                shuffle(mode, values, picks, active)?
+            }
+            WarpOp::Vote(vote) => {
+                self.together("a vote")?;
+                let votes = mask_of(self.warp.read(code, src[0], active)?) & active;
+                let result = match vote {
+                    Vote::All => u64::from(votes == active),
+                    Vote::Any => u64::from(votes != 0),
+                    Vote::Ballot => u64::from(votes),
+                };
+                [result; 32]
+            }
+            WarpOp::Redux(op, ty) => {
+                self.together("a reduction")?;
+                let values = self.warp.read(code, src[0], active)?;
+                let op = match op {
+                    Redux::Add => Lane::Add(ty),
+                    Redux::Min => Lane::Min(ty),
+                    Redux::Max => Lane::Max(ty),
+                };
+                let all = lanes(active).map(|lane| values[lane]).reduce(|a, b| op.eval(&[a, b]));
+                [all.unwrap_or(0); 32]
+            }
+            WarpOp::Elect => {
+                self.together("an election")?;
+                let elected = active.trailing_zeros() as usize;
+                std::array::from_fn(|lane| u64::from(lane == elected))
+            }
+            WarpOp::Sync => {
+                self.together("bar.warp.sync")?;
+                return Ok(Flow::Next);
+            }
+            WarpOp::LoadMatrix { .. } | WarpOp::StoreMatrix { .. } => return Ok(Flow::Next),
+        };
+        self.warp.write(code, dst[0], active, &result)?;
+        Ok(Flow::Next)
+    }
+
+    pub fn load_matrix(
+        &mut self,
+        dst: &[u32],
+        address: u32,
+        count: u8,
+        transposed: bool,
+        offset: i32,
+    ) -> Outcome<Flow> {
+        self.all_lanes("ldmatrix")?;
+        let rows = matrix_rows(count)?;
+        let addresses = self.shared_addresses(address, rows, offset)?;
+        let access = self.access(AccessKind::Read);
+        let mut row_bits = [0u128; 32];
+        for lane in lanes(rows) {
+            let (layout, clocks) = (&self.cx.layout, &self.state.clocks);
+            let row = self.state.shared.read(layout, clocks, &access, addresses[lane], 16);
+            row_bits[lane] = row.map_err(|trouble| trouble.lane(lane))?;
+        }
+        let cost = banks::wavefronts(&addresses, rows, 16);
+        self.stats.shared(self.warp.instr, cost);
+        for (matrix, &register) in dst.iter().enumerate() {
+            let rows = &row_bits[8 * matrix..8 * matrix + 8];
+            let element = |row: usize, column: usize| (rows[row] >> (16 * column)) as u64 & 0xffff;
+            let values = std::array::from_fn(|lane| {
+                let (row, column) = (lane / 4, 2 * (lane % 4));
+                if transposed {
+                    element(column, row) | element(column + 1, row) << 16
+                } else {
+                    element(row, column) | element(row, column + 1) << 16
+                }
+            });
+            self.warp.write(&self.cx.code, register, u32::MAX, &values)?;
+        }
+        Ok(Flow::Next)
+    }
+
+    pub fn store_matrix(&mut self, src: &[u32], count: u8, transposed: bool, offset: i32) -> Outcome<Flow> {
+        self.all_lanes("stmatrix")?;
+        let rows = matrix_rows(count)?;
+        let addresses = self.shared_addresses(src[0], rows, offset)?;
+        let mut row_bits = [0u128; 32];
+        for (matrix, &register) in src[1..].iter().enumerate() {
+            let values = self.warp.read(&self.cx.code, register, u32::MAX)?;
+            for (lane, &value) in values.iter().enumerate() {
+                for i in 0..2 {
+                    let (row, column) = (lane / 4, 2 * (lane % 4) + i);
+                    let (row, column) = if transposed { (column, row) } else { (row, column) };
+                    let element = (value >> (16 * i)) as u128 & 0xffff;
+                    row_bits[8 * matrix + row] |= element << (16 * column);
+                }
+            }
+        }
+        self.store_shared(&addresses, &row_bits, rows, 16)?;
+        let cost = banks::wavefronts(&addresses, rows, 16);
+        self.stats.shared(self.warp.instr, cost);
+        self.warp.progressed();
+        Ok(Flow::Next)
+    }
+}
+
+/// Lanes whose addresses count.
+fn matrix_rows(count: u8) -> Outcome<u32> {
+    match count {
+        1 => Ok(0xff),
+        2 => Ok(0xffff),
+        4 => Ok(u32::MAX),
+        _ => {
+            let detail = format!("{count} matrices, expected 1, 2 or 4");
+            Err(Trouble::new(FaultKind::InvalidProgram, detail))
+        }
+    }
+}
+
+fn shuffle(mode: Shuffle, values: &Lanes, picks: &Lanes, active: u32) -> Outcome<Lanes> {
+    let mut result = [0; 32];
+    for lane in lanes(active) {
+        let from = mode.source(lane as u32, picks[lane] as u32) as usize;
+        if active >> from & 1 == 0 {
+            let detail = format!("a shuffle reads lane {from}, which has exited or never was");
+            return Err(Trouble::new(FaultKind::Divergent, detail).lane(lane));
+        }
+        result[lane] = values[from];
+    }
+    Ok(result)
+}

@@ -1,0 +1,274 @@
+//! What an attention kernel is specialised for, and what a launch passes to it.
+
+use sage_core::{Accumulator, DType, Granularity, IntBits, IntQuantizer};
+
+use crate::params::kernel_params;
+use crate::sequence::Lengths;
+
+/// Everything that is known when a kernel is built.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct AttentionConfig {
+    /// Element type of Q and of the output, and of K and V where they are read as given: f16 or bf16.
+    pub dtype: DType,
+    /// Channels of a head, 1 to 256.
+    pub head_dim: usize,
+    /// Operands of Q·Kᵀ.
+    pub scores: Scores,
+    /// Operands of P·V.
+    pub values: Values,
+    /// Where V's 16-bit elements come from, or its E4M3.
+    pub value_source: ValueSource,
+    /// Explicit mask.
+    pub mask: MaskForm,
+    /// Whether scores are capped.
+    pub softcap: bool,
+    /// Whether the log-sum-exp is written.
+    pub lse: bool,
+    /// Whether K's mean was subtracted, which the log-sum-exp and a cap must know.
+    pub smooth_k: bool,
+    /// Rows of Q that share a subtracted mean, whose products with K are added from memory.
+    pub smooth_q: Option<usize>,
+    /// Whether V's mean was subtracted, and is added to the output.
+    pub smooth_v: bool,
+    /// Where the lengths of sequences come from.
+    pub lengths: Lengths,
+    /// Whether rows of Q, K, V and the output start at multiples of 16 bytes and are whole such chunks.
+    pub aligned: bool,
+    /// Whether each block computes a part of the keys, to be combined afterwards.
+    pub split: bool,
+    /// Tile shapes.
+    pub tiling: Tiling,
+}
+
+/// Operands of Q·Kᵀ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Scores {
+    /// As given.
+    Full,
+    /// Integers: K quantised beforehand, Q in the kernel.
+    Int(IntQuantizer),
+}
+
+/// Operands of P·V.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Values {
+    /// Half precision.
+    F16(Accumulator),
+    /// bfloat16; sums in single precision.
+    BF16,
+    /// E4M3, V quantised beforehand.
+    Fp8(Accumulator),
+}
+
+/// Where V comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ValueSource {
+    /// The caller's tensor.
+    Given,
+    /// Tiles in the workspace: converted to 16 bits, or E4M3.
+    Workspace,
+}
+
+/// Explicit masks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum MaskForm {
+    /// None.
+    None,
+    /// A byte for each score: not 0 where visible.
+    Bool,
+    /// Added to the scaled scores.
+    Bias(DType),
+}
+
+/// Tile shapes: a row of the tuning table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Tiling {
+    /// Warps of a block.
+    pub warps: usize,
+    /// Query rows of a warp: 16 or 32.
+    pub rows_per_warp: usize,
+    /// Tiles of K and V in shared memory at once.
+    pub stages: usize,
+    /// Blocks that a multiprocessor should hold, which bounds the registers of a thread.
+    pub min_blocks: u32,
+    /// Rise of a row's maximum, in powers of two, up to which sums are not rescaled; 0 rescales always.
+    pub lazy_rescale: u32,
+}
+
+impl AttentionConfig {
+    /// Query rows of a block.
+    pub fn block_q(&self) -> usize {
+        self.tiling.warps * self.tiling.rows_per_warp
+    }
+
+    /// Threads of a block.
+    pub fn threads(&self) -> u32 {
+        self.tiling.warps as u32 * 32
+    }
+
+    /// Smallest head dimension that tiles are laid out for and that holds this one.
+    pub fn padded_dim(&self) -> usize {
+        padded_dim(self.head_dim)
+    }
+
+    /// Blocks along x, y and z, for `splits` parts of the keys.
+    pub fn grid(&self, sequences: usize, q_heads: usize, q_len: usize, splits: usize) -> [u32; 3] {
+        [q_len.div_ceil(self.block_q()) as u32, q_heads as u32, (sequences * splits) as u32]
+    }
+
+    /// Name of the kernel, unique for the configuration.
+    pub fn name(&self) -> String {
+        let scores = match self.scores {
+            Scores::Full => "full".to_owned(),
+            Scores::Int(quantizer) => {
+                let bits = match quantizer.bits {
+                    IntBits::Eight => "int8",
+                    IntBits::Four => "int4",
+                };
+                let granularity = match quantizer.granularity {
+                    Granularity::PerTensor => "tensor",
+                    Granularity::PerBlock => "block",
+                    Granularity::PerWarp => "warp",
+                    Granularity::PerThread => "thread",
+                    Granularity::PerToken => "token",
+                };
+                let first = if quantizer.scale_q_first { "_scaled" } else { "" };
+                let rounding = format!("{:?}{:?}", quantizer.rounding, quantizer.zero_group);
+                let rounding: String = rounding.chars().filter(char::is_ascii_uppercase).collect();
+                format!("{bits}_{granularity}{first}_{}", rounding.to_lowercase())
+            }
+        };
+        let accumulator = |accumulator: Accumulator| accumulator.name().replace('+', "_");
+        let values = match self.values {
+            Values::F16(a) => format!("f16_{}", accumulator(a)),
+            Values::BF16 => "bf16".to_owned(),
+            Values::Fp8(a) => format!("fp8_{}", accumulator(a)),
+        };
+        let mut name = format!("attention_{}_{scores}_{values}_d{}", self.dtype, self.head_dim);
+        match self.mask {
+            MaskForm::None => {}
+            MaskForm::Bool => name += "_mask",
+            MaskForm::Bias(dtype) => name += &format!("_bias_{dtype}"),
+        }
+        for (on, part) in [
+            (self.softcap, "_softcap"),
+            (self.lse, "_lse"),
+            (self.smooth_k, "_sk"),
+            (self.smooth_v, "_sv"),
+            (self.value_source == ValueSource::Workspace, "_vws"),
+            (!self.aligned, "_unaligned"),
+            (self.split, "_split"),
+        ] {
+            if on {
+                name += part;
+            }
+        }
+        if let Some(rows) = self.smooth_q {
+            name += &format!("_sq{rows}");
+        }
+        let Tiling { warps, rows_per_warp, stages, min_blocks, lazy_rescale } = self.tiling;
+        name += self.lengths.suffix();
+        name + &format!("_w{warps}x{rows_per_warp}_s{stages}_b{min_blocks}_l{lazy_rescale}")
+    }
+}
+
+/// Smallest of 64, 128 and 256 that holds `head_dim`.
+pub fn padded_dim(head_dim: usize) -> usize {
+    head_dim.next_power_of_two().max(64)
+}
+
+kernel_params! {
+    /// What a launch of an attention kernel passes. Strides are in elements.
+    AttentionParams, AttentionArgs {
+        /// Queries as given.
+        q: [u16],
+        /// Keys: as given, or quantised tiles.
+        k: [u8],
+        /// Values: as given, or tiles of the workspace.
+        v: [u8],
+        /// Output.
+        out: [u16],
+        /// Log-sum-exp, `[sequences, q_heads, q_rows]`, or `[q_heads, total]` when packed. Of a split: `[splits]` such.
+        lse: [f32],
+        /// Of a split: unrounded outputs `[splits, sequences, q_heads, q_rows, head_dim]`.
+        partial: [f32],
+        /// Scales of quantised K.
+        k_scale: [f32],
+        /// Mean of K, `[sequences, kv_heads, padded_dim]`.
+        k_mean: [f32],
+        /// Scale of each channel of V, `[sequences, kv_heads, padded_dim]`.
+        v_scale: [f32],
+        /// Mean of V, `[sequences, kv_heads, padded_dim]`.
+        v_mean: [f32],
+        /// Means of query blocks, `[sequences, q_heads, blocks, padded_dim]`.
+        q_mean: [f32],
+        /// Their products with K, `[sequences, q_heads, blocks, key tiles · 64]`.
+        delta_s: [f32],
+        /// Explicit mask.
+        mask: [u8],
+        /// Boundaries of packed queries.
+        cu_seqlens_q: [i32],
+        /// Boundaries of packed keys, or valid keys of each batch entry.
+        cu_seqlens_k: [i32],
+        /// Stride of Q's batch.
+        q_stride_batch: i64,
+        /// Stride of Q's heads.
+        q_stride_head: i64,
+        /// Stride of Q's rows.
+        q_stride_row: i64,
+        /// Stride of K's batch.
+        k_stride_batch: i64,
+        /// Stride of K's heads.
+        k_stride_head: i64,
+        /// Stride of K's rows.
+        k_stride_row: i64,
+        /// Stride of V's batch.
+        v_stride_batch: i64,
+        /// Stride of V's heads.
+        v_stride_head: i64,
+        /// Stride of V's rows.
+        v_stride_row: i64,
+        /// Stride of the output's batch.
+        out_stride_batch: i64,
+        /// Stride of the output's heads.
+        out_stride_head: i64,
+        /// Stride of the output's rows.
+        out_stride_row: i64,
+        /// Stride of the mask's batch.
+        mask_stride_batch: i64,
+        /// Stride of the mask's heads.
+        mask_stride_head: i64,
+        /// Stride of the mask's query rows.
+        mask_stride_row: i64,
+        /// Stride of the mask's keys.
+        mask_stride_key: i64,
+        /// Query rows of the tensors.
+        q_rows: i32,
+        /// Key rows of the tensors.
+        kv_rows: i32,
+        /// Query heads that share a key head.
+        group_size: i32,
+        /// Key heads.
+        kv_heads: i32,
+        /// Key tiles of the workspace, all sequences together.
+        key_tiles: i32,
+        /// Blocks of query means of a sequence.
+        q_blocks: i32,
+        /// Key tiles of the longest sequence.
+        max_tiles: i32,
+        /// Keys visible before the diagonal; 2³⁰ for all.
+        window_left: i32,
+        /// Keys visible after the diagonal; 2³⁰ for all.
+        window_right: i32,
+        /// Whether the last query sees the last key at the diagonal (1), or the first the first (0).
+        bottom_right: i32,
+        /// Parts of the keys.
+        splits: i32,
+        /// Query rows of all heads and batch entries: rows of the log-sum-exp.
+        total_rows: i64,
+        /// Factor on Q·Kᵀ.
+        sm_scale: f32,
+        /// Cap of the scaled scores.
+        softcap: f32,
+    }
+}

@@ -1,0 +1,72 @@
+//! Attention forward on `mma.sync`: one kernel, specialised for every scheme that this instruction can compute.
+//!
+//! ```text
+//! for each block of queries:                      (place, queries)
+//!     quantise Q
+//!     for each tile of keys that it sees:         (ring)
+//!         S = Q̂ · K̂ᵀ · scales                     (scores)
+//!         m' = max(m, rowmax S);  α = 2^(m − m')  (softmax)
+//!         P = 2^(S − m')
+//!         ℓ = α ℓ + rowsum P;  O = α O + P · V    (output)
+//!     O = O / ℓ · scales of V + mean of V
+//! ```
+
+mod config;
+mod output;
+mod place;
+mod queries;
+mod ring;
+mod scores;
+mod softmax;
+
+use half::{bf16, f16};
+use sage_core::DType;
+use sage_ptx::{Half, MmaElement, Program, Stored, kernel};
+
+pub use config::{
+    AttentionArgs, AttentionConfig, MaskForm, Scores, Tiling, ValueSource, Values, padded_dim,
+};
+use config::AttentionParams;
+use output::Output;
+use place::Place;
+use queries::Queries;
+use ring::Ring;
+use scores::scores;
+use softmax::Softmax;
+
+/// The attention kernel of a configuration.
+pub fn attention(config: &AttentionConfig) -> Program {
+    match (config.dtype, config.values) {
+        (DType::BF16, Values::F16(_)) => write::<bf16, f16>(config),
+        (DType::BF16, _) => write::<bf16, bf16>(config),
+        _ => write::<f16, f16>(config),
+    }
+}
+
+/// `H` is the caller's element type, `W` that of P and V where they have 16 bits.
+fn write<H, W>(config: &AttentionConfig) -> Program
+where
+    H: Half + MmaElement + Stored<Value = H>,
+    W: Half + MmaElement,
+{
+    kernel(&config.name(), config.threads(), |k| {
+        k.min_blocks(config.tiling.min_blocks);
+        let p = AttentionParams::declare(k);
+        let place = Place::new(k, config, &p);
+        let ring = Ring::new(k, config, &p, &place);
+        ring.start(&place);
+        let queries = Queries::load::<H>(k, config, &p, &place);
+        let softmax = Softmax::new(k, config);
+        let output = Output::new(k, config);
+
+        k.range(place.first_tile, place.end_tile, |tile| {
+            let (keys, values) = ring.next(tile, &place);
+            let scores = scores::<H>(k, config, &p, &place, &queries, &keys, tile);
+            softmax.advance(k, &scores, |alphas| output.rescale(alphas));
+            output.add::<W>(&softmax, &scores, &values);
+        });
+
+        let tile = ring.finish();
+        output.store::<H>(&p, &place, &softmax.finish(), &queries.taken, &tile);
+    })
+}

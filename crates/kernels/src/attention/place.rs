@@ -1,0 +1,118 @@
+//! Which part of the problem a block computes.
+
+use sage_ptx::{Code, Val};
+
+use super::config::{AttentionConfig, AttentionParams};
+use crate::sequence::{KEY_TILE, LengthParams, Sequence};
+
+/// A block's queries, and the tiles of keys that they see.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Place<'k> {
+    pub sequence: Sequence<'k>,
+    /// Index of the sequence, where packed ones differ from the batch.
+    pub sequence_index: Val<'k, i32>,
+    pub head: Val<'k, i32>,
+    pub kv_head: Val<'k, i32>,
+    /// First query row of the warp.
+    pub warp_row: Val<'k, i32>,
+    pub warp: Val<'k, i32>,
+    pub lane: Val<'k, i32>,
+    /// What a key's index is compared with: `key ≤ row + diagonal + window_right`.
+    diagonal: Val<'k, i32>,
+    /// First and one past the last tile of keys to compute.
+    pub first_tile: Val<'k, i32>,
+    pub end_tile: Val<'k, i32>,
+    /// Keys from here on are hidden from the block's first row.
+    safe_end: Val<'k, i32>,
+    /// Keys before here are hidden from the block's last row.
+    safe_start: Val<'k, i32>,
+    /// Index of the part of the keys, where they are split.
+    pub split: Val<'k, i32>,
+    window_left: Val<'k, i32>,
+    window_right: Val<'k, i32>,
+}
+
+impl<'k> Place<'k> {
+    /// Ends blocks without queries.
+    pub fn new(code: &'k Code, config: &AttentionConfig, p: &AttentionParams<'k>) -> Self {
+        let [x, head, z] = code.block_index();
+        let [tiles, _, sequences] = code.grid();
+        // The longest rows of a causal mask first, so that the last blocks to start are short.
+        let q_tile = tiles - 1 - x;
+        let (sequence_index, split) = if config.split {
+            let sequences = sequences / p.splits;
+            (z % sequences, z / sequences)
+        } else {
+            (z, code.constant(0))
+        };
+        let lengths = LengthParams {
+            q_rows: p.q_rows,
+            kv_rows: p.kv_rows,
+            cu_seqlens_q: p.cu_seqlens_q,
+            cu_seqlens_k: p.cu_seqlens_k,
+        };
+        let sequence = Sequence::new(code, config.lengths, &lengths, sequence_index);
+
+        let (block_q, tile) = (config.block_q() as i32, KEY_TILE as i32);
+        let first_row = (q_tile * block_q).named("first_row");
+        code.exit_when(first_row.ge(sequence.q_len));
+
+        let aligned = p.bottom_right.ne(0).select(sequence.kv_len - sequence.q_len, 0);
+        let diagonal = aligned.named("diagonal");
+        let end_of = |row: Val<'k, i32>| (row + diagonal + p.window_right + 1).min(sequence.kv_len);
+        let start_of = |row: Val<'k, i32>| (row + diagonal - p.window_left).max(0);
+        let last_row = (first_row + (block_q - 1)).min(sequence.q_len - 1);
+
+        let first_tile = start_of(first_row) / tile;
+        let end_tile = end_of(last_row).max(0).div_ceil(tile);
+        let (first_tile, end_tile) = if config.split {
+            let each = (end_tile - first_tile).max(0);
+            let each = (each + p.splits - 1) / p.splits;
+            let first = first_tile + each * split;
+            (first, (first + each).min(end_tile))
+        } else {
+            (first_tile, end_tile)
+        };
+        let warp = code.warp_index();
+        Place {
+            sequence,
+            sequence_index,
+            head,
+            kv_head: head / p.group_size,
+
+            warp_row: first_row + warp * (config.tiling.rows_per_warp as i32),
+            warp,
+            lane: code.lane_index(),
+            diagonal,
+            first_tile: first_tile.named("first_tile"),
+            end_tile: end_tile.named("end_tile"),
+            safe_end: end_of(first_row),
+            safe_start: start_of(last_row),
+            split,
+            window_left: p.window_left,
+            window_right: p.window_right,
+        }
+    }
+
+    /// The row of the sequence that the lane holds in slot `slot`: 8 rows of the warp further for each slot.
+    pub fn row(&self, slot: usize) -> Val<'k, i32> {
+        self.warp_row + (self.lane >> 2) + 8 * slot as i32
+    }
+
+    /// Whether some key of a tile is hidden from some row of the block.
+    pub fn cuts(&self, tile: Val<'k, i32>) -> Val<'k, bool> {
+        let start = tile * (KEY_TILE as i32);
+        (start + KEY_TILE as i32).gt(self.safe_end) | start.lt(self.safe_start)
+    }
+
+    /// First and one past the last key that a row sees.
+    pub fn visible(&self, row: Val<'k, i32>) -> (Val<'k, i32>, Val<'k, i32>) {
+        let start = row + self.diagonal - self.window_left;
+        (start, (row + self.diagonal + self.window_right + 1).min(self.sequence.kv_len))
+    }
+
+    /// Index of the (sequence, key head) in statistics of the workspace.
+    pub fn kv_index(&self, p: &AttentionParams<'k>) -> Val<'k, i32> {
+        self.sequence_index * p.kv_heads + self.kv_head
+    }
+}

@@ -1,0 +1,226 @@
+//! A warp's query rows: read, smoothed, quantised, and kept in shared memory as operands of Q·Kᵀ.
+
+use sage_core::{Granularity, IntBits, IntQuantizer};
+use sage_ptx::{Code, FragmentA, Half, MmaElement, Shared, Stored, Val};
+
+use super::config::{AttentionConfig, AttentionParams, Scores};
+use super::place::Place;
+use crate::integer::{Step, magnitude_bits};
+
+/// Queries as operands: each lane's own registers, kept in shared memory since they are needed once a tile.
+pub(super) struct Queries<'k> {
+    fragments: Shared<'k, u32>,
+    steps: usize,
+    /// Factor of each row slot's scores.
+    pub scale: Vec<Val<'k, f32>>,
+    /// What smoothing K took from each row's scaled scores, in the natural base.
+    pub taken: Vec<Val<'k, f32>>,
+}
+
+/// How many 32-byte steps the depth of Q·Kᵀ takes.
+pub(super) fn depth_steps(config: &AttentionConfig) -> usize {
+    config.head_dim.div_ceil(8 * elements_per_word(config))
+}
+
+/// Elements of a 32-bit register of the operands of Q·Kᵀ.
+pub(super) fn elements_per_word(config: &AttentionConfig) -> usize {
+    match config.scores {
+        Scores::Full => 2,
+        Scores::Int(IntQuantizer { bits: IntBits::Eight, .. }) => 4,
+        Scores::Int(IntQuantizer { bits: IntBits::Four, .. }) => 8,
+    }
+}
+
+impl<'k> Queries<'k> {
+    pub fn load<H: Half + Stored<Value = H>>(
+        code: &'k Code,
+        config: &AttentionConfig,
+        p: &AttentionParams<'k>,
+        place: &Place<'k>,
+    ) -> Self {
+        code.note("queries: read, smooth, quantise");
+        let slots = config.tiling.rows_per_warp / 8;
+        let (steps, per) = (depth_steps(config), elements_per_word(config));
+        let words = config.threads() as usize * (slots / 2) * steps * 4;
+        // Each lane's four registers of a fragment are neighbours, so that they are read in one access.
+        let lane_words = code.thread() * ((slots / 2) * steps * 4) as i32;
+        let fragments = code.shared::<u32>("q_fragments", words).at(lane_words);
+
+        let batch = place.sequence.batch.widen() * p.q_stride_batch + place.head.widen() * p.q_stride_head;
+        let row_of = |slot: usize| place.row(slot);
+        let quad = place.lane & 3;
+        // raw[slot][word] are the channels of a register: `per` neighbours.
+        let mut rows: Vec<Vec<Vec<Val<'k, f32>>>> = Vec::new();
+        for slot in 0..slots {
+            let row = row_of(slot);
+            let valid = row.lt(place.sequence.q_len);
+            let row = row.min(place.sequence.q_len - 1) + place.sequence.q_start;
+            let base = p.q.cast::<H>().at(batch + row.widen() * p.q_stride_row);
+            let mut registers = Vec::new();
+            for word in 0..2 * steps {
+                let first = (word * 4 * per) as i32;
+                registers.push(load_channels::<H>(config, base, quad * per as i32, first, per, valid));
+            }
+            rows.push(registers);
+        }
+
+        // Scores of smoothed keys lack the same amount for all keys of a row: the product with the keys' mean.
+        let needs_taken = config.smooth_k && (config.lse || config.softcap);
+        let taken = if needs_taken {
+            let mean = p.k_mean.at(place.kv_index(p) * config.padded_dim() as i32).at(quad * per as i32);
+            rows.iter().map(|registers| product(registers, mean, per) * p.sm_scale).collect()
+        } else {
+            vec![code.constant(0.0); slots]
+        };
+
+        if let Some(block) = config.smooth_q {
+            for (slot, registers) in rows.iter_mut().enumerate() {
+                let row = row_of(slot);
+                let valid = row.lt(place.sequence.q_len);
+                let head = (place.sequence_index * p.group_size * p.kv_heads + place.head) * p.q_blocks;
+                let mean = p.q_mean.at((head + row.min(place.sequence.q_len - 1) / block as i32)
+                    * config.padded_dim() as i32);
+                let mean = mean.at(quad * per as i32);
+                for (word, channels) in registers.iter_mut().enumerate() {
+                    for (i, x) in channels.iter_mut().enumerate() {
+                        let mean = mean.plus((word * 4 * per + i) as i32).load();
+                        *x = valid.select(*x - mean, 0.0);
+                    }
+                }
+            }
+        }
+
+        let scale = match config.scores {
+            Scores::Full => {
+                store_words(&fragments, &rows, steps, |_, x| x[0].pack::<H>(x[1]).reinterpret());
+                vec![p.sm_scale * std::f32::consts::LOG2_E; slots]
+            }
+            Scores::Int(quantizer) => {
+                if quantizer.scale_q_first {
+                    let factor = p.sm_scale * std::f32::consts::LOG2_E;
+                    rows.iter_mut().flatten().flatten().for_each(|x| *x = *x * factor);
+                }
+                let steps_of_rows = groups(code, config, &quantizer, place, &rows);
+                store_words(&fragments, &rows, steps, |slot, x| steps_of_rows[slot].round_word(x));
+                let factor = if quantizer.scale_q_first {
+                    code.constant(1.0)
+                } else {
+                    p.sm_scale * std::f32::consts::LOG2_E
+                };
+                steps_of_rows.iter().map(|step| step.scale * factor).collect()
+            }
+        };
+        Queries { fragments, steps, scale, taken }
+    }
+
+    /// The operand of 16 rows at one step of the depth.
+    #[track_caller]
+    pub fn fragment<E: MmaElement>(&self, m: usize, step: usize) -> FragmentA<'k, E> {
+        FragmentA::new(self.fragments.plus(((m * self.steps + step) * 4) as i32).load_vector())
+    }
+}
+
+/// `per` channels of a row from `first + offset` on, zeros beyond the head's and where the row is not valid.
+fn load_channels<'k, H: Half + Stored<Value = H>>(
+    config: &AttentionConfig,
+    row: sage_ptx::Global<'k, H>,
+    offset: Val<'k, i32>,
+    first: i32,
+    per: usize,
+    valid: Val<'k, bool>,
+) -> Vec<Val<'k, f32>> {
+    let code = row.code();
+    let dim = config.head_dim as i32;
+    // Lanes of a quad hold neighbouring channels; only the last step can pass the head's end.
+    let inside = |channel: Val<'k, i32>, len: i32| {
+        if first + 4 * per as i32 <= dim { code.constant(true) } else { (channel + len).le(dim) }
+    };
+    if config.aligned {
+        // Heads are whole 16-byte chunks here, so a register's channels are all inside or all beyond.
+        let channel = offset + first;
+        let here = inside(channel, per as i32);
+        let at = row.at(here.select(channel, 0)).cast::<u32>();
+        let words: Vec<Val<'k, u32>> = match per {
+            2 => vec![at.load()],
+            4 => at.load_vector::<2>().to_vec(),
+            _ => at.load_vector::<4>().to_vec(),
+        };
+        let keep = valid & here;
+        let kept = words.into_iter().map(|word| keep.select(word, 0u32));
+        kept.flat_map(|word| word.split::<H>()).map(|x| x.to_f32()).collect()
+    } else {
+        let channel = |i: usize| {
+            let channel = offset + (first + i as i32);
+            let here = inside(channel, 1);
+            let x = row.at(here.select(channel, 0)).load().to_f32();
+            (valid & here).select(x, 0.0)
+        };
+        (0..per).map(channel).collect()
+    }
+}
+
+/// The product of a row, spread over the lanes of a quad, with a vector whose first channel of the lane is given.
+fn product<'k>(registers: &[Vec<Val<'k, f32>>], vector: sage_ptx::Global<'k, f32>, per: usize) -> Val<'k, f32> {
+    let code = vector.code();
+    let mut sum = code.constant(0.0);
+    for (word, channels) in registers.iter().enumerate() {
+        for (i, &x) in channels.iter().enumerate() {
+            sum = x.mul_add(vector.plus((word * 4 * per + i) as i32).load(), sum);
+        }
+    }
+    sum.reduce_lanes(3, |a, b| a + b)
+}
+
+/// The quantisation step of each row slot.
+fn groups<'k>(
+    code: &'k Code,
+    config: &AttentionConfig,
+    quantizer: &IntQuantizer,
+    place: &Place<'k>,
+    rows: &[Vec<Vec<Val<'k, f32>>>],
+) -> Vec<Step<'k>> {
+    let maximum = |a: Val<'k, i32>, b: Val<'k, i32>| a.max(b);
+    let of_row = |row: &Vec<Vec<Val<'k, f32>>>| {
+        let bits = row.iter().flatten().map(|&x| magnitude_bits(x));
+        bits.reduce(maximum).map(|bits| bits.reduce_lanes(3, maximum))
+    };
+    let rows: Vec<_> = rows.iter().filter_map(of_row).collect();
+    if quantizer.granularity == Granularity::PerToken {
+        return rows.into_iter().map(|max| Step::of_group(quantizer, max)).collect();
+    }
+    let slots = rows.len();
+    let all = rows.into_iter().reduce(maximum).unwrap_or(code.constant(0));
+    let shared = match quantizer.granularity {
+        // Rows that are equal modulo 8 are one lane's slots.
+        Granularity::PerThread => all,
+        Granularity::PerWarp => all.reduce_lanes(4 | 8 | 16, maximum),
+        _ => {
+            let warp = all.reduce_lanes(4 | 8 | 16, maximum);
+            let maxima = code.shared::<i32>("q_maxima", config.tiling.warps);
+            code.when(place.lane.eq(0), || maxima.at(place.warp).store(warp));
+            code.barrier();
+            let others = (0..config.tiling.warps).map(|warp| maxima.plus(warp as i32).load());
+            others.reduce(maximum).unwrap_or(warp)
+        }
+    };
+    vec![Step::of_group(quantizer, shared); slots]
+}
+
+/// Packs each register's channels and stores fragments: rows `g` and `g + 8` of 16, low and high depth of a step.
+fn store_words<'k>(
+    fragments: &Shared<'k, u32>,
+    rows: &[Vec<Vec<Val<'k, f32>>>],
+    steps: usize,
+    pack: impl Fn(usize, &[Val<'k, f32>]) -> Val<'k, u32>,
+) {
+    for m in 0..rows.len() / 2 {
+        for step in 0..steps {
+            let word = |half: usize, depth: usize| {
+                let slot = 2 * m + half;
+                pack(slot, &rows[slot][2 * step + depth])
+            };
+            let words = [word(0, 0), word(1, 0), word(0, 1), word(1, 1)];
+            fragments.plus(((m * steps + step) * 4) as i32).store_vector(words);
+        }
+    }
+}

@@ -1,0 +1,68 @@
+//! Parameters of kernels: declared once, for the kernel that reads them and the host that passes them.
+
+/// Declares a kernel's parameters as two structs with the same fields: the values inside the kernel, and the numbers
+/// that a launch passes.
+///
+/// Field kinds: `[T]` is an array of `T` in device memory (an address for the host), `i32`, `i64` and `f32` are numbers.
+macro_rules! kernel_params {
+    (
+        $(#[$doc:meta])*
+        $inside:ident, $outside:ident {
+            $($(#[$field_doc:meta])* $field:ident: $kind:tt,)*
+        }
+    ) => {
+        #[doc = concat!("Inside the kernel: ", stringify!($outside), ".")]
+        #[derive(Clone, Copy, Debug)]
+        pub(crate) struct $inside<'k> {
+            $($(#[$field_doc])* #[allow(dead_code, reason = "not every variant reads every parameter")]
+            pub $field: $crate::params::inside!($kind),)*
+        }
+
+        impl<'k> $inside<'k> {
+            /// Declares the parameters, in the order of the host's struct.
+            pub(crate) fn declare(code: &'k sage_ptx::Code) -> Self {
+                $inside { $($field: $crate::params::declare!(code, $kind, stringify!($field)),)* }
+            }
+        }
+
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, Default, PartialEq)]
+        pub struct $outside {
+            $($(#[$field_doc])* pub $field: $crate::params::outside!($kind),)*
+        }
+
+        impl $outside {
+            /// Number of parameters.
+            pub const COUNT: usize = [$(stringify!($field)),*].len();
+
+            /// The values in the kernel's order.
+            pub fn args(&self) -> [sage_ptx::Arg; Self::COUNT] {
+                [$($crate::params::arg!($kind, self.$field),)*]
+            }
+        }
+    };
+}
+
+macro_rules! inside {
+    ([$element:ty]) => { sage_ptx::Global<'k, $element> };
+    ($scalar:ty) => { sage_ptx::Val<'k, $scalar> };
+}
+
+macro_rules! outside {
+    ([$element:ty]) => { u64 };
+    ($scalar:ty) => { $scalar };
+}
+
+macro_rules! declare {
+    ($code:ident, [$element:ty], $name:expr) => { $code.global::<$element>($name) };
+    ($code:ident, $scalar:ty, $name:expr) => { $code.param::<$scalar>($name) };
+}
+
+macro_rules! arg {
+    ([$element:ty], $value:expr) => { sage_ptx::Arg::Pointer($value) };
+    (i32, $value:expr) => { sage_ptx::Arg::I32($value) };
+    (i64, $value:expr) => { sage_ptx::Arg::I64($value) };
+    (f32, $value:expr) => { sage_ptx::Arg::F32($value) };
+}
+
+pub(crate) use {arg, declare, inside, kernel_params, outside};

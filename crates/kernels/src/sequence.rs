@@ -1,0 +1,107 @@
+//! Which rows of the tensors are a sequence's, and where its key tiles lie in the workspace.
+
+use sage_ptx::{Code, Global, Val};
+
+/// Keys of a tile: what the quantised K and V are cut into.
+pub const KEY_TILE: usize = 64;
+
+/// Where a kernel learns the lengths of sequences.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Lengths {
+    /// All sequences are as long as the tensors.
+    #[default]
+    Dense,
+    /// The number of valid keys of each batch entry, in device memory.
+    KvLens,
+    /// Boundaries of packed sequences, in device memory.
+    Packed,
+}
+
+impl Lengths {
+    /// Part of a kernel's name.
+    pub const fn suffix(self) -> &'static str {
+        match self {
+            Lengths::Dense => "",
+            Lengths::KvLens => "_kvlens",
+            Lengths::Packed => "_packed",
+        }
+    }
+}
+
+/// Key tiles of a workspace, all sequences together. Packed sequences have at most one tile more than whole tiles each,
+/// so that a sequence's first tile needs no sum over the sequences before it.
+pub fn total_key_tiles(lengths: Lengths, batch: usize, kv_rows: usize) -> usize {
+    match lengths {
+        Lengths::Dense | Lengths::KvLens => batch * kv_rows.div_ceil(KEY_TILE),
+        Lengths::Packed => kv_rows / KEY_TILE + batch,
+    }
+}
+
+/// A sequence, inside a kernel.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sequence<'k> {
+    /// Index in the tensors' batch dimension.
+    pub batch: Val<'k, i32>,
+    /// First query row.
+    pub q_start: Val<'k, i32>,
+    /// Query rows.
+    pub q_len: Val<'k, i32>,
+    /// First key row.
+    pub kv_start: Val<'k, i32>,
+    /// Valid key rows.
+    pub kv_len: Val<'k, i32>,
+    /// First key tile in the workspace.
+    pub first_tile: Val<'k, i32>,
+}
+
+/// What a kernel is told about lengths.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LengthParams<'k> {
+    /// Query rows of the tensors.
+    pub q_rows: Val<'k, i32>,
+    /// Key rows of the tensors.
+    pub kv_rows: Val<'k, i32>,
+    /// Boundaries of packed queries.
+    pub cu_seqlens_q: Global<'k, i32>,
+    /// Boundaries of packed keys, or the valid keys of each batch entry.
+    pub cu_seqlens_k: Global<'k, i32>,
+}
+
+impl<'k> Sequence<'k> {
+    /// Sequence `index` of the call.
+    pub fn new(code: &'k Code, lengths: Lengths, params: &LengthParams<'k>, index: Val<'k, i32>) -> Self {
+        let zero = code.constant(0);
+        let tile = KEY_TILE as i32;
+        let dense_tile = index * params.kv_rows.div_ceil(tile);
+        match lengths {
+            Lengths::Dense => Sequence {
+                batch: index,
+                q_start: zero,
+                q_len: params.q_rows,
+                kv_start: zero,
+                kv_len: params.kv_rows,
+                first_tile: dense_tile,
+            },
+            Lengths::KvLens => Sequence {
+                batch: index,
+                q_start: zero,
+                q_len: params.q_rows,
+                kv_start: zero,
+                kv_len: params.cu_seqlens_k.at(index).load().named("kv_len"),
+                first_tile: dense_tile,
+            },
+            Lengths::Packed => {
+                let (q, k) = (params.cu_seqlens_q.at(index), params.cu_seqlens_k.at(index));
+                let (q_start, kv_start) = (q.load().named("q_start"), k.load().named("kv_start"));
+                Sequence {
+                    batch: zero,
+                    q_start,
+                    q_len: (q.plus(1).load() - q_start).named("q_len"),
+                    kv_start,
+                    kv_len: (k.plus(1).load() - kv_start).named("kv_len"),
+                    first_tile: kv_start / tile + index,
+                }
+            }
+        }
+    }
+}

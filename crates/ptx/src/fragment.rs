@@ -1,0 +1,330 @@
+//! Tensor-core operands and accumulators in registers, and swizzled tiles of shared memory that they come from.
+
+use half::{bf16, f16};
+
+use crate::code::{Code, Phantom};
+use crate::isa::{Matrix, Mma, MmaTy, Warp};
+use crate::pointer::{Shared, Stored};
+use crate::program::Operand;
+use crate::value::{BF16x2, F16x2, Half, Scalar, Use, Val, Var};
+
+use std::marker::PhantomData;
+
+/// Element types of A and B.
+pub trait MmaElement: Copy + 'static {
+    /// Name in the instruction.
+    const TY: MmaTy;
+}
+
+/// Signed integers of 4 bits.
+#[derive(Clone, Copy, Debug)]
+pub struct S4;
+/// Floats of 8 bits with 3 bits of mantissa.
+#[derive(Clone, Copy, Debug)]
+pub struct E4M3;
+/// Floats of 8 bits with 2 bits of mantissa.
+#[derive(Clone, Copy, Debug)]
+pub struct E5M2;
+
+macro_rules! mma_element {
+    ($($ty:ty => $name:ident;)*) => {$(
+        impl MmaElement for $ty {
+            const TY: MmaTy = MmaTy::$name;
+        }
+    )*};
+}
+
+mma_element! { f16 => F16; bf16 => BF16; i8 => S8; u8 => U8; S4 => S4; E4M3 => E4M3; E5M2 => E5M2; }
+
+/// Accumulator types: what a register holds, and how many registers an `m16n8` tile takes.
+pub trait MmaAccumulator: Scalar {
+    /// Name in the instruction.
+    const MMA: MmaTy;
+    /// Registers of a tile in a lane.
+    const REGISTERS: usize;
+}
+
+impl MmaAccumulator for f32 {
+    const MMA: MmaTy = MmaTy::F32;
+    const REGISTERS: usize = 4;
+}
+impl MmaAccumulator for i32 {
+    const MMA: MmaTy = MmaTy::S32;
+    const REGISTERS: usize = 4;
+}
+impl MmaAccumulator for F16x2 {
+    const MMA: MmaTy = MmaTy::F16;
+    const REGISTERS: usize = 2;
+}
+
+/// A warp's 16 rows of A, 32 bytes deep: lane `l` holds rows `l / 4` and `l / 4 + 8`.
+#[derive(Debug)]
+pub struct FragmentA<'k, E> {
+    words: [Val<'k, u32>; 4],
+    ty: Phantom<E>,
+}
+
+/// A warp's 8 columns of B, 32 bytes deep: lane `l` holds column `l / 4`.
+#[derive(Debug)]
+pub struct FragmentB<'k, E> {
+    words: [Val<'k, u32>; 2],
+    ty: Phantom<E>,
+}
+
+impl<E> Clone for FragmentA<'_, E> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<E> Copy for FragmentA<'_, E> {}
+impl<E> Clone for FragmentB<'_, E> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<E> Copy for FragmentB<'_, E> {}
+
+impl<'k, E: MmaElement> FragmentA<'k, E> {
+    /// From registers in the order of [`Mma::a_element`]: low depth of row `l / 4`, of row `l / 4 + 8`, then the high depth.
+    pub fn new(words: [Val<'k, u32>; 4]) -> Self {
+        FragmentA { words, ty: PhantomData }
+    }
+}
+
+impl<'k, E: MmaElement> FragmentB<'k, E> {
+    /// From registers in the order of [`Mma::b_element`]: low depth, then high.
+    pub fn new(words: [Val<'k, u32>; 2]) -> Self {
+        FragmentB { words, ty: PhantomData }
+    }
+}
+
+/// A 16×8 tile of accumulators: lane `l` holds rows `l / 4` and `l / 4 + 8`, columns `2(l mod 4)` and the next.
+#[derive(Debug)]
+pub struct Accumulator<'k, T> {
+    registers: Vec<Var<'k, T>>,
+}
+
+impl<'k, T: MmaAccumulator> Accumulator<'k, T> {
+    /// All elements `first`.
+    #[track_caller]
+    pub fn filled(code: &'k Code, first: T) -> Self {
+        Accumulator { registers: (0..T::REGISTERS).map(|_| code.var(first)).collect() }
+    }
+
+    /// Without values as yet.
+    pub fn new(code: &'k Code) -> Self {
+        Accumulator { registers: (0..T::REGISTERS).map(|_| Var::new(code)).collect() }
+    }
+
+    /// Register `i`: the elements of row `l / 4`, then those of row `l / 4 + 8`.
+    pub fn register(&self, i: usize) -> Var<'k, T> {
+        self.registers[i]
+    }
+
+    /// All registers, in the order of [`Accumulator::register`].
+    pub fn registers(&self) -> &[Var<'k, T>] {
+        &self.registers
+    }
+
+    /// `self += a · b`.
+    #[track_caller]
+    pub fn add_product<E: MmaElement>(&self, a: FragmentA<'k, E>, b: FragmentB<'k, E>) {
+        let addend: Vec<Operand> = self.registers.iter().map(|var| Operand::Reg(var.register())).collect();
+        self.multiply(a, b, &addend);
+    }
+
+    /// `self = a · b + addend`, the same addend for every element.
+    #[track_caller]
+    pub fn set_product<E: MmaElement>(
+        &self,
+        a: FragmentA<'k, E>,
+        b: FragmentB<'k, E>,
+        addend: impl Use<'k, T>,
+    ) {
+        let code = a.words[0].code();
+        let addend = addend.value(code).in_register_operand();
+        self.multiply(a, b, &vec![addend; T::REGISTERS]);
+    }
+
+    #[track_caller]
+    fn multiply<E: MmaElement>(&self, a: FragmentA<'k, E>, b: FragmentB<'k, E>, addend: &[Operand]) {
+        let mma = Mma { a: E::TY, b: E::TY, acc: T::MMA };
+        let words = a.words.iter().chain(&b.words);
+        let mut src: Vec<Operand> = words.map(|word| word.in_register_operand()).collect();
+        src.extend(addend);
+        let dst: Vec<_> = self.registers.iter().map(|var| var.register()).collect();
+        a.words[0].code().emit(Matrix::Mma(mma), &dst, &src);
+    }
+}
+
+/// A tile of shared memory whose rows are `row_bytes` long: 32, 64, 128, or a multiple of 128.
+///
+/// The 16-byte chunks of a row change places with the row, so that the same chunk of 8 neighbouring rows lies in 8
+/// different groups of banks: neither `ldmatrix` nor copies of whole rows conflict.
+#[derive(Clone, Copy, Debug)]
+pub struct SharedTile<'k> {
+    base: Shared<'k, u8>,
+    row_bytes: usize,
+}
+
+/// Bytes of a chunk: a row of an 8×8 matrix of `ldmatrix`, and what one thread copies at once.
+pub const CHUNK_BYTES: usize = 16;
+
+impl<'k> SharedTile<'k> {
+    /// A tile at `base`, which must be aligned to 128 bytes.
+    ///
+    /// # Panics
+    /// When the length of rows is none of those above: the kernel cannot be written.
+    pub fn new<T: Stored>(base: Shared<'k, T>, row_bytes: usize) -> Self {
+        let fits = matches!(row_bytes, 32 | 64) || (row_bytes > 0 && row_bytes.is_multiple_of(128));
+        assert!(fits, "rows of {row_bytes} bytes");
+        SharedTile { base: base.cast(), row_bytes }
+    }
+
+    /// Length of a row.
+    pub fn row_bytes(&self) -> usize {
+        self.row_bytes
+    }
+
+    /// The tile `bytes` further: another stage of a ring.
+    #[track_caller]
+    pub fn at_byte(&self, bytes: Val<'k, i32>) -> Self {
+        SharedTile { base: self.base.at(bytes), ..*self }
+    }
+
+    /// Where a chunk of a row lies. A known `step` of chunks can be added afterwards by [`ChunkAddress::step`].
+    #[track_caller]
+    pub fn chunk(&self, row: Val<'k, i32>, chunk: impl Use<'k, i32>) -> ChunkAddress<'k> {
+        let chunk = chunk.value(self.base.code());
+        let chunks = (self.row_bytes / CHUNK_BYTES) as i32;
+        // As many rows as fill all banks once share a swizzle.
+        let rows_per_line = (8 / chunks).max(1);
+        let key = (row >> rows_per_line.ilog2() as i32) & (chunks.min(8) - 1);
+        let swizzled = (chunk ^ key) << CHUNK_BYTES.ilog2() as i32;
+        ChunkAddress { pointer: self.base.at(row * (self.row_bytes as i32)), swizzled, row_bytes: self.row_bytes }
+    }
+
+    /// Addresses for A's fragments: 16 rows from `row` on.
+    #[track_caller]
+    pub fn rows_of_a(&self, row: impl Use<'k, i32>) -> FragmentSource<'k> {
+        let lane = self.base.code().lane_index();
+        FragmentSource { address: self.chunk((lane & 15) + row.value(self.base.code()), lane >> 4), transposed: false }
+    }
+
+    /// Addresses for B's fragments where a tile's rows are B's columns: 16 columns from `row` on.
+    #[track_caller]
+    pub fn columns_of_b(&self, row: impl Use<'k, i32>) -> FragmentSource<'k> {
+        let lane = self.base.code().lane_index();
+        let row = (lane & 7) + ((lane >> 4) << 3) + row.value(self.base.code());
+        FragmentSource { address: self.chunk(row, (lane >> 3) & 1), transposed: false }
+    }
+
+    /// Addresses for B's fragments where a tile's rows are B's depth (16-bit elements): 16 rows from `row` on.
+    #[track_caller]
+    pub fn rows_of_b(&self, row: impl Use<'k, i32>) -> FragmentSource<'k> {
+        let lane = self.base.code().lane_index();
+        FragmentSource { address: self.chunk((lane & 15) + row.value(self.base.code()), lane >> 4), transposed: true }
+    }
+}
+
+/// Where a chunk of a row lies in a [`SharedTile`].
+#[derive(Clone, Copy, Debug)]
+pub struct ChunkAddress<'k> {
+    pointer: Shared<'k, u8>,
+    swizzled: Val<'k, i32>,
+    row_bytes: usize,
+}
+
+impl<'k> ChunkAddress<'k> {
+    /// The chunk `chunks` further in the same row, and `rows` (a multiple of 8) further down. Where `chunks` is even, the
+    /// address differs from the first one by an exclusive or, since a chunk pair starts at an even chunk.
+    #[track_caller]
+    pub fn step(&self, rows: usize, chunks: usize) -> Shared<'k, u8> {
+        let swizzled = self.swizzled ^ ((chunks * CHUNK_BYTES) as i32);
+        self.pointer.at(swizzled).plus((rows * self.row_bytes) as i32)
+    }
+}
+
+/// Lanes' addresses for `ldmatrix`: fragments at fixed distances from them.
+#[derive(Clone, Copy, Debug)]
+pub struct FragmentSource<'k> {
+    address: ChunkAddress<'k>,
+    transposed: bool,
+}
+
+impl<'k> FragmentSource<'k> {
+    /// Four 8×8 matrices, `rows` (a multiple of 8) down and `chunks` (even) to the right.
+    #[track_caller]
+    fn load(&self, rows: usize, chunks: usize) -> [Val<'k, u32>; 4] {
+        let pointer = self.address.step(rows, chunks);
+        let code = pointer.code();
+        let registers = [(); 4].map(|()| code.register::<u32>());
+        let (address, offset) = pointer.parts();
+        let op = Warp::LoadMatrix { count: 4, transposed: self.transposed, offset };
+        code.emit(op, &registers, &[address]);
+        registers.map(|reg| Val::of_register(code, reg))
+    }
+
+    /// 16 rows of A, 32 bytes deep.
+    #[track_caller]
+    pub fn a<E: MmaElement>(&self, rows: usize, depth_bytes: usize) -> FragmentA<'k, E> {
+        FragmentA::new(self.load(rows, depth_bytes / CHUNK_BYTES))
+    }
+
+    /// Two fragments of B, of 8 columns each and 32 bytes deep: `columns` and `depth_bytes` from the source's start.
+    #[track_caller]
+    pub fn b_pair<E: MmaElement>(&self, columns: usize, depth_bytes: usize) -> [FragmentB<'k, E>; 2] {
+        let [a, b, c, d] = if self.transposed {
+            // A row of the tile is one step of depth, 16 of them are 32 bytes deep; columns lie along it.
+            self.load(depth_bytes / 2, columns * 2 / CHUNK_BYTES)
+        } else {
+            self.load(columns, depth_bytes / CHUNK_BYTES)
+        };
+        [FragmentB::new([a, b]), FragmentB::new([c, d])]
+    }
+}
+
+impl<'k, T: Half> FragmentA<'k, T>
+where
+    T: MmaElement,
+{
+    /// A's fragment from two neighbouring 16×8 tiles of accumulators, rounded to 16 bits: the layouts are the same.
+    #[track_caller]
+    pub fn from_accumulators(tiles: [[Val<'k, f32>; 4]; 2]) -> Self {
+        let [low, high] = tiles;
+        let pack = |a: Val<'k, f32>, b: Val<'k, f32>| a.pack::<T>(b).reinterpret::<u32>();
+        FragmentA::new([
+            pack(low[0], low[1]),
+            pack(low[2], low[3]),
+            pack(high[0], high[1]),
+            pack(high[2], high[3]),
+        ])
+    }
+}
+
+impl<'k> FragmentA<'k, E4M3> {
+    /// A's fragment from four neighbouring 16×8 tiles of accumulators, rounded to E4M3. Depth `4t..4t + 4` of each 16 is
+    /// columns `2t, 2t + 1, 2t + 8, 2t + 9`: B's rows must be stored in that order.
+    #[track_caller]
+    pub fn from_accumulators(tiles: [[Val<'k, f32>; 4]; 4]) -> Self {
+        let pack = |pair: usize, half: usize| {
+            let (low, high) = (tiles[2 * pair], tiles[2 * pair + 1]);
+            Val::pack_e4m3([low[2 * half], low[2 * half + 1], high[2 * half], high[2 * half + 1]])
+        };
+        FragmentA::new([pack(0, 0), pack(0, 1), pack(1, 0), pack(1, 1)])
+    }
+}
+
+impl<'k> Val<'k, BF16x2> {
+    /// The register's bits.
+    pub fn word(self) -> Val<'k, u32> {
+        self.reinterpret()
+    }
+}
+
+impl<'k> Val<'k, F16x2> {
+    /// The register's bits.
+    pub fn word(self) -> Val<'k, u32> {
+        self.reinterpret()
+    }
+}

@@ -1,0 +1,232 @@
+//! Tensor-core instructions, and which lane holds which element of their operands.
+
+use super::types::MmaTy;
+use crate::target::{Needs, Target};
+
+/// `mma.sync.m16n8k*`: `D[16×8] = A[16×k] · B[k×8] + C[16×8]`, with 256 bits of A's row in k.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Mma {
+    /// Elements of A.
+    pub a: MmaTy,
+    /// Elements of B.
+    pub b: MmaTy,
+    /// Elements of C and D: f32, f16 or s32.
+    pub acc: MmaTy,
+}
+
+impl Mma {
+    /// Depth of the product: 16, 32 or 64 elements of 16, 8 or 4 bits.
+    pub const fn k(self) -> usize {
+        256 / self.a.bits()
+    }
+
+    /// Elements of A or B in a register.
+    const fn per_register(self) -> usize {
+        32 / self.a.bits()
+    }
+
+    /// Registers of C and of D.
+    pub const fn acc_registers(self) -> usize {
+        if matches!(self.acc, MmaTy::F16) { 2 } else { 4 }
+    }
+
+    /// Row and depth of element `i` of register `r` (0–3) of A in `lane`.
+    pub const fn a_element(self, lane: usize, r: usize, i: usize) -> (usize, usize) {
+        let per = self.per_register();
+        (lane / 4 + 8 * (r % 2), per * (lane % 4) + i + 4 * per * (r / 2))
+    }
+
+    /// Depth and column of element `i` of register `r` (0–1) of B in `lane`.
+    pub const fn b_element(self, lane: usize, r: usize, i: usize) -> (usize, usize) {
+        let per = self.per_register();
+        (per * (lane % 4) + i + 4 * per * r, lane / 4)
+    }
+
+    /// Row and column of element `i` (0–3) of C and D in `lane`; with f16, two elements share a register.
+    pub const fn acc_element(lane: usize, i: usize) -> (usize, usize) {
+        (lane / 4 + 8 * (i / 2), 2 * (lane % 4) + i % 2)
+    }
+}
+
+/// `mma.sync.m16n8k64` of E2M1 with an E4M3 (`ue4m3`) scale for every 16 elements of k, f32 sums.
+///
+/// The scales of row `r` of A, four bytes in the order of k, come from lane `4(r mod 8) + r / 8` (lanes 0 and 1 of a
+/// quad); those of column `c` of B from lane `4c`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct MmaBlockScaled;
+
+impl MmaBlockScaled {
+    /// The product without its scales.
+    pub const PRODUCT: Mma = Mma { a: MmaTy::E2M1, b: MmaTy::E2M1, acc: MmaTy::F32 };
+
+    /// The lane whose scale register serves row `row` of A.
+    pub const fn a_scale_lane(row: usize) -> usize {
+        4 * (row % 8) + row / 8
+    }
+
+    /// The lane whose scale register serves column `column` of B.
+    pub const fn b_scale_lane(column: usize) -> usize {
+        4 * column
+    }
+}
+
+/// `wgmma.mma_async.m64nNk*`: the 128 threads of a warpgroup compute `D[64×n] = A[64×k] · B[k×n] (+ D)`.
+///
+/// Warp `w` of the group holds rows `16w..16w + 16` of A and D as `mma.sync` does; register `4j + i` of D is element `i`
+/// of columns `8j..8j + 8`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Wgmma {
+    /// Columns of B and D, a multiple of 8 up to 256.
+    pub n: u16,
+    /// Elements of A.
+    pub a: MmaTy,
+    /// Elements of B.
+    pub b: MmaTy,
+    /// Elements of D: f32 or s32.
+    pub acc: MmaTy,
+    /// Whether A is in registers (four), or in shared memory behind a descriptor.
+    pub a_in_registers: bool,
+    /// Whether B lies with its columns contiguous (16-bit elements only), instead of its depth.
+    pub b_transposed: bool,
+}
+
+impl Wgmma {
+    /// Depth of the product: 16 or 32 elements of 16 or 8 bits.
+    pub const fn k(self) -> usize {
+        256 / self.a.bits()
+    }
+
+    /// Registers of D.
+    pub const fn acc_registers(self) -> usize {
+        self.n as usize / 2
+    }
+}
+
+/// Matrix instructions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Matrix {
+    /// `dst` = D; `src` = 4 registers of A, 2 of B, then C.
+    Mma(Mma),
+    /// As [`Matrix::Mma`], then the scales of A and of B.
+    MmaBlockScaled,
+    /// `dst` = D, read as well; `src` = 4 registers of A or its descriptor, B's descriptor, and a predicate: whether D is
+    /// added to. Asynchronous: D and A must not be touched until waited for.
+    Wgmma(Wgmma),
+    /// Orders registers and earlier `wgmma`s before later ones.
+    WgmmaFence,
+    /// Puts the `wgmma`s issued since the last commit into a group.
+    WgmmaCommit,
+    /// Waits until at most this many of the latest groups are in flight; `dst` = the registers that they wrote, and
+    /// that may be read from here on.
+    WgmmaWait(u32),
+}
+
+impl Matrix {
+    pub(super) fn text(self, d: &[String], s: &[String]) -> String {
+        let group = |registers: &[String]| format!("{{{}}}", registers.join(", "));
+        match self {
+            Matrix::Mma(mma) => {
+                let (a, rest) = s.split_at(4);
+                let (b, c) = rest.split_at(2);
+                let name = format!(
+                    "mma.sync.aligned.m16n8k{}.row.col{}{}{}{}",
+                    mma.k(),
+                    mma.acc.ptx(),
+                    mma.a.ptx(),
+                    mma.b.ptx(),
+                    mma.acc.ptx()
+                );
+                format!("{name} {}, {}, {}, {}", group(d), group(a), group(b), group(c))
+            }
+            Matrix::MmaBlockScaled => {
+                let (a, rest) = s.split_at(4);
+                let (b, rest) = rest.split_at(2);
+                let (c, scales) = rest.split_at(4);
+                format!(
+                    "mma.sync.aligned.m16n8k64.row.col.kind::mxf4nvf4.block_scale.scale_vec::4X.f32.e2m1.e2m1.f32.ue4m3 \
+                     {}, {}, {}, {}, {}, {{0, 0}}, {}, {{0, 0}}",
+                    group(d),
+                    group(a),
+                    group(b),
+                    group(c),
+                    scales[0],
+                    scales[1]
+                )
+            }
+            Matrix::Wgmma(wgmma) => {
+                let (a, rest) = s.split_at(if wgmma.a_in_registers { 4 } else { 1 });
+                let a = if wgmma.a_in_registers { group(a) } else { a[0].clone() };
+                let integer = matches!(wgmma.acc, MmaTy::S32);
+                let halves = matches!(wgmma.a, MmaTy::F16 | MmaTy::BF16);
+                let mut modes = String::new();
+                if !integer {
+                    modes += ", 1, 1";
+                }
+                if halves {
+                    if !wgmma.a_in_registers {
+                        modes += ", 0";
+                    }
+                    modes += if wgmma.b_transposed { ", 1" } else { ", 0" };
+                }
+                let name = format!(
+                    "wgmma.mma_async.sync.aligned.m64n{}k{}{}{}{}",
+                    wgmma.n,
+                    wgmma.k(),
+                    wgmma.acc.ptx(),
+                    wgmma.a.ptx(),
+                    wgmma.b.ptx()
+                );
+                format!("{name} {}, {a}, {}, {}{modes}", group(d), rest[0], rest[1])
+            }
+            Matrix::WgmmaFence => "wgmma.fence.sync.aligned".into(),
+            Matrix::WgmmaCommit => "wgmma.commit_group.sync.aligned".into(),
+            Matrix::WgmmaWait(pending) => format!("wgmma.wait_group.sync.aligned {pending}"),
+        }
+    }
+
+    pub(super) fn needs(self) -> Needs {
+        match self {
+            Matrix::Mma(mma) => match (mma.a, mma.acc) {
+                (MmaTy::E4M3 | MmaTy::E5M2, MmaTy::F16) => Needs::since(Target::SM_89, 8, 7),
+                (MmaTy::E4M3 | MmaTy::E5M2, _) => Needs::since(Target::SM_89, 8, 4),
+                _ => Needs::since(Target::SM_80, 7, 0),
+            },
+            Matrix::MmaBlockScaled => Needs::since(Target::SM_120A, 8, 7),
+            _ => Needs::since(Target::SM_90A, 8, 0),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Each element of each operand is in exactly one place.
+    #[test]
+    fn fragments_cover_their_matrices() {
+        for (ty, acc) in [(MmaTy::F16, MmaTy::F32), (MmaTy::S8, MmaTy::S32), (MmaTy::S4, MmaTy::S32)] {
+            let mma = Mma { a: ty, b: ty, acc };
+            let per = mma.per_register();
+            let mut a = vec![0; 16 * mma.k()];
+            let mut b = vec![0; mma.k() * 8];
+            let mut c = [0; 16 * 8];
+            for lane in 0..32 {
+                for i in 0..per {
+                    for r in 0..4 {
+                        let (row, k) = mma.a_element(lane, r, i);
+                        a[row * mma.k() + k] += 1;
+                    }
+                    for r in 0..2 {
+                        let (k, column) = mma.b_element(lane, r, i);
+                        b[k * 8 + column] += 1;
+                    }
+                }
+                for i in 0..4 {
+                    let (row, column) = Mma::acc_element(lane, i);
+                    c[row * 8 + column] += 1;
+                }
+            }
+            assert!(a.iter().chain(&b).chain(&c).all(|&count| count == 1), "{ty:?}");
+        }
+    }
+}

@@ -1,0 +1,86 @@
+//! What a launch passes to a kernel.
+
+/// Type of a kernel parameter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ParamType {
+    /// Address in global memory, 8 bytes.
+    Pointer,
+    /// Unsigned, 4 bytes.
+    U32,
+    /// Signed, 4 bytes.
+    I32,
+    /// Signed, 8 bytes: strides and offsets.
+    I64,
+    /// Single precision.
+    F32,
+    /// A `CUtensorMap`: 128 bytes, 64-byte aligned, passed by value.
+    TensorMap,
+}
+
+impl ParamType {
+    /// Size in bytes.
+    pub const fn bytes(self) -> usize {
+        match self {
+            ParamType::U32 | ParamType::I32 | ParamType::F32 => 4,
+            ParamType::Pointer | ParamType::I64 => 8,
+            ParamType::TensorMap => 128,
+        }
+    }
+
+    /// The declaration's type in PTX.
+    pub const fn ptx(self) -> &'static str {
+        match self {
+            ParamType::Pointer => ".u64",
+            ParamType::U32 => ".u32",
+            ParamType::I32 => ".s32",
+            ParamType::I64 => ".s64",
+            ParamType::F32 => ".f32",
+            ParamType::TensorMap => ".align 64 .b8",
+        }
+    }
+}
+
+/// A kernel parameter.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Param {
+    /// Name in the kernel's source.
+    pub name: String,
+    /// Type.
+    pub ty: ParamType,
+}
+
+/// A value for a kernel parameter.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Arg {
+    /// For [`ParamType::Pointer`].
+    Pointer(u64),
+    /// For [`ParamType::U32`].
+    U32(u32),
+    /// For [`ParamType::I32`].
+    I32(i32),
+    /// For [`ParamType::I64`].
+    I64(i64),
+    /// For [`ParamType::F32`].
+    F32(f32),
+    /// For [`ParamType::TensorMap`].
+    TensorMap(TensorMapBytes),
+}
+
+/// The 128 bytes of a `CUtensorMap`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[repr(align(64))]
+pub struct TensorMapBytes(pub [u64; 16]);
+
+impl Arg {
+    /// The parameter type that the value is for.
+    pub const fn ty(&self) -> ParamType {
+        match self {
+            Arg::Pointer(_) => ParamType::Pointer,
+            Arg::U32(_) => ParamType::U32,
+            Arg::I32(_) => ParamType::I32,
+            Arg::I64(_) => ParamType::I64,
+            Arg::F32(_) => ParamType::F32,
+            Arg::TensorMap(_) => ParamType::TensorMap,
+        }
+    }
+}

@@ -1,0 +1,26 @@
+//! A kernel language in Rust: kernels are functions that build a [`Program`], which prints as PTX for a GPU's driver and
+//! runs in the emulator.
+
+#![forbid(unsafe_code)]
+
+mod code;
+mod fragment;
+pub mod isa;
+mod launch;
+mod pointer;
+mod printer;
+pub mod program;
+mod target;
+mod value;
+
+pub use code::{Code, ParamScalar, kernel};
+pub use fragment::{
+    Accumulator, CHUNK_BYTES, ChunkAddress, E4M3, E5M2, FragmentA, FragmentB, FragmentSource, MmaAccumulator, MmaElement, S4,
+    SharedTile,
+};
+pub use launch::{Arg, Param, ParamType, TensorMapBytes};
+pub use pointer::{AddressSpace, Global, GlobalSpace, Index, Pointer, Shared, SharedSpace, Stored};
+pub use printer::Unsupported;
+pub use program::Program;
+pub use target::{Needs, Target, Version};
+pub use value::{BF16x2, F16x2, Half, Scalar, Use, Val, Var};
