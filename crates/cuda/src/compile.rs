@@ -89,7 +89,6 @@ pub(crate) fn load(
                     "disk cache: kernel `{}` does not load ({error}), it is compiled again",
                     source.name
                 );
-                disk.remove(&key);
             }
         }
     }

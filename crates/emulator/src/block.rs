@@ -70,8 +70,6 @@ pub(crate) struct State {
     pub turn: u64,
     /// Registers that each thread of a warp may use.
     pub register_limits: Vec<u32>,
-    /// `try_wait` may say `false`.
-    pub timeout: bool,
 }
 
 /// One warp about to execute an instruction, with all it can touch.
@@ -173,7 +171,6 @@ impl Block {
                 flights: Vec::new(),
                 turn: 0,
                 register_limits: vec![per_thread; count],
-                timeout: false,
             },
         };
         block.shuffle(cx);

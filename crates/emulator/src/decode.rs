@@ -19,7 +19,7 @@ pub(crate) enum Step {
     /// Lanes without `cond` go to `otherwise`; all meet at `end`.
     If { cond: u32, otherwise: u32, end: u32, at: &'static Location<'static> },
     /// The end of the lanes' first way.
-    Else { end: u32 },
+    Else,
     EndIf,
     Loop { end: u32, at: &'static Location<'static> },
     /// Lanes without `cond` leave.
@@ -112,7 +112,7 @@ impl<'a> Decoder<'a> {
                     self.statements(otherwise)?;
                     let end = self.reserve();
                     self.patch(start, Step::If { cond, otherwise: middle + 1, end, at });
-                    self.patch(middle, Step::Else { end });
+                    self.patch(middle, Step::Else);
                     self.patch(end, Step::EndIf);
                 }
                 Stmt::While { test, cond, body, at } => {

@@ -360,7 +360,7 @@ fn extend(word: Word, bits: u64) -> u64 {
     match word {
         Word::U8 => bits & 0xff,
         Word::S8 => bits as i8 as i32 as u32 as u64,
-        Word::B16 => bits & 0xffff,
+        Word::B16 | Word::U16 => bits & 0xffff,
         Word::B32 => bits & 0xffff_ffff,
         Word::B64 => bits,
     }

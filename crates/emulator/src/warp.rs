@@ -91,30 +91,22 @@ impl Warp {
     pub fn read<'w>(&'w self, code: &'w Code<'_>, register: u32, lanes: u32) -> Outcome<&'w Lanes> {
         let index = register as usize;
         match self.written.get(index) {
-            Some(&written) if written & lanes == lanes && self.holds.is_empty() => Ok(&self.registers[index]),
-            Some(&written) => self.read_carefully(code, register, lanes, written),
+            Some(&written) if written & lanes == lanes && (self.holds.is_empty() || self.holds[index] == Hold::Free) => {
+                Ok(&self.registers[index])
+            }
+            Some(&written) => Err(self.unreadable(code, register, lanes, written)),
             None => Ok(&code.constants[index - code.registers as usize]),
         }
     }
 
     #[cold]
-    fn read_carefully(&self, code: &Code<'_>, register: u32, lanes: u32, written: u32) -> Outcome<&Lanes> {
+    fn unreadable(&self, code: &Code<'_>, register: u32, lanes: u32, written: u32) -> Box<Trouble> {
         let name = code.register_name(register);
-        if written & lanes != lanes {
-            let detail = format!("{name} was never written by these lanes");
-            return Err(Trouble::new(FaultKind::UninitializedRegister, detail)
-                .lanes(lanes & !written)
-                .object(name));
+        if written & lanes == lanes {
+            return held(self.holds.get(register as usize).copied().unwrap_or_default(), "reads", name);
         }
-        match self.holds.get(register as usize) {
-            None | Some(Hold::Free) => Ok(&self.registers[register as usize]),
-            Some(&hold) => Err(held(hold, "reads", name)),
-        }
-    }
-
-    /// One lane's value for all.
-    pub fn read_lane(&self, code: &Code<'_>, register: u32, lane: usize) -> Outcome<u64> {
-        Ok(self.read(code, register, 1 << lane)?[lane])
+        let detail = format!("{name} was never written by these lanes");
+        Trouble::new(FaultKind::UninitializedRegister, detail).lanes(lanes & !written).object(name)
     }
 
     /// Sets a register in the lanes of `lanes`.
@@ -221,7 +213,7 @@ impl Warp {
                 }
                 self.frames.push(frame);
             }
-            Step::Else { .. } | Step::EndIf => self.leave(),
+            Step::Else | Step::EndIf => self.leave(),
             Step::Loop { end, at } => {
                 self.frames.push(Frame::Loop { before: self.active, end, at });
                 self.pc += 1;

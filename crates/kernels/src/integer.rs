@@ -28,7 +28,18 @@ pub(crate) struct Step<'k> {
     inverse: Val<'k, f32>,
     /// The largest integer, and how quotients become integers.
     quantizer: IntQuantizer,
+    /// Bits of the group's largest magnitude.
+    max_bits: Val<'k, i32>,
+    /// Of a careful step: what values are multiplied by first.
+    lift: Option<Val<'k, f32>>,
 }
+
+/// Groups whose largest magnitude is below have scales so small that corrections of quotients would not be exact, or
+/// quotients above the largest integer.
+const SMALLEST_ORDINARY: f32 = f32::from_bits((127 - 90) << 23);
+
+/// Brings any subnormal scale into the range where corrections are exact: `2⁶⁴`.
+const LIFT: f32 = f32::from_bits((127 + 64) << 23);
 
 impl<'k> Step<'k> {
     /// The step of a group whose largest magnitude has these bits.
@@ -47,12 +58,39 @@ impl<'k> Step<'k> {
             ZeroGroup::Guard | ZeroGroup::AddToScale => scale.recip(),
         };
         let inverse = (finite & scale.ne(0.0)).select(inverse, 0.0);
-        Step { scale: finite.select(scale, f32::NAN).named("scale"), inverse, quantizer: *quantizer }
+        let scale = finite.select(scale, f32::NAN).named("scale");
+        Step { scale, inverse, quantizer: *quantizer, max_bits, lift: None }
+    }
+
+    /// Whether [`Step::round`] gives exactly the oracle's integers: the group holds no value that is not finite, and not
+    /// only tiny ones.
+    #[track_caller]
+    pub fn is_ordinary(&self) -> Val<'k, bool> {
+        let finite = self.max_bits.lt(f32::INFINITY.to_bits() as i32);
+        match self.quantizer.zero_group {
+            ZeroGroup::Guard => finite & self.max_bits.ge(SMALLEST_ORDINARY.to_bits() as i32),
+            ZeroGroup::AddToScale | ZeroGroup::ClampMaximum => finite,
+        }
+    }
+
+    /// The same step with exactly the oracle's integers for every group, in a few instructions more for each value.
+    #[track_caller]
+    pub fn careful(&self) -> Self {
+        if self.quantizer.zero_group != ZeroGroup::Guard {
+            return Step { lift: Some(self.scale.code().constant(1.0)), ..*self };
+        }
+        let tiny = self.max_bits.lt(SMALLEST_ORDINARY.to_bits() as i32);
+        let lift = tiny.select(LIFT, 1.0);
+        let scale = self.scale * lift;
+        let inverse = self.inverse.eq(0.0).select(0.0, scale.recip());
+        Step { scale, inverse, lift: Some(lift), ..*self }
     }
 
     /// The integer of `x`, in the low bits; the bits above are not its sign.
     #[track_caller]
     pub fn round(&self, x: Val<'k, f32>) -> Val<'k, u32> {
+        let levels = self.quantizer.bits.max() as f32;
+        let x = self.lift.map_or(x, |lift| x * lift);
         let quotient = match self.quantizer.zero_group {
             ZeroGroup::ClampMaximum => x * self.inverse,
             // With a correctly rounded reciprocal one correction gives the correctly rounded quotient (Markstein).
@@ -61,6 +99,10 @@ impl<'k> Step<'k> {
                 let rest = (-near).mul_add(self.scale, x);
                 rest.mul_add(self.inverse, near)
             }
+        };
+        let quotient = match self.lift {
+            Some(_) => quotient.max(-levels).min(levels),
+            None => quotient,
         };
         match self.quantizer.rounding {
             Rounding::NearestEven => (quotient + ROUNDING_MAGIC).reinterpret(),
@@ -81,7 +123,7 @@ impl<'k> Step<'k> {
             let high = four[2].permute_bytes(four[3], 0x0040);
             low.permute_bytes(high, 0x5410)
         };
-        match self.quantizer.bits {
+        let word = match self.quantizer.bits {
             IntBits::Eight => bytes(&integers),
             IntBits::Four => {
                 // Nibbles of even channels from the low bits of one word of bytes, of odd ones from another's.
@@ -89,6 +131,11 @@ impl<'k> Step<'k> {
                 let odd = bytes(&[integers[1], integers[3], integers[5], integers[7]]);
                 (even & 0x0f0f_0f0f) | ((odd & 0x0f0f_0f0f) << 4)
             }
+        };
+        match self.lift {
+            // What is not finite times zero is NaN: such a group's integers are zeros all the same.
+            Some(_) => self.inverse.eq(0.0).select(0u32, word),
+            None => word,
         }
     }
 }

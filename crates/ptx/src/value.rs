@@ -327,7 +327,8 @@ impl<'k> Val<'k, i32> {
     /// `⌈self / divisor⌉` for values that are not negative.
     #[track_caller]
     pub fn div_ceil(self, divisor: i32) -> Self {
-        (self + (divisor - 1)) / divisor
+        let sum = self + (divisor - 1);
+        if divisor > 0 && (divisor as u32).is_power_of_two() { sum >> divisor.ilog2() as i32 } else { sum / divisor }
     }
 
     /// Largest value over the warp's lanes, in one instruction (sm_80).

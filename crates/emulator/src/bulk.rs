@@ -1,0 +1,241 @@
+//! Bulk tensor copies: loads that arrive some turns later and tell an `mbarrier`, stores that read their source until
+//! waited for.
+
+use sage_ptx::Arg;
+
+use crate::block::{Context, Flow, Launch, State};
+use crate::execute::{PARAM_BASE, PARAM_BYTES, lanes};
+use crate::fault::{FaultKind, Outcome, Trouble};
+use crate::shared::{Access, AccessKind};
+use crate::tensor_map::{Swizzle, TensorMap};
+use crate::wgmma::swizzle;
+
+/// A bulk load on its way.
+#[derive(Debug)]
+pub(crate) struct Flight {
+    /// The turn in which it arrives.
+    pub lands_at: u64,
+    mbarrier: u32,
+    bytes: i64,
+    warp: usize,
+    at: u32,
+    /// Offsets in shared memory and data.
+    chunks: Vec<(u32, u128)>,
+}
+
+/// Bulk stores of a warp that were not waited for.
+#[derive(Debug, Default)]
+pub(crate) struct BulkGroups {
+    /// Count of the last store since the last commit.
+    open: Option<u32>,
+    groups: Vec<Option<u32>>,
+}
+
+impl State {
+    /// A bulk load arrives.
+    pub fn land(&mut self, cx: &Launch<'_>, flight: Flight) -> Outcome<()> {
+        let Some(barrier) = self.mbarriers.get(flight.mbarrier) else { return Ok(()) };
+        let component = self.clocks.mbarrier_component(barrier.index);
+        let count = self.clocks.tick(component);
+        barrier.stamp.add(component, count);
+        barrier.bytes -= flight.bytes;
+        let (bytes, init_at) = (barrier.bytes, barrier.init_at);
+        if bytes < -(1 << 20) {
+            let (place, name) = cx.layout.place(flight.mbarrier);
+            let detail = format!("the mbarrier at {place} got {} bytes more than announced", -bytes);
+            return Err(Trouble::new(FaultKind::Mbarrier, detail).object(name).other(init_at));
+        }
+        let who =
+            Access { warp: flight.warp, component, count, at: flight.at, kind: AccessKind::Write, proxy: true };
+        for (offset, data) in flight.chunks {
+            self.shared.land(offset as usize, 16, data, &who);
+        }
+        self.settle_mbarrier(flight.mbarrier);
+        Ok(())
+    }
+}
+
+impl Context<'_, '_> {
+    /// The tensor map at a parameter's address.
+    fn map_at(&self, address: u64) -> Outcome<TensorMap> {
+        let index = address.wrapping_sub(PARAM_BASE) / PARAM_BYTES;
+        let arg = usize::try_from(index).ok().and_then(|index| self.cx.args.get(index));
+        match arg {
+            Some(Arg::TensorMap(bytes)) if (address - PARAM_BASE) % PARAM_BYTES == 0 => {
+                let name = self.cx.code.program.params.get(index as usize).map(|param| param.name.clone());
+                TensorMap::decode(bytes).map_err(|trouble| trouble.object(name.unwrap_or_default()))
+            }
+            _ => {
+                let detail = format!("no tensor map at address {address:#x}");
+                Err(Trouble::new(FaultKind::TensorMap, detail))
+            }
+        }
+    }
+
+    fn corner(&self, dims: usize, src: &[u32], lane: usize) -> Outcome<Vec<i32>> {
+        let read = |&register: &u32| Ok(self.warp.read(&self.cx.code, register, 1 << lane)?[lane] as i32);
+        src.iter().take(dims).map(read).collect()
+    }
+
+    fn checked(&self, map: TensorMap, dims: usize, shared: u32) -> Outcome<TensorMap> {
+        if map.shape.len() != dims {
+            let detail = format!("a copy of {dims} dimensions by a tensor map of {}", map.shape.len());
+            return Err(Trouble::new(FaultKind::TensorMap, detail));
+        }
+        if shared % 128 != 0 {
+            let (place, name) = self.cx.layout.place(shared);
+            let detail = format!("a bulk copy at {place} (shared address {shared:#x}), no multiple of 128");
+            return Err(Trouble::new(FaultKind::Misaligned, detail).object(name));
+        }
+        Ok(map)
+    }
+
+    pub fn bulk_load(&mut self, dims: usize, src: &[u32]) -> Outcome<Flow> {
+        let active = self.warp.active;
+        let code = &self.cx.code;
+        let to = *self.warp.read(code, src[0], active)?;
+        let maps = *self.warp.read(code, src[1], active)?;
+        let barriers = *self.warp.read(code, src[2], active)?;
+        for lane in lanes(active) {
+            let load = self.bulk_load_of(dims, lane, to[lane] as u32, maps[lane], barriers[lane] as u32, &src[3..]);
+            load.map_err(|trouble| trouble.lane(lane))?;
+        }
+        self.warp.progressed();
+        Ok(Flow::Next)
+    }
+
+    fn bulk_load_of(
+        &mut self,
+        dims: usize,
+        lane: usize,
+        to: u32,
+        map: u64,
+        mbarrier: u32,
+        corner: &[u32],
+    ) -> Outcome<()> {
+        let map = self.checked(self.map_at(map)?, dims, to)?;
+        let corner = self.corner(dims, corner, lane)?;
+        self.use_mbarrier(mbarrier)?;
+        if let Some(barrier) = self.state.mbarriers.get(mbarrier).filter(|barrier| !barrier.fenced) {
+            let (place, name) = self.cx.layout.place(mbarrier);
+            let detail = format!("the mbarrier at {place} was initialised and not fenced for the copy engine");
+            let trouble = Trouble::new(FaultKind::MissingProxyFence, detail).object(name);
+            return Err(trouble.other(barrier.init_at));
+        }
+        let copy = self.state.shared.begin_copy(self.warp.instr, self.warp.index);
+        let access = Access { proxy: true, ..self.access(AccessKind::Announce) };
+        let row_bytes = map.row_bytes();
+        let mut chunks = Vec::new();
+        for row in 0..map.rows() {
+            let data = self.fetch_row(&map, &corner, row)?;
+            for (i, chunk) in data.chunks_exact(16).enumerate() {
+                let address = place_of(&map, to, row * row_bytes + 16 * i as u32);
+                let (layout, clocks) = (&self.cx.layout, &self.state.clocks);
+                let offset = self.state.shared.check(layout, clocks, &access, address, 16)?;
+                let mut value = [0; 16];
+                value.copy_from_slice(chunk);
+                chunks.push((offset as u32, u128::from_le_bytes(value)));
+            }
+        }
+        for &(offset, _) in &chunks {
+            self.state.shared.mark_busy(offset as usize, 16, copy);
+        }
+        let bytes = i64::from(map.rows() * row_bytes);
+        self.stats.bulk_bytes += bytes as u64;
+        self.state.flights.push(Flight {
+            // Later than the next turn, and not in the order of issue.
+            lands_at: self.state.turn + 2 + (u64::from(copy) * 5) % 7,
+            mbarrier,
+            bytes,
+            warp: self.warp.index as usize,
+            at: self.warp.instr,
+            chunks,
+        });
+        Ok(())
+    }
+
+    /// A row of the box, with zeros for what lies outside of the tensor.
+    fn fetch_row(&self, map: &TensorMap, corner: &[i32], row: u32) -> Outcome<Vec<u8>> {
+        let mut data = vec![0; map.row_bytes() as usize];
+        let Some((address, inside)) = map.row(corner, row) else { return Ok(data) };
+        let size = u64::from(map.element_bytes);
+        let mut i = inside.start as u64 * size;
+        let end = inside.end as u64 * size;
+        while i < end {
+            let bytes = if (address.wrapping_add(i)) % 16 == 0 && i + 16 <= end { 16 } else { size };
+            let value = self.cx.global.read(address.wrapping_add(i), bytes as u32)?;
+            data[i as usize..(i + bytes) as usize].copy_from_slice(&value.to_le_bytes()[..bytes as usize]);
+            i += bytes;
+        }
+        Ok(data)
+    }
+
+    pub fn bulk_store(&mut self, dims: usize, src: &[u32]) -> Outcome<Flow> {
+        let active = self.warp.active;
+        let code = &self.cx.code;
+        let maps = *self.warp.read(code, src[0], active)?;
+        let from = *self.warp.read(code, src[1], active)?;
+        for lane in lanes(active) {
+            let store = self.bulk_store_of(dims, lane, maps[lane], from[lane] as u32, &src[2..]);
+            store.map_err(|trouble| trouble.lane(lane))?;
+        }
+        self.stats.global_changes += 1;
+        self.warp.progressed();
+        Ok(Flow::Next)
+    }
+
+    fn bulk_store_of(&mut self, dims: usize, lane: usize, map: u64, from: u32, corner: &[u32]) -> Outcome<()> {
+        let map = self.checked(self.map_at(map)?, dims, from)?;
+        let corner = self.corner(dims, corner, lane)?;
+        let component = self.state.clocks.bulk_component();
+        let count = self.state.clocks.tick(component);
+        let access = Access { proxy: true, component, count, ..self.access(AccessKind::Read) };
+        let row_bytes = map.row_bytes();
+        for row in 0..map.rows() {
+            let mut data = Vec::with_capacity(row_bytes as usize);
+            for i in 0..row_bytes / 16 {
+                let address = place_of(&map, from, row * row_bytes + 16 * i);
+                let (layout, clocks) = (&self.cx.layout, &self.state.clocks);
+                let value = self.state.shared.read(layout, clocks, &access, address, 16)?;
+                data.extend(value.to_le_bytes());
+            }
+            let Some((address, inside)) = map.row(&corner, row) else { continue };
+            let size = map.element_bytes as usize;
+            for i in inside {
+                let mut value = [0; 16];
+                value[..size].copy_from_slice(&data[i as usize * size..][..size]);
+                let to = address.wrapping_add(i as u64 * size as u64);
+                self.cx.global.write(to, size as u32, u128::from_le_bytes(value))?;
+            }
+        }
+        self.stats.bulk_bytes += u64::from(map.rows() * row_bytes);
+        self.warp.bulk.open = Some(count);
+        Ok(())
+    }
+
+    pub fn commit_bulk(&mut self) -> Outcome<Flow> {
+        let bulk = &mut self.warp.bulk;
+        bulk.groups.push(bulk.open.take());
+        Ok(Flow::Next)
+    }
+
+    pub fn wait_bulk(&mut self, pending: u32) -> Outcome<Flow> {
+        let index = self.index();
+        let groups = &mut self.warp.bulk.groups;
+        let done = groups.len().saturating_sub(pending as usize);
+        if let Some(count) = groups.drain(..done).flatten().max() {
+            let component = self.state.clocks.bulk_component();
+            self.state.clocks.saw(index, component, count);
+        }
+        Ok(Flow::Next)
+    }
+}
+
+/// Shared address of a byte of the box.
+fn place_of(map: &TensorMap, base: u32, byte: u32) -> u32 {
+    let address = base + byte;
+    match map.swizzle {
+        Swizzle::None => address,
+        swizzled => swizzle(address, swizzled.chunks()),
+    }
+}

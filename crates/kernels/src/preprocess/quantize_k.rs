@@ -1,0 +1,255 @@
+//! K to INT8 or INT4 tiles: `round((K − mean) / scale)`.
+
+use sage_core::{Granularity, IntBits, IntQuantizer, Rounding, Tile, ZeroGroup};
+use sage_ptx::{Code, Program, Val, kernel};
+
+use super::groups::{group_maxima, groups_of_tile};
+use super::statistics::{ColumnStatistics, Meeting, Outputs, across_block};
+use super::tile_load::{CHUNK, Head, ROWS, RowOrder, Rows, Source, input, tile_grid};
+use crate::integer::Step;
+use crate::params::kernel_params;
+use crate::sequence::KEY_TILE;
+
+/// Quantises K into the workspace: a block for each tile.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct QuantizeKConfig {
+    /// K as given.
+    pub source: Source,
+    /// Width of the integers.
+    pub bits: IntBits,
+    /// Rows of a tile that share a scale. Per tensor is not available: its kernel would be read as per block.
+    pub granularity: Granularity,
+    /// How quotients are rounded.
+    pub rounding: Rounding,
+    /// How a group of zeros is treated.
+    pub zero_group: ZeroGroup,
+    /// What is subtracted first.
+    pub mean: KMean,
+}
+
+/// Where the mean that is subtracted from K comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum KMean {
+    /// Nothing is subtracted.
+    None,
+    /// Earlier launches wrote it.
+    Given,
+    /// The kernel computes and writes it. The blocks of a head wait for each other: see [`super::fits_fused`].
+    Fused,
+}
+
+kernel_params! {
+    /// What a launch of [`QuantizeKConfig`] passes. Strides are in elements.
+    QuantizeKParams, QuantizeKArgs {
+        /// K as given.
+        x: [u16],
+        /// Integer tiles.
+        out: [u8],
+        /// Scales, `[kv_heads][key_tiles][groups]`.
+        scale: [f32],
+        /// Means, `[sequences][kv_heads][padded_dim]`: read where given, written where fused.
+        mean: [f32],
+        /// Where fused: `[kv_heads][key_tiles][padded_dim]`.
+        partials: [f32],
+        /// Where fused: `[sequences][kv_heads]`, zeros before every launch.
+        arrivals: [u32],
+        /// Boundaries of packed sequences, or the valid keys of each batch entry.
+        cu_seqlens: [i32],
+        /// Stride of the batch.
+        stride_batch: i64,
+        /// Stride of the heads.
+        stride_head: i64,
+        /// Stride of the rows.
+        stride_row: i64,
+        /// Rows of the tensor.
+        rows: i32,
+        /// Tiles of the workspace, all sequences together.
+        key_tiles: i32,
+    }
+}
+
+impl QuantizeKConfig {
+    /// The quantiser, as core describes it.
+    pub const fn quantizer(&self) -> IntQuantizer {
+        IntQuantizer {
+            bits: self.bits,
+            granularity: self.granularity,
+            tile: Tile { block_q: 128, warp_q: 32, block_k: KEY_TILE, warp_k: KEY_TILE },
+            rounding: self.rounding,
+            zero_group: self.zero_group,
+            scale_q_first: false,
+        }
+    }
+
+    /// Scales of a tile.
+    pub const fn groups(&self) -> usize {
+        groups_of_tile(self.granularity)
+    }
+
+    /// Bytes of a tile.
+    pub const fn tile_bytes(&self) -> usize {
+        KEY_TILE * self.row_bytes()
+    }
+
+    const fn row_bytes(&self) -> usize {
+        match self.bits {
+            IntBits::Eight => self.source.padded_dim(),
+            IntBits::Four => self.source.padded_dim() / 2,
+        }
+    }
+
+    /// Name of the kernel, unique for the configuration.
+    pub fn name(&self) -> String {
+        let bits = match self.bits {
+            IntBits::Eight => "int8",
+            IntBits::Four => "int4",
+        };
+        let granularity = self.granularity.name().replace('-', "_");
+        let rounding = match self.rounding {
+            Rounding::NearestEven => "even",
+            Rounding::HalfAwayFromZero => "away",
+        };
+        let zero_group = match self.zero_group {
+            ZeroGroup::Guard => "guard",
+            ZeroGroup::AddToScale => "add",
+            ZeroGroup::ClampMaximum => "clamp",
+        };
+        let mean = match self.mean {
+            KMean::None => "raw",
+            KMean::Given => "given",
+            KMean::Fused => "fused",
+        };
+        format!("quantize_k_{bits}_{granularity}_{rounding}_{zero_group}_{mean}_{}", self.source.suffix())
+    }
+
+    /// Threads of a block.
+    pub const fn threads(&self) -> u32 {
+        self.source.threads()
+    }
+
+    /// Blocks along x, y and z, where the longest sequence has `max_kv_len` keys.
+    pub fn grid(&self, max_kv_len: usize, kv_heads: usize, sequences: usize) -> [u32; 3] {
+        tile_grid(max_kv_len, kv_heads, sequences)
+    }
+
+    /// The kernel.
+    pub fn program(&self) -> Program {
+        kernel(&self.name(), self.threads(), |code| self.write(code))
+    }
+
+    fn write(&self, code: &Code) {
+        self.source.bound_registers(code);
+        let p = QuantizeKParams::declare(code);
+        let head = Head::new(code, &self.source, &input!(p));
+        let [tile, ..] = code.block_index();
+        let outputs = Outputs { mean: p.mean, scale: p.scale, factor: p.scale, v_max: code.constant(0.0) };
+        if self.mean == KMean::Fused {
+            let empty = tile.eq(0) & head.len().le(0);
+            code.when(empty, || outputs.write_empty(&head, ColumnStatistics::Mean));
+        }
+        code.exit_when((tile * KEY_TILE as i32).ge(head.len()));
+
+        let rows = head.load(tile, RowOrder::Modulo8);
+        let workspace_tile = (head.head * p.key_tiles + head.sequence.first_tile + tile).named("workspace_tile");
+        if self.mean == KMean::Fused {
+            let parts = ColumnStatistics::Mean.parts();
+            let sums: Vec<_> =
+                parts.iter().map(|&part| across_block(&head, part, part.of_rows(&rows))).collect();
+            let meeting = Meeting {
+                partials: p.partials.at((workspace_tile - tile).widen() * i64::from(self.source.padded_dim() as i32)),
+                arrivals: p.arrivals.at(head.index),
+                blocks: head.len().div_ceil(KEY_TILE as i32),
+                block: tile,
+            };
+            let last =
+                meeting.arrive(&head, parts, &sums, |sums| outputs.write(&head, ColumnStatistics::Mean, sums));
+            code.when(!last, || meeting.wait(&head));
+        }
+        let mean = self.read_mean(&head, &p);
+        let smoothed = |i: usize| subtract(rows.row(i), mean);
+
+        code.note("scales");
+        let maxima: Vec<_> = (0..ROWS)
+            .map(|i| {
+                let magnitudes = smoothed(i).map(Val::abs);
+                let max = magnitudes.into_iter().reduce(|a, b| a.max_nan(b)).unwrap_or(magnitudes[0]);
+                if self.mean == KMean::None { max } else { (rows.valid(i) | rows.whole()).select(max, 0.0) }
+            })
+            .collect();
+        let groups = group_maxima(&head, self.granularity, &maxima);
+        let steps = self.steps(&groups);
+        let scales = p.scale.at(workspace_tile * self.groups() as i32);
+        let of_tile = if self.granularity == Granularity::PerToken { ROWS } else { 1 };
+        let writes_scale = match self.granularity {
+            Granularity::PerThread => head.chunk.eq(0) & (head.part & 1).eq(0),
+            Granularity::PerToken => head.chunk.eq(0),
+            _ => head.thread.eq(0),
+        };
+        code.when(writes_scale, || {
+            for (step, (_, group)) in steps.iter().zip(&groups).take(of_tile) {
+                scales.at(*group).store(step.scale);
+            }
+        });
+
+        code.note("integers");
+        let ordinary = steps[..of_tile].iter().map(Step::is_ordinary).reduce(|a, b| a & b);
+        let ordinary = ordinary.unwrap_or(code.constant(true)) & rows.whole();
+        let row_bytes = self.row_bytes() as i32;
+        let tile_start = workspace_tile.widen() * i64::from(self.tile_bytes() as i32);
+        let thread_start = head.part * row_bytes + head.chunk * (row_bytes / (self.source.padded_dim() / CHUNK) as i32);
+        let out = p.out.at(tile_start).at(thread_start).cast::<u32>();
+        let store = |i: usize, words: &[Val<'_, u32>]| {
+            let to = out.plus(i as i32 * ROWS as i32 * row_bytes / 4);
+            match *words {
+                [low, high] => to.store_vector([low, high]),
+                _ => to.store(words[0]),
+            }
+        };
+        code.if_else(
+            ordinary,
+            || (0..ROWS).for_each(|i| store(i, &self.words(&steps[i], smoothed(i)))),
+            || {
+                for (i, step) in steps.iter().enumerate() {
+                    let words = self.words(&step.careful(), smoothed(i));
+                    let words: Vec<_> = words.iter().map(|&word| rows.valid(i).select(word, 0u32)).collect();
+                    store(i, &words);
+                }
+            },
+        );
+    }
+
+    /// The means of the thread's channels.
+    fn read_mean<'k>(&self, head: &Head<'k>, p: &QuantizeKParams<'k>) -> Option<[Val<'k, f32>; CHUNK]> {
+        if self.mean == KMean::None {
+            return None;
+        }
+        let of_head = head.index.widen() * i64::from(self.source.padded_dim() as i32);
+        let mean = p.mean.at(of_head).at(head.chunk * CHUNK as i32);
+        let ([a, b, c, d], [e, f, g, h]) = (mean.load_vector(), mean.plus(4).load_vector());
+        Some([a, b, c, d, e, f, g, h])
+    }
+
+    /// The step of each of the thread's rows; computed once where they share one.
+    fn steps<'k>(&self, groups: &[(Val<'k, i32>, Val<'k, i32>)]) -> Vec<Step<'k>> {
+        let step = |&(max, _): &(Val<'k, i32>, Val<'k, i32>)| Step::of_group(&self.quantizer(), max);
+        if self.granularity == Granularity::PerToken {
+            return groups.iter().map(step).collect();
+        }
+        groups.first().map(step).map_or(Vec::new(), |step| vec![step; groups.len()])
+    }
+
+    /// The thread's part of a row, packed.
+    fn words<'k>(&self, step: &Step<'k>, row: [Val<'k, f32>; CHUNK]) -> Vec<Val<'k, u32>> {
+        match self.bits {
+            IntBits::Eight => row.chunks(4).map(|four| step.round_word(four)).collect(),
+            IntBits::Four => vec![step.round_word(&row)],
+        }
+    }
+}
+
+fn subtract<'k>(row: [Val<'k, f32>; CHUNK], mean: Option<[Val<'k, f32>; CHUNK]>) -> [Val<'k, f32>; CHUNK] {
+    match mean {
+        Some(mean) => std::array::from_fn(|channel| row[channel] - mean[channel]),
+        None => row,
+    }
+}

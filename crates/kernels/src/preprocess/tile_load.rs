@@ -1,0 +1,285 @@
+//! Reading 64 rows of one head into registers: 16 bytes at a time, all of them in flight at once.
+
+use half::f16;
+use sage_core::DType;
+use sage_ptx::{Code, Global, Val, Var};
+
+use crate::sequence::{KEY_TILE, LengthParams, Lengths, Sequence};
+
+/// Channels of a thread: 16 bytes.
+pub(super) const CHUNK: usize = 8;
+
+/// Rows that a thread holds of each tile. Eight threads share a chunk of channels.
+pub(super) const ROWS: usize = 8;
+
+/// A tensor of 16-bit elements that a kernel reads, `[batch, heads, rows, head_dim]` with the last dimension
+/// contiguous.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Source {
+    /// Element type: f16 or bf16.
+    pub dtype: DType,
+    /// Channels of a head, 1 to 256.
+    pub head_dim: usize,
+    /// Whether all rows start at multiples of 16 bytes and are whole such chunks.
+    pub aligned: bool,
+    /// Where the lengths of sequences come from.
+    pub lengths: Lengths,
+}
+
+impl Source {
+    /// Smallest head dimension that tiles are laid out for and that holds this one.
+    pub const fn padded_dim(&self) -> usize {
+        match self.head_dim {
+            0..=64 => 64,
+            65..=128 => 128,
+            _ => 256,
+        }
+    }
+
+    /// Threads of a block: one for each column of a tile.
+    pub(super) const fn threads(&self) -> u32 {
+        self.padded_dim() as u32
+    }
+
+    /// Asks for 1024 threads on a multiprocessor: 128 KiB of tiles on their way to registers, or waiting there, which
+    /// covers the latency of memory and of blocks that wait for each other.
+    pub(super) fn bound_registers(&self, code: &Code) {
+        if self.aligned {
+            code.min_blocks(1024 / self.threads());
+        }
+    }
+
+    /// Part of a kernel's name.
+    pub(super) fn suffix(&self) -> String {
+        let unaligned = if self.aligned { "" } else { "_unaligned" };
+        format!("{}_d{}{unaligned}{}", self.dtype, self.head_dim, self.lengths.suffix())
+    }
+
+    /// Two neighbouring elements in single precision; exact.
+    #[track_caller]
+    pub(super) fn widen<'k>(&self, word: Val<'k, u32>) -> [Val<'k, f32>; 2] {
+        match self.dtype {
+            DType::F16 => word.split::<f16>().map(|half| half.to_f32()),
+            // The upper half of a single: two integer instructions where conversions would take three.
+            _ => [(word << 16).reinterpret(), (word & 0xffff_0000).reinterpret()],
+        }
+    }
+}
+
+/// A block of the grid for each tile of 64 rows: tiles along x, so that the blocks of a head start together.
+pub(super) fn tile_grid(max_rows: usize, heads: usize, sequences: usize) -> [u32; 3] {
+    [max_rows.div_ceil(KEY_TILE).max(1) as u32, heads as u32, sequences as u32]
+}
+
+/// The parameters that describe the tensor read.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Input<'k> {
+    pub x: Global<'k, u16>,
+    pub stride_batch: Val<'k, i64>,
+    pub stride_head: Val<'k, i64>,
+    pub stride_row: Val<'k, i64>,
+    pub rows: Val<'k, i32>,
+    pub cu_seqlens: Global<'k, i32>,
+}
+
+/// The [`Input`] among a kernel's parameters, which all kernels name alike.
+macro_rules! input {
+    ($params:expr) => {
+        $crate::preprocess::tile_load::Input {
+            x: $params.x,
+            stride_batch: $params.stride_batch,
+            stride_head: $params.stride_head,
+            stride_row: $params.stride_row,
+            rows: $params.rows,
+            cu_seqlens: $params.cu_seqlens,
+        }
+    };
+}
+pub(super) use input;
+
+/// Which rows of a tile a thread holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum RowOrder {
+    /// Rows that are equal modulo 8: those that share a scale per thread lie in few threads.
+    Modulo8,
+    /// Of two groups of 16 rows, the four rows that E4M3 operands hold in neighbouring bytes.
+    Quads,
+}
+
+impl RowOrder {
+    /// The thread's rows beyond its first.
+    pub const fn offsets(self) -> [i32; ROWS] {
+        match self {
+            RowOrder::Modulo8 => [0, 8, 16, 24, 32, 40, 48, 56],
+            RowOrder::Quads => [0, 1, 8, 9, 16, 17, 24, 25],
+        }
+    }
+
+    /// The first row of the thread that is `part`-th of those with its channels.
+    fn first(self, part: Val<'_, i32>) -> Val<'_, i32> {
+        match self {
+            RowOrder::Modulo8 => part,
+            RowOrder::Quads => ((part >> 2) << 5) + ((part & 3) << 1),
+        }
+    }
+}
+
+/// One head of one sequence, and the thread's place in each of its tiles.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Head<'k> {
+    pub code: &'k Code,
+    pub source: Source,
+    pub sequence: Sequence<'k>,
+    /// Index of the head.
+    pub head: Val<'k, i32>,
+    /// Index of the sequence and head in statistics: `sequence · heads + head`.
+    pub index: Val<'k, i32>,
+    pub thread: Val<'k, i32>,
+    /// The thread's chunk of channels.
+    pub chunk: Val<'k, i32>,
+    /// The thread's index among the eight with its channels.
+    pub part: Val<'k, i32>,
+    rows: Global<'k, u16>,
+    stride: Val<'k, i64>,
+}
+
+impl<'k> Head<'k> {
+    /// The head and sequence that the block's indices along y and z name.
+    pub fn new(code: &'k Code, source: &Source, input: &Input<'k>) -> Self {
+        let [_, head, index] = code.block_index();
+        let [_, heads, _] = code.grid();
+        let lengths = LengthParams {
+            q_rows: input.rows,
+            kv_rows: input.rows,
+            cu_seqlens_q: input.cu_seqlens,
+            cu_seqlens_k: input.cu_seqlens,
+        };
+        let sequence = Sequence::new(code, source.lengths, &lengths, index);
+        let start = sequence.batch.widen() * input.stride_batch
+            + head.widen() * input.stride_head
+            + sequence.kv_start.widen() * input.stride_row;
+        let chunks = (source.padded_dim() / CHUNK) as i32;
+        let thread = code.thread();
+        Head {
+            code,
+            source: *source,
+            sequence,
+            head,
+            index: (index * heads + head).named("statistic"),
+            thread,
+            chunk: (thread & (chunks - 1)).named("chunk"),
+            part: (thread >> chunks.ilog2() as i32).named("part"),
+            rows: input.x.at(start),
+            stride: input.stride_row,
+        }
+    }
+
+    /// Rows of the sequence.
+    pub fn len(&self) -> Val<'k, i32> {
+        self.sequence.kv_len
+    }
+
+    /// Starts loading the thread's rows of a tile that has at least one row. Rows beyond the sequence's end and channels
+    /// beyond the head's are zeros.
+    #[track_caller]
+    pub fn load(&self, tile: Val<'k, i32>, order: RowOrder) -> Rows<'k> {
+        let code = self.code;
+        code.note("load a tile");
+        let base = self.rows.at((tile * KEY_TILE as i32).widen() * self.stride);
+        let left = (self.len() - tile * KEY_TILE as i32).named("rows_left");
+        let (first, offsets) = (order.first(self.part), order.offsets());
+        let words: Vec<[Var<'k, u32>; 4]> = offsets.iter().map(|_| [(); 4].map(|()| Var::new(code))).collect();
+        let set = |i: usize, loaded: [Val<'k, u32>; 4]| {
+            words[i].iter().zip(loaded).for_each(|(word, loaded)| word.set(loaded));
+        };
+        let clamped = || {
+            for (i, offset) in offsets.into_iter().enumerate() {
+                let row = first + offset;
+                let valid = row.lt(left);
+                let row = base.at(row.min(left - 1).widen() * self.stride);
+                set(i, self.load_chunk(row).map(|word| valid.select(word, 0u32)));
+            }
+        };
+        if self.source.aligned {
+            let whole = || {
+                // Neighbouring rows are few distances apart: each address is the one before plus a known stride.
+                let mut row = base.at(first.widen() * self.stride);
+                for (i, offset) in offsets.into_iter().enumerate() {
+                    if let Some(before) = i.checked_sub(1) {
+                        row = row.at(self.stride * i64::from(offset - offsets[before]));
+                    }
+                    set(i, self.load_chunk(row));
+                }
+            };
+            code.if_else(left.ge(KEY_TILE as i32), whole, clamped);
+        } else {
+            clamped();
+        }
+        let words = words.into_iter().map(|row| row.map(Var::get)).collect();
+        Rows { source: self.source, words, first, offsets, left }
+    }
+
+    /// The thread's channels of a row.
+    #[track_caller]
+    fn load_chunk(&self, row: Global<'k, u16>) -> [Val<'k, u32>; 4] {
+        let (dim, channel) = (self.source.head_dim as i32, self.chunk * CHUNK as i32);
+        if self.source.aligned {
+            if self.source.head_dim == self.source.padded_dim() {
+                return row.at(channel).cast::<u32>().load_streaming();
+            }
+            let inside = channel.lt(dim);
+            let words = row.at(inside.select(channel, 0)).cast::<u32>().load_streaming();
+            return words.map(|word| inside.select(word, 0u32));
+        }
+        let element = |i: usize| {
+            let channel = channel + i as i32;
+            let [x] = row.at(channel.min(dim - 1)).load_streaming();
+            channel.lt(dim).select(x, 0u32)
+        };
+        std::array::from_fn(|word| element(2 * word) | (element(2 * word + 1) << 16))
+    }
+}
+
+/// A thread's rows of a tile: 8 rows of 8 channels, two to a register.
+#[derive(Clone, Debug)]
+pub(super) struct Rows<'k> {
+    source: Source,
+    pub words: Vec<[Val<'k, u32>; 4]>,
+    first: Val<'k, i32>,
+    offsets: [i32; ROWS],
+    /// Rows from the tile's first on that the sequence has.
+    pub left: Val<'k, i32>,
+}
+
+impl<'k> Rows<'k> {
+    /// The thread's channels of its `i`-th row.
+    #[track_caller]
+    pub fn row(&self, i: usize) -> [Val<'k, f32>; CHUNK] {
+        let pairs = self.words[i].map(|word| self.source.widen(word));
+        std::array::from_fn(|channel| pairs[channel / 2][channel % 2])
+    }
+
+    /// A channel of all rows.
+    #[track_caller]
+    pub fn column(&self, channel: usize) -> [Val<'k, f32>; ROWS] {
+        std::array::from_fn(|i| self.source.widen(self.words[i][channel / 2])[channel % 2])
+    }
+
+    /// Index in the tile of the `i`-th row.
+    #[track_caller]
+    pub fn index(&self, i: usize) -> Val<'k, i32> {
+        self.first + self.offsets[i]
+    }
+
+    /// Whether the sequence has the `i`-th row.
+    #[track_caller]
+    pub fn valid(&self, i: usize) -> Val<'k, bool> {
+        self.index(i).lt(self.left)
+    }
+
+    /// Whether the sequence has all rows of the tile.
+    #[track_caller]
+    pub fn whole(&self) -> Val<'k, bool> {
+        self.left.ge(KEY_TILE as i32)
+    }
+}
