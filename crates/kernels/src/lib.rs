@@ -5,6 +5,7 @@
 pub mod attention;
 mod integer;
 mod params;
+pub mod preprocess;
 mod sequence;
 
 pub use sequence::{KEY_TILE, Lengths, total_key_tiles};

@@ -71,8 +71,7 @@ impl<'k> Sequence<'k> {
     /// Sequence `index` of the call.
     pub fn new(code: &'k Code, lengths: Lengths, params: &LengthParams<'k>, index: Val<'k, i32>) -> Self {
         let zero = code.constant(0);
-        let tile = KEY_TILE as i32;
-        let dense_tile = index * params.kv_rows.div_ceil(tile);
+        let dense_tile = index * params.kv_rows.div_ceil(KEY_TILE);
         match lengths {
             Lengths::Dense => Sequence {
                 batch: index,
@@ -99,7 +98,7 @@ impl<'k> Sequence<'k> {
                     q_len: (q.plus(1).load() - q_start).named("q_len"),
                     kv_start,
                     kv_len: (k.plus(1).load() - kv_start).named("kv_len"),
-                    first_tile: kv_start / tile + index,
+                    first_tile: kv_start.split_index(KEY_TILE).0 + index,
                 }
             }
         }

@@ -324,11 +324,25 @@ impl<'k> Val<'k, i32> {
         self.unary(Lane::Convert(Convert::IntToF32(Ty::S32)))
     }
 
-    /// `⌈self / divisor⌉` for values that are not negative.
+    /// Quotient and remainder of an index, not negative and below 2²⁴, by a divisor that is known now. (The driver's
+    /// compiler would divide by it as by any number, in some thirty instructions.)
     #[track_caller]
-    pub fn div_ceil(self, divisor: i32) -> Self {
-        let sum = self + (divisor - 1);
-        if divisor > 0 && (divisor as u32).is_power_of_two() { sum >> divisor.ilog2() as i32 } else { sum / divisor }
+    pub fn split_index(self, divisor: usize) -> (Self, Self) {
+        if divisor.is_power_of_two() {
+            let bits = divisor.ilog2() as i32;
+            return (self >> bits, self & (divisor as i32 - 1));
+        }
+        // ⌈2³² / d⌉ exceeds 2³² / d by less than one, which an index below 2³² / d cannot see.
+        let inverse = (1u64 << 32).div_ceil(divisor as u64) as u32;
+        let quotient: Val<'k, u32> = self.reinterpret::<u32>().binary(Lane::MulHigh(Ty::U32), inverse);
+        let quotient = quotient.reinterpret::<i32>();
+        (quotient, self - quotient * divisor as i32)
+    }
+
+    /// `⌈self / divisor⌉` for a value that is not negative and a power of two.
+    #[track_caller]
+    pub fn div_ceil(self, divisor: usize) -> Self {
+        (self + (divisor as i32 - 1)).split_index(divisor).0
     }
 
     /// Largest value over the warp's lanes, in one instruction (sm_80).

@@ -87,6 +87,10 @@ pub struct Tiling {
     pub warps: usize,
     /// Query rows of a warp: 16 or 32.
     pub rows_per_warp: usize,
+    /// Keys whose scores are in registers at once: 32 or 64.
+    pub step_keys: usize,
+    /// Whether quantised queries stay in registers, or are read from shared memory for each step.
+    pub queries_in_registers: bool,
     /// Tiles of K and V in shared memory at once.
     pub stages: usize,
     /// Blocks that a multiprocessor should hold, which bounds the registers of a thread.
@@ -166,9 +170,11 @@ impl AttentionConfig {
         if let Some(rows) = self.smooth_q {
             name += &format!("_sq{rows}");
         }
-        let Tiling { warps, rows_per_warp, stages, min_blocks, lazy_rescale } = self.tiling;
+        let Tiling { warps, rows_per_warp, step_keys, queries_in_registers, stages, min_blocks, lazy_rescale } =
+            self.tiling;
+        let queries = if queries_in_registers { "r" } else { "" };
         name += self.lengths.suffix();
-        name + &format!("_w{warps}x{rows_per_warp}_s{stages}_b{min_blocks}_l{lazy_rescale}")
+        name + &format!("_w{warps}x{rows_per_warp}x{step_keys}{queries}_s{stages}_b{min_blocks}_l{lazy_rescale}")
     }
 }
 

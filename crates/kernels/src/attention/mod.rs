@@ -31,8 +31,10 @@ use output::Output;
 use place::Place;
 use queries::Queries;
 use ring::Ring;
-use scores::scores;
+use scores::{KeyScales, scores};
 use softmax::Softmax;
+
+use crate::sequence::KEY_TILE;
 
 /// The attention kernel of a configuration.
 pub fn attention(config: &AttentionConfig) -> Program {
@@ -56,14 +58,18 @@ where
         let ring = Ring::new(k, config, &p, &place);
         ring.start(&place);
         let queries = Queries::load::<H>(k, config, &p, &place);
+        let key_scales = KeyScales::new(k, config, &p, &place);
         let softmax = Softmax::new(k, config);
         let output = Output::new(k, config);
 
         k.range(place.first_tile, place.end_tile, |tile| {
-            let (keys, values) = ring.next(tile, &place);
-            let scores = scores::<H>(k, config, &p, &place, &queries, &keys, tile);
-            softmax.advance(k, &scores, |alphas| output.rescale(alphas));
-            output.add::<W>(&softmax, &scores, &values);
+            let (keys, values) = ring.next(&place);
+            let scales = key_scales.next(k);
+            for step in 0..KEY_TILE / config.tiling.step_keys {
+                let scores = scores::<H>(k, config, &p, &place, &queries, &keys, &scales, tile, step);
+                softmax.advance(k, &scores, |alphas| output.rescale(alphas));
+                output.add::<W>(&softmax, &scores, &values, step);
+            }
         });
 
         let tile = ring.finish();

@@ -9,8 +9,7 @@ use sage_ptx::{
 
 use super::config::{AttentionConfig, AttentionParams, Values};
 use super::place::Place;
-use super::softmax::{COLUMNS, RowSum, ScoreTile, Softmax};
-use crate::sequence::KEY_TILE;
+use super::softmax::{RowSum, ScoreTile, Softmax};
 
 /// Sums of P·V over the keys so far, `[m][column]` tiles of 16×8.
 pub(super) struct Output<'k, 'c> {
@@ -65,8 +64,10 @@ impl<'k, 'c> Output<'k, 'c> {
         softmax: &Softmax<'k>,
         scores: &ScoreTile<'k>,
         values: &SharedTile<'k>,
+        step: usize,
     ) {
         self.code.note("output: exp2(scores) * v");
+        let step_keys = self.config.tiling.step_keys;
         match self.config.values {
             Values::Fp8(precision) => {
                 let p = |step: usize| {
@@ -76,8 +77,10 @@ impl<'k, 'c> Output<'k, 'c> {
                         .collect::<Vec<_>>()
                 };
                 let source = values.columns_of_b(0);
-                let v = |step: usize, pair: usize| source.b_pair::<E4M3>(16 * pair, 32 * step);
-                self.add_products(precision, KEY_TILE / 32, p, v);
+                let steps = step_keys / 32;
+                let first = step * steps;
+                let v = |depth: usize, pair: usize| source.b_pair::<E4M3>(16 * pair, 32 * (first + depth));
+                self.add_products(precision, steps, p, v);
             }
             Values::F16(_) | Values::BF16 => {
                 let precision = match self.config.values {
@@ -90,8 +93,10 @@ impl<'k, 'c> Output<'k, 'c> {
                     p.into_iter().map(fragment).collect::<Vec<_>>()
                 };
                 let source = values.rows_of_b(0);
-                let v = |step: usize, pair: usize| source.b_pair::<W>(16 * pair, 32 * step);
-                self.add_products(precision, KEY_TILE / 16, p, v);
+                let steps = step_keys / 16;
+                let first = step * steps;
+                let v = |depth: usize, pair: usize| source.b_pair::<W>(16 * pair, 32 * (first + depth));
+                self.add_products(precision, steps, p, v);
             }
         }
     }
@@ -233,13 +238,13 @@ impl<'k, 'c> Output<'k, 'c> {
         let (code, config) = (self.code, self.config);
         code.note("output: rows to device memory");
         code.warp_sync();
-        let chunks = config.head_dim.div_ceil(8) as i32;
+        let chunks = config.head_dim.div_ceil(8);
         let rows = config.tiling.rows_per_warp;
         let start = place.sequence.batch.widen() * p.out_stride_batch + place.head.widen() * p.out_stride_head;
-        let total = rows * chunks as usize;
+        let total = rows * chunks;
         for round in 0..total.div_ceil(32) {
             let index = place.lane + (32 * round) as i32;
-            let (row, chunk) = (index / chunks, index % chunks);
+            let (row, chunk) = index.split_index(chunks);
             let in_tile = place.warp * rows as i32 + row;
             let out_row = place.warp_row + row;
             let valid = out_row.lt(place.sequence.q_len) & index.lt(total as i32);
@@ -329,6 +334,3 @@ impl Zero for f32 {
 impl Zero for F16x2 {
     const ZERO: F16x2 = F16x2([f16::ZERO; 2]);
 }
-
-/// P's columns are those of the scores.
-const _: () = assert!(COLUMNS * 8 == KEY_TILE);

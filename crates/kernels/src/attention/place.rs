@@ -53,7 +53,7 @@ impl<'k> Place<'k> {
         };
         let sequence = Sequence::new(code, config.lengths, &lengths, sequence_index);
 
-        let (block_q, tile) = (config.block_q() as i32, KEY_TILE as i32);
+        let block_q = config.block_q() as i32;
         let first_row = (q_tile * block_q).named("first_row");
         code.exit_when(first_row.ge(sequence.q_len));
 
@@ -63,8 +63,8 @@ impl<'k> Place<'k> {
         let start_of = |row: Val<'k, i32>| (row + diagonal - p.window_left).max(0);
         let last_row = (first_row + (block_q - 1)).min(sequence.q_len - 1);
 
-        let first_tile = start_of(first_row) / tile;
-        let end_tile = end_of(last_row).max(0).div_ceil(tile);
+        let first_tile = start_of(first_row).split_index(KEY_TILE).0;
+        let end_tile = end_of(last_row).max(0).div_ceil(KEY_TILE);
         let (first_tile, end_tile) = if config.split {
             let each = (end_tile - first_tile).max(0);
             let each = (each + p.splits - 1) / p.splits;
@@ -99,10 +99,9 @@ impl<'k> Place<'k> {
         self.warp_row + (self.lane >> 2) + 8 * slot as i32
     }
 
-    /// Whether some key of a tile is hidden from some row of the block.
-    pub fn cuts(&self, tile: Val<'k, i32>) -> Val<'k, bool> {
-        let start = tile * (KEY_TILE as i32);
-        (start + KEY_TILE as i32).gt(self.safe_end) | start.lt(self.safe_start)
+    /// Whether some of `len` keys from `start` on is hidden from some row of the block.
+    pub fn cuts(&self, start: Val<'k, i32>, len: usize) -> Val<'k, bool> {
+        (start + len as i32).gt(self.safe_end) | start.lt(self.safe_start)
     }
 
     /// First and one past the last key that a row sees.

@@ -10,6 +10,8 @@ use crate::integer::{Step, magnitude_bits};
 /// Queries as operands: each lane's own registers, kept in shared memory since they are needed once a tile.
 pub(super) struct Queries<'k> {
     fragments: Shared<'k, u32>,
+    /// The same in registers, `[m][step]`, where they stay there.
+    kept: Vec<[Val<'k, u32>; 4]>,
     steps: usize,
     /// Factor of each row slot's scores.
     pub scale: Vec<Val<'k, f32>>,
@@ -78,7 +80,7 @@ impl<'k> Queries<'k> {
                 let row = row_of(slot);
                 let valid = row.lt(place.sequence.q_len);
                 let head = (place.sequence_index * p.group_size * p.kv_heads + place.head) * p.q_blocks;
-                let mean = p.q_mean.at((head + row.min(place.sequence.q_len - 1) / block as i32)
+                let mean = p.q_mean.at((head + row.min(place.sequence.q_len - 1).split_index(block).0)
                     * config.padded_dim() as i32);
                 let mean = mean.at(quad * per as i32);
                 for (word, channels) in registers.iter_mut().enumerate() {
@@ -110,13 +112,21 @@ impl<'k> Queries<'k> {
                 steps_of_rows.iter().map(|step| step.scale * factor).collect()
             }
         };
-        Queries { fragments, steps, scale, taken }
+        let kept = match config.tiling.queries_in_registers {
+            true => (0..slots / 2 * steps).map(|i| fragments.plus(4 * i as i32).load_vector()).collect(),
+            false => Vec::new(),
+        };
+        Queries { fragments, kept, steps, scale, taken }
     }
 
     /// The operand of 16 rows at one step of the depth.
     #[track_caller]
     pub fn fragment<E: MmaElement>(&self, m: usize, step: usize) -> FragmentA<'k, E> {
-        FragmentA::new(self.fragments.plus(((m * self.steps + step) * 4) as i32).load_vector())
+        let index = m * self.steps + step;
+        match self.kept.get(index) {
+            Some(words) => FragmentA::new(*words),
+            None => FragmentA::new(self.fragments.plus(4 * index as i32).load_vector()),
+        }
     }
 }
 

@@ -1,11 +1,11 @@
 //! Tiles of K and V on their way from device memory: a ring of stages in shared memory, filled ahead of their use.
 
+use sage_core::{IntBits, IntQuantizer};
 use sage_ptx::{CHUNK_BYTES, Code, Global, Shared, SharedTile, Val, Var};
 
 use super::config::{AttentionConfig, AttentionParams, Scores, ValueSource, Values};
 use super::place::Place;
 use crate::sequence::KEY_TILE;
-use sage_core::{IntBits, IntQuantizer};
 
 /// The ring of both operands.
 pub(super) struct Ring<'k, 'c> {
@@ -16,22 +16,33 @@ pub(super) struct Ring<'k, 'c> {
     shared: Shared<'k, u8>,
     /// Stage of the tile in use.
     stage: Var<'k, i32>,
+    /// The tile that is copied next.
+    next: Var<'k, i32>,
 }
 
-/// One operand's tiles: where they come from, and their stages.
+/// One operand's tiles: their stages, and where this thread's part of the next one comes from.
 struct Tiles<'k> {
     stages: SharedTile<'k>,
-    source: Source<'k>,
     /// Rows of a tile, and 16-byte chunks of a row that hold channels.
     rows: usize,
     chunks: usize,
+    source: Source<'k>,
 }
 
 enum Source<'k> {
     /// Tiles one after the other, laid out as in shared memory but for the swizzle.
-    Workspace(Global<'k, u8>),
-    /// Rows of the caller's tensor.
-    Rows { base: Global<'k, u16>, stride: Val<'k, i64>, len: Val<'k, i32> },
+    Workspace { chunk: Var<'k, u64> },
+    /// Rows of the caller's tensor, where each thread keeps to one chunk of its rows.
+    Rows {
+        /// The thread's chunk in its first row of the next tile.
+        chunk: Var<'k, u64>,
+        /// Bytes from row to row.
+        stride: Val<'k, i64>,
+        /// Valid rows from the thread's first row of the next tile on.
+        remaining: Var<'k, i32>,
+    },
+    /// Rows of the caller's tensor that are not whole chunks, or whose chunks do not divide the threads.
+    Irregular { base: Global<'k, u16>, stride: Val<'k, i64>, len: Val<'k, i32> },
 }
 
 impl<'k, 'c> Ring<'k, 'c> {
@@ -46,79 +57,64 @@ impl<'k, 'c> Ring<'k, 'c> {
         let ring_bytes = config.tiling.stages * (KEY_TILE * key_bytes + value_bytes);
         // The output passes through the same memory at the end.
         let shared = code.shared::<u8>("tiles", ring_bytes.max(config.block_q() * 2 * padded));
-        let key_stages = SharedTile::new(shared, key_bytes);
         let first_value = (config.tiling.stages * KEY_TILE * key_bytes) as i32;
-        let value_stages = |row_bytes| SharedTile::new(shared.plus(first_value), row_bytes);
-        let workspace = |base: Global<'k, u8>, bytes: usize| {
-            let tile = place.kv_head.mul_wide(p.key_tiles) + place.sequence.first_tile.widen();
-            Source::Workspace(base.at(tile * bytes as i64))
+        let shape = |base: i32, row_bytes, rows, chunks| TileShape {
+            stages: SharedTile::new(shared.plus(base), row_bytes),
+            rows,
+            chunks,
         };
-        let given = |base: Global<'k, u8>, strides: [Val<'k, i64>; 3]| {
-            let [batch, head, row] = strides;
-            let start = place.sequence.batch.widen() * batch
-                + place.kv_head.widen() * head
-                + place.sequence.kv_start.widen() * row;
-            Source::Rows { base: base.cast::<u16>().at(start), stride: row, len: place.sequence.kv_len }
-        };
-        let chunks_of_16_bits = config.head_dim.div_ceil(8);
+        let used_chunks = config.head_dim.div_ceil(8);
 
         let keys = match config.scores {
-            Scores::Full => Tiles {
-                stages: key_stages,
-                source: given(p.k, [p.k_stride_batch, p.k_stride_head, p.k_stride_row]),
-                rows: KEY_TILE,
-                chunks: chunks_of_16_bits,
-            },
-            Scores::Int(_) => Tiles {
-                stages: key_stages,
-                source: workspace(p.k, KEY_TILE * key_bytes),
-                rows: KEY_TILE,
-                chunks: key_bytes / CHUNK_BYTES,
-            },
+            Scores::Full => shape(0, key_bytes, KEY_TILE, used_chunks).of_rows(
+                config,
+                place,
+                p.k,
+                [p.k_stride_batch, p.k_stride_head, p.k_stride_row],
+            ),
+            Scores::Int(_) => {
+                shape(0, key_bytes, KEY_TILE, key_bytes / CHUNK_BYTES).of_workspace(place, p, p.k)
+            }
         };
+        let rows_of_values = |chunks| shape(first_value, 2 * padded, KEY_TILE, chunks);
         let values = match (config.values, config.value_source) {
-            (Values::Fp8(_), _) => Tiles {
-                stages: value_stages(KEY_TILE),
-                source: workspace(p.v, value_bytes),
-                rows: padded,
-                chunks: KEY_TILE / CHUNK_BYTES,
-            },
-            (_, ValueSource::Workspace) => Tiles {
-                stages: value_stages(2 * padded),
-                source: workspace(p.v, value_bytes),
-                rows: KEY_TILE,
-                chunks: 2 * padded / CHUNK_BYTES,
-            },
-            (_, ValueSource::Given) => Tiles {
-                stages: value_stages(2 * padded),
-                source: given(p.v, [p.v_stride_batch, p.v_stride_head, p.v_stride_row]),
-                rows: KEY_TILE,
-                chunks: chunks_of_16_bits,
-            },
+            (Values::Fp8(_), _) => {
+                shape(first_value, KEY_TILE, padded, KEY_TILE / CHUNK_BYTES).of_workspace(place, p, p.v)
+            }
+            (_, ValueSource::Workspace) => {
+                rows_of_values(2 * padded / CHUNK_BYTES).of_workspace(place, p, p.v)
+            }
+            (_, ValueSource::Given) => rows_of_values(used_chunks).of_rows(
+                config,
+                place,
+                p.v,
+                [p.v_stride_batch, p.v_stride_head, p.v_stride_row],
+            ),
         };
-        let ring = Ring { code, config, keys, values, shared, stage: code.var(0).named("stage") };
+        let stage = code.var(0).named("stage");
+        let next = code.var(place.first_tile).named("next_tile");
+        let ring = Ring { code, config, keys, values, shared, stage, next };
         ring.clear_unused_chunks();
         ring
     }
 
     /// Starts the first copies.
     pub fn start(&self, place: &Place<'k>) {
-        let ahead = self.config.tiling.stages - 1;
-        for i in 0..ahead {
-            self.copy(place.first_tile + i as i32, place.end_tile, self.code.constant(i as i32));
+        for stage in 0..self.config.tiling.stages - 1 {
+            self.copy(place, self.code.constant(stage as i32));
         }
     }
 
-    /// Waits for a tile, starts copying the one that takes the stage freed by the tile before, and returns the tile's K
-    /// and V.
-    pub fn next(&self, tile: Val<'k, i32>, place: &Place<'k>) -> (SharedTile<'k>, SharedTile<'k>) {
+    /// Waits for the next tile, starts copying the one that takes the stage freed by the tile before, and returns the
+    /// tile's K and V.
+    pub fn next(&self, place: &Place<'k>) -> (SharedTile<'k>, SharedTile<'k>) {
         let stages = self.config.tiling.stages as i32;
-        // Tile `tile` is the oldest of the copies in flight.
+        // The next tile is the oldest of the copies in flight.
         self.code.wait_copies(stages as u32 - 2);
         self.code.barrier();
         let stage = self.stage.get();
         let before = stage.eq(0).select(stages - 1, stage - 1);
-        self.copy(tile + (stages - 1), place.end_tile, before);
+        self.copy(place, before);
         let after = stage + 1;
         self.stage.set(after.eq(stages).select(0, after));
         (self.keys.stage(stage), self.values.stage(stage))
@@ -131,12 +127,15 @@ impl<'k, 'c> Ring<'k, 'c> {
         SharedTile::new(self.shared, 2 * self.config.padded_dim())
     }
 
-    fn copy(&self, tile: Val<'k, i32>, end: Val<'k, i32>, stage: Val<'k, i32>) {
-        self.code.when(tile.lt(end), || {
+    /// Starts copying the next tile, where there is one.
+    fn copy(&self, place: &Place<'k>, stage: Val<'k, i32>) {
+        let tile = self.next.get();
+        self.code.when(tile.lt(place.end_tile), || {
             for operand in [&self.keys, &self.values] {
                 operand.copy(self.code, self.config, tile, stage);
             }
         });
+        self.next.set(tile + 1);
         // Also an empty group is one, so that counting groups is counting tiles.
         self.code.commit_copies();
     }
@@ -144,19 +143,26 @@ impl<'k, 'c> Ring<'k, 'c> {
     /// Zeros, once, in chunks that no copy writes and products read.
     fn clear_unused_chunks(&self) {
         for operand in [&self.keys, &self.values] {
-            let row_chunks = operand.stages.row_bytes() / CHUNK_BYTES;
-            let unused = row_chunks - operand.chunks;
+            let unused = operand.stages.row_bytes() / CHUNK_BYTES - operand.chunks;
             if unused == 0 {
                 continue;
             }
             let total = (self.config.tiling.stages * operand.rows * unused) as i32;
             let zero = self.code.constant(0u32);
             self.code.range_by(self.code.thread(), total, self.config.threads() as i32, |i| {
-                let (row, chunk) = (i / unused as i32, i % unused as i32 + operand.chunks as i32);
-                operand.stages.chunk(row, chunk).step(0, 0).cast::<u32>().store_vector([zero; 4]);
+                let (row, chunk) = i.split_index(unused);
+                operand.stages.chunk(row, chunk + operand.chunks as i32).step(0, 0).cast::<u32>().store_vector([zero; 4]);
             });
         }
     }
+}
+
+/// The shape of a tile, before its source is known.
+#[derive(Clone, Copy)]
+struct TileShape<'k> {
+    stages: SharedTile<'k>,
+    rows: usize,
+    chunks: usize,
 }
 
 impl<'k> Tiles<'k> {
@@ -164,51 +170,113 @@ impl<'k> Tiles<'k> {
         self.stages.at_byte(stage * (self.rows * self.stages.row_bytes()) as i32)
     }
 
-    /// Starts copying a tile; each thread takes every `threads`-th chunk.
+    /// Starts copying a tile: each thread takes every `threads`-th chunk.
     fn copy(&self, code: &'k Code, config: &AttentionConfig, tile: Val<'k, i32>, stage: Val<'k, i32>) {
         let to = self.stage(stage);
-        let threads = config.threads() as usize;
+        let (threads, thread) = (config.threads() as usize, code.thread());
         let total = self.rows * self.chunks;
-        let thread = code.thread();
-        // Where a round of all threads is whole rows, and eight of them, each thread keeps to one chunk of its rows.
-        let rows_a_round = threads / self.chunks;
-        let regular = threads.is_multiple_of(self.chunks)
-            && rows_a_round.is_multiple_of(8)
-            && self.rows.is_multiple_of(rows_a_round);
-        let (first_row, first_chunk) = (thread / self.chunks as i32, thread % self.chunks as i32);
-        for round in 0..total.div_ceil(threads) {
-            let (row, chunk, target) = if regular {
-                let target = to.chunk(first_row, first_chunk).step(round * rows_a_round, 0);
-                (first_row + (round * rows_a_round) as i32, first_chunk, target)
-            } else {
-                let index = thread + (round * threads) as i32;
-                let (row, chunk) = (index / self.chunks as i32, index % self.chunks as i32);
-                (row, chunk, to.chunk(row, chunk).step(0, 0))
-            };
-            let start = || match &self.source {
-                Source::Workspace(base) => {
-                    let tile_bytes = (self.rows * self.stages.row_bytes()) as i32;
-                    let index = (row * self.chunks as i32 + chunk) * CHUNK_BYTES as i32;
-                    target.copy_async(base.at(tile.mul_wide(tile_bytes)).at(index), 16, 16);
-                }
-                Source::Rows { base, stride, len } => {
-                    let key = tile * KEY_TILE as i32 + row;
-                    let valid = key.lt(*len);
-                    let from = base.at(valid.select(key, 0).widen() * *stride).at(chunk * 8);
-                    if config.aligned {
-                        target.copy_async(from, 16, valid.select(16, 0));
-                    } else {
-                        copy_elements(config, from, chunk, valid, target);
-                    }
-                }
-            };
-            let partial = !total.is_multiple_of(threads) && round + 1 == total.div_ceil(threads);
-            if partial {
-                code.when(row.lt(self.rows as i32), start);
-            } else {
+        let rows_a_round = (threads / self.chunks) as i32;
+        let rounds = total.div_ceil(threads);
+        // Where a round is a multiple of 8 rows, a thread's chunks are at fixed distances.
+        let (first_row, first_chunk) = thread.split_index(self.chunks);
+        let first = to.chunk(first_row, first_chunk);
+        let fixed = threads.is_multiple_of(8 * self.chunks);
+        let target = |round: usize| {
+            if fixed {
+                return first.step(round * rows_a_round as usize, 0);
+            }
+            let (row, chunk) = (thread + (round * threads) as i32).split_index(self.chunks);
+            to.chunk(row, chunk).step(0, 0)
+        };
+        let whole = |round: usize, start: &dyn Fn()| {
+            if (round + 1) * threads <= total {
                 start();
+            } else {
+                code.when((thread + (round * threads) as i32).lt(total as i32), start);
+            }
+        };
+        match &self.source {
+            Source::Workspace { chunk } => {
+                let from = Global::<u8>::at_address(chunk.get());
+                for round in 0..rounds {
+                    let from = from.plus((round * threads * CHUNK_BYTES) as i32);
+                    whole(round, &|| target(round).copy_async(from, 16, 16));
+                }
+                chunk.set(chunk.get() + (total * CHUNK_BYTES) as u64);
+            }
+            Source::Rows { chunk, stride, remaining } => {
+                let rows = remaining.get();
+                let round_bytes = *stride * i64::from(rows_a_round);
+                let mut from = chunk.get();
+                for round in 0..rounds {
+                    // A copy of no bytes reads nothing, so that its address may lie anywhere.
+                    let valid = rows.gt(round as i32 * rows_a_round).select(16, 0);
+                    target(round).copy_async(Global::<u8>::at_address(from), 16, valid);
+                    from = from + round_bytes.reinterpret::<u64>();
+                }
+                chunk.set(from);
+                remaining.set(rows - self.rows as i32);
+            }
+            Source::Irregular { base, stride, len } => {
+                for round in 0..rounds {
+                    whole(round, &|| {
+                        let (row, chunk) = (thread + (round * threads) as i32).split_index(self.chunks);
+                        let key = tile * KEY_TILE as i32 + row;
+                        let valid = key.lt(*len);
+                        let from = base.at(valid.select(key, 0).widen() * *stride).at(chunk * 8);
+                        if config.aligned {
+                            target(round).copy_async(from, 16, valid.select(16, 0));
+                        } else {
+                            copy_elements(config, from, chunk, valid, target(round));
+                        }
+                    });
+                }
             }
         }
+    }
+}
+
+impl<'k> TileShape<'k> {
+    fn from(self, source: Source<'k>) -> Tiles<'k> {
+        Tiles { stages: self.stages, rows: self.rows, chunks: self.chunks, source }
+    }
+
+    /// Tiles of the workspace.
+    fn of_workspace(self, place: &Place<'k>, p: &AttentionParams<'k>, base: Global<'k, u8>) -> Tiles<'k> {
+        let code = base.code();
+        let tile = place.kv_head.mul_wide(p.key_tiles)
+            + (place.sequence.first_tile + place.first_tile).widen();
+        let tile_bytes = (self.rows * self.stages.row_bytes()) as i64;
+        let chunk = base.at(tile * tile_bytes).at(code.thread() * CHUNK_BYTES as i32);
+        self.from(Source::Workspace { chunk: code.var(chunk.address()).named("workspace_chunk") })
+    }
+
+    /// Rows of the caller's tensor.
+    fn of_rows(
+        self,
+        config: &AttentionConfig,
+        place: &Place<'k>,
+        base: Global<'k, u8>,
+        [batch, head, row]: [Val<'k, i64>; 3],
+    ) -> Tiles<'k> {
+        let code = base.code();
+        let start = place.sequence.batch.widen() * batch
+            + place.kv_head.widen() * head
+            + place.sequence.kv_start.widen() * row;
+        let base = base.cast::<u16>().at(start);
+        let len = place.sequence.kv_len;
+        let threads = config.threads() as usize;
+        if !config.aligned || !threads.is_multiple_of(self.chunks) || self.rows % (threads / self.chunks) != 0 {
+            return self.from(Source::Irregular { base, stride: row, len });
+        }
+        let (first_row, first_chunk) = code.thread().split_index(self.chunks);
+        let key = place.first_tile * KEY_TILE as i32 + first_row;
+        let chunk = base.at(key.widen() * row).at(first_chunk * 8);
+        self.from(Source::Rows {
+            chunk: code.var(chunk.address()).named("row_chunk"),
+            stride: row * 2,
+            remaining: code.var(len - key).named("remaining_rows"),
+        })
     }
 }
 

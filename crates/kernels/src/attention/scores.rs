@@ -2,13 +2,15 @@
 
 use half::{bf16, f16};
 use sage_core::{DType, Granularity, IntBits};
-use sage_ptx::{Accumulator, Code, Half, MmaAccumulator, MmaElement, S4, SharedTile, Stored, Val, Var};
+use sage_ptx::{
+    Accumulator, Code, FragmentSource, Global, Half, MmaAccumulator, MmaElement, S4, SharedTile, Stored, Val, Var,
+};
 
 use super::config::{AttentionConfig, AttentionParams, MaskForm, Scores};
 use super::place::Place;
 use super::queries::{Queries, depth_steps};
-use super::softmax::{COLUMNS, ScoreTile};
-use crate::integer::ROUNDING_MAGIC_BITS;
+use super::softmax::ScoreTile;
+use crate::integer::{ROUNDING_MAGIC, ROUNDING_MAGIC_BITS};
 use crate::sequence::KEY_TILE;
 
 use std::f32::consts::LOG2_E;
@@ -21,62 +23,111 @@ pub(super) fn scores<'k, H: Half + MmaElement>(
     place: &Place<'k>,
     queries: &Queries<'k>,
     keys: &SharedTile<'k>,
+    scales: &[Val<'k, f32>],
     tile: Val<'k, i32>,
+    step: usize,
 ) -> ScoreTile<'k> {
     code.note("scores: q * k^T");
-    let slots = queries.scale.len();
+    let columns = config.tiling.step_keys / 8;
+    let first_key = tile * KEY_TILE as i32 + (step * config.tiling.step_keys) as i32;
+    let rows = keys.columns_of_b((step * config.tiling.step_keys) as i32);
     let product = match config.scores {
         Scores::Full => ScoreTile {
-            values: product::<H, f32>(code, config, queries, keys, 0.0),
+            first_key,
+            columns,
+            values: product::<H, f32>(code, config, queries, &rows, 0.0),
             factor: queries.scale.clone(),
             biased: false,
         },
         Scores::Int(quantizer) => {
             // Sums start at a float's bits, and so end as the float of their value plus a constant.
             let values = match quantizer.bits {
-                IntBits::Eight => product::<i8, i32>(code, config, queries, keys, ROUNDING_MAGIC_BITS),
-                IntBits::Four => product::<S4, i32>(code, config, queries, keys, ROUNDING_MAGIC_BITS),
+                IntBits::Eight => product::<i8, i32>(code, config, queries, &rows, ROUNDING_MAGIC_BITS),
+                IntBits::Four => product::<S4, i32>(code, config, queries, &rows, ROUNDING_MAGIC_BITS),
             };
-            let tile_index = place.kv_head * p.key_tiles + place.sequence.first_tile + tile;
-            let quad = place.lane & 3;
-            // A scale of zero stands for zeros; a tiny one does as well, and hidden keys stay at −∞ times it.
-            let nonzero = |scale: Val<'k, f32>| scale.eq(0.0).select(1e-30, scale);
-            let scale = match quantizer.granularity {
-                Granularity::PerToken => {
-                    let scales = p.k_scale.at(tile_index * KEY_TILE as i32).at(2 * quad);
-                    return scaled_by_key(code, queries, &values, scales, nonzero)
-                        .finished(config, p, place, queries, tile);
-                }
-                Granularity::PerThread => p.k_scale.at(tile_index * 4 + quad).load(),
-                _ => p.k_scale.at(tile_index).load(),
-            };
-            let scale = nonzero(scale);
+            if quantizer.granularity == Granularity::PerToken {
+                let integers =
+                    ScoreTile { first_key, columns, values, factor: queries.scale.clone(), biased: true };
+                let first = step * columns * 2;
+                let scales = &scales[first..first + columns * 2];
+                return integers.scaled_by_key(scales).finished(config, p, place, queries);
+            }
+            let scale = scales[0];
             let factor = queries.scale.iter().map(|&q| nonzero(q * scale)).collect();
-            ScoreTile { values, factor, biased: true }
+            ScoreTile { first_key, columns, values, factor, biased: true }
         }
     };
-    debug_assert_eq!(product.factor.len(), slots);
-    product.finished(config, p, place, queries, tile)
+    product.finished(config, p, place, queries)
 }
 
-/// The product itself: sums of a warp's rows and 64 keys.
+/// Scales of quantised K, tile after tile.
+pub(super) struct KeyScales<'k> {
+    /// The lane's scales of the next tile; none where K is as given.
+    next: Option<(Var<'k, u64>, Granularity)>,
+}
+
+impl<'k> KeyScales<'k> {
+    pub fn new(
+        code: &'k Code,
+        config: &AttentionConfig,
+        p: &AttentionParams<'k>,
+        place: &Place<'k>,
+    ) -> Self {
+        let Scores::Int(quantizer) = config.scores else { return KeyScales { next: None } };
+        let tile = place.kv_head * p.key_tiles + place.sequence.first_tile + place.first_tile;
+        let quad = place.lane & 3;
+        let scales = match quantizer.granularity {
+            Granularity::PerToken => p.k_scale.at(tile * KEY_TILE as i32).at(2 * quad),
+            Granularity::PerThread => p.k_scale.at(tile * 4 + quad),
+            _ => p.k_scale.at(tile),
+        };
+        let next = code.var(scales.address()).named("key_scales");
+        KeyScales { next: Some((next, quantizer.granularity)) }
+    }
+
+    /// The lane's scales of a tile: one, or with a scale for each key those of its keys.
+    pub fn next(&self, code: &'k Code) -> Vec<Val<'k, f32>> {
+        let Some((next, granularity)) = self.next else { return Vec::new() };
+        let scales = Global::<f32>::at_address(next.get());
+        let groups = match granularity {
+            Granularity::PerToken => KEY_TILE,
+            Granularity::PerThread => 4,
+            _ => 1,
+        };
+        next.set(next.get() + (groups * size_of::<f32>()) as u64);
+        let loaded: Vec<Val<'k, f32>> = match granularity {
+            Granularity::PerToken => {
+                (0..KEY_TILE as i32 / 8).flat_map(|column| scales.plus(8 * column).load_vector::<2>()).collect()
+            }
+            _ => vec![scales.load()],
+        };
+        code.note("scales of the keys");
+        loaded.into_iter().map(nonzero).collect()
+    }
+}
+
+/// A scale of zero stands for zeros; a tiny one does as well, and hidden keys stay at minus infinity times it.
+fn nonzero<'k>(scale: Val<'k, f32>) -> Val<'k, f32> {
+    scale.eq(0.0).select(1e-30, scale)
+}
+
+/// The product itself, of a warp's rows and a step's keys.
 fn product<'k, E: MmaElement, T: MmaAccumulator>(
     code: &'k Code,
     config: &AttentionConfig,
     queries: &Queries<'k>,
-    keys: &SharedTile<'k>,
+    keys: &FragmentSource<'k>,
     start: T,
 ) -> Vec<[Var<'k, f32>; 4]> {
-    let blocks = config.tiling.rows_per_warp / 16;
-    let sums: Vec<Accumulator<'k, T>> = (0..blocks * COLUMNS).map(|_| Accumulator::new(code)).collect();
-    let columns = keys.columns_of_b(0);
+    let (blocks, columns) = (config.tiling.rows_per_warp / 16, config.tiling.step_keys / 8);
+    let sums: Vec<Accumulator<'k, T>> = (0..blocks * columns).map(|_| Accumulator::new(code)).collect();
     for step in 0..depth_steps(config) {
         let a: Vec<_> = (0..blocks).map(|m| queries.fragment::<E>(m, step)).collect();
-        for pair in 0..COLUMNS / 2 {
-            let b = columns.b_pair::<E>(16 * pair, 32 * step);
+        for pair in 0..columns / 2 {
+            let b = keys.b_pair::<E>(16 * pair, 32 * step);
             for (m, &a) in a.iter().enumerate() {
                 for (column, b) in b.into_iter().enumerate() {
-                    let sum = &sums[m * COLUMNS + 2 * pair + column];
+                    let sum = &sums[m * columns + 2 * pair + column];
                     if step == 0 { sum.set_product(a, b, start) } else { sum.add_product(a, b) }
                 }
             }
@@ -85,27 +136,22 @@ fn product<'k, E: MmaElement, T: MmaAccumulator>(
     sums.iter().map(|sum| std::array::from_fn(|i| sum.register(i).reinterpret::<f32>())).collect()
 }
 
-/// Scores with a scale for each key: plain floats in base 2.
-fn scaled_by_key<'k>(
-    code: &'k Code,
-    queries: &Queries<'k>,
-    values: &[[Var<'k, f32>; 4]],
-    scales: sage_ptx::Global<'k, f32>,
-    nonzero: impl Fn(Val<'k, f32>) -> Val<'k, f32>,
-) -> ScoreTile<'k> {
-    let biased = ScoreTile { values: values.to_vec(), factor: queries.scale.clone(), biased: true };
-    let scales: Vec<[Val<'k, f32>; 2]> = (0..COLUMNS)
-        .map(|column| scales.plus(8 * column as i32).load_vector::<2>().map(&nonzero))
-        .collect();
-    biased.for_each(|value, slot, key| {
-        let integer = value.get() - crate::integer::ROUNDING_MAGIC;
-        value.set(integer * (scales[key / 8][key % 2] * queries.scale[slot]));
-    });
-    let one = code.constant(1.0);
-    ScoreTile { values: biased.values, factor: vec![one; queries.scale.len()], biased: false }
-}
-
 impl<'k> ScoreTile<'k> {
+    /// Integers times a scale for each key, and the rows' own: plain floats in base 2.
+    fn scaled_by_key(self, scales: &[Val<'k, f32>]) -> ScoreTile<'k> {
+        self.for_each(|value, slot, key| {
+            let integer = value.get() - ROUNDING_MAGIC;
+            value.set(integer * (scales[key / 8 * 2 + key % 2] * self.factor[slot]));
+        });
+        self.plain()
+    }
+
+    /// The same values, which are plain floats in base 2 now.
+    fn plain(self) -> Self {
+        let one = self.first_key.code().constant(1.0);
+        ScoreTile { factor: vec![one; self.factor.len()], biased: false, ..self }
+    }
+
     /// With smooth-Q's correction, cap, explicit mask and band.
     fn finished(
         mut self,
@@ -113,15 +159,14 @@ impl<'k> ScoreTile<'k> {
         p: &AttentionParams<'k>,
         place: &Place<'k>,
         queries: &Queries<'k>,
-        tile: Val<'k, i32>,
     ) -> Self {
-        let code = tile.code();
+        let code = self.first_key.code();
         if config.smooth_q.is_some() || config.softcap || config.mask != MaskForm::None {
             self = self.unbiased();
         }
         if let Some(block) = config.smooth_q {
             code.note("scores: products of the means of query blocks");
-            self.add_delta(block, p, place, tile);
+            self.add_delta(block, p, place);
         }
         if config.softcap {
             code.note("scores: soft cap");
@@ -129,33 +174,32 @@ impl<'k> ScoreTile<'k> {
         }
         match config.mask {
             MaskForm::None => {}
-            MaskForm::Bool => self.mask(p, place, tile),
-            MaskForm::Bias(DType::F16) => self.add_bias::<f16>(p, place, tile, |x| x.to_f32()),
-            MaskForm::Bias(DType::BF16) => self.add_bias::<bf16>(p, place, tile, |x| x.to_f32()),
-            MaskForm::Bias(DType::F32) => self.add_bias::<f32>(p, place, tile, |x| x),
+            MaskForm::Bool => self.mask(p, place),
+            MaskForm::Bias(DType::F16) => self.add_bias::<f16>(p, place, |x| x.to_f32()),
+            MaskForm::Bias(DType::BF16) => self.add_bias::<bf16>(p, place, |x| x.to_f32()),
+            MaskForm::Bias(DType::F32) => self.add_bias::<f32>(p, place, |x| x),
         }
-        code.when(place.cuts(tile), || {
+        code.when(place.cuts(self.first_key, 8 * self.columns), || {
             code.note("scores: causal mask, window, end of the keys");
-            self.hide(place, tile);
+            self.hide(place);
         });
         self
     }
 
     /// Plain floats in base 2.
     fn unbiased(self) -> Self {
-        let code = self.factor[0].code();
-        let bias = if self.biased { crate::integer::ROUNDING_MAGIC } else { 0.0 };
+        let bias = if self.biased { ROUNDING_MAGIC } else { 0.0 };
         self.for_each(|value, slot, _| value.set((value.get() - bias) * self.factor[slot]));
-        ScoreTile { factor: vec![code.constant(1.0); self.factor.len()], biased: false, ..self }
+        self.plain()
     }
 
-    fn add_delta(&self, block: usize, p: &AttentionParams<'k>, place: &Place<'k>, tile: Val<'k, i32>) {
+    fn add_delta(&self, block: usize, p: &AttentionParams<'k>, place: &Place<'k>) {
         let heads = p.group_size * p.kv_heads;
-        let first_key = tile * KEY_TILE as i32 + 2 * (place.lane & 3);
+        let first_key = self.lane_key(place);
         let factor = p.sm_scale * LOG2_E;
         for slot in 0..self.factor.len() {
             let row = place.row(slot).min(place.sequence.q_len - 1);
-            let line = (place.sequence_index * heads + place.head) * p.q_blocks + row / block as i32;
+            let line = (place.sequence_index * heads + place.head) * p.q_blocks + row.split_index(block).0;
             let line = p.delta_s.at(line.mul_wide(p.max_tiles * KEY_TILE as i32)).at(first_key);
             self.for_each(|value, s, key| {
                 if s == slot {
@@ -179,9 +223,9 @@ impl<'k> ScoreTile<'k> {
         });
     }
 
-    fn mask(&self, p: &AttentionParams<'k>, place: &Place<'k>, tile: Val<'k, i32>) {
-        tile.code().note("scores: boolean mask");
-        self.for_each_of_mask::<u8>(p, place, tile, |value, mask| {
+    fn mask(&self, p: &AttentionParams<'k>, place: &Place<'k>) {
+        self.first_key.code().note("scores: boolean mask");
+        self.for_each_of_mask::<u8>(p, place, |value, mask| {
             value.set(mask.ne(0u32).select(value, f32::NEG_INFINITY));
         });
     }
@@ -190,11 +234,10 @@ impl<'k> ScoreTile<'k> {
         &self,
         p: &AttentionParams<'k>,
         place: &Place<'k>,
-        tile: Val<'k, i32>,
         to_f32: impl Fn(Val<'k, B::Value>) -> Val<'k, f32>,
     ) {
-        tile.code().note("scores: additive mask");
-        self.for_each_of_mask::<B>(p, place, tile, |value, bias| {
+        self.first_key.code().note("scores: additive mask");
+        self.for_each_of_mask::<B>(p, place, |value, bias| {
             // A score of −∞ stays so whatever is added.
             value.set(to_f32(bias).mul_add(LOG2_E, value.get()));
         });
@@ -205,10 +248,9 @@ impl<'k> ScoreTile<'k> {
         &self,
         p: &AttentionParams<'k>,
         place: &Place<'k>,
-        tile: Val<'k, i32>,
         visit: impl Fn(Var<'k, f32>, Val<'k, B::Value>),
     ) {
-        let first_key = tile * KEY_TILE as i32 + 2 * (place.lane & 3);
+        let first_key = self.lane_key(place);
         let base = place.sequence.batch.widen() * p.mask_stride_batch
             + place.head.widen() * p.mask_stride_head;
         let rows: Vec<_> = (0..self.factor.len())

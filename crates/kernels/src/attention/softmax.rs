@@ -5,16 +5,16 @@ use sage_ptx::{Code, Val, Var};
 use super::config::{AttentionConfig, Values};
 use super::place::Place;
 use crate::integer::{ROUNDING_MAGIC, ROUNDING_MAGIC_BITS};
-use crate::sequence::KEY_TILE;
 
 /// Base-2 exponent added to scores so that P fills E4M3's range; a little below log₂ 448 (spec §2.5).
 const E4M3_P_EXPONENT: f32 = sage_core::oracle::E4M3_P_EXPONENT;
 
-/// Columns of 8 keys in a tile.
-pub(super) const COLUMNS: usize = KEY_TILE / 8;
-
-/// A warp's tile of scores before the exponential.
+/// A warp's scores of one step's keys, before the exponential.
 pub(super) struct ScoreTile<'k> {
+    /// First key.
+    pub first_key: Val<'k, i32>,
+    /// Columns of 8 keys.
+    pub columns: usize,
     /// `[m][column][i]`, element `i` of the 16×8 accumulators at `(m, column)`.
     pub values: Vec<[Var<'k, f32>; 4]>,
     /// What makes base-2 logarithms of each row slot's values.
@@ -27,7 +27,7 @@ impl<'k> ScoreTile<'k> {
     /// Calls `visit` with each value, its row slot, and its key's offset from the lane's first key.
     pub fn for_each(&self, mut visit: impl FnMut(Var<'k, f32>, usize, usize)) {
         for (index, values) in self.values.iter().enumerate() {
-            let (m, column) = (index / COLUMNS, index % COLUMNS);
+            let (m, column) = (index / self.columns, index % self.columns);
             for (i, &value) in values.iter().enumerate() {
                 visit(value, 2 * m + i / 2, 8 * column + i % 2);
             }
@@ -35,8 +35,8 @@ impl<'k> ScoreTile<'k> {
     }
 
     /// Hides keys that the band or the sequence's end hides.
-    pub fn hide(&self, place: &Place<'k>, tile: Val<'k, i32>) {
-        let first_key = tile * KEY_TILE as i32 + 2 * (place.lane & 3);
+    pub fn hide(&self, place: &Place<'k>) {
+        let first_key = self.lane_key(place);
         let limits: Vec<_> = (0..self.factor.len())
             .map(|slot| {
                 let (start, end) = place.visible(place.row(slot));
@@ -49,6 +49,11 @@ impl<'k> ScoreTile<'k> {
             let visible = key.lt(end) & key.ge(start);
             value.set(visible.select(value, f32::NEG_INFINITY));
         });
+    }
+
+    /// First key of the lane.
+    pub fn lane_key(&self, place: &Place<'k>) -> Val<'k, i32> {
+        self.first_key + 2 * (place.lane & 3)
     }
 
     /// A row slot's values.
@@ -142,7 +147,7 @@ impl<'k> Softmax<'k> {
                 }
             })
             .collect();
-        let rows = scores.values.chunks(COLUMNS).enumerate().map(|(m, tiles)| {
+        let rows = scores.values.chunks(scores.columns).enumerate().map(|(m, tiles)| {
             let exponential = |tile: &[Var<'k, f32>; 4]| {
                 std::array::from_fn(|i| {
                     let slot = 2 * m + i / 2;

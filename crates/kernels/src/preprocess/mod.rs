@@ -20,12 +20,22 @@
 //! the blocks of a head to be resident together ([`fits_fused`]); where they may not be, a launch of
 //! [`ColumnStatisticsConfig`] comes first.
 
+mod column_statistics;
+mod convert_v;
+mod delta_s;
 mod groups;
 mod quantize_k;
+mod quantize_v;
+mod query_means;
 mod statistics;
 mod tile_load;
 
+pub use column_statistics::{ColumnStatisticsArgs, ColumnStatisticsConfig};
+pub use convert_v::{ConvertVArgs, ConvertVConfig};
+pub use delta_s::{DeltaSArgs, DeltaSConfig};
 pub use quantize_k::{KMean, QuantizeKArgs, QuantizeKConfig};
+pub use quantize_v::{QuantizeVArgs, QuantizeVConfig};
+pub use query_means::{QueryMeansArgs, QueryMeansConfig};
 pub use statistics::ColumnStatistics;
 pub use tile_load::Source;
 

@@ -138,7 +138,13 @@ impl QuantizeKConfig {
     }
 
     fn write(&self, code: &Code) {
-        self.source.bound_registers(code);
+        // Blocks that combine columns while they hold a tile need more registers than 1024 threads can have.
+        let whole = self.source.head_dim == self.source.padded_dim();
+        let threads = match self.mean {
+            KMean::Fused => if whole { 896 } else { 768 },
+            KMean::None | KMean::Given => 1024,
+        };
+        self.source.bound_registers(code, threads);
         let p = QuantizeKParams::declare(code);
         let head = Head::new(code, &self.source, &input!(p));
         let [tile, ..] = code.block_index();
@@ -158,7 +164,7 @@ impl QuantizeKConfig {
             let meeting = Meeting {
                 partials: p.partials.at((workspace_tile - tile).widen() * i64::from(self.source.padded_dim() as i32)),
                 arrivals: p.arrivals.at(head.index),
-                blocks: head.len().div_ceil(KEY_TILE as i32),
+                blocks: head.len().div_ceil(KEY_TILE),
                 block: tile,
             };
             let last =
@@ -177,7 +183,12 @@ impl QuantizeKConfig {
             })
             .collect();
         let groups = group_maxima(&head, self.granularity, &maxima);
-        let steps = self.steps(&groups);
+        // Steps of rows that have their own are computed where they are used: eight of them would not fit the registers.
+        let shared = Step::of_group(&self.quantizer(), groups[0].0);
+        let step = |i: usize| match self.granularity {
+            Granularity::PerToken => Step::of_group(&self.quantizer(), groups[i].0),
+            _ => shared,
+        };
         let scales = p.scale.at(workspace_tile * self.groups() as i32);
         let of_tile = if self.granularity == Granularity::PerToken { ROWS } else { 1 };
         let writes_scale = match self.granularity {
@@ -186,13 +197,11 @@ impl QuantizeKConfig {
             _ => head.thread.eq(0),
         };
         code.when(writes_scale, || {
-            for (step, (_, group)) in steps.iter().zip(&groups).take(of_tile) {
-                scales.at(*group).store(step.scale);
-            }
+            groups[..of_tile].iter().enumerate().for_each(|(i, (_, group))| scales.at(*group).store(step(i).scale));
         });
 
         code.note("integers");
-        let ordinary = steps[..of_tile].iter().map(Step::is_ordinary).reduce(|a, b| a & b);
+        let ordinary = (0..of_tile).map(|i| step(i).is_ordinary()).reduce(|a, b| a & b);
         let ordinary = ordinary.unwrap_or(code.constant(true)) & rows.whole();
         let row_bytes = self.row_bytes() as i32;
         let tile_start = workspace_tile.widen() * i64::from(self.tile_bytes() as i32);
@@ -207,10 +216,10 @@ impl QuantizeKConfig {
         };
         code.if_else(
             ordinary,
-            || (0..ROWS).for_each(|i| store(i, &self.words(&steps[i], smoothed(i)))),
+            || (0..ROWS).for_each(|i| store(i, &self.words(&step(i), smoothed(i)))),
             || {
-                for (i, step) in steps.iter().enumerate() {
-                    let words = self.words(&step.careful(), smoothed(i));
+                for i in 0..ROWS {
+                    let words = self.words(&step(i).careful(), smoothed(i));
                     let words: Vec<_> = words.iter().map(|&word| rows.valid(i).select(word, 0u32)).collect();
                     store(i, &words);
                 }
@@ -227,15 +236,6 @@ impl QuantizeKConfig {
         let mean = p.mean.at(of_head).at(head.chunk * CHUNK as i32);
         let ([a, b, c, d], [e, f, g, h]) = (mean.load_vector(), mean.plus(4).load_vector());
         Some([a, b, c, d, e, f, g, h])
-    }
-
-    /// The step of each of the thread's rows; computed once where they share one.
-    fn steps<'k>(&self, groups: &[(Val<'k, i32>, Val<'k, i32>)]) -> Vec<Step<'k>> {
-        let step = |&(max, _): &(Val<'k, i32>, Val<'k, i32>)| Step::of_group(&self.quantizer(), max);
-        if self.granularity == Granularity::PerToken {
-            return groups.iter().map(step).collect();
-        }
-        groups.first().map(step).map_or(Vec::new(), |step| vec![step; groups.len()])
     }
 
     /// The thread's part of a row, packed.

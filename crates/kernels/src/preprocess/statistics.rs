@@ -5,7 +5,7 @@
 
 use sage_ptx::{Code, Global, Shared, Val, Var};
 
-use super::tile_load::{CHUNK, Head, ROWS, Rows};
+use super::tile_load::{CHUNK, Head, ROWS, RowOrder, Rows};
 
 /// Contributions that a thread of the last block has in flight: with eight, a block that keeps its tile in registers would
 /// need more of them than lets eight blocks share a multiprocessor.
@@ -143,6 +143,25 @@ impl<'k> Collector<'k> {
             None => self.value.get(),
         }
     }
+}
+
+/// Collects parts of the tiles `start..end` of a head: for each part, the thread's channels of its rows.
+#[track_caller]
+pub(super) fn of_tiles<'k>(
+    head: &Head<'k>,
+    parts: &[Part],
+    start: Val<'k, i32>,
+    end: Val<'k, i32>,
+) -> Vec<[Val<'k, f32>; CHUNK]> {
+    let collectors: Vec<[Collector<'k>; CHUNK]> =
+        parts.iter().map(|&part| [(); CHUNK].map(|()| Collector::new(head.code, part))).collect();
+    head.code.range(start, end, |tile| {
+        let rows = head.load(tile, RowOrder::Modulo8);
+        for (&part, collectors) in parts.iter().zip(&collectors) {
+            collectors.iter().zip(part.of_rows(&rows)).for_each(|(collector, x)| collector.add(x));
+        }
+    });
+    collectors.iter().map(|collectors| collectors.map(|collector| collector.get())).collect()
 }
 
 /// Combines what the eight threads of each chunk hold: the result of column `thread`.

@@ -41,11 +41,11 @@ impl Source {
         self.padded_dim() as u32
     }
 
-    /// Asks for 1024 threads on a multiprocessor: 128 KiB of tiles on their way to registers, or waiting there, which
-    /// covers the latency of memory and of blocks that wait for each other.
-    pub(super) fn bound_registers(&self, code: &Code) {
+    /// Asks that `threads` threads fit a multiprocessor. With 1024 of 64 registers, 128 KiB of tiles are on their way to
+    /// registers or waiting there, which covers the latency of memory; loads of single elements need more registers.
+    pub(super) fn bound_registers(&self, code: &Code, threads: u32) {
         if self.aligned {
-            code.min_blocks(1024 / self.threads());
+            code.min_blocks(threads / self.threads());
         }
     }
 

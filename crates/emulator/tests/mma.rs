@@ -1,0 +1,258 @@
+//! `mma.sync` of every type against plain sums.
+
+use half::{bf16, f16};
+use sage_emulator::{Emulator, EmulatorOptions, Fp8Accumulation};
+use sage_ptx::isa::{E2M1, E4M3, E5M2, Matrix, Mma, MmaBlockScaled, MmaTy, Space};
+use sage_ptx::program::{Program, Reg};
+
+mod support;
+use support::{Raw, Source};
+
+/// A program that loads its fragments from words of lanes, multiplies once, and stores the result.
+fn program(op: Matrix, inputs: usize, outputs: usize) -> Program {
+    let mut raw = Raw::new(32);
+    let (from, to) = (raw.pointer("from"), raw.pointer("to"));
+    let thread = raw.thread();
+    let src: Vec<_> = (0..inputs)
+        .map(|i| {
+            let index = raw.add(thread, 32 * i as i32);
+            let place = raw.at(from, index, 4);
+            raw.load(Space::Global, place).operand()
+        })
+        .collect();
+    let dst: Vec<Reg> = (0..outputs).map(|_| raw.b32()).collect();
+    raw.matrix(op, &dst, &src);
+    for (i, &reg) in dst.iter().enumerate() {
+        let index = raw.add(thread, 32 * i as i32);
+        let place = raw.at(to, index, 4);
+        raw.store(Space::Global, place, reg);
+    }
+    raw.done()
+}
+
+fn run(op: Matrix, words: &[u32], outputs: usize, fp8: Fp8Accumulation) -> Vec<u32> {
+    let mut emulator = Emulator::with_options(EmulatorOptions { fp8, ..EmulatorOptions::default() });
+    let (from, to) = (emulator.buffer("from", words), emulator.uninitialized("to", 128 * outputs));
+    emulator.launch(&program(op, words.len() / 32, outputs), [1, 1, 1], &[from.arg(), to.arg()]).unwrap();
+    emulator.read(to)
+}
+
+fn value(ty: MmaTy, bits: u32) -> f64 {
+    match ty {
+        MmaTy::F16 => f16::from_bits(bits as u16).to_f64(),
+        MmaTy::BF16 => bf16::from_bits(bits as u16).to_f64(),
+        MmaTy::S8 => f64::from(bits as u8 as i8),
+        MmaTy::U8 => f64::from(bits as u8),
+        MmaTy::S4 => f64::from(((bits << 4) as u8 as i8) >> 4),
+        MmaTy::E4M3 => E4M3.decode(bits as u8).into(),
+        MmaTy::E5M2 => E5M2.decode(bits as u8).into(),
+        MmaTy::E2M1 => E2M1.decode((bits & 15) as u8).into(),
+        MmaTy::F32 => f32::from_bits(bits).into(),
+        MmaTy::S32 => f64::from(bits as i32),
+    }
+}
+
+/// Bits of an element that is finite and of moderate size.
+fn element(ty: MmaTy, random: &mut u64) -> u32 {
+    *random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+    let bits = (*random >> 40) as u32;
+    match ty {
+        MmaTy::F16 => f16::from_f64(f64::from(bits & 0xfff) / 512.0 - 4.0).to_bits().into(),
+        MmaTy::BF16 => bf16::from_f64(f64::from(bits & 0xff) / 32.0 - 4.0).to_bits().into(),
+        MmaTy::E4M3 => bits & 0xbf,
+        MmaTy::E5M2 => bits & 0xbf,
+        MmaTy::F32 => (f64::from(bits & 0xffff) as f32 / 64.0 - 512.0).to_bits(),
+        MmaTy::S32 => bits.wrapping_sub(0x8000),
+        _ => bits & ((1 << ty.bits()) - 1),
+    }
+}
+
+struct Case {
+    words: Vec<u32>,
+    a: Vec<f64>,
+    b: Vec<f64>,
+    c: Vec<f64>,
+}
+
+/// Random operands, as words of lanes and as matrices.
+fn case(mma: Mma, seed: u64) -> Case {
+    let mut random = seed;
+    let k = mma.k();
+    let matrix = |len: usize, ty, random: &mut u64| -> Vec<u32> { (0..len).map(|_| element(ty, random)).collect() };
+    let a = matrix(16 * k, mma.a, &mut random);
+    let b = matrix(8 * k, mma.b, &mut random);
+    let c = matrix(128, mma.acc, &mut random);
+    let per = 32 / mma.a.bits();
+    let mut words = Vec::new();
+    for r in 0..4 {
+        for lane in 0..32 {
+            words.push((0..per).fold(0, |word, i| {
+                let (row, depth) = mma.a_element(lane, r, i);
+                word | a[row * k + depth] << (i * mma.a.bits())
+            }));
+        }
+    }
+    for r in 0..2 {
+        for lane in 0..32 {
+            words.push((0..per).fold(0, |word, i| {
+                let (depth, column) = mma.b_element(lane, r, i);
+                word | b[depth * 8 + column] << (i * mma.b.bits())
+            }));
+        }
+    }
+    let half = mma.acc == MmaTy::F16;
+    for r in 0..mma.acc_registers() {
+        for lane in 0..32 {
+            let at = |i: usize| {
+                let (row, column) = Mma::acc_element(lane, i);
+                c[row * 8 + column]
+            };
+            words.push(if half { at(2 * r) | at(2 * r + 1) << 16 } else { at(r) });
+        }
+    }
+    let values = |bits: Vec<u32>, ty| bits.into_iter().map(|bits| value(ty, bits)).collect();
+    Case { words, a: values(a, mma.a), b: values(b, mma.b), c: values(c, mma.acc) }
+}
+
+const TYPES: [(MmaTy, MmaTy, MmaTy); 11] = [
+    (MmaTy::S8, MmaTy::S8, MmaTy::S32),
+    (MmaTy::U8, MmaTy::S8, MmaTy::S32),
+    (MmaTy::S4, MmaTy::S4, MmaTy::S32),
+    (MmaTy::F16, MmaTy::F16, MmaTy::F32),
+    (MmaTy::BF16, MmaTy::BF16, MmaTy::F32),
+    (MmaTy::F16, MmaTy::F16, MmaTy::F16),
+    (MmaTy::E4M3, MmaTy::E4M3, MmaTy::F32),
+    (MmaTy::E5M2, MmaTy::E5M2, MmaTy::F32),
+    (MmaTy::E4M3, MmaTy::E5M2, MmaTy::F32),
+    (MmaTy::E4M3, MmaTy::E4M3, MmaTy::F16),
+    (MmaTy::E5M2, MmaTy::E5M2, MmaTy::F16),
+];
+
+#[test]
+fn products_are_sums_rounded_once() {
+    for (a, b, acc) in TYPES {
+        let mma = Mma { a, b, acc };
+        for seed in 0..10 {
+            let case = case(mma, seed);
+            let found = run(Matrix::Mma(mma), &case.words, mma.acc_registers(), Fp8Accumulation::Exact);
+            for lane in 0..32 {
+                for i in 0..4 {
+                    let (row, column) = Mma::acc_element(lane, i);
+                    let products = (0..mma.k()).map(|k| case.a[row * mma.k() + k] * case.b[k * 8 + column]);
+                    let sum = case.c[row * 8 + column] + products.sum::<f64>();
+                    let (bits, expected) = match acc {
+                        MmaTy::S32 => (found[32 * i + lane], sum as i64 as u32),
+                        MmaTy::F16 => {
+                            let bits = found[32 * (i / 2) + lane] >> (16 * (i % 2)) & 0xffff;
+                            (bits, f16::from_f64(sum).to_bits().into())
+                        }
+                        _ => (found[32 * i + lane], (sum as f32).to_bits()),
+                    };
+                    // The order of the sum can matter in the last bit of the double, not of the result.
+                    assert_eq!(bits, expected, "{mma:?}, row {row}, column {column}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn integer_sums_wrap() {
+    let mma = Mma { a: MmaTy::S8, b: MmaTy::S8, acc: MmaTy::S32 };
+    let mut words = vec![0x7f7f_7f7f; 6 * 32];
+    words.extend([i32::MAX as u32; 128]);
+    let found = run(Matrix::Mma(mma), &words, 4, Fp8Accumulation::Exact);
+    assert_eq!(found, [i32::MAX.wrapping_add(32 * 127 * 127) as u32; 128]);
+}
+
+/// The rule of [`Fp8Accumulation::Truncated`], worked out in other words.
+fn truncated(terms: &[f64]) -> f64 {
+    let exponent = |x: f64| if x == 0.0 { i32::MIN } else { x.abs().log2().floor() as i32 };
+    let largest = terms.iter().map(|&x| exponent(x)).max().unwrap();
+    if largest == i32::MIN {
+        return 0.0;
+    }
+    let unit = f64::exp2(f64::from(largest - 13));
+    let sum: f64 = terms.iter().map(|x| (x / unit).trunc() * unit).sum();
+    if sum == 0.0 {
+        return 0.0;
+    }
+    let unit = f64::exp2(f64::from(exponent(sum) - 13)).max(unit);
+    (sum / unit).trunc() * unit
+}
+
+#[test]
+fn fp8_can_be_cut_off_as_on_hopper() {
+    let mma = Mma { a: MmaTy::E4M3, b: MmaTy::E4M3, acc: MmaTy::F32 };
+    let mut differs = 0;
+    for seed in 0..20 {
+        let mut case = case(mma, seed);
+        if seed == 7 {
+            case.words[..].fill(0);
+            case.a.fill(0.0);
+            case.c.fill(0.0);
+        }
+        let found = run(Matrix::Mma(mma), &case.words, 4, Fp8Accumulation::Truncated);
+        for lane in 0..32 {
+            for i in 0..4 {
+                let (row, column) = Mma::acc_element(lane, i);
+                let mut terms = vec![case.c[row * 8 + column]];
+                terms.extend((0..32).map(|k| case.a[row * 32 + k] * case.b[k * 8 + column]));
+                let result = f32::from_bits(found[32 * i + lane]);
+                assert_eq!(f64::from(result), truncated(&terms), "{terms:?}");
+                assert_eq!(result.to_bits() & 0x3ff, 0, "13 fraction bits");
+                differs += u32::from(f64::from(result) != terms.iter().sum::<f64>());
+            }
+        }
+    }
+    assert!(differs > 1000, "{differs}");
+}
+
+#[test]
+fn block_scaled_products_follow_their_scales() {
+    let mma = MmaBlockScaled::PRODUCT;
+    for seed in 0..10 {
+        let mut case = case(mma, seed);
+        let mut random = seed + 99;
+        let mut scales = || -> Vec<u32> {
+            (0..32)
+                .map(|_| {
+                    random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                    (random >> 32) as u32 & 0x6f6f_6f6f
+                })
+                .collect()
+        };
+        let (a_scales, b_scales) = (scales(), scales());
+        case.words.extend(&a_scales);
+        case.words.extend(&b_scales);
+        let found = run(Matrix::MmaBlockScaled, &case.words, 4, Fp8Accumulation::Exact);
+        let scale = |word: u32, block: usize| f64::from(E4M3.decode((word >> (8 * block)) as u8));
+        for lane in 0..32 {
+            for i in 0..4 {
+                let (row, column) = Mma::acc_element(lane, i);
+                let products = (0..64).map(|k| {
+                    case.a[row * 64 + k]
+                        * case.b[k * 8 + column]
+                        * scale(a_scales[4 * (row % 8) + row / 8], k / 16)
+                        * scale(b_scales[4 * column], k / 16)
+                });
+                let sum = case.c[row * 8 + column] + products.sum::<f64>();
+                assert_eq!(found[32 * i + lane], (sum as f32).to_bits());
+            }
+        }
+    }
+}
+
+#[test]
+fn a_divergent_product_is_a_fault() {
+    use sage_emulator::FaultKind;
+    use sage_ptx::isa::Cmp;
+    let mut raw = Raw::new(32);
+    let thread = raw.thread();
+    let x = raw.mov(0);
+    let p = raw.compare(Cmp::Lt, thread, 31);
+    let mma = Mma { a: MmaTy::F16, b: MmaTy::F16, acc: MmaTy::F32 };
+    raw.when(p, |raw| raw.matrix(Matrix::Mma(mma), &[x; 4], &[x.operand(); 10]));
+    let result = Emulator::new().launch(&raw.done(), [1, 1, 1], &[]);
+    support::fault_naming(result, FaultKind::Divergent, &["mma", "0x80000000"]);
+}

@@ -1,0 +1,96 @@
+//! V to contiguous tiles of 16-bit elements of the type that P·V is computed in.
+
+use half::{bf16, f16};
+use sage_core::DType;
+use sage_ptx::{Code, Half, Program, Scalar, Val, kernel};
+
+use super::tile_load::{Head, ROWS, RowOrder, Source, input, tile_grid};
+use crate::params::kernel_params;
+use crate::sequence::KEY_TILE;
+
+/// Copies V into the workspace, for attention that computes in another type than V's, or that cannot read V's rows as
+/// they lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ConvertVConfig {
+    /// V as given.
+    pub source: Source,
+    /// Element type of the tiles: f16 or bf16. Values that f16 cannot hold become infinities.
+    pub to: DType,
+}
+
+kernel_params! {
+    /// What a launch of [`ConvertVConfig`] passes. Strides are in elements.
+    ConvertVParams, ConvertVArgs {
+        /// V as given.
+        x: [u16],
+        /// Tiles.
+        out: [u16],
+        /// Boundaries of packed sequences, or the valid keys of each batch entry.
+        cu_seqlens: [i32],
+        /// Stride of the batch.
+        stride_batch: i64,
+        /// Stride of the heads.
+        stride_head: i64,
+        /// Stride of the rows.
+        stride_row: i64,
+        /// Rows of the tensor.
+        rows: i32,
+        /// Tiles of the workspace, all sequences together.
+        key_tiles: i32,
+    }
+}
+
+impl ConvertVConfig {
+    /// Name of the kernel, unique for the configuration.
+    pub fn name(&self) -> String {
+        format!("convert_v_{}_{}", self.to, self.source.suffix())
+    }
+
+    /// Threads of a block.
+    pub const fn threads(&self) -> u32 {
+        self.source.threads()
+    }
+
+    /// Blocks along x, y and z, where the longest sequence has `max_kv_len` keys.
+    pub fn grid(&self, max_kv_len: usize, kv_heads: usize, sequences: usize) -> [u32; 3] {
+        tile_grid(max_kv_len, kv_heads, sequences)
+    }
+
+    /// The kernel.
+    pub fn program(&self) -> Program {
+        kernel(&self.name(), self.threads(), |code| self.write(code))
+    }
+
+    fn write(&self, code: &Code) {
+        self.source.bound_registers(code, 1024);
+        let p = ConvertVParams::declare(code);
+        let head = Head::new(code, &self.source, &input!(p));
+        let [tile, ..] = code.block_index();
+        code.exit_when((tile * KEY_TILE as i32).ge(head.len()));
+
+        let rows = head.load(tile, RowOrder::Modulo8);
+        let width = self.source.padded_dim() as i32;
+        let workspace_tile = head.head * p.key_tiles + head.sequence.first_tile + tile;
+        let start = workspace_tile.widen() * i64::from(KEY_TILE as i32 * width);
+        let out = p.out.at(start).at(head.thread << 3).cast::<u32>();
+        for (i, words) in rows.words.iter().enumerate() {
+            let words = words.map(|word| self.convert(word));
+            out.plus(i as i32 * ROWS as i32 * width / 2).store_vector(words);
+        }
+    }
+
+    /// Two neighbouring elements in the tiles' type.
+    fn convert<'k>(&self, word: Val<'k, u32>) -> Val<'k, u32> {
+        fn narrow<'k, T: Half>([low, high]: [Val<'k, f32>; 2]) -> Val<'k, u32>
+        where
+            T::Pair: Scalar,
+        {
+            low.pack::<T>(high).reinterpret()
+        }
+        match self.to {
+            same if same == self.source.dtype => word,
+            DType::F16 => narrow::<f16>(self.source.widen(word)),
+            _ => narrow::<bf16>(self.source.widen(word)),
+        }
+    }
+}

@@ -1,0 +1,206 @@
+//! What smoothing Q takes from the scores: the products of the means of query blocks with the smoothed keys.
+
+use sage_ptx::{Code, Global, Program, Shared, Val, Var, kernel};
+
+use super::tile_load::{CHUNK, Head, ROWS, RowOrder, Source, input, tile_grid};
+use crate::params::kernel_params;
+use crate::sequence::{KEY_TILE, LengthParams, Sequence};
+
+/// Computes `ΔS = ⟨q̄, K − k̄⟩` for each block of queries and each key, in single precision and not scaled: a block for
+/// each tile of K, which it reads once for all query heads that share it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct DeltaSConfig {
+    /// K as given.
+    pub source: Source,
+    /// Whether K's mean is subtracted.
+    pub smooth_k: bool,
+}
+
+kernel_params! {
+    /// What a launch of [`DeltaSConfig`] passes. Strides are in elements.
+    DeltaSParams, DeltaSArgs {
+        /// K as given.
+        x: [u16],
+        /// Means of K, `[sequences][kv_heads][padded_dim]`.
+        k_mean: [f32],
+        /// Means of query blocks, `[sequences][q_heads][q_blocks][padded_dim]`.
+        q_mean: [f32],
+        /// ΔS, `[sequences][q_heads][q_blocks][max_tiles · 64]`, with the grid's blocks along x. Keys beyond the end of
+        /// a tile's sequence have zeros; tiles beyond it are not written.
+        delta_s: [f32],
+        /// Boundaries of packed sequences, or the valid keys of each batch entry.
+        cu_seqlens: [i32],
+        /// Boundaries of packed queries.
+        cu_seqlens_q: [i32],
+        /// Stride of the batch.
+        stride_batch: i64,
+        /// Stride of the heads.
+        stride_head: i64,
+        /// Stride of the rows.
+        stride_row: i64,
+        /// Rows of the tensor.
+        rows: i32,
+        /// Query rows of the tensors.
+        q_rows: i32,
+        /// Query heads that share a key head.
+        group_size: i32,
+        /// Blocks of query means of a sequence.
+        q_blocks: i32,
+        /// Query rows of a block: those of the longest sequence where one mean is for all rows.
+        block_rows: i32,
+    }
+}
+
+/// Query blocks that are multiplied with a tile at once.
+const QUERIES: usize = 16;
+
+/// Keys of a thread's products.
+const THREAD_KEYS: usize = 4;
+
+/// Threads along the keys.
+const KEY_THREADS: usize = KEY_TILE / THREAD_KEYS;
+
+/// Channels of a step: 16 bytes of each operand.
+const STEP: usize = 4;
+
+impl DeltaSConfig {
+    /// Name of the kernel, unique for the configuration.
+    pub fn name(&self) -> String {
+        let smooth = if self.smooth_k { "_smooth" } else { "" };
+        format!("delta_s{smooth}_{}", self.source.suffix())
+    }
+
+    /// Threads of a block.
+    pub const fn threads(&self) -> u32 {
+        self.source.threads()
+    }
+
+    /// Blocks along x, y and z, where the longest sequence has `max_kv_len` keys.
+    pub fn grid(&self, max_kv_len: usize, kv_heads: usize, sequences: usize) -> [u32; 3] {
+        tile_grid(max_kv_len, kv_heads, sequences)
+    }
+
+    /// The kernel.
+    pub fn program(&self) -> Program {
+        kernel(&self.name(), self.threads(), |code| self.write(code))
+    }
+
+    /// Floats between rows in shared memory: 16 bytes more than a row, so that neighbouring rows lie in other banks.
+    const fn pitch(&self) -> i32 {
+        (self.source.padded_dim() + STEP) as i32
+    }
+
+    fn write(&self, code: &Code) {
+        let p = DeltaSParams::declare(code);
+        let head = Head::new(code, &self.source, &input!(p));
+        let ([tile, _, index], [tiles, kv_heads, _]) = (code.block_index(), code.grid());
+        let lengths = LengthParams {
+            q_rows: p.q_rows,
+            kv_rows: p.rows,
+            cu_seqlens_q: p.cu_seqlens_q,
+            cu_seqlens_k: p.cu_seqlens,
+        };
+        let q_len = Sequence::new(code, self.source.lengths, &lengths, index).q_len;
+        code.exit_when((tile * KEY_TILE as i32).ge(head.len()) | q_len.le(0));
+
+        let keys = code.shared::<f32>("keys", KEY_TILE * self.pitch() as usize);
+        self.load_keys(&head, &p, tile, keys);
+
+        // The query heads that share a key head are neighbours, so all their blocks are rows of one matrix.
+        let rows = p.group_size * p.q_blocks;
+        let first_row = (index * kv_heads + head.head).widen() * rows.widen();
+        let width = self.source.padded_dim() as i32;
+        let means = p.q_mean.at(first_row * i64::from(width));
+        let row_len = tiles * KEY_TILE as i32;
+        let out = p.delta_s.at(first_row * row_len.widen()).at(tile * KEY_TILE as i32);
+        let queries = code.shared::<f32>("queries", QUERIES * self.pitch() as usize);
+        let quads = width / STEP as i32;
+        let (quad, quad_row) = (head.thread & (quads - 1), head.thread >> quads.ilog2() as i32);
+        let (key, query) = (head.thread & (KEY_THREADS as i32 - 1), head.thread >> KEY_THREADS.ilog2() as i32);
+        let query_threads = width / KEY_THREADS as i32;
+        let thread_queries = QUERIES / query_threads as usize;
+        code.range_by(0, rows, QUERIES as i32, |first| {
+            code.note("means of the next query blocks");
+            code.barrier();
+            for i in 0..QUERIES as i32 / STEP as i32 {
+                let row = quad_row + i * STEP as i32;
+                let from = first + row;
+                // Packed sequences may have fewer blocks; another mean serves as well where a block has none.
+                let has_mean = from.lt(rows) & ((from % p.q_blocks) * p.block_rows).lt(q_len);
+                let from = has_mean.select(from, 0);
+                let mean = means.at(from.widen() * i64::from(width)).at(quad * STEP as i32).load_vector::<4>();
+                queries.at(row * self.pitch() + quad * STEP as i32).store_vector(mean);
+            }
+            code.barrier();
+
+            let (of_keys, of_queries) = (keys.at(key * self.pitch()), queries.at(query * self.pitch()));
+            let sums = self.products(code, of_keys, of_queries, thread_queries);
+            for (j, sums) in sums.iter().enumerate() {
+                let row = first + query + j as i32 * query_threads;
+                code.when(row.lt(rows), || {
+                    let out: Global<'_, f32> = out.at(row.widen() * row_len.widen()).at(key);
+                    for (i, sum) in sums.iter().enumerate() {
+                        out.plus((i * KEY_THREADS) as i32).store(*sum);
+                    }
+                });
+            }
+        });
+    }
+
+    /// The tile minus the mean, in single precision, into shared memory.
+    fn load_keys<'k>(
+        &self,
+        head: &Head<'k>,
+        p: &DeltaSParams<'k>,
+        tile: Val<'k, i32>,
+        keys: Shared<'k, f32>,
+    ) {
+        let rows = head.load(tile, RowOrder::Modulo8);
+        let of_head = head.index.widen() * i64::from(self.source.padded_dim() as i32);
+        let channel = head.chunk * CHUNK as i32;
+        let mean = p.k_mean.at(of_head).at(channel);
+        let mean: Vec<[Val<'k, f32>; 4]> = match self.smooth_k {
+            true => vec![mean.load_vector(), mean.plus(4).load_vector()],
+            false => vec![[head.code.constant(0.0); 4]; 2],
+        };
+        for i in 0..ROWS {
+            let row = rows.row(i);
+            let to = keys.at(rows.index(i) * self.pitch() + channel);
+            for (half, mean) in mean.iter().enumerate() {
+                let valid = rows.valid(i);
+                let smoothed = std::array::from_fn(|c| valid.select(row[4 * half + c] - mean[c], 0.0));
+                to.plus(4 * half as i32).store_vector::<4>(smoothed);
+            }
+        }
+    }
+
+    /// The thread's products: for each of its queries, those with each of its keys.
+    fn products<'k>(
+        &self,
+        code: &'k Code,
+        keys: Shared<'k, f32>,
+        queries: Shared<'k, f32>,
+        thread_queries: usize,
+    ) -> Vec<Vec<Var<'k, f32>>> {
+        let query_threads = (QUERIES / thread_queries) as i32;
+        let sums: Vec<Vec<Var<'k, f32>>> =
+            (0..thread_queries).map(|_| (0..THREAD_KEYS).map(|_| code.var(0.0)).collect()).collect();
+        code.range_by(0, self.source.padded_dim() as i32, 4 * STEP as i32, |channel| {
+            let (keys, queries) = (keys.at(channel), queries.at(channel));
+            for step in 0..4 {
+                let offset = (step * STEP) as i32;
+                let key = |i: usize| keys.plus((i * KEY_THREADS) as i32 * self.pitch() + offset).load_vector::<4>();
+                let query = |j: usize| queries.plus(j as i32 * query_threads * self.pitch() + offset).load_vector::<4>();
+                let keys: Vec<[Val<'k, f32>; 4]> = (0..THREAD_KEYS).map(key).collect();
+                for (j, sums) in sums.iter().enumerate() {
+                    let query: [Val<'k, f32>; 4] = query(j);
+                    for (sum, key) in sums.iter().zip(&keys) {
+                        let products = key.iter().zip(query);
+                        sum.set(products.fold(sum.get(), |sum, (&key, query)| key.mul_add(query, sum)));
+                    }
+                }
+            }
+        });
+        sums
+    }
+}
