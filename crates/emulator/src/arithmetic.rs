@@ -125,7 +125,8 @@ mod tests {
             ops.extend([Lane::And(ty), Lane::Or(ty), Lane::Xor(ty)]);
         }
         ops.extend(
-            [Cmp::Eq, Cmp::Ne, Cmp::NeU, Cmp::Lt, Cmp::Le, Cmp::Gt, Cmp::Ge].map(|cmp| Lane::Set(cmp, Ty::S32)),
+            [Cmp::Eq, Cmp::Ne, Cmp::NeU, Cmp::Lt, Cmp::Le, Cmp::Gt, Cmp::Ge]
+                .map(|cmp| Lane::Set(cmp, Ty::S32)),
         );
         let counts = |op| match op {
             Lane::Mov(_) | Lane::Convert(_) => 1,
@@ -141,9 +142,16 @@ mod tests {
                 for lane in 0..32 {
                     let inputs: Vec<u64> = s.iter().map(|s| s[lane]).collect();
                     let expected = op.eval(&inputs);
-                    let float = matches!(op, Lane::Add(Ty::F32) | Lane::Sub(Ty::F32) | Lane::Mul(Ty::F32) | Lane::Fma(Ty::F32));
+                    let float = matches!(
+                        op,
+                        Lane::Add(Ty::F32) | Lane::Sub(Ty::F32) | Lane::Mul(Ty::F32) | Lane::Fma(Ty::F32)
+                    );
                     let nan = float && f(expected).is_nan() && f(found[lane]).is_nan();
-                    assert!(nan || found[lane] == expected, "{op:?} of {inputs:x?}: {:x} {expected:x}", found[lane]);
+                    assert!(
+                        nan || found[lane] == expected,
+                        "{op:?} of {inputs:x?}: {:x} {expected:x}",
+                        found[lane]
+                    );
                 }
             }
         }

@@ -15,6 +15,13 @@ pub(crate) fn wavefronts(addresses: &[u32; 32], lanes: u32, bytes: u32) -> Wavef
         8 => 16,
         _ => 32,
     };
+    if lanes == u32::MAX
+        && bytes >= 4
+        && (1..32).all(|lane| addresses[lane] == addresses[lane - 1].wrapping_add(bytes))
+    {
+        let phases = (32 / per_phase) as u32;
+        return Wavefronts { taken: phases, ideal: phases };
+    }
     let mut total = Wavefronts::default();
     for first in (0..32).step_by(per_phase) {
         let mask = (((1u64 << per_phase) - 1) << first) as u32 & lanes;
@@ -59,7 +66,7 @@ fn each_word(addresses: &[u32; 32], mut lanes: u32, bytes: u32, mut visit: impl 
         let lane = lanes.trailing_zeros() as usize;
         lanes &= lanes - 1;
         let first = addresses[lane] / 4;
-        for word in first..first + bytes.div_ceil(4) {
+        for word in first..first.wrapping_add(bytes.div_ceil(4)) {
             visit(word);
         }
     }

@@ -1,19 +1,20 @@
 //! A block: its warps, its shared memory, what they wait for, and in which order they take turns.
 
-use std::panic::Location;
-
 use sage_ptx::Arg;
 
+use crate::access::{Access, AccessKind};
 use crate::barrier::Barriers;
 use crate::bulk::Flight;
 use crate::decode::{Code, Step};
+use crate::diagnosis::{at_statement, diverges, runaway};
 use crate::emulator::EmulatorOptions;
 use crate::fault::{Fault, FaultKind, Outcome, Trouble};
+use crate::layout::Layout;
 use crate::mbarrier::Mbarriers;
 use crate::memory::Global;
 use crate::races::Clocks;
 use crate::report::Stats;
-use crate::shared::{Access, AccessKind, Layout, Shared};
+use crate::shared::Shared;
 use crate::warp::Warp;
 
 /// What all blocks of a launch share.
@@ -35,7 +36,10 @@ pub(crate) enum Status {
     Polling,
     Barrier(u32),
     /// At `try_wait`, which will say `false` once when nothing else can run, and after that no more.
-    Mbarrier { address: u32, parity: u32 },
+    Mbarrier {
+        address: u32,
+        parity: u32,
+    },
     /// At a `wgmma`, for the other warps of the group.
     Wgmma,
     /// At `setmaxnreg`, for registers that others give back.
@@ -95,7 +99,7 @@ impl Context<'_, '_> {
         if self.warp.active == self.warp.live {
             return Ok(());
         }
-        Err(self.divergent(what, self.warp.live))
+        Err(diverges(self.warp, what, self.warp.live))
     }
 
     /// An instruction that needs all 32 lanes.
@@ -103,20 +107,7 @@ impl Context<'_, '_> {
         if self.warp.active == u32::MAX {
             return Ok(());
         }
-        Err(self.divergent(what, u32::MAX))
-    }
-
-    #[cold]
-    fn divergent(&self, what: &str, wanted: u32) -> Box<Trouble> {
-        let missing = wanted & !self.warp.active;
-        let exited = if missing & !self.warp.live != 0 { ", of which some have exited" } else { "" };
-        let branches: Vec<String> = self.warp.branches().map(|at| format!("{at}")).collect();
-        let inside = match branches.as_slice() {
-            [] => String::new(),
-            branches => format!("; inside the branches and loops at {}", branches.join(", ")),
-        };
-        let detail = format!("{what} without lanes {missing:#010x}{exited}{inside}");
-        Trouble::new(FaultKind::Divergent, detail).lanes(self.warp.active)
+        Err(diverges(self.warp, what, u32::MAX))
     }
 }
 
@@ -133,8 +124,8 @@ pub(crate) enum Turn {
 #[derive(Debug)]
 pub(crate) struct Block {
     pub linear: u64,
-    warps: Vec<Warp>,
-    state: State,
+    pub warps: Vec<Warp>,
+    pub state: State,
     order: Vec<usize>,
     random: u64,
 }
@@ -155,7 +146,8 @@ impl Block {
         let clocks = Clocks::new(count);
         let [x, y, _] = cx.grid.map(u64::from);
         let index = [linear % x, linear / x % y, linear / x / y].map(|i| i as u32);
-        let per_thread = (65536 / threads.max(1) / cx.code.program.min_blocks.unwrap_or(1).max(1)).min(255) & !7;
+        let per_thread =
+            (65536 / threads.max(1) / cx.code.program.min_blocks.unwrap_or(1).max(1)).min(255) & !7;
         let mut block = Block {
             linear,
             warps: warps.collect(),
@@ -208,11 +200,12 @@ impl Block {
                 let slice = if cx.options.seed == 0 { SLICE } else { 1 + self.random() % SLICE };
                 let before = self.warps[warp].steps;
                 let outcome = self.run_warp(cx, stats, warp, slice).and_then(|()| self.deliver(cx));
-                outcome.map_err(|trouble| self.fault(cx, warp, trouble))?;
+                outcome.map_err(|trouble| self.fault(cx, warp, *trouble))?;
                 let waits = matches!(self.state.status[warp], Status::Polling | Status::Registers);
                 ran |= self.warps[warp].steps > before && !waits;
             }
             if self.state.status.iter().all(|&status| status == Status::Done) {
+                self.leaves_nothing_behind().map_err(|(warp, trouble)| self.fault(cx, warp, *trouble))?;
                 stats.shared_bytes = stats.shared_bytes.max(cx.layout.bytes);
                 return Ok(Turn::Done);
             }
@@ -221,7 +214,7 @@ impl Block {
             }
             if let Some(first) = self.state.flights.iter().map(|flight| flight.lands_at).min() {
                 self.state.turn = self.state.turn.max(first);
-                self.deliver(cx).map_err(|trouble| self.fault(cx, 0, trouble))?;
+                self.deliver(cx).map_err(|trouble| self.fault(cx, 0, *trouble))?;
                 continue;
             }
             if self.time_out() {
@@ -243,6 +236,22 @@ impl Block {
             self.state.land(cx, flight)?;
         }
         Ok(())
+    }
+
+    /// Bulk copies that outlive the block would touch the shared memory of the next one.
+    fn leaves_nothing_behind(&self) -> Result<(), (usize, Box<Trouble>)> {
+        if let Some(flight) = self.state.flights.first() {
+            let detail = "the block ends while a bulk load to its shared memory is in flight";
+            let trouble = Trouble::new(FaultKind::MissingWait, detail).other(flight.at);
+            return Err((flight.warp, trouble));
+        }
+        match self.warps.iter().find(|warp| warp.bulk.pending()) {
+            Some(warp) => {
+                let detail = "the block ends without waiting for a bulk store that reads its shared memory";
+                Err((warp.index as usize, Trouble::new(FaultKind::BulkStoreInFlight, detail)))
+            }
+            None => Ok(()),
+        }
     }
 
     /// A `try_wait` may give up and say `false`: whoever has not done so since it last did something does so now.
@@ -267,10 +276,10 @@ impl Block {
             let step = cx.code.steps[warp.pc as usize];
             warp.steps += 1;
             if warp.steps > cx.options.step_limit {
-                return Err(runaway(warp, cx.options.step_limit));
+                return Err(runaway(warp, step, cx.options.step_limit));
             }
             let Step::Instr(instr) = step else {
-                warp.control(&cx.code, step).map_err(|trouble| at_control(trouble, step))?;
+                warp.control(&cx.code, step).map_err(|trouble| at_statement(trouble, step))?;
                 if warp.finished() {
                     self.retire(index);
                     return Ok(());
@@ -320,7 +329,8 @@ impl Block {
     fn wgmma(&mut self, cx: &Launch<'_>, stats: &mut Stats, index: usize) -> Outcome<bool> {
         let first = index & !3;
         let Some(group) = self.warps.get_mut(first..first + 4) else {
-            let detail = format!("wgmma by a block of {} warps, whose last group is not whole", self.warps.len());
+            let detail =
+                format!("wgmma by a block of {} warps, whose last group is not whole", self.warps.len());
             return Err(Trouble::new(FaultKind::Divergent, detail));
         };
         if self.state.status[first..first + 4].iter().any(|&status| status != Status::Wgmma) {
@@ -347,108 +357,10 @@ impl Block {
         let live = self.state.live_warps();
         self.state.barriers.warp_ended(live, &mut self.state.clocks, &mut self.state.status);
     }
-
-    fn fault(&self, cx: &Launch<'_>, warp: usize, trouble: Box<Trouble>) -> Box<Fault> {
-        let warp = &self.warps[warp];
-        let (at, instruction) = self.place(cx, warp);
-        Box::new(Fault {
-            kind: trouble.kind,
-            block: self.state.index,
-            warp: warp.index,
-            lanes: if trouble.lanes == 0 { warp.active } else { trouble.lanes },
-            at,
-            instruction,
-            object: trouble.object.filter(|name| !name.is_empty()),
-            other: trouble.other.and_then(|instr| cx.code.instrs.get(instr as usize)).map(|instr| instr.at),
-            detail: trouble.detail,
-        })
-    }
-
-    /// The source and text of what a warp is doing.
-    fn place(&self, cx: &Launch<'_>, warp: &Warp) -> (Option<&'static Location<'static>>, String) {
-        // An instruction that ran, or will run again, is the step before or at the program counter.
-        let steps = &cx.code.steps;
-        let here = steps.get(warp.pc as usize);
-        match (warp.pc.checked_sub(1).and_then(|pc| steps.get(pc as usize)), here) {
-            (Some(Step::Instr(i)), _) | (_, Some(Step::Instr(i))) if *i == warp.instr => {}
-            (_, Some(&(Step::If { at, .. } | Step::Loop { at, .. } | Step::Test { at, .. }))) => {
-                return (Some(at), "condition".into());
-            }
-            _ => {}
-        }
-        match cx.code.instrs.get(warp.instr as usize) {
-            Some(instr) => (Some(instr.at), cx.code.text(warp.instr)),
-            None => (None, String::new()),
-        }
-    }
-
-    /// Everything waits: says where each warp stands.
-    pub fn deadlock(&self, cx: &Launch<'_>, why: &str) -> Box<Fault> {
-        let mut detail = why.to_owned();
-        let mut first = None;
-        let mut kind = FaultKind::Deadlock;
-        for (warp, status) in self.warps.iter().zip(&self.state.status) {
-            let what = match status {
-                Status::Done => continue,
-                Status::Ready | Status::Polling => "polls global memory".to_owned(),
-                Status::Barrier(id) => self.state.barriers.describe(*id, self.state.live_warps()),
-                Status::Mbarrier { address, parity } => {
-                    let (place, _) = cx.layout.place(*address);
-                    self.state.mbarriers.describe(*address, *parity, &place)
-                }
-                Status::Wgmma => "waits at a wgmma for the other warps of its group".to_owned(),
-                Status::Registers => {
-                    kind = FaultKind::RegisterBudget;
-                    let sum: u32 = self.state.register_limits.iter().map(|limit| 32 * limit).sum();
-                    format!("waits at setmaxnreg for registers; the block holds {sum} of 65536")
-                }
-            };
-            first = first.or(Some(warp));
-            let at = cx.code.instrs.get(warp.instr as usize).map(|instr| instr.at.to_string()).unwrap_or_default();
-            detail += &format!("\n      warp {} {what}, at {at}", warp.index);
-        }
-        let (at, instruction) = match first {
-            Some(warp) => (
-                cx.code.instrs.get(warp.instr as usize).map(|instr| instr.at),
-                cx.code.text(warp.instr),
-            ),
-            None => (None, String::new()),
-        };
-        Box::new(Fault {
-            kind,
-            block: self.state.index,
-            warp: first.map_or(0, |warp| warp.index),
-            lanes: first.map_or(0, |warp| warp.active),
-            at,
-            instruction,
-            object: None,
-            other: None,
-            detail,
-        })
-    }
 }
 
 impl State {
     pub fn live_warps(&self) -> u32 {
         self.status.iter().filter(|&&status| status != Status::Done).count() as u32
     }
-}
-
-#[cold]
-fn runaway(warp: &Warp, limit: u64) -> Box<Trouble> {
-    let loops: Vec<String> = warp.loops().map(|at| at.to_string()).collect();
-    let place = match loops.as_slice() {
-        [] => "outside of loops".to_owned(),
-        loops => format!("in the loops at {}", loops.join(", ")),
-    };
-    Trouble::new(FaultKind::Runaway, format!("warp {} took more than {limit} steps, {place}", warp.index))
-}
-
-/// A fault in a condition belongs to the statement, not to the instruction before it.
-#[cold]
-fn at_control(mut trouble: Box<Trouble>, step: Step) -> Box<Trouble> {
-    if let Step::If { at, .. } | Step::Test { at, .. } = step {
-        trouble.detail += &format!("; the condition at {at}");
-    }
-    trouble
 }

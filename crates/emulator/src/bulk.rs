@@ -3,12 +3,12 @@
 
 use sage_ptx::Arg;
 
+use crate::access::{Access, AccessKind};
 use crate::block::{Context, Flow, Launch, State};
+use crate::descriptor::swizzle;
 use crate::execute::{PARAM_BASE, PARAM_BYTES, lanes};
 use crate::fault::{FaultKind, Outcome, Trouble};
-use crate::shared::{Access, AccessKind};
 use crate::tensor_map::{Swizzle, TensorMap};
-use crate::wgmma::swizzle;
 
 /// A bulk load on its way.
 #[derive(Debug)]
@@ -17,8 +17,8 @@ pub(crate) struct Flight {
     pub lands_at: u64,
     mbarrier: u32,
     bytes: i64,
-    warp: usize,
-    at: u32,
+    pub warp: usize,
+    pub at: u32,
     /// Offsets in shared memory and data.
     chunks: Vec<(u32, u128)>,
 }
@@ -29,6 +29,13 @@ pub(crate) struct BulkGroups {
     /// Count of the last store since the last commit.
     open: Option<u32>,
     groups: Vec<Option<u32>>,
+}
+
+impl BulkGroups {
+    /// Whether some store was not waited for.
+    pub fn pending(&self) -> bool {
+        self.open.is_some() || self.groups.iter().any(Option::is_some)
+    }
 }
 
 impl State {
@@ -45,8 +52,14 @@ impl State {
             let detail = format!("the mbarrier at {place} got {} bytes more than announced", -bytes);
             return Err(Trouble::new(FaultKind::Mbarrier, detail).object(name).other(init_at));
         }
-        let who =
-            Access { warp: flight.warp, component, count, at: flight.at, kind: AccessKind::Write, proxy: true };
+        let who = Access {
+            warp: flight.warp,
+            component,
+            count,
+            at: flight.at,
+            kind: AccessKind::Write,
+            proxy: true,
+        };
         for (offset, data) in flight.chunks {
             self.shared.land(offset as usize, 16, data, &who);
         }
@@ -61,7 +74,7 @@ impl Context<'_, '_> {
         let index = address.wrapping_sub(PARAM_BASE) / PARAM_BYTES;
         let arg = usize::try_from(index).ok().and_then(|index| self.cx.args.get(index));
         match arg {
-            Some(Arg::TensorMap(bytes)) if (address - PARAM_BASE) % PARAM_BYTES == 0 => {
+            Some(Arg::TensorMap(bytes)) if (address - PARAM_BASE).is_multiple_of(PARAM_BYTES) => {
                 let name = self.cx.code.program.params.get(index as usize).map(|param| param.name.clone());
                 TensorMap::decode(bytes).map_err(|trouble| trouble.object(name.unwrap_or_default()))
             }
@@ -82,7 +95,7 @@ impl Context<'_, '_> {
             let detail = format!("a copy of {dims} dimensions by a tensor map of {}", map.shape.len());
             return Err(Trouble::new(FaultKind::TensorMap, detail));
         }
-        if shared % 128 != 0 {
+        if !shared.is_multiple_of(128) {
             let (place, name) = self.cx.layout.place(shared);
             let detail = format!("a bulk copy at {place} (shared address {shared:#x}), no multiple of 128");
             return Err(Trouble::new(FaultKind::Misaligned, detail).object(name));
@@ -97,7 +110,8 @@ impl Context<'_, '_> {
         let maps = *self.warp.read(code, src[1], active)?;
         let barriers = *self.warp.read(code, src[2], active)?;
         for lane in lanes(active) {
-            let load = self.bulk_load_of(dims, lane, to[lane] as u32, maps[lane], barriers[lane] as u32, &src[3..]);
+            let load =
+                self.bulk_load_of(dims, lane, to[lane] as u32, maps[lane], barriers[lane] as u32, &src[3..]);
             load.map_err(|trouble| trouble.lane(lane))?;
         }
         self.warp.progressed();
@@ -118,7 +132,8 @@ impl Context<'_, '_> {
         self.use_mbarrier(mbarrier)?;
         if let Some(barrier) = self.state.mbarriers.get(mbarrier).filter(|barrier| !barrier.fenced) {
             let (place, name) = self.cx.layout.place(mbarrier);
-            let detail = format!("the mbarrier at {place} was initialised and not fenced for the copy engine");
+            let detail =
+                format!("the mbarrier at {place} was initialised and not fenced for the copy engine");
             let trouble = Trouble::new(FaultKind::MissingProxyFence, detail).object(name);
             return Err(trouble.other(barrier.init_at));
         }
@@ -162,7 +177,7 @@ impl Context<'_, '_> {
         let mut i = inside.start as u64 * size;
         let end = inside.end as u64 * size;
         while i < end {
-            let bytes = if (address.wrapping_add(i)) % 16 == 0 && i + 16 <= end { 16 } else { size };
+            let bytes = if address.wrapping_add(i).is_multiple_of(16) && i + 16 <= end { 16 } else { size };
             let value = self.cx.global.read(address.wrapping_add(i), bytes as u32)?;
             data[i as usize..(i + bytes) as usize].copy_from_slice(&value.to_le_bytes()[..bytes as usize]);
             i += bytes;
@@ -184,7 +199,14 @@ impl Context<'_, '_> {
         Ok(Flow::Next)
     }
 
-    fn bulk_store_of(&mut self, dims: usize, lane: usize, map: u64, from: u32, corner: &[u32]) -> Outcome<()> {
+    fn bulk_store_of(
+        &mut self,
+        dims: usize,
+        lane: usize,
+        map: u64,
+        from: u32,
+        corner: &[u32],
+    ) -> Outcome<()> {
         let map = self.checked(self.map_at(map)?, dims, from)?;
         let corner = self.corner(dims, corner, lane)?;
         let component = self.state.clocks.bulk_component();
@@ -233,7 +255,7 @@ impl Context<'_, '_> {
 
 /// Shared address of a byte of the box.
 fn place_of(map: &TensorMap, base: u32, byte: u32) -> u32 {
-    let address = base + byte;
+    let address = base.wrapping_add(byte);
     match map.swizzle {
         Swizzle::None => address,
         swizzled => swizzle(address, swizzled.chunks()),

@@ -2,12 +2,12 @@
 
 use sage_ptx::isa::{Lane, Redux, Shuffle, Vote, Warp as WarpOp};
 
+use crate::access::AccessKind;
 use crate::banks;
 use crate::block::{Context, Flow};
 use crate::decode::Lanes;
 use crate::execute::lanes;
 use crate::fault::{FaultKind, Outcome, Trouble};
-use crate::shared::AccessKind;
 use crate::warp::mask_of;
 
 impl Context<'_, '_> {

@@ -1,10 +1,10 @@
 //! `cp.async`: data that is fetched now and lands in shared memory when its thread waits for it.
 
+use crate::access::{Access, AccessKind};
 use crate::banks;
 use crate::block::{Context, Flow};
 use crate::execute::lanes;
 use crate::fault::{FaultKind, Outcome, Trouble};
-use crate::shared::{Access, AccessKind};
 
 /// A copy on its way.
 #[derive(Clone, Copy, Debug)]
@@ -66,9 +66,10 @@ impl Context<'_, '_> {
         if wanted == bytes {
             return global.read(address, bytes);
         }
-        if address % u64::from(bytes) != 0 {
+        if !address.is_multiple_of(u64::from(bytes)) {
             let name = global.name_of(address).unwrap_or("?");
-            let detail = format!("cp.async of {bytes} bytes from {address:#x} in `{name}`, no multiple of {bytes}");
+            let detail =
+                format!("cp.async of {bytes} bytes from {address:#x} in `{name}`, no multiple of {bytes}");
             return Err(Trouble::new(FaultKind::Misaligned, detail).object(name));
         }
         let mut data = 0;
@@ -81,7 +82,8 @@ impl Context<'_, '_> {
     pub fn commit_copies(&mut self) -> Outcome<Flow> {
         let active = self.warp.active;
         let copies = &mut self.warp.copies;
-        let mine: Vec<Flight> = copies.uncommitted.extract_if(.., |flight| active >> flight.lane & 1 == 1).collect();
+        let mine: Vec<Flight> =
+            copies.uncommitted.extract_if(.., |flight| active >> flight.lane & 1 == 1).collect();
         copies.groups.push((active, mine));
         Ok(Flow::Next)
     }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::panic::Location;
 
 use sage_ptx::Program;
-use sage_ptx::isa::{Control, Lane, Matrix, Memory, Op, Warp};
+use sage_ptx::isa::{Access, Control, Lane, Matrix, Memory, Op, Warp};
 use sage_ptx::program::{Instr, Operand, Reg, Stmt};
 
 use crate::fault::{FaultKind, Outcome, Trouble};
@@ -17,14 +17,27 @@ pub(crate) type Lanes = [u64; 32];
 pub(crate) enum Step {
     Instr(u32),
     /// Lanes without `cond` go to `otherwise`; all meet at `end`.
-    If { cond: u32, otherwise: u32, end: u32, at: &'static Location<'static> },
+    If {
+        cond: u32,
+        otherwise: u32,
+        end: u32,
+        at: &'static Location<'static>,
+    },
     /// The end of the lanes' first way.
     Else,
     EndIf,
-    Loop { end: u32, at: &'static Location<'static> },
+    Loop {
+        end: u32,
+        at: &'static Location<'static>,
+    },
     /// Lanes without `cond` leave.
-    Test { cond: u32, at: &'static Location<'static> },
-    Again { test: u32 },
+    Test {
+        cond: u32,
+        at: &'static Location<'static>,
+    },
+    Again {
+        test: u32,
+    },
     End,
 }
 
@@ -178,7 +191,17 @@ impl<'a> Decoder<'a> {
             );
             return Err(Trouble::new(FaultKind::InvalidProgram, detail));
         }
-        let to = instr.dst.iter().map(|&register| self.register(register)).collect::<Outcome<Box<[u32]>>>()?;
+        let mixed = match instr.op {
+            Op::Memory(Memory::Load { access, .. }) => access == Access::Release,
+            Op::Memory(Memory::Store { access, .. }) => access == Access::Acquire,
+            _ => false,
+        };
+        if mixed {
+            let detail = format!("{}: a load that releases, or a store that acquires", instr.at);
+            return Err(Trouble::new(FaultKind::InvalidProgram, detail));
+        }
+        let to =
+            instr.dst.iter().map(|&register| self.register(register)).collect::<Outcome<Box<[u32]>>>()?;
         let from = instr.src.iter().map(|&operand| self.operand(operand)).collect::<Outcome<Box<[u32]>>>()?;
         match instr.op {
             Op::Matrix(Matrix::Wgmma(wgmma)) => {
@@ -223,13 +246,14 @@ fn arity(op: Op) -> (Count, Count) {
         Op::Warp(Warp::StoreMatrix { count, .. }) => (0, 1 + usize::from(count)),
         Op::Matrix(Matrix::Mma(mma)) => (mma.acc_registers(), 6 + mma.acc_registers()),
         Op::Matrix(Matrix::MmaBlockScaled) => (4, 12),
-        Op::Matrix(Matrix::Wgmma(wgmma)) => {
-            (wgmma.acc_registers(), if wgmma.a_in_registers { 6 } else { 3 })
-        }
+        Op::Matrix(Matrix::Wgmma(wgmma)) => (wgmma.acc_registers(), if wgmma.a_in_registers { 6 } else { 3 }),
         Op::Matrix(Matrix::WgmmaWait(_)) => return (AtLeast(0), Exactly(0)),
         Op::Matrix(_) => (0, 0),
         Op::Control(control) => match control {
-            Control::Barrier { .. } | Control::BarrierArrive { .. } | Control::MbarrierArrive | Control::Sleep => (0, 1),
+            Control::Barrier { .. }
+            | Control::BarrierArrive { .. }
+            | Control::MbarrierArrive
+            | Control::Sleep => (0, 1),
             Control::MbarrierInit | Control::MbarrierArriveExpect => (0, 2),
             Control::MbarrierTryWait => (1, 2),
             Control::CopyAsync { .. } => (0, 3),

@@ -6,10 +6,10 @@ use sage_ptx::{Arg, Program};
 use crate::block::Launch;
 use crate::decode::Code;
 use crate::fault::{Failure, Fault, FaultKind, Outcome, Trouble};
+use crate::layout::Layout;
 use crate::memory::{Global, MAX_BYTES};
 use crate::report::Report;
 use crate::schedule;
-use crate::shared::Layout;
 use crate::tensor_core::Fp8Accumulation;
 use crate::tensor_map::TensorMap;
 
@@ -167,7 +167,8 @@ impl Emulator {
     /// Whatever the program did wrong, and arguments that do not fit it.
     pub fn launch(&self, program: &Program, grid: [u32; 3], args: &[Arg]) -> Result<Report, Failure> {
         let failure = |faults| Failure { program: program.name.clone(), faults };
-        let prepared = self.prepare(program, grid, args).map_err(|trouble| failure(vec![not_begun(*trouble)]))?;
+        let prepared =
+            self.prepare(program, grid, args).map_err(|trouble| failure(vec![not_begun(*trouble)]))?;
         let (stats, faults) = schedule::run(&prepared);
         if faults.is_empty() { Ok(stats.report(&prepared)) } else { Err(failure(faults)) }
     }
@@ -180,11 +181,18 @@ impl Emulator {
         }
         let [x, y, z] = grid;
         if grid.contains(&0) || x > i32::MAX as u32 || y > 65535 || z > 65535 {
-            return wrong(format!("grid of {grid:?} blocks, expected at least 1 and at most 2^31 - 1, 65535, 65535"));
+            return wrong(format!(
+                "grid of {grid:?} blocks, expected at least 1 and at most 2^31 - 1, 65535, 65535"
+            ));
         }
         if args.len() != program.params.len() {
             let names: Vec<&str> = program.params.iter().map(|param| param.name.as_str()).collect();
-            return wrong(format!("{} arguments, expected {}: {}", args.len(), names.len(), names.join(", ")));
+            return wrong(format!(
+                "{} arguments, expected {}: {}",
+                args.len(),
+                names.len(),
+                names.join(", ")
+            ));
         }
         for (param, arg) in program.params.iter().zip(args) {
             if param.ty != arg.ty() {

@@ -1,14 +1,17 @@
 //! One instruction of one warp: arithmetic, loads and stores here, everything else where it belongs.
 
 use sage_ptx::Arg;
-use sage_ptx::isa::{Access as Order, AtomicOp, Control, Matrix, Memory, Op, Space, Special, Ty, Warp as WarpOp, Word};
+use sage_ptx::isa::{
+    Access as Order, AtomicOp, Control, Matrix, Memory, Op, Space, Special, Ty, Warp as WarpOp, Word,
+};
 
+use crate::access::AccessKind;
 use crate::arithmetic;
 use crate::banks;
 use crate::block::{Context, Flow, Status};
 use crate::decode::{Decoded, Lanes};
 use crate::fault::{FaultKind, Outcome, Trouble};
-use crate::shared::{AccessKind, BASE};
+use crate::layout::BASE;
 
 /// Where kernel parameters lie, which only a bulk copy can look at.
 pub(crate) const PARAM_BASE: u64 = 0x6000_0000_0000;
@@ -101,7 +104,7 @@ impl Context<'_, '_> {
         self.all_lanes("setmaxnreg")?;
         let index = self.index();
         let current = self.state.register_limits[index];
-        if count % 8 != 0 || !(24..=256).contains(&count) {
+        if !count.is_multiple_of(8) || !(24..=256).contains(&count) {
             let detail = format!("setmaxnreg {count}, expected a multiple of 8 from 24 to 256");
             return Err(Trouble::new(FaultKind::RegisterBudget, detail));
         }
@@ -129,26 +132,25 @@ impl Context<'_, '_> {
             Memory::Store { space, word, count, offset, access: _ } => {
                 return self.store(space, word, count, offset, src);
             }
-            Memory::Atomic { space, op, ty, offset } => return self.atomic(space, op, ty, offset, dst[0], src),
+            Memory::Atomic { space, op, ty, offset } => {
+                return self.atomic(space, op, ty, offset, dst[0], src);
+            }
             Memory::Special(special) => {
                 let values = self.special(special);
                 self.warp.write(&self.cx.code, dst[0], active, &values)?;
                 return Ok(Flow::Next);
             }
-            Memory::Param { index, ty } => {
-                let bits = match self.cx.args.get(index as usize) {
-                    Some(Arg::Pointer(x)) => *x,
-                    Some(Arg::I64(x)) => *x as u64,
-                    Some(Arg::U32(x)) => u64::from(*x),
-                    Some(Arg::I32(x)) => u64::from(*x as u32),
-                    Some(Arg::F32(x)) => u64::from(x.to_bits()),
-                    Some(Arg::TensorMap(_)) | None => {
-                        let detail = format!("parameter {index} read as {ty:?}");
-                        return Err(Trouble::new(FaultKind::InvalidProgram, detail));
-                    }
-                };
-                bits
-            }
+            Memory::Param { index, ty } => match self.cx.args.get(index as usize) {
+                Some(Arg::Pointer(x)) => *x,
+                Some(Arg::I64(x)) => *x as u64,
+                Some(Arg::U32(x)) => u64::from(*x),
+                Some(Arg::I32(x)) => u64::from(*x as u32),
+                Some(Arg::F32(x)) => u64::from(x.to_bits()),
+                Some(Arg::TensorMap(_)) | None => {
+                    let detail = format!("parameter {index} read as {ty:?}");
+                    return Err(Trouble::new(FaultKind::InvalidProgram, detail));
+                }
+            },
             Memory::ParamAddress { index } => PARAM_BASE + PARAM_BYTES * u64::from(index),
             Memory::SharedAddress { offset, .. } => u64::from(BASE + offset),
         };
@@ -225,13 +227,17 @@ impl Context<'_, '_> {
                 let addresses = self.global_addresses(address, offset)?;
                 let mut seen = 0u64;
                 for lane in lanes(active) {
-                    let value = self.cx.global.read(addresses[lane], bytes).map_err(|trouble| trouble.lane(lane))?;
+                    let value =
+                        self.cx.global.read(addresses[lane], bytes).map_err(|trouble| trouble.lane(lane))?;
                     put(lane, value);
-                    seen = (seen ^ value as u64 ^ addresses[lane]).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(23);
+                    seen = (seen ^ value as u64 ^ addresses[lane])
+                        .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+                        .rotate_left(23);
                 }
                 self.stats.global(self.warp.instr, banks::sectors(&addresses, active, bytes), bytes);
                 if order == Order::Acquire {
-                    flow = if self.warp.polls_in_vain(seen) { Flow::Wait(Status::Polling) } else { Flow::Yield };
+                    flow =
+                        if self.warp.polls_in_vain(seen) { Flow::Wait(Status::Polling) } else { Flow::Yield };
                 }
             }
         }
@@ -288,14 +294,23 @@ impl Context<'_, '_> {
         self.state.shared.next_store();
         for lane in lanes(active) {
             let (layout, clocks) = (&self.cx.layout, &self.state.clocks);
-            let write = self.state.shared.write(layout, clocks, &access, addresses[lane], bytes, values[lane]);
+            let write =
+                self.state.shared.write(layout, clocks, &access, addresses[lane], bytes, values[lane]);
             write.map_err(|trouble| trouble.lane(lane))?;
         }
         self.state.clocks.stored(index, active);
         Ok(())
     }
 
-    fn atomic(&mut self, space: Space, op: AtomicOp, ty: Ty, offset: i32, dst: u32, src: &[u32]) -> Outcome<Flow> {
+    fn atomic(
+        &mut self,
+        space: Space,
+        op: AtomicOp,
+        ty: Ty,
+        offset: i32,
+        dst: u32,
+        src: &[u32],
+    ) -> Outcome<Flow> {
         let active = self.warp.active;
         let bytes = match ty.width() {
             sage_ptx::program::Width::B32 => 4,
@@ -330,7 +345,9 @@ impl Context<'_, '_> {
                     let update = self.cx.global.update(addresses[lane], bytes, change);
                     old[lane] = update.map_err(|trouble| trouble.lane(lane))?;
                     changed |= change(old[lane]) != old[lane];
-                    seen = (seen ^ old[lane] ^ addresses[lane]).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(23);
+                    seen = (seen ^ old[lane] ^ addresses[lane])
+                        .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+                        .rotate_left(23);
                 }
                 self.stats.global(self.warp.instr, banks::sectors(&addresses, active, bytes), bytes);
                 self.stats.global_changes += u64::from(changed);

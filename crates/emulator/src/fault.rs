@@ -198,12 +198,21 @@ pub(crate) struct Trouble {
     pub object: Option<String>,
     /// Index of the other instruction.
     pub other: Option<u32>,
+    /// The statement, where it is no instruction.
+    pub statement: Option<&'static Location<'static>>,
     pub detail: String,
 }
 
 impl Trouble {
     pub fn new(kind: FaultKind, detail: impl Into<String>) -> Box<Trouble> {
-        Box::new(Trouble { kind, lanes: 0, object: None, other: None, detail: detail.into() })
+        Box::new(Trouble {
+            kind,
+            lanes: 0,
+            object: None,
+            other: None,
+            statement: None,
+            detail: detail.into(),
+        })
     }
 
     pub fn lane(mut self: Box<Self>, lane: usize) -> Box<Trouble> {
@@ -223,6 +232,11 @@ impl Trouble {
 
     pub fn other(mut self: Box<Self>, instr: u32) -> Box<Trouble> {
         self.other = Some(instr);
+        self
+    }
+
+    pub fn statement(mut self: Box<Self>, at: &'static Location<'static>) -> Box<Trouble> {
+        self.statement = Some(at);
         self
     }
 }

@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+mod access;
 mod arithmetic;
 mod banks;
 mod barrier;
@@ -10,14 +11,18 @@ mod bulk;
 mod collective;
 mod copies;
 mod decode;
+mod descriptor;
+mod diagnosis;
 mod emulator;
 mod execute;
 mod fault;
+mod layout;
 mod mbarrier;
 mod memory;
 mod races;
 mod report;
 mod schedule;
+mod shadow;
 mod shared;
 mod tensor_core;
 mod tensor_map;

@@ -2,10 +2,13 @@
 
 use std::collections::BTreeMap;
 
+use crate::access::AccessKind;
 use crate::block::{Context, Flow, State, Status};
 use crate::fault::{FaultKind, Outcome, Trouble};
 use crate::races::Stamp;
-use crate::shared::AccessKind;
+
+/// What the hardware can count of bytes.
+const MAX_BYTES: u32 = (1 << 20) - 1;
 
 /// An `mbarrier`.
 #[derive(Debug)]
@@ -44,7 +47,10 @@ impl Mbarriers {
 
     /// A warp's fence makes its initialisations visible to the copy engine.
     pub fn fence(&mut self, warp: usize) {
-        self.table.values_mut().filter(|barrier| barrier.init_warp == warp).for_each(|barrier| barrier.fenced = true);
+        self.table
+            .values_mut()
+            .filter(|barrier| barrier.init_warp == warp)
+            .for_each(|barrier| barrier.fenced = true);
     }
 
     pub fn describe(&self, address: u32, parity: u32, place: &str) -> String {
@@ -144,8 +150,18 @@ impl Context<'_, '_> {
             let Some(barrier) = self.state.mbarriers.get(address) else { continue };
             if barrier.pending == 0 {
                 let (place, name) = self.cx.layout.place(address);
-                let detail = format!("more than {} arrivals in one phase of the mbarrier at {place}", barrier.expected);
-                return Err(Trouble::new(FaultKind::Mbarrier, detail).lane(lane).object(name).other(barrier.init_at));
+                let detail = format!(
+                    "more than {} arrivals in one phase of the mbarrier at {place}",
+                    barrier.expected
+                );
+                return Err(Trouble::new(FaultKind::Mbarrier, detail)
+                    .lane(lane)
+                    .object(name)
+                    .other(barrier.init_at));
+            }
+            if bytes[lane] as u32 > MAX_BYTES {
+                let detail = format!("{} bytes announced at once, at most {MAX_BYTES}", bytes[lane] as u32);
+                return Err(Trouble::new(FaultKind::Mbarrier, detail).lane(lane));
             }
             barrier.pending -= 1;
             barrier.bytes += i64::from(bytes[lane] as u32);
@@ -162,7 +178,7 @@ impl Context<'_, '_> {
         let addresses = *self.warp.read(code, address, self.warp.active)?;
         let parities = *self.warp.read(code, parity, self.warp.active)?;
         let mut done = [0; 32];
-        let mut waits_for = None;
+        let (mut waits_for, mut checked) = (None, None);
         for lane in self.active_lanes() {
             let address = addresses[lane] as u32;
             let parity = parities[lane] as u32;
@@ -170,7 +186,9 @@ impl Context<'_, '_> {
                 let detail = format!("mbarrier parity {parity}, expected 0 or 1");
                 return Err(Trouble::new(FaultKind::Mbarrier, detail).lane(lane));
             }
-            self.use_mbarrier(address).map_err(|trouble| trouble.lane(lane))?;
+            if checked.replace(address) != Some(address) {
+                self.use_mbarrier(address).map_err(|trouble| trouble.lane(lane))?;
+            }
             let Some(barrier) = self.state.mbarriers.get(address) else { continue };
             if barrier.phase & 1 == u64::from(parity) {
                 waits_for = waits_for.or(Some(Status::Mbarrier { address, parity }));
@@ -185,7 +203,11 @@ impl Context<'_, '_> {
             None => self.warp.progressed(),
         }
         let index = self.index();
+        let mut last = None;
         for lane in self.active_lanes().filter(|&lane| done[lane] == 1) {
+            if last.replace(addresses[lane]) == Some(addresses[lane]) {
+                continue;
+            }
             if let Some(barrier) = self.state.mbarriers.get(addresses[lane] as u32) {
                 let completed = std::mem::take(&mut barrier.completed);
                 self.state.clocks.acquire(index, &completed);

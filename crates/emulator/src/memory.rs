@@ -74,7 +74,7 @@ impl Global {
         let distance = |i: usize, buffer: &Allocation| {
             let start = region(i) + buffer.start;
             let end = start + buffer.bytes;
-            if address < start { start - address } else { (address + bytes).saturating_sub(end) }
+            if address < start { start - address } else { address.saturating_add(bytes).saturating_sub(end) }
         };
         let nearest = self.buffers.iter().enumerate().min_by_key(|(i, buffer)| distance(*i, buffer));
         let Some((i, buffer)) = nearest else {
@@ -101,8 +101,9 @@ impl Global {
         let wanted = marks(bytes.min(8), shift);
         if bytes == 16 {
             // A buffer can begin at an odd word, so the second word is looked up by itself.
-            let missing =
-                !buffer.marks(word) | !buffer.marks(word + 1) | u8::from(shift != 0 || word + 1 >= buffer.words.len());
+            let missing = !buffer.marks(word)
+                | !buffer.marks(word + 1)
+                | u8::from(shift != 0 || word + 1 >= buffer.words.len());
             if missing != 0 {
                 return Err(buffer.unwritten(address, offset, bytes));
             }
@@ -151,7 +152,8 @@ impl Global {
             return Ok(());
         }
         let name = self.name_of(address).unwrap_or("?");
-        let detail = format!("{bytes} bytes at global address {address:#x} in `{name}`, no multiple of {bytes}");
+        let detail =
+            format!("{bytes} bytes at global address {address:#x} in `{name}`, no multiple of {bytes}");
         Err(Trouble::new(FaultKind::Misaligned, detail).object(name))
     }
 
@@ -201,7 +203,8 @@ impl Allocation {
             word.store(value, Ordering::Release);
         } else {
             // Neighbouring bytes may belong to another worker's store.
-            let _ = word.fetch_update(Ordering::AcqRel, Ordering::Acquire, |old| Some(old & !mask | value & mask));
+            let _ = word
+                .fetch_update(Ordering::AcqRel, Ordering::Acquire, |old| Some(old & !mask | value & mask));
         }
         if written.load(Ordering::Relaxed) & marks != marks {
             written.fetch_or(marks, Ordering::Release);
@@ -211,7 +214,9 @@ impl Allocation {
     #[cold]
     fn unwritten(&self, address: u64, offset: u64, bytes: u32) -> Box<Trouble> {
         let name = &self.name;
-        let detail = format!("{bytes} bytes at offset {offset} of `{name}` (global address {address:#x}) were never written");
+        let detail = format!(
+            "{bytes} bytes at offset {offset} of `{name}` (global address {address:#x}) were never written"
+        );
         Trouble::new(FaultKind::UninitializedMemory, detail).object(name)
     }
 }

@@ -99,6 +99,11 @@ impl Clocks {
         self.seen[warp][warp]
     }
 
+    /// What a warp has seen of each component.
+    pub fn seen_by(&self, warp: usize) -> &[u32] {
+        self.seen.get(warp).map_or(&[], |seen| seen.as_slice())
+    }
+
     pub fn has_seen(&self, warp: usize, component: usize, count: u32) -> bool {
         component == warp || self.seen[warp].get(component).is_some_and(|&seen| seen >= count)
     }

@@ -262,7 +262,13 @@ fn class(op: Op) -> String {
     let space = |space| if space == Space::Global { "global" } else { "shared" };
     match op {
         Op::Lane(op) => match op {
-            Lane::Mov(_) | Lane::Join16 | Lane::Join32 | Lane::Low16 | Lane::High16 | Lane::Low32 | Lane::High32 => "mov",
+            Lane::Mov(_)
+            | Lane::Join16
+            | Lane::Join32
+            | Lane::Low16
+            | Lane::High16
+            | Lane::Low32
+            | Lane::High32 => "mov",
             Lane::Convert(Convert::Integer { .. }) => "cvt integer",
             Lane::Convert(_) => "cvt",
             Lane::Exp2 | Lane::Exp2F16x2 => "ex2",
@@ -305,7 +311,9 @@ fn class(op: Op) -> String {
             Matrix::Mma(mma) => format!("mma.m16n8k{}.{}.{}", mma.k(), ty(mma.acc), ty(mma.a)),
             Matrix::MmaBlockScaled => "mma.m16n8k64.f32.e2m1".to_owned(),
             Matrix::Wgmma(op) => format!("wgmma.m64n{}k{}.{}.{}", op.n, op.k(), ty(op.acc), ty(op.a)),
-            Matrix::WgmmaFence | Matrix::WgmmaCommit | Matrix::WgmmaWait(_) => "wgmma fence/commit/wait".to_owned(),
+            Matrix::WgmmaFence | Matrix::WgmmaCommit | Matrix::WgmmaWait(_) => {
+                "wgmma fence/commit/wait".to_owned()
+            }
         },
         Op::Control(op) => match op {
             Control::Barrier { .. } => "bar.sync",

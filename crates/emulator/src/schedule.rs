@@ -40,10 +40,14 @@ pub(crate) fn run(cx: &Launch<'_>) -> (Stats, Vec<Fault>) {
         total.merge(&shared.work(0));
     } else {
         thread::scope(|scope| {
-            let handles: Vec<_> = (0..workers).map(|worker| scope.spawn({
-                let shared = &shared;
-                move || shared.work(worker)
-            })).collect();
+            let handles: Vec<_> = (0..workers)
+                .map(|worker| {
+                    scope.spawn({
+                        let shared = &shared;
+                        move || shared.work(worker)
+                    })
+                })
+                .collect();
             for stats in handles.into_iter().filter_map(|handle| handle.join().ok()) {
                 total.merge(&stats);
             }
@@ -173,7 +177,8 @@ impl Shared<'_, '_> {
                 *known = board.changes;
                 return Next::Again;
             }
-            if board.next < self.blocks && !enough && board.resident < self.cx.options.resident_blocks.max(1) {
+            if board.next < self.blocks && !enough && board.resident < self.cx.options.resident_blocks.max(1)
+            {
                 board.next += 1;
                 board.resident += 1;
                 return Next::Start(board.next - 1);

@@ -46,21 +46,34 @@ fn table(format: Minifloat, bits: u32) -> Table {
 static E4M3_VALUES: LazyLock<Table> = LazyLock::new(|| table(E4M3, 8));
 static E5M2_VALUES: LazyLock<Table> = LazyLock::new(|| table(E5M2, 8));
 static E2M1_VALUES: LazyLock<Table> = LazyLock::new(|| table(E2M1, 4));
-static F16_VALUES: LazyLock<Vec<f64>> = LazyLock::new(|| (0..=u16::MAX).map(|x| f16::from_bits(x).to_f64()).collect());
+static F16_VALUES: LazyLock<Vec<f64>> =
+    LazyLock::new(|| (0..=u16::MAX).map(|x| f16::from_bits(x).to_f64()).collect());
+static BF16_VALUES: LazyLock<Vec<f64>> =
+    LazyLock::new(|| (0..=u16::MAX).map(|x| bf16::from_bits(x).to_f64()).collect());
 
 pub(crate) fn is_integer(ty: MmaTy) -> bool {
     matches!(ty, MmaTy::S8 | MmaTy::U8 | MmaTy::S4 | MmaTy::S32)
 }
 
+/// Values of all codes of a type of 16, 8 or 4 bits.
+fn values(ty: MmaTy) -> &'static [f64] {
+    match ty {
+        MmaTy::F16 => &F16_VALUES,
+        MmaTy::BF16 => &BF16_VALUES,
+        MmaTy::E5M2 => &*E5M2_VALUES,
+        MmaTy::E2M1 => &E2M1_VALUES[..16],
+        _ => &*E4M3_VALUES,
+    }
+}
+
 /// The value of an element's bits, for the types that are floats.
 pub(crate) fn float(ty: MmaTy, bits: u32) -> f64 {
     match ty {
-        MmaTy::F16 => F16_VALUES[(bits & 0xffff) as usize],
-        MmaTy::BF16 => bf16::from_bits(bits as u16).to_f64(),
-        MmaTy::E4M3 => E4M3_VALUES[(bits & 0xff) as usize],
-        MmaTy::E5M2 => E5M2_VALUES[(bits & 0xff) as usize],
-        MmaTy::E2M1 => E2M1_VALUES[(bits & 0xf) as usize],
-        _ => f64::from(f32::from_bits(bits)),
+        MmaTy::F32 | MmaTy::S32 => f64::from(f32::from_bits(bits)),
+        _ => {
+            let values = values(ty);
+            values[bits as usize & (values.len() - 1)]
+        }
     }
 }
 
@@ -77,7 +90,10 @@ pub(crate) fn integer(ty: MmaTy, bits: u32) -> i16 {
 pub(crate) fn add_integers(a: &[i16], b: &[i16], c: &mut [i32], k: usize, n: usize) {
     for (a, c) in a.chunks_exact(k).zip(c.chunks_exact_mut(n)) {
         for (b, c) in b.chunks_exact(k).zip(c) {
-            let sum = a.iter().zip(b).fold(0i32, |sum, (&a, &b)| sum + i32::from(a) * i32::from(b));
+            let sum = a
+                .iter()
+                .zip(b)
+                .fold(0i32, |sum, (&a, &b)| sum.wrapping_add(i32::from(a).wrapping_mul(i32::from(b))));
             *c = c.wrapping_add(sum);
         }
     }
@@ -135,21 +151,24 @@ impl Context<'_, '_> {
         self.all_lanes("mma")?;
         let code = &self.cx.code;
         let read = |register: u32| self.warp.read(code, register, u32::MAX);
-        let integers = is_integer(mma.a);
         let half = mma.acc == MmaTy::F16;
-        let fits = match mma.acc {
-            MmaTy::S32 => integers && is_integer(mma.b),
-            MmaTy::F32 | MmaTy::F16 => !integers && !is_integer(mma.b) && mma.a != MmaTy::F32,
-            _ => false,
-        };
-        if !fits || mma.a.bits() != mma.b.bits() || mma.a.bits() > 16 {
+        use MmaTy::*;
+        let exists = matches!(
+            (mma.a, mma.b, mma.acc),
+            (S8 | U8, S8 | U8, S32)
+                | (S4, S4, S32)
+                | (F16, F16, F16 | F32)
+                | (BF16, BF16, F32)
+                | (E4M3 | E5M2, E4M3 | E5M2, F16 | F32)
+        );
+        if !exists {
             return Err(Trouble::new(FaultKind::InvalidProgram, format!("no such mma: {mma:?}")));
         }
         let k = mma.k();
-        let (a, b) = (fragment_a(mma, [read(src[0])?, read(src[1])?, read(src[2])?, read(src[3])?]), [
-            read(src[4])?,
-            read(src[5])?,
-        ]);
+        let (a, b) = (
+            fragment_a(mma, [read(src[0])?, read(src[1])?, read(src[2])?, read(src[3])?]),
+            [read(src[4])?, read(src[5])?],
+        );
         let b = fragment_b(mma, b);
         // Register and bits of element `i` of the accumulator.
         let place = |i: usize| if half { (i / 2, 16 * (i % 2)) } else { (i, 0) };
@@ -241,48 +260,54 @@ impl Context<'_, '_> {
 
 /// A's 16 rows of k elements.
 pub(crate) fn fragment_a(mma: Mma, registers: [&Lanes; 4]) -> Numbers {
-    let k = mma.k();
-    if is_integer(mma.a) {
-        let mut numbers = vec![0; 16 * k];
-        each_of_a(mma, registers, |at, bits| numbers[at] = integer(mma.a, bits));
-        Numbers::Integers(numbers)
-    } else {
-        let mut numbers = vec![0.0; 16 * k];
-        each_of_a(mma, registers, |at, bits| numbers[at] = float(mma.a, bits));
-        Numbers::Floats(numbers)
-    }
-}
-
-fn each_of_a(mma: Mma, registers: [&Lanes; 4], mut put: impl FnMut(usize, u32)) {
-    let (k, bits) = (mma.k(), mma.a.bits());
-    for (r, values) in registers.into_iter().enumerate() {
-        for (lane, &value) in values.iter().enumerate() {
-            let (row, depth) = mma.a_element(lane, r, 0);
-            for i in 0..32 / bits {
-                put(row * k + depth + i, (value >> (bits * i)) as u32);
-            }
-        }
-    }
+    gather(mma.a, 16 * mma.k(), &registers, |lane, r| {
+        let (row, depth) = mma.a_element(lane, r, 0);
+        (row * mma.k() + depth, 1)
+    })
 }
 
 /// B's 8 columns of k integers, or its k rows of 8 floats.
 fn fragment_b(mma: Mma, registers: [&Lanes; 2]) -> Numbers {
-    let (k, bits) = (mma.k(), mma.b.bits());
     let integers = is_integer(mma.b);
-    let mut whole = vec![0; if integers { 8 * k } else { 0 }];
-    let mut floats = vec![0.0; if integers { 0 } else { 8 * k }];
-    for (r, values) in registers.into_iter().enumerate() {
-        for (lane, &value) in values.iter().enumerate() {
-            let (depth, column) = mma.b_element(lane, r, 0);
-            for i in 0..32 / bits {
-                let element = (value >> (bits * i)) as u32;
-                if integers {
-                    whole[column * k + depth + i] = integer(mma.b, element);
-                } else {
-                    floats[(depth + i) * 8 + column] = float(mma.b, element);
-                }
+    gather(mma.b, 8 * mma.k(), &registers, |lane, r| {
+        let (depth, column) = mma.b_element(lane, r, 0);
+        if integers { (column * mma.k() + depth, 1) } else { (depth * 8 + column, 8) }
+    })
+}
+
+/// Numbers from registers: `place` says where the first of a register's elements goes, and how far apart they lie.
+fn gather(
+    ty: MmaTy,
+    len: usize,
+    registers: &[&Lanes],
+    place: impl Fn(usize, usize) -> (usize, usize),
+) -> Numbers {
+    let bits = ty.bits();
+    let per = 32 / bits;
+    let words = || {
+        registers.iter().enumerate().flat_map(|(r, values)| {
+            values.iter().enumerate().map(move |(lane, &value)| (r, lane, value as u32))
+        })
+    };
+    if is_integer(ty) {
+        let mut numbers = vec![0; len];
+        for (r, lane, word) in words() {
+            let (first, step) = place(lane, r);
+            for (i, number) in numbers[first..].iter_mut().step_by(step).take(per).enumerate() {
+                *number = integer(ty, word >> (bits * i));
             }
         }
+        Numbers::Integers(numbers)
+    } else {
+        let values = values(ty);
+        let mask = values.len() - 1;
+        let mut numbers = vec![0.0; len];
+        for (r, lane, word) in words() {
+            let (first, step) = place(lane, r);
+            for (i, number) in numbers[first..].iter_mut().step_by(step).take(per).enumerate() {
+                *number = values[(word >> (bits * i)) as usize & mask];
+            }
+        }
+        Numbers::Floats(numbers)
     }
-    if integers { Numbers::Integers(whole) } else { Numbers::Floats(floats) }
 }

@@ -49,6 +49,9 @@ pub struct TensorMap {
     pub swizzle: Swizzle,
 }
 
+/// No shared memory holds more.
+const MAX_BOX_BYTES: u64 = 227 * 1024;
+
 const MAGIC: u64 = 0x5a9e_0000_0000_0000;
 
 impl TensorMap {
@@ -74,9 +77,7 @@ impl TensorMap {
         for i in 0..4 {
             words[7 + i] = get(&self.strides, i);
         }
-        for i in 0..5 {
-            words[11 + i] = narrow[i];
-        }
+        words[11..].copy_from_slice(&narrow);
         Arg::TensorMap(TensorMapBytes(words))
     }
 
@@ -114,10 +115,12 @@ impl TensorMap {
         if !matches!(map.element_bytes, 1 | 2 | 4 | 8) {
             return wrong(format!("elements of {} bytes, expected 1, 2, 4 or 8", map.element_bytes));
         }
-        if map.address % 16 != 0 {
+        if !map.address.is_multiple_of(16) {
             return wrong(format!("address {:#x}, expected a multiple of 16", map.address));
         }
-        if let Some(stride) = map.strides.iter().find(|&&stride| stride % 16 != 0 || stride >= 1 << 40) {
+        if let Some(stride) =
+            map.strides.iter().find(|&&stride| !stride.is_multiple_of(16) || stride >= 1 << 40)
+        {
             return wrong(format!("stride {stride}, expected a multiple of 16 below 2^40"));
         }
         if let Some(size) = map.shape.iter().find(|&&size| size == 0 || size > 1 << 32) {
@@ -127,8 +130,12 @@ impl TensorMap {
             return wrong(format!("box of {size} elements, expected 1 to 256"));
         }
         let row = map.row_bytes();
-        if row % 16 != 0 {
+        if !row.is_multiple_of(16) {
             return wrong(format!("rows of the box have {row} bytes, expected a multiple of 16"));
+        }
+        let bytes = map.box_shape.iter().fold(u64::from(map.element_bytes), |bytes, &n| bytes * u64::from(n));
+        if bytes > MAX_BOX_BYTES {
+            return wrong(format!("box of {bytes} bytes, expected at most {MAX_BOX_BYTES}"));
         }
         let span = 16 * map.swizzle.chunks();
         if map.swizzle != Swizzle::None && row > span {
@@ -152,14 +159,14 @@ impl TensorMap {
     pub(crate) fn row(&self, corner: &[i32], row: u32) -> Option<(u64, std::ops::Range<i64>)> {
         let mut address = self.address;
         let mut rest = row;
-        for dim in 1..self.shape.len() {
-            let size = self.box_shape[dim];
-            let at = i64::from(corner[dim]) + i64::from(rest % size);
+        let outer = corner.iter().zip(&self.shape).zip(&self.box_shape).skip(1).zip(&self.strides);
+        for (((&first, &shape), &size), &stride) in outer {
+            let at = i64::from(first) + i64::from(rest % size);
             rest /= size;
-            if at < 0 || at as u64 >= self.shape[dim] {
+            if at < 0 || at as u64 >= shape {
                 return None;
             }
-            address = address.wrapping_add((at as u64).wrapping_mul(self.strides[dim - 1]));
+            address = address.wrapping_add((at as u64).wrapping_mul(stride));
         }
         let (first, count) = (i64::from(corner[0]), i64::from(self.box_shape[0]));
         let inside = (-first).clamp(0, count)..(self.shape[0] as i64 - first).clamp(0, count);

@@ -91,7 +91,9 @@ impl Warp {
     pub fn read<'w>(&'w self, code: &'w Code<'_>, register: u32, lanes: u32) -> Outcome<&'w Lanes> {
         let index = register as usize;
         match self.written.get(index) {
-            Some(&written) if written & lanes == lanes && (self.holds.is_empty() || self.holds[index] == Hold::Free) => {
+            Some(&written)
+                if written & lanes == lanes && (self.holds.is_empty() || self.holds[index] == Hold::Free) =>
+            {
                 Ok(&self.registers[index])
             }
             Some(&written) => Err(self.unreadable(code, register, lanes, written)),

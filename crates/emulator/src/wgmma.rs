@@ -2,12 +2,14 @@
 
 use sage_ptx::isa::{Matrix, Mma, MmaTy, Op, Wgmma};
 
+use crate::access::{Access, AccessKind};
 use crate::block::{Context, Flow, Launch, State};
 use crate::decode::{Code, Decoded, Lanes};
+use crate::descriptor::Descriptor;
 use crate::fault::{FaultKind, Outcome, Trouble};
-use crate::shared::{Access, AccessKind};
 use crate::tensor_core::{
-    Fp8Accumulation, Numbers, add_floats, add_integers, add_truncated, float, fragment_a, integer, is_integer, round,
+    Fp8Accumulation, Numbers, add_floats, add_integers, add_truncated, float, fragment_a, integer,
+    is_integer, round,
 };
 use crate::warp::{Hold, Warp, mask_of};
 
@@ -20,71 +22,6 @@ pub(crate) struct Products {
     open_count: u32,
     /// Groups committed, the latest last, and their counts.
     groups: Vec<(u32, u32)>,
-}
-
-/// A matrix in shared memory, as a descriptor says.
-#[derive(Clone, Copy, Debug)]
-struct Descriptor {
-    start: u32,
-    leading: u32,
-    stride: u32,
-    base_offset: u32,
-    /// Chunks of 16 bytes in a swizzled row: 1, 2, 4 or 8.
-    chunks: u32,
-}
-
-impl Descriptor {
-    fn decode(bits: u64) -> Outcome<Descriptor> {
-        let field = |from: u32, bits_: u32| (bits >> from) as u32 & ((1 << bits_) - 1);
-        let chunks = match field(62, 2) {
-            0 => 1,
-            1 => 8,
-            2 => 4,
-            _ => 2,
-        };
-        let reserved = !(0x3fff | 0x3fff << 16 | 0x3fff << 32 | 7 << 49 | 3 << 62);
-        if bits & reserved != 0 {
-            let detail = format!("wgmma descriptor {bits:#018x} has bits set that mean nothing");
-            return Err(Trouble::new(FaultKind::Descriptor, detail));
-        }
-        Ok(Descriptor {
-            start: field(0, 14) << 4,
-            leading: field(16, 14) << 4,
-            stride: field(32, 14) << 4,
-            base_offset: field(49, 3),
-            chunks,
-        })
-    }
-
-    /// Address of the 16 bytes with rows' (columns' of B) `row` and the `chunk`-th 16 bytes of its depth.
-    fn depth_major(self, row: u32, chunk: u32) -> u32 {
-        let address = if self.chunks == 1 {
-            self.start + row / 8 * self.stride + row % 8 * 16 + chunk * self.leading
-        } else {
-            // A swizzled row holds at least the 32 bytes of one instruction.
-            self.start + row / 8 * self.stride + row % 8 * 16 * self.chunks + chunk * 16
-        };
-        self.swizzled(address)
-    }
-
-    /// Address of columns `8 · group..` at depth `k`, where columns are contiguous.
-    fn column_major(self, group: u32, k: u32) -> u32 {
-        let (across, down) =
-            if self.chunks == 1 { (self.stride, self.leading) } else { (self.leading, self.stride) };
-        let (outer, inner) = (group / self.chunks, group % self.chunks);
-        let address = self.start + outer * across + inner * 16 + k / 8 * down + k % 8 * 16 * self.chunks;
-        self.swizzled(address)
-    }
-
-    fn swizzled(self, address: u32) -> u32 {
-        let row = (address >> 7).wrapping_sub(self.base_offset) & 7;
-        address ^ (row & (self.chunks - 1)) << 4
-    }
-}
-
-/// XORs the chunk of 16 bytes in a row of `chunks` with the row, by address bits: the pattern of swizzled tensors.
-pub(crate) const fn swizzle(address: u32, chunks: u32) -> u32 {
-    address ^ ((address >> 7) & (chunks - 1)) << 4
 }
 
 impl State {
@@ -134,10 +71,11 @@ impl State {
                 Some(Numbers::Integers(a)) => Numbers::Integers(a[16 * op.k() * w..][..16 * op.k()].to_vec()),
                 Some(Numbers::Floats(a)) => Numbers::Floats(a[16 * op.k() * w..][..16 * op.k()].to_vec()),
                 None => {
-                    let registers: [Lanes; 4] = std::array::from_fn(|i| match a_operands[i].checked_sub(code.registers) {
-                        None => *warp.raw(a_operands[i]),
-                        Some(constant) => code.constants[constant as usize],
-                    });
+                    let registers: [Lanes; 4] =
+                        std::array::from_fn(|i| match a_operands[i].checked_sub(code.registers) {
+                            None => *warp.raw(a_operands[i]),
+                            Some(constant) => code.constants[constant as usize],
+                        });
                     let [r0, r1, r2, r3] = &registers;
                     fragment_a(Mma { a: op.a, b: op.b, acc: op.acc }, [r0, r1, r2, r3])
                 }
@@ -152,9 +90,9 @@ impl State {
 }
 
 fn valid(op: Wgmma) -> Outcome<()> {
-    let shape = op.n != 0 && op.n % 8 == 0 && op.n <= 256;
+    let shape = op.n != 0 && op.n.is_multiple_of(8) && op.n <= 256;
     // Sizes that the integer form has: 8, 16, 24, 32, and then multiples of 16.
-    let integers = !is_integer(op.a) || op.n <= 32 || op.n % 16 == 0;
+    let integers = !is_integer(op.a) || op.n <= 32 || op.n.is_multiple_of(16);
     let types = match op.acc {
         MmaTy::S32 => matches!(op.a, MmaTy::S8 | MmaTy::U8) && matches!(op.b, MmaTy::S8 | MmaTy::U8),
         MmaTy::F32 => match op.a {
@@ -175,7 +113,8 @@ fn uniform_bits(group: &[Warp], code: &Code<'_>, register: u32, of: impl Fn(&Lan
     for warp in group {
         let bits = of(warp.read(code, register, u32::MAX)?);
         if *all.get_or_insert(bits) != bits {
-            let detail = format!("wgmma: {} differs between the warps of the group", code.register_name(register));
+            let detail =
+                format!("wgmma: {} differs between the warps of the group", code.register_name(register));
             return Err(Trouble::new(FaultKind::Divergent, detail));
         }
     }
@@ -252,7 +191,8 @@ fn read_b(
 ) -> Outcome<Numbers> {
     let (k, n) = (op.k(), usize::from(op.n));
     let mut numbers = empty(op.b, k * n);
-    let place = |depth: usize, column: usize| if is_integer(op.b) { column * k + depth } else { depth * n + column };
+    let place =
+        |depth: usize, column: usize| if is_integer(op.b) { column * k + depth } else { depth * n + column };
     let per = 128 / op.b.bits();
     if op.b_transposed {
         for depth in 0..k {
@@ -391,7 +331,8 @@ impl Context<'_, '_> {
                 None | Some(Hold::Free) => {}
                 Some(Hold::Accumulator { at, .. } | Hold::Operand { at, .. }) => {
                     let name = self.cx.code.register_name(register);
-                    let detail = format!("wgmma.wait_group {pending} does not cover the wgmma that writes {name}");
+                    let detail =
+                        format!("wgmma.wait_group {pending} does not cover the wgmma that writes {name}");
                     let trouble = Trouble::new(FaultKind::WgmmaInFlight, detail).object(name);
                     return Err(trouble.other(*at));
                 }

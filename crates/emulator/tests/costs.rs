@@ -1,4 +1,5 @@
 //! Bank conflicts and sectors in reports.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use sage_emulator::{Emulator, Report};
 use sage_ptx::isa::{Lane, Space, Ty, Warp};
@@ -58,7 +59,8 @@ fn rows_of_128_bytes_conflict_sevenfold() {
     let tile = raw.shared("tile", 32 * 128);
     let thread = raw.thread();
     for i in 0..32 {
-        let place = raw.lane(Lane::Fma(Ty::S32), &[thread.operand(), 4.operand(), (tile + 128 * i).operand()]);
+        let place =
+            raw.lane(Lane::Fma(Ty::S32), &[thread.operand(), 4.operand(), (tile + 128 * i).operand()]);
         raw.store(Space::Shared, place, 0);
     }
     let row = raw.lane(Lane::Fma(Ty::S32), &[thread.operand(), 128.operand(), tile.operand()]);

@@ -1,4 +1,5 @@
 //! Many blocks: results do not depend on who runs them, and blocks can wait for each other.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use std::time::Instant;
 
@@ -113,7 +114,11 @@ fn blocks_that_wait_in_vain_are_a_deadlock_and_not_a_hang() {
             let y = emulator.uninitialized("y", 80);
             let start = Instant::now();
             let result = emulator.launch(&rendezvous(arrivals), [20, 1, 1], &[counter.arg(), y.arg()]);
-            fault_naming(result, FaultKind::Deadlock, &["global memory that nobody will change", "warp 0 polls"]);
+            fault_naming(
+                result,
+                FaultKind::Deadlock,
+                &["global memory that nobody will change", "warp 0 polls"],
+            );
             assert!(start.elapsed().as_secs() < 10);
         }
     }
@@ -127,7 +132,8 @@ fn a_loop_without_end_is_caught() {
             k.while_loop(|| i.get().ne(64), || i.set(i.get() + step));
         })
     };
-    let emulator = Emulator::with_options(EmulatorOptions { step_limit: 100_000, ..EmulatorOptions::default() });
+    let emulator =
+        Emulator::with_options(EmulatorOptions { step_limit: 100_000, ..EmulatorOptions::default() });
     emulator.launch(&program(2), [1, 1, 1], &[]).unwrap();
     let result = emulator.launch(&program(0), [1, 1, 1], &[]);
     fault_naming(result, FaultKind::Runaway, &["100000 steps", "in the loops at", "grid.rs"]);

@@ -1,4 +1,5 @@
 //! Loads and stores of every width, and what is wrong about them.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use half::f16;
 use sage_emulator::{Emulator, FaultKind};
@@ -66,7 +67,8 @@ fn every_width_copies() {
 #[test]
 fn bytes_extend_as_their_type_says() {
     let program = kernel("extend", 32, |k| {
-        let (from, signed, unsigned) = (k.global::<i8>("from"), k.global::<i32>("signed"), k.global::<u32>("unsigned"));
+        let (from, signed, unsigned) =
+            (k.global::<i8>("from"), k.global::<i32>("signed"), k.global::<u32>("unsigned"));
         let thread = k.thread();
         signed.at(thread).store(from.at(thread).load());
         unsigned.at(thread).store(from.cast::<u8>().at(thread).load());
@@ -105,7 +107,10 @@ fn an_address_outside_of_every_buffer_names_the_nearest() {
     assert_eq!(failure.first().unwrap().lanes, 1 << 31);
     assert_eq!(failure.first().unwrap().object.as_deref(), Some("x"));
     assert!(text.contains("offset 128 of `x`, which has 128 bytes"), "{text}");
-    assert!(text.contains("lane 31") && text.contains("ld.global.b32") && text.contains("memory.rs"), "{text}");
+    assert!(
+        text.contains("lane 31") && text.contains("ld.global.b32") && text.contains("memory.rs"),
+        "{text}"
+    );
 
     let below = emulator.launch(&double(-1), [1, 1, 1], &args);
     fault_naming(below, FaultKind::OutOfBounds, &["4 bytes before `x`"]);
@@ -211,7 +216,8 @@ fn shared_memory_ends_where_its_array_ends() {
     let emulator = Emulator::new();
     emulator.launch(&program(40), [1, 1, 1], &[]).unwrap();
     let result = emulator.launch(&program(41), [1, 1, 1], &[]);
-    let fault = fault_naming(result, FaultKind::OutOfBounds, &["offset 160 of shared array `first`, which has 160"]);
+    let fault =
+        fault_naming(result, FaultKind::OutOfBounds, &["offset 160 of shared array `first`, which has 160"]);
     assert_eq!(fault.object.as_deref(), Some("first"));
     let program = kernel("far", 32, |k| {
         let first = k.shared::<f32>("first", 40);
@@ -256,7 +262,11 @@ fn atomics_count() {
             raw.when(is_first, |raw| raw.store(space, place, first));
             raw.barrier();
             let old = raw.b32();
-            raw.emit(Op::Memory(Memory::Atomic { space, op, ty, offset: 0 }), &[old], &[place, operand.operand()]);
+            raw.emit(
+                Op::Memory(Memory::Atomic { space, op, ty, offset: 0 }),
+                &[old],
+                &[place, operand.operand()],
+            );
             raw.barrier();
             raw.when(is_first, |raw| {
                 let last = raw.load(space, place);

@@ -1,4 +1,5 @@
 //! `mma.sync` of every type against plain sums.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use half::{bf16, f16};
 use sage_emulator::{Emulator, EmulatorOptions, Fp8Accumulation};
@@ -78,7 +79,8 @@ struct Case {
 fn case(mma: Mma, seed: u64) -> Case {
     let mut random = seed;
     let k = mma.k();
-    let matrix = |len: usize, ty, random: &mut u64| -> Vec<u32> { (0..len).map(|_| element(ty, random)).collect() };
+    let matrix =
+        |len: usize, ty, random: &mut u64| -> Vec<u32> { (0..len).map(|_| element(ty, random)).collect() };
     let a = matrix(16 * k, mma.a, &mut random);
     let b = matrix(8 * k, mma.b, &mut random);
     let c = matrix(128, mma.acc, &mut random);

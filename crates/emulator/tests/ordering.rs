@@ -1,4 +1,5 @@
 //! Races, barriers, `cp.async`: each planted bug is caught, and each corrected kernel passes, in any order of the warps.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use sage_emulator::{Emulator, EmulatorOptions, Failure, FaultKind, Report};
 use sage_ptx::isa::Control;
@@ -55,7 +56,8 @@ fn a_read_before_the_barrier_is_a_race_or_uninitialised() {
     for seed in 0..4 {
         let emulator = Emulator::with_options(EmulatorOptions { seed, ..EmulatorOptions::default() });
         let result = emulator.launch(&program, [1, 1, 1], &[]);
-        let fault = fault_naming(result, FaultKind::Race, &["`tile` + ", "warp 0", "warp 1", "no barrier between"]);
+        let fault =
+            fault_naming(result, FaultKind::Race, &["`tile` + ", "warp 0", "warp 1", "no barrier between"]);
         // The first warp's store and the second one's load, or the other way round.
         let (at, other) = (fault.at.unwrap(), fault.other.unwrap());
         assert_ne!(at.line(), other.line());
@@ -102,7 +104,7 @@ fn a_write_after_a_read_is_a_race() {
             k.when(k.warp_index().eq(0), || tile.at(k.lane_index()).store(1));
             k.barrier();
             k.if_else(
-                k.warp_index().eq(0),
+                k.warp_index().eq(1),
                 || {
                     tile.at(k.lane_index()).load();
                     if barrier {
@@ -120,7 +122,7 @@ fn a_write_after_a_read_is_a_race() {
     };
     interleaved(&program(true), &[]).unwrap();
     let result = Emulator::new().launch(&program(false), [1, 1, 1], &[]);
-    let words = ["warp 1 writes `tile` + 0, which warp 0 read, with no barrier between"];
+    let words = ["warp 0 writes `tile` + 0, which warp 1 read, with no barrier between"];
     fault_naming(result, FaultKind::Race, &words);
 }
 
@@ -186,11 +188,17 @@ fn producers_arrive_and_consumers_wait() {
     let run = |arrives| {
         let mut emulator = Emulator::new();
         let y = emulator.uninitialized("y", 128);
-        emulator.launch(&program(arrives), [1, 1, 1], &[y.arg()]).map(|report| (report, emulator.read::<i32>(y)))
+        emulator
+            .launch(&program(arrives), [1, 1, 1], &[y.arg()])
+            .map(|report| (report, emulator.read::<i32>(y)))
     };
     assert_eq!(run(true).unwrap().1, (0..32).map(|i| 3 * (31 - i)).collect::<Vec<_>>());
     let result = run(false).map(|(report, _)| report);
-    fault_naming(result, FaultKind::Deadlock, &["warp 1 waits at barrier 1, where 32 of 64 threads have arrived"]);
+    fault_naming(
+        result,
+        FaultKind::Deadlock,
+        &["warp 1 waits at barrier 1, where 32 of 64 threads have arrived"],
+    );
 }
 
 #[test]
@@ -207,7 +215,11 @@ fn a_barrier_that_half_the_warps_skip_is_a_deadlock() {
     let emulator = Emulator::new();
     emulator.launch(&program(false), [1, 1, 1], &[]).unwrap();
     let result = emulator.launch(&program(true), [1, 1, 1], &[]);
-    let words = ["warp 0 waits at barrier 0, where 64 of 128", "warp 3 waits at barrier 3, where 64 of 128", "ordering.rs"];
+    let words = [
+        "warp 0 waits at barrier 0, where 64 of 128",
+        "warp 3 waits at barrier 3, where 64 of 128",
+        "ordering.rs",
+    ];
     fault_naming(result, FaultKind::Deadlock, &words);
 }
 
@@ -219,7 +231,11 @@ fn counts_of_barriers_must_agree() {
     });
     fault_naming(emulator.launch(&program, [1, 1, 1], &[]), FaultKind::Barrier, &["128 threads, but 96"]);
     let program = kernel("counts", 128, |k| k.named_barrier(1, 48));
-    fault_naming(emulator.launch(&program, [1, 1, 1], &[]), FaultKind::Barrier, &["48 threads", "multiple of 32"]);
+    fault_naming(
+        emulator.launch(&program, [1, 1, 1], &[]),
+        FaultKind::Barrier,
+        &["48 threads", "multiple of 32"],
+    );
     let program = kernel("id", 32, |k| k.named_barrier(16, 32));
     fault_naming(emulator.launch(&program, [1, 1, 1], &[]), FaultKind::Barrier, &["barrier 16"]);
 }
@@ -396,9 +412,21 @@ fn registers_are_within_the_multiprocessor() {
     };
     let emulator = Emulator::new();
     emulator.launch(&program(240, 24), [1, 1, 1], &[]).unwrap();
-    fault_naming(emulator.launch(&program(248, 40), [1, 1, 1], &[]), FaultKind::RegisterBudget, &["of 65536"]);
-    fault_naming(emulator.launch(&program(236, 24), [1, 1, 1], &[]), FaultKind::RegisterBudget, &["multiple of 8"]);
-    fault_naming(emulator.launch(&program(240, 16), [1, 1, 1], &[]), FaultKind::RegisterBudget, &["24 to 256"]);
+    fault_naming(
+        emulator.launch(&program(248, 40), [1, 1, 1], &[]),
+        FaultKind::RegisterBudget,
+        &["of 65536"],
+    );
+    fault_naming(
+        emulator.launch(&program(236, 24), [1, 1, 1], &[]),
+        FaultKind::RegisterBudget,
+        &["multiple of 8"],
+    );
+    fault_naming(
+        emulator.launch(&program(240, 16), [1, 1, 1], &[]),
+        FaultKind::RegisterBudget,
+        &["24 to 256"],
+    );
 }
 
 #[test]

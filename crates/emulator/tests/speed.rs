@@ -1,4 +1,5 @@
 //! How fast programs run: `cargo test --test speed -- --ignored --nocapture`.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use std::time::Instant;
 
@@ -58,9 +59,12 @@ fn shared_memory_loop() {
 #[test]
 #[ignore = "a measurement"]
 fn products() {
-    for (a, acc) in
-        [(MmaTy::S8, MmaTy::S32), (MmaTy::E4M3, MmaTy::F32), (MmaTy::F16, MmaTy::F32), (MmaTy::F16, MmaTy::F16)]
-    {
+    for (a, acc) in [
+        (MmaTy::S8, MmaTy::S32),
+        (MmaTy::E4M3, MmaTy::F32),
+        (MmaTy::F16, MmaTy::F32),
+        (MmaTy::F16, MmaTy::F16),
+    ] {
         for fp8 in [sage_emulator::Fp8Accumulation::Exact, sage_emulator::Fp8Accumulation::Truncated] {
             let mut raw = Raw::new(32);
             let mma = Mma { a, b: a, acc };

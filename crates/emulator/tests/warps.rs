@@ -1,10 +1,11 @@
 //! Arithmetic, control flow, and what the lanes of a warp do together.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use half::{bf16, f16};
 use sage_emulator::{Emulator, FaultKind};
-use sage_ptx::isa::{Cmp, Convert, Lane, Op, Redux, Shuffle, Special, Memory, Space, Ty, Vote, Warp};
-use sage_ptx::program::{Program, Reg, Width};
+use sage_ptx::isa::{Cmp, Convert, Lane, Memory, Op, Redux, Shuffle, Space, Special, Ty, Vote, Warp};
 use sage_ptx::kernel;
+use sage_ptx::program::{Program, Reg, Width};
 
 mod support;
 use support::{Raw, Source, fault, fault_naming};
@@ -51,9 +52,8 @@ fn lane_instructions_compute() {
     fn b(i: u32) -> i32 {
         (i * 3 + 1) as i32
     }
-    let pair: fn(u32) -> u64 = |i| {
-        u64::from(f16::from_f32(x(i)).to_bits()) | u64::from(f16::from_f32(y(i)).to_bits()) << 16
-    };
+    let pair: fn(u32) -> u64 =
+        |i| u64::from(f16::from_f32(x(i)).to_bits()) | u64::from(f16::from_f32(y(i)).to_bits()) << 16;
     let cases: Vec<Case> = vec![
         (Lane::Add(Ty::F32), vec![fx, fy], |i| (x(i) + y(i)).to_bits()),
         (Lane::Sub(Ty::F32), vec![fx, fy], |i| (x(i) - y(i)).to_bits()),
@@ -94,7 +94,9 @@ fn lane_instructions_compute() {
             (dot + (i * 3 + 1) as i32) as u32
         }),
         (Lane::Convert(Convert::IntToF32(Ty::S32)), vec![ia], |i| (a(i) as f32).to_bits()),
-        (Lane::Convert(Convert::F32ToIntNearest(Ty::S32)), vec![fx], |i| x(i).round_ties_even() as i32 as u32),
+        (Lane::Convert(Convert::F32ToIntNearest(Ty::S32)), vec![fx], |i| {
+            x(i).round_ties_even() as i32 as u32
+        }),
         (Lane::Convert(Convert::F32ToIntTruncate(Ty::S32)), vec![fx], |i| x(i) as i32 as u32),
         (Lane::Convert(Convert::F32ToF16x2), vec![fy, fx], |i| {
             u32::from(f16::from_f32(x(i)).to_bits()) | u32::from(f16::from_f32(y(i)).to_bits()) << 16
@@ -183,11 +185,7 @@ fn lanes_take_their_own_ways() {
         k.while_loop(
             || n.get().ne(1),
             || {
-                k.if_else(
-                    (n.get() & 1).eq(0),
-                    || n.set(n.get() >> 1),
-                    || n.set(n.get() * 3 + 1),
-                );
+                k.if_else((n.get() & 1).eq(0), || n.set(n.get() >> 1), || n.set(n.get() * 3 + 1));
                 steps.set(steps.get() + 1);
             },
         );
@@ -226,8 +224,17 @@ fn lanes_that_exit_are_gone() {
     let mut emulator = Emulator::new();
     let out = emulator.uninitialized("out", 256);
     emulator.launch(&program, [1, 1, 1], &[out.arg()]).unwrap();
-    let expected: Vec<i32> =
-        (0..64).map(|i| if i % 2 == 1 { 5 } else if i < 32 { 10 } else { 99 }).collect();
+    let expected: Vec<i32> = (0..64)
+        .map(|i| {
+            if i % 2 == 1 {
+                5
+            } else if i < 32 {
+                10
+            } else {
+                99
+            }
+        })
+        .collect();
     assert_eq!(emulator.read::<i32>(out), expected);
 }
 
@@ -245,7 +252,13 @@ fn shuffles_move_values() {
                 Shuffle::Xor => lane ^ by,
                 Shuffle::Index => by,
                 Shuffle::Up => lane.checked_sub(by).unwrap_or(lane),
-                Shuffle::Down => if lane + by < 32 { lane + by } else { lane },
+                Shuffle::Down => {
+                    if lane + by < 32 {
+                        lane + by
+                    } else {
+                        lane
+                    }
+                }
             }
         });
         assert_eq!(one_warp(&program), expected, "{mode:?}");
@@ -302,7 +315,8 @@ fn matrices_load_and_store() {
             for i in 0..8 {
                 let word = raw.add(thread, 32 * i);
                 let low = raw.mul(word, 2);
-                let value = raw.lane(Lane::Fma(Ty::S32), &[low.operand(), 0x10001.operand(), 0x10000.operand()]);
+                let value =
+                    raw.lane(Lane::Fma(Ty::S32), &[low.operand(), 0x10001.operand(), 0x10000.operand()]);
                 let place = raw.lane(Lane::Fma(Ty::S32), &[word.operand(), 4.operand(), tile.operand()]);
                 raw.store(Space::Shared, place, value);
             }
@@ -320,7 +334,10 @@ fn matrices_load_and_store() {
             if count < 4 {
                 raw.warp(Warp::StoreMatrix { count, transposed, offset: 0 }, &[], &src);
                 for i in 0..i32::from(count) {
-                    let offset = raw.lane(Lane::Fma(Ty::S32), &[thread.operand(), 4.operand(), (tile as i32 + 128 * i).operand()]);
+                    let offset = raw.lane(
+                        Lane::Fma(Ty::S32),
+                        &[thread.operand(), 4.operand(), (tile as i32 + 128 * i).operand()],
+                    );
                     let before = raw.load(Space::Shared, offset);
                     let moved = raw.add(offset, 512);
                     let after = raw.load(Space::Shared, moved);

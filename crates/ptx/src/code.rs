@@ -115,7 +115,7 @@ impl Code {
 
     /// An array of `len` elements in shared memory, aligned for every access and swizzle.
     pub fn shared<T: Stored>(&self, name: &str, len: usize) -> Pointer<'_, SharedSpace, T> {
-        const ALIGN: u32 = 128;
+        const ALIGN: u32 = 1024;
         let bytes = len as u32 * T::WORD.bytes();
         let (array, offset) = {
             let shared = &mut self.program.borrow_mut().shared;

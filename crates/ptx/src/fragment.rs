@@ -4,7 +4,7 @@ use half::{bf16, f16};
 
 use crate::code::{Code, Phantom};
 use crate::isa::{Matrix, Mma, MmaTy, Warp};
-use crate::pointer::{Shared, Stored};
+use crate::pointer::{Pointer, Shared, Stored};
 use crate::program::Operand;
 use crate::value::{BF16x2, F16x2, Half, Scalar, Use, Val, Var};
 
@@ -89,6 +89,11 @@ impl<'k, E: MmaElement> FragmentA<'k, E> {
     pub fn new(words: [Val<'k, u32>; 4]) -> Self {
         FragmentA { words, ty: PhantomData }
     }
+
+    /// The kernel that the fragment belongs to.
+    pub fn code(&self) -> &'k Code {
+        self.words[0].code()
+    }
 }
 
 impl<'k, E: MmaElement> FragmentB<'k, E> {
@@ -114,6 +119,11 @@ impl<'k, T: MmaAccumulator> Accumulator<'k, T> {
     /// Without values as yet.
     pub fn new(code: &'k Code) -> Self {
         Accumulator { registers: (0..T::REGISTERS).map(|_| Var::new(code)).collect() }
+    }
+
+    /// In registers that exist, in the order of [`Accumulator::register`].
+    pub fn of_registers(registers: impl Into<Vec<Var<'k, T>>>) -> Self {
+        Accumulator { registers: registers.into() }
     }
 
     /// Register `i`: the elements of row `l / 4`, then those of row `l / 4 + 8`.
@@ -157,7 +167,7 @@ impl<'k, T: MmaAccumulator> Accumulator<'k, T> {
     }
 }
 
-/// A tile of shared memory whose rows are `row_bytes` long: 32, 64, 128, or a multiple of 128.
+/// A tile of shared memory whose rows are `row_bytes` long: a power of two from 32 on.
 ///
 /// The 16-byte chunks of a row change places with the row, so that the same chunk of 8 neighbouring rows lies in 8
 /// different groups of banks: neither `ldmatrix` nor copies of whole rows conflict.
@@ -171,13 +181,12 @@ pub struct SharedTile<'k> {
 pub const CHUNK_BYTES: usize = 16;
 
 impl<'k> SharedTile<'k> {
-    /// A tile at `base`, which must be aligned to 128 bytes.
+    /// A tile at `base`, which must be aligned to its rows.
     ///
     /// # Panics
     /// When the length of rows is none of those above: the kernel cannot be written.
     pub fn new<T: Stored>(base: Shared<'k, T>, row_bytes: usize) -> Self {
-        let fits = matches!(row_bytes, 32 | 64) || (row_bytes > 0 && row_bytes.is_multiple_of(128));
-        assert!(fits, "rows of {row_bytes} bytes");
+        assert!(row_bytes.is_power_of_two() && row_bytes >= 32, "rows of {row_bytes} bytes");
         SharedTile { base: base.cast(), row_bytes }
     }
 
@@ -186,13 +195,13 @@ impl<'k> SharedTile<'k> {
         self.row_bytes
     }
 
-    /// The tile `bytes` further: another stage of a ring.
+    /// The tile `bytes`, a multiple of its rows, further: another stage of a ring.
     #[track_caller]
     pub fn at_byte(&self, bytes: Val<'k, i32>) -> Self {
         SharedTile { base: self.base.at(bytes), ..*self }
     }
 
-    /// Where a chunk of a row lies. A known `step` of chunks can be added afterwards by [`ChunkAddress::step`].
+    /// Where a chunk of a row lies.
     #[track_caller]
     pub fn chunk(&self, row: Val<'k, i32>, chunk: impl Use<'k, i32>) -> ChunkAddress<'k> {
         let chunk = chunk.value(self.base.code());
@@ -201,7 +210,8 @@ impl<'k> SharedTile<'k> {
         let rows_per_line = (8 / chunks).max(1);
         let key = (row >> rows_per_line.ilog2() as i32) & (chunks.min(8) - 1);
         let swizzled = (chunk ^ key) << CHUNK_BYTES.ilog2() as i32;
-        ChunkAddress { pointer: self.base.at(row * (self.row_bytes as i32)), swizzled, row_bytes: self.row_bytes }
+        let address = self.base.at(row * (self.row_bytes as i32) + swizzled).address();
+        ChunkAddress { address, row_bytes: self.row_bytes }
     }
 
     /// Addresses for A's fragments: 16 rows from `row` on.
@@ -230,18 +240,17 @@ impl<'k> SharedTile<'k> {
 /// Where a chunk of a row lies in a [`SharedTile`].
 #[derive(Clone, Copy, Debug)]
 pub struct ChunkAddress<'k> {
-    pointer: Shared<'k, u8>,
-    swizzled: Val<'k, i32>,
+    address: Val<'k, u32>,
     row_bytes: usize,
 }
 
 impl<'k> ChunkAddress<'k> {
-    /// The chunk `chunks` further in the same row, and `rows` (a multiple of 8) further down. Where `chunks` is even, the
-    /// address differs from the first one by an exclusive or, since a chunk pair starts at an even chunk.
+    /// The chunk `chunks` further in the same row, and `rows` (a multiple of 8) further down. The chunk that the address
+    /// is of must have none of the bits of `chunks`: then the swizzle makes of a sum an exclusive or, and rows being
+    /// aligned to their length, of the address as well.
     #[track_caller]
     pub fn step(&self, rows: usize, chunks: usize) -> Shared<'k, u8> {
-        let swizzled = self.swizzled ^ ((chunks * CHUNK_BYTES) as i32);
-        self.pointer.at(swizzled).plus((rows * self.row_bytes) as i32)
+        Pointer::at_address(self.address ^ (chunks * CHUNK_BYTES) as u32).plus((rows * self.row_bytes) as i32)
     }
 }
 

@@ -179,6 +179,12 @@ impl<'k, T: Scalar> Val<'k, T> {
         self.binary(Lane::Max(T::TY), other)
     }
 
+    /// The smaller; of a number and NaN, NaN (floats; sm_80).
+    #[track_caller]
+    pub fn min_nan(self, other: impl Use<'k, T>) -> Self {
+        self.binary(Lane::MinNan(T::TY), other)
+    }
+
     /// The larger; of a number and NaN, NaN (floats; sm_80).
     #[track_caller]
     pub fn max_nan(self, other: impl Use<'k, T>) -> Self {

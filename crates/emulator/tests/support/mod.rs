@@ -1,6 +1,6 @@
 //! What the tests share: a builder of raw instructions, for those that the kernel language has no words for, and checks
 //! of faults.
-#![allow(dead_code, reason = "each test uses a part")]
+#![allow(dead_code, clippy::unwrap_used, reason = "each test uses a part, and fails as a test does")]
 
 use std::panic::Location;
 
@@ -116,7 +116,12 @@ impl Raw {
 
     #[track_caller]
     pub fn emit(&mut self, op: Op, dst: &[Reg], src: &[Operand]) {
-        let instr = Instr { op, dst: dst.to_vec(), src: src.to_vec(), at: Location::caller() };
+        self.emit_at(op, dst, src, Location::caller());
+    }
+
+    /// Closures do not know their callers.
+    fn emit_at(&mut self, op: Op, dst: &[Reg], src: &[Operand], at: &'static Location<'static>) {
+        let instr = Instr { op, dst: dst.to_vec(), src: src.to_vec(), at };
         self.open.last_mut().unwrap().push(Stmt::Instr(instr));
     }
 
@@ -222,12 +227,12 @@ impl Raw {
     #[track_caller]
     pub fn mbarrier_wait(&mut self, address: impl Source, parity: impl Source) {
         let (address, parity) = (address.operand(), parity.operand());
-        let again = self.reg(Width::Pred);
+        let (again, at) = (self.reg(Width::Pred), Location::caller());
         self.while_loop(
             |raw| {
                 let done = raw.reg(Width::Pred);
-                raw.emit(Op::Control(Control::MbarrierTryWait), &[done], &[address, parity]);
-                raw.emit(Op::Lane(Lane::Not(Ty::Pred)), &[again], &[done.operand()]);
+                raw.emit_at(Op::Control(Control::MbarrierTryWait), &[done], &[address, parity], at);
+                raw.emit_at(Op::Lane(Lane::Not(Ty::Pred)), &[again], &[done.operand()], at);
                 again
             },
             |_| {},

@@ -90,7 +90,9 @@ impl<'k, 'c> Output<'k, 'c> {
                 let p = |step: usize| {
                     let p = softmax.exponentials(scores, 2 * step..2 * step + 2);
                     let fragment = |p: Vec<[Val<'k, f32>; 4]>| FragmentA::<W>::from_accumulators([p[0], p[1]]);
-                    p.into_iter().map(fragment).collect::<Vec<_>>()
+                    let p: Vec<_> = p.into_iter().map(fragment).collect();
+                    softmax.add_sums(&p);
+                    p
                 };
                 let source = values.rows_of_b(0);
                 let steps = step_keys / 16;

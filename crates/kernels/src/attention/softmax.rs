@@ -1,6 +1,6 @@
 //! Online softmax over tiles of scores (Milakov and Gimelshein 2018; FlashAttention-2 §3.1).
 
-use sage_ptx::{Code, Val, Var};
+use sage_ptx::{Accumulator, Code, FragmentA, FragmentB, Half, MmaElement, Val, Var};
 
 use super::config::{AttentionConfig, Values};
 use super::place::Place;
@@ -67,8 +67,8 @@ impl<'k> ScoreTile<'k> {
         row
     }
 
-    /// The largest base-2 score of a row slot, over the quad of lanes that share the row.
-    fn maximum(&self, slot: usize) -> Val<'k, f32> {
+    /// The largest base-2 score of a row slot that this lane holds.
+    fn lane_maximum(&self, slot: usize) -> Val<'k, f32> {
         let row = self.row(slot);
         let largest = if self.biased {
             // Biased values are positive or −∞, and so are ordered like their bits; integer maxima are the faster ones.
@@ -77,18 +77,24 @@ impl<'k> ScoreTile<'k> {
         } else {
             row.into_iter().reduce(Val::max)
         };
-        let code = self.factor[slot].code();
-        let largest = largest.unwrap_or(code.constant(f32::NEG_INFINITY));
-        (largest * self.factor[slot]).reduce_lanes(3, Val::max)
+        let largest = largest.unwrap_or(self.first_key.code().constant(f32::NEG_INFINITY));
+        largest * self.factor[slot]
     }
+}
+
+/// Sums of P over the keys so far.
+enum RowSums<'k> {
+    /// This lane's part of each row slot's, of P before it is rounded.
+    Lane(Vec<Var<'k, f32>>),
+    /// Of P as rounded to 16 bits: products with ones, which leave the other units to the exponentials. `[m]`.
+    Product(Vec<Accumulator<'k, f32>>),
 }
 
 /// Running maximum and sum of each row slot.
 pub(super) struct Softmax<'k> {
     /// What scores are relative to, in base 2: the largest so far, or one up to `lazy` smaller.
     reference: Vec<Var<'k, f32>>,
-    /// This lane's part of the sums.
-    sum: Vec<Var<'k, f32>>,
+    sums: RowSums<'k>,
     /// Added to scores relative to the reference.
     exponent: f32,
     lazy: f32,
@@ -101,36 +107,57 @@ impl<'k> Softmax<'k> {
         Softmax {
             // Finite, so that differences with it are numbers also before the first visible key.
             reference: (0..slots).map(|_| code.var(f32::MIN).named("row_reference")).collect(),
-            sum: (0..slots).map(|_| code.var(0.0).named("row_sum")).collect(),
+            sums: match fp8 {
+                true => RowSums::Lane((0..slots).map(|_| code.var(0.0).named("row_sum")).collect()),
+                false => RowSums::Product((0..slots / 2).map(|_| Accumulator::filled(code, 0.0)).collect()),
+            },
             exponent: if fp8 { E4M3_P_EXPONENT } else { 0.0 },
             // E4M3 has no room above the maximum.
             lazy: if fp8 { 0.0 } else { config.tiling.lazy_rescale as f32 },
         }
     }
 
-    /// Takes a tile's maxima in, calling `rescale` with the factor of each row slot's sums where they change.
+    /// Takes a step's maxima in, calling `rescale` with the factor of each row slot's sums where they change.
     pub fn advance(&self, code: &'k Code, scores: &ScoreTile<'k>, rescale: impl FnOnce(&[Val<'k, f32>])) {
+        code.note("softmax: row maxima");
         let slots = self.reference.len();
-        let old: Vec<_> = self.reference.iter().map(|var| var.get()).collect();
-        let new: Vec<_> = (0..slots).map(|slot| old[slot].max(scores.maximum(slot)).named("row_max")).collect();
+        let maxima: Vec<_> = (0..slots).map(|slot| scores.lane_maximum(slot)).collect();
         let update = || {
-            let alphas: Vec<_> = (0..slots).map(|slot| (old[slot] - new[slot]).exp2().named("alpha")).collect();
-            for slot in 0..slots {
-                self.reference[slot].set(new[slot]);
-                self.sum[slot].set(self.sum[slot].get() * alphas[slot]);
+            code.note("softmax: new references");
+            let alphas: Vec<_> = (0..slots)
+                .map(|slot| {
+                    // The lanes of a quad share the row.
+                    let (old, row) = (self.reference[slot].get(), maxima[slot].reduce_lanes(3, Val::max));
+                    let new = old.max(row).named("row_max");
+                    self.reference[slot].set(new);
+                    (old - new).exp2().named("alpha")
+                })
+                .collect();
+            match &self.sums {
+                RowSums::Lane(sums) => {
+                    sums.iter().zip(&alphas).for_each(|(sum, &alpha)| sum.set(sum.get() * alpha));
+                }
+                RowSums::Product(sums) => {
+                    for (m, sum) in sums.iter().enumerate() {
+                        for (i, var) in sum.registers().iter().enumerate() {
+                            var.set(var.get() * alphas[2 * m + i / 2]);
+                        }
+                    }
+                }
             }
             rescale(&alphas);
         };
         if self.lazy == 0.0 {
             update();
         } else {
-            let rises = (0..slots).map(|slot| new[slot].gt(old[slot] + self.lazy));
+            // As long as no row has risen far, references may stay, and rows need no maximum over their lanes.
+            let rises = (0..slots).map(|slot| maxima[slot].gt(self.reference[slot].get() + self.lazy));
             let some = rises.reduce(|a, b| a | b).unwrap_or(code.constant(false));
             code.when(code.any(some), update);
         }
     }
 
-    /// Row slots' exponentials in columns `columns`: P of the tile, `[m][column][i]`, whose sums are taken in.
+    /// Row slots' exponentials in columns `columns`: P of the tile, `[m][column][i]`.
     pub fn exponentials(
         &self,
         scores: &ScoreTile<'k>,
@@ -155,11 +182,12 @@ impl<'k> Softmax<'k> {
                 })
             };
             let p: Vec<[Val<'k, f32>; 4]> = tiles[columns.clone()].iter().map(exponential).collect();
-            for half in 0..2 {
-                let slot = 2 * m + half;
-                let pairs = p.iter().map(|tile| tile[2 * half] + tile[2 * half + 1]);
-                if let Some(sum) = pairs.reduce(|a, b| a + b) {
-                    self.sum[slot].set(self.sum[slot].get() + sum);
+            if let RowSums::Lane(sums) = &self.sums {
+                for half in 0..2 {
+                    let pairs = p.iter().map(|tile| tile[2 * half] + tile[2 * half + 1]);
+                    if let Some(sum) = pairs.reduce(|a, b| a + b) {
+                        sums[2 * m + half].set(sums[2 * m + half].get() + sum);
+                    }
                 }
             }
             p
@@ -167,10 +195,23 @@ impl<'k> Softmax<'k> {
         rows.collect()
     }
 
+    /// Takes rounded P's sums in, where they are those of rounded P.
+    pub fn add_sums<W: Half + MmaElement>(&self, p: &[FragmentA<'k, W>]) {
+        if let (RowSums::Product(sums), Some(first)) = (&self.sums, p.first()) {
+            let one = first.code().constant(1.0).pack::<W>(first.code().constant(1.0)).reinterpret();
+            for (sum, &p) in sums.iter().zip(p) {
+                sum.add_product(p, FragmentB::new([one, one]));
+            }
+        }
+    }
+
     /// Each row slot's sum over all keys, and its log-sum-exp in base 2; −∞ for a row that sees no key.
     pub fn finish(&self) -> Vec<RowSum<'k>> {
-        let rows = self.reference.iter().zip(&self.sum).map(|(reference, sum)| {
-            let sum = sum.get().reduce_lanes(3, |a, b| a + b);
+        let rows = self.reference.iter().enumerate().map(|(slot, reference)| {
+            let sum = match &self.sums {
+                RowSums::Lane(sums) => sums[slot].get().reduce_lanes(3, |a, b| a + b),
+                RowSums::Product(sums) => sums[slot / 2].register(2 * (slot % 2)).get(),
+            };
             let empty = sum.eq(0.0);
             RowSum {
                 inverse: empty.select(0.0, sum.recip()).named("inverse_sum"),

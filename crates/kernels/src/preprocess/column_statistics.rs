@@ -90,12 +90,8 @@ impl ColumnStatisticsConfig {
             parts.iter().zip(own).map(|(&part, values)| across_block(&head, part, values)).collect();
 
         let of_head = (head.index * blocks * parts.len() as i32).widen() * width;
-        let meeting = Meeting {
-            partials: p.partials.at(of_head),
-            arrivals: p.arrivals.at(head.index),
-            blocks,
-            block,
-        };
+        let meeting =
+            Meeting { partials: p.partials.at(of_head), arrivals: p.arrivals.at(head.index), blocks, block };
         let outputs = Outputs { mean: p.mean, scale: p.scale, factor: p.factor, v_max: p.v_max };
         meeting.arrive(&head, parts, &columns, |totals| outputs.write(&head, self.statistics, totals));
     }

@@ -73,8 +73,8 @@ impl ConvertVConfig {
         let workspace_tile = head.head * p.key_tiles + head.sequence.first_tile + tile;
         let start = workspace_tile.widen() * i64::from(KEY_TILE as i32 * width);
         let out = p.out.at(start).at(head.thread << 3).cast::<u32>();
-        for (i, words) in rows.words.iter().enumerate() {
-            let words = words.map(|word| self.convert(word));
+        for i in 0..ROWS {
+            let words = rows.words(i).map(|word| self.convert(word));
             out.plus(i as i32 * ROWS as i32 * width / 2).store_vector(words);
         }
     }

@@ -116,7 +116,8 @@ impl DeltaSConfig {
         let queries = code.shared::<f32>("queries", QUERIES * self.pitch() as usize);
         let quads = width / STEP as i32;
         let (quad, quad_row) = (head.thread & (quads - 1), head.thread >> quads.ilog2() as i32);
-        let (key, query) = (head.thread & (KEY_THREADS as i32 - 1), head.thread >> KEY_THREADS.ilog2() as i32);
+        let (key, query) =
+            (head.thread & (KEY_THREADS as i32 - 1), head.thread >> KEY_THREADS.ilog2() as i32);
         let query_threads = width / KEY_THREADS as i32;
         let thread_queries = QUERIES / query_threads as usize;
         code.range_by(0, rows, QUERIES as i32, |first| {
@@ -128,7 +129,8 @@ impl DeltaSConfig {
                 // Packed sequences may have fewer blocks; another mean serves as well where a block has none.
                 let has_mean = from.lt(rows) & ((from % p.q_blocks) * p.block_rows).lt(q_len);
                 let from = has_mean.select(from, 0);
-                let mean = means.at(from.widen() * i64::from(width)).at(quad * STEP as i32).load_vector::<4>();
+                let mean =
+                    means.at(from.widen() * i64::from(width)).at(quad * STEP as i32).load_vector::<4>();
                 queries.at(row * self.pitch() + quad * STEP as i32).store_vector(mean);
             }
             code.barrier();
@@ -189,8 +191,11 @@ impl DeltaSConfig {
             let (keys, queries) = (keys.at(channel), queries.at(channel));
             for step in 0..4 {
                 let offset = (step * STEP) as i32;
-                let key = |i: usize| keys.plus((i * KEY_THREADS) as i32 * self.pitch() + offset).load_vector::<4>();
-                let query = |j: usize| queries.plus(j as i32 * query_threads * self.pitch() + offset).load_vector::<4>();
+                let key =
+                    |i: usize| keys.plus((i * KEY_THREADS) as i32 * self.pitch() + offset).load_vector::<4>();
+                let query = |j: usize| {
+                    queries.plus(j as i32 * query_threads * self.pitch() + offset).load_vector::<4>()
+                };
                 let keys: Vec<[Val<'k, f32>; 4]> = (0..THREAD_KEYS).map(key).collect();
                 for (j, sums) in sums.iter().enumerate() {
                     let query: [Val<'k, f32>; 4] = query(j);

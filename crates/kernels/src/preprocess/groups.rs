@@ -17,32 +17,30 @@ pub(super) const fn groups_of_tile(granularity: Granularity) -> usize {
     }
 }
 
-/// The largest magnitude of each row's group, and the group's index in the tile.
-///
-/// `rows` are the largest magnitudes of the thread's rows as floats, NaN where a value is. All results are the same but
-/// per token.
+/// The largest magnitude of a group as bits, which are ordered as magnitudes are, NaN above all; and the group's index in
+/// the tile.
+pub(super) type Group<'k> = (Val<'k, i32>, Val<'k, i32>);
+
+/// The group that all the thread's rows belong to; `max` is their largest magnitude.
 #[track_caller]
-pub(super) fn group_maxima<'k>(
-    head: &Head<'k>,
-    granularity: Granularity,
-    rows: &[Val<'k, f32>],
-) -> Vec<(Val<'k, i32>, Val<'k, i32>)> {
-    let code = head.code;
-    // Threads of a row, and of the groups of rows that are neighbours modulo 8.
+pub(super) fn group_maximum<'k>(head: &Head<'k>, granularity: Granularity, max: Val<'k, f32>) -> Group<'k> {
     let of_row = head.source.padded_dim() / CHUNK;
-    // Magnitudes are ordered like their bits, NaN above all: from here on they are integers.
-    let bits = |max: Val<'k, f32>| max.reinterpret::<i32>();
-    if granularity == Granularity::PerToken {
-        let of_row = |max| among_neighbours(head, bits(max), of_row);
-        let row = |i: usize| head.part + (ROWS * i) as i32;
-        return rows.iter().enumerate().map(|(i, &max)| (of_row(max), row(i))).collect();
-    }
-    let all = rows.iter().copied().reduce(|a, b| a.max_nan(b)).unwrap_or(code.constant(0.0));
     let (threads, group) = match granularity {
+        // Two rows of every eight: neighbouring threads.
         Granularity::PerThread => (2 * of_row, head.part >> 1),
-        _ => (ROWS * of_row, code.constant(0)),
+        _ => (ROWS * of_row, head.code.constant(0)),
     };
-    vec![(among_neighbours(head, bits(all), threads), group); rows.len()]
+    (among_neighbours(head, max.reinterpret(), threads), group)
+}
+
+/// Each of the thread's rows by itself.
+#[track_caller]
+pub(super) fn group_maxima_per_token<'k>(head: &Head<'k>, rows: &[Val<'k, f32>; ROWS]) -> Vec<Group<'k>> {
+    let of_row = head.source.padded_dim() / CHUNK;
+    let group = |(i, max): (usize, &Val<'k, f32>)| {
+        (among_neighbours(head, max.reinterpret(), of_row), head.part + (ROWS * i) as i32)
+    };
+    rows.iter().enumerate().map(group).collect()
 }
 
 /// The largest value of each `threads` neighbouring threads, a power of two.

@@ -1,11 +1,11 @@
 //! K to INT8 or INT4 tiles: `round((K − mean) / scale)`.
 
 use sage_core::{Granularity, IntBits, IntQuantizer, Rounding, Tile, ZeroGroup};
-use sage_ptx::{Code, Program, Val, kernel};
+use sage_ptx::{Code, Program, Val, Var, kernel};
 
-use super::groups::{group_maxima, groups_of_tile};
+use super::groups::{group_maxima_per_token, group_maximum, groups_of_tile};
 use super::statistics::{ColumnStatistics, Meeting, Outputs, across_block};
-use super::tile_load::{CHUNK, Head, ROWS, RowOrder, Rows, Source, input, tile_grid};
+use super::tile_load::{CHUNK, Head, ROWS, RowOrder, Source, input, tile_grid};
 use crate::integer::Step;
 use crate::params::kernel_params;
 use crate::sequence::KEY_TILE;
@@ -138,12 +138,8 @@ impl QuantizeKConfig {
     }
 
     fn write(&self, code: &Code) {
-        // Blocks that combine columns while they hold a tile need more registers than 1024 threads can have.
-        let whole = self.source.head_dim == self.source.padded_dim();
-        let threads = match self.mean {
-            KMean::Fused => if whole { 896 } else { 768 },
-            KMean::None | KMean::Given => 1024,
-        };
+        // Steps of eight rows of their own take registers.
+        let threads = if self.granularity == Granularity::PerToken { 768 } else { 1024 };
         self.source.bound_registers(code, threads);
         let p = QuantizeKParams::declare(code);
         let head = Head::new(code, &self.source, &input!(p));
@@ -156,33 +152,50 @@ impl QuantizeKConfig {
         code.exit_when((tile * KEY_TILE as i32).ge(head.len()));
 
         let rows = head.load(tile, RowOrder::Modulo8);
-        let workspace_tile = (head.head * p.key_tiles + head.sequence.first_tile + tile).named("workspace_tile");
+        let workspace_tile =
+            (head.head * p.key_tiles + head.sequence.first_tile + tile).named("workspace_tile");
         if self.mean == KMean::Fused {
             let parts = ColumnStatistics::Mean.parts();
             let sums: Vec<_> =
                 parts.iter().map(|&part| across_block(&head, part, part.of_rows(&rows))).collect();
             let meeting = Meeting {
-                partials: p.partials.at((workspace_tile - tile).widen() * i64::from(self.source.padded_dim() as i32)),
+                partials: p
+                    .partials
+                    .at((workspace_tile - tile).widen() * i64::from(self.source.padded_dim() as i32)),
                 arrivals: p.arrivals.at(head.index),
                 blocks: head.len().div_ceil(KEY_TILE),
                 block: tile,
             };
-            let last =
-                meeting.arrive(&head, parts, &sums, |sums| outputs.write(&head, ColumnStatistics::Mean, sums));
-            code.when(!last, || meeting.wait(&head));
+            let last = meeting
+                .arrive(&head, parts, &sums, |sums| outputs.write(&head, ColumnStatistics::Mean, sums));
+            code.if_else(last, || head.reload(&rows), || meeting.wait(&head));
         }
         let mean = self.read_mean(&head, &p);
         let smoothed = |i: usize| subtract(rows.row(i), mean);
 
         code.note("scales");
-        let maxima: Vec<_> = (0..ROWS)
-            .map(|i| {
-                let magnitudes = smoothed(i).map(Val::abs);
-                let max = magnitudes.into_iter().reduce(|a, b| a.max_nan(b)).unwrap_or(magnitudes[0]);
-                if self.mean == KMean::None { max } else { (rows.valid(i) | rows.whole()).select(max, 0.0) }
-            })
-            .collect();
-        let groups = group_maxima(&head, self.granularity, &maxima);
+        let of_row = |i: usize| {
+            let max = magnitude(smoothed(i));
+            if self.mean == KMean::None { max } else { rows.valid(i).select(max, 0.0) }
+        };
+        let groups = if self.granularity == Granularity::PerToken {
+            group_maxima_per_token(&head, &std::array::from_fn(of_row))
+        } else {
+            let max = Var::new(code);
+            let whole = || {
+                // The largest difference from a channel's mean is that of its largest or least element.
+                let of_extremes = |largest| {
+                    let extremes = self.source.widen_chunk(rows.extremes(largest, true));
+                    magnitude(subtract(extremes, mean))
+                };
+                max.set(of_extremes(true).max_nan(of_extremes(false)));
+            };
+            // Rows that are missing differ from no mean, though their zeros may.
+            let partial =
+                || max.set((0..ROWS).map(of_row).reduce(|a, b| a.max_nan(b)).unwrap_or(code.constant(0.0)));
+            code.if_else(rows.whole(), whole, partial);
+            vec![group_maximum(&head, self.granularity, max.get()); ROWS]
+        };
         // Steps of rows that have their own are computed where they are used: eight of them would not fit the registers.
         let shared = Step::of_group(&self.quantizer(), groups[0].0);
         let step = |i: usize| match self.granularity {
@@ -197,7 +210,10 @@ impl QuantizeKConfig {
             _ => head.thread.eq(0),
         };
         code.when(writes_scale, || {
-            groups[..of_tile].iter().enumerate().for_each(|(i, (_, group))| scales.at(*group).store(step(i).scale));
+            groups[..of_tile]
+                .iter()
+                .enumerate()
+                .for_each(|(i, (_, group))| scales.at(*group).store(step(i).scale));
         });
 
         code.note("integers");
@@ -205,7 +221,8 @@ impl QuantizeKConfig {
         let ordinary = ordinary.unwrap_or(code.constant(true)) & rows.whole();
         let row_bytes = self.row_bytes() as i32;
         let tile_start = workspace_tile.widen() * i64::from(self.tile_bytes() as i32);
-        let thread_start = head.part * row_bytes + head.chunk * (row_bytes / (self.source.padded_dim() / CHUNK) as i32);
+        let thread_start =
+            head.part * row_bytes + head.chunk * (row_bytes / (self.source.padded_dim() / CHUNK) as i32);
         let out = p.out.at(tile_start).at(thread_start).cast::<u32>();
         let store = |i: usize, words: &[Val<'_, u32>]| {
             let to = out.plus(i as i32 * ROWS as i32 * row_bytes / 4);
@@ -218,8 +235,10 @@ impl QuantizeKConfig {
             ordinary,
             || (0..ROWS).for_each(|i| store(i, &self.words(&step(i), smoothed(i)))),
             || {
+                let careful = shared.careful();
                 for i in 0..ROWS {
-                    let words = self.words(&step(i).careful(), smoothed(i));
+                    let careful = if of_tile == 1 { careful } else { step(i).careful() };
+                    let words = self.words(&careful, smoothed(i));
                     let words: Vec<_> = words.iter().map(|&word| rows.valid(i).select(word, 0u32)).collect();
                     store(i, &words);
                 }
@@ -252,4 +271,10 @@ fn subtract<'k>(row: [Val<'k, f32>; CHUNK], mean: Option<[Val<'k, f32>; CHUNK]>)
         Some(mean) => std::array::from_fn(|channel| row[channel] - mean[channel]),
         None => row,
     }
+}
+
+/// The largest magnitude, NaN where a value is.
+fn magnitude<'k>(row: [Val<'k, f32>; CHUNK]) -> Val<'k, f32> {
+    let [first, rest @ ..] = row.map(Val::abs);
+    rest.into_iter().fold(first, |max, x| max.max_nan(x))
 }

@@ -7,9 +7,8 @@ use sage_ptx::{Code, Global, Shared, Val, Var};
 
 use super::tile_load::{CHUNK, Head, ROWS, RowOrder, Rows};
 
-/// Contributions that a thread of the last block has in flight: with eight, a block that keeps its tile in registers would
-/// need more of them than lets eight blocks share a multiprocessor.
-const IN_FLIGHT: i32 = 4;
+/// Contributions that a thread of the last block has in flight.
+const IN_FLIGHT: i32 = 8;
 
 /// Threads of the last block that share four columns.
 const SLICES: i32 = 4;
@@ -96,17 +95,16 @@ impl Part {
     /// Of the thread's rows, for each of its channels.
     #[track_caller]
     pub fn of_rows<'k>(self, rows: &Rows<'k>) -> [Val<'k, f32>; CHUNK] {
-        std::array::from_fn(|channel| {
-            let mut column = rows.column(channel);
-            for (i, x) in column.iter_mut().enumerate() {
-                *x = match self {
-                    Part::Sum => *x,
-                    Part::Magnitude => x.abs(),
-                    Part::Least | Part::Largest => rows.valid(i).select(*x, self.identity()),
-                };
+        let extremes = |largest, zeros| rows.source.widen_chunk(rows.extremes(largest, zeros));
+        match self {
+            Part::Sum => std::array::from_fn(|channel| self.tree(&rows.column(channel))),
+            Part::Least => extremes(false, false),
+            Part::Largest => extremes(true, false),
+            Part::Magnitude => {
+                let (least, largest) = (extremes(false, true), extremes(true, true));
+                std::array::from_fn(|channel| largest[channel].abs().max_nan(least[channel].abs()))
             }
-            self.tree(&column)
-        })
+        }
     }
 }
 
@@ -206,7 +204,8 @@ impl<'k> Meeting<'k> {
         let code = head.code;
         let width = head.source.padded_dim() as i32;
         code.note("contribute");
-        let own = self.partials.at((self.block * parts.len() as i32).widen() * i64::from(width)).at(head.thread);
+        let own =
+            self.partials.at((self.block * parts.len() as i32).widen() * i64::from(width)).at(head.thread);
         for (i, &value) in values.iter().enumerate() {
             own.plus(i as i32 * width).store(value);
         }
@@ -308,7 +307,8 @@ impl<'k> Outputs<'k> {
             ColumnStatistics::MeanAndScale => {
                 let mean = mean();
                 // Rounding is monotonic: the largest rounded difference is that of the largest or least value.
-                (totals[2] - mean).abs().max_nan((mean - totals[1]).abs())
+                let largest = (totals[2] - mean).abs().max_nan((mean - totals[1]).abs());
+                head.len().gt(0).select(largest, 0.0)
             }
         };
         let factor = self.v_max / magnitude;

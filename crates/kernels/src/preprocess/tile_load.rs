@@ -1,8 +1,8 @@
 //! Reading 64 rows of one head into registers: 16 bytes at a time, all of them in flight at once.
 
-use half::f16;
+use half::{bf16, f16};
 use sage_core::DType;
-use sage_ptx::{Code, Global, Val, Var};
+use sage_ptx::{BF16x2, Code, F16x2, Global, Scalar, Val, Var};
 
 use crate::sequence::{KEY_TILE, LengthParams, Lengths, Sequence};
 
@@ -53,6 +53,23 @@ impl Source {
     pub(super) fn suffix(&self) -> String {
         let unaligned = if self.aligned { "" } else { "_unaligned" };
         format!("{}_d{}{unaligned}{}", self.dtype, self.head_dim, self.lengths.suffix())
+    }
+
+    /// Two infinities, below or above every element.
+    fn infinities(&self, below: bool) -> u32 {
+        let sign = if below { -1.0 } else { 1.0 };
+        let bits = match self.dtype {
+            DType::F16 => f16::from_f32(sign * f32::INFINITY).to_bits(),
+            _ => bf16::from_f32(sign * f32::INFINITY).to_bits(),
+        };
+        u32::from(bits) << 16 | u32::from(bits)
+    }
+
+    /// The channels of registers in single precision; exact.
+    #[track_caller]
+    pub(super) fn widen_chunk<'k>(&self, words: [Val<'k, u32>; CHUNK / 2]) -> [Val<'k, f32>; CHUNK] {
+        let pairs = words.map(|word| self.widen(word));
+        std::array::from_fn(|channel| pairs[channel / 2][channel % 2])
     }
 
     /// Two neighbouring elements in single precision; exact.
@@ -183,14 +200,27 @@ impl<'k> Head<'k> {
     /// beyond the head's are zeros.
     #[track_caller]
     pub fn load(&self, tile: Val<'k, i32>, order: RowOrder) -> Rows<'k> {
+        let offsets = order.offsets();
+        let rows = Rows {
+            source: self.source,
+            words: offsets.map(|_| [(); CHUNK / 2].map(|()| Var::new(self.code))),
+            first: order.first(self.part),
+            offsets,
+            base: self.rows.at((tile * KEY_TILE as i32).widen() * self.stride),
+            left: (self.len() - tile * KEY_TILE as i32).named("rows_left"),
+        };
+        self.reload(&rows);
+        rows
+    }
+
+    /// Loads the rows once more: so that nothing need keep them in the meantime.
+    #[track_caller]
+    pub fn reload(&self, rows: &Rows<'k>) {
         let code = self.code;
         code.note("load a tile");
-        let base = self.rows.at((tile * KEY_TILE as i32).widen() * self.stride);
-        let left = (self.len() - tile * KEY_TILE as i32).named("rows_left");
-        let (first, offsets) = (order.first(self.part), order.offsets());
-        let words: Vec<[Var<'k, u32>; 4]> = offsets.iter().map(|_| [(); 4].map(|()| Var::new(code))).collect();
-        let set = |i: usize, loaded: [Val<'k, u32>; 4]| {
-            words[i].iter().zip(loaded).for_each(|(word, loaded)| word.set(loaded));
+        let Rows { offsets, base, left, first, .. } = *rows;
+        let set = |i: usize, loaded: [Val<'k, u32>; CHUNK / 2]| {
+            rows.words[i].iter().zip(loaded).for_each(|(word, loaded)| word.set(loaded));
         };
         let clamped = || {
             for (i, offset) in offsets.into_iter().enumerate() {
@@ -200,23 +230,20 @@ impl<'k> Head<'k> {
                 set(i, self.load_chunk(row).map(|word| valid.select(word, 0u32)));
             }
         };
-        if self.source.aligned {
-            let whole = || {
-                // Neighbouring rows are few distances apart: each address is the one before plus a known stride.
-                let mut row = base.at(first.widen() * self.stride);
-                for (i, offset) in offsets.into_iter().enumerate() {
-                    if let Some(before) = i.checked_sub(1) {
-                        row = row.at(self.stride * i64::from(offset - offsets[before]));
-                    }
-                    set(i, self.load_chunk(row));
-                }
-            };
-            code.if_else(left.ge(KEY_TILE as i32), whole, clamped);
-        } else {
-            clamped();
+        if !self.source.aligned {
+            return clamped();
         }
-        let words = words.into_iter().map(|row| row.map(Var::get)).collect();
-        Rows { source: self.source, words, first, offsets, left }
+        let whole = || {
+            // Neighbouring rows are few distances apart: each address is the one before plus a known stride.
+            let mut row = base.at(first.widen() * self.stride);
+            for (i, offset) in offsets.into_iter().enumerate() {
+                if let Some(before) = i.checked_sub(1) {
+                    row = row.at(self.stride * i64::from(offset - offsets[before]));
+                }
+                set(i, self.load_chunk(row));
+            }
+        };
+        code.if_else(rows.whole(), whole, clamped);
     }
 
     /// The thread's channels of a row.
@@ -241,28 +268,51 @@ impl<'k> Head<'k> {
 }
 
 /// A thread's rows of a tile: 8 rows of 8 channels, two to a register.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(super) struct Rows<'k> {
-    source: Source,
-    pub words: Vec<[Val<'k, u32>; 4]>,
+    pub source: Source,
+    words: [[Var<'k, u32>; CHUNK / 2]; ROWS],
     first: Val<'k, i32>,
     offsets: [i32; ROWS],
+    base: Global<'k, u16>,
     /// Rows from the tile's first on that the sequence has.
     pub left: Val<'k, i32>,
 }
 
 impl<'k> Rows<'k> {
+    /// The thread's channels of its `i`-th row, two to a register.
+    #[track_caller]
+    pub fn words(&self, i: usize) -> [Val<'k, u32>; CHUNK / 2] {
+        self.words[i].map(Var::get)
+    }
+
     /// The thread's channels of its `i`-th row.
     #[track_caller]
     pub fn row(&self, i: usize) -> [Val<'k, f32>; CHUNK] {
-        let pairs = self.words[i].map(|word| self.source.widen(word));
-        std::array::from_fn(|channel| pairs[channel / 2][channel % 2])
+        self.source.widen_chunk(self.words(i))
     }
 
     /// A channel of all rows.
     #[track_caller]
     pub fn column(&self, channel: usize) -> [Val<'k, f32>; ROWS] {
-        std::array::from_fn(|i| self.source.widen(self.words[i][channel / 2])[channel % 2])
+        std::array::from_fn(|i| self.source.widen(self.words[i][channel / 2].get())[channel % 2])
+    }
+
+    /// The largest or least element of each channel, two channels to a register; NaN where one is. Rows that the sequence
+    /// does not have count as zeros, or as nothing.
+    #[track_caller]
+    pub fn extremes(&self, largest: bool, zeros: bool) -> [Val<'k, u32>; CHUNK / 2] {
+        std::array::from_fn(|pair| {
+            let column = (0..ROWS).map(|i| {
+                let word = self.words[i][pair].get();
+                if zeros { word } else { self.valid(i).select(word, self.source.infinities(largest)) }
+            });
+            let extreme = |a, b| match self.source.dtype {
+                DType::F16 => extreme::<F16x2>(a, b, largest),
+                _ => extreme::<BF16x2>(a, b, largest),
+            };
+            column.reduce(extreme).unwrap_or(self.words[0][pair].get())
+        })
     }
 
     /// Index in the tile of the `i`-th row.
@@ -282,4 +332,11 @@ impl<'k> Rows<'k> {
     pub fn whole(&self) -> Val<'k, bool> {
         self.left.ge(KEY_TILE as i32)
     }
+}
+
+/// The larger or smaller of two pairs, each by itself.
+#[track_caller]
+fn extreme<'k, T: Scalar>(a: Val<'k, u32>, b: Val<'k, u32>, largest: bool) -> Val<'k, u32> {
+    let (a, b) = (a.reinterpret::<T>(), b.reinterpret::<T>());
+    if largest { a.max_nan(b).reinterpret() } else { a.min_nan(b).reinterpret() }
 }

@@ -29,6 +29,8 @@ pub enum Lane {
     Min(Ty),
     /// The larger; of a number and NaN, the number.
     Max(Ty),
+    /// The smaller; of a number and NaN, NaN. Floats only.
+    MinNan(Ty),
     /// The larger; of a number and NaN, NaN. Floats only.
     MaxNan(Ty),
     /// Bitwise and.
@@ -180,6 +182,7 @@ impl Lane {
             Rem(ty) => typed("rem", ty),
             Min(ty) => typed("min", ty),
             Max(ty) => typed("max", ty),
+            MinNan(ty) => typed("min.NaN", ty),
             MaxNan(ty) => typed("max.NaN", ty),
             And(ty) => bits("and", ty),
             Or(ty) => bits("or", ty),
@@ -230,6 +233,7 @@ impl Lane {
             Fma(Ty::BF16 | Ty::BF16x2)
             | Min(Ty::F16 | Ty::F16x2 | Ty::BF16 | Ty::BF16x2)
             | Max(Ty::F16 | Ty::F16x2 | Ty::BF16 | Ty::BF16x2)
+            | MinNan(_)
             | MaxNan(_) => Needs::since(Target::SM_80, 7, 0),
             Convert(convert) => convert.needs(),
             _ => BASE,
@@ -242,7 +246,7 @@ impl Lane {
         let wide = |ty| if ty == Ty::S32 { Ty::S64 } else { Ty::U64 };
         match self {
             Mov(ty) | Add(ty) | Sub(ty) | Mul(ty) | MulHigh(ty) | Div(ty) | Rem(ty) | Min(ty) | Max(ty)
-            | MaxNan(ty) | And(ty) | Or(ty) | Xor(ty) | Not(ty) | Shl(ty) | Shr(ty) | Neg(ty) | Abs(ty) | Fma(ty)
+            | MinNan(ty) | MaxNan(ty) | And(ty) | Or(ty) | Xor(ty) | Not(ty) | Shl(ty) | Shr(ty) | Neg(ty) | Abs(ty) | Fma(ty)
             | Select(ty) | BitField(ty) => ty,
             MulWide(ty) | MadWide(ty) => wide(ty),
             Reciprocal | ReciprocalApprox | Sqrt | Exp2 | Log2 | Tanh => Ty::F32,
@@ -304,7 +308,8 @@ impl Lane {
             },
             Min(ty) => extreme(ty, a, b, false),
             Max(ty) => extreme(ty, a, b, true),
-            MaxNan(ty) => extreme_or_nan(ty, a, b),
+            MinNan(ty) => extreme_or_nan(ty, a, b, false),
+            MaxNan(ty) => extreme_or_nan(ty, a, b, true),
             And(_) => a & b,
             Or(_) => a | b,
             Xor(_) => a ^ b,
@@ -596,21 +601,20 @@ fn arithmetic(
     }
 }
 
-/// The larger, or the type's canonical NaN where either is one.
-fn extreme_or_nan(ty: Ty, a: u64, b: u64) -> u64 {
-    match ty {
-        Ty::F32 if f32_of(a).is_nan() || f32_of(b).is_nan() => 0x7fff_ffff,
-        Ty::F16 | Ty::F16x2 | Ty::BF16 | Ty::BF16x2 => {
-            let (infinity, width) = (if matches!(ty, Ty::F16 | Ty::F16x2) { 0x7c00 } else { 0x7f80 }, bits_of(ty));
-            let larger = extreme(ty, a, b, true);
-            (0..width).step_by(16).fold(0, |halves, shift| {
-                let is_nan = |x: u64| x >> shift & 0x7fff > infinity;
-                let half = if is_nan(a) || is_nan(b) { 0x7fff } else { larger >> shift & 0xffff };
-                halves | half << shift
-            })
-        }
-        _ => extreme(ty, a, b, true),
-    }
+/// As [`extreme`], but the type's canonical NaN where either is a NaN.
+fn extreme_or_nan(ty: Ty, a: u64, b: u64, largest: bool) -> u64 {
+    let number = extreme(ty, a, b, largest);
+    let infinity = match ty {
+        Ty::F16 | Ty::F16x2 => 0x7c00,
+        Ty::BF16 | Ty::BF16x2 => 0x7f80,
+        _ if f32_of(a).is_nan() || f32_of(b).is_nan() => return 0x7fff_ffff,
+        _ => return number,
+    };
+    (0..bits_of(ty)).step_by(16).fold(0, |halves, shift| {
+        let is_nan = |x: u64| x >> shift & 0x7fff > infinity;
+        let half = if is_nan(a) || is_nan(b) { 0x7fff } else { number >> shift & 0xffff };
+        halves | half << shift
+    })
 }
 
 fn extreme(ty: Ty, a: u64, b: u64, largest: bool) -> u64 {

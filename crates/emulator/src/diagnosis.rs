@@ -1,0 +1,111 @@
+//! From what went wrong to a fault that names its place.
+
+use crate::block::{Block, Launch, Status};
+use crate::decode::Step;
+use crate::fault::{Fault, FaultKind, Trouble};
+use crate::warp::Warp;
+
+impl Block {
+    pub fn fault(&self, cx: &Launch<'_>, warp: usize, trouble: Trouble) -> Box<Fault> {
+        let warp = &self.warps[warp];
+        let (at, instruction) = match (trouble.statement, cx.code.instrs.get(warp.instr as usize)) {
+            (Some(at), _) => (Some(at), "a condition or loop".to_owned()),
+            (None, Some(instr)) => (Some(instr.at), cx.code.text(warp.instr)),
+            (None, None) => (None, String::new()),
+        };
+        Box::new(Fault {
+            kind: trouble.kind,
+            block: self.state.index,
+            warp: warp.index,
+            lanes: if trouble.lanes == 0 { warp.active } else { trouble.lanes },
+            at,
+            instruction,
+            object: trouble.object.filter(|name| !name.is_empty()),
+            other: trouble.other.and_then(|instr| cx.code.instrs.get(instr as usize)).map(|instr| instr.at),
+            detail: trouble.detail,
+        })
+    }
+
+    /// Everything waits: says where each warp stands.
+    pub fn deadlock(&self, cx: &Launch<'_>, why: &str) -> Box<Fault> {
+        let mut detail = why.to_owned();
+        let mut first = None;
+        let mut kind = FaultKind::Deadlock;
+        for (warp, status) in self.warps.iter().zip(&self.state.status) {
+            let what = match status {
+                Status::Done => continue,
+                Status::Ready | Status::Polling => "polls global memory".to_owned(),
+                Status::Barrier(id) => self.state.barriers.describe(*id, self.state.live_warps()),
+                Status::Mbarrier { address, parity } => {
+                    let (place, _) = cx.layout.place(*address);
+                    self.state.mbarriers.describe(*address, *parity, &place)
+                }
+                Status::Wgmma => "waits at a wgmma for the other warps of its group".to_owned(),
+                Status::Registers => {
+                    kind = FaultKind::RegisterBudget;
+                    let sum: u32 = self.state.register_limits.iter().map(|limit| 32 * limit).sum();
+                    format!("waits at setmaxnreg for registers; the block holds {sum} of 65536")
+                }
+            };
+            first = first.or(Some(warp));
+            let at =
+                cx.code.instrs.get(warp.instr as usize).map(|instr| instr.at.to_string()).unwrap_or_default();
+            detail += &format!("\n      warp {} {what}, at {at}", warp.index);
+        }
+        let (at, instruction) = match first {
+            Some(warp) => {
+                (cx.code.instrs.get(warp.instr as usize).map(|instr| instr.at), cx.code.text(warp.instr))
+            }
+            None => (None, String::new()),
+        };
+        Box::new(Fault {
+            kind,
+            block: self.state.index,
+            warp: first.map_or(0, |warp| warp.index),
+            lanes: first.map_or(0, |warp| warp.active),
+            at,
+            instruction,
+            object: None,
+            other: None,
+            detail,
+        })
+    }
+}
+
+/// Lanes that are missing at an instruction, and why.
+#[cold]
+pub(crate) fn diverges(warp: &Warp, what: &str, wanted: u32) -> Box<Trouble> {
+    let missing = wanted & !warp.active;
+    let exited = if missing & !warp.live != 0 { ", of which some have exited or never were" } else { "" };
+    let branches: Vec<String> = warp.branches().map(|at| at.to_string()).collect();
+    let inside = match branches.as_slice() {
+        [] => String::new(),
+        branches => format!("; inside the branches and loops at {}", branches.join(", ")),
+    };
+    let detail = format!("{what} without lanes {missing:#010x}{exited}{inside}");
+    Trouble::new(FaultKind::Divergent, detail).lanes(warp.active)
+}
+
+#[cold]
+pub(crate) fn runaway(warp: &Warp, step: Step, limit: u64) -> Box<Trouble> {
+    let loops: Vec<String> = warp.loops().map(|at| at.to_string()).collect();
+    let place = match loops.as_slice() {
+        [] => "outside of loops".to_owned(),
+        loops => format!("in the loops at {}", loops.join(", ")),
+    };
+    let detail = format!("warp {} took more than {limit} steps, {place}", warp.index);
+    let trouble = Trouble::new(FaultKind::Runaway, detail);
+    match warp.loops().last() {
+        Some(at) => trouble.statement(at),
+        None => at_statement(trouble, step),
+    }
+}
+
+/// A fault in a condition belongs to the statement, not to the instruction before it.
+#[cold]
+pub(crate) fn at_statement(trouble: Box<Trouble>, step: Step) -> Box<Trouble> {
+    match step {
+        Step::If { at, .. } | Step::Test { at, .. } => trouble.statement(at),
+        _ => trouble,
+    }
+}

@@ -1,0 +1,6 @@
+//! The kernels that prepare K, V and Q, run in the emulator and compared with the oracle bit for bit.
+
+mod inputs;
+mod keys;
+mod queries;
+mod values;

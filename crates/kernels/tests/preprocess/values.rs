@@ -1,0 +1,229 @@
+//! V's E4M3 codes and scales, and its 16-bit tiles.
+
+use half::{bf16, f16};
+use sage_core::DType;
+use sage_core::oracle::{Fp8Channels, subtract, v_token_slot};
+use sage_kernels::KEY_TILE;
+use sage_kernels::preprocess::{
+    ColumnStatisticsArgs, ColumnStatisticsConfig, ConvertVArgs, ConvertVConfig, QuantizeVArgs,
+    QuantizeVConfig,
+};
+
+use crate::inputs::{Batch, Fill, Tensor, assert_mean, emulator, launch, poisoned, same};
+
+/// Quantises a tensor and compares everything written with the oracle.
+#[track_caller]
+fn check(tensor: &Tensor, smooth: bool, fused: bool, v_max: f32, seed: u64) {
+    let config = QuantizeVConfig { source: tensor.source, smooth, fused };
+    let (heads, tiles, width) = (tensor.heads, tensor.batch.tiles(), tensor.source.padded_dim());
+    let sequences = tensor.batch.sequences();
+    let mut emulator = emulator(seed);
+    let (x, cu_seqlens) = (tensor.upload(&mut emulator), tensor.upload_lengths(&mut emulator));
+    let out = poisoned(&mut emulator, "out", heads * tiles * config.tile_bytes());
+    let [mean, scale, factor] =
+        ["mean", "scale", "factor"].map(|name| emulator.uninitialized(name, tensor.statistics() * 4));
+    let arrivals = emulator.buffer("arrivals", &vec![0u32; sequences.len() * heads]);
+    let [stride_batch, stride_head, stride_row] = tensor.strides;
+    let rows = tensor.batch.rows() as i32;
+    let parts = config.statistics().partials();
+    if !fused {
+        let tiles_per_block = 2;
+        let config = ColumnStatisticsConfig { source: tensor.source, statistics: config.statistics() };
+        let grid = config.grid(tensor.batch.max_len(), tiles_per_block, heads, sequences.len());
+        let partials = emulator.uninitialized("partials", grid[0] as usize * tensor.statistics() * parts * 4);
+        let args = ColumnStatisticsArgs {
+            x,
+            mean: mean.address(),
+            scale: scale.address(),
+            factor: factor.address(),
+            partials: partials.address(),
+            arrivals: arrivals.address(),
+            cu_seqlens,
+            stride_batch,
+            stride_head,
+            stride_row,
+            rows,
+            tiles_per_block: tiles_per_block as i32,
+            v_max,
+        };
+        launch(&emulator, &config.program(), grid, &args.args());
+    }
+    let partials = emulator.uninitialized("partials", heads * tiles * width * parts * 4);
+    let args = QuantizeVArgs {
+        x,
+        out: out.address(),
+        mean: mean.address(),
+        scale: scale.address(),
+        factor: factor.address(),
+        partials: partials.address(),
+        arrivals: arrivals.address(),
+        cu_seqlens,
+        stride_batch,
+        stride_head,
+        stride_row,
+        rows,
+        key_tiles: tiles as i32,
+        v_max,
+    };
+    let grid = config.grid(tensor.batch.max_len(), heads, sequences.len());
+    launch(&emulator, &config.program(), grid, &args.args());
+
+    assert_eq!(emulator.written_bytes(scale), scale.len());
+    let out: Vec<u8> = emulator.read(out);
+    let [mean, scale] = [mean, scale].map(|buffer| emulator.read::<f32>(buffer));
+    for (s, sequence) in sequences.iter().enumerate() {
+        for head in 0..heads {
+            let v = tensor.matrix(sequence, head);
+            let at = (s * heads + head) * width;
+            let smoothed = if smooth {
+                (0..v.width()).for_each(|c| assert_mean(mean[at + c], v.column(c)));
+                subtract(&v, &mean[at..at + width])
+            } else {
+                v.clone()
+            };
+            let expected = Fp8Channels::quantize(&smoothed, v_max);
+            for c in 0..width {
+                let wanted = expected.scales.get(c).copied().unwrap_or(0.0);
+                let scale = scale[at + c];
+                assert!(same(scale, wanted), "{}: scale {c} is {scale}, expected {wanted}", config.name());
+            }
+            for tile in 0..sequence.len.div_ceil(KEY_TILE) {
+                let start = (head * tiles + sequence.first_tile + tile) * config.tile_bytes();
+                for c in 0..width {
+                    let written = &out[start + c * KEY_TILE..][..KEY_TILE];
+                    let mut wanted = [0u8; KEY_TILE];
+                    for token in 0..KEY_TILE.min(sequence.len - tile * KEY_TILE) {
+                        if c < v.width() {
+                            wanted[token / 16 * 16 + v_token_slot(token)] =
+                                expected.codes.row(tile * KEY_TILE + token)[c];
+                        }
+                    }
+                    assert_eq!(written, wanted, "{}: channel {c} of tile {tile}, head {head}", config.name());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn every_length_and_head_dimension() {
+    for (seed, (len, head_dim, aligned)) in [
+        (1, 128, true),
+        (63, 64, true),
+        (64, 128, true),
+        (65, 256, true),
+        (200, 128, true),
+        (130, 80, true),
+        (65, 72, true),
+        (65, 1, false),
+        (70, 5, false),
+        (64, 64, false),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        for (dtype, v_max) in [(DType::F16, 448.0), (DType::BF16, 2.25)] {
+            let tensor = Tensor::new(dtype, head_dim, aligned, Batch::one(len), 2, Fill::Normal);
+            for smooth in [false, true] {
+                for fused in [false, true] {
+                    check(&tensor, smooth, fused, v_max, seed as u64);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn every_kind_of_value() {
+    for fill in [Fill::Bias, Fill::Zeros, Fill::Constant, Fill::Nan, Fill::Infinity, Fill::Tiny, Fill::Mixed]
+    {
+        let tensor = Tensor::new(DType::BF16, 64, true, Batch::one(130), 2, fill);
+        for smooth in [false, true] {
+            for fused in [false, true] {
+                check(&tensor, smooth, fused, 448.0, 0);
+            }
+        }
+    }
+}
+
+#[test]
+fn sequences_of_different_lengths() {
+    for batch in [
+        Batch::Dense { batch: 2, len: 65 },
+        Batch::KvLens { rows: 140, lens: vec![0, 140, 64, 1] },
+        Batch::Packed(vec![3, 0, 64, 130, 0]),
+    ] {
+        for (head_dim, aligned) in [(128, true), (64, false)] {
+            let tensor = Tensor::new(DType::F16, head_dim, aligned, batch.clone(), 2, Fill::Normal);
+            for (smooth, fused) in [(false, false), (true, false), (false, true), (true, true)] {
+                check(&tensor, smooth, fused, 448.0, 2);
+            }
+        }
+    }
+}
+
+#[test]
+fn blocks_wait_for_each_other_in_any_order() {
+    let tensor = Tensor::new(DType::F16, 64, true, Batch::one(40 * 64 - 3), 2, Fill::Bias);
+    for seed in 0..4 {
+        check(&tensor, seed % 2 == 1, true, 448.0, seed);
+    }
+}
+
+#[test]
+fn converted_tiles() {
+    for batch in [
+        Batch::one(65),
+        Batch::KvLens { rows: 140, lens: vec![0, 140, 64, 1] },
+        Batch::Packed(vec![3, 0, 64, 130, 0]),
+    ] {
+        for (from, to) in [(DType::BF16, DType::F16), (DType::F16, DType::F16), (DType::F16, DType::BF16)] {
+            for (head_dim, aligned) in [(128, true), (80, true), (5, false)] {
+                let tensor = Tensor::new(from, head_dim, aligned, batch.clone(), 2, Fill::Bias);
+                check_converted(&tensor, to);
+            }
+        }
+    }
+}
+
+fn check_converted(tensor: &Tensor, to: DType) {
+    let config = ConvertVConfig { source: tensor.source, to };
+    let (heads, tiles, width) = (tensor.heads, tensor.batch.tiles(), tensor.source.padded_dim());
+    let sequences = tensor.batch.sequences();
+    let mut emulator = emulator(1);
+    let out = poisoned(&mut emulator, "out", heads * tiles * KEY_TILE * width * 2);
+    let [stride_batch, stride_head, stride_row] = tensor.strides;
+    let args = ConvertVArgs {
+        x: tensor.upload(&mut emulator),
+        out: out.address(),
+        cu_seqlens: tensor.upload_lengths(&mut emulator),
+        stride_batch,
+        stride_head,
+        stride_row,
+        rows: tensor.batch.rows() as i32,
+        key_tiles: tiles as i32,
+    };
+    launch(
+        &emulator,
+        &config.program(),
+        config.grid(tensor.batch.max_len(), heads, sequences.len()),
+        &args.args(),
+    );
+    let out: Vec<u16> = emulator.read(out);
+    for sequence in &sequences {
+        for head in 0..heads {
+            let v = tensor.matrix(sequence, head);
+            for row in 0..sequence.len.next_multiple_of(KEY_TILE) {
+                let start = ((head * tiles + sequence.first_tile) * KEY_TILE + row) * width;
+                let wanted: Vec<u16> = (0..width)
+                    .map(|c| match (row < v.rows() && c < v.width(), to) {
+                        (false, _) => 0,
+                        (true, DType::F16) => f16::from_f32(v.row(row)[c]).to_bits(),
+                        (true, _) => bf16::from_f32(v.row(row)[c]).to_bits(),
+                    })
+                    .collect();
+                assert_eq!(out[start..start + width], wanted, "{}: row {row}, head {head}", config.name());
+            }
+        }
+    }
+}
