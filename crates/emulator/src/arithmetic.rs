@@ -40,6 +40,15 @@ pub(crate) fn fast(op: Lane, s: &[&Lanes]) -> Option<Lanes> {
         (Lane::MadWide(Ty::S32), [a, b, c]) => three(a, b, c, |a, b, c| {
             (i64::from(a as i32) * i64::from(b as i32)).wrapping_add(c as i64) as u64
         }),
+        (Lane::Max(Ty::F32), [a, b]) => two(a, b, |a, b| extreme(a, b, f(a) > f(b), a & b)),
+        (Lane::Min(Ty::F32), [a, b]) => two(a, b, |a, b| extreme(a, b, f(a) < f(b), a | b)),
+        (Lane::Shl(Ty::S32 | Ty::U32 | Ty::B32), [a, b]) => {
+            two(a, b, |a, b| if b as u32 >= 32 { 0 } else { low(a << (b as u32)) })
+        }
+        (Lane::Shr(Ty::S32), [a, b]) => {
+            two(a, b, |a, b| u64::from(((a as i32) >> (b as u32).min(31)) as u32))
+        }
+        (Lane::Shr(Ty::U32 | Ty::B32), [a, b]) => two(a, b, |a, b| a.checked_shr(b as u32).unwrap_or(0)),
         (Lane::And(_), [a, b]) => two(a, b, |a, b| a & b),
         (Lane::Or(_), [a, b]) => two(a, b, |a, b| a | b),
         (Lane::Xor(_), [a, b]) => two(a, b, |a, b| a ^ b),
@@ -59,6 +68,20 @@ pub(crate) fn fast(op: Lane, s: &[&Lanes]) -> Option<Lanes> {
         (Lane::Join16, [a, b]) => two(a, b, |a, b| (a & 0xffff) | (b & 0xffff) << 16),
         _ => return None,
     })
+}
+
+/// The one of two singles that wins, `equal` where they are equal, the number of a number and NaN.
+fn extreme(a: u64, b: u64, a_wins: bool, equal: u64) -> u64 {
+    let (x, y) = (f(a), f(b));
+    if x == y {
+        equal
+    } else if a_wins || y.is_nan() && !x.is_nan() {
+        a
+    } else if !y.is_nan() {
+        b
+    } else {
+        u64::from(f32::NAN.to_bits())
+    }
 }
 
 /// `a · b + c` rounded once. The product of two singles is exact in double precision; the sum is then rounded twice,
@@ -113,6 +136,8 @@ mod tests {
             Lane::Sub(Ty::F32),
             Lane::Mul(Ty::F32),
             Lane::Fma(Ty::F32),
+            Lane::Max(Ty::F32),
+            Lane::Min(Ty::F32),
             Lane::MadWide(Ty::S32),
             Lane::Select(Ty::B32),
             Lane::Join16,
@@ -122,6 +147,7 @@ mod tests {
         ];
         for ty in [Ty::S32, Ty::U32, Ty::B32] {
             ops.extend([Lane::Add(ty), Lane::Sub(ty), Lane::Mul(ty), Lane::Fma(ty)]);
+            ops.extend([Lane::Shl(ty), Lane::Shr(ty)]);
             ops.extend([Lane::And(ty), Lane::Or(ty), Lane::Xor(ty)]);
         }
         ops.extend(

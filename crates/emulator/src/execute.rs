@@ -1,9 +1,7 @@
 //! One instruction of one warp: arithmetic, loads and stores here, everything else where it belongs.
 
 use sage_ptx::Arg;
-use sage_ptx::isa::{
-    Access as Order, AtomicOp, Control, Matrix, Memory, Op, Space, Special, Ty, Warp as WarpOp, Word,
-};
+use sage_ptx::isa::{Access as Order, Control, Matrix, Memory, Op, Space, Special, Ty, Warp as WarpOp, Word};
 
 use crate::access::AccessKind;
 use crate::arithmetic;
@@ -185,7 +183,7 @@ impl Context<'_, '_> {
         Ok(std::array::from_fn(|lane| (base[lane] as u32).wrapping_add(offset as u32)))
     }
 
-    fn global_addresses(&self, register: u32, offset: i32) -> Outcome<[u64; 32]> {
+    pub fn global_addresses(&self, register: u32, offset: i32) -> Outcome<[u64; 32]> {
         let base = self.warp.read(&self.cx.code, register, self.warp.active)?;
         Ok(std::array::from_fn(|lane| base[lane].wrapping_add(offset as i64 as u64)))
     }
@@ -301,65 +299,6 @@ impl Context<'_, '_> {
         self.state.clocks.stored(index, active);
         Ok(())
     }
-
-    fn atomic(
-        &mut self,
-        space: Space,
-        op: AtomicOp,
-        ty: Ty,
-        offset: i32,
-        dst: u32,
-        src: &[u32],
-    ) -> Outcome<Flow> {
-        let active = self.warp.active;
-        let bytes = match ty.width() {
-            sage_ptx::program::Width::B32 => 4,
-            sage_ptx::program::Width::B64 => 8,
-            _ => return Err(Trouble::new(FaultKind::InvalidProgram, format!("an atomic of {ty:?}"))),
-        };
-        let operands = *self.warp.read(&self.cx.code, src[1], active)?;
-        let mut old = [0; 32];
-        let mut seen = 0u64;
-        let mut changed = false;
-        match space {
-            Space::Shared => {
-                let addresses = self.shared_addresses(src[0], active, offset)?;
-                let access = self.access(AccessKind::Atomic);
-                let index = self.index();
-                for lane in lanes(active) {
-                    let change = |old| combine(op, ty, old, operands[lane]);
-                    let (layout, clocks) = (&self.cx.layout, &self.state.clocks);
-                    let update =
-                        self.state.shared.update(layout, clocks, &access, addresses[lane], bytes, change);
-                    old[lane] = update.map_err(|trouble| trouble.lane(lane))?;
-                }
-                self.state.clocks.stored(index, active);
-                let cost = banks::wavefronts(&addresses, active, bytes);
-                self.stats.shared(self.warp.instr, cost);
-                changed = true;
-            }
-            Space::Global => {
-                let addresses = self.global_addresses(src[0], offset)?;
-                for lane in lanes(active) {
-                    let change = |old| combine(op, ty, old, operands[lane]);
-                    let update = self.cx.global.update(addresses[lane], bytes, change);
-                    old[lane] = update.map_err(|trouble| trouble.lane(lane))?;
-                    changed |= change(old[lane]) != old[lane];
-                    seen = (seen ^ old[lane] ^ addresses[lane])
-                        .wrapping_mul(0x9e37_79b9_7f4a_7c15)
-                        .rotate_left(23);
-                }
-                self.stats.global(self.warp.instr, banks::sectors(&addresses, active, bytes), bytes);
-                self.stats.global_changes += u64::from(changed);
-            }
-        }
-        self.warp.write(&self.cx.code, dst, active, &old)?;
-        if changed {
-            self.warp.progressed();
-            return Ok(Flow::Next);
-        }
-        Ok(if self.warp.polls_in_vain(seen) { Flow::Wait(Status::Polling) } else { Flow::Yield })
-    }
 }
 
 /// Bytes of an access, which the hardware limits to 16.
@@ -380,24 +319,6 @@ fn extend(word: Word, bits: u64) -> u64 {
         Word::B16 | Word::U16 => bits & 0xffff,
         Word::B32 => bits & 0xffff_ffff,
         Word::B64 => bits,
-    }
-}
-
-/// What an atomic leaves in memory.
-fn combine(op: AtomicOp, ty: Ty, old: u64, operand: u64) -> u64 {
-    use sage_ptx::isa::Lane;
-    match op {
-        AtomicOp::Add => Lane::Add(ty).eval(&[old, operand]),
-        AtomicOp::Min => Lane::Min(ty).eval(&[old, operand]),
-        AtomicOp::Max => Lane::Max(ty).eval(&[old, operand]),
-        AtomicOp::Exchange => operand,
-        AtomicOp::IncrementWrap => {
-            if old >= operand {
-                0
-            } else {
-                old + 1
-            }
-        }
     }
 }
 

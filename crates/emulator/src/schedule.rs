@@ -5,7 +5,7 @@ use std::sync::{Condvar, Mutex, PoisonError};
 use std::thread;
 
 use crate::block::{Block, Launch, Turn};
-use crate::fault::Fault;
+use crate::fault::{Fault, FaultKind};
 use crate::report::Stats;
 
 /// What the workers share.
@@ -57,6 +57,13 @@ pub(crate) fn run(cx: &Launch<'_>) -> (Stats, Vec<Fault>) {
     faults.sort_by_key(|(block, _)| *block);
     faults.truncate(cx.options.max_faults.max(1));
     (total, faults.into_iter().map(|(_, fault)| fault).collect())
+}
+
+impl Board {
+    fn faults_but_deadlocks(&self) -> Vec<&Fault> {
+        let faults = self.faults.iter().map(|(_, fault)| fault);
+        faults.filter(|fault| fault.kind != FaultKind::Deadlock).collect()
+    }
 }
 
 struct Shared<'l, 'a> {
@@ -128,7 +135,10 @@ impl Shared<'_, '_> {
                 Next::Start(linear) => blocks.push(Block::new(self.cx, linear)),
                 Next::Leave => return stats,
                 Next::Deadlock => {
-                    if let Some(block) = blocks.first() {
+                    // Those who wait for a block that ended by a fault are not to blame.
+                    let blameless = !self.board().faults_but_deadlocks().is_empty();
+                    let first = blocks.iter().min_by_key(|block| block.linear);
+                    if let Some(block) = first.filter(|_| !blameless) {
                         let why = "blocks wait for global memory that nobody will change";
                         let fault = block.deadlock(self.cx, why);
                         self.board().faults.push((block.linear, *fault));

@@ -5,14 +5,13 @@
 //! between generations, by less than the last place of the largest term. FP8 can follow Hopper instead, see
 //! [`Fp8Accumulation`].
 
-use std::sync::LazyLock;
-
-use half::{bf16, f16};
-use sage_ptx::isa::{E2M1, E4M3, E5M2, Minifloat, Mma, MmaBlockScaled, MmaTy};
+use half::f16;
+use sage_ptx::isa::{Mma, MmaBlockScaled, MmaTy};
 
 use crate::block::{Context, Flow};
 use crate::decode::Lanes;
 use crate::fault::{FaultKind, Outcome, Trouble};
+use crate::fragment::{ACCUMULATOR, Numbers, float, fragment_a, fragment_b, scale};
 
 /// How products of 8-bit floats are summed in single precision.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -27,63 +26,6 @@ pub enum Fp8Accumulation {
     /// Sources: SageAttention2 (arXiv 2411.10958, the `FP22` accumulator of `mma.f32.f8.f8.f32`) and the DeepSeek-V3
     /// report (arXiv 2412.19437, 3.3.2: about 14 bits of each product are kept). Cutting is towards zero.
     Truncated,
-}
-
-/// Numbers of an operand, in a form that multiplies fast.
-#[derive(Clone, Debug)]
-pub(crate) enum Numbers {
-    Integers(Vec<i16>),
-    Floats(Vec<f64>),
-}
-
-/// Values of all codes of a format of 8 bits.
-type Table = [f64; 256];
-
-fn table(format: Minifloat, bits: u32) -> Table {
-    std::array::from_fn(|code| f64::from(format.decode((code & ((1 << bits) - 1)) as u8)))
-}
-
-static E4M3_VALUES: LazyLock<Table> = LazyLock::new(|| table(E4M3, 8));
-static E5M2_VALUES: LazyLock<Table> = LazyLock::new(|| table(E5M2, 8));
-static E2M1_VALUES: LazyLock<Table> = LazyLock::new(|| table(E2M1, 4));
-static F16_VALUES: LazyLock<Vec<f64>> =
-    LazyLock::new(|| (0..=u16::MAX).map(|x| f16::from_bits(x).to_f64()).collect());
-static BF16_VALUES: LazyLock<Vec<f64>> =
-    LazyLock::new(|| (0..=u16::MAX).map(|x| bf16::from_bits(x).to_f64()).collect());
-
-pub(crate) fn is_integer(ty: MmaTy) -> bool {
-    matches!(ty, MmaTy::S8 | MmaTy::U8 | MmaTy::S4 | MmaTy::S32)
-}
-
-/// Values of all codes of a type of 16, 8 or 4 bits.
-fn values(ty: MmaTy) -> &'static [f64] {
-    match ty {
-        MmaTy::F16 => &F16_VALUES,
-        MmaTy::BF16 => &BF16_VALUES,
-        MmaTy::E5M2 => &*E5M2_VALUES,
-        MmaTy::E2M1 => &E2M1_VALUES[..16],
-        _ => &*E4M3_VALUES,
-    }
-}
-
-/// The value of an element's bits, for the types that are floats.
-pub(crate) fn float(ty: MmaTy, bits: u32) -> f64 {
-    match ty {
-        MmaTy::F32 | MmaTy::S32 => f64::from(f32::from_bits(bits)),
-        _ => {
-            let values = values(ty);
-            values[bits as usize & (values.len() - 1)]
-        }
-    }
-}
-
-/// As [`float`], for integers.
-pub(crate) fn integer(ty: MmaTy, bits: u32) -> i16 {
-    match ty {
-        MmaTy::S8 => i16::from(bits as u8 as i8),
-        MmaTy::U8 => i16::from(bits as u8),
-        _ => i16::from(((bits as u8) << 4) as i8 >> 4),
-    }
 }
 
 /// `c[rows × n] += a[rows × k] · b`, with `b` as `n × k` for integers.
@@ -165,48 +107,41 @@ impl Context<'_, '_> {
             return Err(Trouble::new(FaultKind::InvalidProgram, format!("no such mma: {mma:?}")));
         }
         let k = mma.k();
-        let (a, b) = (
-            fragment_a(mma, [read(src[0])?, read(src[1])?, read(src[2])?, read(src[3])?]),
-            [read(src[4])?, read(src[5])?],
-        );
-        let b = fragment_b(mma, b);
+        let a = fragment_a(mma, [read(src[0])?, read(src[1])?, read(src[2])?, read(src[3])?]);
+        let b = fragment_b(mma, [read(src[4])?, read(src[5])?]);
         // Register and bits of element `i` of the accumulator.
         let place = |i: usize| if half { (i / 2, 16 * (i % 2)) } else { (i, 0) };
-        let mut result = [[0u64; 32]; 4];
-        let c = [0, 1, 2, 3].map(|i| src.get(6 + place(i).0).copied());
-        let mut old = [[0u32; 8]; 16];
-        for (i, register) in c.into_iter().enumerate() {
-            let Some(register) = register else { continue };
-            let values = read(register)?;
-            for (lane, &value) in values.iter().enumerate() {
-                let (row, column) = Mma::acc_element(lane, i);
-                old[row][column] = (value >> place(i).1) as u32;
+        let mut old = [0u32; 128];
+        for (i, places) in ACCUMULATOR.iter().enumerate() {
+            let (register, shift) = place(i);
+            let values = read(src[6 + register])?;
+            for (&value, &at) in values.iter().zip(places) {
+                old[at] = (value >> shift) as u32;
             }
         }
-        let mut new = [[0u32; 8]; 16];
-        match (&a, &b) {
+        let new = match (&a, &b) {
             (Numbers::Integers(a), Numbers::Integers(b)) => {
-                let mut c = old.map(|row| row.map(|x| x as i32));
-                add_integers(a, b, c.as_flattened_mut(), k, 8);
-                new = c.map(|row| row.map(|x| x as u32));
+                let mut c = old.map(|x| x as i32);
+                add_integers(a, b, &mut c, k, 8);
+                c.map(|x| x as u32)
             }
             (Numbers::Floats(a), Numbers::Floats(b)) => {
-                let mut c = old.map(|row| row.map(|x| float(mma.acc, x)));
+                let mut c = old.map(|x| float(mma.acc, x));
                 let fp8 = mma.a.bits() == 8 && !half;
                 if fp8 && self.cx.options.fp8 == Fp8Accumulation::Truncated {
-                    add_truncated(a, b, c.as_flattened_mut(), k, 8);
+                    add_truncated(a, b, &mut c, k, 8);
                 } else {
-                    add_floats(a, b, c.as_flattened_mut(), k, 8);
+                    add_floats(a, b, &mut c, k, 8);
                 }
-                new = c.map(|row| row.map(|x| round(mma.acc, x)));
+                c.map(|x| round(mma.acc, x))
             }
-            _ => {}
-        }
-        for i in 0..4 {
+            _ => old,
+        };
+        let mut result = [[0; 32]; 4];
+        for (i, places) in ACCUMULATOR.iter().enumerate() {
             let (register, shift) = place(i);
-            for (lane, value) in result[register].iter_mut().enumerate() {
-                let (row, column) = Mma::acc_element(lane, i);
-                *value |= u64::from(new[row][column]) << shift;
+            for (value, &at) in result[register].iter_mut().zip(places) {
+                *value |= u64::from(new[at]) << shift;
             }
         }
         for (&register, values) in dst.iter().zip(&result) {
@@ -223,10 +158,7 @@ impl Context<'_, '_> {
         let a = fragment_a(mma, [read(src[0])?, read(src[1])?, read(src[2])?, read(src[3])?]);
         let b = fragment_b(mma, [read(src[4])?, read(src[5])?]);
         let (a_scales, b_scales) = (read(src[10])?, read(src[11])?);
-        // The sign of a `ue4m3` does not exist.
-        let scale = |scales: &Lanes, lane: usize, block: usize| {
-            E4M3_VALUES[(scales[lane] >> (8 * block)) as usize & 0x7f]
-        };
+        let scale = |scales: &Lanes, lane: usize, block: usize| scale(scales[lane] >> (8 * block));
         let (Numbers::Floats(mut a), Numbers::Floats(mut b)) = (a, b) else { return Ok(Flow::Next) };
         // Scaled elements have few bits, so their products stay exact.
         for (row, a) in a.chunks_exact_mut(64).enumerate() {
@@ -239,75 +171,17 @@ impl Context<'_, '_> {
                 *b *= scale(b_scales, MmaBlockScaled::b_scale_lane(column), i / 16);
             }
         }
-        let mut c = [[0.0; 8]; 16];
-        for i in 0..4 {
-            for (lane, &value) in read(src[6 + i])?.iter().enumerate() {
-                let (row, column) = Mma::acc_element(lane, i);
-                c[row][column] = f64::from(f32::from_bits(value as u32));
+        let mut c = [0.0; 128];
+        for (i, places) in ACCUMULATOR.iter().enumerate() {
+            for (&value, &at) in read(src[6 + i])?.iter().zip(places) {
+                c[at] = f64::from(f32::from_bits(value as u32));
             }
         }
-        add_floats(&a, &b, c.as_flattened_mut(), 64, 8);
-        for (i, &register) in dst.iter().enumerate() {
-            let values = std::array::from_fn(|lane| {
-                let (row, column) = Mma::acc_element(lane, i);
-                u64::from((c[row][column] as f32).to_bits())
-            });
+        add_floats(&a, &b, &mut c, 64, 8);
+        for (&register, places) in dst.iter().zip(ACCUMULATOR.iter()) {
+            let values = places.map(|at| u64::from((c[at] as f32).to_bits()));
             self.warp.write(code, register, u32::MAX, &values)?;
         }
         Ok(Flow::Next)
-    }
-}
-
-/// A's 16 rows of k elements.
-pub(crate) fn fragment_a(mma: Mma, registers: [&Lanes; 4]) -> Numbers {
-    gather(mma.a, 16 * mma.k(), &registers, |lane, r| {
-        let (row, depth) = mma.a_element(lane, r, 0);
-        (row * mma.k() + depth, 1)
-    })
-}
-
-/// B's 8 columns of k integers, or its k rows of 8 floats.
-fn fragment_b(mma: Mma, registers: [&Lanes; 2]) -> Numbers {
-    let integers = is_integer(mma.b);
-    gather(mma.b, 8 * mma.k(), &registers, |lane, r| {
-        let (depth, column) = mma.b_element(lane, r, 0);
-        if integers { (column * mma.k() + depth, 1) } else { (depth * 8 + column, 8) }
-    })
-}
-
-/// Numbers from registers: `place` says where the first of a register's elements goes, and how far apart they lie.
-fn gather(
-    ty: MmaTy,
-    len: usize,
-    registers: &[&Lanes],
-    place: impl Fn(usize, usize) -> (usize, usize),
-) -> Numbers {
-    let bits = ty.bits();
-    let per = 32 / bits;
-    let words = || {
-        registers.iter().enumerate().flat_map(|(r, values)| {
-            values.iter().enumerate().map(move |(lane, &value)| (r, lane, value as u32))
-        })
-    };
-    if is_integer(ty) {
-        let mut numbers = vec![0; len];
-        for (r, lane, word) in words() {
-            let (first, step) = place(lane, r);
-            for (i, number) in numbers[first..].iter_mut().step_by(step).take(per).enumerate() {
-                *number = integer(ty, word >> (bits * i));
-            }
-        }
-        Numbers::Integers(numbers)
-    } else {
-        let values = values(ty);
-        let mask = values.len() - 1;
-        let mut numbers = vec![0.0; len];
-        for (r, lane, word) in words() {
-            let (first, step) = place(lane, r);
-            for (i, number) in numbers[first..].iter_mut().step_by(step).take(per).enumerate() {
-                *number = values[(word >> (bits * i)) as usize & mask];
-            }
-        }
-        Numbers::Floats(numbers)
     }
 }

@@ -7,10 +7,8 @@ use crate::block::{Context, Flow, Launch, State};
 use crate::decode::{Code, Decoded, Lanes};
 use crate::descriptor::Descriptor;
 use crate::fault::{FaultKind, Outcome, Trouble};
-use crate::tensor_core::{
-    Fp8Accumulation, Numbers, add_floats, add_integers, add_truncated, float, fragment_a, integer,
-    is_integer, round,
-};
+use crate::fragment::{Numbers, empty, float, fragment_a, integer, is_integer};
+use crate::tensor_core::{Fp8Accumulation, add_floats, add_integers, add_truncated, round};
 use crate::warp::{Hold, Warp, mask_of};
 
 /// Groups of `wgmma`s of a warp that were not waited for.
@@ -215,10 +213,6 @@ fn read_b(
         }
     }
     Ok(numbers)
-}
-
-fn empty(ty: MmaTy, len: usize) -> Numbers {
-    if is_integer(ty) { Numbers::Integers(vec![0; len]) } else { Numbers::Floats(vec![0.0; len]) }
 }
 
 fn put(numbers: &mut Numbers, ty: MmaTy, at: usize, bits: u32) {

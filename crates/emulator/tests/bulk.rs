@@ -332,7 +332,7 @@ fn ring(release: bool, count: i32) -> Program {
         let mut sum = raw.mov(0);
         for i in 0..6u32 {
             let stage = i % 2;
-            raw.mbarrier_wait(full + 8 * stage, i / 2 & 1);
+            raw.mbarrier_wait(full + 8 * stage, (i / 2) & 1);
             let place = place(raw, stage);
             let value = raw.load(Space::Shared, place);
             sum = raw.add(sum, value);
@@ -376,4 +376,47 @@ fn mbarriers_are_not_data() {
     raw.when(p, |raw| raw.control(Control::MbarrierInit, &[full.operand(), 1.operand()]));
     raw.load(Space::Shared, full);
     fault_naming(Emulator::new().launch(&raw.done(), [1, 1, 1], &[]), FaultKind::Mbarrier, &["`full` + 0"]);
+}
+
+#[test]
+fn bulk_copies_may_not_outlive_their_block() {
+    let mut raw = Raw::new(64);
+    let map = raw.tensor_map("map");
+    let tile = raw.shared("tile", 1024);
+    let full = raw.shared("full", 8);
+    let thread = raw.thread();
+    let first = raw.compare(Cmp::Eq, thread, 0);
+    raw.when(first, |raw| {
+        raw.control(Control::MbarrierInit, &[full.operand(), 1.operand()]);
+        raw.control(Control::FenceMbarrierInit, &[]);
+        raw.control(Control::MbarrierArriveExpect, &[full.operand(), 768.operand()]);
+        let src = [tile.operand(), map.operand(), full.operand(), 0.operand(), 0.operand()];
+        raw.control(Control::BulkTensorLoad { dims: 2 }, &src);
+    });
+    let mut emulator = Emulator::new();
+    let (map, _) = tensor(&mut emulator, Swizzle::None, [24, 16]);
+    let failure = emulator.launch(&raw.done(), [1, 1, 1], &[map.arg()]).unwrap_err();
+    assert_eq!(failure.kind(), Some(FaultKind::MissingWait));
+    assert!(failure.to_string().contains("ends while a bulk load"), "{failure}");
+}
+
+#[test]
+fn a_wait_may_give_up() {
+    // Nobody arrives, and the kernel asks only once.
+    let mut raw = Raw::new(32);
+    let out = raw.pointer("out");
+    let full = raw.shared("full", 8);
+    let thread = raw.thread();
+    let first = raw.compare(Cmp::Eq, thread, 0);
+    raw.when(first, |raw| raw.control(Control::MbarrierInit, &[full.operand(), 1.operand()]));
+    let done = raw.reg(sage_ptx::program::Width::Pred);
+    raw.emit(sage_ptx::isa::Op::Control(Control::MbarrierTryWait), &[done], &[full.operand(), 0.operand()]);
+    let select = sage_ptx::isa::Lane::Select(sage_ptx::isa::Ty::B32);
+    let result = raw.lane(select, &[1.operand(), 2.operand(), done.operand()]);
+    let to = raw.at(out, thread, 4);
+    raw.store(Space::Global, to, result);
+    let mut emulator = Emulator::new();
+    let out = emulator.uninitialized("out", 128);
+    emulator.launch(&raw.done(), [1, 1, 1], &[out.arg()]).unwrap();
+    assert_eq!(emulator.read::<u32>(out), [2; 32]);
 }

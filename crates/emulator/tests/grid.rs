@@ -144,3 +144,21 @@ fn a_loop_without_end_is_caught() {
     });
     fault(emulator.launch(&program, [1, 1, 1], &[]), FaultKind::Runaway);
 }
+
+#[test]
+fn who_waits_for_a_faulty_block_is_not_to_blame() {
+    let program = kernel("blame", 32, |k| {
+        let counter = k.global::<i32>("counter");
+        let [block, ..] = k.block_index();
+        // The last block goes astray before it arrives.
+        k.when(block.eq(3), || counter.plus(1000).store(0));
+        counter.atomic(AtomicOp::Add, 1);
+        k.while_loop(|| counter.load_acquire().lt(128), || {});
+    });
+    for workers in [1, 2, 4] {
+        let mut emulator = Emulator::with_options(EmulatorOptions { workers, ..EmulatorOptions::default() });
+        let counter = emulator.buffer("counter", &[0i32]);
+        let fault = fault(emulator.launch(&program, [4, 1, 1], &[counter.arg()]), FaultKind::OutOfBounds);
+        assert_eq!(fault.block, [3, 0, 0]);
+    }
+}

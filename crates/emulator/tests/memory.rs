@@ -138,12 +138,11 @@ fn misaligned_accesses_are_caught() {
     });
     let data: Vec<f16> = (0..64).map(|i| f16::from_f32(i as f32)).collect();
     let mut emulator = Emulator::new();
-    let bits: Vec<u16> = data.iter().map(|x| x.to_bits()).collect();
     let y = emulator.uninitialized("y", 128);
-    let aligned = emulator.buffer_at("x", &bits, 4);
+    let aligned = emulator.buffer_at("x", &data, 4);
     emulator.launch(&program, [1, 1, 1], &[aligned.arg(), y.arg()]).unwrap();
-    assert_eq!(emulator.read::<u16>(y)[..4], [bits[1], bits[0], bits[3], bits[2]]);
-    let odd = emulator.buffer_at("odd", &bits, 2);
+    assert_eq!(emulator.read::<f16>(y)[..4], [data[1], data[0], data[3], data[2]]);
+    let odd = emulator.buffer_at("odd", &data, 2);
     let result = emulator.launch(&program, [1, 1, 1], &[odd.arg(), y.arg()]);
     let fault = fault_naming(result, FaultKind::Misaligned, &["`odd`", "no multiple of 4"]);
     assert_eq!(fault.object.as_deref(), Some("odd"));
@@ -202,6 +201,19 @@ fn registers_that_nobody_wrote_are_caught() {
     let result = emulator.launch(&program(false), [1, 1, 1], &[]);
     let fault = fault_naming(result, FaultKind::UninitializedRegister, &["`running_max`", "lanes 7-31"]);
     assert_eq!(fault.lanes, !0x7f);
+}
+
+#[test]
+fn a_condition_that_nobody_wrote_is_caught_where_it_is_used() {
+    let mut raw = Raw::new(32);
+    let thread = raw.thread();
+    let (p, q) = (raw.compare(sage_ptx::isa::Cmp::Lt, thread, 5), raw.reg(Width::Pred));
+    raw.when(p, |raw| raw.emit(Op::Lane(sage_ptx::isa::Lane::Mov(Ty::Pred)), &[q], &[p.operand()]));
+    let line = line!() + 1;
+    raw.when(q, |_| {});
+    let result = Emulator::new().launch(&raw.done(), [1, 1, 1], &[]);
+    let fault = fault(result, FaultKind::UninitializedRegister);
+    assert_eq!((fault.lanes, fault.at.unwrap().line()), (!31, line));
 }
 
 #[test]

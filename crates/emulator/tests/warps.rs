@@ -36,18 +36,19 @@ fn lanes<T>(of: impl Fn(u32) -> T) -> Vec<T> {
 /// Each instruction of the lanes, run by a warp, against its result in Rust.
 #[test]
 fn lane_instructions_compute() {
-    type Case = (Lane, Vec<fn(u32) -> u64>, fn(u32) -> u32);
+    type Input = fn(u32) -> u64;
+    type Case = (Lane, Vec<Input>, fn(u32) -> u32);
     fn x(i: u32) -> f32 {
         i as f32 * 0.75 - 9.0
     }
     fn y(i: u32) -> f32 {
         1.5 + i as f32
     }
-    let (fx, fy): (fn(u32) -> u64, fn(u32) -> u64) = (|i| x(i).to_bits().into(), |i| y(i).to_bits().into());
-    let (ia, ib): (fn(u32) -> u64, fn(u32) -> u64) =
-        (|i| (i.wrapping_mul(0x1234_567) as i32 - 77) as u32 as u64, |i| u64::from(i * 3 + 1));
+    let (fx, fy): (Input, Input) = (|i| x(i).to_bits().into(), |i| y(i).to_bits().into());
+    let (ia, ib): (Input, Input) =
+        (|i| (i.wrapping_mul(0x0123_4567) as i32 - 77) as u32 as u64, |i| u64::from(i * 3 + 1));
     fn a(i: u32) -> i32 {
-        i.wrapping_mul(0x1234_567) as i32 - 77
+        i.wrapping_mul(0x0123_4567) as i32 - 77
     }
     fn b(i: u32) -> i32 {
         (i * 3 + 1) as i32
@@ -113,7 +114,7 @@ fn lane_instructions_compute() {
     let mut emulator = Emulator::new();
     let out = emulator.uninitialized("out", 128);
     for (op, inputs, expected) in cases {
-        let tables: Vec<Vec<u64>> = inputs.iter().map(|input| lanes(input)).collect();
+        let tables: Vec<Vec<u64>> = inputs.iter().map(lanes).collect();
         let mut raw = Raw::new(32);
         let mut args = Vec::new();
         let thread = raw.thread();

@@ -3,9 +3,12 @@
 #![forbid(unsafe_code)]
 
 pub mod attention;
+pub mod combine;
+pub mod forward;
 mod integer;
 mod params;
 pub mod preprocess;
 mod sequence;
+pub mod tuning;
 
 pub use sequence::{KEY_TILE, Lengths, total_key_tiles};

@@ -87,7 +87,9 @@ pub struct Tiling {
     pub warps: usize,
     /// Query rows of a warp: 16 or 32.
     pub rows_per_warp: usize,
-    /// Keys whose scores are in registers at once: 32 or 64.
+    /// Keys of a tile in shared memory: 64, or 32 where K and V are read as given.
+    pub tile_keys: usize,
+    /// Keys whose scores are in registers at once: 16, 32 or 64.
     pub step_keys: usize,
     /// Whether quantised queries stay in registers, or are read from shared memory for each step.
     pub queries_in_registers: bool,
@@ -170,11 +172,19 @@ impl AttentionConfig {
         if let Some(rows) = self.smooth_q {
             name += &format!("_sq{rows}");
         }
-        let Tiling { warps, rows_per_warp, step_keys, queries_in_registers, stages, min_blocks, lazy_rescale } =
-            self.tiling;
+        let Tiling {
+            warps,
+            rows_per_warp,
+            tile_keys,
+            step_keys,
+            queries_in_registers,
+            stages,
+            min_blocks,
+            lazy_rescale,
+        } = self.tiling;
         let queries = if queries_in_registers { "r" } else { "" };
         name += self.lengths.suffix();
-        name + &format!("_w{warps}x{rows_per_warp}x{step_keys}{queries}_s{stages}_b{min_blocks}_l{lazy_rescale}")
+        name + &format!("_w{warps}x{rows_per_warp}x{tile_keys}x{step_keys}{queries}_s{stages}_b{min_blocks}_l{lazy_rescale}")
     }
 }
 

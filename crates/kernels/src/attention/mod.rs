@@ -34,13 +34,12 @@ use ring::Ring;
 use scores::{KeyScales, scores};
 use softmax::Softmax;
 
-use crate::sequence::KEY_TILE;
-
 /// The attention kernel of a configuration.
 pub fn attention(config: &AttentionConfig) -> Program {
     match (config.dtype, config.values) {
         (DType::BF16, Values::F16(_)) => write::<bf16, f16>(config),
         (DType::BF16, _) => write::<bf16, bf16>(config),
+        (_, Values::BF16) => write::<f16, bf16>(config),
         _ => write::<f16, f16>(config),
     }
 }
@@ -65,7 +64,7 @@ where
         k.range(place.first_tile, place.end_tile, |tile| {
             let (keys, values) = ring.next(&place);
             let scales = key_scales.next(k);
-            for step in 0..KEY_TILE / config.tiling.step_keys {
+            for step in 0..config.tiling.tile_keys / config.tiling.step_keys {
                 let scores = scores::<H>(k, config, &p, &place, &queries, &keys, &scales, tile, step);
                 softmax.advance(k, &scores, |alphas| output.rescale(alphas));
                 output.add::<W>(&softmax, &scores, &values, step);

@@ -3,7 +3,7 @@
 use sage_ptx::{Code, Val};
 
 use super::config::{AttentionConfig, AttentionParams};
-use crate::sequence::{KEY_TILE, LengthParams, Sequence};
+use crate::sequence::{LengthParams, Sequence};
 
 /// A block's queries, and the tiles of keys that they see.
 #[derive(Clone, Copy, Debug)]
@@ -53,7 +53,7 @@ impl<'k> Place<'k> {
         };
         let sequence = Sequence::new(code, config.lengths, &lengths, sequence_index);
 
-        let block_q = config.block_q() as i32;
+        let (block_q, tile_keys) = (config.block_q() as i32, config.tiling.tile_keys);
         let first_row = (q_tile * block_q).named("first_row");
         code.exit_when(first_row.ge(sequence.q_len));
 
@@ -63,8 +63,8 @@ impl<'k> Place<'k> {
         let start_of = |row: Val<'k, i32>| (row + diagonal - p.window_left).max(0);
         let last_row = (first_row + (block_q - 1)).min(sequence.q_len - 1);
 
-        let first_tile = start_of(first_row).split_index(KEY_TILE).0;
-        let end_tile = end_of(last_row).max(0).div_ceil(KEY_TILE);
+        let first_tile = start_of(first_row).split_index(tile_keys).0;
+        let end_tile = end_of(last_row).max(0).div_ceil(tile_keys);
         let (first_tile, end_tile) = if config.split {
             let each = (end_tile - first_tile).max(0);
             let each = (each + p.splits - 1) / p.splits;

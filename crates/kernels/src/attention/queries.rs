@@ -7,16 +7,21 @@ use super::config::{AttentionConfig, AttentionParams, Scores};
 use super::place::Place;
 use crate::integer::{Step, magnitude_bits};
 
-/// Queries as operands: each lane's own registers, kept in shared memory since they are needed once a tile.
+/// Queries as operands: each lane's own registers, `[m][step]`.
 pub(super) struct Queries<'k> {
-    fragments: Shared<'k, u32>,
-    /// The same in registers, `[m][step]`, where they stay there.
-    kept: Vec<[Val<'k, u32>; 4]>,
+    fragments: Fragments<'k>,
     steps: usize,
     /// Factor of each row slot's scores.
     pub scale: Vec<Val<'k, f32>>,
     /// What smoothing K took from each row's scaled scores, in the natural base.
     pub taken: Vec<Val<'k, f32>>,
+}
+
+/// Where operands stay between the tiles that they are multiplied with.
+enum Fragments<'k> {
+    Registers(Vec<[Val<'k, u32>; 4]>),
+    /// The lane's own words: no other lane reads them.
+    Memory(Shared<'k, u32>),
 }
 
 /// How many 32-byte steps the depth of Q·Kᵀ takes.
@@ -43,11 +48,6 @@ impl<'k> Queries<'k> {
         code.note("queries: read, smooth, quantise");
         let slots = config.tiling.rows_per_warp / 8;
         let (steps, per) = (depth_steps(config), elements_per_word(config));
-        let words = config.threads() as usize * (slots / 2) * steps * 4;
-        // Each lane's four registers of a fragment are neighbours, so that they are read in one access.
-        let lane_words = code.thread() * ((slots / 2) * steps * 4) as i32;
-        let fragments = code.shared::<u32>("q_fragments", words).at(lane_words);
-
         let batch = place.sequence.batch.widen() * p.q_stride_batch + place.head.widen() * p.q_stride_head;
         let row_of = |slot: usize| place.row(slot);
         let quad = place.lane & 3;
@@ -92,10 +92,10 @@ impl<'k> Queries<'k> {
             }
         }
 
-        let scale = match config.scores {
+        let (words, scale) = match config.scores {
             Scores::Full => {
-                store_words(&fragments, &rows, steps, |_, x| x[0].pack::<H>(x[1]).reinterpret());
-                vec![p.sm_scale * std::f32::consts::LOG2_E; slots]
+                let words = pack_words(&rows, steps, |_, x| x[0].pack::<H>(x[1]).reinterpret());
+                (words, vec![p.sm_scale * std::f32::consts::LOG2_E; slots])
             }
             Scores::Int(quantizer) => {
                 if quantizer.scale_q_first {
@@ -103,30 +103,37 @@ impl<'k> Queries<'k> {
                     rows.iter_mut().flatten().flatten().for_each(|x| *x = *x * factor);
                 }
                 let steps_of_rows = groups(code, config, &quantizer, place, &rows);
-                store_words(&fragments, &rows, steps, |slot, x| steps_of_rows[slot].round_word(x));
+                let words = pack_words(&rows, steps, |slot, x| steps_of_rows[slot].round_word(x));
                 let factor = if quantizer.scale_q_first {
                     code.constant(1.0)
                 } else {
                     p.sm_scale * std::f32::consts::LOG2_E
                 };
-                steps_of_rows.iter().map(|step| step.scale * factor).collect()
+                (words, steps_of_rows.iter().map(|step| step.scale * factor).collect())
             }
         };
-        let kept = match config.tiling.queries_in_registers {
-            true => (0..slots / 2 * steps).map(|i| fragments.plus(4 * i as i32).load_vector()).collect(),
-            false => Vec::new(),
+        let fragments = if config.tiling.queries_in_registers {
+            Fragments::Registers(words)
+        } else {
+            let lane_words = 4 * words.len();
+            let memory = code.shared::<u32>("q_fragments", config.threads() as usize * lane_words);
+            let memory = memory.at(code.thread() * lane_words as i32);
+            for (index, &words) in words.iter().enumerate() {
+                memory.plus(4 * index as i32).store_vector(words);
+            }
+            Fragments::Memory(memory)
         };
-        Queries { fragments, kept, steps, scale, taken }
+        Queries { fragments, steps, scale, taken }
     }
 
     /// The operand of 16 rows at one step of the depth.
     #[track_caller]
     pub fn fragment<E: MmaElement>(&self, m: usize, step: usize) -> FragmentA<'k, E> {
         let index = m * self.steps + step;
-        match self.kept.get(index) {
-            Some(words) => FragmentA::new(*words),
-            None => FragmentA::new(self.fragments.plus(4 * index as i32).load_vector()),
-        }
+        FragmentA::new(match &self.fragments {
+            Fragments::Registers(words) => words[index],
+            Fragments::Memory(words) => words.plus(4 * index as i32).load_vector(),
+        })
     }
 }
 
@@ -216,21 +223,18 @@ fn groups<'k>(
     vec![Step::of_group(quantizer, shared); slots]
 }
 
-/// Packs each register's channels and stores fragments: rows `g` and `g + 8` of 16, low and high depth of a step.
-fn store_words<'k>(
-    fragments: &Shared<'k, u32>,
+/// Packs each register's channels: fragments of rows `g` and `g + 8` of 16, low and high depth of a step.
+fn pack_words<'k>(
     rows: &[Vec<Vec<Val<'k, f32>>>],
     steps: usize,
     pack: impl Fn(usize, &[Val<'k, f32>]) -> Val<'k, u32>,
-) {
+) -> Vec<[Val<'k, u32>; 4]> {
+    let mut words = Vec::new();
     for m in 0..rows.len() / 2 {
         for step in 0..steps {
-            let word = |half: usize, depth: usize| {
-                let slot = 2 * m + half;
-                pack(slot, &rows[slot][2 * step + depth])
-            };
-            let words = [word(0, 0), word(1, 0), word(0, 1), word(1, 1)];
-            fragments.plus(((m * steps + step) * 4) as i32).store_vector(words);
+            let word = |half: usize, depth: usize| pack(2 * m + half, &rows[2 * m + half][2 * step + depth]);
+            words.push([word(0, 0), word(1, 0), word(0, 1), word(1, 1)]);
         }
     }
+    words
 }

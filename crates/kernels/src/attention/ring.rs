@@ -5,7 +5,6 @@ use sage_ptx::{CHUNK_BYTES, Code, Global, Shared, SharedTile, Val, Var};
 
 use super::config::{AttentionConfig, AttentionParams, Scores, ValueSource, Values};
 use super::place::Place;
-use crate::sequence::KEY_TILE;
 
 /// The ring of both operands.
 pub(super) struct Ring<'k, 'c> {
@@ -52,12 +51,12 @@ impl<'k, 'c> Ring<'k, 'c> {
         p: &AttentionParams<'k>,
         place: &Place<'k>,
     ) -> Self {
-        let padded = config.padded_dim();
+        let (padded, tile_keys) = (config.padded_dim(), config.tiling.tile_keys);
         let (key_bytes, value_bytes) = (key_row_bytes(config), value_tile_bytes(config));
-        let ring_bytes = config.tiling.stages * (KEY_TILE * key_bytes + value_bytes);
+        let ring_bytes = config.tiling.stages * (tile_keys * key_bytes + value_bytes);
         // The output passes through the same memory at the end.
         let shared = code.shared::<u8>("tiles", ring_bytes.max(config.block_q() * 2 * padded));
-        let first_value = (config.tiling.stages * KEY_TILE * key_bytes) as i32;
+        let first_value = (config.tiling.stages * tile_keys * key_bytes) as i32;
         let shape = |base: i32, row_bytes, rows, chunks| TileShape {
             stages: SharedTile::new(shared.plus(base), row_bytes),
             rows,
@@ -66,20 +65,20 @@ impl<'k, 'c> Ring<'k, 'c> {
         let used_chunks = config.head_dim.div_ceil(8);
 
         let keys = match config.scores {
-            Scores::Full => shape(0, key_bytes, KEY_TILE, used_chunks).of_rows(
+            Scores::Full => shape(0, key_bytes, tile_keys, used_chunks).of_rows(
                 config,
                 place,
                 p.k,
                 [p.k_stride_batch, p.k_stride_head, p.k_stride_row],
             ),
             Scores::Int(_) => {
-                shape(0, key_bytes, KEY_TILE, key_bytes / CHUNK_BYTES).of_workspace(place, p, p.k)
+                shape(0, key_bytes, tile_keys, key_bytes / CHUNK_BYTES).of_workspace(place, p, p.k)
             }
         };
-        let rows_of_values = |chunks| shape(first_value, 2 * padded, KEY_TILE, chunks);
+        let rows_of_values = |chunks| shape(first_value, 2 * padded, tile_keys, chunks);
         let values = match (config.values, config.value_source) {
             (Values::Fp8(_), _) => {
-                shape(first_value, KEY_TILE, padded, KEY_TILE / CHUNK_BYTES).of_workspace(place, p, p.v)
+                shape(first_value, tile_keys, padded, tile_keys / CHUNK_BYTES).of_workspace(place, p, p.v)
             }
             (_, ValueSource::Workspace) => {
                 rows_of_values(2 * padded / CHUNK_BYTES).of_workspace(place, p, p.v)
@@ -221,7 +220,7 @@ impl<'k> Tiles<'k> {
                 for round in 0..rounds {
                     whole(round, &|| {
                         let (row, chunk) = (thread + (round * threads) as i32).split_index(self.chunks);
-                        let key = tile * KEY_TILE as i32 + row;
+                        let key = tile * self.rows as i32 + row;
                         let valid = key.lt(*len);
                         let from = base.at(valid.select(key, 0).widen() * *stride).at(chunk * 8);
                         if config.aligned {
@@ -270,7 +269,7 @@ impl<'k> TileShape<'k> {
             return self.from(Source::Irregular { base, stride: row, len });
         }
         let (first_row, first_chunk) = code.thread().split_index(self.chunks);
-        let key = place.first_tile * KEY_TILE as i32 + first_row;
+        let key = place.first_tile * self.rows as i32 + first_row;
         let chunk = base.at(key.widen() * row).at(first_chunk * 8);
         self.from(Source::Rows {
             chunk: code.var(chunk.address()).named("row_chunk"),
@@ -311,5 +310,5 @@ fn key_row_bytes(config: &AttentionConfig) -> usize {
 /// Bytes of a tile of V.
 fn value_tile_bytes(config: &AttentionConfig) -> usize {
     let element = if matches!(config.values, Values::Fp8(_)) { 1 } else { 2 };
-    element * KEY_TILE * config.padded_dim()
+    element * config.tiling.tile_keys * config.padded_dim()
 }

@@ -29,7 +29,7 @@ pub(super) fn scores<'k, H: Half + MmaElement>(
 ) -> ScoreTile<'k> {
     code.note("scores: q * k^T");
     let columns = config.tiling.step_keys / 8;
-    let first_key = tile * KEY_TILE as i32 + (step * config.tiling.step_keys) as i32;
+    let first_key = tile * config.tiling.tile_keys as i32 + (step * config.tiling.step_keys) as i32;
     let rows = keys.columns_of_b((step * config.tiling.step_keys) as i32);
     let product = match config.scores {
         Scores::Full => ScoreTile {

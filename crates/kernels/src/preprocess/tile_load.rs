@@ -42,11 +42,11 @@ impl Source {
     }
 
     /// Asks that `threads` threads fit a multiprocessor. With 1024 of 64 registers, 128 KiB of tiles are on their way to
-    /// registers or waiting there, which covers the latency of memory; loads of single elements need more registers.
+    /// registers or waiting there, which covers the latency of memory. Loads of single elements need more registers, and
+    /// left without a bound the driver's compiler saves some by spilling.
     pub(super) fn bound_registers(&self, code: &Code, threads: u32) {
-        if self.aligned {
-            code.min_blocks(threads / self.threads());
-        }
+        let threads = if self.aligned { threads } else { threads.min(512) };
+        code.min_blocks(threads / self.threads());
     }
 
     /// Part of a kernel's name.

@@ -128,6 +128,7 @@ pub struct Tensor {
     pub batch: Batch,
     pub heads: usize,
     pub strides: [i64; 3],
+    pub fill: Fill,
     data: Vec<u16>,
 }
 
@@ -167,7 +168,7 @@ impl Tensor {
                 }
             }
         }
-        Tensor { source, batch, heads, strides, data }
+        Tensor { source, batch, heads, strides, fill, data }
     }
 
     /// The rows of a head of a sequence.

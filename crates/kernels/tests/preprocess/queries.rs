@@ -123,9 +123,11 @@ fn dense_sequences() {
 
 #[test]
 fn more_query_blocks_than_are_multiplied_at_once() {
-    let q = Tensor::new(DType::F16, 64, true, Batch::one(64 * 7 + 1), 6, Fill::Normal);
-    let k = Tensor::new(DType::F16, 64, true, Batch::one(65), 2, Fill::Bias);
-    check(&q, &k, 64, true);
+    for head_dim in [64, 128, 256] {
+        let q = Tensor::new(DType::F16, head_dim, true, Batch::one(64 * 7 + 1), 6, Fill::Normal);
+        let k = Tensor::new(DType::F16, head_dim, true, Batch::one(65), 2, Fill::Bias);
+        check(&q, &k, 64, true);
+    }
 }
 
 #[test]

@@ -418,7 +418,7 @@ impl Cmp {
             match cmp {
                 Cmp::Eq => a == b,
                 // PTX's `ne` of floats is false for NaN.
-                Cmp::Ne => a < b || a > b,
+                Cmp::Ne => a.partial_cmp(&b).is_some_and(|order| order.is_ne()),
                 Cmp::Lt => a < b,
                 Cmp::Le => a <= b,
                 Cmp::Gt => a > b,

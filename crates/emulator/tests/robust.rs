@@ -1,0 +1,259 @@
+//! Programs of random instructions: whatever they do, the launch ends, with a report or with faults.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use sage_emulator::{Emulator, EmulatorOptions, FaultKind, Fp8Accumulation, Swizzle, TensorMap};
+use sage_ptx::isa::{
+    Access, AtomicOp, Cmp, Control, Convert, Lane, Matrix, Memory, Mma, MmaTy, Op, Redux, Shuffle, Space,
+    Special, Ty, Vote, Warp, Wgmma, Word,
+};
+use sage_ptx::program::{Operand, Reg, Width};
+
+mod support;
+use support::{Raw, Source};
+
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, n: usize) -> usize {
+        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (self.0 >> 33) as usize % n
+    }
+
+    fn pick<T: Copy>(&mut self, of: &[T]) -> T {
+        of[self.below(of.len())]
+    }
+}
+
+const MMA: [MmaTy; 10] = [
+    MmaTy::F16,
+    MmaTy::BF16,
+    MmaTy::S8,
+    MmaTy::U8,
+    MmaTy::S4,
+    MmaTy::E4M3,
+    MmaTy::E5M2,
+    MmaTy::E2M1,
+    MmaTy::F32,
+    MmaTy::S32,
+];
+const TY: [Ty; 14] = [
+    Ty::Pred,
+    Ty::B16,
+    Ty::B32,
+    Ty::B64,
+    Ty::S32,
+    Ty::U32,
+    Ty::S64,
+    Ty::U64,
+    Ty::F16,
+    Ty::BF16,
+    Ty::F16x2,
+    Ty::BF16x2,
+    Ty::F32,
+    Ty::F64,
+];
+
+fn lane(random: &mut Random) -> Lane {
+    let ty = random.pick(&TY);
+    match random.below(24) {
+        0 => Lane::Add(ty),
+        1 => Lane::Sub(ty),
+        2 => Lane::Mul(ty),
+        3 => Lane::Fma(ty),
+        4 => Lane::Div(ty),
+        5 => Lane::Rem(ty),
+        6 => Lane::Shl(ty),
+        7 => Lane::Shr(ty),
+        8 => Lane::Neg(ty),
+        9 => Lane::Abs(ty),
+        10 => Lane::MulHigh(ty),
+        11 => Lane::MadWide(Ty::S32),
+        12 => Lane::MulWide(Ty::U32),
+        13 => Lane::Set(random.pick(&[Cmp::Eq, Cmp::Ne, Cmp::Lt, Cmp::NeU]), ty),
+        14 => Lane::BitField(Ty::S32),
+        15 => Lane::Permute,
+        16 => Lane::Dot4,
+        17 => Lane::Exp2F16x2,
+        18 => Lane::Convert(random.pick(&[
+            Convert::F32ToE4M3x2,
+            Convert::F32ToE2M1x2,
+            Convert::F32ToE5M2x2,
+            Convert::F32ToIntNearest(Ty::S32),
+            Convert::E5M2x2ToF16x2,
+            Convert::F32ToBF16x2,
+        ])),
+        19 => Lane::Min(ty),
+        20 => Lane::Max(ty),
+        21 => Lane::FunnelLeft,
+        22 => Lane::Join32,
+        _ => Lane::Select(ty),
+    }
+}
+
+fn op(random: &mut Random) -> Op {
+    let space = random.pick(&[Space::Global, Space::Shared]);
+    let word = random.pick(&[Word::U8, Word::S8, Word::U16, Word::B16, Word::B32, Word::B64]);
+    let count = random.pick(&[1, 1, 2, 3, 4]);
+    let offset = random.pick(&[0, 4, -4, 1 << 30, i32::MIN]);
+    let access =
+        random.pick(&[Access::Plain, Access::Plain, Access::Streaming, Access::Acquire, Access::Release]);
+    let mma = Mma { a: random.pick(&MMA), b: random.pick(&MMA), acc: random.pick(&MMA) };
+    match random.below(40) {
+        0..=7 => Op::Lane(lane(random)),
+        8 => Op::Memory(Memory::Load { space, word, count, offset, access }),
+        9 => Op::Memory(Memory::Store { space, word, count, offset, access }),
+        10 => {
+            let op = random.pick(&[
+                AtomicOp::Add,
+                AtomicOp::Min,
+                AtomicOp::Max,
+                AtomicOp::Exchange,
+                AtomicOp::IncrementWrap,
+            ]);
+            Op::Memory(Memory::Atomic { space, op, ty: random.pick(&TY), offset })
+        }
+        11 => Op::Memory(Memory::Special(Special::LaneId)),
+        12 => Op::Memory(Memory::Param { index: random.below(4) as u32, ty: Ty::U64 }),
+        13 => Op::Memory(Memory::ParamAddress { index: random.below(4) as u32 }),
+        14 => {
+            Op::Warp(Warp::Shuffle(random.pick(&[Shuffle::Xor, Shuffle::Index, Shuffle::Up, Shuffle::Down])))
+        }
+        15 => Op::Warp(Warp::Vote(random.pick(&[Vote::All, Vote::Ballot]))),
+        16 => Op::Warp(Warp::Redux(Redux::Add, random.pick(&TY))),
+        17 => Op::Warp(Warp::Elect),
+        18 => Op::Warp(Warp::LoadMatrix { count, transposed: true, offset }),
+        19 => Op::Warp(Warp::StoreMatrix { count, transposed: false, offset }),
+        20 | 21 => Op::Matrix(Matrix::Mma(mma)),
+        22 => Op::Matrix(Matrix::MmaBlockScaled),
+        23 | 24 => Op::Matrix(Matrix::Wgmma(Wgmma {
+            n: random.pick(&[8, 64, 256, 0, 7]),
+            a: random.pick(&MMA[..7]),
+            b: random.pick(&MMA[..7]),
+            acc: random.pick(&[MmaTy::F32, MmaTy::S32]),
+            a_in_registers: random.below(2) == 0,
+            b_transposed: random.below(3) == 0,
+        })),
+        25 => Op::Matrix(random.pick(&[Matrix::WgmmaFence, Matrix::WgmmaCommit, Matrix::WgmmaWait(0)])),
+        26 => Op::Control(Control::Barrier {
+            threads: random.pick(&[None, Some(32), Some(64), Some(0), Some(99)]),
+        }),
+        27 => Op::Control(Control::BarrierArrive { threads: random.pick(&[32, 128, 0, 31]) }),
+        28 => Op::Control(random.pick(&[Control::FenceAsyncProxy, Control::FenceMbarrierInit])),
+        29 => Op::Control(Control::MbarrierInit),
+        30 => Op::Control(random.pick(&[Control::MbarrierArrive, Control::MbarrierArriveExpect])),
+        31 => Op::Control(Control::MbarrierTryWait),
+        32 => Op::Control(Control::CopyAsync { bytes: random.pick(&[4, 8, 16, 3]) }),
+        33 => Op::Control(random.pick(&[Control::CopyAsyncCommit, Control::CopyAsyncWait(0)])),
+        34 => Op::Control(Control::BulkTensorLoad { dims: random.pick(&[1, 2, 3, 5]) }),
+        35 => Op::Control(Control::BulkTensorStore { dims: random.pick(&[1, 2, 3, 5]) }),
+        36 => Op::Control(random.pick(&[Control::BulkCommit, Control::BulkWaitRead(0)])),
+        37 => Op::Control(random.pick(&[Control::RegistersDecrease(24), Control::RegistersIncrease(256)])),
+        38 => Op::Control(random.pick(&[Control::Sleep, Control::Exit])),
+        _ => Op::Warp(Warp::Sync),
+    }
+}
+
+/// Results and operands that an instruction takes.
+fn counts(op: Op) -> (usize, usize) {
+    match op {
+        Op::Lane(op) => (
+            1,
+            match op {
+                Lane::Fma(_) | Lane::MadWide(_) | Lane::Select(_) | Lane::Permute | Lane::BitField(_) => 3,
+                Lane::FunnelLeft | Lane::Dot4 => 3,
+                Lane::Neg(_) | Lane::Abs(_) | Lane::Exp2F16x2 => 1,
+                Lane::Convert(Convert::F32ToIntNearest(_) | Convert::E5M2x2ToF16x2) => 1,
+                _ => 2,
+            },
+        ),
+        Op::Memory(Memory::Load { count, .. }) => (usize::from(count), 1),
+        Op::Memory(Memory::Store { count, .. }) => (0, 1 + usize::from(count)),
+        Op::Memory(Memory::Atomic { .. }) => (1, 2),
+        Op::Memory(_) | Op::Warp(Warp::Elect) => (1, 0),
+        Op::Warp(Warp::Shuffle(_)) => (1, 2),
+        Op::Warp(Warp::Vote(_) | Warp::Redux(..)) => (1, 1),
+        Op::Warp(Warp::LoadMatrix { count, .. }) => (usize::from(count), 1),
+        Op::Warp(Warp::StoreMatrix { count, .. }) => (0, 1 + usize::from(count)),
+        Op::Warp(Warp::Sync) => (0, 0),
+        Op::Matrix(Matrix::Mma(mma)) => (mma.acc_registers(), 6 + mma.acc_registers()),
+        Op::Matrix(Matrix::MmaBlockScaled) => (4, 12),
+        Op::Matrix(Matrix::Wgmma(op)) => (op.acc_registers(), if op.a_in_registers { 6 } else { 3 }),
+        Op::Matrix(_) => (0, 0),
+        Op::Control(op) => match op {
+            Control::Barrier { .. }
+            | Control::BarrierArrive { .. }
+            | Control::MbarrierArrive
+            | Control::Sleep => (0, 1),
+            Control::MbarrierInit | Control::MbarrierArriveExpect => (0, 2),
+            Control::MbarrierTryWait => (1, 2),
+            Control::CopyAsync { .. } => (0, 3),
+            Control::BulkTensorLoad { dims } => (0, 3 + usize::from(dims)),
+            Control::BulkTensorStore { dims } => (0, 2 + usize::from(dims)),
+            _ => (0, 0),
+        },
+    }
+}
+
+#[test]
+fn no_program_brings_the_emulator_down() {
+    let mut kinds = std::collections::HashMap::<Option<FaultKind>, usize>::new();
+    for seed in 0..6000 {
+        let mut random = Random(seed);
+        let mut raw = Raw::new(random.pick(&[1, 31, 32, 64, 128, 160]));
+        let (x, map) = (raw.pointer("x"), raw.tensor_map("map"));
+        let tile = raw.shared("tile", 4096);
+        let thread = raw.thread();
+        let mut registers: Vec<Reg> = vec![x, map, thread];
+        let place = raw.at(x, thread, 16);
+        let own = raw.mul(thread, 16);
+        let shared = raw.add(own, tile);
+        let p = raw.compare(Cmp::Lt, thread, 17);
+        registers.extend([place, own, shared, p]);
+        registers.push(raw.reg(Width::B64));
+        if random.below(2) == 0 {
+            raw.control(Control::MbarrierInit, &[(tile + 4088).operand(), 1.operand()]);
+        }
+        for _ in 0..1 + random.below(12) {
+            let op = op(&mut random);
+            let (results, operands) = counts(op);
+            let src: Vec<Operand> = (0..operands)
+                .map(|_| match random.below(12) {
+                    0 => 0.operand(),
+                    1 => (tile + 4088).operand(),
+                    2 => random.pick(&[i32::MIN, -1, 1, 16, 1 << 20]).operand(),
+                    3 => random.pick(&[u64::MAX, 1 << 62, 0x6000_0000_0080, 0x7000_0000_0000]).operand(),
+                    4 => 1.5f32.operand(),
+                    5 => tile.operand(),
+                    _ => random.pick(&registers).operand(),
+                })
+                .collect();
+            // Many different results, so that few instructions overwrite the useful registers.
+            let dst: Vec<Reg> = (0..results).map(|_| raw.b32()).collect();
+            registers.extend(dst.iter().take(3));
+            match random.below(8) {
+                0 => raw.when(p, |raw| raw.emit(op, &dst, &src)),
+                _ => raw.emit(op, &dst, &src),
+            }
+        }
+        let fp8 = random.pick(&[Fp8Accumulation::Exact, Fp8Accumulation::Truncated]);
+        let options = EmulatorOptions { seed: seed % 3, workers: 1, fp8, ..EmulatorOptions::default() };
+        let mut emulator = Emulator::with_options(options);
+        let x = emulator.buffer("x", &[1u32; 1024]);
+        let map = TensorMap {
+            address: x.address(),
+            element_bytes: 4,
+            shape: vec![16, 16],
+            strides: vec![64],
+            box_shape: vec![8, 8],
+            swizzle: random.pick(&[Swizzle::None, Swizzle::Bytes32]),
+        };
+        let result = emulator.launch(&raw.done(), [1, 1, 1], &[x.arg(), map.arg()]);
+        *kinds.entry(result.as_ref().err().and_then(|failure| failure.kind())).or_default() += 1;
+        if let Err(failure) = result {
+            assert!(!failure.to_string().is_empty());
+        }
+    }
+    // The programs reach far: some pass, and the faults are of many kinds.
+    assert!(kinds.len() > 10 && kinds.contains_key(&None), "{kinds:?}");
+    println!("{kinds:?}");
+}

@@ -1,0 +1,119 @@
+//! Merges the outputs of parts of the keys: `O = Σ wₛ Oₛ / Σ wₛ` with `wₛ = exp(lseₛ − max lse)` (flash decoding).
+
+use half::{bf16, f16};
+use sage_core::DType;
+use sage_ptx::{Code, Half, Program, Stored, Val, kernel};
+
+use crate::params::kernel_params;
+
+/// Rows of a block: one for each warp.
+const ROWS: u32 = 4;
+
+/// Merges the parts of split keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct CombineConfig {
+    /// Element type of the output: f16 or bf16.
+    pub dtype: DType,
+    /// Channels of a head.
+    pub head_dim: usize,
+    /// Whether the log-sum-exp is written.
+    pub lse: bool,
+}
+
+kernel_params! {
+    /// What a launch of [`CombineConfig`] passes. Strides are in elements.
+    CombineParams, CombineArgs {
+        /// Outputs of the parts, `[splits, rows, head_dim]`.
+        partial: [f32],
+        /// Their log-sum-exps, `[splits, rows]`.
+        partial_lse: [f32],
+        /// Output.
+        out: [u16],
+        /// Log-sum-exp, `[rows]`.
+        lse: [f32],
+        /// Stride of the output's batch.
+        out_stride_batch: i64,
+        /// Stride of the output's heads.
+        out_stride_head: i64,
+        /// Stride of the output's rows.
+        out_stride_row: i64,
+        /// Rows of all heads and batch entries.
+        total_rows: i32,
+        /// Rows of a head.
+        q_rows: i32,
+        /// Query heads.
+        q_heads: i32,
+        /// Parts of the keys.
+        splits: i32,
+    }
+}
+
+impl CombineConfig {
+    /// Name of the kernel, unique for the configuration.
+    pub fn name(&self) -> String {
+        format!("combine_{}_d{}{}", self.dtype, self.head_dim, if self.lse { "_lse" } else { "" })
+    }
+
+    /// Blocks along x, y and z.
+    pub fn grid(&self, total_rows: usize) -> [u32; 3] {
+        [total_rows.div_ceil(ROWS as usize) as u32, 1, 1]
+    }
+
+    /// The kernel.
+    pub fn program(&self) -> Program {
+        kernel(&self.name(), 32 * ROWS, |k| match self.dtype {
+            DType::BF16 => self.write::<bf16>(k),
+            _ => self.write::<f16>(k),
+        })
+    }
+
+    fn write<'k, H: Half + Stored<Value = H>>(&self, k: &'k Code) {
+        let p = CombineParams::declare(k);
+        let row = k.block_index()[0] * ROWS as i32 + k.warp_index();
+        k.exit_when(row.ge(p.total_rows));
+        let part = |split: Val<'k, i32>| p.partial_lse.at(split.mul_wide(p.total_rows) + row.widen());
+
+        let max = k.var(f32::NEG_INFINITY).named("max");
+        k.range(0, p.splits, |split| max.set(max.get().max(part(split).load())));
+        // A row without a visible key has no part above −∞; every weight is then 0.
+        let empty = max.get().eq(f32::NEG_INFINITY);
+        let weight = |split: Val<'k, i32>| {
+            let lse = part(split).load();
+            empty.select(0.0, ((lse - max.get()) * std::f32::consts::LOG2_E).exp2())
+        };
+
+        let lanes = self.head_dim.div_ceil(32);
+        let sums: Vec<_> = (0..lanes).map(|_| k.var(0.0)).collect();
+        let weights = k.var(0.0).named("weights");
+        let channel = |i: usize| k.lane_index() + 32 * i as i32;
+        k.range(0, p.splits, |split| {
+            let w = weight(split).named("weight");
+            weights.set(weights.get() + w);
+            let line = split.mul_wide(p.total_rows) + row.widen();
+            let line = p.partial.at(line * self.head_dim as i64);
+            for (i, sum) in sums.iter().enumerate() {
+                k.when(channel(i).lt(self.head_dim as i32), || {
+                    sum.set(line.at(channel(i)).load().mul_add(w, sum.get()));
+                });
+            }
+        });
+
+        let inverse = empty.select(0.0, weights.get().recip());
+        let (head, row_of_head) = (row / p.q_rows, row % p.q_rows);
+        let line = (head / p.q_heads).widen() * p.out_stride_batch
+            + (head % p.q_heads).widen() * p.out_stride_head
+            + row_of_head.widen() * p.out_stride_row;
+        for (i, sum) in sums.iter().enumerate() {
+            k.when(channel(i).lt(self.head_dim as i32), || {
+                let target = p.out.cast::<H>().at(line).at(channel(i));
+                target.store((sum.get() * inverse).narrow::<H>());
+            });
+        }
+        if self.lse {
+            k.when(k.lane_index().eq(0), || {
+                let lse = weights.get().log2().mul_add(std::f32::consts::LN_2, max.get());
+                p.lse.at(row).store(empty.select(f32::NEG_INFINITY, lse));
+            });
+        }
+    }
+}

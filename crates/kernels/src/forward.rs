@@ -1,0 +1,867 @@
+//! A whole forward pass: which kernels, in which order, with which arguments and which workspace.
+//!
+//! A [`Forward`] knows no driver: whoever runs it, on a GPU or in the emulator, loads [`Forward::programs`], zeroes
+//! [`Forward::zeroed_bytes`] at the workspace's start, and launches what [`Forward::run`] hands over, in order.
+
+use sage_core::{
+    Accumulator, Alignment, DType, Error, Granularity, IntBits, IntQuantizer, Problem, Pv, Qk, Result, Rounding, Scheme,
+    SmoothQ, Smoothing, Tile, ZeroGroup,
+};
+use sage_ptx::{Arg, Program, Target};
+
+use crate::attention::{
+    AttentionArgs, AttentionConfig, MaskForm, Scores, ValueSource, Values, attention, padded_dim,
+};
+use crate::combine::{CombineArgs, CombineConfig};
+use crate::preprocess::{
+    ColumnStatistics, ColumnStatisticsArgs, ColumnStatisticsConfig, ConvertVArgs, ConvertVConfig, DeltaSArgs,
+    DeltaSConfig, KMean, QueryMeansArgs, QueryMeansConfig, QuantizeKArgs, QuantizeKConfig, QuantizeVArgs,
+    QuantizeVConfig, Source, fits_fused,
+};
+use crate::sequence::{KEY_TILE, Lengths, total_key_tiles};
+use crate::tuning::{Shape, tiling};
+
+/// "No limit" of a window: far beyond any key, and far from overflow.
+const NO_LIMIT: i32 = 1 << 30;
+
+/// Tiles that a block of a two-launch statistic reads.
+const TILES_PER_BLOCK: usize = 8;
+
+/// Queries of a call up to which K and V are read as given, split between blocks: quantising would read them once more.
+const FEW_QUERIES: usize = 64;
+
+/// The GPU that a plan is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Gpu {
+    /// What its code is compiled for.
+    pub target: Target,
+    /// Its multiprocessors.
+    pub multiprocessors: usize,
+}
+
+/// What a forward pass is asked for, beside the problem.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Request {
+    /// The scheme, or none for the planner's choice.
+    pub scheme: Option<Scheme>,
+    /// Explicit mask.
+    pub mask: MaskForm,
+    /// Where lengths come from.
+    pub lengths: Lengths,
+    /// Query rows of the tensors: of a sequence, or of all when packed.
+    pub q_rows: usize,
+    /// Key rows of the tensors.
+    pub kv_rows: usize,
+    /// Whether every row of Q, K, V and the output starts at a multiple of 16 bytes.
+    pub aligned: bool,
+    /// Whether the log-sum-exp is wanted.
+    pub lse: bool,
+}
+
+/// A tensor of 16-bit elements in device memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TensorArg {
+    /// Address of element 0.
+    pub address: u64,
+    /// Strides of batch, heads and rows, in elements.
+    pub strides: [i64; 3],
+}
+
+/// What a pass reads and writes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tensors {
+    /// Queries.
+    pub q: TensorArg,
+    /// Keys.
+    pub k: TensorArg,
+    /// Values.
+    pub v: TensorArg,
+    /// Output.
+    pub out: TensorArg,
+    /// Log-sum-exp, row-major; 0 where it is not wanted.
+    pub lse: u64,
+    /// Explicit mask, and its strides of batch, heads, queries and keys in elements.
+    pub mask: (u64, [i64; 4]),
+    /// Boundaries of packed queries.
+    pub cu_seqlens_q: u64,
+    /// Boundaries of packed keys, or valid keys of each batch entry.
+    pub cu_seqlens_k: u64,
+}
+
+/// How a problem is computed on a GPU.
+#[derive(Clone, Debug)]
+pub struct Forward {
+    problem: Problem,
+    request: Request,
+    scheme: Scheme,
+    steps: Vec<Step>,
+    splits: usize,
+    layout: Layout,
+    reasons: Vec<String>,
+}
+
+/// A launch, before its arguments are known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Step {
+    QueryMeans(QueryMeansConfig),
+    KeyStatistics(ColumnStatisticsConfig),
+    QuantizeK(QuantizeKConfig),
+    DeltaS(DeltaSConfig),
+    ValueStatistics(ColumnStatisticsConfig),
+    QuantizeV(QuantizeVConfig),
+    ConvertV(ConvertVConfig),
+    Attention(AttentionConfig),
+    Combine(CombineConfig),
+}
+
+/// Offsets in the workspace.
+#[derive(Clone, Copy, Debug, Default)]
+struct Layout {
+    k_arrivals: u64,
+    v_arrivals: u64,
+    zeroed: u64,
+    k: u64,
+    k_scale: u64,
+    k_mean: u64,
+    k_partials: u64,
+    v: u64,
+    v_scale: u64,
+    v_mean: u64,
+    v_factor: u64,
+    v_partials: u64,
+    q_mean: u64,
+    delta_s: u64,
+    partial: u64,
+    partial_lse: u64,
+    bytes: u64,
+}
+
+impl Forward {
+    /// The pass for a problem.
+    ///
+    /// # Errors
+    /// When no kernel computes the scheme, or not with such options or on such a GPU.
+    pub fn new(problem: &Problem, request: &Request, gpu: &Gpu) -> Result<Self> {
+        if problem.dtype == DType::F32 {
+            return Err(Error::DType {
+                name: "q".into(),
+                found: "f32".into(),
+                wanted: "f16 or bf16 on a GPU".into(),
+            });
+        }
+        if problem.block_masked {
+            return Err(Error::unsupported("block_mask", "not on a GPU yet"));
+        }
+        let mut reasons = Vec::new();
+        let scheme = match request.scheme {
+            Some(scheme) => scheme,
+            None => {
+                let (scheme, reason) = choose(problem);
+                reasons.push(reason);
+                scheme
+            }
+        };
+        let scheme = with_own_values(scheme, problem.dtype, &mut reasons);
+        let pass = Pass { problem, request, gpu, scheme: &scheme };
+        let (steps, splits) = pass.steps(&mut reasons)?;
+        let layout = pass.layout(&steps, splits);
+        Ok(Forward { problem: *problem, request: *request, scheme, steps, splits, layout, reasons })
+    }
+
+    /// The scheme that is computed.
+    pub fn scheme(&self) -> &Scheme {
+        &self.scheme
+    }
+
+    /// The kernels, in the order of their launches.
+    pub fn programs(&self) -> Vec<Program> {
+        self.steps.iter().map(Step::program).collect()
+    }
+
+    /// Names of the kernels, in the order of their launches.
+    pub fn kernel_names(&self) -> Vec<String> {
+        self.steps.iter().map(Step::name).collect()
+    }
+
+    /// Bytes of workspace, to be aligned to 256.
+    pub fn workspace_bytes(&self) -> usize {
+        self.layout.bytes as usize
+    }
+
+    /// Bytes at the workspace's start that must be zeros before the first launch.
+    pub fn zeroed_bytes(&self) -> usize {
+        self.layout.zeroed as usize
+    }
+
+    /// Parts that keys are split into.
+    pub fn splits(&self) -> usize {
+        self.splits
+    }
+
+    /// Why the pass is what it is, a sentence for each choice.
+    pub fn reasons(&self) -> &[String] {
+        &self.reasons
+    }
+
+    /// Hands every launch over, in order: the kernel's index in [`Forward::programs`], blocks, arguments. Allocates
+    /// nothing.
+    ///
+    /// # Errors
+    /// The first that `launch` returns.
+    pub fn run<E>(
+        &self,
+        tensors: &Tensors,
+        workspace: u64,
+        mut launch: impl FnMut(usize, [u32; 3], &[Arg]) -> std::result::Result<(), E>,
+    ) -> std::result::Result<(), E> {
+        let arguments = Arguments {
+            problem: &self.problem,
+            request: &self.request,
+            splits: self.splits,
+            q_block: query_block(&self.steps),
+            q_blocks: query_blocks(&self.problem, &self.steps),
+            layout: &self.layout,
+            tensors,
+            workspace,
+            v_max: match self.scheme.pv {
+                Pv::Fp8 { v_max, .. } => v_max,
+                _ => 0.0,
+            },
+        };
+        for (index, step) in self.steps.iter().enumerate() {
+            arguments.launch(step, |grid, args| launch(index, grid, args))?;
+        }
+        Ok(())
+    }
+}
+
+/// Our own INT8 scheme: scales per thread, 16-bit P·V in the inputs' element type with exact sums.
+pub fn int8_scheme(dtype: DType) -> Scheme {
+    let quantizer = IntQuantizer {
+        bits: IntBits::Eight,
+        granularity: Granularity::PerThread,
+        tile: Tile { block_q: 128, warp_q: 32, block_k: KEY_TILE, warp_k: KEY_TILE },
+        rounding: Rounding::NearestEven,
+        zero_group: ZeroGroup::Guard,
+        scale_q_first: false,
+    };
+    let pv = match dtype {
+        DType::BF16 => Pv::BF16(Accumulator::F32),
+        _ => Pv::F16(Accumulator::F32),
+    };
+    let smooth = Smoothing { q: SmoothQ::Off, k: true, v: false };
+    Scheme { qk: Qk::Int(quantizer), pv, smooth, rotate: false }
+}
+
+fn choose(problem: &Problem) -> (Scheme, String) {
+    let int8 = int8_scheme(problem.dtype);
+    if problem.q_len * problem.group_size() <= FEW_QUERIES {
+        let smooth = Smoothing { q: SmoothQ::Off, k: false, v: false };
+        let reason = format!(
+            "full precision: {} query rows for each key head read K and V too seldom to repay quantising K",
+            problem.q_len * problem.group_size()
+        );
+        return (Scheme { qk: Qk::Full, smooth, ..int8 }, reason);
+    }
+    (int8, "INT8 scores with 16-bit P·V: V needs no pass of its own, and sums are exact".into())
+}
+
+/// Full precision on tensor cores rounds P to the inputs' 16 bits, as every 16-bit attention does.
+fn with_own_values(scheme: Scheme, dtype: DType, reasons: &mut Vec<String>) -> Scheme {
+    if scheme.pv != Pv::F32 {
+        return scheme;
+    }
+    reasons.push(format!("P·V in {dtype} with f32 sums: tensor cores take 16-bit operands"));
+    Scheme { pv: int8_scheme(dtype).pv, ..scheme }
+}
+
+/// What the choice of kernels depends on.
+struct Pass<'a> {
+    problem: &'a Problem,
+    request: &'a Request,
+    gpu: &'a Gpu,
+    scheme: &'a Scheme,
+}
+
+impl Pass<'_> {
+    fn source(&self) -> Source {
+        Source {
+            dtype: self.problem.dtype,
+            head_dim: self.problem.head_dim,
+            aligned: self.request.aligned,
+            lengths: self.request.lengths,
+        }
+    }
+
+    fn steps(&self, reasons: &mut Vec<String>) -> Result<(Vec<Step>, usize)> {
+        let (problem, request, scheme) = (self.problem, self.request, self.scheme);
+        if scheme.rotate {
+            return Err(Error::unsupported("scheme with rotation", "no GPU kernel rotates Q and K yet"));
+        }
+        let scores = match scheme.qk {
+            Qk::Full => Scores::Full,
+            Qk::Int(quantizer) => Scores::Int(checked(quantizer)?),
+            Qk::Nvfp4 => return Err(Error::unsupported("scheme with NVFP4 scores", "no GPU kernel computes it yet")),
+        };
+        let quantised = matches!(scores, Scores::Int(_));
+        let (values, convert) = self.values()?;
+        let source = self.source();
+        let fused = self.fits_fused();
+        let mut steps = Vec::new();
+
+        let smooth_q = match scheme.smooth.q {
+            SmoothQ::Off => None,
+            SmoothQ::Block(rows) if rows.is_multiple_of(64) => Some(rows),
+            SmoothQ::Block(rows) => {
+                return Err(Error::value("smooth.q block", rows, "a multiple of 64 on a GPU"));
+            }
+            SmoothQ::Sequence => Some(problem.q_len.next_multiple_of(64).max(64)),
+        };
+        if let Some(block) = smooth_q {
+            let lengths = if request.lengths == Lengths::Packed { Lengths::Packed } else { Lengths::Dense };
+            steps.push(Step::QueryMeans(QueryMeansConfig { source: Source { lengths, ..source }, block }));
+        }
+        if quantised {
+            let mean = match (scheme.smooth.k, fused) {
+                (false, _) => KMean::None,
+                (true, true) => KMean::Fused,
+                (true, false) => KMean::Given,
+            };
+            if mean == KMean::Given {
+                let statistics = ColumnStatistics::Mean;
+                steps.push(Step::KeyStatistics(ColumnStatisticsConfig { source, statistics }));
+            }
+            if let Scores::Int(quantizer) = scores {
+                let IntQuantizer { bits, granularity, rounding, zero_group, .. } = quantizer;
+                steps.push(Step::QuantizeK(QuantizeKConfig {
+                    source,
+                    bits,
+                    granularity,
+                    rounding,
+                    zero_group,
+                    mean,
+                }));
+            }
+        } else if scheme.smooth.k || smooth_q.is_some() {
+            return Err(Error::unsupported("smoothing of full-precision scores", "it changes nothing there"));
+        }
+        if smooth_q.is_some() {
+            steps.push(Step::DeltaS(DeltaSConfig { source, smooth_k: scheme.smooth.k }));
+        }
+        if let Values::Fp8(_) = values {
+            let smooth = scheme.smooth.v;
+            if !fused {
+                let statistics =
+                    if smooth { ColumnStatistics::MeanAndScale } else { ColumnStatistics::Scale };
+                steps.push(Step::ValueStatistics(ColumnStatisticsConfig { source, statistics }));
+            }
+            steps.push(Step::QuantizeV(QuantizeVConfig { source, smooth, fused }));
+        } else if scheme.smooth.v {
+            return Err(Error::unsupported("smooth V with 16-bit P·V", "on a GPU V is smoothed for FP8 only"));
+        }
+        if let Some(to) = convert {
+            steps.push(Step::ConvertV(ConvertVConfig { source, to }));
+        }
+        if quantised && scheme.smooth.k && !fused {
+            reasons.push("means in launches of their own: a head's blocks would not be resident together".into());
+        }
+
+        let tuned = tiling(
+            self.gpu.target,
+            &Shape {
+                integer: quantised,
+                fp8: matches!(values, Values::Fp8(_)),
+                two_level: matches!(
+                    values,
+                    Values::F16(Accumulator::F16ThenF32)
+                        | Values::Fp8(Accumulator::F16ThenF32 | Accumulator::F32ThenF32)
+                ),
+                padded_dim: padded_dim(problem.head_dim),
+                rows_per_warp: rows_per_warp(&scores),
+            },
+        );
+        let mut attention = AttentionConfig {
+            dtype: problem.dtype,
+            head_dim: problem.head_dim,
+            scores,
+            values,
+            value_source: match (values, convert) {
+                (Values::Fp8(_), _) | (_, Some(_)) => ValueSource::Workspace,
+                _ => ValueSource::Given,
+            },
+            mask: request.mask,
+            softcap: problem.logit_softcap.is_some(),
+            lse: request.lse,
+            smooth_k: scheme.smooth.k,
+            smooth_q,
+            smooth_v: scheme.smooth.v,
+            lengths: request.lengths,
+            aligned: request.aligned,
+            split: false,
+            tiling: tuned.tiling,
+        };
+        let mut reason = tuned.reason;
+        if !quantised && problem.q_len <= 16 {
+            attention.tiling.warps = 1;
+            attention.tiling.rows_per_warp = 16;
+            attention.tiling.min_blocks = 2;
+            reason = "one warp: there are no more query rows";
+        }
+        reasons.push(format!(
+            "{} warps of {} query rows, tiles of {} keys: {reason}",
+            attention.tiling.warps, attention.tiling.rows_per_warp, attention.tiling.tile_keys
+        ));
+        let splits = self.splits(&attention);
+        if splits > 1 {
+            reasons.push(format!("keys in {splits} parts: the query blocks alone would leave the GPU idle"));
+            attention.split = true;
+            attention.lse = true;
+        }
+        steps.push(Step::Attention(attention));
+        if splits > 1 {
+            let (dtype, head_dim) = (problem.dtype, problem.head_dim);
+            steps.push(Step::Combine(CombineConfig { dtype, head_dim, lse: request.lse }));
+        }
+        Ok((steps, splits))
+    }
+
+    /// P·V's form, and what V must be converted to first.
+    fn values(&self) -> Result<(Values, Option<DType>)> {
+        let dtype = self.problem.dtype;
+        match self.scheme.pv {
+            Pv::F16(accumulator) if accumulator == Accumulator::F32ThenF32 => {
+                Err(Error::unsupported("FP16 P·V summed in f32+f32", "use f32: its sums are exact already"))
+            }
+            Pv::F16(accumulator) => {
+                Ok((Values::F16(accumulator), (dtype == DType::BF16).then_some(DType::F16)))
+            }
+            Pv::BF16(Accumulator::F32) => Ok((Values::BF16, (dtype == DType::F16).then_some(DType::BF16))),
+            Pv::BF16(accumulator) => {
+                Err(Error::value("pv accumulator", accumulator.name(), "f32 for BF16 P·V"))
+            }
+            Pv::Fp8 { .. } if self.gpu.target.sm() < 89 => Err(Error::unsupported(
+                format!("FP8 P·V on {}", self.gpu.target),
+                "FP8 needs sm_89 or later; use FP16 P·V",
+            )),
+            Pv::Fp8 { accumulator: Accumulator::F16, .. } => {
+                Err(Error::unsupported("FP8 P·V summed in f16", "use f16+f32"))
+            }
+            Pv::Fp8 { accumulator, .. } => Ok((Values::Fp8(accumulator), None)),
+            Pv::F32 | Pv::Int8 | Pv::Fixed12 { .. } | Pv::Nvfp4 => {
+                Err(Error::unsupported(format!("scheme `{}`", self.scheme), "no GPU kernel computes its P·V"))
+            }
+        }
+    }
+
+    /// Whether the blocks of a head can wait for each other.
+    fn fits_fused(&self) -> bool {
+        // Preparing kernels keep 1024 threads of a multiprocessor busy, of as many as the padded head has channels.
+        let resident = self.gpu.multiprocessors * (768 / padded_dim(self.problem.head_dim));
+        fits_fused(self.problem.kv_len.div_ceil(KEY_TILE), resident)
+    }
+
+    /// Parts of the keys that give every multiprocessor a block, where the queries alone do not.
+    fn splits(&self, attention: &AttentionConfig) -> usize {
+        let problem = self.problem;
+        let [x, y, z] = attention.grid(problem.batch, problem.num_q_heads, problem.q_len, 1);
+        let blocks = x as usize * y as usize * z as usize;
+        let wanted = 2 * self.gpu.multiprocessors;
+        let tiles = problem.kv_len.div_ceil(attention.tiling.tile_keys);
+        // Fewer than four tiles a part cost more to merge than they save.
+        if blocks == 0 || blocks * 2 > wanted { 1 } else { (wanted / blocks).min(tiles / 4).max(1) }
+    }
+
+    fn layout(&self, steps: &[Step], splits: usize) -> Layout {
+        let (problem, request) = (self.problem, self.request);
+        let padded = padded_dim(problem.head_dim);
+        let tiles = total_key_tiles(request.lengths, problem.batch, request.kv_rows);
+        let heads = problem.num_kv_heads;
+        let statistics = 4 * problem.batch * heads * padded;
+        let mut end = 0u64;
+        let mut take = |bytes: usize| {
+            let offset = end;
+            end += (bytes as u64).next_multiple_of(256);
+            offset
+        };
+        let blocks = problem.kv_len.div_ceil(KEY_TILE).div_ceil(TILES_PER_BLOCK).max(1);
+        let partials = |parts: usize| {
+            // Fused kernels have a contribution for each tile, two-launch statistics one for each of their blocks.
+            4 * padded * parts * heads * tiles.max(problem.batch * blocks)
+        };
+        let mut layout = Layout::default();
+        for step in steps {
+            match step {
+                Step::QuantizeK(QuantizeKConfig { mean: KMean::Fused, .. }) | Step::KeyStatistics(_) => {
+                    layout.k_arrivals = take(4 * problem.batch * heads);
+                }
+                Step::QuantizeV(QuantizeVConfig { fused: true, .. }) | Step::ValueStatistics(_) => {
+                    layout.v_arrivals = take(4 * problem.batch * heads);
+                }
+                _ => {}
+            }
+        }
+        layout.zeroed = take(0);
+        for step in steps {
+            match step {
+                Step::QueryMeans(_) => {
+                    let blocks = query_blocks(problem, steps);
+                    layout.q_mean = take(4 * problem.batch * problem.num_q_heads * blocks * padded);
+                }
+                Step::QuantizeK(config) => {
+                    layout.k = take(heads * tiles * config.tile_bytes());
+                    layout.k_scale = take(4 * heads * tiles * config.groups());
+                    layout.k_mean = take(statistics);
+                    layout.k_partials = take(partials(ColumnStatistics::Mean.partials()));
+                }
+                Step::DeltaS(_) => {
+                    let blocks = query_blocks(problem, steps);
+                    let keys = problem.kv_len.next_multiple_of(KEY_TILE).max(KEY_TILE);
+                    layout.delta_s = take(4 * problem.batch * problem.num_q_heads * blocks * keys);
+                }
+                Step::QuantizeV(config) => {
+                    layout.v = take(heads * tiles * config.tile_bytes());
+                    layout.v_scale = take(statistics);
+                    layout.v_mean = take(statistics);
+                    layout.v_factor = take(statistics);
+                    layout.v_partials = take(partials(config.statistics().partials()));
+                }
+                Step::ConvertV(_) => layout.v = take(2 * heads * tiles * KEY_TILE * padded),
+                Step::Combine(_) => {
+                    let rows = splits * self.total_rows();
+                    layout.partial = take(4 * rows * problem.head_dim);
+                    layout.partial_lse = take(4 * rows);
+                }
+                Step::KeyStatistics(_) | Step::ValueStatistics(_) | Step::Attention(_) => {}
+            }
+        }
+        layout.bytes = take(0);
+        layout
+    }
+
+    fn total_rows(&self) -> usize {
+        total_rows(self.problem, self.request)
+    }
+}
+
+/// Query rows that share a mean; 0 where none is subtracted.
+fn query_block(steps: &[Step]) -> usize {
+    let block = steps.iter().find_map(|step| match step {
+        Step::QueryMeans(config) => Some(config.block),
+        _ => None,
+    });
+    block.unwrap_or(0)
+}
+
+/// Such blocks of the longest sequence.
+fn query_blocks(problem: &Problem, steps: &[Step]) -> usize {
+    match query_block(steps) {
+        0 => 0,
+        block => problem.q_len.div_ceil(block).max(1),
+    }
+}
+
+/// Query rows of all heads: rows of the log-sum-exp.
+fn total_rows(problem: &Problem, request: &Request) -> usize {
+    let batches = if request.lengths == Lengths::Packed { 1 } else { problem.batch };
+    batches * problem.num_q_heads * request.q_rows
+}
+
+/// The quantiser, if the kernels' tiles are the ones that its groups refer to.
+fn checked(quantizer: IntQuantizer) -> Result<IntQuantizer> {
+    let tile = quantizer.tile;
+    let wrong = |name: &'static str, found: usize, wanted: &'static str| Err(Error::value(name, found, wanted));
+    match quantizer.granularity {
+        Granularity::PerTensor => {
+            return Err(Error::unsupported("scales per tensor", "on a GPU scales are per block or finer"));
+        }
+        Granularity::PerToken => {}
+        Granularity::PerBlock if tile.block_q != 128 => {
+            return wrong("tile.block_q", tile.block_q, "128 on a GPU");
+        }
+        Granularity::PerWarp | Granularity::PerThread if !matches!(tile.warp_q, 16 | 32) => {
+            return wrong("tile.warp_q", tile.warp_q, "16 or 32 on a GPU");
+        }
+        Granularity::PerBlock | Granularity::PerWarp if tile.block_k != KEY_TILE => {
+            return wrong("tile.block_k", tile.block_k, "64 on a GPU");
+        }
+        Granularity::PerThread if tile.warp_k != KEY_TILE => {
+            return wrong("tile.warp_k", tile.warp_k, "64 on a GPU");
+        }
+        _ => {}
+    }
+    Ok(quantizer)
+}
+
+/// Query rows of a warp where the scheme's groups depend on them.
+fn rows_per_warp(scores: &Scores) -> Option<usize> {
+    match scores {
+        Scores::Int(IntQuantizer { granularity: Granularity::PerWarp | Granularity::PerThread, tile, .. }) => {
+            Some(tile.warp_q)
+        }
+        _ => None,
+    }
+}
+
+impl Step {
+    fn program(&self) -> Program {
+        match self {
+            Step::QueryMeans(config) => config.program(),
+            Step::KeyStatistics(config) | Step::ValueStatistics(config) => config.program(),
+            Step::QuantizeK(config) => config.program(),
+            Step::DeltaS(config) => config.program(),
+            Step::QuantizeV(config) => config.program(),
+            Step::ConvertV(config) => config.program(),
+            Step::Attention(config) => attention(config),
+            Step::Combine(config) => config.program(),
+        }
+    }
+
+    fn name(&self) -> String {
+        match self {
+            Step::QueryMeans(config) => config.name(),
+            Step::KeyStatistics(config) | Step::ValueStatistics(config) => config.name(),
+            Step::QuantizeK(config) => config.name(),
+            Step::DeltaS(config) => config.name(),
+            Step::QuantizeV(config) => config.name(),
+            Step::ConvertV(config) => config.name(),
+            Step::Attention(config) => config.name(),
+            Step::Combine(config) => config.name(),
+        }
+    }
+}
+
+/// What arguments are made of.
+struct Arguments<'a> {
+    problem: &'a Problem,
+    request: &'a Request,
+    splits: usize,
+    /// Query rows that share a mean, and how many such blocks the longest sequence has.
+    q_block: usize,
+    q_blocks: usize,
+    layout: &'a Layout,
+    tensors: &'a Tensors,
+    workspace: u64,
+    v_max: f32,
+}
+
+impl Arguments<'_> {
+    fn launch<E>(
+        &self,
+        step: &Step,
+        launch: impl FnOnce([u32; 3], &[Arg]) -> std::result::Result<(), E>,
+    ) -> std::result::Result<(), E> {
+        let (problem, request, t) = (self.problem, self.request, self.tensors);
+        let (batch, heads, kv_len) = (problem.batch, problem.num_kv_heads, problem.kv_len);
+        let at = |offset: u64| self.workspace + offset;
+        let layout = self.layout;
+        let key_tiles = total_key_tiles(request.lengths, batch, request.kv_rows) as i32;
+        let rows = request.kv_rows as i32;
+        match step {
+            Step::QueryMeans(config) => {
+                let [stride_batch, stride_head, stride_row] = t.q.strides;
+                let args = QueryMeansArgs {
+                    x: t.q.address,
+                    mean: at(layout.q_mean),
+                    cu_seqlens: t.cu_seqlens_q,
+                    stride_batch,
+                    stride_head,
+                    stride_row,
+                    rows: request.q_rows as i32,
+                };
+                launch(config.grid(problem.q_len, problem.num_q_heads, batch), &args.args())
+            }
+            Step::KeyStatistics(config) => {
+                let args = self.statistics(&t.k, layout.k_mean, 0, 0, layout.k_partials, layout.k_arrivals);
+                launch(config.grid(kv_len, TILES_PER_BLOCK, heads, batch), &args.args())
+            }
+            Step::ValueStatistics(config) => {
+                let args = self.statistics(
+                    &t.v,
+                    layout.v_mean,
+                    layout.v_scale,
+                    layout.v_factor,
+                    layout.v_partials,
+                    layout.v_arrivals,
+                );
+                launch(config.grid(kv_len, TILES_PER_BLOCK, heads, batch), &args.args())
+            }
+            Step::QuantizeK(config) => {
+                let [stride_batch, stride_head, stride_row] = t.k.strides;
+                let args = QuantizeKArgs {
+                    x: t.k.address,
+                    out: at(layout.k),
+                    scale: at(layout.k_scale),
+                    mean: at(layout.k_mean),
+                    partials: at(layout.k_partials),
+                    arrivals: at(layout.k_arrivals),
+                    cu_seqlens: t.cu_seqlens_k,
+                    stride_batch,
+                    stride_head,
+                    stride_row,
+                    rows,
+                    key_tiles,
+                };
+                launch(config.grid(kv_len, heads, batch), &args.args())
+            }
+            Step::DeltaS(config) => {
+                let [stride_batch, stride_head, stride_row] = t.k.strides;
+                let args = DeltaSArgs {
+                    x: t.k.address,
+                    k_mean: at(layout.k_mean),
+                    q_mean: at(layout.q_mean),
+                    delta_s: at(layout.delta_s),
+                    cu_seqlens: t.cu_seqlens_k,
+                    cu_seqlens_q: t.cu_seqlens_q,
+                    stride_batch,
+                    stride_head,
+                    stride_row,
+                    rows,
+                    q_rows: request.q_rows as i32,
+                    group_size: problem.group_size() as i32,
+                    q_blocks: self.q_blocks as i32,
+                    block_rows: self.q_block as i32,
+                };
+                launch(config.grid(kv_len, heads, batch), &args.args())
+            }
+            Step::QuantizeV(config) => {
+                let [stride_batch, stride_head, stride_row] = t.v.strides;
+                let args = QuantizeVArgs {
+                    x: t.v.address,
+                    out: at(layout.v),
+                    mean: at(layout.v_mean),
+                    scale: at(layout.v_scale),
+                    factor: at(layout.v_factor),
+                    partials: at(layout.v_partials),
+                    arrivals: at(layout.v_arrivals),
+                    cu_seqlens: t.cu_seqlens_k,
+                    stride_batch,
+                    stride_head,
+                    stride_row,
+                    rows,
+                    key_tiles,
+                    v_max: self.v_max,
+                };
+                launch(config.grid(kv_len, heads, batch), &args.args())
+            }
+            Step::ConvertV(config) => {
+                let [stride_batch, stride_head, stride_row] = t.v.strides;
+                let args = ConvertVArgs {
+                    x: t.v.address,
+                    out: at(layout.v),
+                    cu_seqlens: t.cu_seqlens_k,
+                    stride_batch,
+                    stride_head,
+                    stride_row,
+                    rows,
+                    key_tiles,
+                };
+                launch(config.grid(kv_len, heads, batch), &args.args())
+            }
+            Step::Attention(config) => {
+                let args = self.attention(config, key_tiles);
+                launch(config.grid(batch, problem.num_q_heads, problem.q_len, self.splits), &args.args())
+            }
+            Step::Combine(config) => {
+                let [out_stride_batch, out_stride_head, out_stride_row] = t.out.strides;
+                let total_rows = total_rows(problem, request);
+                let args = CombineArgs {
+                    partial: at(layout.partial),
+                    partial_lse: at(layout.partial_lse),
+                    out: t.out.address,
+                    lse: t.lse,
+                    out_stride_batch,
+                    out_stride_head,
+                    out_stride_row,
+                    total_rows: total_rows as i32,
+                    q_rows: request.q_rows as i32,
+                    q_heads: problem.num_q_heads as i32,
+                    splits: self.splits as i32,
+                };
+                launch(config.grid(total_rows), &args.args())
+            }
+        }
+    }
+
+    fn statistics(
+        &self,
+        x: &TensorArg,
+        mean: u64,
+        scale: u64,
+        factor: u64,
+        partials: u64,
+        arrivals: u64,
+    ) -> ColumnStatisticsArgs {
+        let [stride_batch, stride_head, stride_row] = x.strides;
+        let at = |offset: u64| self.workspace + offset;
+        ColumnStatisticsArgs {
+            x: x.address,
+            mean: at(mean),
+            scale: at(scale),
+            factor: at(factor),
+            partials: at(partials),
+            arrivals: at(arrivals),
+            cu_seqlens: self.tensors.cu_seqlens_k,
+            stride_batch,
+            stride_head,
+            stride_row,
+            rows: self.request.kv_rows as i32,
+            tiles_per_block: TILES_PER_BLOCK as i32,
+            v_max: self.v_max,
+        }
+    }
+
+    fn attention(&self, config: &AttentionConfig, key_tiles: i32) -> AttentionArgs {
+        let (problem, request, t, layout) = (self.problem, self.request, self.tensors, self.layout);
+        let at = |offset: u64| self.workspace + offset;
+        let limit = |side: Option<usize>| side.map_or(NO_LIMIT, |n| n.min(NO_LIMIT as usize) as i32);
+        let quantised = matches!(config.scores, Scores::Int(_));
+        let workspace_v = config.value_source == ValueSource::Workspace;
+        AttentionArgs {
+            q: t.q.address,
+            k: if quantised { at(layout.k) } else { t.k.address },
+            v: if workspace_v { at(layout.v) } else { t.v.address },
+            out: t.out.address,
+            lse: if config.split { at(layout.partial_lse) } else { t.lse },
+            partial: at(layout.partial),
+            k_scale: at(layout.k_scale),
+            k_mean: at(layout.k_mean),
+            v_scale: at(layout.v_scale),
+            v_mean: at(layout.v_mean),
+            q_mean: at(layout.q_mean),
+            delta_s: at(layout.delta_s),
+            mask: t.mask.0,
+            cu_seqlens_q: t.cu_seqlens_q,
+            cu_seqlens_k: t.cu_seqlens_k,
+            q_stride_batch: t.q.strides[0],
+            q_stride_head: t.q.strides[1],
+            q_stride_row: t.q.strides[2],
+            k_stride_batch: t.k.strides[0],
+            k_stride_head: t.k.strides[1],
+            k_stride_row: t.k.strides[2],
+            v_stride_batch: t.v.strides[0],
+            v_stride_head: t.v.strides[1],
+            v_stride_row: t.v.strides[2],
+            out_stride_batch: t.out.strides[0],
+            out_stride_head: t.out.strides[1],
+            out_stride_row: t.out.strides[2],
+            mask_stride_batch: t.mask.1[0],
+            mask_stride_head: t.mask.1[1],
+            mask_stride_row: t.mask.1[2],
+            mask_stride_key: t.mask.1[3],
+            q_rows: request.q_rows as i32,
+            kv_rows: request.kv_rows as i32,
+            group_size: problem.group_size() as i32,
+            kv_heads: problem.num_kv_heads as i32,
+            key_tiles,
+            q_blocks: self.q_blocks as i32,
+            max_tiles: problem.kv_len.div_ceil(KEY_TILE).max(1) as i32,
+            window_left: limit(problem.band.left),
+            window_right: limit(problem.band.right),
+            bottom_right: i32::from(problem.band.alignment == Alignment::BottomRight),
+            splits: self.splits as i32,
+            total_rows: total_rows(problem, request) as i64,
+            sm_scale: problem.sm_scale,
+            softcap: problem.logit_softcap.unwrap_or(0.0),
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! Tile shapes for each GPU and kind of kernel, with the reason beside each row.
+
+use sage_ptx::Target;
+
+use crate::attention::Tiling;
+
+/// What a row of the table is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    /// Whether Q·Kᵀ is of integers.
+    pub integer: bool,
+    /// Whether P·V is in FP8.
+    pub fp8: bool,
+    /// Whether P·V of a tile is summed by itself first.
+    pub two_level: bool,
+    /// 64, 128 or 256.
+    pub padded_dim: usize,
+    /// Query rows of a warp that the scheme's groups ask for.
+    pub rows_per_warp: Option<usize>,
+}
+
+/// A row of the table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tuned {
+    /// The shape.
+    pub tiling: Tiling,
+    /// Why this one, in a few words.
+    pub reason: &'static str,
+}
+
+/// Bytes of shared memory that a block can have.
+pub const fn shared_bytes(target: Target) -> usize {
+    match target.sm() {
+        0..=79 => 64 << 10,
+        80 | 87 => 163 << 10,
+        81..=89 | 120.. => 99 << 10,
+        _ => 227 << 10,
+    }
+}
+
+const BASE: Tiling = Tiling {
+    warps: 4,
+    rows_per_warp: 32,
+    tile_keys: 64,
+    step_keys: 32,
+    queries_in_registers: true,
+    stages: 2,
+    min_blocks: 2,
+    lazy_rescale: 8,
+};
+
+/// The tile shape for a kernel.
+pub fn tiling(target: Target, shape: &Shape) -> Tuned {
+    let mut tuned = match (shape.integer, shape.padded_dim) {
+        (true, 64) => Tuned { tiling: BASE, reason: "32 rows a warp halve the reads of K and V" },
+        (true, 128) if shape.two_level => Tuned {
+            tiling: Tiling { rows_per_warp: 16, warps: 8, min_blocks: 1, ..BASE },
+            reason: "16 rows a warp leave registers for the tile's own sums",
+        },
+        (true, 128) => Tuned {
+            tiling: BASE,
+            reason: "32 rows a warp halve the reads of K and V; Q in registers was 1.35x of Q in shared memory on H100",
+        },
+        (true, _) => Tuned {
+            tiling: Tiling { rows_per_warp: 16, warps: 8, min_blocks: 1, ..BASE },
+            reason: "the sums of 16 rows fill half the registers",
+        },
+        (false, 64) => Tuned {
+            tiling: Tiling { rows_per_warp: 16, min_blocks: 3, ..BASE },
+            reason: "three blocks hide the latency of mma.sync",
+        },
+        (false, 128) => Tuned {
+            tiling: Tiling { rows_per_warp: 16, ..BASE },
+            reason: "level with FlashAttention-2 on H100; 8 warps in one block were 0.95x of two blocks of 4",
+        },
+        (false, _) => Tuned {
+            tiling: Tiling { rows_per_warp: 16, warps: 8, min_blocks: 1, queries_in_registers: false, ..BASE },
+            reason: "the sums of 16 rows fill half the registers, so Q stays in shared memory",
+        },
+    };
+    // A scheme that groups Q by warps decides how many rows a warp has; blocks stay as they are.
+    if let Some(rows) = shape.rows_per_warp
+        && rows != tuned.tiling.rows_per_warp
+    {
+        let block_q = 128;
+        tuned.tiling = Tiling { rows_per_warp: rows, warps: block_q / rows, min_blocks: 1, ..tuned.tiling };
+        tuned.reason = "rows of a warp as the scheme's groups ask for";
+    }
+    while !shape.integer && ring_bytes(&tuned.tiling, shape) > shared_bytes(target) && tuned.tiling.tile_keys > 32
+    {
+        tuned.tiling.tile_keys /= 2;
+        tuned.reason = "tiles of 32 keys fit this GPU's shared memory";
+    }
+    while tuned.tiling.min_blocks > 1
+        && tuned.tiling.min_blocks as usize * (ring_bytes(&tuned.tiling, shape) + 1024)
+            > shared_bytes(target) + 1024
+    {
+        tuned.tiling.min_blocks -= 1;
+    }
+    tuned
+}
+
+/// Bytes of the tiles of K and V, and of the queries that stay in shared memory.
+fn ring_bytes(tiling: &Tiling, shape: &Shape) -> usize {
+    let keys = if shape.integer { 1 } else { 2 };
+    let values = if shape.fp8 { 1 } else { 2 };
+    let queries = if tiling.queries_in_registers { 0 } else { tiling.warps * tiling.rows_per_warp * keys };
+    (tiling.stages * tiling.tile_keys * (keys + values) + queries) * shape.padded_dim
+}

@@ -1,0 +1,279 @@
+//! A forward pass in the emulator, and cases to try it on.
+
+use half::{bf16, f16};
+use rand::SeedableRng;
+use rand_distr::{Distribution, StandardNormal};
+use sage_core::metrics::Accuracy;
+use sage_core::{
+    Band, BlockMask, Call, DType, Inputs, Layout, Lengths, Mask, Options, Scheme, Tensor, TensorView, View, oracle,
+};
+use sage_emulator::Emulator;
+use sage_kernels::attention::MaskForm;
+use sage_kernels::forward::{Forward, Gpu, Request, TensorArg, Tensors};
+use sage_ptx::Target;
+
+/// A problem with its data. Tensors are dense `[batch, heads, rows, head_dim]`, or packed `[1, heads, total, head_dim]`.
+#[derive(Clone, Debug)]
+pub struct Case {
+    pub dtype: DType,
+    pub batch: usize,
+    pub q_heads: usize,
+    pub kv_heads: usize,
+    pub q_len: usize,
+    pub kv_len: usize,
+    pub head_dim: usize,
+    /// Elements between rows beyond the head: above 0, rows are not neighbours.
+    pub gap: usize,
+    /// Bytes that every tensor starts after a multiple of 256.
+    pub misaligned: u32,
+    pub k_bias: f32,
+    pub v_bias: f32,
+    pub band: Band,
+    pub softcap: Option<f32>,
+    pub sm_scale: Option<f32>,
+    pub mask: MaskKind,
+    pub kv_lens: Option<Vec<i32>>,
+    pub packed: Option<(Vec<i32>, Vec<i32>)>,
+    pub scheme: Option<Scheme>,
+    pub target: Target,
+    pub multiprocessors: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum MaskKind {
+    None,
+    Bool,
+    Bias(DType),
+}
+
+impl Default for Case {
+    fn default() -> Self {
+        Case {
+            dtype: DType::F16,
+            batch: 1,
+            q_heads: 1,
+            kv_heads: 1,
+            q_len: 100,
+            kv_len: 100,
+            head_dim: 64,
+            gap: 0,
+            misaligned: 0,
+            k_bias: 0.0,
+            v_bias: 0.0,
+            band: Band::FULL,
+            softcap: None,
+            sm_scale: None,
+            mask: MaskKind::None,
+            kv_lens: None,
+            packed: None,
+            scheme: None,
+            target: Target::SM_80,
+            multiprocessors: 1,
+        }
+    }
+}
+
+/// The output and log-sum-exp, in the oracle's order.
+pub struct Computed {
+    pub out: Vec<f32>,
+    pub lse: Vec<f32>,
+    pub kernels: Vec<String>,
+}
+
+/// 16-bit elements of a tensor whose rows have gaps, and the same without gaps.
+struct Data {
+    bits: Vec<u16>,
+    tensor: Tensor,
+    strides: [i64; 3],
+}
+
+fn normal(seed: u64, len: usize) -> Vec<f32> {
+    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
+    (0..len).map(|_| StandardNormal.sample(&mut rng)).collect()
+}
+
+fn bits(dtype: DType, x: f32) -> u16 {
+    match dtype {
+        DType::BF16 => bf16::from_f32(x).to_bits(),
+        _ => f16::from_f32(x).to_bits(),
+    }
+}
+
+fn value(dtype: DType, bits: u16) -> f32 {
+    match dtype {
+        DType::BF16 => bf16::from_bits(bits).to_f32(),
+        _ => f16::from_bits(bits).to_f32(),
+    }
+}
+
+impl Case {
+    fn data(&self, seed: u64, heads: usize, rows: usize, bias: f32) -> Data {
+        let batch = if self.packed.is_some() { 1 } else { self.batch };
+        let (dim, pitch) = (self.head_dim, self.head_dim + self.gap);
+        let channel = normal(seed + 1000, dim);
+        let dense: Vec<f32> = normal(seed, batch * heads * rows * dim)
+            .into_iter()
+            .enumerate()
+            .map(|(i, x)| value(self.dtype, bits(self.dtype, x + bias * channel[i % dim])))
+            .collect();
+        // What lies in the gaps must never be read: NaN would show.
+        let mut bits_of_rows = vec![bits(self.dtype, f32::NAN); batch * heads * rows * pitch];
+        for (row, chunk) in dense.chunks(dim).enumerate() {
+            for (c, &x) in chunk.iter().enumerate() {
+                bits_of_rows[row * pitch + c] = bits(self.dtype, x);
+            }
+        }
+        let shape = if self.packed.is_some() { vec![heads, rows, dim] } else { vec![batch, heads, rows, dim] };
+        let tensor = Tensor::new(dense, &shape).unwrap().to_dtype(self.dtype);
+        let strides = [(heads * rows * pitch) as i64, (rows * pitch) as i64, pitch as i64];
+        Data { bits: bits_of_rows, tensor, strides }
+    }
+
+    /// Runs the case and returns what came out, and the accuracy against `oracle` of it.
+    pub fn run(&self) -> (Computed, sage_core::oracle::Output) {
+        let total = |cu: &[i32]| *cu.last().unwrap() as usize;
+        let (q_rows, kv_rows) = match &self.packed {
+            Some((q, k)) => (total(q), total(k)),
+            None => (self.q_len, self.kv_len),
+        };
+        let q = self.data(1, self.q_heads, q_rows, 0.0);
+        let k = self.data(2, self.kv_heads, kv_rows, self.k_bias);
+        let v = self.data(3, self.kv_heads, kv_rows, self.v_bias);
+
+        // The oracle takes packed tensors as [total, heads, head_dim]: views with the strides of ours.
+        fn packed(tensor: &Tensor) -> TensorView<'_> {
+            let shape = tensor.shape();
+            let (heads, rows, dim) = (shape[0], shape[1], shape[2]);
+            let strides = [dim as i64, (rows * dim) as i64, 1];
+            let geometry =
+                sage_core::Geometry::strided("tensor", &[rows, heads, dim], &strides, 0).unwrap();
+            match tensor.view() {
+                TensorView::F16(view) => View::strided("tensor", view.data(), geometry).unwrap().into(),
+                TensorView::BF16(view) => View::strided("tensor", view.data(), geometry).unwrap().into(),
+                TensorView::F32(view) => View::strided("tensor", view.data(), geometry).unwrap().into(),
+            }
+        }
+        let views = match self.packed {
+            Some(_) => [packed(&q.tensor), packed(&k.tensor), packed(&v.tensor)],
+            None => [q.tensor.view(), k.tensor.view(), v.tensor.view()],
+        };
+
+        let mask_shape = [self.batch, self.q_heads, self.q_len, self.kv_len];
+        let mask_len: usize = mask_shape.iter().product();
+        let visible: Vec<bool> = normal(4, mask_len).into_iter().map(|x| x < 0.8).collect();
+        let bias = Tensor::new(normal(5, mask_len), &mask_shape).unwrap();
+        let bias = match self.mask {
+            MaskKind::Bias(dtype) => bias.to_dtype(dtype),
+            _ => bias,
+        };
+        let mask = match self.mask {
+            MaskKind::None => None,
+            MaskKind::Bool => Some(Mask::Bool(View::contiguous("mask", &visible, &mask_shape).unwrap())),
+            MaskKind::Bias(_) => Some(Mask::Additive(bias.view())),
+        };
+        let lengths = match (&self.packed, &self.kv_lens) {
+            (Some((q, k)), _) => Lengths::Packed { cu_seqlens_q: q, cu_seqlens_k: k },
+            (None, Some(lens)) => Lengths::KvLens(lens),
+            (None, None) => Lengths::Dense,
+        };
+        let inputs = Inputs { mask, block_mask: None::<BlockMask<'_>>, lengths, ..Inputs::new(views[0], views[1], views[2]) };
+        let options = Options {
+            layout: Layout::Hnd,
+            sm_scale: self.sm_scale,
+            band: self.band,
+            logit_softcap: self.softcap,
+        };
+        let call = Call::check(&inputs, &options).unwrap();
+
+        let request = Request {
+            scheme: self.scheme,
+            mask: match self.mask {
+                MaskKind::None => MaskForm::None,
+                MaskKind::Bool => MaskForm::Bool,
+                MaskKind::Bias(dtype) => MaskForm::Bias(dtype),
+            },
+            lengths: match (&self.packed, &self.kv_lens) {
+                (Some(_), _) => sage_kernels::Lengths::Packed,
+                (None, Some(_)) => sage_kernels::Lengths::KvLens,
+                (None, None) => sage_kernels::Lengths::Dense,
+            },
+            q_rows,
+            kv_rows,
+            aligned: self.misaligned == 0 && self.head_dim % 8 == 0 && self.gap % 8 == 0,
+            lse: true,
+        };
+        let gpu = Gpu { target: self.target, multiprocessors: self.multiprocessors };
+        let forward = Forward::new(&call.problem, &request, &gpu).unwrap();
+
+        let mut emulator = Emulator::new();
+        let tensor = |emulator: &mut Emulator, name: &str, data: &Data| TensorArg {
+            address: emulator.buffer_at(name, &data.bits, self.misaligned).address(),
+            strides: data.strides,
+        };
+        let arguments = [("q", &q), ("k", &k), ("v", &v)].map(|(name, data)| tensor(&mut emulator, name, data));
+        let out_buffer = emulator.uninitialized_at("out", 2 * q.bits.len(), self.misaligned);
+        let lse_rows = q.bits.len() / (self.head_dim + self.gap);
+        let lse_buffer = emulator.uninitialized("lse", 4 * lse_rows);
+        let mask_address = match self.mask {
+            MaskKind::None => 0,
+            MaskKind::Bool => {
+                let bytes: Vec<u8> = visible.iter().map(|&x| u8::from(x)).collect();
+                emulator.buffer("mask", &bytes).address()
+            }
+            MaskKind::Bias(DType::F32) => emulator.buffer("mask", &bias.to_f32_vec()).address(),
+            MaskKind::Bias(dtype) => {
+                let elements: Vec<u16> = bias.to_f32_vec().into_iter().map(|x| bits(dtype, x)).collect();
+                emulator.buffer("mask", &elements).address()
+            }
+        };
+        let list = |emulator: &mut Emulator, name: &str, values: Option<&Vec<i32>>| {
+            values.map_or(0, |values| emulator.buffer(name, values).address())
+        };
+        let cu_q = list(&mut emulator, "cu_seqlens_q", self.packed.as_ref().map(|packed| &packed.0));
+        let cu_k = self.packed.as_ref().map(|packed| &packed.1).or(self.kv_lens.as_ref());
+        let cu_k = list(&mut emulator, "cu_seqlens_k", cu_k);
+        let [_, heads, rows, keys] = mask_shape.map(|n| n as i64);
+        let tensors = Tensors {
+            q: arguments[0],
+            k: arguments[1],
+            v: arguments[2],
+            out: TensorArg { address: out_buffer.address(), strides: q.strides },
+            lse: lse_buffer.address(),
+            mask: (mask_address, [heads * rows * keys, rows * keys, keys, 1]),
+            cu_seqlens_q: cu_q,
+            cu_seqlens_k: cu_k,
+        };
+        // Zeroed and other parts of the workspace are separate here, so that reads of what nothing wrote are found.
+        let zeroed = forward.zeroed_bytes();
+        let workspace = emulator.uninitialized("workspace", forward.workspace_bytes().max(1));
+        emulator.write(workspace, &vec![0u8; zeroed]);
+        let programs = forward.programs();
+        let mut kernels = Vec::new();
+        forward
+            .run(&tensors, workspace.address(), |index, grid, args| {
+                kernels.push(programs[index].name.clone());
+                emulator.launch(&programs[index], grid, args).map(|_| ())
+            })
+            .unwrap_or_else(|failure| panic!("{self:?}\n{failure}"));
+
+        let pitch = self.head_dim + self.gap;
+        let raw: Vec<u16> = emulator.read(out_buffer);
+        let out = raw.chunks(pitch).flat_map(|row| &row[..self.head_dim]).map(|&x| value(self.dtype, x)).collect();
+        let computed = Computed { out, lse: emulator.read(lse_buffer), kernels };
+        let scheme = *forward.scheme();
+        (computed, oracle::scheme(&call, &scheme))
+    }
+
+    /// Runs the case and compares it with the oracle of its scheme.
+    pub fn check(&self, relative_l1: f64) {
+        let (computed, expected) = self.run();
+        let label = format!("{self:?}\n{:?}", computed.kernels);
+        let accuracy = Accuracy::of(&computed.out, &expected.out);
+        assert!(computed.out.iter().all(|x| x.is_finite()), "{label}: not finite");
+        assert!(accuracy.relative_l1 <= relative_l1, "{label}: {accuracy:?}");
+        for (row, (&found, &wanted)) in computed.lse.iter().zip(&expected.lse).enumerate() {
+            let near = (f64::from(found) - wanted).abs() <= 2e-3 * wanted.abs().max(1.0);
+            assert!(near || f64::from(found) == wanted, "{label}: lse of row {row} is {found}, expected {wanted}");
+        }
+    }
+}
