@@ -26,7 +26,9 @@ pub use error::{Error, Result};
 pub use geometry::{Geometry, MAX_RANK};
 pub use mask::{Alignment, Band, BlockMask, Mask};
 pub use preset::Preset;
-pub use problem::{Call, Inputs, Layout, Lengths, MAX_HEAD_DIM, MAX_HEADS, Options, Problem, Sequence};
+pub use problem::{
+    Call, Inputs, Layout, Lengths, MAX_HEAD_DIM, MAX_HEADS, Operand, Options, Problem, Sequence, Strided,
+};
 pub use scheme::{
     Accumulator, Granularity, IntBits, IntQuantizer, Pv, Qk, Rounding, Scheme, SmoothQ, Smoothing, Tile,
     ZeroGroup,

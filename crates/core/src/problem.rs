@@ -2,6 +2,51 @@
 
 use crate::{Band, BlockMask, DType, Error, Geometry, Mask, Result, TensorView};
 
+/// A tensor or mask as a check sees it. Where its memory lies is its backend's business.
+pub trait Strided: Copy {
+    /// Where each element lies.
+    fn geometry(&self) -> &Geometry;
+    /// The same memory, seen otherwise.
+    #[must_use]
+    fn with_geometry(&self, geometry: Geometry) -> Self;
+}
+
+/// A tensor of one of the element types that attention takes.
+pub trait Operand: Strided {
+    /// Whether its memory, and that of the lengths beside it, is a device's.
+    const ON_DEVICE: bool;
+    /// Element type.
+    fn dtype(&self) -> DType;
+}
+
+impl Strided for TensorView<'_> {
+    fn geometry(&self) -> &Geometry {
+        TensorView::geometry(self)
+    }
+
+    fn with_geometry(&self, geometry: Geometry) -> Self {
+        TensorView::with_geometry(self, geometry)
+    }
+}
+
+impl Operand for TensorView<'_> {
+    const ON_DEVICE: bool = false;
+
+    fn dtype(&self) -> DType {
+        TensorView::dtype(self)
+    }
+}
+
+impl Strided for Mask<'_> {
+    fn geometry(&self) -> &Geometry {
+        Mask::geometry(self)
+    }
+
+    fn with_geometry(&self, geometry: Geometry) -> Self {
+        Mask::with_geometry(self, geometry)
+    }
+}
+
 /// Largest head dimension.
 pub const MAX_HEAD_DIM: usize = 256;
 
@@ -51,28 +96,51 @@ pub enum Lengths<'a> {
         /// Boundaries of the key sequences, batch + 1 values from 0 to the total.
         cu_seqlens_k: &'a [i32],
     },
+    /// As [`Lengths::KvLens`], at an address of the tensors' device. Nothing checks them but the kernels, which cut what
+    /// lies outside the tensors off.
+    DeviceKvLens(u64),
+    /// As [`Lengths::Packed`], at addresses of the tensors' device, unchecked as [`Lengths::DeviceKvLens`].
+    DevicePacked {
+        /// Address of the boundaries of the query sequences.
+        cu_seqlens_q: u64,
+        /// Address of the boundaries of the key sequences.
+        cu_seqlens_k: u64,
+        /// Number of sequences.
+        batch: usize,
+        /// Queries of the longest sequence, or more.
+        max_q_len: usize,
+        /// Keys of the longest sequence, or more.
+        max_kv_len: usize,
+    },
+}
+
+impl Lengths<'_> {
+    /// Whether tensors are `[total, heads, head_dim]`.
+    pub const fn packed(&self) -> bool {
+        matches!(self, Lengths::Packed { .. } | Lengths::DevicePacked { .. })
+    }
 }
 
 /// Everything a caller hands over, unchecked.
 #[derive(Clone, Copy, Debug)]
-pub struct Inputs<'a> {
+pub struct Inputs<'a, T = TensorView<'a>, M = Mask<'a>> {
     /// Queries.
-    pub q: TensorView<'a>,
+    pub q: T,
     /// Keys.
-    pub k: TensorView<'a>,
+    pub k: T,
     /// Values.
-    pub v: TensorView<'a>,
+    pub v: T,
     /// Explicit mask.
-    pub mask: Option<Mask<'a>>,
+    pub mask: Option<M>,
     /// Blocks of the score matrix to compute; all when absent.
     pub block_mask: Option<BlockMask<'a>>,
     /// Lengths of the sequences.
     pub lengths: Lengths<'a>,
 }
 
-impl<'a> Inputs<'a> {
+impl<T, M> Inputs<'_, T, M> {
     /// Dense queries, keys and values without an explicit mask.
-    pub fn new(q: TensorView<'a>, k: TensorView<'a>, v: TensorView<'a>) -> Self {
+    pub fn new(q: T, k: T, v: T) -> Self {
         Inputs { q, k, v, mask: None, block_mask: None, lengths: Lengths::Dense }
     }
 }
@@ -148,31 +216,33 @@ pub struct Sequence {
 /// batch dimension of 1), mask `[batch, num_q_heads, q_len, kv_len]`,
 /// block mask `[batch, num_q_heads, blocks, blocks]`.
 #[derive(Clone, Debug)]
-pub struct Call<'a> {
+pub struct Call<'a, T = TensorView<'a>, M = Mask<'a>> {
     /// Shapes and options.
     pub problem: Problem,
     /// Queries.
-    pub q: TensorView<'a>,
+    pub q: T,
     /// Keys.
-    pub k: TensorView<'a>,
+    pub k: T,
     /// Values.
-    pub v: TensorView<'a>,
+    pub v: T,
     /// Explicit mask, broadcast.
-    pub mask: Option<Mask<'a>>,
+    pub mask: Option<M>,
     /// Block mask, broadcast.
     pub block_mask: Option<BlockMask<'a>>,
-    /// Where each sequence lies.
+    /// Where each sequence lies; none where only the device knows the lengths.
     pub sequences: Vec<Sequence>,
+    /// The lengths as they were given.
+    pub lengths: Lengths<'a>,
     layout: Layout,
 }
 
-impl<'a> Call<'a> {
+impl<'a, T: Operand, M: Strided> Call<'a, T, M> {
     /// Checks everything that can be wrong with a call.
     ///
     /// # Errors
     /// Names the first tensor, option or list entry that is wrong, the value found and the value wanted.
-    pub fn check(inputs: &Inputs<'a>, options: &Options) -> Result<Self> {
-        let packed = matches!(inputs.lengths, Lengths::Packed { .. });
+    pub fn check(inputs: &Inputs<'a, T, M>, options: &Options) -> Result<Self> {
+        let packed = inputs.lengths.packed();
         let layout = options.layout;
         let q = canonical("q", inputs.q, layout, packed)?;
         let k = canonical("k", inputs.k, layout, packed)?;
@@ -194,26 +264,26 @@ impl<'a> Call<'a> {
             return Err(Error::value("head_dim", head_dim, format!("1 to {MAX_HEAD_DIM}")));
         }
         if k_head_dim != head_dim {
-            return Err(Error::shape("k", inputs.k.shape(), format!("head_dim {head_dim}, as q")));
+            return Err(Error::shape("k", inputs.k.geometry().shape(), format!("head_dim {head_dim}, as q")));
         }
         if k_batch != q_batch {
-            return Err(Error::shape("k", inputs.k.shape(), format!("batch {q_batch}, as q")));
+            return Err(Error::shape("k", inputs.k.geometry().shape(), format!("batch {q_batch}, as q")));
         }
         if num_kv_heads == 0 || !num_q_heads.is_multiple_of(num_kv_heads) {
             return Err(Error::shape(
                 "k",
-                inputs.k.shape(),
+                inputs.k.geometry().shape(),
                 format!("a number of heads that divides q's {num_q_heads}"),
             ));
         }
-        if v.shape() != k.shape() {
-            return Err(Error::shape("v", inputs.v.shape(), format!("{:?}, as k", inputs.k.shape())));
+        if v.geometry().shape() != k.geometry().shape() {
+            return Err(Error::shape("v", inputs.v.geometry().shape(), format!("{:?}, as k", inputs.k.geometry().shape())));
         }
 
         // Sizes without a single element, or with strides of 0, may be any: here the work for them is bounded.
         if q_batch.saturating_mul(num_q_heads) > MAX_HEADS || q_batch > MAX_HEADS {
             let wanted = format!("at most {MAX_HEADS} heads, all batch entries together");
-            return Err(Error::shape("q", inputs.q.shape(), wanted));
+            return Err(Error::shape("q", inputs.q.geometry().shape(), wanted));
         }
 
         let sm_scale = options.sm_scale.unwrap_or(1.0 / (head_dim as f32).sqrt());
@@ -228,9 +298,16 @@ impl<'a> Call<'a> {
 
         let sequences = sequences(&inputs.lengths, q_batch, q_rows, kv_rows)?;
         let longest = |len: fn(&Sequence) -> usize| sequences.iter().map(len).max().unwrap_or(0);
-        let (q_len, kv_len) =
-            if packed { (longest(|s| s.q_len), longest(|s| s.kv_len)) } else { (q_rows, kv_rows) };
-        let batch = sequences.len();
+        let (batch, q_len, kv_len) = match inputs.lengths {
+            Lengths::DeviceKvLens(_) | Lengths::DevicePacked { .. } if !T::ON_DEVICE => {
+                return Err(Error::unsupported("lengths on a device", "the tensors are not"));
+            }
+            Lengths::DevicePacked { batch, max_q_len, max_kv_len, .. } => {
+                (batch, max_q_len.min(q_rows), max_kv_len.min(kv_rows))
+            }
+            Lengths::Packed { .. } => (sequences.len(), longest(|s| s.q_len), longest(|s| s.kv_len)),
+            Lengths::Dense | Lengths::KvLens(_) | Lengths::DeviceKvLens(_) => (q_batch, q_rows, kv_rows),
+        };
 
         if packed && inputs.mask.is_some() {
             return Err(Error::unsupported(
@@ -280,7 +357,7 @@ impl<'a> Call<'a> {
             masked: mask.is_some(),
             block_masked: block_mask.is_some(),
         };
-        Ok(Call { problem, q, k, v, mask, block_mask, sequences, layout })
+        Ok(Call { problem, q, k, v, mask, block_mask, sequences, lengths: inputs.lengths, layout })
     }
 
     /// Where each element of an output given in the caller's layout lies, in this call's order.
@@ -289,11 +366,11 @@ impl<'a> Call<'a> {
     /// When the output's shape, element type or strides do not fit.
     pub fn check_output(&self, dtype: DType, geometry: &Geometry) -> Result<Geometry> {
         let out = canonical_geometry("out", geometry, self.layout, self.problem.packed)?;
-        if out.shape() != self.q.shape() {
+        if out.shape() != self.q.geometry().shape() {
             let wanted = match (self.problem.packed, self.layout) {
                 (true, _) => self.q.geometry().permuted(&[0, 2, 1, 3]).shape()[1..].to_vec(),
                 (false, Layout::Nhd) => self.q.geometry().permuted(&[0, 2, 1, 3]).shape().to_vec(),
-                (false, Layout::Hnd) => self.q.shape().to_vec(),
+                (false, Layout::Hnd) => self.q.geometry().shape().to_vec(),
             };
             return Err(Error::shape("out", geometry.shape(), format!("{wanted:?}, as q")));
         }
@@ -321,18 +398,13 @@ impl<'a> Call<'a> {
 }
 
 /// Sizes of a tensor of four dimensions.
-fn dimensions(tensor: &TensorView<'_>) -> [usize; 4] {
-    let shape = tensor.shape();
+fn dimensions(tensor: &impl Strided) -> [usize; 4] {
+    let shape = tensor.geometry().shape();
     [shape[0], shape[1], shape[2], shape[3]]
 }
 
 /// A caller's tensor as `[batch, heads, seq, head_dim]`.
-fn canonical<'a>(
-    name: &'static str,
-    tensor: TensorView<'a>,
-    layout: Layout,
-    packed: bool,
-) -> Result<TensorView<'a>> {
+fn canonical<T: Strided>(name: &'static str, tensor: T, layout: Layout, packed: bool) -> Result<T> {
     canonical_geometry(name, tensor.geometry(), layout, packed).map(|g| tensor.with_geometry(g))
 }
 
@@ -366,6 +438,7 @@ fn broadcast(name: &'static str, geometry: &Geometry, shape: [usize; 4]) -> Resu
 fn sequences(lengths: &Lengths<'_>, batch: usize, q_rows: usize, kv_rows: usize) -> Result<Vec<Sequence>> {
     let dense = |b, kv_len| Sequence { batch: b, q_start: 0, q_len: q_rows, kv_start: 0, kv_len };
     match *lengths {
+        Lengths::DeviceKvLens(_) | Lengths::DevicePacked { .. } => Ok(Vec::new()),
         Lengths::Dense => Ok((0..batch).map(|b| dense(b, kv_rows)).collect()),
         Lengths::KvLens(kv_lens) => {
             if kv_lens.len() != batch {

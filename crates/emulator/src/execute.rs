@@ -1,7 +1,7 @@
 //! One instruction of one warp: arithmetic, loads and stores here, everything else where it belongs.
 
 use sage_ptx::Arg;
-use sage_ptx::isa::{Access as Order, Control, Matrix, Memory, Op, Space, Special, Ty, Warp as WarpOp, Word};
+use sage_ptx::isa::{Access as Order, Control, Matrix, Memory, Op, Space, Special, Warp as WarpOp, Word};
 
 use crate::access::AccessKind;
 use crate::arithmetic;

@@ -158,21 +158,17 @@ impl DeltaSConfig {
         keys: Shared<'k, f32>,
     ) {
         let rows = head.load(tile, RowOrder::Modulo8);
-        let of_head = head.index.widen() * i64::from(self.source.padded_dim() as i32);
         let channel = head.chunk * CHUNK as i32;
-        let mean = p.k_mean.at(of_head).at(channel);
-        let mean: Vec<[Val<'k, f32>; 4]> = match self.smooth_k {
-            true => vec![mean.load_vector(), mean.plus(4).load_vector()],
-            false => vec![[head.code.constant(0.0); 4]; 2],
-        };
+        let mean = if self.smooth_k { head.channels(p.k_mean) } else { [head.code.constant(0.0); CHUNK] };
         for i in 0..ROWS {
             let row = rows.row(i);
             let to = keys.at(rows.index(i) * self.pitch() + channel);
-            for (half, mean) in mean.iter().enumerate() {
-                let valid = rows.valid(i);
-                let smoothed = std::array::from_fn(|c| valid.select(row[4 * half + c] - mean[c], 0.0));
-                to.plus(4 * half as i32).store_vector::<4>(smoothed);
-            }
+            let valid = rows.valid(i);
+            let smoothed: [Val<'k, f32>; CHUNK] =
+                std::array::from_fn(|c| valid.select(row[c] - mean[c], 0.0));
+            let [a, b, c, d, e, f, g, h] = smoothed;
+            to.store_vector([a, b, c, d]);
+            to.plus(4).store_vector([e, f, g, h]);
         }
     }
 

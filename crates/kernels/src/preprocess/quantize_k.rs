@@ -3,9 +3,9 @@
 use sage_core::{Granularity, IntBits, IntQuantizer, Rounding, Tile, ZeroGroup};
 use sage_ptx::{Code, Program, Val, Var, kernel};
 
-use super::groups::{group_maxima_per_token, group_maximum, groups_of_tile};
-use super::statistics::{ColumnStatistics, Meeting, Outputs, across_block};
-use super::tile_load::{CHUNK, Head, ROWS, RowOrder, Source, input, tile_grid};
+use super::groups::{Group, group_maxima_per_token, group_maximum, groups_of_tile};
+use super::statistics::{ColumnStatistics, Meeting, Outputs, Part, across_block};
+use super::tile_load::{CHUNK, Head, ROWS, RowOrder, Rows, Source, input, tile_grid};
 use crate::integer::Step;
 use crate::params::kernel_params;
 use crate::sequence::KEY_TILE;
@@ -152,50 +152,26 @@ impl QuantizeKConfig {
         code.exit_when((tile * KEY_TILE as i32).ge(head.len()));
 
         let rows = head.load(tile, RowOrder::Modulo8);
-        let workspace_tile =
-            (head.head * p.key_tiles + head.sequence.first_tile + tile).named("workspace_tile");
+        let first_tile = head.head * p.key_tiles + head.sequence.first_tile;
+        let workspace_tile = (first_tile + tile).named("workspace_tile");
         if self.mean == KMean::Fused {
-            let parts = ColumnStatistics::Mean.parts();
-            let sums: Vec<_> =
-                parts.iter().map(|&part| across_block(&head, part, part.of_rows(&rows))).collect();
+            let of_head = first_tile.widen() * i64::from(self.source.padded_dim() as i32);
             let meeting = Meeting {
-                partials: p
-                    .partials
-                    .at((workspace_tile - tile).widen() * i64::from(self.source.padded_dim() as i32)),
+                partials: p.partials.at(of_head),
                 arrivals: p.arrivals.at(head.index),
                 blocks: head.len().div_ceil(KEY_TILE),
                 block: tile,
             };
-            let last = meeting
-                .arrive(&head, parts, &sums, |sums| outputs.write(&head, ColumnStatistics::Mean, sums));
+            let sum = across_block(&head, Part::Sum, Part::Sum.of_rows(&rows));
+            let write = |sums: &[_]| outputs.write(&head, ColumnStatistics::Mean, sums);
+            let last = meeting.arrive(&head, &[Part::Sum], &[sum], write);
             code.if_else(last, || head.reload(&rows), || meeting.wait(&head));
         }
-        let mean = self.read_mean(&head, &p);
+        let mean = (self.mean != KMean::None).then(|| head.channels(p.mean));
         let smoothed = |i: usize| subtract(rows.row(i), mean);
 
         code.note("scales");
-        let of_row = |i: usize| {
-            let max = magnitude(smoothed(i));
-            if self.mean == KMean::None { max } else { rows.valid(i).select(max, 0.0) }
-        };
-        let groups = if self.granularity == Granularity::PerToken {
-            group_maxima_per_token(&head, &std::array::from_fn(of_row))
-        } else {
-            let max = Var::new(code);
-            let whole = || {
-                // The largest difference from a channel's mean is that of its largest or least element.
-                let of_extremes = |largest| {
-                    let extremes = self.source.widen_chunk(rows.extremes(largest, true));
-                    magnitude(subtract(extremes, mean))
-                };
-                max.set(of_extremes(true).max_nan(of_extremes(false)));
-            };
-            // Rows that are missing differ from no mean, though their zeros may.
-            let partial =
-                || max.set((0..ROWS).map(of_row).reduce(|a, b| a.max_nan(b)).unwrap_or(code.constant(0.0)));
-            code.if_else(rows.whole(), whole, partial);
-            vec![group_maximum(&head, self.granularity, max.get()); ROWS]
-        };
+        let groups = self.groups_of_rows(&head, &rows, mean);
         // Steps of rows that have their own are computed where they are used: eight of them would not fit the registers.
         let shared = Step::of_group(&self.quantizer(), groups[0].0);
         let step = |i: usize| match self.granularity {
@@ -246,15 +222,34 @@ impl QuantizeKConfig {
         );
     }
 
-    /// The means of the thread's channels.
-    fn read_mean<'k>(&self, head: &Head<'k>, p: &QuantizeKParams<'k>) -> Option<[Val<'k, f32>; CHUNK]> {
-        if self.mean == KMean::None {
-            return None;
+    /// The group of each of the thread's rows: the same for all, but per token.
+    fn groups_of_rows<'k>(
+        &self,
+        head: &Head<'k>,
+        rows: &Rows<'k>,
+        mean: Option<[Val<'k, f32>; CHUNK]>,
+    ) -> Vec<Group<'k>> {
+        let code = head.code;
+        // Rows that are missing differ from no mean, though their zeros may.
+        let of_row = |i: usize| {
+            let max = magnitude(subtract(rows.row(i), mean));
+            if mean.is_some() { rows.valid(i).select(max, 0.0) } else { max }
+        };
+        let maxima = || -> [Val<'k, f32>; ROWS] { std::array::from_fn(of_row) };
+        if self.granularity == Granularity::PerToken {
+            return group_maxima_per_token(head, &maxima());
         }
-        let of_head = head.index.widen() * i64::from(self.source.padded_dim() as i32);
-        let mean = p.mean.at(of_head).at(head.chunk * CHUNK as i32);
-        let ([a, b, c, d], [e, f, g, h]) = (mean.load_vector(), mean.plus(4).load_vector());
-        Some([a, b, c, d, e, f, g, h])
+        let max = Var::new(code);
+        let whole = || {
+            // The largest difference from a channel's mean is that of its largest or least element.
+            let of_extremes = |largest| {
+                let extremes = self.source.widen_chunk(rows.extremes(largest, true));
+                magnitude(subtract(extremes, mean))
+            };
+            max.set(of_extremes(true).max_nan(of_extremes(false)));
+        };
+        code.if_else(rows.whole(), whole, || max.set(magnitude(maxima())));
+        vec![group_maximum(head, self.granularity, max.get()); ROWS]
     }
 
     /// The thread's part of a row, packed.

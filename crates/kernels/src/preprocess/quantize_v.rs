@@ -1,6 +1,6 @@
 //! V to E4M3 tiles, channels as rows: `e4m3((V − mean) · (v_max / max))`.
 
-use sage_ptx::{Code, Global, Program, Val, kernel};
+use sage_ptx::{Code, Program, Val, kernel};
 
 use super::statistics::{ColumnStatistics, Meeting, Outputs, across_block};
 use super::tile_load::{CHUNK, Head, ROWS, RowOrder, Rows, Source, input, tile_grid};
@@ -124,8 +124,8 @@ impl QuantizeVConfig {
         }
 
         code.note("E4M3, four tokens of a channel to a register");
-        let factor = self.channels(&head, p.factor);
-        let mean = self.smooth.then(|| self.channels(&head, p.mean));
+        let factor = head.channels(p.factor);
+        let mean = self.smooth.then(|| head.channels(p.mean));
         let chunks = self.source.padded_dim() / CHUNK;
         // Channels that are equal modulo 8 lie together, and blocks of them an odd number of half bank rows apart.
         let block_words = chunks * CHANNEL_WORDS + 16;
@@ -153,14 +153,6 @@ impl QuantizeVConfig {
             let words = from.plus((chunks_further * CHANNEL_WORDS) as i32).load_vector::<4>();
             out.plus((i * width * 4) as i32).store_vector(words);
         }
-    }
-
-    /// What an array `[sequences][heads][padded_dim]` holds for the thread's channels.
-    fn channels<'k>(&self, head: &Head<'k>, array: Global<'k, f32>) -> [Val<'k, f32>; CHUNK] {
-        let of_head = head.index.widen() * i64::from(self.source.padded_dim() as i32);
-        let of_thread = array.at(of_head).at(head.chunk * CHUNK as i32);
-        let ([a, b, c, d], [e, f, g, h]) = (of_thread.load_vector(), of_thread.plus(4).load_vector());
-        [a, b, c, d, e, f, g, h]
     }
 
     /// The codes of the thread's rows of a channel, a register for each of its groups of 16 tokens.

@@ -42,10 +42,10 @@ impl Source {
     }
 
     /// Asks that `threads` threads fit a multiprocessor. With 1024 of 64 registers, 128 KiB of tiles are on their way to
-    /// registers or waiting there, which covers the latency of memory. Loads of single elements need more registers, and
-    /// left without a bound the driver's compiler saves some by spilling.
+    /// registers or waiting there, which covers the latency of memory. Loads of single elements need more registers:
+    /// with a tighter bound, or none, the driver's compiler spills.
     pub(super) fn bound_registers(&self, code: &Code, threads: u32) {
-        let threads = if self.aligned { threads } else { threads.min(512) };
+        let threads = if self.aligned { threads } else { 256 };
         code.min_blocks(threads / self.threads());
     }
 
@@ -194,6 +194,15 @@ impl<'k> Head<'k> {
     /// Rows of the sequence.
     pub fn len(&self) -> Val<'k, i32> {
         self.sequence.kv_len
+    }
+
+    /// What an array `[sequences][heads][padded_dim]` holds for the thread's channels.
+    #[track_caller]
+    pub fn channels(&self, array: Global<'k, f32>) -> [Val<'k, f32>; CHUNK] {
+        let of_head = array.at(self.index.widen() * i64::from(self.source.padded_dim() as i32));
+        let of_thread = of_head.at(self.chunk * CHUNK as i32);
+        let ([a, b, c, d], [e, f, g, h]) = (of_thread.load_vector(), of_thread.plus(4).load_vector());
+        [a, b, c, d, e, f, g, h]
     }
 
     /// Starts loading the thread's rows of a tile that has at least one row. Rows beyond the sequence's end and channels
