@@ -59,6 +59,12 @@ pub enum Error {
         /// The values that would do.
         wanted: String,
     },
+    /// A backend cannot work: there is no such device, or its driver refuses.
+    #[error("{message}")]
+    Backend {
+        /// The backend's own words.
+        message: String,
+    },
     /// Each argument is fine, but they do not go together, or no backend here can do it.
     #[error("{what} is not supported: {instead}")]
     Unsupported {

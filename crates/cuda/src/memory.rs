@@ -76,12 +76,18 @@ impl Buffer {
 
     /// Sets every byte, in the stream's order and without waiting.
     pub fn fill(&mut self, byte: u8) -> Result<()> {
-        if self.bytes == 0 {
+        self.fill_start(self.bytes, byte)
+    }
+
+    /// Sets the first `bytes` bytes, or all where there are fewer, in the stream's order and without waiting.
+    pub fn fill_start(&mut self, bytes: usize, byte: u8) -> Result<()> {
+        let bytes = bytes.min(self.bytes);
+        if bytes == 0 {
             return Ok(());
         }
         let _entered = self.stream.device().enter()?;
         // SAFETY: the range is this buffer's, and the stream is the one it was allocated on.
-        unsafe { cu!(cuMemsetD8Async(self.address, byte, self.bytes, self.stream.raw())) }
+        unsafe { cu!(cuMemsetD8Async(self.address, byte, bytes, self.stream.raw())) }
     }
 
     /// Copies `values`, which must have the buffer's size, and waits until they are there. Refused during a capture: a

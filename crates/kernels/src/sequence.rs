@@ -86,18 +86,21 @@ impl<'k> Sequence<'k> {
                 q_start: zero,
                 q_len: params.q_rows,
                 kv_start: zero,
-                kv_len: params.cu_seqlens_k.at(index).load().named("kv_len"),
+                kv_len: params.cu_seqlens_k.at(index).load().max(0).min(params.kv_rows).named("kv_len"),
                 first_tile: dense_tile,
             },
             Lengths::Packed => {
+                // What lies outside the tensors is cut off: nobody has checked lengths in device memory.
+                let boundary = |list: Global<'k, i32>, rows| list.load().max(0).min(rows);
                 let (q, k) = (params.cu_seqlens_q.at(index), params.cu_seqlens_k.at(index));
-                let (q_start, kv_start) = (q.load().named("q_start"), k.load().named("kv_start"));
+                let q_start = boundary(q, params.q_rows).named("q_start");
+                let kv_start = boundary(k, params.kv_rows).named("kv_start");
                 Sequence {
                     batch: zero,
                     q_start,
-                    q_len: (q.plus(1).load() - q_start).named("q_len"),
+                    q_len: (boundary(q.plus(1), params.q_rows) - q_start).named("q_len"),
                     kv_start,
-                    kv_len: (k.plus(1).load() - kv_start).named("kv_len"),
+                    kv_len: (boundary(k.plus(1), params.kv_rows) - kv_start).max(0).named("kv_len"),
                     first_tile: kv_start.split_index(KEY_TILE).0 + index,
                 }
             }

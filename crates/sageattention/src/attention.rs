@@ -5,7 +5,7 @@ use sage_core::{
     Tensor, TensorView, TensorViewMut,
 };
 
-use crate::backend;
+use crate::backend::{self, Device};
 use crate::plan::Plan;
 
 /// Which scheme computes attention.
@@ -69,6 +69,7 @@ pub struct Attention<'a> {
     block_mask: Option<BlockMask<'a>>,
     lengths: Lengths<'a>,
     choice: Choice,
+    device: Device,
     return_lse: bool,
 }
 
@@ -135,6 +136,12 @@ impl<'a> Attention<'a> {
         Attention { choice: choice.into(), ..self }
     }
 
+    /// What computes [`Attention::forward`], instead of this machine's processor. For tensors that lie in a GPU's memory
+    /// already see [`crate::cuda::Cuda::forward_into`].
+    pub fn device(self, device: Device) -> Self {
+        Attention { device, ..self }
+    }
+
     /// Whether [`Attention::forward`] also returns each row's log-sum-exp.
     pub fn return_lse(self, return_lse: bool) -> Self {
         Attention { return_lse, ..self }
@@ -153,15 +160,29 @@ impl<'a> Attention<'a> {
         let (q, k, v) = (q.into(), k.into(), v.into());
         let inputs = self.inputs(q, k, v);
         let call = Call::check(&inputs, &self.options())?;
-        let mut out = Tensor::zeros(q.dtype(), q.shape())?;
         let lse_shape = call.lse_shape();
+        if let Device::Cuda(ordinal) = self.device {
+            return self.forward_on_gpu(ordinal, &inputs, lse_shape.iter().product());
+        }
+        let mut out = Tensor::zeros(q.dtype(), q.shape())?;
         let mut lse = self.return_lse.then(|| vec![0f32; lse_shape.iter().product()]);
         self.execute(&call, out.view_mut(), lse.as_deref_mut())?;
         let lse = lse.map(|lse| Tensor::new(lse, &lse_shape)).transpose()?;
         Ok(Output { out, lse })
     }
 
-    /// Computes attention into the caller's memory: `out` in q's layout, shape and element type, `lse` row-major in
+    #[cfg(feature = "cuda")]
+    fn forward_on_gpu(&self, ordinal: u32, inputs: &Inputs<'_>, lse_rows: usize) -> Result<Output> {
+        let lse_rows = self.return_lse.then_some(lse_rows);
+        backend::cuda(ordinal)?.forward_host(inputs, &self.options(), self.choice, lse_rows)
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn forward_on_gpu(&self, ordinal: u32, _: &Inputs<'_>, _: usize) -> Result<Output> {
+        Err(backend::no_cuda(ordinal))
+    }
+
+    /// Computes attention into the caller's memory, on this machine's processor: `out` in q's layout, shape and element type, `lse` row-major in
     /// the shape that [`Output::lse`] has. [`Attention::return_lse`] plays no part here.
     ///
     /// # Errors
@@ -192,7 +213,7 @@ impl<'a> Attention<'a> {
     ) -> Result<Plan> {
         let inputs = self.inputs(q.into(), k.into(), v.into());
         let call = Call::check(&inputs, &self.options())?;
-        Plan::new(&call.problem, self.choice)
+        Plan::on(self.device, &call.problem, self.choice)
     }
 
     fn execute(&self, call: &Call<'_>, out: TensorViewMut<'_>, lse: Option<&mut [f32]>) -> Result<()> {
@@ -208,8 +229,9 @@ impl<'a> Attention<'a> {
                 });
             }
         }
-        let plan = Plan::new(&call.problem, self.choice)?;
-        backend::cpu().forward(plan.cpu(), call, out, lse)
+        let cpu = backend::cpu();
+        let plan = cpu.plan(&call.problem, self.choice.scheme(call.problem.head_dim))?;
+        cpu.forward(&plan, call, out, lse)
     }
 
     /// Options and tensors in core's words. The lifetime of the tensors is narrowed to what both share.

@@ -1,8 +1,46 @@
 //! The backends of this build, each looked for once in the life of the process.
 
+use std::fmt;
+use std::str::FromStr;
 use std::sync::OnceLock;
 
+use sage_core::Error;
 use sage_cpu::Cpu;
+
+/// What computes attention of host tensors.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Device {
+    /// This machine's processor.
+    #[default]
+    Cpu,
+    /// The NVIDIA GPU of that number; tensors are copied there and back.
+    Cuda(u32),
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Device::Cpu => f.pad("cpu"),
+            Device::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
+        }
+    }
+}
+
+impl FromStr for Device {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self, Error> {
+        let wrong = || Error::value("device", name, "cpu, cuda, or cuda:N");
+        match name {
+            "cpu" => Ok(Device::Cpu),
+            "cuda" => Ok(Device::Cuda(0)),
+            _ => {
+                let ordinal = name.strip_prefix("cuda:").ok_or_else(wrong)?;
+                ordinal.parse().map(Device::Cuda).map_err(|_| wrong())
+            }
+        }
+    }
+}
 
 /// This machine's processor.
 pub(crate) fn cpu() -> &'static Cpu {
@@ -15,4 +53,26 @@ pub fn backend_description() -> String {
     let cpu = cpu();
     let sets: Vec<&str> = cpu.machine().instruction_sets.iter().map(|set| set.name()).collect();
     format!("cpu, kernels for {} (of {})", cpu.instruction_set(), sets.join(", "))
+}
+
+/// The NVIDIA GPU of that number, opened once.
+#[cfg(feature = "cuda")]
+pub(crate) fn cuda(ordinal: u32) -> Result<std::sync::Arc<crate::cuda::Cuda>, Error> {
+    use std::collections::BTreeMap;
+    use std::sync::{Arc, Mutex, PoisonError};
+
+    static GPUS: Mutex<BTreeMap<u32, Arc<crate::cuda::Cuda>>> = Mutex::new(BTreeMap::new());
+    let mut gpus = GPUS.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(gpu) = gpus.get(&ordinal) {
+        return Ok(gpu.clone());
+    }
+    let gpu = Arc::new(crate::cuda::Cuda::new(ordinal)?);
+    gpus.insert(ordinal, gpu.clone());
+    Ok(gpu)
+}
+
+/// That this build has no CUDA.
+#[cfg(not(feature = "cuda"))]
+pub(crate) fn no_cuda(ordinal: u32) -> Error {
+    Error::unsupported(format!("device cuda:{ordinal}"), "this build lacks the feature `cuda`")
 }

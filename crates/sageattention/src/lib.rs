@@ -17,17 +17,17 @@
 //! caller's memory, and [`Attention::plan`] says what would be computed, how and why. Everything that can be wrong with
 //! a call is an [`Error`] that names the tensor or option, the value found and the value wanted.
 
-#![forbid(unsafe_code)]
-
 mod attention;
 mod backend;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod plan;
 
 pub use attention::{Attention, Choice, Output};
-pub use backend::backend_description;
+pub use backend::{Device, backend_description};
 pub use plan::Plan;
 
 pub use sage_core::{
-    Alignment, Band, BlockMask, DType, Element, Error, Geometry, Layout, MAX_HEAD_DIM, MAX_RANK, Mask,
+    Alignment, Band, BlockMask, DType, Element, Error, Geometry, Inputs, Layout, Lengths, MAX_HEAD_DIM, MAX_RANK, Mask,
     Options, Preset, Problem, Result, Scheme, Tensor, TensorView, TensorViewMut, View, ViewMut,
 };

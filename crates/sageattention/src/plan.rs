@@ -6,23 +6,44 @@ use sage_core::{Alignment, Band, Problem, Result, Scheme};
 use sage_cpu::CpuPlan;
 
 use crate::attention::Choice;
-use crate::backend;
+use crate::backend::{self, Device};
 
 /// How a call is carried out: the backend's kernels, tiles, threads and workspace, and why. Prints itself.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Plan {
     problem: Problem,
-    cpu: CpuPlan,
+    backend: BackendPlan,
+}
+
+#[derive(Debug)]
+enum BackendPlan {
+    Cpu(CpuPlan),
+    #[cfg(feature = "cuda")]
+    Cuda(crate::cuda::CudaPlan),
 }
 
 impl Plan {
-    /// The plan for a problem, without tensors at hand.
+    /// The plan for a problem, without tensors at hand, on this machine's processor.
     ///
     /// # Errors
-    /// When no backend here can carry it out.
+    /// When it cannot carry the problem out.
     pub fn new(problem: &Problem, choice: Choice) -> Result<Self> {
-        let cpu = backend::cpu().plan(problem, choice.scheme(problem.head_dim))?;
-        Ok(Plan { problem: *problem, cpu })
+        Plan::on(Device::Cpu, problem, choice)
+    }
+
+    /// The plan for a problem on a device; no kernel is compiled for it.
+    ///
+    /// # Errors
+    /// When there is no such device, or it cannot carry the problem out.
+    pub fn on(device: Device, problem: &Problem, choice: Choice) -> Result<Self> {
+        let backend = match device {
+            Device::Cpu => BackendPlan::Cpu(backend::cpu().plan(problem, choice.scheme(problem.head_dim))?),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(ordinal) => BackendPlan::Cuda(backend::cuda(ordinal)?.explain(problem, choice)?),
+            #[cfg(not(feature = "cuda"))]
+            Device::Cuda(ordinal) => return Err(backend::no_cuda(ordinal)),
+        };
+        Ok(Plan { problem: *problem, backend })
     }
 
     /// The problem that the plan is for.
@@ -32,16 +53,20 @@ impl Plan {
 
     /// The scheme that is computed.
     pub fn scheme(&self) -> &Scheme {
-        self.cpu.scheme()
+        match &self.backend {
+            BackendPlan::Cpu(plan) => plan.scheme(),
+            #[cfg(feature = "cuda")]
+            BackendPlan::Cuda(plan) => plan.scheme(),
+        }
     }
 
     /// Bytes of scratch memory.
     pub fn workspace_bytes(&self) -> usize {
-        self.cpu.workspace_bytes()
-    }
-
-    pub(crate) fn cpu(&self) -> &CpuPlan {
-        &self.cpu
+        match &self.backend {
+            BackendPlan::Cpu(plan) => plan.workspace_bytes(),
+            #[cfg(feature = "cuda")]
+            BackendPlan::Cuda(plan) => plan.workspace_bytes(),
+        }
     }
 }
 
@@ -67,7 +92,11 @@ impl fmt::Display for Plan {
         let softcap = p.logit_softcap.map(|cap| format!(", soft cap {cap}")).unwrap_or_default();
         row(f, "scores", &format!("sm_scale {}{softcap}", p.sm_scale))?;
         // The backend's plan has rows of the same form.
-        self.cpu.fmt(f)
+        match &self.backend {
+            BackendPlan::Cpu(plan) => plan.fmt(f),
+            #[cfg(feature = "cuda")]
+            BackendPlan::Cuda(plan) => plan.fmt(f),
+        }
     }
 }
 

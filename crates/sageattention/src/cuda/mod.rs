@@ -1,0 +1,206 @@
+//! Attention on NVIDIA GPUs, from sm_80 on. Needs the driver and nothing else: kernels are built here and compiled by it.
+//!
+//! [`Cuda::forward_into`] takes tensors that lie in the GPU's memory, the caller's stream, and does not wait for the GPU.
+//! To compute host tensors on a GPU, use [`crate::Attention::device`].
+
+mod host;
+mod plan;
+mod tensor;
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use sage_core::{Call, Error, Inputs, Lengths, Operand, Options, Problem, Result, Strided};
+use sage_kernels::attention::MaskForm;
+use sage_kernels::forward::{Gpu, Request, TensorArg, Tensors};
+
+pub use plan::CudaPlan;
+pub use sage_cuda::{Buffer, Device, DeviceInfo, Event, ExecutableGraph, Graph, Stream, devices};
+pub use tensor::{DeviceBytes, DeviceMask, DeviceTensor};
+
+use crate::attention::Choice;
+
+/// Plans kept for each GPU: a model's layers and lengths are far fewer.
+const MAX_PLANS: usize = 128;
+
+/// A GPU, with the plans and kernels made for it so far. Shared freely between threads.
+#[derive(Debug)]
+pub struct Cuda {
+    device: Device,
+    gpu: Gpu,
+    /// The latest used last.
+    plans: Mutex<Vec<Arc<CudaPlan>>>,
+}
+
+/// Queries, keys and values in a GPU's memory.
+pub type DeviceInputs<'a> = Inputs<'a, DeviceTensor, DeviceMask>;
+
+impl Cuda {
+    /// The GPU of that number.
+    ///
+    /// # Errors
+    /// When there is no driver, or no such GPU.
+    pub fn new(ordinal: u32) -> Result<Self> {
+        Ok(Cuda::of_device(Device::new(ordinal).map_err(driver)?))
+    }
+
+    /// A device that is open already.
+    pub fn of_device(device: Device) -> Self {
+        let info = device.info();
+        let gpu = Gpu { target: info.target(), multiprocessors: info.multiprocessors as usize };
+        Cuda { device, gpu, plans: Mutex::default() }
+    }
+
+    /// The device.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Computes attention on `stream`: `out` in q's layout, shape and element type; `lse` f32, row-major in the shape of
+    /// [`Call::lse_shape`]. Returns when the work is on the stream. A first call of a shape compiles its kernels; later
+    /// ones allocate nothing on the host, take their workspace from the stream's pool, and can be captured in a graph.
+    /// Lengths in host memory are copied to the GPU, which waits for the stream; in its memory they are read there.
+    ///
+    /// # Errors
+    /// Names the first tensor or option that is wrong, or what no kernel computes, or what the driver says.
+    pub fn forward_into(
+        &self,
+        stream: &Stream,
+        inputs: &DeviceInputs<'_>,
+        options: &Options,
+        choice: Choice,
+        out: &DeviceTensor,
+        lse: Option<u64>,
+    ) -> Result<()> {
+        let call = Call::check(inputs, options)?;
+        let out_geometry = call.check_output(out.dtype(), out.geometry())?;
+        let out = out.with_geometry(out_geometry);
+        if call.problem.q_len == 0 || call.problem.batch == 0 || call.problem.num_q_heads == 0 {
+            return Ok(());
+        }
+        let lists = Lists::new(stream, &call.lengths)?;
+        let tensors = Tensors {
+            q: argument(&call.q),
+            k: argument(&call.k),
+            v: argument(&call.v),
+            out: argument(&out),
+            lse: lse.unwrap_or(0),
+            mask: call.mask.map_or((0, [0; 4]), |mask| mask.parts()),
+            cu_seqlens_q: lists.q,
+            cu_seqlens_k: lists.k,
+        };
+        let request = request(&call, choice, lse.is_some(), aligned(&tensors, call.problem.head_dim));
+        let plan = self.plan(&call.problem, &request)?;
+        self.launch(stream, &plan, &tensors)
+    }
+
+    /// The plan for a problem, with its kernels.
+    fn plan(&self, problem: &Problem, request: &Request) -> Result<Arc<CudaPlan>> {
+        let wanted = |plan: &Arc<CudaPlan>| plan.problem == *problem && plan.request == *request;
+        {
+            let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(found) = plans.iter().rposition(wanted) {
+                // The latest used are last, and so found first.
+                plans[found..].rotate_left(1);
+                return Ok(plans[plans.len() - 1].clone());
+            }
+        }
+        // Another thread may do the same meanwhile; its kernels are compiled once all the same.
+        let plan = CudaPlan::new(problem, request, &self.device, &self.gpu)?;
+        let plan = Arc::new(plan.compiled(&self.device, &self.gpu)?);
+        let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
+        if plans.len() == MAX_PLANS {
+            plans.remove(0);
+        }
+        plans.push(plan.clone());
+        Ok(plan)
+    }
+
+    fn launch(&self, stream: &Stream, plan: &CudaPlan, tensors: &Tensors) -> Result<()> {
+        let mut workspace = Buffer::new(stream, plan.forward.workspace_bytes()).map_err(driver)?;
+        workspace.fill_start(plan.forward.zeroed_bytes(), 0).map_err(driver)?;
+        let kernels = &plan.kernels;
+        plan.forward
+            .run(tensors, workspace.address(), |index, grid, args| kernels[index].launch(stream, grid, args))
+            .map_err(driver)
+    }
+
+    /// What would be done, without compiling anything.
+    pub(crate) fn explain(&self, problem: &Problem, choice: Choice) -> Result<CudaPlan> {
+        let request = Request {
+            scheme: choice.scheme(problem.head_dim),
+            mask: if problem.masked { MaskForm::Bool } else { MaskForm::None },
+            lengths: match problem.packed {
+                true => sage_kernels::Lengths::Packed,
+                false => sage_kernels::Lengths::Dense,
+            },
+            q_rows: problem.q_len,
+            kv_rows: problem.kv_len,
+            aligned: problem.head_dim.is_multiple_of(8),
+            lse: false,
+        };
+        CudaPlan::new(problem, &request, &self.device, &self.gpu)
+    }
+}
+
+/// The driver's words as an error of a call.
+pub(crate) fn driver(error: sage_cuda::Error) -> Error {
+    Error::Backend { message: error.to_string() }
+}
+
+fn argument(tensor: &DeviceTensor) -> TensorArg {
+    TensorArg { address: tensor.first_element(), strides: tensor.strides() }
+}
+
+/// Whether every row starts at a multiple of 16 bytes and is whole such chunks.
+fn aligned(tensors: &Tensors, head_dim: usize) -> bool {
+    head_dim.is_multiple_of(8)
+        && [tensors.q, tensors.k, tensors.v, tensors.out].iter().all(|tensor| {
+            tensor.address.is_multiple_of(16) && tensor.strides.iter().all(|stride| stride % 8 == 0)
+        })
+}
+
+fn request(call: &Call<'_, DeviceTensor, DeviceMask>, choice: Choice, lse: bool, aligned: bool) -> Request {
+    Request {
+        scheme: choice.scheme(call.problem.head_dim),
+        mask: match call.mask {
+            None => MaskForm::None,
+            Some(DeviceMask::Bool(_)) => MaskForm::Bool,
+            Some(DeviceMask::Additive(tensor)) => MaskForm::Bias(tensor.dtype()),
+        },
+        lengths: match call.lengths {
+            Lengths::Dense => sage_kernels::Lengths::Dense,
+            Lengths::KvLens(_) | Lengths::DeviceKvLens(_) => sage_kernels::Lengths::KvLens,
+            Lengths::Packed { .. } | Lengths::DevicePacked { .. } => sage_kernels::Lengths::Packed,
+        },
+        q_rows: call.q.shape()[2],
+        kv_rows: call.k.shape()[2],
+        aligned,
+        lse,
+    }
+}
+
+/// Addresses of the lengths on the GPU, and what was copied there.
+struct Lists {
+    q: u64,
+    k: u64,
+    _copies: [Option<Buffer>; 2],
+}
+
+impl Lists {
+    fn new(stream: &Stream, lengths: &Lengths<'_>) -> Result<Self> {
+        let copy = |values: &[i32]| Buffer::from_slice(stream, values).map_err(driver);
+        let address = |copy: &Option<Buffer>| copy.as_ref().map_or(0, Buffer::address);
+        let copies = match *lengths {
+            Lengths::KvLens(kv_lens) => [None, Some(copy(kv_lens)?)],
+            Lengths::Packed { cu_seqlens_q, cu_seqlens_k } => {
+                [Some(copy(cu_seqlens_q)?), Some(copy(cu_seqlens_k)?)]
+            }
+            Lengths::Dense => [None, None],
+            Lengths::DeviceKvLens(k) => return Ok(Lists { q: 0, k, _copies: [None, None] }),
+            Lengths::DevicePacked { cu_seqlens_q: q, cu_seqlens_k: k, .. } => {
+                return Ok(Lists { q, k, _copies: [None, None] });
+            }
+        };
+        Ok(Lists { q: address(&copies[0]), k: address(&copies[1]), _copies: copies })
+    }
+}
