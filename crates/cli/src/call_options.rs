@@ -3,7 +3,7 @@
 use std::str::FromStr;
 
 use clap::{Args, ValueEnum};
-use sageattention::{Alignment, Attention, Choice, DType, Layout, Preset};
+use sageattention::{Alignment, Attention, Choice, DType, Device, Layout, Preset};
 
 /// What is visible, and how scores are scaled.
 #[derive(Clone, Debug, Default, Args)]
@@ -20,12 +20,15 @@ pub struct CallOptions {
     /// Scaled scores s become X·tanh(s / X)
     #[arg(long, value_name = "X", allow_hyphen_values = true)]
     pub softcap: Option<f32>,
+    /// What computes: cpu, or cuda:N for an NVIDIA GPU (f16 and bf16)
+    #[arg(long, default_value_t)]
+    pub device: Device,
 }
 
 impl CallOptions {
     /// Attention with these options.
     pub fn attention<'a>(&self) -> Attention<'a> {
-        let mut attention = Attention::new();
+        let mut attention = Attention::new().device(self.device);
         if let Some(Window { left, right }) = self.window {
             attention = attention.window(left, right);
         }

@@ -1,8 +1,11 @@
 //! The speed of schemes on one shape.
 
+use std::time::{Duration, Instant};
+
 use indicatif::ProgressBar;
 use sage_core::Problem;
-use sageattention::{Attention, DType, Preset, Result, Tensor};
+use sageattention::cuda::{Cuda, CudaTensor, Stream};
+use sageattention::{Attention, Choice, DType, Device, Inputs, Preset, Result, Tensor};
 use serde::Serialize;
 
 use crate::call_options::SchemeName;
@@ -75,6 +78,8 @@ pub fn runnable(attention: &Attention<'_>, q: &Tensor, k: &Tensor, v: &Tensor) -
 #[derive(Clone, Debug)]
 pub struct Subject<'a> {
     pub attention: Attention<'a>,
+    /// What computes.
+    pub device: Device,
     pub q: Tensor,
     pub k: Tensor,
     pub v: Tensor,
@@ -87,6 +92,7 @@ impl<'a> Subject<'a> {
             |heads, rows, seed| inputs::normal(dtype, &[shape.batch, heads, rows, shape.head_dim], seed);
         Ok(Subject {
             attention,
+            device: Device::Cpu,
             q: tensor(shape.heads, shape.q_len, 1)?,
             k: tensor(shape.kv_heads, shape.kv_len, 2)?,
             v: tensor(shape.kv_heads, shape.kv_len, 3)?,
@@ -102,6 +108,18 @@ impl<'a> Subject<'a> {
         let (result, peak) =
             peak_increase(|| attention.forward_into(&self.q, &self.k, &self.v, out.view_mut(), None));
         result.map(|()| peak)
+    }
+
+    /// Times of candidates in turn, each after a call that warms it up.
+    fn times(
+        &self,
+        candidates: usize,
+        reps: usize,
+        mut call: impl FnMut(usize) -> Result<Duration>,
+        progress: &ProgressBar,
+    ) -> Result<Vec<Times>> {
+        (0..candidates).try_for_each(|i| call(i).map(drop))?;
+        interleaved(candidates, reps, call, || progress.inc(1))
     }
 
     /// Measures schemes in turn, full precision always among them. The first call of each, which warms it up, is not
@@ -120,10 +138,22 @@ impl<'a> Subject<'a> {
         }
         let calls: Vec<Attention<'_>> =
             timed.iter().map(|name| self.attention.clone().scheme(name.choice())).collect();
-        let mut out = Tensor::zeros(self.q.dtype(), self.q.shape())?;
-        let mut call = |i: usize| calls[i].forward_into(&self.q, &self.k, &self.v, out.view_mut(), None);
-        (0..timed.len()).try_for_each(&mut call)?;
-        let times = interleaved(timed.len(), reps, &mut call, || progress.inc(1))?;
+        let times = match self.device {
+            Device::Cpu => {
+                let mut out = Tensor::zeros(self.q.dtype(), self.q.shape())?;
+                let call = |i: usize| {
+                    let start = Instant::now();
+                    calls[i].forward_into(&self.q, &self.k, &self.v, out.view_mut(), None)?;
+                    Ok(start.elapsed())
+                };
+                self.times(timed.len(), reps, call, progress)?
+            }
+            Device::Cuda(ordinal) => {
+                let gpu = OnGpu::new(ordinal, self)?;
+                let call = |i: usize| gpu.time(&calls[i], timed[i].choice());
+                self.times(timed.len(), reps, call, progress)?
+            }
+        };
         let full_ms = timed.iter().position(|&name| name == full).map_or(f64::NAN, |i| times[i].median_ms);
         (0..schemes.len())
             .map(|i| {
@@ -152,6 +182,35 @@ impl<'a> Subject<'a> {
                 })
             })
             .collect()
+    }
+}
+
+/// A subject's tensors in a GPU's memory.
+struct OnGpu {
+    gpu: Cuda,
+    stream: Stream,
+    inputs: [CudaTensor; 3],
+    out: CudaTensor,
+}
+
+impl OnGpu {
+    fn new(ordinal: u32, subject: &Subject<'_>) -> Result<Self> {
+        let gpu = Cuda::new(ordinal)?;
+        let stream = gpu.stream()?;
+        let upload = |tensor: &Tensor| CudaTensor::upload(&stream, &tensor.view());
+        let inputs = [upload(&subject.q)?, upload(&subject.k)?, upload(&subject.v)?];
+        let out = CudaTensor::uninitialized(&stream, subject.q.dtype(), subject.q.shape())?;
+        Ok(OnGpu { gpu, stream, inputs, out })
+    }
+
+    /// The GPU's time for one call.
+    fn time(&self, attention: &Attention<'_>, choice: Choice) -> Result<Duration> {
+        let [q, k, v] = &self.inputs;
+        let inputs = Inputs::new(q.view(), k.view(), v.view());
+        let out = self.out.view();
+        self.gpu.time(&self.stream, || {
+            self.gpu.forward_into(&self.stream, &inputs, &attention.options(), choice, &out, None)
+        })
     }
 }
 

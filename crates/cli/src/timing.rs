@@ -29,21 +29,19 @@ impl Times {
     }
 }
 
-/// Times every candidate `reps` times, in turn: whatever slows the machine for a while slows all of them. Each turn
+/// Takes every candidate's time `reps` times, in turn: whatever slows the machine for a while slows all of them. Each turn
 /// begins with another candidate, so that none always follows the same one.
 pub fn interleaved<E>(
     candidates: usize,
     reps: usize,
-    mut run: impl FnMut(usize) -> Result<(), E>,
+    mut run: impl FnMut(usize) -> Result<Duration, E>,
     mut after: impl FnMut(),
 ) -> Result<Vec<Times>, E> {
     let mut durations = vec![Vec::with_capacity(reps); candidates];
     for turn in 0..reps {
         for i in 0..candidates {
             let candidate = (turn + i) % candidates;
-            let start = Instant::now();
-            run(candidate)?;
-            durations[candidate].push(start.elapsed());
+            durations[candidate].push(run(candidate)?);
             after();
         }
     }

@@ -262,6 +262,13 @@ pub struct FragmentSource<'k> {
 }
 
 impl<'k> FragmentSource<'k> {
+    /// The same place `bytes`, a multiple of the tile's rows, further: in another stage of a ring.
+    #[track_caller]
+    pub fn at_byte(&self, bytes: Val<'k, i32>) -> Self {
+        let address = ChunkAddress { address: self.address.address + bytes.reinterpret::<u32>(), ..self.address };
+        FragmentSource { address, ..*self }
+    }
+
     /// Four 8×8 matrices, `rows` (a multiple of 8) down and `chunks` (even) to the right.
     #[track_caller]
     fn load(&self, rows: usize, chunks: usize) -> [Val<'k, u32>; 4] {

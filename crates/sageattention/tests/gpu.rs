@@ -11,7 +11,7 @@ use rand::SeedableRng;
 use rand_distr::{Distribution, StandardNormal};
 use sage_core::metrics::Accuracy;
 use sage_core::oracle;
-use sageattention::cuda::{Buffer, Cuda, DeviceTensor, Stream, devices};
+use sageattention::cuda::{Cuda, CudaTensor, Stream, devices};
 use sageattention::{
     Alignment, Attention, DType, Device, Geometry, Inputs, Mask, Options, Preset, Scheme, Tensor, TensorView, View,
 };
@@ -70,7 +70,8 @@ fn check(label: &str, attention: &Attention<'_>, inputs: Inputs<'_>, scheme: Sch
     assert!(accuracy.relative_l1 <= tolerance, "{label}: {accuracy:?}");
     let lse = found.lse.unwrap().to_f32_vec();
     for (row, (&found, &wanted)) in lse.iter().zip(&wanted.lse).enumerate() {
-        let near = (f64::from(found) - wanted).abs() <= 2e-3 * wanted.abs().max(1.0);
+        // Sums of P are of rounded P: to 2⁻⁹ of its values in bf16, relative to another maximum than the oracle's.
+        let near = (f64::from(found) - wanted).abs() <= 5e-3 * wanted.abs().max(1.0);
         assert!(near || f64::from(found) == wanted, "{label}: lse of row {row} is {found}, expected {wanted}");
     }
 }
@@ -242,7 +243,7 @@ fn accuracy_at_length() {
                 let attention = Attention::new().device(Device::Cuda(0));
                 let attention = match preset {
                     // Few queries would be computed in full precision.
-                    None => attention.scheme(scheme_of(&Attention::new(), &random(1, &[1, 1, 500, 128], DType::F16, 0.0), &k)),
+                    None => attention.scheme(scheme_of(&Attention::new(), &random(1, &[1, 2, 500, 128], DType::F16, 0.0), &k)),
                     Some(preset) => attention.scheme(preset),
                 };
                 let out = attention.forward(&q, &k, &v).unwrap().out;
@@ -254,40 +255,30 @@ fn accuracy_at_length() {
     }
 }
 
-/// Tensors on the GPU for the tests below.
+/// Queries, keys, values and output on the GPU.
 struct OnGpu {
-    _buffers: Vec<Buffer>,
-    q: DeviceTensor,
-    k: DeviceTensor,
-    v: DeviceTensor,
-    out: DeviceTensor,
-    out_buffer: usize,
+    inputs: [CudaTensor; 3],
+    out: CudaTensor,
 }
 
 impl OnGpu {
     fn new(stream: &Stream, shape: &[usize], seed: u64) -> Self {
-        let geometry = Geometry::contiguous("tensor", shape).unwrap();
-        let bits = |seed| -> Vec<f16> {
-            let len = shape.iter().product::<usize>();
-            let pattern: Vec<f16> = normal(seed, len.min(1 << 20)).into_iter().map(f16::from_f32).collect();
-            pattern.iter().copied().cycle().take(len).collect()
-        };
-        let mut buffers: Vec<Buffer> =
-            (0..3).map(|i| Buffer::from_slice(stream, &bits(seed + i)).unwrap()).collect();
-        buffers.push(Buffer::new(stream, 2 * shape.iter().product::<usize>()).unwrap());
-        // SAFETY: the buffers hold all of the shape, and live as long as the tensors.
-        let tensor = |i: usize| unsafe { DeviceTensor::from_raw(DType::F16, geometry, buffers[i].address()) };
-        let [q, k, v, out] = [0, 1, 2, 3].map(tensor);
-        OnGpu { _buffers: buffers, q, k, v, out, out_buffer: 3 }
+        let upload = |i| CudaTensor::upload(stream, &random(seed + i, shape, DType::F16, 0.0).view()).unwrap();
+        OnGpu {
+            inputs: [0, 1, 2].map(upload),
+            out: CudaTensor::uninitialized(stream, DType::F16, shape).unwrap(),
+        }
     }
 
     fn run(&self, gpu: &Cuda, stream: &Stream) {
-        let inputs = Inputs::new(self.q, self.k, self.v);
-        gpu.forward_into(stream, &inputs, &Options::default(), Default::default(), &self.out, None).unwrap();
+        let [q, k, v] = &self.inputs;
+        let inputs = Inputs::new(q.view(), k.view(), v.view());
+        let out = self.out.view();
+        gpu.forward_into(stream, &inputs, &Options::default(), Default::default(), &out, None).unwrap();
     }
 
     fn result(&self) -> Vec<u16> {
-        self._buffers[self.out_buffer].to_vec().unwrap()
+        self.out.buffer().to_vec().unwrap()
     }
 }
 
@@ -333,9 +324,9 @@ fn runs_are_identical_on_any_stream_thread_and_graph() {
     let graph = stream.end_capture().unwrap().instantiate().unwrap();
     graph.launch(&stream).unwrap();
     assert!(changed.result() == first, "the graph's first replay differs");
-    for i in 0..3 {
-        let new: Vec<u16> = other._buffers[i].to_vec().unwrap();
-        changed._buffers[i].copy_from_host(&new).unwrap();
+    for (input, new) in changed.inputs.iter_mut().zip(&other.inputs) {
+        let new: Vec<u16> = new.buffer().to_vec().unwrap();
+        input.buffer_mut().copy_from_host(&new).unwrap();
     }
     graph.launch(&stream).unwrap();
     assert!(changed.result() == expected, "a replay with changed inputs differs");

@@ -5,6 +5,7 @@ use std::process;
 use std::str::FromStr;
 
 use clap::{Args, ValueEnum};
+use sageattention::Device;
 use serde_json::json;
 
 use crate::bench_plot::BenchPlot;
@@ -59,6 +60,9 @@ pub struct Bench {
     /// Causal mask; top-left and bottom-right differ where there are more or fewer keys than queries
     #[arg(long, value_name = "ALIGNMENT", num_args = 0..=1, require_equals = true, default_missing_value = "bottom-right")]
     causal: Option<AlignmentName>,
+    /// What computes: cpu, or cuda:N for an NVIDIA GPU, whose times are of tensors that lie there already
+    #[arg(long, default_value_t)]
+    device: Device,
     /// Schemes [default: all that this machine computes]
     #[arg(long, value_delimiter = ',', value_name = "NAME,…")]
     schemes: Vec<SchemeName>,
@@ -96,18 +100,19 @@ impl Bench {
     pub fn execute(&self, console: Console) -> Result<()> {
         let plot = self.plot.as_deref().map(PlotFile::new).transpose()?;
         let shapes = self.shapes();
-        let call = CallOptions { causal: self.causal, ..CallOptions::default() };
+        let call = CallOptions { causal: self.causal, device: self.device, ..CallOptions::default() };
         if let (true, [shape], [scheme]) = (self.peak_memory, &shapes[..], &self.schemes[..]) {
             let peak = Subject::random(shape, self.dtype.into(), call.attention())?.peak_memory(*scheme)?;
             return console.print(&peak.map(|bytes| bytes.to_string()).unwrap_or_default());
         }
         let decodes = shapes.iter().any(|shape| shape.q_len == 1);
-        let limit = decodes.then(read_bandwidth_gbs);
+        let limit = (decodes && self.device == Device::Cpu).then(read_bandwidth_gbs);
         let mut rows: Vec<Row> = Vec::new();
         let progress = console.progress("measuring", 0);
         for shape in &shapes {
             let in_shape = |error| Failure::Failed(format!("shape {}: {error}", label(shape)));
             let subject = Subject::random(shape, self.dtype.into(), call.attention()).map_err(in_shape)?;
+            let subject = Subject { device: self.device, ..subject };
             let schemes = match self.schemes.as_slice() {
                 [] => runnable(&subject.attention, &subject.q, &subject.k, &subject.v),
                 asked => asked.to_vec(),
@@ -124,6 +129,7 @@ impl Bench {
         if console.json {
             console.print_json(&json!({
                 "command": "bench",
+                "device": self.device.to_string(),
                 "threads": rayon::current_num_threads(),
                 "reps": self.reps,
                 "memory_bandwidth_gbs": limit,
@@ -144,6 +150,9 @@ impl Bench {
     /// The memory of a scheme's first call, from a process of its own: in this one, schemes that were measured before
     /// have left memory behind that the next ones reuse.
     fn peak_memory_elsewhere(&self, shape: &Shape, scheme: SchemeName) -> Option<u64> {
+        if self.device != Device::Cpu {
+            return None;
+        }
         let dtype = self.dtype.to_possible_value()?;
         let mut command = process::Command::new(std::env::current_exe().ok()?);
         command.args(["bench", "--peak-memory", "--shapes", &label(shape), "--schemes", scheme.name()]);
@@ -200,11 +209,14 @@ impl Bench {
 
     fn text(&self, rows: &[Row], limit: Option<f64>) -> String {
         let first = rows.first();
+        let computes = match self.device {
+            Device::Cpu => format!("{} threads", rayon::current_num_threads()),
+            gpu => gpu.to_string(),
+        };
         let title = format!(
-            "Speed of attention · {}, {}, {} threads, median of {}",
+            "Speed of attention · {}, {}, {computes}, median of {}",
             first.map_or("", |row| row.dtype),
             if self.causal.is_some() { "causal" } else { "no mask" },
-            rayon::current_num_threads(),
             self.reps
         );
         let mut text = format!("{}\n\n{}", styled(TITLE, title), table(rows));

@@ -3,7 +3,7 @@
 use half::f16;
 use sage_core::Accumulator as Precision;
 use sage_ptx::{
-    Accumulator, CHUNK_BYTES, Code, E4M3, F16x2, FragmentA, FragmentB, Half, MmaAccumulator, MmaElement,
+    Accumulator, CHUNK_BYTES, Code, E4M3, F16x2, FragmentA, FragmentB, FragmentSource, Half, MmaAccumulator, MmaElement,
     SharedTile, Stored, Val,
 };
 
@@ -63,20 +63,20 @@ impl<'k, 'c> Output<'k, 'c> {
         &self,
         softmax: &Softmax<'k>,
         scores: &ScoreTile<'k>,
-        values: &SharedTile<'k>,
+        source: &FragmentSource<'k>,
         step: usize,
     ) {
         self.code.note("output: exp2(scores) * v");
         let step_keys = self.config.tiling.step_keys;
+        let shifts = softmax.shifts(scores);
         match self.config.values {
             Values::Fp8(precision) => {
                 let p = |step: usize| {
-                    let p = softmax.exponentials(scores, 4 * step..4 * step + 4);
+                    let p = softmax.exponentials(scores, &shifts, 4 * step..4 * step + 4);
                     p.into_iter()
                         .map(|p| FragmentA::<E4M3>::from_accumulators([p[0], p[1], p[2], p[3]]))
                         .collect::<Vec<_>>()
                 };
-                let source = values.columns_of_b(0);
                 let steps = step_keys / 32;
                 let first = step * steps;
                 let v = |depth: usize, pair: usize| source.b_pair::<E4M3>(16 * pair, 32 * (first + depth));
@@ -88,13 +88,12 @@ impl<'k, 'c> Output<'k, 'c> {
                     _ => Precision::F32,
                 };
                 let p = |step: usize| {
-                    let p = softmax.exponentials(scores, 2 * step..2 * step + 2);
+                    let p = softmax.exponentials(scores, &shifts, 2 * step..2 * step + 2);
                     let fragment = |p: Vec<[Val<'k, f32>; 4]>| FragmentA::<W>::from_accumulators([p[0], p[1]]);
                     let p: Vec<_> = p.into_iter().map(fragment).collect();
                     softmax.add_sums(&p);
                     p
                 };
-                let source = values.rows_of_b(0);
                 let steps = step_keys / 16;
                 let first = step * steps;
                 let v = |depth: usize, pair: usize| source.b_pair::<W>(16 * pair, 32 * (first + depth));

@@ -1,7 +1,7 @@
 //! Tiles of K and V on their way from device memory: a ring of stages in shared memory, filled ahead of their use.
 
 use sage_core::{IntBits, IntQuantizer};
-use sage_ptx::{CHUNK_BYTES, Code, Global, Shared, SharedTile, Val, Var};
+use sage_ptx::{CHUNK_BYTES, Code, FragmentSource, Global, Shared, SharedTile, Val, Var};
 
 use super::config::{AttentionConfig, AttentionParams, Scores, ValueSource, Values};
 use super::place::Place;
@@ -22,6 +22,8 @@ pub(super) struct Ring<'k, 'c> {
 /// One operand's tiles: their stages, and where this thread's part of the next one comes from.
 struct Tiles<'k> {
     stages: SharedTile<'k>,
+    /// Where the lane's fragments of the first stage lie.
+    fragments: FragmentSource<'k>,
     /// Rows of a tile, and 16-byte chunks of a row that hold channels.
     rows: usize,
     chunks: usize,
@@ -61,6 +63,7 @@ impl<'k, 'c> Ring<'k, 'c> {
             stages: SharedTile::new(shared.plus(base), row_bytes),
             rows,
             chunks,
+            depth_in_rows: false,
         };
         let used_chunks = config.head_dim.div_ceil(8);
 
@@ -75,7 +78,8 @@ impl<'k, 'c> Ring<'k, 'c> {
                 shape(0, key_bytes, tile_keys, key_bytes / CHUNK_BYTES).of_workspace(place, p, p.k)
             }
         };
-        let rows_of_values = |chunks| shape(first_value, 2 * padded, tile_keys, chunks);
+        let rows_of_values =
+            |chunks| TileShape { depth_in_rows: true, ..shape(first_value, 2 * padded, tile_keys, chunks) };
         let values = match (config.values, config.value_source) {
             (Values::Fp8(_), _) => {
                 shape(first_value, tile_keys, padded, tile_keys / CHUNK_BYTES).of_workspace(place, p, p.v)
@@ -104,9 +108,9 @@ impl<'k, 'c> Ring<'k, 'c> {
         }
     }
 
-    /// Waits for the next tile, starts copying the one that takes the stage freed by the tile before, and returns the
-    /// tile's K and V.
-    pub fn next(&self, place: &Place<'k>) -> (SharedTile<'k>, SharedTile<'k>) {
+    /// Waits for the next tile, starts copying the one that takes the stage freed by the tile before, and returns where
+    /// the tile's K and V are read.
+    pub fn next(&self, place: &Place<'k>) -> (FragmentSource<'k>, FragmentSource<'k>) {
         let stages = self.config.tiling.stages as i32;
         // The next tile is the oldest of the copies in flight.
         self.code.wait_copies(stages as u32 - 2);
@@ -116,7 +120,7 @@ impl<'k, 'c> Ring<'k, 'c> {
         self.copy(place, before);
         let after = stage + 1;
         self.stage.set(after.eq(stages).select(0, after));
-        (self.keys.stage(stage), self.values.stage(stage))
+        (self.keys.fragments.at_byte(self.keys.offset(stage)), self.values.fragments.at_byte(self.values.offset(stage)))
     }
 
     /// Waits until every copy has landed and every warp is done with the tiles; their memory is then free for the output.
@@ -162,16 +166,19 @@ struct TileShape<'k> {
     stages: SharedTile<'k>,
     rows: usize,
     chunks: usize,
+    /// Whether rows are the depth of the product, or its columns.
+    depth_in_rows: bool,
 }
 
 impl<'k> Tiles<'k> {
-    fn stage(&self, stage: Val<'k, i32>) -> SharedTile<'k> {
-        self.stages.at_byte(stage * (self.rows * self.stages.row_bytes()) as i32)
+    /// Bytes from the first stage to another.
+    fn offset(&self, stage: Val<'k, i32>) -> Val<'k, i32> {
+        stage * (self.rows * self.stages.row_bytes()) as i32
     }
 
     /// Starts copying a tile: each thread takes every `threads`-th chunk.
     fn copy(&self, code: &'k Code, config: &AttentionConfig, tile: Val<'k, i32>, stage: Val<'k, i32>) {
-        let to = self.stage(stage);
+        let to = self.stages.at_byte(self.offset(stage));
         let (threads, thread) = (config.threads() as usize, code.thread());
         let total = self.rows * self.chunks;
         let rows_a_round = (threads / self.chunks) as i32;
@@ -237,7 +244,9 @@ impl<'k> Tiles<'k> {
 
 impl<'k> TileShape<'k> {
     fn from(self, source: Source<'k>) -> Tiles<'k> {
-        Tiles { stages: self.stages, rows: self.rows, chunks: self.chunks, source }
+        let TileShape { stages, rows, chunks, depth_in_rows } = self;
+        let fragments = if depth_in_rows { stages.rows_of_b(0) } else { stages.columns_of_b(0) };
+        Tiles { stages, fragments, rows, chunks, source }
     }
 
     /// Tiles of the workspace.

@@ -3,7 +3,7 @@
 use half::{bf16, f16};
 use sage_core::{DType, Granularity, IntBits};
 use sage_ptx::{
-    Accumulator, Code, FragmentSource, Global, Half, MmaAccumulator, MmaElement, S4, SharedTile, Stored, Val, Var,
+    Accumulator, Code, FragmentSource, Global, Half, MmaAccumulator, MmaElement, S4, Stored, Val, Var,
 };
 
 use super::config::{AttentionConfig, AttentionParams, MaskForm, Scores};
@@ -22,7 +22,7 @@ pub(super) fn scores<'k, H: Half + MmaElement>(
     p: &AttentionParams<'k>,
     place: &Place<'k>,
     queries: &Queries<'k>,
-    keys: &SharedTile<'k>,
+    keys: &FragmentSource<'k>,
     scales: &[Val<'k, f32>],
     tile: Val<'k, i32>,
     step: usize,
@@ -30,20 +30,20 @@ pub(super) fn scores<'k, H: Half + MmaElement>(
     code.note("scores: q * k^T");
     let columns = config.tiling.step_keys / 8;
     let first_key = tile * config.tiling.tile_keys as i32 + (step * config.tiling.step_keys) as i32;
-    let rows = keys.columns_of_b((step * config.tiling.step_keys) as i32);
+    let first_column = step * config.tiling.step_keys;
     let product = match config.scores {
         Scores::Full => ScoreTile {
             first_key,
             columns,
-            values: product::<H, f32>(code, config, queries, &rows, 0.0),
+            values: product::<H, f32>(code, config, queries, keys, first_column, 0.0),
             factor: queries.scale.clone(),
             biased: false,
         },
         Scores::Int(quantizer) => {
             // Sums start at a float's bits, and so end as the float of their value plus a constant.
             let values = match quantizer.bits {
-                IntBits::Eight => product::<i8, i32>(code, config, queries, &rows, ROUNDING_MAGIC_BITS),
-                IntBits::Four => product::<S4, i32>(code, config, queries, &rows, ROUNDING_MAGIC_BITS),
+                IntBits::Eight => product::<i8, i32>(code, config, queries, keys, first_column, ROUNDING_MAGIC_BITS),
+                IntBits::Four => product::<S4, i32>(code, config, queries, keys, first_column, ROUNDING_MAGIC_BITS),
             };
             if quantizer.granularity == Granularity::PerToken {
                 let integers =
@@ -53,7 +53,13 @@ pub(super) fn scores<'k, H: Half + MmaElement>(
                 return integers.scaled_by_key(scales).finished(config, p, place, queries);
             }
             let scale = scales[0];
-            let factor = queries.scale.iter().map(|&q| nonzero(q * scale)).collect();
+            // Without a scale for each row, all rows of a lane have the same.
+            let factor = match quantizer.granularity {
+                Granularity::PerThread | Granularity::PerWarp | Granularity::PerBlock => {
+                    vec![nonzero(queries.scale[0] * scale); queries.scale.len()]
+                }
+                _ => queries.scale.iter().map(|&q| nonzero(q * scale)).collect(),
+            };
             ScoreTile { first_key, columns, values, factor, biased: true }
         }
     };
@@ -117,6 +123,7 @@ fn product<'k, E: MmaElement, T: MmaAccumulator>(
     config: &AttentionConfig,
     queries: &Queries<'k>,
     keys: &FragmentSource<'k>,
+    first_column: usize,
     start: T,
 ) -> Vec<[Var<'k, f32>; 4]> {
     let (blocks, columns) = (config.tiling.rows_per_warp / 16, config.tiling.step_keys / 8);
@@ -124,7 +131,7 @@ fn product<'k, E: MmaElement, T: MmaAccumulator>(
     for step in 0..depth_steps(config) {
         let a: Vec<_> = (0..blocks).map(|m| queries.fragment::<E>(m, step)).collect();
         for pair in 0..columns / 2 {
-            let b = keys.b_pair::<E>(16 * pair, 32 * step);
+            let b = keys.b_pair::<E>(first_column + 16 * pair, 32 * step);
             for (m, &a) in a.iter().enumerate() {
                 for (column, b) in b.into_iter().enumerate() {
                     let sum = &sums[m * columns + 2 * pair + column];

@@ -157,23 +157,24 @@ impl<'k> Softmax<'k> {
         }
     }
 
+    /// What is added to each row slot's scaled values before the exponential.
+    pub fn shifts(&self, scores: &ScoreTile<'k>) -> Vec<Val<'k, f32>> {
+        let of_slot = |(slot, reference): (usize, &Var<'k, f32>)| {
+            let reference = reference.get();
+            let reference = if self.exponent == 0.0 { reference } else { reference - self.exponent };
+            // The bias of the values is taken back here, where it costs nothing.
+            if scores.biased { (-scores.factor[slot]).mul_add(ROUNDING_MAGIC, -reference) } else { -reference }
+        };
+        self.reference.iter().enumerate().map(of_slot).collect()
+    }
+
     /// Row slots' exponentials in columns `columns`: P of the tile, `[m][column][i]`.
     pub fn exponentials(
         &self,
         scores: &ScoreTile<'k>,
+        shifts: &[Val<'k, f32>],
         columns: std::ops::Range<usize>,
     ) -> Vec<Vec<[Val<'k, f32>; 4]>> {
-        let shifts: Vec<_> = (0..self.reference.len())
-            .map(|slot| {
-                let reference = self.reference[slot].get() - self.exponent;
-                if scores.biased {
-                    // The bias of the values is taken back here, where it costs nothing.
-                    -scores.factor[slot].mul_add(ROUNDING_MAGIC, reference)
-                } else {
-                    -reference
-                }
-            })
-            .collect();
         let rows = scores.values.chunks(scores.columns).enumerate().map(|(m, tiles)| {
             let exponential = |tile: &[Var<'k, f32>; 4]| {
                 std::array::from_fn(|i| {

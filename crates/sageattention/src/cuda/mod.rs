@@ -8,14 +8,16 @@ mod plan;
 mod tensor;
 
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use sage_core::{Call, Error, Inputs, Lengths, Operand, Options, Problem, Result, Strided};
 use sage_kernels::attention::MaskForm;
 use sage_kernels::forward::{Gpu, Request, TensorArg, Tensors};
+use sage_ptx::Arg;
 
 pub use plan::CudaPlan;
 pub use sage_cuda::{Buffer, Device, DeviceInfo, Event, ExecutableGraph, Graph, Stream, devices};
-pub use tensor::{DeviceBytes, DeviceMask, DeviceTensor};
+pub use tensor::{CudaTensor, DeviceBytes, DeviceMask, DeviceTensor};
 
 use crate::attention::Choice;
 
@@ -32,7 +34,7 @@ pub struct Cuda {
 }
 
 /// Queries, keys and values in a GPU's memory.
-pub type DeviceInputs<'a> = Inputs<'a, DeviceTensor, DeviceMask>;
+pub type DeviceInputs<'a> = Inputs<'a, DeviceTensor<'a>, DeviceMask<'a>>;
 
 impl Cuda {
     /// The GPU of that number.
@@ -55,6 +57,29 @@ impl Cuda {
         &self.device
     }
 
+    /// A new stream.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn stream(&self) -> Result<Stream> {
+        Stream::new(&self.device).map_err(driver)
+    }
+
+    /// The GPU's time for the work that `run` puts on `stream`; waits for it.
+    ///
+    /// # Errors
+    /// What `run` or the driver says.
+    pub fn time(&self, stream: &Stream, run: impl FnOnce() -> Result<()>) -> Result<Duration> {
+        let event = || Event::new(&self.device, true).map_err(driver);
+        let (start, end) = (event()?, event()?);
+        stream.record(&start).map_err(driver)?;
+        run()?;
+        stream.record(&end).map_err(driver)?;
+        end.synchronize().map_err(driver)?;
+        let ms = start.elapsed_ms(&end).map_err(driver)?;
+        Ok(Duration::from_secs_f64(f64::from(ms) / 1e3))
+    }
+
     /// Computes attention on `stream`: `out` in q's layout, shape and element type; `lse` f32, row-major in the shape of
     /// [`Call::lse_shape`]. Returns when the work is on the stream. A first call of a shape compiles its kernels; later
     /// ones allocate nothing on the host, take their workspace from the stream's pool, and can be captured in a graph.
@@ -68,14 +93,66 @@ impl Cuda {
         inputs: &DeviceInputs<'_>,
         options: &Options,
         choice: Choice,
-        out: &DeviceTensor,
+        out: &DeviceTensor<'_>,
         lse: Option<u64>,
     ) -> Result<()> {
+        let Some(prepared) = self.prepare(stream, inputs, options, choice, out, lse)? else { return Ok(()) };
+        let plan = &prepared.plan;
+        let workspace = workspace(stream, plan)?;
+        let launch = |index: usize, grid, args: &[Arg]| plan.kernels[index].launch(stream, grid, args);
+        plan.forward.run(&prepared.tensors, workspace.address(), launch).map_err(driver)
+    }
+
+    /// Median times of a call's kernels, each launched by itself in the order of the call: for
+    /// benchmarks.
+    ///
+    /// # Errors
+    /// As [`Cuda::forward_into`].
+    pub fn time_kernels(
+        &self,
+        stream: &Stream,
+        inputs: &DeviceInputs<'_>,
+        options: &Options,
+        choice: Choice,
+        out: &DeviceTensor<'_>,
+        runs: usize,
+    ) -> Result<Vec<(String, Duration)>> {
+        let Some(prepared) = self.prepare(stream, inputs, options, choice, out, None)? else {
+            return Ok(Vec::new());
+        };
+        let kernels = &prepared.plan.kernels;
+        let mut times = vec![Vec::new(); kernels.len()];
+        for _ in 0..runs.max(1) {
+            let workspace = workspace(stream, &prepared.plan)?;
+            let timed = |index: usize, grid: [u32; 3], args: &[Arg]| {
+                let launch = || kernels[index].launch(stream, grid, args).map_err(driver);
+                times[index].push(self.time(stream, launch)?);
+                Ok::<_, Error>(())
+            };
+            prepared.plan.forward.run(&prepared.tensors, workspace.address(), timed)?;
+        }
+        let median = |mut times: Vec<Duration>| {
+            times.sort();
+            times[times.len() / 2]
+        };
+        Ok(kernels.iter().zip(times).map(|(kernel, times)| (kernel.name().to_owned(), median(times))).collect())
+    }
+
+    /// A checked call's plan and addresses; none where there is nothing to compute.
+    fn prepare(
+        &self,
+        stream: &Stream,
+        inputs: &DeviceInputs<'_>,
+        options: &Options,
+        choice: Choice,
+        out: &DeviceTensor<'_>,
+        lse: Option<u64>,
+    ) -> Result<Option<Prepared>> {
         let call = Call::check(inputs, options)?;
         let out_geometry = call.check_output(out.dtype(), out.geometry())?;
         let out = out.with_geometry(out_geometry);
         if call.problem.q_len == 0 || call.problem.batch == 0 || call.problem.num_q_heads == 0 {
-            return Ok(());
+            return Ok(None);
         }
         let lists = Lists::new(stream, &call.lengths)?;
         let tensors = Tensors {
@@ -90,7 +167,7 @@ impl Cuda {
         };
         let request = request(&call, choice, lse.is_some(), aligned(&tensors, call.problem.head_dim));
         let plan = self.plan(&call.problem, &request)?;
-        self.launch(stream, &plan, &tensors)
+        Ok(Some(Prepared { plan, tensors, _lists: lists }))
     }
 
     /// The plan for a problem, with its kernels.
@@ -115,15 +192,6 @@ impl Cuda {
         Ok(plan)
     }
 
-    fn launch(&self, stream: &Stream, plan: &CudaPlan, tensors: &Tensors) -> Result<()> {
-        let mut workspace = Buffer::new(stream, plan.forward.workspace_bytes()).map_err(driver)?;
-        workspace.fill_start(plan.forward.zeroed_bytes(), 0).map_err(driver)?;
-        let kernels = &plan.kernels;
-        plan.forward
-            .run(tensors, workspace.address(), |index, grid, args| kernels[index].launch(stream, grid, args))
-            .map_err(driver)
-    }
-
     /// What would be done, without compiling anything.
     pub(crate) fn explain(&self, problem: &Problem, choice: Choice) -> Result<CudaPlan> {
         let request = Request {
@@ -142,12 +210,27 @@ impl Cuda {
     }
 }
 
+/// A call that is ready to be launched.
+struct Prepared {
+    plan: Arc<CudaPlan>,
+    tensors: Tensors,
+    /// Lengths that were copied to the GPU.
+    _lists: Lists,
+}
+
+/// A plan's workspace on a stream, with its counters at zero.
+fn workspace(stream: &Stream, plan: &CudaPlan) -> Result<Buffer> {
+    let mut workspace = Buffer::new(stream, plan.forward.workspace_bytes()).map_err(driver)?;
+    workspace.fill_start(plan.forward.zeroed_bytes(), 0).map_err(driver)?;
+    Ok(workspace)
+}
+
 /// The driver's words as an error of a call.
 pub(crate) fn driver(error: sage_cuda::Error) -> Error {
     Error::Backend { message: error.to_string() }
 }
 
-fn argument(tensor: &DeviceTensor) -> TensorArg {
+fn argument(tensor: &DeviceTensor<'_>) -> TensorArg {
     TensorArg { address: tensor.first_element(), strides: tensor.strides() }
 }
 
@@ -159,7 +242,7 @@ fn aligned(tensors: &Tensors, head_dim: usize) -> bool {
         })
 }
 
-fn request(call: &Call<'_, DeviceTensor, DeviceMask>, choice: Choice, lse: bool, aligned: bool) -> Request {
+fn request(call: &Call<'_, DeviceTensor<'_>, DeviceMask<'_>>, choice: Choice, lse: bool, aligned: bool) -> Request {
     Request {
         scheme: choice.scheme(call.problem.head_dim),
         mask: match call.mask {

@@ -1,23 +1,80 @@
 //! Tensors in a GPU's memory.
 
-use sage_core::{DType, Geometry, Operand, Strided};
+use std::marker::PhantomData;
+
+use half::{bf16, f16};
+use sage_core::{DType, Geometry, Operand, Result, Strided, TensorView};
+use sage_cuda::{Buffer, Stream};
+
+use super::driver;
+
+/// A tensor with memory of its own on a GPU.
+#[derive(Debug)]
+pub struct CudaTensor {
+    buffer: Buffer,
+    dtype: DType,
+    geometry: Geometry,
+}
+
+impl CudaTensor {
+    /// A copy of a host tensor, gaps included. Waits for the copy.
+    ///
+    /// # Errors
+    /// When there is not enough memory, or the stream is being captured.
+    pub fn upload(stream: &Stream, tensor: &TensorView<'_>) -> Result<Self> {
+        let buffer = match tensor {
+            TensorView::F32(view) => Buffer::from_slice(stream, view.data()),
+            TensorView::F16(view) => Buffer::from_slice::<f16>(stream, view.data()),
+            TensorView::BF16(view) => Buffer::from_slice::<bf16>(stream, view.data()),
+        };
+        let buffer = buffer.map_err(driver)?;
+        Ok(CudaTensor { buffer, dtype: tensor.dtype(), geometry: *tensor.geometry() })
+    }
+
+    /// A row-major tensor of unknown content.
+    ///
+    /// # Errors
+    /// When there is not enough memory.
+    pub fn uninitialized(stream: &Stream, dtype: DType, shape: &[usize]) -> Result<Self> {
+        let geometry = Geometry::contiguous("tensor", shape)?;
+        let buffer = Buffer::new(stream, geometry.len() * dtype.bytes()).map_err(driver)?;
+        Ok(CudaTensor { buffer, dtype, geometry })
+    }
+
+    /// The tensor, borrowed.
+    pub fn view(&self) -> DeviceTensor<'_> {
+        // SAFETY: the elements of a host view, or of a row-major tensor, lie in its memory, all of which the buffer has.
+        unsafe { DeviceTensor::from_raw(self.dtype, self.geometry, self.buffer.address()) }
+    }
+
+    /// The memory, gaps included.
+    pub fn buffer(&self) -> &Buffer {
+        &self.buffer
+    }
+
+    /// The memory, gaps included, to write to.
+    pub fn buffer_mut(&mut self) -> &mut Buffer {
+        &mut self.buffer
+    }
+}
 
 /// A tensor in a GPU's memory: an address, and where each element lies from there.
 #[derive(Clone, Copy, Debug)]
-pub struct DeviceTensor {
+pub struct DeviceTensor<'a> {
     dtype: DType,
     geometry: Geometry,
     address: u64,
+    memory: PhantomData<&'a Buffer>,
 }
 
-impl DeviceTensor {
+impl DeviceTensor<'_> {
     /// The tensor whose element of index 0 of `geometry` lies at `address`.
     ///
     /// # Safety
     /// As long as the tensor or a copy of it is used, every element that `geometry` reaches lies in memory of the GPU
     /// that it is used on; and while work with it runs, nothing else writes there.
     pub unsafe fn from_raw(dtype: DType, geometry: Geometry, address: u64) -> Self {
-        DeviceTensor { dtype, geometry, address }
+        DeviceTensor { dtype, geometry, address, memory: PhantomData }
     }
 
     /// Sizes of the dimensions.
@@ -38,7 +95,7 @@ impl DeviceTensor {
     }
 }
 
-impl Strided for DeviceTensor {
+impl Strided for DeviceTensor<'_> {
     fn geometry(&self) -> &Geometry {
         &self.geometry
     }
@@ -48,7 +105,7 @@ impl Strided for DeviceTensor {
     }
 }
 
-impl Operand for DeviceTensor {
+impl Operand for DeviceTensor<'_> {
     const ON_DEVICE: bool = true;
 
     fn dtype(&self) -> DType {
@@ -58,31 +115,32 @@ impl Operand for DeviceTensor {
 
 /// An explicit mask in a GPU's memory, broadcastable to `[batch, num_q_heads, q_len, kv_len]`.
 #[derive(Clone, Copy, Debug)]
-pub enum DeviceMask {
+pub enum DeviceMask<'a> {
     /// A byte for each score: not 0 where the key is visible.
-    Bool(DeviceBytes),
+    Bool(DeviceBytes<'a>),
     /// Added to the scaled scores before softmax; −∞ hides a key. Any element type.
-    Additive(DeviceTensor),
+    Additive(DeviceTensor<'a>),
 }
 
 /// Bytes in a GPU's memory, laid out as a tensor.
 #[derive(Clone, Copy, Debug)]
-pub struct DeviceBytes {
+pub struct DeviceBytes<'a> {
     geometry: Geometry,
     address: u64,
+    memory: PhantomData<&'a Buffer>,
 }
 
-impl DeviceBytes {
+impl DeviceBytes<'_> {
     /// The bytes whose element of index 0 of `geometry` lies at `address`.
     ///
     /// # Safety
     /// As for [`DeviceTensor::from_raw`].
     pub unsafe fn from_raw(geometry: Geometry, address: u64) -> Self {
-        DeviceBytes { geometry, address }
+        DeviceBytes { geometry, address, memory: PhantomData }
     }
 }
 
-impl DeviceMask {
+impl DeviceMask<'_> {
     /// Address of the first element, and strides of batch, heads, queries and keys in elements.
     pub(super) fn parts(&self) -> (u64, [i64; 4]) {
         let geometry = self.geometry();
@@ -97,7 +155,7 @@ impl DeviceMask {
     }
 }
 
-impl Strided for DeviceMask {
+impl Strided for DeviceMask<'_> {
     fn geometry(&self) -> &Geometry {
         match self {
             DeviceMask::Bool(bytes) => &bytes.geometry,
