@@ -74,12 +74,16 @@ def main():
     parser.add_argument("binary")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--schemes", default="auto,full,sage2-int8-fp8-per-thread")
+    parser.add_argument("--lengths", default="", help="only these of the lengths")
     options = parser.parse_args()
     print(torch.cuda.get_device_name(), "torch", torch.__version__, f"B{BATCH} H{HEADS} f16, end to end")
     columns = [*options.schemes.split(","), "FA2", "cuDNN", "Sage1"]
     print(f"{'shape':<22}" + "".join(f"{c[:14]:>15}" for c in columns) + "   auto/FA2  auto/Sage1")
     preparing = {}
+    lengths = [int(n) for n in options.lengths.split(",") if n]
     for head_dim, causal, length in SHAPES:
+        if lengths and length not in lengths:
+            continue
         flops = 4 * BATCH * HEADS * head_dim * length**2 / (2 if causal else 1)
         times = {}
         for _ in range(options.rounds):
@@ -91,7 +95,7 @@ def main():
                     if floor and not causal:
                         key = (kernel["kernel"].split("_d")[0], head_dim, length)
                         preparing.setdefault(key, []).append(floor / kernel["ms"])
-                    elif not floor and scheme == "auto":
+                    elif kernel["kernel"].startswith("attention") and scheme == "auto":
                         times.setdefault("kernel", []).append(kernel["ms"])
             for name, ms in peers(head_dim, causal, length).items():
                 times.setdefault(name, []).append(ms)

@@ -97,7 +97,7 @@ mod tests {
             2,
             |i| {
                 order.push(i);
-                Ok(())
+                Ok(Duration::ZERO)
             },
             || {},
         )

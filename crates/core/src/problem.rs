@@ -138,9 +138,16 @@ pub struct Inputs<'a, T = TensorView<'a>, M = Mask<'a>> {
     pub lengths: Lengths<'a>,
 }
 
+impl<'a> Inputs<'a> {
+    /// Dense queries, keys and values in this process's memory, without an explicit mask.
+    pub fn new(q: TensorView<'a>, k: TensorView<'a>, v: TensorView<'a>) -> Self {
+        Inputs::dense(q, k, v)
+    }
+}
+
 impl<T, M> Inputs<'_, T, M> {
     /// Dense queries, keys and values without an explicit mask.
-    pub fn new(q: T, k: T, v: T) -> Self {
+    pub fn dense(q: T, k: T, v: T) -> Self {
         Inputs { q, k, v, mask: None, block_mask: None, lengths: Lengths::Dense }
     }
 }

@@ -35,7 +35,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         };
         let (q, k, v) = (upload(1)?, upload(2)?, upload(3)?);
         let out = CudaTensor::uninitialized(&stream, DType::F16, &shape)?;
-        let inputs = Inputs::new(q.view(), k.view(), v.view());
+        let inputs = Inputs::dense(q.view(), k.view(), v.view());
         let band = Band { right: causal.then_some(0), ..Band::FULL };
         let options = Options { band, ..Options::default() };
         let out = out.view();

@@ -203,6 +203,43 @@ fn shapes_and_options() {
     eprintln!("{count} calls compared with the oracle");
 }
 
+/// A few small calls of every kind, for the slow checkers of memory and races.
+#[test]
+fn sanitized() {
+    if gpu("sanitized").is_none() {
+        return;
+    }
+    let mut count = 0;
+    let schemes = [
+        Preset::FULL,
+        Preset::SAGE1_INT8_FP16,
+        Preset::SAGE2_INT8_FP16_PER_THREAD,
+        Preset::SAGE2_INT8_FP16_F16F32_PER_WARP,
+        Preset::SAGE2_INT8_FP8_PER_THREAD,
+        Preset::SAGE2PP_INT4_FP8,
+    ];
+    for preset in schemes {
+        for (head_dim, q_len, kv_len) in [(64, 130, 200), (72, 65, 100), (128, 70, 190), (40, 3, 600)] {
+            let dtype = if head_dim == 72 { DType::BF16 } else { DType::F16 };
+            let q = random(1, &[1, 2, q_len, head_dim], dtype, 0.0);
+            let k = random(2, &[1, 1, kv_len, head_dim], dtype, 3.0);
+            let v = random(3, &[1, 1, kv_len, head_dim], dtype, 0.0);
+            let attention = Attention::new().device(Device::Cuda(0)).scheme(preset).return_lse(true);
+            for causal in [false, true] {
+                attention.clone().causal(causal).forward(&q, &k, &v).unwrap();
+                count += 1;
+            }
+            let bias = random(4, &[1, 1, q_len, kv_len], DType::F32, 0.0);
+            let mask = Mask::Additive(bias.view());
+            attention.clone().mask(mask).logit_softcap(30.0).forward(&q, &k, &v).unwrap();
+            let kv_lens = [kv_len as i32 - 10];
+            attention.kv_lens(&kv_lens).forward(&q, &k, &v).unwrap();
+            count += 2;
+        }
+    }
+    eprintln!("{count} calls computed");
+}
+
 /// Relative L1 of some query rows against exact attention.
 fn error_of_rows(q: &Tensor, k: &Tensor, v: &Tensor, out: &Tensor, rows: usize) -> f64 {
     let shape = q.shape();
@@ -272,7 +309,7 @@ impl OnGpu {
 
     fn run(&self, gpu: &Cuda, stream: &Stream) {
         let [q, k, v] = &self.inputs;
-        let inputs = Inputs::new(q.view(), k.view(), v.view());
+        let inputs = Inputs::dense(q.view(), k.view(), v.view());
         let out = self.out.view();
         gpu.forward_into(stream, &inputs, &Options::default(), Default::default(), &out, None).unwrap();
     }

@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# Everything that needs a real GPU, in one go: tests, NVIDIA's memory and race checkers, benchmarks beside the peers.
+#
+#     scripts/gpu.sh [tests] [sanitize] [bench] [bench-quick]     # all but bench-quick by default
+#     scripts/gpu.sh build DIR                                    # only build the programs, to be carried to a machine
+#     GPU_BIN=DIR scripts/gpu.sh …                                # run such programs instead of building
+#
+# Needs the driver. `sanitize` needs compute-sanitizer, `bench` needs Python with torch (and takes sageattention==1.0.6
+# where it is installed); what is missing is said, not skipped silently.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+# Builds test programs and benchmarks, and copies them to a folder under fixed names.
+build() {
+    mkdir -p "$1"
+    {
+        cargo test --no-run --message-format=json -p sage-cuda --test gpu
+        cargo test --no-run --message-format=json -p sageattention --test gpu
+        cargo build --message-format=json -p sageattention --example bench_gpu
+        cargo build --message-format=json -p sageattn
+    } | python3 -c '
+import json, shutil, sys
+for line in sys.stdin:
+    message = json.loads(line)
+    if message.get("reason") != "compiler-artifact" or not message.get("executable"):
+        continue
+    name = message["target"]["name"]
+    if name == "gpu":
+        name = "test_cuda" if "/cuda/" in message["target"]["src_path"] else "test_attention"
+    shutil.copy(message["executable"], f"{sys.argv[1]}/{name}")
+' "$1"
+    ls "$1"
+}
+
+if [[ ${1:-} == build ]]; then
+    build "${2:?the folder to build into}"
+    exit
+fi
+bin=${GPU_BIN:-target/gpu}
+[[ -n ${GPU_BIN:-} ]] || build "$bin"
+
+heading() { printf '\n== %s\n' "$1"; }
+
+tests() {
+    heading "CUDA layer"
+    "$bin/test_cuda" --test-threads=1 --nocapture
+    heading "attention against the oracle"
+    "$bin/test_attention" --test-threads=1 --nocapture
+}
+
+# A representative set under the checkers, which make kernels some hundred times slower.
+sanitize() {
+    heading "compute-sanitizer"
+    local sanitizer
+    sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)
+    if [[ -z $sanitizer ]]; then
+        echo "left out: there is no compute-sanitizer here"
+        return
+    fi
+    for tool in memcheck racecheck initcheck; do
+        printf '%-10s ' "$tool"
+        "$sanitizer" --tool "$tool" --error-exitcode 1 "$bin/test_attention" sanitized --exact \
+            --nocapture 2>&1 | grep -E '========= (ERROR|RACECHECK) SUMMARY|calls computed' | tr '\n' ' '
+        echo
+    done
+}
+
+bench() {
+    heading "speed"
+    python3 -c 'import torch' || { echo "left out: Python has no torch here"; return; }
+    python3 scripts/bench_gpu.py "$bin/bench_gpu" "$@"
+}
+
+[[ $# -gt 0 ]] || set -- tests sanitize bench
+for part in "$@"; do
+    case $part in
+        tests) tests ;;
+        sanitize) sanitize ;;
+        bench) bench ;;
+        bench-quick) bench --rounds 1 --lengths 4096,8192 ;;
+        *)
+            echo "gpu.sh: part is $part, expected tests, sanitize, bench or bench-quick" >&2
+            exit 2
+            ;;
+    esac
+done
