@@ -61,14 +61,23 @@ where
         let softmax = Softmax::new(k, config);
         let output = Output::new(k, config);
 
-        k.range(place.first_tile, place.end_tile, |tile| {
+        let tile_of_keys = |tile, cut| {
             let (keys, values) = ring.next(&place);
             let scales = key_scales.next(k);
             for step in 0..config.tiling.tile_keys / config.tiling.step_keys {
-                let scores = scores::<H>(k, config, &p, &place, &queries, &keys, &scales, tile, step);
+                let scores = scores::<H>(k, config, &p, &place, &queries, &keys, &scales, tile, step, cut);
                 softmax.advance(k, &scores, |alphas| output.rescale(alphas));
                 output.add::<W>(&softmax, &scores, &values, step);
             }
+        };
+        // Tiles cut by a window's start, whole tiles, tiles cut by the diagonal or the end: whole ones pay for no mask.
+        k.range(0, 2, |end| {
+            let start = end.eq(0).select(place.first_tile, place.inner_end);
+            let stop = end.eq(0).select(place.inner_start, place.end_tile);
+            k.range(start, stop, |tile| tile_of_keys(tile, true));
+            k.when(end.eq(0), || {
+                k.range(place.inner_start, place.inner_end, |tile| tile_of_keys(tile, false));
+            });
         });
 
         let tile = ring.finish();

@@ -22,10 +22,9 @@ pub(super) struct Place<'k> {
     /// First and one past the last tile of keys to compute.
     pub first_tile: Val<'k, i32>,
     pub end_tile: Val<'k, i32>,
-    /// Keys from here on are hidden from the block's first row.
-    safe_end: Val<'k, i32>,
-    /// Keys before here are hidden from the block's last row.
-    safe_start: Val<'k, i32>,
+    /// Tiles from `inner_start` to `inner_end` are wholly visible to every row of the block.
+    pub inner_start: Val<'k, i32>,
+    pub inner_end: Val<'k, i32>,
     /// Index of the part of the keys, where they are split.
     pub split: Val<'k, i32>,
     window_left: Val<'k, i32>,
@@ -73,6 +72,9 @@ impl<'k> Place<'k> {
         } else {
             (first_tile, end_tile)
         };
+        // The first row sees the least at the end, the last row at the start.
+        let inner_start = start_of(last_row).div_ceil(tile_keys).max(first_tile).min(end_tile);
+        let inner_end = (end_of(first_row) >> tile_keys.ilog2() as i32).min(end_tile).max(inner_start);
         let warp = code.warp_index();
         Place {
             sequence,
@@ -86,8 +88,8 @@ impl<'k> Place<'k> {
             diagonal,
             first_tile: first_tile.named("first_tile"),
             end_tile: end_tile.named("end_tile"),
-            safe_end: end_of(first_row),
-            safe_start: start_of(last_row),
+            inner_start: inner_start.named("inner_start"),
+            inner_end: inner_end.named("inner_end"),
             split,
             window_left: p.window_left,
             window_right: p.window_right,
@@ -97,11 +99,6 @@ impl<'k> Place<'k> {
     /// The row of the sequence that the lane holds in slot `slot`: 8 rows of the warp further for each slot.
     pub fn row(&self, slot: usize) -> Val<'k, i32> {
         self.warp_row + (self.lane >> 2) + 8 * slot as i32
-    }
-
-    /// Whether some of `len` keys from `start` on is hidden from some row of the block.
-    pub fn cuts(&self, start: Val<'k, i32>, len: usize) -> Val<'k, bool> {
-        (start + len as i32).gt(self.safe_end) | start.lt(self.safe_start)
     }
 
     /// First and one past the last key that a row sees.

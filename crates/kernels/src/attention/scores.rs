@@ -15,7 +15,7 @@ use crate::sequence::KEY_TILE;
 
 use std::f32::consts::LOG2_E;
 
-/// Scores of the warp's rows and a tile of keys.
+/// Scores of the warp's rows and a step's keys, some of which are hidden where the tile is cut.
 pub(super) fn scores<'k, H: Half + MmaElement>(
     code: &'k Code,
     config: &AttentionConfig,
@@ -26,6 +26,7 @@ pub(super) fn scores<'k, H: Half + MmaElement>(
     scales: &[Val<'k, f32>],
     tile: Val<'k, i32>,
     step: usize,
+    cut: bool,
 ) -> ScoreTile<'k> {
     code.note("scores: q * k^T");
     let columns = config.tiling.step_keys / 8;
@@ -50,7 +51,7 @@ pub(super) fn scores<'k, H: Half + MmaElement>(
                     ScoreTile { first_key, columns, values, factor: queries.scale.clone(), biased: true };
                 let first = step * columns * 2;
                 let scales = &scales[first..first + columns * 2];
-                return integers.scaled_by_key(scales).finished(config, p, place, queries);
+                return integers.scaled_by_key(scales).finished(config, p, place, queries, cut);
             }
             let scale = scales[0];
             // Without a scale for each row, all rows of a lane have the same.
@@ -63,7 +64,7 @@ pub(super) fn scores<'k, H: Half + MmaElement>(
             ScoreTile { first_key, columns, values, factor, biased: true }
         }
     };
-    product.finished(config, p, place, queries)
+    product.finished(config, p, place, queries, cut)
 }
 
 /// Scales of quantised K, tile after tile.
@@ -166,6 +167,7 @@ impl<'k> ScoreTile<'k> {
         p: &AttentionParams<'k>,
         place: &Place<'k>,
         queries: &Queries<'k>,
+        cut: bool,
     ) -> Self {
         let code = self.first_key.code();
         if config.smooth_q.is_some() || config.softcap || config.mask != MaskForm::None {
@@ -186,10 +188,10 @@ impl<'k> ScoreTile<'k> {
             MaskForm::Bias(DType::BF16) => self.add_bias::<bf16>(p, place, |x| x.to_f32()),
             MaskForm::Bias(DType::F32) => self.add_bias::<f32>(p, place, |x| x),
         }
-        code.when(place.cuts(self.first_key, 8 * self.columns), || {
+        if cut {
             code.note("scores: causal mask, window, end of the keys");
             self.hide(place);
-        });
+        }
         self
     }
 
