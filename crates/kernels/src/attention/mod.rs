@@ -57,13 +57,13 @@ where
         let ring = Ring::new(k, config, &p, &place);
         ring.start(&place);
         let queries = Queries::load::<H>(k, config, &p, &place);
-        let key_scales = KeyScales::new(k, config, &p, &place);
+        let key_scales = KeyScales::new(config, &p, &place);
         let softmax = Softmax::new(k, config);
         let output = Output::new(k, config);
 
-        let tile_of_keys = |tile, cut| {
-            let (keys, values) = ring.next(&place);
-            let scales = key_scales.next(k);
+        let tile_of_keys = |tile, cut: bool| {
+            let (keys, values) = ring.next(tile, &place);
+            let scales = key_scales.of_tile(tile);
             for step in 0..config.tiling.tile_keys / config.tiling.step_keys {
                 let scores = scores::<H>(k, config, &p, &place, &queries, &keys, &scales, tile, step, cut);
                 softmax.advance(k, &scores, |alphas| output.rescale(alphas));

@@ -15,8 +15,6 @@ pub(super) struct Ring<'k, 'c> {
     shared: Shared<'k, u8>,
     /// Stage of the tile in use.
     stage: Var<'k, i32>,
-    /// The tile that is copied next.
-    next: Var<'k, i32>,
 }
 
 /// One operand's tiles: their stages, and where this thread's part of the next one comes from.
@@ -31,8 +29,9 @@ struct Tiles<'k> {
 }
 
 enum Source<'k> {
-    /// Tiles one after the other, laid out as in shared memory but for the swizzle.
-    Workspace { chunk: Var<'k, u64> },
+    /// Tiles one after the other, laid out as in shared memory but for the swizzle; `chunk` is the thread's in the next
+    /// tile. (In 32 bits, which registers are short of, chunks count 32 GiB.)
+    Workspace { base: Global<'k, u8>, chunk: Var<'k, i32> },
     /// Rows of the caller's tensor, where each thread keeps to one chunk of its rows.
     Rows {
         /// The thread's chunk in its first row of the next tile.
@@ -95,8 +94,7 @@ impl<'k, 'c> Ring<'k, 'c> {
             ),
         };
         let stage = code.var(0).named("stage");
-        let next = code.var(place.first_tile).named("next_tile");
-        let ring = Ring { code, config, keys, values, shared, stage, next };
+        let ring = Ring { code, config, keys, values, shared, stage };
         ring.clear_unused_chunks();
         ring
     }
@@ -104,20 +102,20 @@ impl<'k, 'c> Ring<'k, 'c> {
     /// Starts the first copies.
     pub fn start(&self, place: &Place<'k>) {
         for stage in 0..self.config.tiling.stages - 1 {
-            self.copy(place, self.code.constant(stage as i32));
+            self.copy(place, place.first_tile + stage as i32, self.code.constant(stage as i32));
         }
     }
 
     /// Waits for the next tile, starts copying the one that takes the stage freed by the tile before, and returns where
     /// the tile's K and V are read.
-    pub fn next(&self, place: &Place<'k>) -> (FragmentSource<'k>, FragmentSource<'k>) {
+    pub fn next(&self, tile: Val<'k, i32>, place: &Place<'k>) -> (FragmentSource<'k>, FragmentSource<'k>) {
         let stages = self.config.tiling.stages as i32;
         // The next tile is the oldest of the copies in flight.
         self.code.wait_copies(stages as u32 - 2);
         self.code.barrier();
         let stage = self.stage.get();
         let before = stage.eq(0).select(stages - 1, stage - 1);
-        self.copy(place, before);
+        self.copy(place, tile + (stages - 1), before);
         let after = stage + 1;
         self.stage.set(after.eq(stages).select(0, after));
         (self.keys.fragments.at_byte(self.keys.offset(stage)), self.values.fragments.at_byte(self.values.offset(stage)))
@@ -130,15 +128,13 @@ impl<'k, 'c> Ring<'k, 'c> {
         SharedTile::new(self.shared, 2 * self.config.padded_dim())
     }
 
-    /// Starts copying the next tile, where there is one.
-    fn copy(&self, place: &Place<'k>, stage: Val<'k, i32>) {
-        let tile = self.next.get();
+    /// Starts copying a tile, where there is one.
+    fn copy(&self, place: &Place<'k>, tile: Val<'k, i32>, stage: Val<'k, i32>) {
         self.code.when(tile.lt(place.end_tile), || {
             for operand in [&self.keys, &self.values] {
                 operand.copy(self.code, self.config, tile, stage);
             }
         });
-        self.next.set(tile + 1);
         // Also an empty group is one, so that counting groups is counting tiles.
         self.code.commit_copies();
     }
@@ -202,13 +198,13 @@ impl<'k> Tiles<'k> {
             }
         };
         match &self.source {
-            Source::Workspace { chunk } => {
-                let from = Global::<u8>::at_address(chunk.get());
+            Source::Workspace { base, chunk } => {
+                let from = base.at(chunk.get().mul_wide(CHUNK_BYTES as i32));
                 for round in 0..rounds {
                     let from = from.plus((round * threads * CHUNK_BYTES) as i32);
                     whole(round, &|| target(round).copy_async(from, 16, 16));
                 }
-                chunk.set(chunk.get() + (total * CHUNK_BYTES) as u64);
+                chunk.set(chunk.get() + total as i32);
             }
             Source::Rows { chunk, stride, remaining } => {
                 let rows = remaining.get();
@@ -252,11 +248,10 @@ impl<'k> TileShape<'k> {
     /// Tiles of the workspace.
     fn of_workspace(self, place: &Place<'k>, p: &AttentionParams<'k>, base: Global<'k, u8>) -> Tiles<'k> {
         let code = base.code();
-        let tile = place.kv_head.mul_wide(p.key_tiles)
-            + (place.sequence.first_tile + place.first_tile).widen();
-        let tile_bytes = (self.rows * self.stages.row_bytes()) as i64;
-        let chunk = base.at(tile * tile_bytes).at(code.thread() * CHUNK_BYTES as i32);
-        self.from(Source::Workspace { chunk: code.var(chunk.address()).named("workspace_chunk") })
+        let tile = place.kv_head * p.key_tiles + place.sequence.first_tile + place.first_tile;
+        let tile_chunks = (self.rows * self.chunks) as i32;
+        let chunk = code.var(tile * tile_chunks + code.thread()).named("workspace_chunk");
+        self.from(Source::Workspace { base, chunk })
     }
 
     /// Rows of the caller's tensor.

@@ -67,48 +67,37 @@ pub(super) fn scores<'k, H: Half + MmaElement>(
     product.finished(config, p, place, queries, cut)
 }
 
-/// Scales of quantised K, tile after tile.
+/// Scales of quantised K.
 pub(super) struct KeyScales<'k> {
-    /// The lane's scales of the next tile; none where K is as given.
-    next: Option<(Var<'k, u64>, Granularity)>,
+    /// The first tile's in the workspace, and how scales are grouped; none where K is as given.
+    tiles: Option<(Val<'k, i32>, Granularity)>,
+    scales: Global<'k, f32>,
+    lane: Val<'k, i32>,
 }
 
 impl<'k> KeyScales<'k> {
-    pub fn new(
-        code: &'k Code,
-        config: &AttentionConfig,
-        p: &AttentionParams<'k>,
-        place: &Place<'k>,
-    ) -> Self {
-        let Scores::Int(quantizer) = config.scores else { return KeyScales { next: None } };
-        let tile = place.kv_head * p.key_tiles + place.sequence.first_tile + place.first_tile;
-        let quad = place.lane & 3;
-        let scales = match quantizer.granularity {
-            Granularity::PerToken => p.k_scale.at(tile * KEY_TILE as i32).at(2 * quad),
-            Granularity::PerThread => p.k_scale.at(tile * 4 + quad),
-            _ => p.k_scale.at(tile),
+    pub fn new(config: &AttentionConfig, p: &AttentionParams<'k>, place: &Place<'k>) -> Self {
+        let tiles = match config.scores {
+            Scores::Full => None,
+            Scores::Int(quantizer) => {
+                Some((place.kv_head * p.key_tiles + place.sequence.first_tile, quantizer.granularity))
+            }
         };
-        let next = code.var(scales.address()).named("key_scales");
-        KeyScales { next: Some((next, quantizer.granularity)) }
+        KeyScales { tiles, scales: p.k_scale, lane: place.lane }
     }
 
     /// The lane's scales of a tile: one, or with a scale for each key those of its keys.
-    pub fn next(&self, code: &'k Code) -> Vec<Val<'k, f32>> {
-        let Some((next, granularity)) = self.next else { return Vec::new() };
-        let scales = Global::<f32>::at_address(next.get());
-        let groups = match granularity {
-            Granularity::PerToken => KEY_TILE,
-            Granularity::PerThread => 4,
-            _ => 1,
-        };
-        next.set(next.get() + (groups * size_of::<f32>()) as u64);
+    pub fn of_tile(&self, tile: Val<'k, i32>) -> Vec<Val<'k, f32>> {
+        let Some((first, granularity)) = self.tiles else { return Vec::new() };
+        let (tile, quad) = (first + tile, self.lane & 3);
         let loaded: Vec<Val<'k, f32>> = match granularity {
             Granularity::PerToken => {
+                let scales = self.scales.at(tile * KEY_TILE as i32 + 2 * quad);
                 (0..KEY_TILE as i32 / 8).flat_map(|column| scales.plus(8 * column).load_vector::<2>()).collect()
             }
-            _ => vec![scales.load()],
+            Granularity::PerThread => vec![self.scales.at(tile * 4 + quad).load()],
+            _ => vec![self.scales.at(tile).load()],
         };
-        code.note("scales of the keys");
         loaded.into_iter().map(nonzero).collect()
     }
 }
