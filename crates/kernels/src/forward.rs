@@ -4,8 +4,8 @@
 //! [`Forward::zeroed_bytes`] at the workspace's start, and launches what [`Forward::run`] hands over, in order.
 
 use sage_core::{
-    Accumulator, Alignment, DType, Error, Granularity, IntBits, IntQuantizer, Problem, Pv, Qk, Result, Rounding, Scheme,
-    SmoothQ, Smoothing, Tile, ZeroGroup,
+    Accumulator, Alignment, DType, Error, Granularity, IntBits, IntQuantizer, Problem, Pv, Qk, Result,
+    Rounding, Scheme, SmoothQ, Smoothing, Tile, ZeroGroup,
 };
 use sage_ptx::{Arg, Program, Target};
 
@@ -15,8 +15,8 @@ use crate::attention::{
 use crate::combine::{CombineArgs, CombineConfig};
 use crate::preprocess::{
     ColumnStatistics, ColumnStatisticsArgs, ColumnStatisticsConfig, ConvertVArgs, ConvertVConfig, DeltaSArgs,
-    DeltaSConfig, KMean, QueryMeansArgs, QueryMeansConfig, QuantizeKArgs, QuantizeKConfig, QuantizeVArgs,
-    QuantizeVConfig, Source, fits_fused,
+    DeltaSConfig, KMean, QuantizeKArgs, QuantizeKConfig, QuantizeVArgs, QuantizeVConfig, QueryMeansArgs,
+    QueryMeansConfig, Source, fits_fused,
 };
 use crate::sequence::{KEY_TILE, Lengths, total_key_tiles};
 use crate::tuning::{Shape, tiling};
@@ -301,7 +301,9 @@ impl Pass<'_> {
         let scores = match scheme.qk {
             Qk::Full => Scores::Full,
             Qk::Int(quantizer) => Scores::Int(checked(quantizer)?),
-            Qk::Nvfp4 => return Err(Error::unsupported("scheme with NVFP4 scores", "no GPU kernel computes it yet")),
+            Qk::Nvfp4 => {
+                return Err(Error::unsupported("scheme with NVFP4 scores", "no GPU kernel computes it yet"));
+            }
         };
         let quantised = matches!(scores, Scores::Int(_));
         let (values, convert) = self.values()?;
@@ -357,13 +359,18 @@ impl Pass<'_> {
             }
             steps.push(Step::QuantizeV(QuantizeVConfig { source, smooth, fused }));
         } else if scheme.smooth.v {
-            return Err(Error::unsupported("smooth V with 16-bit P·V", "on a GPU V is smoothed for FP8 only"));
+            return Err(Error::unsupported(
+                "smooth V with 16-bit P·V",
+                "on a GPU V is smoothed for FP8 only",
+            ));
         }
         if let Some(to) = convert {
             steps.push(Step::ConvertV(ConvertVConfig { source, to }));
         }
         if quantised && scheme.smooth.k && !fused {
-            reasons.push("means in launches of their own: a head's blocks would not be resident together".into());
+            reasons.push(
+                "means in launches of their own: a head's blocks would not be resident together".into(),
+            );
         }
 
         let tuned = tiling(
@@ -569,7 +576,8 @@ fn total_rows(problem: &Problem, request: &Request) -> usize {
 /// The quantiser, if the kernels' tiles are the ones that its groups refer to.
 fn checked(quantizer: IntQuantizer) -> Result<IntQuantizer> {
     let tile = quantizer.tile;
-    let wrong = |name: &'static str, found: usize, wanted: &'static str| Err(Error::value(name, found, wanted));
+    let wrong =
+        |name: &'static str, found: usize, wanted: &'static str| Err(Error::value(name, found, wanted));
     match quantizer.granularity {
         Granularity::PerTensor => {
             return Err(Error::unsupported("scales per tensor", "on a GPU scales are per block or finer"));
@@ -595,9 +603,11 @@ fn checked(quantizer: IntQuantizer) -> Result<IntQuantizer> {
 /// Query rows of a warp where the scheme's groups depend on them.
 fn rows_per_warp(scores: &Scores) -> Option<usize> {
     match scores {
-        Scores::Int(IntQuantizer { granularity: Granularity::PerWarp | Granularity::PerThread, tile, .. }) => {
-            Some(tile.warp_q)
-        }
+        Scores::Int(IntQuantizer {
+            granularity: Granularity::PerWarp | Granularity::PerThread,
+            tile,
+            ..
+        }) => Some(tile.warp_q),
         _ => None,
     }
 }

@@ -49,20 +49,36 @@ macro_rules! inside {
 }
 
 macro_rules! outside {
-    ([$element:ty]) => { u64 };
-    ($scalar:ty) => { $scalar };
+    ([$element:ty]) => {
+        u64
+    };
+    ($scalar:ty) => {
+        $scalar
+    };
 }
 
 macro_rules! declare {
-    ($code:ident, [$element:ty], $name:expr) => { $code.global::<$element>($name) };
-    ($code:ident, $scalar:ty, $name:expr) => { $code.param::<$scalar>($name) };
+    ($code:ident, [$element:ty], $name:expr) => {
+        $code.global::<$element>($name)
+    };
+    ($code:ident, $scalar:ty, $name:expr) => {
+        $code.param::<$scalar>($name)
+    };
 }
 
 macro_rules! arg {
-    ([$element:ty], $value:expr) => { sage_ptx::Arg::Pointer($value) };
-    (i32, $value:expr) => { sage_ptx::Arg::I32($value) };
-    (i64, $value:expr) => { sage_ptx::Arg::I64($value) };
-    (f32, $value:expr) => { sage_ptx::Arg::F32($value) };
+    ([$element:ty], $value:expr) => {
+        sage_ptx::Arg::Pointer($value)
+    };
+    (i32, $value:expr) => {
+        sage_ptx::Arg::I32($value)
+    };
+    (i64, $value:expr) => {
+        sage_ptx::Arg::I64($value)
+    };
+    (f32, $value:expr) => {
+        sage_ptx::Arg::F32($value)
+    };
 }
 
 pub(crate) use {arg, declare, inside, kernel_params, outside};

@@ -74,7 +74,13 @@ pub fn tiling(target: Target, shape: &Shape) -> Tuned {
             reason: "level with FlashAttention-2 on H100; 8 warps in one block were 0.95x of two blocks of 4",
         },
         (false, _) => Tuned {
-            tiling: Tiling { rows_per_warp: 16, warps: 8, min_blocks: 1, queries_in_registers: false, ..BASE },
+            tiling: Tiling {
+                rows_per_warp: 16,
+                warps: 8,
+                min_blocks: 1,
+                queries_in_registers: false,
+                ..BASE
+            },
             reason: "the sums of 16 rows fill half the registers, so Q stays in shared memory",
         },
     };
@@ -86,7 +92,9 @@ pub fn tiling(target: Target, shape: &Shape) -> Tuned {
         tuned.tiling = Tiling { rows_per_warp: rows, warps: block_q / rows, min_blocks: 1, ..tuned.tiling };
         tuned.reason = "rows of a warp as the scheme's groups ask for";
     }
-    while !shape.integer && ring_bytes(&tuned.tiling, shape) > shared_bytes(target) && tuned.tiling.tile_keys > 32
+    while !shape.integer
+        && ring_bytes(&tuned.tiling, shape) > shared_bytes(target)
+        && tuned.tiling.tile_keys > 32
     {
         tuned.tiling.tile_keys /= 2;
         tuned.reason = "tiles of 32 keys fit this GPU's shared memory";

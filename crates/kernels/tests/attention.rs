@@ -9,7 +9,8 @@
 mod support;
 
 use sage_core::{
-    Accumulator, Alignment, Band, DType, Granularity, IntQuantizer, Preset, Pv, Qk, Rounding, Scheme, SmoothQ, ZeroGroup,
+    Accumulator, Alignment, Band, DType, Granularity, IntQuantizer, Preset, Pv, Qk, Rounding, Scheme,
+    SmoothQ, ZeroGroup,
 };
 use sage_kernels::forward::int8_scheme;
 use sage_ptx::Target;
@@ -45,7 +46,8 @@ fn head_dims() {
     for (i, head_dim) in [1, 8, 31, 40, 64, 72, 80, 96, 128, 160, 256].into_iter().enumerate() {
         let dtype = if i % 2 == 0 { DType::F16 } else { DType::BF16 };
         for scheme in [None, Some(full())] {
-            let case = Case { dtype, head_dim, scheme, q_len: 70, kv_len: 90, k_bias: 3.0, ..Case::default() };
+            let case =
+                Case { dtype, head_dim, scheme, q_len: 70, kv_len: 90, k_bias: 3.0, ..Case::default() };
             case.check(tolerance(dtype));
         }
     }
@@ -133,7 +135,9 @@ fn smooth_q() {
 fn bands() {
     for (q_len, kv_len) in [(150, 150), (70, 200), (200, 70)] {
         for alignment in [Alignment::BottomRight, Alignment::TopLeft] {
-            for (left, right) in [(None, Some(0)), (Some(40), Some(0)), (Some(10), Some(70)), (Some(0), Some(0))] {
+            for (left, right) in
+                [(None, Some(0)), (Some(40), Some(0)), (Some(10), Some(70)), (Some(0), Some(0))]
+            {
                 let band = Band { left, right, alignment };
                 for scheme in [None, Some(full())] {
                     Case { q_len, kv_len, band, scheme, ..Case::default() }.check(F16);
@@ -145,9 +149,12 @@ fn bands() {
 
 #[test]
 fn masks() {
-    for mask in [MaskKind::Bool, MaskKind::Bias(DType::F16), MaskKind::Bias(DType::BF16), MaskKind::Bias(DType::F32)] {
+    for mask in
+        [MaskKind::Bool, MaskKind::Bias(DType::F16), MaskKind::Bias(DType::BF16), MaskKind::Bias(DType::F32)]
+    {
         for scheme in [None, Some(full())] {
-            let case = Case { mask, scheme, batch: 2, q_heads: 2, kv_heads: 1, band: CAUSAL, ..Case::default() };
+            let case =
+                Case { mask, scheme, batch: 2, q_heads: 2, kv_heads: 1, band: CAUSAL, ..Case::default() };
             case.check(F16);
         }
     }
@@ -165,7 +172,8 @@ fn soft_caps_and_scales() {
 
 #[test]
 fn grouped_heads_and_batches() {
-    let case = Case { batch: 2, q_heads: 6, kv_heads: 2, q_len: 70, kv_len: 130, band: CAUSAL, ..Case::default() };
+    let case =
+        Case { batch: 2, q_heads: 6, kv_heads: 2, q_len: 70, kv_len: 130, band: CAUSAL, ..Case::default() };
     case.check(F16);
     Case { scheme: Some(full()), dtype: DType::BF16, ..case }.check(BF16);
 }
@@ -187,7 +195,8 @@ fn unaligned_rows() {
     for (gap, misaligned) in [(3, 0), (0, 2), (8, 0), (5, 6)] {
         for scheme in [None, Some(full()), Some(Preset::SAGE2_INT8_FP8_PER_THREAD.scheme(64))] {
             let tolerance = if scheme.is_some_and(|s| matches!(s.pv, Pv::Fp8 { .. })) { FP8 } else { F16 };
-            Case { gap, misaligned, scheme, target: Target::SM_89, q_len: 70, ..Case::default() }.check(tolerance);
+            Case { gap, misaligned, scheme, target: Target::SM_89, q_len: 70, ..Case::default() }
+                .check(tolerance);
         }
     }
 }
@@ -196,9 +205,22 @@ fn unaligned_rows() {
 fn split_keys() {
     for (q_len, kv_len, dtype) in [(1, 1100, DType::F16), (3, 700, DType::BF16), (20, 900, DType::F16)] {
         for band in [Band::FULL, CAUSAL] {
-            let case = Case { q_len, kv_len, dtype, band, q_heads: 4, kv_heads: 2, multiprocessors: 40, ..Case::default() };
+            let case = Case {
+                q_len,
+                kv_len,
+                dtype,
+                band,
+                q_heads: 4,
+                kv_heads: 2,
+                multiprocessors: 40,
+                ..Case::default()
+            };
             let (computed, _) = case.run();
-            assert!(computed.kernels.last().is_some_and(|name| name.starts_with("combine")), "{:?}", computed.kernels);
+            assert!(
+                computed.kernels.last().is_some_and(|name| name.starts_with("combine")),
+                "{:?}",
+                computed.kernels
+            );
             case.check(tolerance(dtype));
         }
     }

@@ -156,12 +156,14 @@ impl Code {
 
     /// Index of the block in the grid, along x, y and z.
     pub fn block_index(&self) -> [Val<'_, i32>; 3] {
-        [Special::CtaIdX, Special::CtaIdY, Special::CtaIdZ].map(|special| self.special(special).named("block"))
+        [Special::CtaIdX, Special::CtaIdY, Special::CtaIdZ]
+            .map(|special| self.special(special).named("block"))
     }
 
     /// Blocks of the grid along x, y and z.
     pub fn grid(&self) -> [Val<'_, i32>; 3] {
-        [Special::NumCtaX, Special::NumCtaY, Special::NumCtaZ].map(|special| self.special(special).named("grid"))
+        [Special::NumCtaX, Special::NumCtaY, Special::NumCtaZ]
+            .map(|special| self.special(special).named("grid"))
     }
 
     // Values.

@@ -218,7 +218,10 @@ impl<'k> SharedTile<'k> {
     #[track_caller]
     pub fn rows_of_a(&self, row: impl Use<'k, i32>) -> FragmentSource<'k> {
         let lane = self.base.code().lane_index();
-        FragmentSource { address: self.chunk((lane & 15) + row.value(self.base.code()), lane >> 4), transposed: false }
+        FragmentSource {
+            address: self.chunk((lane & 15) + row.value(self.base.code()), lane >> 4),
+            transposed: false,
+        }
     }
 
     /// Addresses for B's fragments where a tile's rows are B's columns: 16 columns from `row` on.
@@ -233,7 +236,10 @@ impl<'k> SharedTile<'k> {
     #[track_caller]
     pub fn rows_of_b(&self, row: impl Use<'k, i32>) -> FragmentSource<'k> {
         let lane = self.base.code().lane_index();
-        FragmentSource { address: self.chunk((lane & 15) + row.value(self.base.code()), lane >> 4), transposed: true }
+        FragmentSource {
+            address: self.chunk((lane & 15) + row.value(self.base.code()), lane >> 4),
+            transposed: true,
+        }
     }
 }
 
@@ -265,7 +271,8 @@ impl<'k> FragmentSource<'k> {
     /// The same place `bytes`, a multiple of the tile's rows, further: in another stage of a ring.
     #[track_caller]
     pub fn at_byte(&self, bytes: Val<'k, i32>) -> Self {
-        let address = ChunkAddress { address: self.address.address + bytes.reinterpret::<u32>(), ..self.address };
+        let address =
+            ChunkAddress { address: self.address.address + bytes.reinterpret::<u32>(), ..self.address };
         FragmentSource { address, ..*self }
     }
 

@@ -3,6 +3,8 @@
 
 #![forbid(unsafe_code)]
 
+#[cfg(test)]
+mod assembled;
 mod code;
 mod fragment;
 pub mod isa;
@@ -15,8 +17,8 @@ mod value;
 
 pub use code::{Code, ParamScalar, kernel};
 pub use fragment::{
-    Accumulator, CHUNK_BYTES, ChunkAddress, E4M3, E5M2, FragmentA, FragmentB, FragmentSource, MmaAccumulator, MmaElement, S4,
-    SharedTile,
+    Accumulator, CHUNK_BYTES, ChunkAddress, E4M3, E5M2, FragmentA, FragmentB, FragmentSource, MmaAccumulator,
+    MmaElement, S4, SharedTile,
 };
 pub use launch::{Arg, Param, ParamType, TensorMapBytes};
 pub use pointer::{AddressSpace, Global, GlobalSpace, Index, Pointer, Shared, SharedSpace, Stored};

@@ -215,7 +215,8 @@ impl<'k, S: AddressSpace, T: Stored> Pointer<'k, S, T> {
 
     #[track_caller]
     fn store_as<const N: usize>(self, values: [Val<'k, T::Value>; N], access: Access) {
-        let op = Memory::Store { space: S::SPACE, word: T::WORD, count: N as u8, offset: self.offset, access };
+        let op =
+            Memory::Store { space: S::SPACE, word: T::WORD, count: N as u8, offset: self.offset, access };
         let mut src = vec![self.address.in_register_operand()];
         src.extend(values.map(Val::in_register_operand));
         self.code().emit(op, &[], &src);

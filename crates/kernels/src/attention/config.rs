@@ -184,7 +184,9 @@ impl AttentionConfig {
         } = self.tiling;
         let queries = if queries_in_registers { "r" } else { "" };
         name += self.lengths.suffix();
-        name + &format!("_w{warps}x{rows_per_warp}x{tile_keys}x{step_keys}{queries}_s{stages}_b{min_blocks}_l{lazy_rescale}")
+        name + &format!(
+            "_w{warps}x{rows_per_warp}x{tile_keys}x{step_keys}{queries}_s{stages}_b{min_blocks}_l{lazy_rescale}"
+        )
     }
 }
 

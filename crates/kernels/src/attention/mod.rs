@@ -23,10 +23,8 @@ use half::{bf16, f16};
 use sage_core::DType;
 use sage_ptx::{Half, MmaElement, Program, Stored, kernel};
 
-pub use config::{
-    AttentionArgs, AttentionConfig, MaskForm, Scores, Tiling, ValueSource, Values, padded_dim,
-};
 use config::AttentionParams;
+pub use config::{AttentionArgs, AttentionConfig, MaskForm, Scores, Tiling, ValueSource, Values, padded_dim};
 use output::Output;
 use place::Place;
 use queries::Queries;

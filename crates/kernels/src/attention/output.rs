@@ -3,8 +3,8 @@
 use half::f16;
 use sage_core::Accumulator as Precision;
 use sage_ptx::{
-    Accumulator, CHUNK_BYTES, Code, E4M3, F16x2, FragmentA, FragmentB, FragmentSource, Half, MmaAccumulator, MmaElement,
-    SharedTile, Stored, Val,
+    Accumulator, CHUNK_BYTES, Code, E4M3, F16x2, FragmentA, FragmentB, FragmentSource, Half, MmaAccumulator,
+    MmaElement, SharedTile, Stored, Val,
 };
 
 use super::config::{AttentionConfig, AttentionParams, Values};
@@ -89,7 +89,8 @@ impl<'k, 'c> Output<'k, 'c> {
                 };
                 let p = |step: usize| {
                     let p = softmax.exponentials(scores, &shifts, 2 * step..2 * step + 2);
-                    let fragment = |p: Vec<[Val<'k, f32>; 4]>| FragmentA::<W>::from_accumulators([p[0], p[1]]);
+                    let fragment =
+                        |p: Vec<[Val<'k, f32>; 4]>| FragmentA::<W>::from_accumulators([p[0], p[1]]);
                     let p: Vec<_> = p.into_iter().map(fragment).collect();
                     softmax.add_sums(&p);
                     p
@@ -241,7 +242,8 @@ impl<'k, 'c> Output<'k, 'c> {
         code.warp_sync();
         let chunks = config.head_dim.div_ceil(8);
         let rows = config.tiling.rows_per_warp;
-        let start = place.sequence.batch.widen() * p.out_stride_batch + place.head.widen() * p.out_stride_head;
+        let start =
+            place.sequence.batch.widen() * p.out_stride_batch + place.head.widen() * p.out_stride_head;
         let total = rows * chunks;
         for round in 0..total.div_ceil(32) {
             let index = place.lane + (32 * round) as i32;

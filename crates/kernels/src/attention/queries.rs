@@ -177,7 +177,11 @@ fn load_channels<'k, H: Half + Stored<Value = H>>(
 }
 
 /// The product of a row, spread over the lanes of a quad, with a vector whose first channel of the lane is given.
-fn product<'k>(registers: &[Vec<Val<'k, f32>>], vector: sage_ptx::Global<'k, f32>, per: usize) -> Val<'k, f32> {
+fn product<'k>(
+    registers: &[Vec<Val<'k, f32>>],
+    vector: sage_ptx::Global<'k, f32>,
+    per: usize,
+) -> Val<'k, f32> {
     let code = vector.code();
     let mut sum = code.constant(0.0);
     for (word, channels) in registers.iter().enumerate() {

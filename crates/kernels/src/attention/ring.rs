@@ -118,7 +118,10 @@ impl<'k, 'c> Ring<'k, 'c> {
         self.copy(place, tile + (stages - 1), before);
         let after = stage + 1;
         self.stage.set(after.eq(stages).select(0, after));
-        (self.keys.fragments.at_byte(self.keys.offset(stage)), self.values.fragments.at_byte(self.values.offset(stage)))
+        (
+            self.keys.fragments.at_byte(self.keys.offset(stage)),
+            self.values.fragments.at_byte(self.values.offset(stage)),
+        )
     }
 
     /// Waits until every copy has landed and every warp is done with the tiles; their memory is then free for the output.
@@ -150,7 +153,12 @@ impl<'k, 'c> Ring<'k, 'c> {
             let zero = self.code.constant(0u32);
             self.code.range_by(self.code.thread(), total, self.config.threads() as i32, |i| {
                 let (row, chunk) = i.split_index(unused);
-                operand.stages.chunk(row, chunk + operand.chunks as i32).step(0, 0).cast::<u32>().store_vector([zero; 4]);
+                operand
+                    .stages
+                    .chunk(row, chunk + operand.chunks as i32)
+                    .step(0, 0)
+                    .cast::<u32>()
+                    .store_vector([zero; 4]);
             });
         }
     }
@@ -269,7 +277,8 @@ impl<'k> TileShape<'k> {
         let base = base.cast::<u16>().at(start);
         let len = place.sequence.kv_len;
         let threads = config.threads() as usize;
-        if !config.aligned || !threads.is_multiple_of(self.chunks) || self.rows % (threads / self.chunks) != 0 {
+        if !config.aligned || !threads.is_multiple_of(self.chunks) || self.rows % (threads / self.chunks) != 0
+        {
             return self.from(Source::Irregular { base, stride: row, len });
         }
         let (first_row, first_chunk) = code.thread().split_index(self.chunks);

@@ -43,8 +43,12 @@ pub(super) fn scores<'k, H: Half + MmaElement>(
         Scores::Int(quantizer) => {
             // Sums start at a float's bits, and so end as the float of their value plus a constant.
             let values = match quantizer.bits {
-                IntBits::Eight => product::<i8, i32>(code, config, queries, keys, first_column, ROUNDING_MAGIC_BITS),
-                IntBits::Four => product::<S4, i32>(code, config, queries, keys, first_column, ROUNDING_MAGIC_BITS),
+                IntBits::Eight => {
+                    product::<i8, i32>(code, config, queries, keys, first_column, ROUNDING_MAGIC_BITS)
+                }
+                IntBits::Four => {
+                    product::<S4, i32>(code, config, queries, keys, first_column, ROUNDING_MAGIC_BITS)
+                }
             };
             if quantizer.granularity == Granularity::PerToken {
                 let integers =
@@ -93,7 +97,9 @@ impl<'k> KeyScales<'k> {
         let loaded: Vec<Val<'k, f32>> = match granularity {
             Granularity::PerToken => {
                 let scales = self.scales.at(tile * KEY_TILE as i32 + 2 * quad);
-                (0..KEY_TILE as i32 / 8).flat_map(|column| scales.plus(8 * column).load_vector::<2>()).collect()
+                (0..KEY_TILE as i32 / 8)
+                    .flat_map(|column| scales.plus(8 * column).load_vector::<2>())
+                    .collect()
             }
             Granularity::PerThread => vec![self.scales.at(tile * 4 + quad).load()],
             _ => vec![self.scales.at(tile).load()],
@@ -249,8 +255,8 @@ impl<'k> ScoreTile<'k> {
         visit: impl Fn(Var<'k, f32>, Val<'k, B::Value>),
     ) {
         let first_key = self.lane_key(place);
-        let base = place.sequence.batch.widen() * p.mask_stride_batch
-            + place.head.widen() * p.mask_stride_head;
+        let base =
+            place.sequence.batch.widen() * p.mask_stride_batch + place.head.widen() * p.mask_stride_head;
         let rows: Vec<_> = (0..self.factor.len())
             .map(|slot| {
                 let row = place.row(slot).min(place.sequence.q_len - 1);

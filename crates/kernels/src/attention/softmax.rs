@@ -163,7 +163,11 @@ impl<'k> Softmax<'k> {
             let reference = reference.get();
             let reference = if self.exponent == 0.0 { reference } else { reference - self.exponent };
             // The bias of the values is taken back here, where it costs nothing.
-            if scores.biased { (-scores.factor[slot]).mul_add(ROUNDING_MAGIC, -reference) } else { -reference }
+            if scores.biased {
+                (-scores.factor[slot]).mul_add(ROUNDING_MAGIC, -reference)
+            } else {
+                -reference
+            }
         };
         self.reference.iter().enumerate().map(of_slot).collect()
     }

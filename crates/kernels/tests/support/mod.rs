@@ -5,7 +5,8 @@ use rand::SeedableRng;
 use rand_distr::{Distribution, StandardNormal};
 use sage_core::metrics::Accuracy;
 use sage_core::{
-    Band, BlockMask, Call, DType, Inputs, Layout, Lengths, Mask, Options, Scheme, Tensor, TensorView, View, oracle,
+    Band, BlockMask, Call, DType, Inputs, Layout, Lengths, Mask, Options, Scheme, Tensor, TensorView, View,
+    oracle,
 };
 use sage_emulator::Emulator;
 use sage_kernels::attention::MaskForm;
@@ -123,7 +124,8 @@ impl Case {
                 bits_of_rows[row * pitch + c] = bits(self.dtype, x);
             }
         }
-        let shape = if self.packed.is_some() { vec![heads, rows, dim] } else { vec![batch, heads, rows, dim] };
+        let shape =
+            if self.packed.is_some() { vec![heads, rows, dim] } else { vec![batch, heads, rows, dim] };
         let tensor = Tensor::new(dense, &shape).unwrap().to_dtype(self.dtype);
         let strides = [(heads * rows * pitch) as i64, (rows * pitch) as i64, pitch as i64];
         Data { bits: bits_of_rows, tensor, strides }
@@ -145,8 +147,7 @@ impl Case {
             let shape = tensor.shape();
             let (heads, rows, dim) = (shape[0], shape[1], shape[2]);
             let strides = [dim as i64, (rows * dim) as i64, 1];
-            let geometry =
-                sage_core::Geometry::strided("tensor", &[rows, heads, dim], &strides, 0).unwrap();
+            let geometry = sage_core::Geometry::strided("tensor", &[rows, heads, dim], &strides, 0).unwrap();
             match tensor.view() {
                 TensorView::F16(view) => View::strided("tensor", view.data(), geometry).unwrap().into(),
                 TensorView::BF16(view) => View::strided("tensor", view.data(), geometry).unwrap().into(),
@@ -176,7 +177,12 @@ impl Case {
             (None, Some(lens)) => Lengths::KvLens(lens),
             (None, None) => Lengths::Dense,
         };
-        let inputs = Inputs { mask, block_mask: None::<BlockMask<'_>>, lengths, ..Inputs::new(views[0], views[1], views[2]) };
+        let inputs = Inputs {
+            mask,
+            block_mask: None::<BlockMask<'_>>,
+            lengths,
+            ..Inputs::new(views[0], views[1], views[2])
+        };
         let options = Options {
             layout: Layout::Hnd,
             sm_scale: self.sm_scale,
@@ -210,7 +216,8 @@ impl Case {
             address: emulator.buffer_at(name, &data.bits, self.misaligned).address(),
             strides: data.strides,
         };
-        let arguments = [("q", &q), ("k", &k), ("v", &v)].map(|(name, data)| tensor(&mut emulator, name, data));
+        let arguments =
+            [("q", &q), ("k", &k), ("v", &v)].map(|(name, data)| tensor(&mut emulator, name, data));
         let out_buffer = emulator.uninitialized_at("out", 2 * q.bits.len(), self.misaligned);
         let lse_rows = q.bits.len() / (self.head_dim + self.gap);
         let lse_buffer = emulator.uninitialized("lse", 4 * lse_rows);
@@ -258,7 +265,8 @@ impl Case {
 
         let pitch = self.head_dim + self.gap;
         let raw: Vec<u16> = emulator.read(out_buffer);
-        let out = raw.chunks(pitch).flat_map(|row| &row[..self.head_dim]).map(|&x| value(self.dtype, x)).collect();
+        let out =
+            raw.chunks(pitch).flat_map(|row| &row[..self.head_dim]).map(|&x| value(self.dtype, x)).collect();
         let computed = Computed { out, lse: emulator.read(lse_buffer), kernels };
         let scheme = *forward.scheme();
         (computed, oracle::scheme(&call, &scheme))
@@ -273,7 +281,10 @@ impl Case {
         assert!(accuracy.relative_l1 <= relative_l1, "{label}: {accuracy:?}");
         for (row, (&found, &wanted)) in computed.lse.iter().zip(&expected.lse).enumerate() {
             let near = (f64::from(found) - wanted).abs() <= 2e-3 * wanted.abs().max(1.0);
-            assert!(near || f64::from(found) == wanted, "{label}: lse of row {row} is {found}, expected {wanted}");
+            assert!(
+                near || f64::from(found) == wanted,
+                "{label}: lse of row {row} is {found}, expected {wanted}"
+            );
         }
     }
 }

@@ -246,8 +246,8 @@ impl Lane {
         let wide = |ty| if ty == Ty::S32 { Ty::S64 } else { Ty::U64 };
         match self {
             Mov(ty) | Add(ty) | Sub(ty) | Mul(ty) | MulHigh(ty) | Div(ty) | Rem(ty) | Min(ty) | Max(ty)
-            | MinNan(ty) | MaxNan(ty) | And(ty) | Or(ty) | Xor(ty) | Not(ty) | Shl(ty) | Shr(ty) | Neg(ty) | Abs(ty) | Fma(ty)
-            | Select(ty) | BitField(ty) => ty,
+            | MinNan(ty) | MaxNan(ty) | And(ty) | Or(ty) | Xor(ty) | Not(ty) | Shl(ty) | Shr(ty)
+            | Neg(ty) | Abs(ty) | Fma(ty) | Select(ty) | BitField(ty) => ty,
             MulWide(ty) | MadWide(ty) => wide(ty),
             Reciprocal | ReciprocalApprox | Sqrt | Exp2 | Log2 | Tanh => Ty::F32,
             Exp2F16x2 => Ty::F16x2,
@@ -294,16 +294,20 @@ impl Lane {
             MadWide(ty) => wide_product(ty, a, b).wrapping_add(c),
             Div(ty) => match ty {
                 // Division by zero gives all ones on every GPU so far; PTX leaves it open.
-                Ty::S32 => (a as i32).checked_div(b as i32).unwrap_or(-1) as u32 as u64,
+                Ty::S32 if b as i32 == 0 => 0xffff_ffff,
+                Ty::S32 => (a as i32).wrapping_div(b as i32) as u32 as u64,
                 Ty::U32 => u64::from((a as u32).checked_div(b as u32).unwrap_or(u32::MAX)),
-                Ty::S64 => (a as i64).checked_div(b as i64).unwrap_or(-1) as u64,
+                Ty::S64 if b == 0 => u64::MAX,
+                Ty::S64 => (a as i64).wrapping_div(b as i64) as u64,
                 Ty::U64 | Ty::B64 => a.checked_div(b).unwrap_or(u64::MAX),
                 _ => arithmetic(ty, [a, b, c], |[x, ..]| x, |[x, y, _]| x / y, |[x, y, _]| x / y),
             },
             Rem(ty) => match ty {
-                Ty::S32 => (a as i32).checked_rem(b as i32).unwrap_or(a as i32) as u32 as u64,
+                Ty::S32 if b as i32 == 0 => a,
+                Ty::S32 => (a as i32).wrapping_rem(b as i32) as u32 as u64,
                 Ty::U32 => u64::from((a as u32).checked_rem(b as u32).unwrap_or(a as u32)),
-                Ty::S64 => (a as i64).checked_rem(b as i64).unwrap_or(a as i64) as u64,
+                Ty::S64 if b == 0 => a,
+                Ty::S64 => (a as i64).wrapping_rem(b as i64) as u64,
                 _ => a.checked_rem(b).unwrap_or(a),
             },
             Min(ty) => extreme(ty, a, b, false),

@@ -210,7 +210,8 @@ impl Memory {
                     Access::Plain => space.ptx().to_owned(),
                     Access::Streaming => format!("{}.nc.L1::no_allocate", space.ptx()),
                     Access::Acquire => format!(".acquire.gpu{}", space.ptx()),
-                    Access::Release => unreachable!("a load cannot release"),
+                    // A load has nothing to release, nor a store to acquire: the nearest that exists.
+                    Access::Release => format!(".relaxed.gpu{}", space.ptx()),
                 };
                 let (count, word) = (width(count), word.ptx());
                 format!("ld{how}{count}{word} {}, {}", vector(d), address(&s[0], offset))
@@ -220,7 +221,7 @@ impl Memory {
                     Access::Plain => space.ptx().to_owned(),
                     Access::Streaming => format!("{}.cs", space.ptx()),
                     Access::Release => format!(".release.gpu{}", space.ptx()),
-                    Access::Acquire => unreachable!("a store cannot acquire"),
+                    Access::Acquire => format!(".relaxed.gpu{}", space.ptx()),
                 };
                 let (count, word) = (width(count), word.ptx());
                 format!("st{how}{count}{word} {}, {}", address(&s[0], offset), vector(&s[1..]))

@@ -66,6 +66,11 @@ impl Op {
 fn lane_text(op: Lane, d: &[String], s: &[String]) -> String {
     let name = op.mnemonic();
     match op {
+        // Its result is a register of 8 bits, which no other instruction here has; it lives in a scope of its own.
+        Lane::Convert(Convert::F32ToE2M1x2) => {
+            let scope = format!("{{ .reg .b8 pair; {name} pair, {}; cvt.u16.u8 {}, pair; }}", s.join(", "), d[0]);
+            format!("{scope} mov.b16 {0}, {0}", d[0])
+        }
         Lane::Join16 | Lane::Join32 => format!("{name} {}, {{{}, {}}}", d[0], s[0], s[1]),
         Lane::Low16 | Lane::Low32 => format!("{name} {{{}, _}}, {}", d[0], s[0]),
         Lane::High16 | Lane::High32 => format!("{name} {{_, {}}}, {}", d[0], s[0]),
