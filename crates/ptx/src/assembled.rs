@@ -1,6 +1,6 @@
 //! Every instruction of the table goes through NVIDIA's assembler once, on the oldest target that its entry names.
 //!
-//! Needs `ptxas` (see scripts/fetch_ptxas.sh); without it the test says that it is skipped.
+//! Needs `ptxas` (set PTXAS to its path); without it the test says that it is skipped.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -299,7 +299,7 @@ fn blackwell(r: &Registers<'_>) {
 fn every_instruction_assembles() {
     let Some(ptxas) = ptxas() else {
         eprintln!(
-            "every_instruction_assembles: skipped: there is no ptxas; scripts/fetch_ptxas.sh fetches it"
+            "every_instruction_assembles: skipped: there is no ptxas; set PTXAS to its path"
         );
         return;
     };
