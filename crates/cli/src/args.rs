@@ -2,7 +2,7 @@
 
 use clap::{ArgAction, Parser, Subcommand};
 
-use crate::commands::{accuracy, bench, explain, run};
+use crate::commands::{accuracy, bench, emulate, explain, ptx, run};
 
 /// Attention in 8 and 4 bits.
 #[derive(Debug, Parser)]
@@ -49,6 +49,10 @@ pub enum Command {
     Bench(bench::Bench),
     /// Say how a problem would be computed, and why
     Explain(explain::Explain),
+    /// List the GPU kernels, or print one as PTX
+    Ptx(ptx::Ptx),
+    /// Run a GPU's forward pass here, in the emulator, and check it
+    Emulate(emulate::Emulate),
     /// Show what this machine offers
     #[command(after_help = "Examples:\n  sageattn info\n  sageattn info --json")]
     Info,

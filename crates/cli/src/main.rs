@@ -10,6 +10,7 @@ mod call_options;
 mod commands;
 mod compare;
 mod console;
+mod emulation;
 mod failure;
 mod heads;
 mod inputs;
@@ -63,6 +64,8 @@ fn run() -> Result<()> {
         Some(Command::Accuracy(command)) => command.execute(console),
         Some(Command::Bench(command)) => command.execute(console),
         Some(Command::Explain(command)) => command.execute(console),
+        Some(Command::Ptx(command)) => command.execute(console),
+        Some(Command::Emulate(command)) => command.execute(console),
         Some(Command::Info) => commands::info::execute(console),
     }
 }

@@ -14,9 +14,8 @@ use crate::attention::{
 };
 use crate::combine::{CombineArgs, CombineConfig};
 use crate::preprocess::{
-    ColumnStatistics, ColumnStatisticsArgs, ColumnStatisticsConfig, ConvertVArgs, ConvertVConfig, DeltaSArgs,
-    DeltaSConfig, KMean, QuantizeKArgs, QuantizeKConfig, QuantizeVArgs, QuantizeVConfig, QueryMeansArgs,
-    QueryMeansConfig, Source, fits_fused,
+    ColumnStatistics, ConvertVArgs, ConvertVConfig, DeltaSArgs, DeltaSConfig, QuantizeKArgs, QuantizeKConfig,
+    QuantizeVArgs, QuantizeVConfig, QueryMeansArgs, QueryMeansConfig, Source,
 };
 use crate::sequence::{KEY_TILE, Lengths, total_key_tiles};
 use crate::tuning::{Shape, tiling};
@@ -24,8 +23,10 @@ use crate::tuning::{Shape, tiling};
 /// "No limit" of a window: far beyond any key, and far from overflow.
 const NO_LIMIT: i32 = 1 << 30;
 
-/// Tiles that a block of a two-launch statistic reads.
-const TILES_PER_BLOCK: usize = 8;
+/// Bytes of K or V by which their statistics run ahead of quantising. At 16 KiB a tile these are more blocks than a GPU
+/// holds at once, so that none waits; and a quarter of the L2 cache of the large GPUs, which is cut in halves that may
+/// both hold a line, with what is being written beside it.
+const LEAD_BYTES: usize = 12 << 20;
 
 /// Queries of a call up to which K and V are read as given, split between blocks: quantising would read them once more.
 const FEW_QUERIES: usize = 64;
@@ -102,12 +103,10 @@ pub struct Forward {
 
 /// A launch, before its arguments are known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Step {
+pub(crate) enum Step {
     QueryMeans(QueryMeansConfig),
-    KeyStatistics(ColumnStatisticsConfig),
     QuantizeK(QuantizeKConfig),
     DeltaS(DeltaSConfig),
-    ValueStatistics(ColumnStatisticsConfig),
     QuantizeV(QuantizeVConfig),
     ConvertV(ConvertVConfig),
     Attention(AttentionConfig),
@@ -171,6 +170,11 @@ impl Forward {
     /// The scheme that is computed.
     pub fn scheme(&self) -> &Scheme {
         &self.scheme
+    }
+
+    /// The launches, in order.
+    pub(crate) fn steps(&self) -> &[Step] {
+        &self.steps
     }
 
     /// The kernels, in the order of their launches.
@@ -308,7 +312,6 @@ impl Pass<'_> {
         let quantised = matches!(scores, Scores::Int(_));
         let (values, convert) = self.values()?;
         let source = self.source();
-        let fused = self.fits_fused();
         let mut steps = Vec::new();
 
         let smooth_q = match scheme.smooth.q {
@@ -324,15 +327,6 @@ impl Pass<'_> {
             steps.push(Step::QueryMeans(QueryMeansConfig { source: Source { lengths, ..source }, block }));
         }
         if quantised {
-            let mean = match (scheme.smooth.k, fused) {
-                (false, _) => KMean::None,
-                (true, true) => KMean::Fused,
-                (true, false) => KMean::Given,
-            };
-            if mean == KMean::Given {
-                let statistics = ColumnStatistics::Mean;
-                steps.push(Step::KeyStatistics(ColumnStatisticsConfig { source, statistics }));
-            }
             if let Scores::Int(quantizer) = scores {
                 let IntQuantizer { bits, granularity, rounding, zero_group, .. } = quantizer;
                 steps.push(Step::QuantizeK(QuantizeKConfig {
@@ -341,7 +335,7 @@ impl Pass<'_> {
                     granularity,
                     rounding,
                     zero_group,
-                    mean,
+                    smooth: scheme.smooth.k,
                 }));
             }
         } else if scheme.smooth.k || smooth_q.is_some() {
@@ -352,12 +346,7 @@ impl Pass<'_> {
         }
         if let Values::Fp8(_) = values {
             let smooth = scheme.smooth.v;
-            if !fused {
-                let statistics =
-                    if smooth { ColumnStatistics::MeanAndScale } else { ColumnStatistics::Scale };
-                steps.push(Step::ValueStatistics(ColumnStatisticsConfig { source, statistics }));
-            }
-            steps.push(Step::QuantizeV(QuantizeVConfig { source, smooth, fused }));
+            steps.push(Step::QuantizeV(QuantizeVConfig { source, smooth }));
         } else if scheme.smooth.v {
             return Err(Error::unsupported(
                 "smooth V with 16-bit P·V",
@@ -366,11 +355,6 @@ impl Pass<'_> {
         }
         if let Some(to) = convert {
             steps.push(Step::ConvertV(ConvertVConfig { source, to }));
-        }
-        if quantised && scheme.smooth.k && !fused {
-            reasons.push(
-                "means in launches of their own: a head's blocks would not be resident together".into(),
-            );
         }
 
         let tuned = tiling(
@@ -460,13 +444,6 @@ impl Pass<'_> {
         }
     }
 
-    /// Whether the blocks of a head can wait for each other.
-    fn fits_fused(&self) -> bool {
-        // Preparing kernels keep 1024 threads of a multiprocessor busy, of as many as the padded head has channels.
-        let resident = self.gpu.multiprocessors * (768 / padded_dim(self.problem.head_dim));
-        fits_fused(self.problem.kv_len.div_ceil(KEY_TILE), resident)
-    }
-
     /// Parts of the keys that give every multiprocessor a block, where the queries alone do not.
     fn splits(&self, attention: &AttentionConfig) -> usize {
         let problem = self.problem;
@@ -490,18 +467,14 @@ impl Pass<'_> {
             end += (bytes as u64).next_multiple_of(256);
             offset
         };
-        let blocks = problem.kv_len.div_ceil(KEY_TILE).div_ceil(TILES_PER_BLOCK).max(1);
-        let partials = |parts: usize| {
-            // Fused kernels have a contribution for each tile, two-launch statistics one for each of their blocks.
-            4 * padded * parts * heads * tiles.max(problem.batch * blocks)
-        };
+        let partials = |parts: usize| 4 * padded * parts * heads * tiles;
         let mut layout = Layout::default();
         for step in steps {
             match step {
-                Step::QuantizeK(QuantizeKConfig { mean: KMean::Fused, .. }) | Step::KeyStatistics(_) => {
+                Step::QuantizeK(QuantizeKConfig { smooth: true, .. }) => {
                     layout.k_arrivals = take(4 * problem.batch * heads);
                 }
-                Step::QuantizeV(QuantizeVConfig { fused: true, .. }) | Step::ValueStatistics(_) => {
+                Step::QuantizeV(_) => {
                     layout.v_arrivals = take(4 * problem.batch * heads);
                 }
                 _ => {}
@@ -517,8 +490,10 @@ impl Pass<'_> {
                 Step::QuantizeK(config) => {
                     layout.k = take(heads * tiles * config.tile_bytes());
                     layout.k_scale = take(4 * heads * tiles * config.groups());
-                    layout.k_mean = take(statistics);
-                    layout.k_partials = take(partials(ColumnStatistics::Mean.partials()));
+                    if config.smooth {
+                        layout.k_mean = take(statistics);
+                        layout.k_partials = take(partials(ColumnStatistics::Mean.partials()));
+                    }
                 }
                 Step::DeltaS(_) => {
                     let blocks = query_blocks(problem, steps);
@@ -538,7 +513,7 @@ impl Pass<'_> {
                     layout.partial = take(4 * rows * problem.head_dim);
                     layout.partial_lse = take(4 * rows);
                 }
-                Step::KeyStatistics(_) | Step::ValueStatistics(_) | Step::Attention(_) => {}
+                Step::Attention(_) => {}
             }
         }
         layout.bytes = take(0);
@@ -565,6 +540,13 @@ fn query_blocks(problem: &Problem, steps: &[Step]) -> usize {
         0 => 0,
         block => problem.q_len.div_ceil(block).max(1),
     }
+}
+
+/// By how many heads statistics run ahead: as many as [`LEAD_BYTES`] hold.
+fn lead(problem: &Problem) -> usize {
+    let of_head = (2 * problem.kv_len * problem.head_dim).max(1);
+    let all = problem.batch * problem.num_kv_heads;
+    (LEAD_BYTES / of_head).min(all).max(1)
 }
 
 /// Query rows of all heads: rows of the log-sum-exp.
@@ -613,10 +595,9 @@ fn rows_per_warp(scores: &Scores) -> Option<usize> {
 }
 
 impl Step {
-    fn program(&self) -> Program {
+    pub(crate) fn program(&self) -> Program {
         match self {
             Step::QueryMeans(config) => config.program(),
-            Step::KeyStatistics(config) | Step::ValueStatistics(config) => config.program(),
             Step::QuantizeK(config) => config.program(),
             Step::DeltaS(config) => config.program(),
             Step::QuantizeV(config) => config.program(),
@@ -626,10 +607,9 @@ impl Step {
         }
     }
 
-    fn name(&self) -> String {
+    pub(crate) fn name(&self) -> String {
         match self {
             Step::QueryMeans(config) => config.name(),
-            Step::KeyStatistics(config) | Step::ValueStatistics(config) => config.name(),
             Step::QuantizeK(config) => config.name(),
             Step::DeltaS(config) => config.name(),
             Step::QuantizeV(config) => config.name(),
@@ -666,6 +646,7 @@ impl Arguments<'_> {
         let layout = self.layout;
         let key_tiles = total_key_tiles(request.lengths, batch, request.kv_rows) as i32;
         let rows = request.kv_rows as i32;
+        let lead = lead(problem);
         match step {
             Step::QueryMeans(config) => {
                 let [stride_batch, stride_head, stride_row] = t.q.strides;
@@ -679,21 +660,6 @@ impl Arguments<'_> {
                     rows: request.q_rows as i32,
                 };
                 launch(config.grid(problem.q_len, problem.num_q_heads, batch), &args.args())
-            }
-            Step::KeyStatistics(config) => {
-                let args = self.statistics(&t.k, layout.k_mean, 0, 0, layout.k_partials, layout.k_arrivals);
-                launch(config.grid(kv_len, TILES_PER_BLOCK, heads, batch), &args.args())
-            }
-            Step::ValueStatistics(config) => {
-                let args = self.statistics(
-                    &t.v,
-                    layout.v_mean,
-                    layout.v_scale,
-                    layout.v_factor,
-                    layout.v_partials,
-                    layout.v_arrivals,
-                );
-                launch(config.grid(kv_len, TILES_PER_BLOCK, heads, batch), &args.args())
             }
             Step::QuantizeK(config) => {
                 let [stride_batch, stride_head, stride_row] = t.k.strides;
@@ -710,8 +676,11 @@ impl Arguments<'_> {
                     stride_row,
                     rows,
                     key_tiles,
+                    kv_heads: heads as i32,
+                    sequences: batch as i32,
+                    lead: lead as i32,
                 };
-                launch(config.grid(kv_len, heads, batch), &args.args())
+                launch(config.grid(kv_len, heads, batch, lead), &args.args())
             }
             Step::DeltaS(config) => {
                 let [stride_batch, stride_head, stride_row] = t.k.strides;
@@ -750,8 +719,11 @@ impl Arguments<'_> {
                     rows,
                     key_tiles,
                     v_max: self.v_max,
+                    kv_heads: heads as i32,
+                    sequences: batch as i32,
+                    lead: lead as i32,
                 };
-                launch(config.grid(kv_len, heads, batch), &args.args())
+                launch(config.grid(kv_len, heads, batch, lead), &args.args())
             }
             Step::ConvertV(config) => {
                 let [stride_batch, stride_head, stride_row] = t.v.strides;
@@ -789,34 +761,6 @@ impl Arguments<'_> {
                 };
                 launch(config.grid(total_rows), &args.args())
             }
-        }
-    }
-
-    fn statistics(
-        &self,
-        x: &TensorArg,
-        mean: u64,
-        scale: u64,
-        factor: u64,
-        partials: u64,
-        arrivals: u64,
-    ) -> ColumnStatisticsArgs {
-        let [stride_batch, stride_head, stride_row] = x.strides;
-        let at = |offset: u64| self.workspace + offset;
-        ColumnStatisticsArgs {
-            x: x.address,
-            mean: at(mean),
-            scale: at(scale),
-            factor: at(factor),
-            partials: at(partials),
-            arrivals: at(arrivals),
-            cu_seqlens: self.tensors.cu_seqlens_k,
-            stride_batch,
-            stride_head,
-            stride_row,
-            rows: self.request.kv_rows as i32,
-            tiles_per_block: TILES_PER_BLOCK as i32,
-            v_max: self.v_max,
         }
     }
 

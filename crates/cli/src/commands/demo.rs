@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use sageattention::{Device, Attention, DType, Preset, Scheme, Tensor};
+use sageattention::{Attention, DType, Device, Preset, Scheme, Tensor};
 use sageattn_files::qkv_file::Qkv;
 use serde::Serialize;
 use serde_json::json;
@@ -134,8 +134,13 @@ fn biased(layer: &Qkv) -> Result<Qkv> {
 
 /// The schemes of the table that this machine computes.
 fn speed(layer: &Qkv, progress: &indicatif::ProgressBar) -> Result<Vec<speed::Row>> {
-    let subject =
-        Subject { attention: Attention::new(), device: Device::Cpu, q: layer.q.clone(), k: layer.k.clone(), v: layer.v.clone() };
+    let subject = Subject {
+        attention: Attention::new(),
+        device: Device::Cpu,
+        q: layer.q.clone(),
+        k: layer.k.clone(),
+        v: layer.v.clone(),
+    };
     let names: Vec<SchemeName> = SHOWN.into_iter().map(SchemeName::from).collect();
     let mut timed = runnable(&subject.attention, &subject.q, &subject.k, &subject.v);
     timed.retain(|name| names.contains(name));

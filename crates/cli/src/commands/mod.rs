@@ -3,6 +3,8 @@
 pub mod accuracy;
 pub mod bench;
 pub mod demo;
+pub mod emulate;
 pub mod explain;
 pub mod info;
+pub mod ptx;
 pub mod run;

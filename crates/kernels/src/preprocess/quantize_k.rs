@@ -3,14 +3,15 @@
 use sage_core::{Granularity, IntBits, IntQuantizer, Rounding, Tile, ZeroGroup};
 use sage_ptx::{Code, Program, Val, Var, kernel};
 
+use super::ahead::{self, Work};
 use super::groups::{Group, group_maxima_per_token, group_maximum, groups_of_tile};
-use super::statistics::{ColumnStatistics, Meeting, Outputs, Part, across_block};
+use super::statistics::{ColumnStatistics, Meeting, Outputs};
 use super::tile_load::{CHUNK, Head, ROWS, RowOrder, Rows, Source, input, tile_grid};
 use crate::integer::Step;
 use crate::params::kernel_params;
 use crate::sequence::KEY_TILE;
 
-/// Quantises K into the workspace: a block for each tile.
+/// Quantises K into the workspace: a block for each tile, and where smoothing another that collects its columns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct QuantizeKConfig {
     /// K as given.
@@ -23,19 +24,8 @@ pub struct QuantizeKConfig {
     pub rounding: Rounding,
     /// How a group of zeros is treated.
     pub zero_group: ZeroGroup,
-    /// What is subtracted first.
-    pub mean: KMean,
-}
-
-/// Where the mean that is subtracted from K comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum KMean {
-    /// Nothing is subtracted.
-    None,
-    /// Earlier launches wrote it.
-    Given,
-    /// The kernel computes and writes it. The blocks of a head wait for each other: see [`super::fits_fused`].
-    Fused,
+    /// Whether each channel's mean is subtracted first; the kernel computes and writes it.
+    pub smooth: bool,
 }
 
 kernel_params! {
@@ -47,11 +37,11 @@ kernel_params! {
         out: [u8],
         /// Scales, `[kv_heads][key_tiles][groups]`.
         scale: [f32],
-        /// Means, `[sequences][kv_heads][padded_dim]`: read where given, written where fused.
+        /// Where smoothing: means, `[sequences][kv_heads][padded_dim]`.
         mean: [f32],
-        /// Where fused: `[kv_heads][key_tiles][padded_dim]`.
+        /// Where smoothing: `[kv_heads][key_tiles][padded_dim]`.
         partials: [f32],
-        /// Where fused: `[sequences][kv_heads]`, zeros before every launch.
+        /// Where smoothing: `[sequences][kv_heads]`, zeros before every launch.
         arrivals: [u32],
         /// Boundaries of packed sequences, or the valid keys of each batch entry.
         cu_seqlens: [i32],
@@ -65,6 +55,12 @@ kernel_params! {
         rows: i32,
         /// Tiles of the workspace, all sequences together.
         key_tiles: i32,
+        /// Where smoothing: heads of a sequence.
+        kv_heads: i32,
+        /// Where smoothing: sequences.
+        sequences: i32,
+        /// Where smoothing: heads that statistics are ahead by, at least 1, as in the grid.
+        lead: i32,
     }
 }
 
@@ -114,12 +110,8 @@ impl QuantizeKConfig {
             ZeroGroup::AddToScale => "add",
             ZeroGroup::ClampMaximum => "clamp",
         };
-        let mean = match self.mean {
-            KMean::None => "raw",
-            KMean::Given => "given",
-            KMean::Fused => "fused",
-        };
-        format!("quantize_k_{bits}_{granularity}_{rounding}_{zero_group}_{mean}_{}", self.source.suffix())
+        let smooth = if self.smooth { "_smooth" } else { "" };
+        format!("quantize_k_{bits}_{granularity}_{rounding}_{zero_group}{smooth}_{}", self.source.suffix())
     }
 
     /// Threads of a block.
@@ -127,9 +119,14 @@ impl QuantizeKConfig {
         self.source.threads()
     }
 
-    /// Blocks along x, y and z, where the longest sequence has `max_kv_len` keys.
-    pub fn grid(&self, max_kv_len: usize, kv_heads: usize, sequences: usize) -> [u32; 3] {
-        tile_grid(max_kv_len, kv_heads, sequences)
+    /// Blocks along x, y and z, where the longest sequence has `max_kv_len` keys and, where smoothing, statistics are
+    /// `lead` heads ahead.
+    pub fn grid(&self, max_kv_len: usize, kv_heads: usize, sequences: usize, lead: usize) -> [u32; 3] {
+        if self.smooth {
+            ahead::grid(max_kv_len, kv_heads, sequences, lead)
+        } else {
+            tile_grid(max_kv_len, kv_heads, sequences)
+        }
     }
 
     /// The kernel.
@@ -142,36 +139,51 @@ impl QuantizeKConfig {
         let threads = if self.granularity == Granularity::PerToken { 768 } else { 1024 };
         self.source.bound_registers(code, threads);
         let p = QuantizeKParams::declare(code);
-        let head = Head::new(code, &self.source, &input!(p));
-        let [tile, ..] = code.block_index();
-        let outputs = Outputs { mean: p.mean, scale: p.scale, factor: p.scale, v_max: code.constant(0.0) };
-        if self.mean == KMean::Fused {
-            let empty = tile.eq(0) & head.len().le(0);
-            code.when(empty, || outputs.write_empty(&head, ColumnStatistics::Mean));
-        }
-        code.exit_when((tile * KEY_TILE as i32).ge(head.len()));
-
-        let rows = head.load(tile, RowOrder::Modulo8);
+        let work = if self.smooth {
+            Work::new(code, p.kv_heads, p.sequences, p.lead)
+        } else {
+            Work::quantise_only(code)
+        };
+        let [_, heads, _] = code.grid();
+        let heads = if self.smooth { p.kv_heads } else { heads };
+        let head = Head::at(code, &self.source, &input!(p), [work.sequence, work.head], heads);
         let first_tile = head.head * p.key_tiles + head.sequence.first_tile;
-        let workspace_tile = (first_tile + tile).named("workspace_tile");
-        if self.mean == KMean::Fused {
-            let of_head = first_tile.widen() * i64::from(self.source.padded_dim() as i32);
-            let meeting = Meeting {
-                partials: p.partials.at(of_head),
-                arrivals: p.arrivals.at(head.index),
-                blocks: head.len().div_ceil(KEY_TILE),
-                block: tile,
-            };
-            let sum = across_block(&head, Part::Sum, Part::Sum.of_rows(&rows));
-            let write = |sums: &[_]| outputs.write(&head, ColumnStatistics::Mean, sums);
-            let last = meeting.arrive(&head, &[Part::Sum], &[sum], write);
-            code.if_else(last, || head.reload(&rows), || meeting.wait(&head));
+        let mean = ColumnStatistics::Mean;
+        let meeting =
+            self.smooth.then(|| Meeting::new(&head, mean, first_tile, work.tile, p.partials, p.arrivals));
+        if let Some(meeting) = &meeting {
+            let outputs =
+                Outputs { mean: p.mean, scale: p.scale, factor: p.scale, v_max: code.constant(0.0) };
+            let collect = || outputs.collect(&head, work.tile, mean, RowOrder::Modulo8, meeting);
+            code.if_else(work.collects, collect, || {
+                self.quantise(&head, &p, &work, first_tile, Some(meeting))
+            });
+        } else {
+            self.quantise(&head, &p, &work, first_tile, None);
         }
-        let mean = (self.mean != KMean::None).then(|| head.channels(p.mean));
+    }
+
+    fn quantise<'k>(
+        &self,
+        head: &Head<'k>,
+        p: &QuantizeKParams<'k>,
+        work: &Work<'k>,
+        first_tile: Val<'k, i32>,
+        meeting: Option<&Meeting<'k>>,
+    ) {
+        let (code, tile) = (head.code, work.tile);
+        code.exit_when((tile * KEY_TILE as i32).ge(head.len()));
+        // The tile does not depend on the statistics: it is on its way while the block looks whether they are there.
+        let rows = head.load(tile, RowOrder::Modulo8);
+        let workspace_tile = (first_tile + tile).named("workspace_tile");
+        let mean = meeting.map(|meeting| {
+            meeting.wait(head);
+            head.channels(p.mean)
+        });
         let smoothed = |i: usize| subtract(rows.row(i), mean);
 
         code.note("scales");
-        let groups = self.groups_of_rows(&head, &rows, mean);
+        let groups = self.groups_of_rows(head, &rows, mean);
         // Steps of rows that have their own are computed where they are used: eight of them would not fit the registers.
         let shared = Step::of_group(&self.quantizer(), groups[0].0);
         let step = |i: usize| match self.granularity {

@@ -2,21 +2,19 @@
 
 use sage_ptx::{Code, Program, Val, kernel};
 
-use super::statistics::{ColumnStatistics, Meeting, Outputs, across_block};
-use super::tile_load::{CHUNK, Head, ROWS, RowOrder, Rows, Source, input, tile_grid};
+use super::ahead::{self, Work};
+use super::statistics::{ColumnStatistics, Meeting, Outputs};
+use super::tile_load::{CHUNK, Head, ROWS, RowOrder, Rows, Source, input};
 use crate::params::kernel_params;
 use crate::sequence::KEY_TILE;
 
-/// Quantises V into the workspace: a block for each tile. E4M3 needs sm_89.
+/// Quantises V into the workspace: a block for each tile, and another that collects its columns. E4M3 needs sm_89.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct QuantizeVConfig {
     /// V as given.
     pub source: Source,
     /// Whether each channel's mean is subtracted first.
     pub smooth: bool,
-    /// Whether the kernel computes and writes means, scales and factors itself: its blocks wait for each other, see
-    /// [`super::fits_fused`]. Otherwise a launch of [`super::ColumnStatisticsConfig`] wrote them.
-    pub fused: bool,
 }
 
 kernel_params! {
@@ -28,13 +26,13 @@ kernel_params! {
         out: [u8],
         /// Means, `[sequences][kv_heads][padded_dim]`, where smoothing.
         mean: [f32],
-        /// Scales, as the means; written where fused.
+        /// Scales, as the means. 0 for a channel of zeros, NaN for one with a non-finite value.
         scale: [f32],
-        /// What channels are multiplied by, as the means.
+        /// What channels are multiplied by, as the means. 0 where the scale is 0 or NaN.
         factor: [f32],
-        /// Where fused: `[kv_heads][key_tiles][`[`ColumnStatistics::partials`]`][padded_dim]`.
+        /// `[kv_heads][key_tiles][`[`ColumnStatistics::partials`]`][padded_dim]`.
         partials: [f32],
-        /// Where fused: `[sequences][kv_heads]`, zeros before every launch.
+        /// `[sequences][kv_heads]`, zeros before every launch.
         arrivals: [u32],
         /// Boundaries of packed sequences, or the valid keys of each batch entry.
         cu_seqlens: [i32],
@@ -50,6 +48,12 @@ kernel_params! {
         key_tiles: i32,
         /// Largest magnitude of quantised values: 448, or 2.25 where fp16 accumulates.
         v_max: f32,
+        /// Heads of a sequence.
+        kv_heads: i32,
+        /// Sequences.
+        sequences: i32,
+        /// Heads that statistics are ahead by, at least 1, as in the grid.
+        lead: i32,
     }
 }
 
@@ -58,7 +62,7 @@ kernel_params! {
 const CHANNEL_WORDS: usize = 20;
 
 impl QuantizeVConfig {
-    /// The statistics that the kernel computes or reads.
+    /// The statistics that the kernel computes.
     pub const fn statistics(&self) -> ColumnStatistics {
         if self.smooth { ColumnStatistics::MeanAndScale } else { ColumnStatistics::Scale }
     }
@@ -71,8 +75,7 @@ impl QuantizeVConfig {
     /// Name of the kernel, unique for the configuration.
     pub fn name(&self) -> String {
         let smooth = if self.smooth { "_smooth" } else { "" };
-        let fused = if self.fused { "fused" } else { "given" };
-        format!("quantize_v_e4m3{smooth}_{fused}_{}", self.source.suffix())
+        format!("quantize_v_e4m3{smooth}_{}", self.source.suffix())
     }
 
     /// Threads of a block.
@@ -80,9 +83,9 @@ impl QuantizeVConfig {
         self.source.threads()
     }
 
-    /// Blocks along x, y and z, where the longest sequence has `max_kv_len` keys.
-    pub fn grid(&self, max_kv_len: usize, kv_heads: usize, sequences: usize) -> [u32; 3] {
-        tile_grid(max_kv_len, kv_heads, sequences)
+    /// Blocks along x, y and z, where the longest sequence has `max_kv_len` keys and statistics are `lead` heads ahead.
+    pub fn grid(&self, max_kv_len: usize, kv_heads: usize, sequences: usize, lead: usize) -> [u32; 3] {
+        ahead::grid(max_kv_len, kv_heads, sequences, lead)
     }
 
     /// The kernel.
@@ -92,36 +95,33 @@ impl QuantizeVConfig {
 
     fn write(&self, code: &Code) {
         // With means, a kernel that combines columns needs a few registers more.
-        let threads = if self.fused && self.smooth { 896 } else { 1024 };
+        let threads = if self.smooth { 896 } else { 1024 };
         self.source.bound_registers(code, threads);
         let p = QuantizeVParams::declare(code);
-        let head = Head::new(code, &self.source, &input!(p));
-        let [tile, ..] = code.block_index();
+        let work = Work::new(code, p.kv_heads, p.sequences, p.lead);
+        let head = Head::at(code, &self.source, &input!(p), [work.sequence, work.head], p.kv_heads);
         let statistics = self.statistics();
-        let outputs = Outputs { mean: p.mean, scale: p.scale, factor: p.factor, v_max: p.v_max };
-        if self.fused {
-            let empty = tile.eq(0) & head.len().le(0);
-            code.when(empty, || outputs.write_empty(&head, statistics));
-        }
-        code.exit_when((tile * KEY_TILE as i32).ge(head.len()));
-
-        let rows = head.load(tile, RowOrder::Quads);
         let first_tile = head.head * p.key_tiles + head.sequence.first_tile;
-        if self.fused {
-            let parts = statistics.parts();
-            let columns: Vec<_> =
-                parts.iter().map(|&part| across_block(&head, part, part.of_rows(&rows))).collect();
-            let of_tile = i64::from((parts.len() * self.source.padded_dim()) as i32);
-            let meeting = Meeting {
-                partials: p.partials.at(first_tile.widen() * of_tile),
-                arrivals: p.arrivals.at(head.index),
-                blocks: head.len().div_ceil(KEY_TILE),
-                block: tile,
-            };
-            let last =
-                meeting.arrive(&head, parts, &columns, |totals| outputs.write(&head, statistics, totals));
-            code.if_else(last, || head.reload(&rows), || meeting.wait(&head));
-        }
+        let meeting = Meeting::new(&head, statistics, first_tile, work.tile, p.partials, p.arrivals);
+        let outputs = Outputs { mean: p.mean, scale: p.scale, factor: p.factor, v_max: p.v_max };
+        let collect = || outputs.collect(&head, work.tile, statistics, RowOrder::Quads, &meeting);
+        let quantise = || self.quantise(&head, &p, work.tile, first_tile, &meeting);
+        code.if_else(work.collects, collect, quantise);
+    }
+
+    fn quantise<'k>(
+        &self,
+        head: &Head<'k>,
+        p: &QuantizeVParams<'k>,
+        tile: Val<'k, i32>,
+        first_tile: Val<'k, i32>,
+        meeting: &Meeting<'k>,
+    ) {
+        let code = head.code;
+        code.exit_when((tile * KEY_TILE as i32).ge(head.len()));
+        // The tile does not depend on the statistics: it is on its way while the block looks whether they are there.
+        let rows = head.load(tile, RowOrder::Quads);
+        meeting.wait(head);
 
         code.note("E4M3, four tokens of a channel to a register");
         let factor = head.channels(p.factor);

@@ -7,8 +7,7 @@ use super::tile_load::{Head, Source, input};
 use crate::params::kernel_params;
 use crate::sequence::KEY_TILE;
 
-/// Averages the query rows that share a subtracted mean. The mean over whole sequences is a launch of
-/// [`super::ColumnStatisticsConfig`].
+/// Averages the query rows that share a subtracted mean: one block for all where the mean is over whole sequences.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct QueryMeansConfig {
     /// Q as given; its lengths are dense or packed.

@@ -1,4 +1,5 @@
 //! Statistics of the columns of a head: each block contributes its rows', and the last block to arrive combines them.
+//! [`super::ahead`] says which blocks.
 //!
 //! Contributions are combined in the order of the rows, whichever block is last, so that results have the same bits in
 //! every run.
@@ -6,6 +7,7 @@
 use sage_ptx::{Code, Global, Shared, Val, Var};
 
 use super::tile_load::{CHUNK, Head, ROWS, RowOrder, Rows};
+use crate::sequence::KEY_TILE;
 
 /// Contributions that a thread of the last block has in flight.
 const IN_FLIGHT: i32 = 8;
@@ -37,15 +39,6 @@ impl ColumnStatistics {
     /// Floats of a contribution for each column of the padded head.
     pub const fn partials(self) -> usize {
         self.parts().len()
-    }
-
-    /// Part of a kernel's name.
-    pub(super) const fn suffix(self) -> &'static str {
-        match self {
-            ColumnStatistics::Mean => "mean",
-            ColumnStatistics::Scale => "scale",
-            ColumnStatistics::MeanAndScale => "mean_scale",
-        }
     }
 }
 
@@ -181,18 +174,38 @@ pub(super) fn across_block<'k>(head: &Head<'k>, part: Part, values: [Val<'k, f32
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Meeting<'k> {
     /// Contributions of the head's blocks, `[blocks][parts][padded_dim]`.
-    pub partials: Global<'k, f32>,
+    partials: Global<'k, f32>,
     /// Counts the blocks that have contributed, and one more when their statistics are written.
-    pub arrivals: Global<'k, u32>,
-    /// Blocks that contribute.
-    pub blocks: Val<'k, i32>,
+    arrivals: Global<'k, u32>,
+    /// Blocks that contribute: one for each tile.
+    blocks: Val<'k, i32>,
     /// The block's index among them.
-    pub block: Val<'k, i32>,
+    block: Val<'k, i32>,
 }
 
 impl<'k> Meeting<'k> {
+    /// Of the blocks of a head whose first tile of the workspace is `first_tile`; this one's tile is `tile`.
+    /// `partials` are `[kv_heads][key_tiles][parts][padded_dim]`, `arrivals` are `[sequences][kv_heads]`.
+    #[track_caller]
+    pub fn new(
+        head: &Head<'k>,
+        statistics: ColumnStatistics,
+        first_tile: Val<'k, i32>,
+        tile: Val<'k, i32>,
+        partials: Global<'k, f32>,
+        arrivals: Global<'k, u32>,
+    ) -> Self {
+        let of_tile = i64::from((statistics.partials() * head.source.padded_dim()) as i32);
+        Meeting {
+            partials: partials.at(first_tile.widen() * of_tile),
+            arrivals: arrivals.at(head.index),
+            blocks: head.len().div_ceil(KEY_TILE),
+            block: tile,
+        }
+    }
+
     /// Contributes the value of column `thread` of each part. The last block then calls `finish` with the totals of
-    /// column `thread`, all of its threads together. Returns whether this block is the last, the same in all threads.
+    /// column `thread`, all of its threads together.
     #[track_caller]
     pub fn arrive(
         &self,
@@ -200,7 +213,7 @@ impl<'k> Meeting<'k> {
         parts: &[Part],
         values: &[Val<'k, f32>],
         finish: impl FnOnce(&[Val<'k, f32>]),
-    ) -> Val<'k, bool> {
+    ) {
         let code = head.code;
         let width = head.source.padded_dim() as i32;
         code.note("contribute");
@@ -225,7 +238,6 @@ impl<'k> Meeting<'k> {
             code.barrier();
             code.when(head.thread.eq(0), || self.arrivals.store_release(self.ready()));
         });
-        last
     }
 
     /// What the counter holds once the statistics are written.
@@ -233,7 +245,7 @@ impl<'k> Meeting<'k> {
         (self.blocks + 1).reinterpret()
     }
 
-    /// Waits until the head's statistics are written.
+    /// Waits until the head's statistics are written: hardly ever, see [`super::ahead`].
     #[track_caller]
     pub fn wait(&self, head: &Head<'k>) {
         let code = head.code;
@@ -289,6 +301,27 @@ pub(super) struct Outputs<'k> {
 }
 
 impl<'k> Outputs<'k> {
+    /// Contributes tile `tile` to the head's statistics, and writes them where this is its last contribution. The first
+    /// block of a head without rows writes zeros.
+    #[track_caller]
+    pub fn collect(
+        &self,
+        head: &Head<'k>,
+        tile: Val<'k, i32>,
+        statistics: ColumnStatistics,
+        order: RowOrder,
+        meeting: &Meeting<'k>,
+    ) {
+        let code = head.code;
+        code.when(tile.eq(0) & head.len().le(0), || self.write_empty(head, statistics));
+        code.exit_when((tile * KEY_TILE as i32).ge(head.len()));
+        let rows = head.load(tile, order);
+        let parts = statistics.parts();
+        let columns: Vec<_> =
+            parts.iter().map(|&part| across_block(head, part, part.of_rows(&rows))).collect();
+        meeting.arrive(head, parts, &columns, |totals| self.write(head, statistics, totals));
+    }
+
     /// Writes the statistics of column `thread` from what was collected of it.
     #[track_caller]
     pub fn write(&self, head: &Head<'k>, statistics: ColumnStatistics, totals: &[Val<'k, f32>]) {

@@ -165,6 +165,17 @@ impl<'k> Head<'k> {
     pub fn new(code: &'k Code, source: &Source, input: &Input<'k>) -> Self {
         let [_, head, index] = code.block_index();
         let [_, heads, _] = code.grid();
+        Head::at(code, source, input, [index, head], heads)
+    }
+
+    /// The head of a sequence with those indices, of `heads` that a sequence has.
+    pub fn at(
+        code: &'k Code,
+        source: &Source,
+        input: &Input<'k>,
+        [index, head]: [Val<'k, i32>; 2],
+        heads: Val<'k, i32>,
+    ) -> Self {
         let lengths = LengthParams {
             q_rows: input.rows,
             kv_rows: input.rows,
@@ -218,13 +229,12 @@ impl<'k> Head<'k> {
             base: self.rows.at((tile * KEY_TILE as i32).widen() * self.stride),
             left: (self.len() - tile * KEY_TILE as i32).named("rows_left"),
         };
-        self.reload(&rows);
+        self.start(&rows);
         rows
     }
 
-    /// Loads the rows once more: so that nothing need keep them in the meantime.
     #[track_caller]
-    pub fn reload(&self, rows: &Rows<'k>) {
+    fn start(&self, rows: &Rows<'k>) {
         let code = self.code;
         code.note("load a tile");
         let Rows { offsets, base, left, first, .. } = *rows;

@@ -23,6 +23,9 @@ pub enum Fill {
     Infinity,
     /// So small that scales are subnormal.
     Tiny,
+    /// Zeros but for tiny elements in the first row: means so small that scales are a unit of the last place and the
+    /// quotients of the zeros too large.
+    Speck,
     /// Channels of very different magnitudes, with negative zeros.
     Mixed,
 }
@@ -128,7 +131,6 @@ pub struct Tensor {
     pub batch: Batch,
     pub heads: usize,
     pub strides: [i64; 3],
-    pub fill: Fill,
     data: Vec<u16>,
 }
 
@@ -151,6 +153,8 @@ impl Tensor {
                         Fill::Zeros => 0.0,
                         Fill::Constant => channel as f32 * 0.37 - 3.0,
                         Fill::Tiny => (random.next() % 400) as f32 * f32::from_bits(1 << 16),
+                        Fill::Speck if i == 0 => (channel % 4) as f32 * f32::from_bits(1 << 16),
+                        Fill::Speck => 0.0,
                         Fill::Mixed if random.next().is_multiple_of(9) => -0.0,
                         Fill::Mixed if channel % 5 == 4 => 0.0,
                         Fill::Mixed => random.normal() * ((channel % 11) as f32 - 6.0).exp2(),
@@ -168,7 +172,7 @@ impl Tensor {
                 }
             }
         }
-        Tensor { source, batch, heads, strides, fill, data }
+        Tensor { source, batch, heads, strides, data }
     }
 
     /// The rows of a head of a sequence.
@@ -199,11 +203,13 @@ impl Tensor {
     }
 }
 
-/// An emulator with a given interleaving of warps, and workers for blocks that wait for each other.
+/// An emulator with a given interleaving of warps, and workers for blocks that wait for each other. Few blocks are
+/// resident, sometimes only one.
 pub fn emulator(seed: u64) -> Emulator {
     Emulator::with_options(EmulatorOptions {
         seed,
         workers: 1 + seed as usize % 3,
+        resident_blocks: [1, 3, 40][seed as usize % 3],
         ..EmulatorOptions::default()
     })
 }
@@ -214,6 +220,11 @@ pub fn launch(emulator: &Emulator, program: &Program, grid: [u32; 3], args: &[Ar
         Ok(report) => report,
         Err(failure) => panic!("{failure}"),
     }
+}
+
+/// A grid with fewer rows than it has positions, as one of very many heads.
+pub fn folded([x, y, z]: [u32; 3]) -> [u32; 3] {
+    [x, 3, (y * z).div_ceil(3)]
 }
 
 /// A buffer of bytes that no kernel writes by chance.

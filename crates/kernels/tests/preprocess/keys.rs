@@ -3,45 +3,37 @@
 use sage_core::oracle::{Matrix, subtract};
 use sage_core::{DType, Granularity, IntBits, Rounding, ZeroGroup};
 use sage_kernels::KEY_TILE;
-use sage_kernels::preprocess::{
-    ColumnStatistics, ColumnStatisticsArgs, ColumnStatisticsConfig, KMean, QuantizeKArgs, QuantizeKConfig,
-    fits_fused,
-};
+use sage_kernels::preprocess::{QuantizeKArgs, QuantizeKConfig};
 
-use crate::inputs::{Batch, Fill, Tensor, assert_mean, emulator, launch, poisoned, same};
+use crate::inputs::{Batch, Fill, Tensor, assert_mean, emulator, folded, launch, poisoned, same};
 
-fn config(tensor: &Tensor, mean: KMean) -> QuantizeKConfig {
+fn config(tensor: &Tensor, smooth: bool) -> QuantizeKConfig {
     QuantizeKConfig {
         source: tensor.source,
         bits: IntBits::Eight,
         granularity: Granularity::PerThread,
         rounding: Rounding::NearestEven,
         zero_group: ZeroGroup::Guard,
-        mean,
+        smooth,
     }
 }
 
 /// Quantises a tensor and compares everything written with the oracle.
 #[track_caller]
 fn check(tensor: &Tensor, config: &QuantizeKConfig, seed: u64) {
+    check_with_lead(tensor, config, seed, 1 + seed as usize % 3);
+}
+
+/// The same with statistics so many heads ahead.
+#[track_caller]
+fn check_with_lead(tensor: &Tensor, config: &QuantizeKConfig, seed: u64, lead: usize) {
     let (heads, tiles, width) = (tensor.heads, tensor.batch.tiles(), tensor.source.padded_dim());
     let (groups, sequences) = (config.groups(), tensor.batch.sequences());
     let mut emulator = emulator(seed);
     let (x, cu_seqlens) = (tensor.upload(&mut emulator), tensor.upload_lengths(&mut emulator));
     let out = poisoned(&mut emulator, "out", heads * tiles * config.tile_bytes());
     let scale = poisoned(&mut emulator, "scale", heads * tiles * groups * 4);
-    let mean = match config.mean {
-        KMean::Given => {
-            // Of zeros, means so small that a scale is a unit of the last place and the quotients too large.
-            let zeros = tensor.fill == Fill::Zeros;
-            let mean = |i: usize| if zeros { f32::from_bits(i as u32 * 37 % 191) } else { i as f32 * 0.01 };
-            let inside = |i: usize| i % width < tensor.source.head_dim;
-            let given: Vec<f32> =
-                (0..tensor.statistics()).map(|i| if inside(i) { mean(i) } else { 0.0 }).collect();
-            emulator.buffer("mean", &given)
-        }
-        _ => emulator.uninitialized("mean", tensor.statistics() * 4),
-    };
+    let mean = emulator.uninitialized("mean", tensor.statistics() * 4);
     let partials = emulator.uninitialized("partials", heads * tiles * width * 4);
     let arrivals = emulator.buffer("arrivals", &vec![0u32; sequences.len() * heads]);
     let [stride_batch, stride_head, stride_row] = tensor.strides;
@@ -58,19 +50,27 @@ fn check(tensor: &Tensor, config: &QuantizeKConfig, seed: u64) {
         stride_row,
         rows: tensor.batch.rows() as i32,
         key_tiles: tiles as i32,
+        kv_heads: heads as i32,
+        sequences: sequences.len() as i32,
+        lead: lead as i32,
     };
-    let grid = config.grid(tensor.batch.max_len(), heads, sequences.len());
+    let mut grid = config.grid(tensor.batch.max_len(), heads, sequences.len(), lead);
+    if config.smooth && seed % 2 == 1 {
+        grid = folded(grid);
+    }
     launch(&emulator, &config.program(), grid, &args.args());
+    let means = if config.smooth { mean.len() } else { 0 };
+    assert_eq!(emulator.written_bytes(mean), means, "means are written of empty sequences too");
 
     let (out, scale): (Vec<u8>, Vec<f32>) = (emulator.read(out), emulator.read(scale));
-    let mean: Vec<f32> = emulator.read(mean);
+    let mean: Vec<f32> = if config.smooth { emulator.read(mean) } else { vec![0.0; tensor.statistics()] };
     for (s, sequence) in sequences.iter().enumerate() {
         for head in 0..heads {
             let k = tensor.matrix(sequence, head);
             let at = (s * heads + head) * width;
             let mean = &mean[at..at + width];
-            let smoothed = if config.mean == KMean::None { k.clone() } else { subtract(&k, mean) };
-            if config.mean == KMean::Fused {
+            let smoothed = if config.smooth { subtract(&k, mean) } else { k.clone() };
+            if config.smooth {
                 (0..k.width()).for_each(|c| assert_mean(mean[c], k.column(c)));
                 assert!(mean[k.width()..].iter().all(|&x| x == 0.0), "channels beyond the head's have means");
             }
@@ -121,7 +121,7 @@ fn every_length_and_head_dimension() {
     {
         for (dtype, heads) in [(DType::F16, 2), (DType::BF16, 1)] {
             let tensor = Tensor::new(dtype, head_dim, true, Batch::one(len), heads, Fill::Normal);
-            check(&tensor, &config(&tensor, KMean::Fused), seed as u64);
+            check(&tensor, &config(&tensor, true), seed as u64);
         }
     }
 }
@@ -131,7 +131,7 @@ fn rows_at_odd_addresses() {
     for (len, head_dim) in [(65, 1), (70, 5), (64, 64), (63, 80), (3, 129)] {
         for dtype in [DType::F16, DType::BF16] {
             let tensor = Tensor::new(dtype, head_dim, false, Batch::one(len), 2, Fill::Normal);
-            check(&tensor, &config(&tensor, KMean::Fused), 1);
+            check(&tensor, &config(&tensor, true), 1);
         }
     }
 }
@@ -144,15 +144,15 @@ fn every_quantiser() {
             for granularity in
                 [Granularity::PerBlock, Granularity::PerWarp, Granularity::PerThread, Granularity::PerToken]
             {
-                check(&tensor, &QuantizeKConfig { bits, granularity, ..config(&tensor, KMean::Fused) }, 0);
+                check(&tensor, &QuantizeKConfig { bits, granularity, ..config(&tensor, true) }, 0);
             }
         }
     }
     let tensor = Tensor::new(DType::F16, 64, true, Batch::one(70), 1, Fill::Normal);
     for rounding in [Rounding::NearestEven, Rounding::HalfAwayFromZero] {
         for zero_group in [ZeroGroup::Guard, ZeroGroup::AddToScale, ZeroGroup::ClampMaximum] {
-            for mean in [KMean::None, KMean::Given, KMean::Fused] {
-                check(&tensor, &QuantizeKConfig { rounding, zero_group, ..config(&tensor, mean) }, 0);
+            for smooth in [false, true] {
+                check(&tensor, &QuantizeKConfig { rounding, zero_group, ..config(&tensor, smooth) }, 0);
             }
         }
     }
@@ -164,9 +164,13 @@ fn every_kind_of_value() {
     {
         let tensor = Tensor::new(DType::BF16, 64, true, Batch::one(130), 2, fill);
         for zero_group in [ZeroGroup::Guard, ZeroGroup::AddToScale, ZeroGroup::ClampMaximum] {
-            for mean in [KMean::None, KMean::Given, KMean::Fused] {
+            for smooth in [false, true] {
                 for granularity in [Granularity::PerThread, Granularity::PerToken] {
-                    check(&tensor, &QuantizeKConfig { zero_group, granularity, ..config(&tensor, mean) }, 0);
+                    check(
+                        &tensor,
+                        &QuantizeKConfig { zero_group, granularity, ..config(&tensor, smooth) },
+                        0,
+                    );
                 }
             }
         }
@@ -183,73 +187,44 @@ fn sequences_of_different_lengths() {
     ] {
         for (head_dim, aligned) in [(128, true), (64, false)] {
             let tensor = Tensor::new(DType::F16, head_dim, aligned, batch.clone(), 2, Fill::Normal);
-            for mean in [KMean::None, KMean::Fused] {
-                check(&tensor, &config(&tensor, mean), 2);
+            for smooth in [false, true] {
+                check(&tensor, &config(&tensor, smooth), 2);
             }
         }
     }
 }
 
 #[test]
-fn blocks_wait_for_each_other_in_any_order() {
-    let tensor =
-        Tensor::new(DType::F16, 64, true, Batch::Dense { batch: 1, len: 40 * 64 - 3 }, 2, Fill::Bias);
-    for seed in 0..6 {
-        check(&tensor, &config(&tensor, KMean::Fused), seed);
+fn statistics_run_ahead_by_any_lead() {
+    let long = Batch::Dense { batch: 1, len: 40 * 64 - 3 };
+    let packed = Batch::Packed(vec![130, 0, 65, 64, 0, 1]);
+    for (batch, heads, leads) in [(long, 2, 1..4), (packed, 3, 1..20)] {
+        let tensor = Tensor::new(DType::F16, 64, true, batch, heads, Fill::Bias);
+        for lead in leads {
+            for seed in 0..3 {
+                check_with_lead(&tensor, &config(&tensor, true), seed + 3 * lead as u64, lead);
+            }
+        }
     }
-    assert!(fits_fused(33, 132) && !fits_fused(34, 132) && !fits_fused(usize::MAX, 132));
 }
 
 #[test]
-fn means_of_columns_in_a_launch_of_their_own() {
-    for (batch, tiles_per_block, aligned) in [
-        (Batch::Dense { batch: 2, len: 1100 }, 3, true),
-        (Batch::KvLens { rows: 300, lens: vec![0, 300, 64, 1] }, 2, true),
-        (Batch::Packed(vec![3, 0, 64, 130, 0]), 1, false),
-        (Batch::one(1), 4, true),
-    ] {
-        for (dtype, head_dim, fill) in
-            [(DType::F16, 64, Fill::Bias), (DType::BF16, 128, Fill::Normal), (DType::BF16, 64, Fill::Nan)]
-        {
-            let tensor = Tensor::new(dtype, head_dim, aligned, batch.clone(), 2, fill);
-            check_means(&tensor, tiles_per_block);
+fn differences_of_a_unit_of_the_last_place() {
+    let tensor = Tensor::new(DType::BF16, 64, true, Batch::one(1000), 1, Fill::Speck);
+    for zero_group in [ZeroGroup::Guard, ZeroGroup::AddToScale, ZeroGroup::ClampMaximum] {
+        for granularity in [Granularity::PerThread, Granularity::PerToken] {
+            check(&tensor, &QuantizeKConfig { zero_group, granularity, ..config(&tensor, true) }, 0);
         }
     }
 }
 
-fn check_means(tensor: &Tensor, tiles_per_block: usize) {
-    let config = ColumnStatisticsConfig { source: tensor.source, statistics: ColumnStatistics::Mean };
-    let (sequences, width) = (tensor.batch.sequences(), tensor.source.padded_dim());
-    let grid = config.grid(tensor.batch.max_len(), tiles_per_block, tensor.heads, sequences.len());
-    let mut emulator = emulator(tiles_per_block as u64);
-    let mean = emulator.uninitialized("mean", tensor.statistics() * 4);
-    let partials = emulator.uninitialized("partials", grid[0] as usize * tensor.statistics() * 4);
-    let arrivals = emulator.buffer("arrivals", &vec![0u32; sequences.len() * tensor.heads]);
-    let [stride_batch, stride_head, stride_row] = tensor.strides;
-    let args = ColumnStatisticsArgs {
-        x: tensor.upload(&mut emulator),
-        mean: mean.address(),
-        partials: partials.address(),
-        arrivals: arrivals.address(),
-        cu_seqlens: tensor.upload_lengths(&mut emulator),
-        stride_batch,
-        stride_head,
-        stride_row,
-        rows: tensor.batch.rows() as i32,
-        tiles_per_block: tiles_per_block as i32,
-        ..Default::default()
-    };
-    launch(&emulator, &config.program(), grid, &args.args());
-    assert_eq!(emulator.written_bytes(mean), mean.len());
-    let mean: Vec<f32> = emulator.read(mean);
-    for (s, sequence) in sequences.iter().enumerate() {
-        for head in 0..tensor.heads {
-            let x = tensor.matrix(sequence, head);
-            let mean = &mean[(s * tensor.heads + head) * width..][..width];
-            (0..x.width()).for_each(|c| assert_mean(mean[c], x.column(c)));
-            assert!(mean[x.width()..].iter().all(|&x| x == 0.0));
-        }
-    }
+#[test]
+fn a_grid_has_no_more_positions_than_heads_and_lead() {
+    let tensor = Tensor::new(DType::F16, 64, true, Batch::one(1), 1, Fill::Zeros);
+    let grid = |smooth, sequences, lead| config(&tensor, smooth).grid(4096, 32, sequences, lead);
+    assert_eq!(grid(false, 4, 12), [64, 32, 4]);
+    assert_eq!(grid(true, 4, 12), [128, 140, 1]);
+    assert_eq!(grid(true, 2048, 1), [128, 65535, 2]);
 }
 
 /// What [`crate::keys`] relies on: with a correctly rounded reciprocal, one correction gives the rounded quotient.

@@ -4,17 +4,20 @@ use half::{bf16, f16};
 use sage_core::DType;
 use sage_core::oracle::{Fp8Channels, subtract, v_token_slot};
 use sage_kernels::KEY_TILE;
-use sage_kernels::preprocess::{
-    ColumnStatisticsArgs, ColumnStatisticsConfig, ConvertVArgs, ConvertVConfig, QuantizeVArgs,
-    QuantizeVConfig,
-};
+use sage_kernels::preprocess::{ConvertVArgs, ConvertVConfig, QuantizeVArgs, QuantizeVConfig};
 
-use crate::inputs::{Batch, Fill, Tensor, assert_mean, emulator, launch, poisoned, same};
+use crate::inputs::{Batch, Fill, Tensor, assert_mean, emulator, folded, launch, poisoned, same};
 
 /// Quantises a tensor and compares everything written with the oracle.
 #[track_caller]
-fn check(tensor: &Tensor, smooth: bool, fused: bool, v_max: f32, seed: u64) {
-    let config = QuantizeVConfig { source: tensor.source, smooth, fused };
+fn check(tensor: &Tensor, smooth: bool, v_max: f32, seed: u64) {
+    check_with_lead(tensor, smooth, v_max, seed, 1 + seed as usize % 3);
+}
+
+/// The same with statistics so many heads ahead.
+#[track_caller]
+fn check_with_lead(tensor: &Tensor, smooth: bool, v_max: f32, seed: u64, lead: usize) {
+    let config = QuantizeVConfig { source: tensor.source, smooth };
     let (heads, tiles, width) = (tensor.heads, tensor.batch.tiles(), tensor.source.padded_dim());
     let sequences = tensor.batch.sequences();
     let mut emulator = emulator(seed);
@@ -26,28 +29,6 @@ fn check(tensor: &Tensor, smooth: bool, fused: bool, v_max: f32, seed: u64) {
     let [stride_batch, stride_head, stride_row] = tensor.strides;
     let rows = tensor.batch.rows() as i32;
     let parts = config.statistics().partials();
-    if !fused {
-        let tiles_per_block = 2;
-        let config = ColumnStatisticsConfig { source: tensor.source, statistics: config.statistics() };
-        let grid = config.grid(tensor.batch.max_len(), tiles_per_block, heads, sequences.len());
-        let partials = emulator.uninitialized("partials", grid[0] as usize * tensor.statistics() * parts * 4);
-        let args = ColumnStatisticsArgs {
-            x,
-            mean: mean.address(),
-            scale: scale.address(),
-            factor: factor.address(),
-            partials: partials.address(),
-            arrivals: arrivals.address(),
-            cu_seqlens,
-            stride_batch,
-            stride_head,
-            stride_row,
-            rows,
-            tiles_per_block: tiles_per_block as i32,
-            v_max,
-        };
-        launch(&emulator, &config.program(), grid, &args.args());
-    }
     let partials = emulator.uninitialized("partials", heads * tiles * width * parts * 4);
     let args = QuantizeVArgs {
         x,
@@ -64,8 +45,14 @@ fn check(tensor: &Tensor, smooth: bool, fused: bool, v_max: f32, seed: u64) {
         rows,
         key_tiles: tiles as i32,
         v_max,
+        kv_heads: heads as i32,
+        sequences: sequences.len() as i32,
+        lead: lead as i32,
     };
-    let grid = config.grid(tensor.batch.max_len(), heads, sequences.len());
+    let mut grid = config.grid(tensor.batch.max_len(), heads, sequences.len(), lead);
+    if seed % 2 == 1 {
+        grid = folded(grid);
+    }
     launch(&emulator, &config.program(), grid, &args.args());
 
     assert_eq!(emulator.written_bytes(scale), scale.len());
@@ -125,9 +112,7 @@ fn every_length_and_head_dimension() {
         for (dtype, v_max) in [(DType::F16, 448.0), (DType::BF16, 2.25)] {
             let tensor = Tensor::new(dtype, head_dim, aligned, Batch::one(len), 2, Fill::Normal);
             for smooth in [false, true] {
-                for fused in [false, true] {
-                    check(&tensor, smooth, fused, v_max, seed as u64);
-                }
+                check(&tensor, smooth, v_max, seed as u64);
             }
         }
     }
@@ -139,9 +124,7 @@ fn every_kind_of_value() {
     {
         let tensor = Tensor::new(DType::BF16, 64, true, Batch::one(130), 2, fill);
         for smooth in [false, true] {
-            for fused in [false, true] {
-                check(&tensor, smooth, fused, 448.0, 0);
-            }
+            check(&tensor, smooth, 448.0, 0);
         }
     }
 }
@@ -155,18 +138,25 @@ fn sequences_of_different_lengths() {
     ] {
         for (head_dim, aligned) in [(128, true), (64, false)] {
             let tensor = Tensor::new(DType::F16, head_dim, aligned, batch.clone(), 2, Fill::Normal);
-            for (smooth, fused) in [(false, false), (true, false), (false, true), (true, true)] {
-                check(&tensor, smooth, fused, 448.0, 2);
+            for smooth in [false, true] {
+                check(&tensor, smooth, 448.0, 2);
             }
         }
     }
 }
 
 #[test]
-fn blocks_wait_for_each_other_in_any_order() {
-    let tensor = Tensor::new(DType::F16, 64, true, Batch::one(40 * 64 - 3), 2, Fill::Bias);
-    for seed in 0..4 {
-        check(&tensor, seed % 2 == 1, true, 448.0, seed);
+fn statistics_run_ahead_by_any_lead() {
+    for (batch, heads, leads) in
+        [(Batch::one(40 * 64 - 3), 2, 1..4), (Batch::Packed(vec![130, 0, 65, 64, 0, 1]), 3, 1..20)]
+    {
+        let tensor = Tensor::new(DType::F16, 64, true, batch, heads, Fill::Bias);
+        for lead in leads {
+            for seed in 0..3 {
+                let seed = seed + 3 * lead as u64;
+                check_with_lead(&tensor, seed % 2 == 1, 448.0, seed, lead);
+            }
+        }
     }
 }
 

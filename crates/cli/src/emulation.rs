@@ -1,0 +1,112 @@
+//! A forward pass of a GPU, run by the emulator.
+
+use std::time::{Duration, Instant};
+
+use half::f16;
+use sage_core::metrics::Accuracy;
+use sage_core::{Call, oracle};
+use sage_emulator::{Emulator, EmulatorOptions, Report};
+use sage_kernels::Lengths;
+use sage_kernels::attention::MaskForm;
+use sage_kernels::forward::{Forward, Gpu, Request, TensorArg, Tensors};
+use sageattention::{DType, Scheme, TensorView};
+
+use crate::failure::{Failure, Result};
+
+/// Channels in a 16-byte chunk: what rows must be multiples of for kernels that read such chunks.
+const CHUNK: usize = 8;
+
+/// Most bytes of a buffer in the emulator.
+const MAX_BYTES: u64 = 4 << 30;
+
+/// A pass that was run.
+#[derive(Debug)]
+pub struct Emulation {
+    /// How it was planned.
+    pub forward: Forward,
+    /// What each launch did, and how long the emulator took.
+    pub launches: Vec<(Report, Duration)>,
+    /// Against the definition of its scheme.
+    pub of_scheme: Accuracy,
+    /// Against exact attention.
+    pub of_exact: Accuracy,
+}
+
+/// Plans a dense call without an explicit mask, in f16 or bf16.
+pub fn plan(call: &Call<'_>, scheme: Option<Scheme>, gpu: &Gpu) -> Result<Forward> {
+    let problem = &call.problem;
+    let request = Request {
+        scheme,
+        mask: MaskForm::None,
+        lengths: Lengths::Dense,
+        q_rows: problem.q_len,
+        kv_rows: problem.kv_len,
+        aligned: problem.head_dim.is_multiple_of(CHUNK),
+        lse: false,
+    };
+    let forward = Forward::new(problem, &request, gpu)?;
+    check_buffer(forward.workspace_bytes() as u64)?;
+    // The emulator runs instructions of every target.
+    for program in forward.programs() {
+        program.ptx(gpu.target).map_err(|error| Failure::Failed(error.to_string()))?;
+    }
+    Ok(forward)
+}
+
+/// Refuses buffers that the emulator cannot have.
+pub fn check_buffer(bytes: u64) -> Result<()> {
+    if bytes > MAX_BYTES {
+        return Err(Failure::Failed(format!(
+            "a buffer of {bytes} bytes is not supported: the emulator's have at most {MAX_BYTES}"
+        )));
+    }
+    Ok(())
+}
+
+/// Runs a plan for the call; `launched` is told after each launch.
+pub fn run(call: &Call<'_>, forward: Forward, mut launched: impl FnMut()) -> Result<Emulation> {
+    let mut emulator = Emulator::with_options(EmulatorOptions {
+        workers: rayon::current_num_threads(),
+        ..EmulatorOptions::default()
+    });
+    let mut tensor = |name: &str, view: &TensorView<'_>| {
+        let buffer = match view {
+            TensorView::F16(view) => emulator.buffer(name, view.data()),
+            TensorView::BF16(view) => emulator.buffer(name, view.data()),
+            TensorView::F32(view) => emulator.buffer(name, view.data()),
+        };
+        let [batch, heads, rows] = std::array::from_fn(|i| view.geometry().strides()[i]);
+        TensorArg { address: buffer.address(), strides: [batch, heads, rows] }
+    };
+    let (q, k, v) = (tensor("q", &call.q), tensor("k", &call.k), tensor("v", &call.v));
+    // The output lies as the queries do.
+    let out = emulator.uninitialized("out", size_of::<f16>() * call.q.geometry().len());
+    // Nobody but the host zeroes what must be zeros: what is read from elsewhere before it is written is a fault.
+    let workspace = emulator.uninitialized("workspace", forward.workspace_bytes().max(1));
+    emulator.write(workspace, &vec![0u8; forward.zeroed_bytes()]);
+    let tensors = Tensors { q, k, v, out: TensorArg { address: out.address(), ..q }, ..Tensors::default() };
+
+    let programs = forward.programs();
+    let mut launches = Vec::new();
+    forward
+        .run(&tensors, workspace.address(), |index, grid, args| {
+            let start = Instant::now();
+            let report = emulator.launch(&programs[index], grid, args)?;
+            launches.push((report, start.elapsed()));
+            launched();
+            Ok(())
+        })
+        .map_err(|failure: sage_emulator::Failure| {
+            // On one line, as all errors are.
+            let text = failure.to_string();
+            Failure::Failed(text.split_whitespace().collect::<Vec<_>>().join(" "))
+        })?;
+
+    let found: Vec<f32> = match call.problem.dtype {
+        DType::BF16 => emulator.read::<half::bf16>(out).into_iter().map(f32::from).collect(),
+        _ => emulator.read::<f16>(out).into_iter().map(f32::from).collect(),
+    };
+    let of_scheme = Accuracy::of(&found, &oracle::scheme(call, forward.scheme()).out);
+    let of_exact = Accuracy::of(&found, &oracle::exact(call).out);
+    Ok(Emulation { forward, launches, of_scheme, of_exact })
+}

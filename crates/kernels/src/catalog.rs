@@ -1,0 +1,372 @@
+//! Every kernel that the library ships, by name.
+//!
+//! The kernels are those that a [`Forward`] asks for, so that tile shapes are the planner's and a kernel that no plan
+//! needs is not here. The options of a call multiply to many thousands; the catalogue has all that the planner chooses
+//! of its own accord, and of every other option each value at each padded head dimension.
+
+mod describe;
+
+use std::collections::HashSet;
+
+use sage_core::{Accumulator, Band, DType, Preset, Problem, Pv, Scheme};
+use sage_ptx::{Program, Target};
+
+use crate::attention::{AttentionConfig, MaskForm, Values};
+use crate::forward::{Forward, Gpu, Request, Step, int8_scheme};
+use crate::sequence::Lengths;
+
+/// Head dimensions of models, and one (40) that fills no tile.
+const HEAD_DIMS: [usize; 8] = [40, 64, 72, 80, 96, 128, 192, 256];
+
+/// A head dimension for each that tiles are laid out for.
+const PADDED_DIMS: [usize; 3] = [64, 128, 256];
+
+const DTYPES: [DType; 2] = [DType::F16, DType::BF16];
+
+/// Multiprocessors of the GPU that kernels are asked for: as many as an RTX 4090 has. Decides, with the lengths below,
+/// whether keys are split.
+const MULTIPROCESSORS: usize = 128;
+
+/// A kernel that the library ships.
+#[derive(Clone, Debug)]
+pub struct Entry {
+    step: Step,
+    by_default: bool,
+}
+
+/// Every kernel for `target`, each once. Nothing is built yet.
+///
+/// Kernels whose instructions the target lacks are not among them: their names are in the catalogue of a later target.
+pub fn catalog(target: Target) -> Vec<Entry> {
+    let mut list = List { target, entries: Vec::new(), names: HashSet::new() };
+    for head_dim in HEAD_DIMS {
+        for dtype in DTYPES {
+            list.defaults(&Call { dtype, head_dim, ..Call::default() });
+        }
+    }
+    for head_dim in PADDED_DIMS {
+        list.schemes(head_dim);
+        list.options(head_dim);
+        list.preparation(head_dim);
+    }
+    list.entries
+}
+
+/// The kernels of all targets, each once.
+pub fn catalog_of_all_targets() -> Vec<Entry> {
+    let mut names = HashSet::new();
+    let entries = Target::ALL.into_iter().flat_map(catalog);
+    entries.filter(|entry| names.insert(entry.name())).collect()
+}
+
+impl Entry {
+    /// The kernel's name, the same in every version of the library that builds it from the same configuration.
+    pub fn name(&self) -> String {
+        self.step.name()
+    }
+
+    /// What it is, in one line.
+    pub fn description(&self) -> String {
+        describe::describe(&self.step)
+    }
+
+    /// The oldest target that has its instructions.
+    pub fn minimum_target(&self) -> Target {
+        match self.step {
+            Step::Attention(AttentionConfig { values: Values::Fp8(_), .. }) | Step::QuantizeV(_) => {
+                Target::SM_89
+            }
+            _ => Target::SM_80,
+        }
+    }
+
+    /// Channels of the heads that it is for.
+    pub fn head_dim(&self) -> usize {
+        match &self.step {
+            Step::QueryMeans(config) => config.source.head_dim,
+            Step::QuantizeK(config) => config.source.head_dim,
+            Step::DeltaS(config) => config.source.head_dim,
+            Step::QuantizeV(config) => config.source.head_dim,
+            Step::ConvertV(config) => config.source.head_dim,
+            Step::Attention(config) => config.head_dim,
+            Step::Combine(config) => config.head_dim,
+        }
+    }
+
+    /// Whether the planner chooses it where the caller leaves everything open.
+    pub fn is_default(&self) -> bool {
+        self.by_default
+    }
+
+    /// Builds the kernel.
+    pub fn program(&self) -> Program {
+        self.step.program()
+    }
+}
+
+/// A call whose kernels are asked for.
+#[derive(Clone, Copy, Debug)]
+struct Call {
+    dtype: DType,
+    head_dim: usize,
+    scheme: Option<Scheme>,
+    size: Size,
+    mask: MaskForm,
+    lengths: Lengths,
+    aligned: bool,
+    softcap: bool,
+    lse: bool,
+}
+
+/// Sizes at which plans differ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Size {
+    /// Query blocks for every multiprocessor.
+    Common,
+    /// So few query blocks that keys are split.
+    FewBlocks,
+    /// Too few queries to repay quantising K.
+    FewQueries,
+    /// One query.
+    Decode,
+}
+
+impl Default for Call {
+    fn default() -> Self {
+        Call {
+            dtype: DType::F16,
+            head_dim: 64,
+            scheme: None,
+            size: Size::Common,
+            mask: MaskForm::None,
+            lengths: Lengths::Dense,
+            aligned: true,
+            softcap: false,
+            lse: false,
+        }
+    }
+}
+
+impl Call {
+    /// The pass, where there is one on the target.
+    fn forward(&self, target: Target) -> Option<Forward> {
+        let (batch, heads, q_len, kv_len) = match self.size {
+            Size::Common => (8, 32, 1024, 1024),
+            Size::FewBlocks => (1, 4, 128, 4096),
+            Size::FewQueries => (8, 32, 64, 1024),
+            Size::Decode => (1, 8, 1, 4096),
+        };
+        let packed = self.lengths == Lengths::Packed;
+        let rows = |len: usize| if packed { batch * len } else { len };
+        let problem = Problem {
+            dtype: self.dtype,
+            batch,
+            num_q_heads: heads,
+            num_kv_heads: heads,
+            q_len,
+            kv_len,
+            head_dim: self.head_dim,
+            sm_scale: 1.0,
+            band: Band::FULL,
+            logit_softcap: self.softcap.then_some(1.0),
+            packed,
+            masked: self.mask != MaskForm::None,
+            block_masked: false,
+        };
+        let request = Request {
+            scheme: self.scheme,
+            mask: self.mask,
+            lengths: self.lengths,
+            q_rows: rows(q_len),
+            kv_rows: rows(kv_len),
+            aligned: self.aligned,
+            lse: self.lse,
+        };
+        Forward::new(&problem, &request, &Gpu { target, multiprocessors: MULTIPROCESSORS }).ok()
+    }
+}
+
+/// The catalogue while it is being made.
+struct List {
+    target: Target,
+    entries: Vec<Entry>,
+    names: HashSet<String>,
+}
+
+impl List {
+    /// Adds the kernels of a call that `wanted` picks.
+    fn add(&mut self, call: &Call, by_default: bool, wanted: impl Fn(&Step) -> bool) {
+        let forward = call.forward(self.target);
+        for &step in forward.iter().flat_map(Forward::steps).filter(|step| wanted(step)) {
+            let entry = Entry { step, by_default };
+            if entry.minimum_target().sm() <= self.target.sm() && self.names.insert(entry.name()) {
+                self.entries.push(entry);
+            }
+        }
+    }
+
+    /// What the planner chooses for calls of every size.
+    fn defaults(&mut self, call: &Call) {
+        for size in [Size::Common, Size::FewBlocks, Size::FewQueries, Size::Decode] {
+            self.add(&Call { size, ..*call }, true, |_| true);
+        }
+    }
+
+    /// Every scheme that has kernels.
+    fn schemes(&mut self, head_dim: usize) {
+        for preset in Preset::ALL {
+            let scheme = Some(preset.scheme(head_dim));
+            self.add(&Call { head_dim, scheme, ..Call::default() }, false, |_| true);
+        }
+        // Both kinds of 16-bit values that are not the inputs' own, FP8 beside bfloat16, and K as it is.
+        let int8 = |pv| Scheme { pv, ..int8_scheme(DType::F16) };
+        let mut rough = int8_scheme(DType::F16);
+        rough.smooth.k = false;
+        for (dtype, scheme) in [
+            (DType::F16, int8(Pv::BF16(Accumulator::F32))),
+            (DType::BF16, int8(Pv::F16(Accumulator::F32))),
+            (DType::BF16, Preset::SAGE2_INT8_FP8_PER_THREAD.scheme(head_dim)),
+            (DType::BF16, Preset::FULL.scheme(head_dim)),
+            (DType::F16, rough),
+        ] {
+            self.add(&Call { dtype, head_dim, scheme: Some(scheme), ..Call::default() }, false, |_| true);
+        }
+    }
+
+    /// Every option of a call, beside the usual schemes.
+    fn options(&mut self, head_dim: usize) {
+        for scheme in [int8_scheme(DType::F16), Preset::FULL.scheme(head_dim)] {
+            let call = Call { head_dim, scheme: Some(scheme), ..Call::default() };
+            for call in [
+                Call { mask: MaskForm::Bool, ..call },
+                Call { mask: MaskForm::Bias(DType::F16), ..call },
+                Call { mask: MaskForm::Bias(DType::BF16), ..call },
+                Call { mask: MaskForm::Bias(DType::F32), ..call },
+                Call { softcap: true, ..call },
+                Call { lse: true, ..call },
+                Call { lengths: Lengths::KvLens, ..call },
+                Call { lengths: Lengths::Packed, ..call },
+                Call { aligned: false, ..call },
+                Call { size: Size::FewBlocks, lse: true, ..call },
+            ] {
+                self.add(&call, false, |_| true);
+            }
+        }
+    }
+
+    /// Every kernel that prepares K and V, for each kind of tensor.
+    fn preparation(&mut self, head_dim: usize) {
+        let base = Call { head_dim, ..Call::default() };
+        let int4 = Preset::SAGE2_INT4_FP8.scheme(head_dim);
+        for scheme in [
+            int8_scheme(DType::F16),
+            Preset::SAGE2_INT8_FP8_PER_THREAD.scheme(head_dim),
+            Preset::SAGE2_INT8_FP8_F32_SMOOTH_V_PER_THREAD.scheme(head_dim),
+            Scheme { pv: Pv::BF16(Accumulator::F32), ..int8_scheme(DType::F16) },
+            // What INT4 needs beside V in FP8, which older targets lack.
+            Scheme { pv: Pv::F16(Accumulator::F32), ..int4 },
+            int4,
+        ] {
+            let base = Call { scheme: Some(scheme), ..base };
+            for call in [
+                base,
+                Call { dtype: DType::BF16, ..base },
+                Call { lengths: Lengths::KvLens, ..base },
+                Call { lengths: Lengths::Packed, ..base },
+                Call { aligned: false, ..base },
+            ] {
+                self.add(&call, false, |step| !matches!(step, Step::Attention(_)));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use sage_core::{Granularity, IntBits};
+
+    use super::*;
+    use crate::attention::{Scores, ValueSource};
+
+    fn attention(entries: &[Entry]) -> impl Iterator<Item = &AttentionConfig> {
+        entries.iter().filter_map(|entry| match &entry.step {
+            Step::Attention(config) => Some(config),
+            _ => None,
+        })
+    }
+
+    #[test]
+    fn every_value_of_every_option_is_there_at_every_padded_dimension() {
+        let entries = catalog(Target::SM_89);
+        for dim in PADDED_DIMS {
+            let has = |what: &str, wanted: &dyn Fn(&AttentionConfig) -> bool| {
+                let found = attention(&entries).any(|config| config.padded_dim() == dim && wanted(config));
+                assert!(found, "head_dim {dim}: no kernel with {what}");
+            };
+            use Accumulator::{F16, F16ThenF32, F32, F32ThenF32};
+            for values in [F32, F16, F16ThenF32].map(Values::F16).into_iter().chain([
+                Values::BF16,
+                Values::Fp8(F32),
+                Values::Fp8(F32ThenF32),
+                Values::Fp8(F16ThenF32),
+            ]) {
+                has(&format!("{values:?}"), &|config| config.values == values);
+            }
+            use Granularity::{PerBlock, PerThread, PerToken, PerWarp};
+            for granularity in [PerBlock, PerWarp, PerThread, PerToken] {
+                has(
+                    &format!("{granularity:?}"),
+                    &|config| matches!(config.scores, Scores::Int(quantizer) if quantizer.granularity == granularity),
+                );
+            }
+            has("INT4 and smooth Q", &|config| {
+                matches!(config.scores, Scores::Int(quantizer) if quantizer.bits == IntBits::Four)
+                    && config.smooth_q.is_some()
+            });
+            for mask in [DType::F16, DType::BF16, DType::F32]
+                .map(MaskForm::Bias)
+                .into_iter()
+                .chain([MaskForm::None, MaskForm::Bool])
+            {
+                has(&format!("{mask:?}"), &|config| config.mask == mask);
+            }
+            for lengths in [Lengths::Dense, Lengths::KvLens, Lengths::Packed] {
+                has(&format!("{lengths:?}"), &|config| config.lengths == lengths);
+            }
+            has("full scores", &|config| config.scores == Scores::Full);
+            has("a converted V", &|config| {
+                config.value_source == ValueSource::Workspace && !matches!(config.values, Values::Fp8(_))
+            });
+            has("softcap", &|config| config.softcap);
+            has("LSE", &|config| config.lse && !config.split);
+            has("smooth V", &|config| config.smooth_v);
+            has("a rough K", &|config| !config.smooth_k);
+            has("unaligned rows", &|config| !config.aligned);
+            has("split keys", &|config| config.split);
+        }
+    }
+
+    #[test]
+    fn names_are_unique_and_minimum_targets_true() {
+        let mut names = HashSet::new();
+        for entry in catalog_of_all_targets() {
+            assert!(names.insert(entry.name()), "{} occurs twice", entry.name());
+            let (program, minimum) = (entry.program(), entry.minimum_target());
+            assert_eq!(program.name, entry.name());
+            assert!(program.missing_on(minimum).is_none(), "{} lacks something on {minimum}", entry.name());
+            let older = Target::ALL.into_iter().filter(|target| target.sm() < minimum.sm());
+            for target in older {
+                assert!(program.missing_on(target).is_some(), "{} needs no {minimum}", entry.name());
+            }
+        }
+    }
+
+    #[test]
+    fn nobody_is_offered_what_the_target_lacks() {
+        for target in Target::ALL.into_iter().chain([Target::SM_75]) {
+            for entry in catalog(target) {
+                assert!(entry.minimum_target().sm() <= target.sm(), "{} on {target}", entry.name());
+            }
+        }
+    }
+}

@@ -1,0 +1,74 @@
+//! Kernels in a line each.
+
+use crate::attention::{AttentionConfig, MaskForm, Scores, Values};
+use crate::forward::Step;
+use crate::preprocess::Source;
+use crate::sequence::Lengths;
+
+/// A kernel in one line.
+pub(super) fn describe(step: &Step) -> String {
+    let of = |source: &Source| {
+        let lengths = lengths(source.lengths);
+        let unaligned = if source.aligned { "" } else { ", unaligned rows" };
+        format!("{}, head_dim {}{lengths}{unaligned}", source.dtype, source.head_dim)
+    };
+    match step {
+        Step::QueryMeans(config) => {
+            format!("Q: means of {} rows; {}", config.block, of(&config.source))
+        }
+        Step::QuantizeK(config) => {
+            let smooth = if config.smooth { ", smoothed" } else { "" };
+            let (bits, granularity) = (config.bits.name(), config.granularity.name());
+            format!("K to {bits} {granularity}{smooth}; {}", of(&config.source))
+        }
+        Step::DeltaS(config) => format!("products of Q's means with K; {}", of(&config.source)),
+        Step::QuantizeV(config) => {
+            let smooth = if config.smooth { ", smoothed" } else { "" };
+            format!("V to E4M3{smooth}; {}", of(&config.source))
+        }
+        Step::ConvertV(config) => format!("V to {}; {}", config.to, of(&config.source)),
+        Step::Attention(config) => describe_attention(config),
+        Step::Combine(config) => {
+            let lse = if config.lse { ", with LSE" } else { "" };
+            format!("merges parts of split keys; {}, head_dim {}{lse}", config.dtype, config.head_dim)
+        }
+    }
+}
+
+fn describe_attention(config: &AttentionConfig) -> String {
+    let scores = match config.scores {
+        Scores::Full => "full QK".to_owned(),
+        Scores::Int(quantizer) => format!("{} QK {}", quantizer.bits.name(), quantizer.granularity.name()),
+    };
+    let values = match config.values {
+        Values::F16(accumulator) => format!("FP16 PV ({})", accumulator.name()),
+        Values::BF16 => "BF16 PV (f32)".to_owned(),
+        Values::Fp8(accumulator) => format!("FP8 PV ({})", accumulator.name()),
+    };
+    let mut text = format!("attention: {scores}, {values}; {}, head_dim {}", config.dtype, config.head_dim);
+    match config.mask {
+        MaskForm::None => {}
+        MaskForm::Bool => text += ", boolean mask",
+        MaskForm::Bias(dtype) => text += &format!(", additive mask in {dtype}"),
+    }
+    for (on, what) in [
+        (config.softcap, ", softcap"),
+        (config.lse && !config.split, ", with LSE"),
+        (config.smooth_q.is_some(), ", smooth Q"),
+        (config.smooth_v, ", smooth V"),
+        (config.split, ", keys split"),
+    ] {
+        if on {
+            text += what;
+        }
+    }
+    text + lengths(config.lengths) + if config.aligned { "" } else { ", unaligned rows" }
+}
+
+fn lengths(lengths: Lengths) -> &'static str {
+    match lengths {
+        Lengths::Dense => "",
+        Lengths::KvLens => ", kv_lens",
+        Lengths::Packed => ", packed",
+    }
+}
