@@ -284,7 +284,11 @@ impl<'a, T: Operand, M: Strided> Call<'a, T, M> {
             ));
         }
         if v.geometry().shape() != k.geometry().shape() {
-            return Err(Error::shape("v", inputs.v.geometry().shape(), format!("{:?}, as k", inputs.k.geometry().shape())));
+            return Err(Error::shape(
+                "v",
+                inputs.v.geometry().shape(),
+                format!("{:?}, as k", inputs.k.geometry().shape()),
+            ));
         }
 
         // Sizes without a single element, or with strides of 0, may be any: here the work for them is bounded.

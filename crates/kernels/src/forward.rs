@@ -368,7 +368,12 @@ impl Pass<'_> {
                         | Values::Fp8(Accumulator::F16ThenF32 | Accumulator::F32ThenF32)
                 ),
                 padded_dim: padded_dim(problem.head_dim),
-                rows_per_warp: rows_per_warp(&scores),
+                plain: request.mask != MaskForm::None
+                    || problem.logit_softcap.is_some()
+                    || smooth_q.is_some()
+                    || matches!(scores, Scores::Int(q) if q.granularity == Granularity::PerToken),
+                unaligned: !request.aligned,
+                max_rows_per_warp: max_rows_per_warp(&scores),
             },
         );
         let mut attention = AttentionConfig {
@@ -391,16 +396,9 @@ impl Pass<'_> {
             split: false,
             tiling: tuned.tiling,
         };
-        let mut reason = tuned.reason;
-        if !quantised && problem.q_len <= 16 {
-            attention.tiling.warps = 1;
-            attention.tiling.rows_per_warp = 16;
-            attention.tiling.min_blocks = 2;
-            reason = "one warp: there are no more query rows";
-        }
         reasons.push(format!(
-            "{} warps of {} query rows, tiles of {} keys: {reason}",
-            attention.tiling.warps, attention.tiling.rows_per_warp, attention.tiling.tile_keys
+            "{} warps of {} query rows, tiles of {} keys: {}",
+            attention.tiling.warps, attention.tiling.rows_per_warp, attention.tiling.tile_keys, tuned.reason
         ));
         let splits = self.splits(&attention);
         if splits > 1 {
@@ -420,7 +418,7 @@ impl Pass<'_> {
     fn values(&self) -> Result<(Values, Option<DType>)> {
         let dtype = self.problem.dtype;
         match self.scheme.pv {
-            Pv::F16(accumulator) if accumulator == Accumulator::F32ThenF32 => {
+            Pv::F16(Accumulator::F32ThenF32) => {
                 Err(Error::unsupported("FP16 P·V summed in f32+f32", "use f32: its sums are exact already"))
             }
             Pv::F16(accumulator) => {
@@ -582,15 +580,15 @@ fn checked(quantizer: IntQuantizer) -> Result<IntQuantizer> {
     Ok(quantizer)
 }
 
-/// Query rows of a warp where the scheme's groups depend on them.
-fn rows_per_warp(scores: &Scores) -> Option<usize> {
+/// Most query rows of a warp: the groups of smaller warps would be mixed in one lane.
+fn max_rows_per_warp(scores: &Scores) -> usize {
     match scores {
         Scores::Int(IntQuantizer {
             granularity: Granularity::PerWarp | Granularity::PerThread,
             tile,
             ..
-        }) => Some(tile.warp_q),
-        _ => None,
+        }) => tile.warp_q,
+        _ => 32,
     }
 }
 

@@ -15,8 +15,12 @@ pub struct Shape {
     pub two_level: bool,
     /// 64, 128 or 256.
     pub padded_dim: usize,
-    /// Query rows of a warp that the scheme's groups ask for.
-    pub rows_per_warp: Option<usize>,
+    /// Whether scores are plain floats before the softmax: masks, caps, scales of keys.
+    pub plain: bool,
+    /// Whether rows are copied element by element.
+    pub unaligned: bool,
+    /// Most query rows of a warp that the scheme's groups allow.
+    pub max_rows_per_warp: usize,
 }
 
 /// A row of the table.
@@ -51,47 +55,41 @@ const BASE: Tiling = Tiling {
 
 /// The tile shape for a kernel.
 pub fn tiling(target: Target, shape: &Shape) -> Tuned {
+    let sixteen = Tiling { rows_per_warp: 16, warps: 8, min_blocks: 1, ..BASE };
     let mut tuned = match (shape.integer, shape.padded_dim) {
-        (true, 64) => Tuned { tiling: BASE, reason: "32 rows a warp halve the reads of K and V" },
-        (true, 128) if shape.two_level => Tuned {
-            tiling: Tiling { rows_per_warp: 16, warps: 8, min_blocks: 1, ..BASE },
-            reason: "16 rows a warp leave registers for the tile's own sums",
+        (true, _) if shape.max_rows_per_warp < BASE.rows_per_warp => {
+            Tuned { tiling: sixteen, reason: "16 rows a warp, as the scheme groups them" }
+        }
+        (true, 64 | 128) if shape.two_level || shape.fp8 => Tuned {
+            tiling: sixteen,
+            reason: "16 rows a warp leave registers for FP8 and for a tile's own sums",
         },
+        (true, 128) if shape.plain || shape.unaligned => {
+            Tuned { tiling: sixteen, reason: "16 rows a warp leave registers for masks and addresses" }
+        }
+        (true, 64) => Tuned { tiling: BASE, reason: "32 rows a warp halve the reads of K and V" },
         (true, 128) => Tuned {
             tiling: BASE,
-            reason: "32 rows a warp halve the reads of K and V; Q in registers was 1.35x of Q in shared memory on H100",
+            reason: "32 rows a warp halve the reads of K and V: 1.1x of 16 on H100, though loop bounds spill",
         },
-        (true, _) => Tuned {
-            tiling: Tiling { rows_per_warp: 16, warps: 8, min_blocks: 1, ..BASE },
-            reason: "the sums of 16 rows fill half the registers",
-        },
+        (true, _) => Tuned { tiling: sixteen, reason: "the sums of 16 rows fill half the registers" },
         (false, 64) => Tuned {
             tiling: Tiling { rows_per_warp: 16, min_blocks: 3, ..BASE },
             reason: "three blocks hide the latency of mma.sync",
+        },
+        (false, 128) if shape.unaligned => Tuned {
+            tiling: Tiling { step_keys: 16, ..sixteen },
+            reason: "short steps leave registers for addresses",
         },
         (false, 128) => Tuned {
             tiling: Tiling { rows_per_warp: 16, ..BASE },
             reason: "level with FlashAttention-2 on H100; 8 warps in one block were 0.95x of two blocks of 4",
         },
         (false, _) => Tuned {
-            tiling: Tiling {
-                rows_per_warp: 16,
-                warps: 8,
-                min_blocks: 1,
-                queries_in_registers: false,
-                ..BASE
-            },
+            tiling: Tiling { queries_in_registers: false, ..sixteen },
             reason: "the sums of 16 rows fill half the registers, so Q stays in shared memory",
         },
     };
-    // A scheme that groups Q by warps decides how many rows a warp has; blocks stay as they are.
-    if let Some(rows) = shape.rows_per_warp
-        && rows != tuned.tiling.rows_per_warp
-    {
-        let block_q = 128;
-        tuned.tiling = Tiling { rows_per_warp: rows, warps: block_q / rows, min_blocks: 1, ..tuned.tiling };
-        tuned.reason = "rows of a warp as the scheme's groups ask for";
-    }
     while !shape.integer
         && ring_bytes(&tuned.tiling, shape) > shared_bytes(target)
         && tuned.tiling.tile_keys > 32

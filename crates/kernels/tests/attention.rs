@@ -99,7 +99,7 @@ fn named_schemes() {
         (Preset::SPARGE_INT8_FP16, F16),
     ];
     for (preset, tolerance) in f16 {
-        for head_dim in [64, 128] {
+        for head_dim in [64, 128, 256] {
             for dtype in [DType::F16, DType::BF16] {
                 let case = Case {
                     scheme: Some(preset.scheme(head_dim)),

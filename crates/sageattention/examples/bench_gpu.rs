@@ -53,13 +53,10 @@ fn main() -> Result<(), Box<dyn Error>> {
         let stages = gpu.time_kernels(&stream, &inputs, &options, choice, &out, RUNS)?;
         let flops = 4.0 * (batch * heads * head_dim) as f64 * (length as f64).powi(2);
         let flops = if causal { flops / 2.0 } else { flops };
-        let stages: Vec<String> =
-            stages
-                .iter()
-                .map(|(name, time)| {
-                    format!("{{\"kernel\":\"{name}\",\"ms\":{:.4}}}", time.as_secs_f64() * 1e3)
-                })
-                .collect();
+        let stages: Vec<String> = stages
+            .iter()
+            .map(|(name, time)| format!("{{\"kernel\":\"{name}\",\"ms\":{:.4}}}", time.as_secs_f64() * 1e3))
+            .collect();
         println!(
             "{{\"scheme\":\"{scheme}\",\"head_dim\":{head_dim},\"causal\":{causal},\"batch\":{batch},\"heads\":{heads},\
              \"length\":{length},\"ms\":{whole:.4},\"tflops\":{:.1},\"kernels\":[{}]}}",

@@ -28,6 +28,7 @@ pub use backend::{Device, backend_description};
 pub use plan::Plan;
 
 pub use sage_core::{
-    Alignment, Band, BlockMask, DType, Element, Error, Geometry, Inputs, Layout, Lengths, MAX_HEAD_DIM, MAX_RANK, Mask,
-    Options, Preset, Problem, Result, Scheme, Tensor, TensorView, TensorViewMut, View, ViewMut,
+    Alignment, Band, BlockMask, DType, Element, Error, Geometry, Inputs, Layout, Lengths, MAX_HEAD_DIM,
+    MAX_RANK, Mask, Options, Preset, Problem, Result, Scheme, Tensor, TensorView, TensorViewMut, View,
+    ViewMut,
 };

@@ -17,9 +17,9 @@ pub struct Plan {
 
 #[derive(Debug)]
 enum BackendPlan {
-    Cpu(CpuPlan),
+    Cpu(Box<CpuPlan>),
     #[cfg(feature = "cuda")]
-    Cuda(crate::cuda::CudaPlan),
+    Cuda(Box<crate::cuda::CudaPlan>),
 }
 
 impl Plan {
@@ -37,9 +37,13 @@ impl Plan {
     /// When there is no such device, or it cannot carry the problem out.
     pub fn on(device: Device, problem: &Problem, choice: Choice) -> Result<Self> {
         let backend = match device {
-            Device::Cpu => BackendPlan::Cpu(backend::cpu().plan(problem, choice.scheme(problem.head_dim))?),
+            Device::Cpu => {
+                BackendPlan::Cpu(Box::new(backend::cpu().plan(problem, choice.scheme(problem.head_dim))?))
+            }
             #[cfg(feature = "cuda")]
-            Device::Cuda(ordinal) => BackendPlan::Cuda(backend::cuda(ordinal)?.explain(problem, choice)?),
+            Device::Cuda(ordinal) => {
+                BackendPlan::Cuda(Box::new(backend::cuda(ordinal)?.explain(problem, choice)?))
+            }
             #[cfg(not(feature = "cuda"))]
             Device::Cuda(ordinal) => return Err(backend::no_cuda(ordinal)),
         };

@@ -13,7 +13,8 @@ use sage_core::metrics::Accuracy;
 use sage_core::oracle;
 use sageattention::cuda::{Cuda, CudaTensor, Stream, devices};
 use sageattention::{
-    Alignment, Attention, DType, Device, Geometry, Inputs, Mask, Options, Preset, Scheme, Tensor, TensorView, View,
+    Alignment, Attention, DType, Device, Geometry, Inputs, Mask, Options, Preset, Scheme, Tensor, TensorView,
+    View,
 };
 
 /// The GPU, or none with the reason printed.
@@ -40,7 +41,10 @@ fn normal(seed: u64, len: usize) -> Vec<f32> {
 fn random(seed: u64, shape: &[usize], dtype: DType, bias: f32) -> Tensor {
     let dim = *shape.last().unwrap();
     let channel = normal(seed + 1000, dim);
-    let x = normal(seed, shape.iter().product()).into_iter().enumerate().map(|(i, x)| x + bias * channel[i % dim]);
+    let x = normal(seed, shape.iter().product())
+        .into_iter()
+        .enumerate()
+        .map(|(i, x)| x + bias * channel[i % dim]);
     Tensor::new(x.collect::<Vec<f32>>(), shape).unwrap().to_dtype(dtype)
 }
 
@@ -52,7 +56,8 @@ fn scheme_of(attention: &Attention<'_>, q: &Tensor, k: &Tensor) -> Scheme {
 /// Computes on the GPU and compares with the oracle of the same scheme.
 fn check(label: &str, attention: &Attention<'_>, inputs: Inputs<'_>, scheme: Scheme, tolerance: f64) {
     let attention = attention.clone().device(Device::Cuda(0)).scheme(scheme).return_lse(true);
-    let found = attention.forward(inputs.q, inputs.k, inputs.v).unwrap_or_else(|error| panic!("{label}: {error}"));
+    let found =
+        attention.forward(inputs.q, inputs.k, inputs.v).unwrap_or_else(|error| panic!("{label}: {error}"));
     let call = sage_core::Call::check(&inputs, &attention.options()).unwrap();
     let wanted = oracle::scheme(&call, &scheme);
     // The oracle's order is [batch, heads, seq, head_dim]; packed outputs are [total, heads, head_dim].
@@ -72,7 +77,10 @@ fn check(label: &str, attention: &Attention<'_>, inputs: Inputs<'_>, scheme: Sch
     for (row, (&found, &wanted)) in lse.iter().zip(&wanted.lse).enumerate() {
         // Sums of P are of rounded P: to 2⁻⁹ of its values in bf16, relative to another maximum than the oracle's.
         let near = (f64::from(found) - wanted).abs() <= 5e-3 * wanted.abs().max(1.0);
-        assert!(near || f64::from(found) == wanted, "{label}: lse of row {row} is {found}, expected {wanted}");
+        assert!(
+            near || f64::from(found) == wanted,
+            "{label}: lse of row {row} is {found}, expected {wanted}"
+        );
     }
 }
 
@@ -101,7 +109,8 @@ fn every_scheme() {
     }
     let mut computed = 0;
     for preset in Preset::ALL {
-        for (head_dim, dtype) in [(64, DType::F16), (64, DType::BF16), (128, DType::F16), (128, DType::BF16)] {
+        for (head_dim, dtype) in [(64, DType::F16), (64, DType::BF16), (128, DType::F16), (128, DType::BF16)]
+        {
             let q = random(1, &[1, 4, 333, head_dim], dtype, 0.0);
             let k = random(2, &[1, 2, 397, head_dim], dtype, 4.0);
             let v = random(3, &[1, 2, 397, head_dim], dtype, 0.5);
@@ -111,7 +120,13 @@ fn every_scheme() {
                 Ok(plan) => {
                     let scheme = *plan.scheme();
                     let inputs = Inputs::new(q.view(), k.view(), v.view());
-                    check(&format!("{preset} d{head_dim} {dtype}"), &attention, inputs, scheme, tolerance(dtype, &scheme));
+                    check(
+                        &format!("{preset} d{head_dim} {dtype}"),
+                        &attention,
+                        inputs,
+                        scheme,
+                        tolerance(dtype, &scheme),
+                    );
                     computed += 1;
                 }
                 Err(error) => eprintln!("{preset} d{head_dim} {dtype}: not on this GPU: {error}"),
@@ -128,7 +143,8 @@ fn shapes_and_options() {
         return;
     }
     let mut count = 0;
-    for (dtype, full) in [(DType::F16, false), (DType::BF16, false), (DType::F16, true), (DType::BF16, true)] {
+    for (dtype, full) in [(DType::F16, false), (DType::BF16, false), (DType::F16, true), (DType::BF16, true)]
+    {
         let base = match full {
             true => Attention::new().scheme(Preset::FULL),
             false => Attention::new(),
@@ -140,7 +156,13 @@ fn shapes_and_options() {
                 let v = random(3, &[2, 2, kv_len, head_dim], dtype, 0.0);
                 let inputs = Inputs::new(q.view(), k.view(), v.view());
                 let scheme = scheme_of(&base, &q, &k);
-                check(&format!("d{head_dim} {q_len}x{kv_len}"), &base, inputs, scheme, tolerance(dtype, &scheme));
+                check(
+                    &format!("d{head_dim} {q_len}x{kv_len}"),
+                    &base,
+                    inputs,
+                    scheme,
+                    tolerance(dtype, &scheme),
+                );
                 count += 1;
             }
         }
@@ -186,7 +208,8 @@ fn shapes_and_options() {
     // Views into one fused [batch, seq, 3, heads, head_dim] tensor, rows far apart, once at an odd offset.
     for offset in [0usize, 1] {
         let (batch, seq, heads, dim) = (2usize, 150usize, 3usize, 64usize);
-        let data: Vec<f16> = normal(5, batch * seq * 3 * heads * dim + 8).into_iter().map(f16::from_f32).collect();
+        let data: Vec<f16> =
+            normal(5, batch * seq * 3 * heads * dim + 8).into_iter().map(f16::from_f32).collect();
         let part = |i: usize| {
             let strides = [(seq * 3 * heads * dim) as i64, dim as i64, (3 * heads * dim) as i64, 1];
             let start = (i * heads * dim + offset) as i64;
@@ -195,7 +218,8 @@ fn shapes_and_options() {
         };
         let inputs = Inputs::new(part(0), part(1), part(2));
         for attention in [Attention::new(), Attention::new().scheme(Preset::FULL)] {
-            let scheme = *attention.clone().device(Device::Cuda(0)).plan(part(0), part(1), part(2)).unwrap().scheme();
+            let scheme =
+                *attention.clone().device(Device::Cuda(0)).plan(part(0), part(1), part(2)).unwrap().scheme();
             check("fused views", &attention, inputs, scheme, F16);
             count += 1;
         }
@@ -280,7 +304,11 @@ fn accuracy_at_length() {
                 let attention = Attention::new().device(Device::Cuda(0));
                 let attention = match preset {
                     // Few queries would be computed in full precision.
-                    None => attention.scheme(scheme_of(&Attention::new(), &random(1, &[1, 2, 500, 128], DType::F16, 0.0), &k)),
+                    None => attention.scheme(scheme_of(
+                        &Attention::new(),
+                        &random(1, &[1, 2, 500, 128], DType::F16, 0.0),
+                        &k,
+                    )),
                     Some(preset) => attention.scheme(preset),
                 };
                 let out = attention.forward(&q, &k, &v).unwrap().out;
@@ -300,7 +328,8 @@ struct OnGpu {
 
 impl OnGpu {
     fn new(stream: &Stream, shape: &[usize], seed: u64) -> Self {
-        let upload = |i| CudaTensor::upload(stream, &random(seed + i, shape, DType::F16, 0.0).view()).unwrap();
+        let upload =
+            |i| CudaTensor::upload(stream, &random(seed + i, shape, DType::F16, 0.0).view()).unwrap();
         OnGpu {
             inputs: [0, 1, 2].map(upload),
             out: CudaTensor::uninitialized(stream, DType::F16, shape).unwrap(),
@@ -393,6 +422,10 @@ fn costs_of_a_call_on_the_host() {
         best = best.min(start.elapsed().as_secs_f64() / f64::from(calls));
         stream.synchronize().unwrap();
     }
-    eprintln!("first call {:.0} ms, warm call {:.1} µs of the host's time", cold.as_secs_f64() * 1e3, best * 1e6);
+    eprintln!(
+        "first call {:.0} ms, warm call {:.1} µs of the host's time",
+        cold.as_secs_f64() * 1e3,
+        best * 1e6
+    );
     assert!(best < 15e-6, "{best}");
 }

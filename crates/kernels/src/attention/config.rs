@@ -132,11 +132,11 @@ impl AttentionConfig {
                     IntBits::Four => "int4",
                 };
                 let granularity = match quantizer.granularity {
-                    Granularity::PerTensor => "tensor",
-                    Granularity::PerBlock => "block",
-                    Granularity::PerWarp => "warp",
-                    Granularity::PerThread => "thread",
-                    Granularity::PerToken => "token",
+                    Granularity::PerTensor => "tensor".to_owned(),
+                    Granularity::PerBlock => "block".to_owned(),
+                    Granularity::PerWarp => format!("warp{}", quantizer.tile.warp_q),
+                    Granularity::PerThread => format!("thread{}", quantizer.tile.warp_q),
+                    Granularity::PerToken => "token".to_owned(),
                 };
                 let first = if quantizer.scale_q_first { "_scaled" } else { "" };
                 let rounding = format!("{:?}{:?}", quantizer.rounding, quantizer.zero_group);

@@ -29,7 +29,7 @@ use output::Output;
 use place::Place;
 use queries::Queries;
 use ring::Ring;
-use scores::{KeyScales, scores};
+use scores::{KeyScales, KeyTile, Scoring};
 use softmax::Softmax;
 
 /// The attention kernel of a configuration.
@@ -59,11 +59,13 @@ where
         let softmax = Softmax::new(k, config);
         let output = Output::new(k, config);
 
-        let tile_of_keys = |tile, cut: bool| {
-            let (keys, values) = ring.next(tile, &place);
-            let scales = key_scales.of_tile(tile);
+        let scoring = Scoring { code: k, config, params: p, place, queries };
+
+        let tile_of_keys = |index, cut: bool| {
+            let (fragments, values) = ring.next(index, &place);
+            let keys = KeyTile { index, fragments, scales: key_scales.of_tile(index), cut };
             for step in 0..config.tiling.tile_keys / config.tiling.step_keys {
-                let scores = scores::<H>(k, config, &p, &place, &queries, &keys, &scales, tile, step, cut);
+                let scores = scoring.scores::<H>(&keys, step);
                 softmax.advance(k, &scores, |alphas| output.rescale(alphas));
                 output.add::<W>(&softmax, &scores, &values, step);
             }
@@ -79,6 +81,6 @@ where
         });
 
         let tile = ring.finish();
-        output.store::<H>(&p, &place, &softmax.finish(), &queries.taken, &tile);
+        output.store::<H>(&p, &place, &softmax.finish(), &scoring.queries.taken, &tile);
     })
 }

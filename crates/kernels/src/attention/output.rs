@@ -177,12 +177,10 @@ impl<'k, 'c> Output<'k, 'c> {
                 word.split::<f16>()[i % 2].to_f32()
             }
         };
-        let blocks = config.tiling.rows_per_warp / 16;
         for column in 0..columns {
             let scale = matches!(config.values, Values::Fp8(_)).then(|| of_channels(p.v_scale, column));
             let mean = config.smooth_v.then(|| of_channels(p.v_mean, column));
-            for slot in 0..2 * blocks {
-                let row = &rows[slot];
+            for (slot, row) in rows.iter().enumerate() {
                 let value = |i: usize| {
                     let mut x = element(slot / 2, column, 2 * (slot % 2) + i) * row.inverse;
                     if let Some(scale) = scale {

@@ -211,18 +211,26 @@ fn groups<'k>(
     }
     let slots = rows.len();
     let all = rows.into_iter().reduce(maximum).unwrap_or(code.constant(0));
-    let shared = match quantizer.granularity {
-        // Rows that are equal modulo 8 are one lane's slots.
+    // Rows that are equal modulo 8 are one lane's slots; a coarser group takes the other lanes' as well.
+    let own = match quantizer.granularity {
         Granularity::PerThread => all,
-        Granularity::PerWarp => all.reduce_lanes(4 | 8 | 16, maximum),
-        _ => {
-            let warp = all.reduce_lanes(4 | 8 | 16, maximum);
-            let maxima = code.shared::<i32>("q_maxima", config.tiling.warps);
-            code.when(place.lane.eq(0), || maxima.at(place.warp).store(warp));
-            code.barrier();
-            let others = (0..config.tiling.warps).map(|warp| maxima.plus(warp as i32).load());
-            others.reduce(maximum).unwrap_or(warp)
-        }
+        _ => all.reduce_lanes(4 | 8 | 16, maximum),
+    };
+    let rows_of_group = match quantizer.granularity {
+        Granularity::PerThread | Granularity::PerWarp => quantizer.tile.warp_q,
+        _ => config.block_q(),
+    };
+    let warps = rows_of_group / config.tiling.rows_per_warp;
+    let shared = if warps == 1 {
+        own
+    } else {
+        // A group of several warps' rows: each warp reads what the others found.
+        let maxima = code.shared::<i32>("q_maxima", config.tiling.warps * 32);
+        maxima.at(code.thread()).store(own);
+        code.barrier();
+        let first = place.warp - (place.warp & (warps as i32 - 1));
+        let of_group = maxima.at(first * 32 + place.lane);
+        (0..warps as i32).map(|warp| of_group.plus(32 * warp).load()).reduce(maximum).unwrap_or(own)
     };
     vec![Step::of_group(quantizer, shared); slots]
 }

@@ -277,7 +277,9 @@ impl<'k> TileShape<'k> {
         let base = base.cast::<u16>().at(start);
         let len = place.sequence.kv_len;
         let threads = config.threads() as usize;
-        if !config.aligned || !threads.is_multiple_of(self.chunks) || self.rows % (threads / self.chunks) != 0
+        if !config.aligned
+            || !threads.is_multiple_of(self.chunks)
+            || !self.rows.is_multiple_of(threads / self.chunks)
         {
             return self.from(Source::Irregular { base, stride: row, len });
         }

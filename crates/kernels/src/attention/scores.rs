@@ -6,7 +6,7 @@ use sage_ptx::{
     Accumulator, Code, FragmentSource, Global, Half, MmaAccumulator, MmaElement, S4, Stored, Val, Var,
 };
 
-use super::config::{AttentionConfig, AttentionParams, MaskForm, Scores};
+use super::config::{AttentionConfig, AttentionParams, MaskForm, Scores, Tiling};
 use super::place::Place;
 use super::queries::{Queries, depth_steps};
 use super::softmax::ScoreTile;
@@ -15,60 +15,115 @@ use crate::sequence::KEY_TILE;
 
 use std::f32::consts::LOG2_E;
 
-/// Scores of the warp's rows and a step's keys, some of which are hidden where the tile is cut.
-pub(super) fn scores<'k, H: Half + MmaElement>(
-    code: &'k Code,
-    config: &AttentionConfig,
-    p: &AttentionParams<'k>,
-    place: &Place<'k>,
-    queries: &Queries<'k>,
-    keys: &FragmentSource<'k>,
-    scales: &[Val<'k, f32>],
-    tile: Val<'k, i32>,
-    step: usize,
-    cut: bool,
-) -> ScoreTile<'k> {
-    code.note("scores: q * k^T");
-    let columns = config.tiling.step_keys / 8;
-    let first_key = tile * config.tiling.tile_keys as i32 + (step * config.tiling.step_keys) as i32;
-    let first_column = step * config.tiling.step_keys;
-    let product = match config.scores {
-        Scores::Full => ScoreTile {
-            first_key,
-            columns,
-            values: product::<H, f32>(code, config, queries, keys, first_column, 0.0),
-            factor: queries.scale.clone(),
-            biased: false,
-        },
-        Scores::Int(quantizer) => {
-            // Sums start at a float's bits, and so end as the float of their value plus a constant.
-            let values = match quantizer.bits {
-                IntBits::Eight => {
-                    product::<i8, i32>(code, config, queries, keys, first_column, ROUNDING_MAGIC_BITS)
-                }
-                IntBits::Four => {
-                    product::<S4, i32>(code, config, queries, keys, first_column, ROUNDING_MAGIC_BITS)
-                }
-            };
-            if quantizer.granularity == Granularity::PerToken {
-                let integers =
-                    ScoreTile { first_key, columns, values, factor: queries.scale.clone(), biased: true };
-                let first = step * columns * 2;
-                let scales = &scales[first..first + columns * 2];
-                return integers.scaled_by_key(scales).finished(config, p, place, queries, cut);
+/// How a warp's scores are computed.
+pub(super) struct Scoring<'k, 'c> {
+    pub code: &'k Code,
+    pub config: &'c AttentionConfig,
+    pub params: AttentionParams<'k>,
+    pub place: Place<'k>,
+    pub queries: Queries<'k>,
+}
+
+/// A tile of keys.
+pub(super) struct KeyTile<'k> {
+    pub index: Val<'k, i32>,
+    pub fragments: FragmentSource<'k>,
+    /// The lane's scales: see [`KeyScales`].
+    pub scales: Vec<Val<'k, f32>>,
+    /// Whether some key is hidden from some row of the block.
+    pub cut: bool,
+}
+
+impl<'k> Scoring<'k, '_> {
+    /// Scores of the warp's rows and a step's keys.
+    pub fn scores<H: Half + MmaElement>(&self, keys: &KeyTile<'k>, step: usize) -> ScoreTile<'k> {
+        self.code.note("scores: q * k^T");
+        let (config, queries) = (self.config, &self.queries);
+        let Tiling { tile_keys, step_keys, .. } = config.tiling;
+        let (columns, first_column) = (step_keys / 8, step * step_keys);
+        let first_key = keys.index * tile_keys as i32 + first_column as i32;
+        let per_row = queries.scale.clone();
+        let product = match config.scores {
+            Scores::Full => {
+                let values = self.product::<H, f32>(&keys.fragments, first_column, 0.0);
+                ScoreTile { first_key, columns, values, factor: per_row, biased: false }
             }
-            let scale = scales[0];
-            // Without a scale for each row, all rows of a lane have the same.
-            let factor = match quantizer.granularity {
-                Granularity::PerThread | Granularity::PerWarp | Granularity::PerBlock => {
-                    vec![nonzero(queries.scale[0] * scale); queries.scale.len()]
+            Scores::Int(quantizer) => {
+                // Sums start at a float's bits, and so end as the float of their value plus a constant.
+                let values = match quantizer.bits {
+                    IntBits::Eight => {
+                        self.product::<i8, i32>(&keys.fragments, first_column, ROUNDING_MAGIC_BITS)
+                    }
+                    IntBits::Four => {
+                        self.product::<S4, i32>(&keys.fragments, first_column, ROUNDING_MAGIC_BITS)
+                    }
+                };
+                if quantizer.granularity == Granularity::PerToken {
+                    let of_step = &keys.scales[2 * columns * step..2 * columns * (step + 1)];
+                    let integers = ScoreTile { first_key, columns, values, factor: per_row, biased: true };
+                    integers.scaled_by_key(of_step)
+                } else {
+                    // Without a scale for each row, all rows of a lane have the same.
+                    let factor = vec![nonzero(queries.scale[0] * keys.scales[0]); per_row.len()];
+                    ScoreTile { first_key, columns, values, factor, biased: true }
                 }
-                _ => queries.scale.iter().map(|&q| nonzero(q * scale)).collect(),
-            };
-            ScoreTile { first_key, columns, values, factor, biased: true }
+            }
+        };
+        self.finish(product, keys.cut)
+    }
+
+    /// The product itself, of a warp's rows and a step's keys.
+    fn product<E: MmaElement, T: MmaAccumulator>(
+        &self,
+        keys: &FragmentSource<'k>,
+        first_column: usize,
+        start: T,
+    ) -> Vec<[Var<'k, f32>; 4]> {
+        let (blocks, columns) = (self.config.tiling.rows_per_warp / 16, self.config.tiling.step_keys / 8);
+        let sums: Vec<Accumulator<'k, T>> =
+            (0..blocks * columns).map(|_| Accumulator::new(self.code)).collect();
+        for step in 0..depth_steps(self.config) {
+            let a: Vec<_> = (0..blocks).map(|m| self.queries.fragment::<E>(m, step)).collect();
+            for pair in 0..columns / 2 {
+                let b = keys.b_pair::<E>(first_column + 16 * pair, 32 * step);
+                for (m, &a) in a.iter().enumerate() {
+                    for (column, b) in b.into_iter().enumerate() {
+                        let sum = &sums[m * columns + 2 * pair + column];
+                        if step == 0 { sum.set_product(a, b, start) } else { sum.add_product(a, b) }
+                    }
+                }
+            }
         }
-    };
-    product.finished(config, p, place, queries, cut)
+        sums.iter().map(|sum| std::array::from_fn(|i| sum.register(i).reinterpret::<f32>())).collect()
+    }
+
+    /// With smooth-Q's correction, cap, explicit mask and band.
+    fn finish(&self, mut scores: ScoreTile<'k>, cut: bool) -> ScoreTile<'k> {
+        let (config, p, place) = (self.config, &self.params, &self.place);
+        if config.smooth_q.is_some() || config.softcap || config.mask != MaskForm::None {
+            scores = scores.unbiased();
+        }
+        if let Some(block) = config.smooth_q {
+            self.code.note("scores: products of the means of query blocks");
+            scores.add_delta(block, p, place);
+        }
+        if config.softcap {
+            self.code.note("scores: soft cap");
+            scores.cap(p, &self.queries);
+        }
+        match config.mask {
+            MaskForm::None => {}
+            MaskForm::Bool => scores.mask(p, place),
+            MaskForm::Bias(DType::F16) => scores.add_bias::<f16>(p, place, |x| x.to_f32()),
+            MaskForm::Bias(DType::BF16) => scores.add_bias::<bf16>(p, place, |x| x.to_f32()),
+            MaskForm::Bias(DType::F32) => scores.add_bias::<f32>(p, place, |x| x),
+        }
+        if cut {
+            self.code.note("scores: causal mask, window, end of the keys");
+            scores.hide(place);
+        }
+        scores
+    }
 }
 
 /// Scales of quantised K.
@@ -113,32 +168,6 @@ fn nonzero<'k>(scale: Val<'k, f32>) -> Val<'k, f32> {
     scale.eq(0.0).select(1e-30, scale)
 }
 
-/// The product itself, of a warp's rows and a step's keys.
-fn product<'k, E: MmaElement, T: MmaAccumulator>(
-    code: &'k Code,
-    config: &AttentionConfig,
-    queries: &Queries<'k>,
-    keys: &FragmentSource<'k>,
-    first_column: usize,
-    start: T,
-) -> Vec<[Var<'k, f32>; 4]> {
-    let (blocks, columns) = (config.tiling.rows_per_warp / 16, config.tiling.step_keys / 8);
-    let sums: Vec<Accumulator<'k, T>> = (0..blocks * columns).map(|_| Accumulator::new(code)).collect();
-    for step in 0..depth_steps(config) {
-        let a: Vec<_> = (0..blocks).map(|m| queries.fragment::<E>(m, step)).collect();
-        for pair in 0..columns / 2 {
-            let b = keys.b_pair::<E>(first_column + 16 * pair, 32 * step);
-            for (m, &a) in a.iter().enumerate() {
-                for (column, b) in b.into_iter().enumerate() {
-                    let sum = &sums[m * columns + 2 * pair + column];
-                    if step == 0 { sum.set_product(a, b, start) } else { sum.add_product(a, b) }
-                }
-            }
-        }
-    }
-    sums.iter().map(|sum| std::array::from_fn(|i| sum.register(i).reinterpret::<f32>())).collect()
-}
-
 impl<'k> ScoreTile<'k> {
     /// Integers times a scale for each key, and the rows' own: plain floats in base 2.
     fn scaled_by_key(self, scales: &[Val<'k, f32>]) -> ScoreTile<'k> {
@@ -153,41 +182,6 @@ impl<'k> ScoreTile<'k> {
     fn plain(self) -> Self {
         let one = self.first_key.code().constant(1.0);
         ScoreTile { factor: vec![one; self.factor.len()], biased: false, ..self }
-    }
-
-    /// With smooth-Q's correction, cap, explicit mask and band.
-    fn finished(
-        mut self,
-        config: &AttentionConfig,
-        p: &AttentionParams<'k>,
-        place: &Place<'k>,
-        queries: &Queries<'k>,
-        cut: bool,
-    ) -> Self {
-        let code = self.first_key.code();
-        if config.smooth_q.is_some() || config.softcap || config.mask != MaskForm::None {
-            self = self.unbiased();
-        }
-        if let Some(block) = config.smooth_q {
-            code.note("scores: products of the means of query blocks");
-            self.add_delta(block, p, place);
-        }
-        if config.softcap {
-            code.note("scores: soft cap");
-            self.cap(p, queries);
-        }
-        match config.mask {
-            MaskForm::None => {}
-            MaskForm::Bool => self.mask(p, place),
-            MaskForm::Bias(DType::F16) => self.add_bias::<f16>(p, place, |x| x.to_f32()),
-            MaskForm::Bias(DType::BF16) => self.add_bias::<bf16>(p, place, |x| x.to_f32()),
-            MaskForm::Bias(DType::F32) => self.add_bias::<f32>(p, place, |x| x),
-        }
-        if cut {
-            code.note("scores: causal mask, window, end of the keys");
-            self.hide(place);
-        }
-        self
     }
 
     /// Plain floats in base 2.

@@ -1,5 +1,7 @@
 //! A forward pass in the emulator, and cases to try it on.
 
+#![allow(clippy::unwrap_used, reason = "the helpers of tests are tests too")]
+
 use half::{bf16, f16};
 use rand::SeedableRng;
 use rand_distr::{Distribution, StandardNormal};
@@ -205,7 +207,7 @@ impl Case {
             },
             q_rows,
             kv_rows,
-            aligned: self.misaligned == 0 && self.head_dim % 8 == 0 && self.gap % 8 == 0,
+            aligned: self.misaligned == 0 && self.head_dim.is_multiple_of(8) && self.gap.is_multiple_of(8),
             lse: true,
         };
         let gpu = Gpu { target: self.target, multiprocessors: self.multiprocessors };

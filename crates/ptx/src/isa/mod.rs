@@ -68,7 +68,8 @@ fn lane_text(op: Lane, d: &[String], s: &[String]) -> String {
     match op {
         // Its result is a register of 8 bits, which no other instruction here has; it lives in a scope of its own.
         Lane::Convert(Convert::F32ToE2M1x2) => {
-            let scope = format!("{{ .reg .b8 pair; {name} pair, {}; cvt.u16.u8 {}, pair; }}", s.join(", "), d[0]);
+            let scope =
+                format!("{{ .reg .b8 pair; {name} pair, {}; cvt.u16.u8 {}, pair; }}", s.join(", "), d[0]);
             format!("{scope} mov.b16 {0}, {0}", d[0])
         }
         Lane::Join16 | Lane::Join32 => format!("{name} {}, {{{}, {}}}", d[0], s[0], s[1]),

@@ -24,7 +24,8 @@ impl Cuda {
         let mask = inputs.mask.as_ref().map(|mask| CopiedMask::new(&stream, mask)).transpose()?;
         let mut out = Tensor::zeros(inputs.q.dtype(), inputs.q.shape())?;
         let on_device = CudaTensor::uninitialized(&stream, out.dtype(), out.shape())?;
-        let lse = lse_rows.map(|rows| Buffer::new(&stream, rows * size_of::<f32>())).transpose().map_err(driver)?;
+        let lse =
+            lse_rows.map(|rows| Buffer::new(&stream, rows * size_of::<f32>())).transpose().map_err(driver)?;
 
         let device_inputs = Inputs {
             q: q.view(),

@@ -135,7 +135,11 @@ impl Cuda {
             times.sort();
             times[times.len() / 2]
         };
-        Ok(kernels.iter().zip(times).map(|(kernel, times)| (kernel.name().to_owned(), median(times))).collect())
+        Ok(kernels
+            .iter()
+            .zip(times)
+            .map(|(kernel, times)| (kernel.name().to_owned(), median(times)))
+            .collect())
     }
 
     /// A checked call's plan and addresses; none where there is nothing to compute.
@@ -242,7 +246,12 @@ fn aligned(tensors: &Tensors, head_dim: usize) -> bool {
         })
 }
 
-fn request(call: &Call<'_, DeviceTensor<'_>, DeviceMask<'_>>, choice: Choice, lse: bool, aligned: bool) -> Request {
+fn request(
+    call: &Call<'_, DeviceTensor<'_>, DeviceMask<'_>>,
+    choice: Choice,
+    lse: bool,
+    aligned: bool,
+) -> Request {
     Request {
         scheme: choice.scheme(call.problem.head_dim),
         mask: match call.mask {
