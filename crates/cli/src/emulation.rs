@@ -42,7 +42,9 @@ pub fn plan(call: &Call<'_>, scheme: Option<Scheme>, gpu: &Gpu) -> Result<Forwar
         q_rows: problem.q_len,
         kv_rows: problem.kv_len,
         aligned: problem.head_dim.is_multiple_of(CHUNK),
+        boxed: problem.head_dim.is_multiple_of(CHUNK),
         lse: false,
+        tiling: None,
     };
     let forward = Forward::new(problem, &request, gpu)?;
     check_buffer(forward.workspace_bytes() as u64)?;
@@ -61,6 +63,35 @@ pub fn check_buffer(bytes: u64) -> Result<()> {
         )));
     }
     Ok(())
+}
+
+/// The emulator as a GPU's stream.
+struct Emulated<'a, F> {
+    emulator: &'a mut Emulator,
+    programs: &'a [Program],
+    launches: Vec<(Report, Duration)>,
+    launched: F,
+}
+
+impl<F: FnMut()> Launcher for Emulated<'_, F> {
+    type Error = sage_emulator::Failure;
+
+    fn tensor_map(&mut self, tensor: &BoxedTensor) -> std::result::Result<Arg, Self::Error> {
+        Ok(self.emulator.tensor_map(&tensor.into()))
+    }
+
+    fn launch(
+        &mut self,
+        kernel: usize,
+        grid: [u32; 3],
+        args: &[Arg],
+    ) -> std::result::Result<(), Self::Error> {
+        let start = Instant::now();
+        let report = self.emulator.launch(&self.programs[kernel], grid, args)?;
+        self.launches.push((report, start.elapsed()));
+        (self.launched)();
+        Ok(())
+    }
 }
 
 /// Runs a plan for the call; `launched` is told after each launch.
@@ -87,21 +118,17 @@ pub fn run(call: &Call<'_>, forward: Forward, mut launched: impl FnMut()) -> Res
     let tensors = Tensors { q, k, v, out: TensorArg { address: out.address(), ..q }, ..Tensors::default() };
 
     let programs = forward.programs();
-    let mut launches = Vec::new();
+    let mut launcher =
+        Emulated { emulator: &mut emulator, programs: &programs, launches: Vec::new(), launched: &mut launched };
     forward
-        .run(&tensors, workspace.address(), |index, grid, args| {
-            let start = Instant::now();
-            let report = emulator.launch(&programs[index], grid, args)?;
-            launches.push((report, start.elapsed()));
-            launched();
-            Ok(())
-        })
-        .map_err(|failure: sage_emulator::Failure| {
+        .run(&tensors, workspace.address(), &mut launcher)
+        .map_err(|failure| {
             // On one line, as all errors are.
             let text = failure.to_string();
             Failure::Failed(text.split_whitespace().collect::<Vec<_>>().join(" "))
         })?;
 
+    let launches = launcher.launches;
     let found: Vec<f32> = match call.problem.dtype {
         DType::BF16 => emulator.read::<half::bf16>(out).into_iter().map(f32::from).collect(),
         _ => emulator.read::<f16>(out).into_iter().map(f32::from).collect(),

@@ -69,6 +69,12 @@ pub(crate) fn load(
     Kernel::check_driver(Driver::get()?, source)?;
     let started = Instant::now();
     let entry = entry_name(source)?;
+    if compiles_as_whole(source) {
+        let module = Module::compile(source, context)?;
+        let function = entry_of(&module, source, &entry)?;
+        tracing::debug!(kernel = source.name, ms = milliseconds(started), "compiled as a whole program");
+        return finish(source, gpu, context, module, function, Origin::Compiled);
+    }
     let key = source.disk_key(gpu.driver_version, gpu.capability);
 
     if let Some(disk) = disk
@@ -95,13 +101,23 @@ pub(crate) fn load(
 
     let cubin = link(source)?;
     let module = Module::load(&cubin, context)?;
-    let function =
-        module.function(&entry).map_err(|error| jit(source, error, "there is no such entry in the text"))?;
+    let function = entry_of(&module, source, &entry)?;
     if let Some(disk) = disk {
         disk.put(&key, &cubin);
     }
     tracing::debug!(kernel = source.name, ms = milliseconds(started), "compiled");
     finish(source, gpu, context, module, function, Origin::Compiled)
+}
+
+/// Whether the text needs a compiler that sees the whole program. The linker, whose results can be kept, compiles for
+/// programs of several parts: it ignores `setmaxnreg`, so that registers spill, and waits for every `wgmma` at once
+/// (ptxas C7504, C7509): a third of the speed.
+fn compiles_as_whole(source: &KernelSource<'_>) -> bool {
+    source.ptx.contains("setmaxnreg") || source.ptx.contains("wgmma.")
+}
+
+fn entry_of(module: &Module, source: &KernelSource<'_>, entry: &CStr) -> Result<Function> {
+    module.function(entry).map_err(|error| jit(source, error, "there is no such entry in the text"))
 }
 
 fn milliseconds(since: Instant) -> f64 {
@@ -132,24 +148,55 @@ impl Drop for Link {
     }
 }
 
+/// What the compiler writes while it works.
+struct Logs {
+    errors: Vec<u8>,
+    notes: Vec<u8>,
+}
+
+impl Logs {
+    fn new() -> Self {
+        Logs { errors: vec![0; LOG_BYTES], notes: vec![0; LOG_BYTES] }
+    }
+
+    /// The options that ask for the logs, and their values: to be used while `self` is alive and not moved.
+    fn options(&mut self) -> ([CUjit_option; 4], [*mut c_void; 4]) {
+        // Sizes are passed by value, in the shape of a pointer.
+        let size: *mut c_void = ptr::without_provenance_mut(LOG_BYTES);
+        (
+            [
+                CUjit_option::CU_JIT_ERROR_LOG_BUFFER,
+                CUjit_option::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES,
+                CUjit_option::CU_JIT_INFO_LOG_BUFFER,
+                CUjit_option::CU_JIT_INFO_LOG_BUFFER_SIZE_BYTES,
+            ],
+            [self.errors.as_mut_ptr().cast(), size, self.notes.as_mut_ptr().cast(), size],
+        )
+    }
+
+    /// The result with the logs in its error.
+    fn explain<T>(&self, source: &KernelSource<'_>, result: Result<T>) -> Result<T> {
+        let notes = log_text(&self.notes);
+        if result.is_ok() && !notes.is_empty() {
+            tracing::debug!(kernel = source.name, "{notes}");
+        }
+        result.map_err(|error| jit(source, error, [log_text(&self.errors), notes].join("\n").trim()))
+    }
+}
+
+/// The text as the compiler reads it: up to a NUL.
+fn text(source: &KernelSource<'_>) -> Result<CString> {
+    CString::new(source.ptx).map_err(|_| {
+        let error = Error::value("PTX", "a text with a NUL inside", "one without");
+        jit(source, error, "")
+    })
+}
+
 /// Compiles `source` for the GPU whose context is current.
 fn link(source: &KernelSource<'_>) -> Result<Vec<u8>> {
-    // The compiler reads text up to a NUL.
-    let Ok(text) = CString::new(source.ptx) else {
-        let error = Error::value("PTX", "a text with a NUL inside", "one without");
-        return Err(jit(source, error, ""));
-    };
-    let mut errors = vec![0_u8; LOG_BYTES];
-    let mut notes = vec![0_u8; LOG_BYTES];
-    let mut options = [
-        CUjit_option::CU_JIT_ERROR_LOG_BUFFER,
-        CUjit_option::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES,
-        CUjit_option::CU_JIT_INFO_LOG_BUFFER,
-        CUjit_option::CU_JIT_INFO_LOG_BUFFER_SIZE_BYTES,
-    ];
-    // Sizes are passed by value, in the shape of a pointer.
-    let size: *mut c_void = ptr::without_provenance_mut(LOG_BYTES);
-    let mut values = [errors.as_mut_ptr().cast(), size, notes.as_mut_ptr().cast(), size];
+    let text = text(source)?;
+    let mut logs = Logs::new();
+    let (mut options, mut values) = logs.options();
     let count = options.len() as c_uint;
 
     let linked = (|| {
@@ -177,18 +224,7 @@ fn link(source: &KernelSource<'_>) -> Result<Vec<u8>> {
         // SAFETY: the driver owns `size` bytes there until `state` is dropped.
         Ok(unsafe { std::slice::from_raw_parts(cubin.cast::<u8>().cast_const(), size) }.to_vec())
     })();
-
-    let notes = log_text(&notes);
-    linked
-        .map_err(|error| {
-            let logs = [log_text(&errors), notes.clone()];
-            jit(source, error, logs.join("\n").trim())
-        })
-        .inspect(|_| {
-            if !notes.is_empty() {
-                tracing::debug!(kernel = source.name, "{notes}");
-            }
-        })
+    logs.explain(source, linked)
 }
 
 fn log_text(log: &[u8]) -> String {
@@ -197,6 +233,26 @@ fn log_text(log: &[u8]) -> String {
 }
 
 impl Module {
+    /// Compiles `source` as a whole program. The driver hands no cubin out then, and keeps it in a cache of its own.
+    fn compile(source: &KernelSource<'_>, context: &Arc<Context>) -> Result<Module> {
+        let text = text(source)?;
+        let mut logs = Logs::new();
+        let (mut options, mut values) = logs.options();
+        let mut raw = ptr::null_mut();
+        // SAFETY: the text ends in NUL; `options` and `values` go together, and they and the logs outlive the call.
+        let loaded = unsafe {
+            cu!(cuModuleLoadDataEx(
+                &mut raw,
+                text.as_ptr().cast(),
+                options.len() as c_uint,
+                options.as_mut_ptr(),
+                values.as_mut_ptr(),
+            ))
+        };
+        logs.explain(source, loaded)?;
+        Ok(Module { raw, context: Arc::clone(context) })
+    }
+
     fn load(cubin: &[u8], context: &Arc<Context>) -> Result<Module> {
         let mut raw = ptr::null_mut();
         // SAFETY: a whole cubin as the driver made it (the disk cache checks lengths and checksums), alive during the

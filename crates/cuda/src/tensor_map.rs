@@ -4,7 +4,7 @@ use cudarc::driver::sys::{
     CUtensorMap, CUtensorMapDataType as DataType, CUtensorMapFloatOOBfill, CUtensorMapInterleave,
     CUtensorMapL2promotion, CUtensorMapSwizzle,
 };
-use sage_ptx::{Arg, TensorMapBytes};
+use sage_ptx::{Arg, BoxedTensor, TensorMapBytes};
 
 use crate::device::Device;
 use crate::driver::{Driver, cu};
@@ -117,6 +117,21 @@ pub struct TensorMap<'a> {
     pub swizzle: Swizzle,
     /// What the L2 cache fetches.
     pub promotion: L2Promotion,
+}
+
+impl<'a> From<&'a BoxedTensor> for TensorMap<'a> {
+    fn from(tensor: &'a BoxedTensor) -> TensorMap<'a> {
+        TensorMap {
+            name: tensor.name,
+            element: if tensor.element_bytes == 1 { ElementType::U8 } else { ElementType::U16 },
+            address: tensor.address,
+            shape: &tensor.shape,
+            strides: &tensor.strides,
+            tile: &tensor.tile,
+            swizzle: if tensor.swizzle == 128 { Swizzle::B128 } else { Swizzle::B64 },
+            promotion: L2Promotion::B256,
+        }
+    }
 }
 
 impl TensorMap<'_> {

@@ -2,7 +2,7 @@
 
 use std::array;
 
-use sage_ptx::{Arg, TensorMapBytes};
+use sage_ptx::{Arg, BoxedTensor, TensorMapBytes};
 
 use crate::fault::{FaultKind, Outcome, Trouble};
 
@@ -51,6 +51,19 @@ pub struct TensorMap {
 
 /// No shared memory holds more.
 const MAX_BOX_BYTES: u64 = 227 * 1024;
+
+impl From<&BoxedTensor> for TensorMap {
+    fn from(tensor: &BoxedTensor) -> TensorMap {
+        TensorMap {
+            address: tensor.address,
+            element_bytes: tensor.element_bytes as u32,
+            shape: tensor.shape.to_vec(),
+            strides: tensor.strides.to_vec(),
+            box_shape: tensor.tile.to_vec(),
+            swizzle: if tensor.swizzle == 128 { Swizzle::Bytes128 } else { Swizzle::Bytes64 },
+        }
+    }
+}
 
 const MAGIC: u64 = 0x5a9e_0000_0000_0000;
 

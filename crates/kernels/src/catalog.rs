@@ -180,7 +180,9 @@ impl Call {
             q_rows: rows(q_len),
             kv_rows: rows(kv_len),
             aligned: self.aligned,
+            boxed: self.aligned,
             lse: self.lse,
+            tiling: None,
         };
         Forward::new(&problem, &request, &Gpu { target, multiprocessors: MULTIPROCESSORS }).ok()
     }

@@ -7,10 +7,11 @@ use sage_core::{
     Accumulator, Alignment, DType, Error, Granularity, IntBits, IntQuantizer, Problem, Pv, Qk, Result,
     Rounding, Scheme, SmoothQ, Smoothing, Tile, ZeroGroup,
 };
-use sage_ptx::{Arg, Program, Target};
+use sage_ptx::{Arg, BoxedTensor, Program, Target};
 
 use crate::attention::{
-    AttentionArgs, AttentionConfig, MaskForm, Scores, ValueSource, Values, attention, padded_dim,
+    AttentionArgs, AttentionConfig, Engine, MaskForm, Scores, Tiling, ValueSource, Values, attention, boxed_tensors,
+    padded_dim,
 };
 use crate::combine::{CombineArgs, CombineConfig};
 use crate::preprocess::{
@@ -18,7 +19,7 @@ use crate::preprocess::{
     QuantizeVArgs, QuantizeVConfig, QueryMeansArgs, QueryMeansConfig, Source,
 };
 use crate::sequence::{KEY_TILE, Lengths, total_key_tiles};
-use crate::tuning::{Shape, tiling};
+use crate::tuning::{Shape, Tuned, tiling};
 
 /// "No limit" of a window: far beyond any key, and far from overflow.
 const NO_LIMIT: i32 = 1 << 30;
@@ -55,8 +56,12 @@ pub struct Request {
     pub kv_rows: usize,
     /// Whether every row of Q, K, V and the output starts at a multiple of 16 bytes.
     pub aligned: bool,
+    /// Whether tensor maps can describe K and V: rows are aligned, and strides positive multiples of 16 bytes.
+    pub boxed: bool,
     /// Whether the log-sum-exp is wanted.
     pub lse: bool,
+    /// The attention kernel's tile shape, or none for the tuning table's.
+    pub tiling: Option<Tiling>,
 }
 
 /// A tensor of 16-bit elements in device memory.
@@ -99,6 +104,29 @@ pub struct Forward {
     splits: usize,
     layout: Layout,
     reasons: Vec<String>,
+}
+
+/// Who runs the launches of a pass: a GPU's stream, or the emulator.
+pub trait Launcher {
+    /// What can go wrong.
+    type Error;
+
+    /// The tensor map of a tensor, as an argument.
+    ///
+    /// # Errors
+    /// Where there can be none.
+    fn tensor_map(&mut self, tensor: &BoxedTensor) -> std::result::Result<Arg, Self::Error>;
+
+    /// Launches kernel `kernel` of [`Forward::programs`].
+    ///
+    /// # Errors
+    /// Where the launch fails.
+    fn launch(
+        &mut self,
+        kernel: usize,
+        grid: [u32; 3],
+        args: &[Arg],
+    ) -> std::result::Result<(), Self::Error>;
 }
 
 /// A launch, before its arguments are known.
@@ -207,17 +235,16 @@ impl Forward {
         &self.reasons
     }
 
-    /// Hands every launch over, in order: the kernel's index in [`Forward::programs`], blocks, arguments. Allocates
-    /// nothing.
+    /// Hands every launch over, in order. Allocates nothing.
     ///
     /// # Errors
-    /// The first that `launch` returns.
-    pub fn run<E>(
+    /// The first of `launcher`.
+    pub fn run<L: Launcher>(
         &self,
         tensors: &Tensors,
         workspace: u64,
-        mut launch: impl FnMut(usize, [u32; 3], &[Arg]) -> std::result::Result<(), E>,
-    ) -> std::result::Result<(), E> {
+        launcher: &mut L,
+    ) -> std::result::Result<(), L::Error> {
         let arguments = Arguments {
             problem: &self.problem,
             request: &self.request,
@@ -233,7 +260,7 @@ impl Forward {
             },
         };
         for (index, step) in self.steps.iter().enumerate() {
-            arguments.launch(step, |grid, args| launch(index, grid, args))?;
+            arguments.launch(step, index, launcher)?;
         }
         Ok(())
     }
@@ -357,25 +384,28 @@ impl Pass<'_> {
             steps.push(Step::ConvertV(ConvertVConfig { source, to }));
         }
 
-        let tuned = tiling(
-            self.gpu.target,
-            &Shape {
-                integer: quantised,
-                fp8: matches!(values, Values::Fp8(_)),
-                two_level: matches!(
-                    values,
-                    Values::F16(Accumulator::F16ThenF32)
-                        | Values::Fp8(Accumulator::F16ThenF32 | Accumulator::F32ThenF32)
-                ),
-                padded_dim: padded_dim(problem.head_dim),
-                plain: request.mask != MaskForm::None
-                    || problem.logit_softcap.is_some()
-                    || smooth_q.is_some()
-                    || matches!(scores, Scores::Int(q) if q.granularity == Granularity::PerToken),
-                unaligned: !request.aligned,
-                max_rows_per_warp: max_rows_per_warp(&scores),
-            },
-        );
+        let shape = Shape {
+            integer: quantised,
+            fp8: matches!(values, Values::Fp8(_)),
+            two_level: matches!(
+                values,
+                Values::F16(Accumulator::F16ThenF32)
+                    | Values::Fp8(Accumulator::F16ThenF32 | Accumulator::F32ThenF32)
+            ),
+            padded_dim: padded_dim(problem.head_dim),
+            plain: request.mask != MaskForm::None
+                || problem.logit_softcap.is_some()
+                || smooth_q.is_some()
+                || matches!(scores, Scores::Int(q) if q.granularity == Granularity::PerToken),
+            unaligned: !request.aligned,
+            max_rows_per_warp: max_rows_per_warp(&scores),
+            warpgroups: self.suits_warpgroups(&scores, &values),
+            per_block: matches!(scores, Scores::Int(q) if q.granularity == Granularity::PerBlock),
+        };
+        let tuned = match request.tiling {
+            Some(tiling) => Tuned { tiling, reason: "as asked for" },
+            None => tiling(self.gpu.target, &shape),
+        };
         let mut attention = AttentionConfig {
             dtype: problem.dtype,
             head_dim: problem.head_dim,
@@ -412,6 +442,23 @@ impl Pass<'_> {
             steps.push(Step::Combine(CombineConfig { dtype, head_dim, lse: request.lse }));
         }
         Ok((steps, splits))
+    }
+
+    /// Whether there is a kernel of warpgroups for such operands, and work for it: it takes 128 query rows and more at once.
+    fn suits_warpgroups(&self, scores: &Scores, values: &Values) -> bool {
+        let scores = match scores {
+            // The queries of larger heads would fill the registers.
+            Scores::Full => self.problem.head_dim <= 128,
+            Scores::Int(quantizer) => quantizer.bits == IntBits::Eight,
+        };
+        let values = matches!(
+            values,
+            Values::F16(Accumulator::F32)
+                | Values::BF16
+                | Values::Fp8(Accumulator::F32 | Accumulator::F32ThenF32)
+        );
+        let hopper = self.gpu.target == Target::SM_90A;
+        hopper && scores && values && self.request.boxed && self.problem.q_len > FEW_QUERIES
     }
 
     /// P·V's form, and what V must be converted to first.
@@ -633,11 +680,13 @@ struct Arguments<'a> {
 }
 
 impl Arguments<'_> {
-    fn launch<E>(
+    fn launch<L: Launcher>(
         &self,
         step: &Step,
-        launch: impl FnOnce([u32; 3], &[Arg]) -> std::result::Result<(), E>,
-    ) -> std::result::Result<(), E> {
+        index: usize,
+        launcher: &mut L,
+    ) -> std::result::Result<(), L::Error> {
+        let mut launch = |grid, args: &[Arg]| launcher.launch(index, grid, args);
         let (problem, request, t) = (self.problem, self.request, self.tensors);
         let (batch, heads, kv_len) = (problem.batch, problem.num_kv_heads, problem.kv_len);
         let at = |offset: u64| self.workspace + offset;
@@ -739,7 +788,16 @@ impl Arguments<'_> {
             }
             Step::Attention(config) => {
                 let args = self.attention(config, key_tiles);
-                launch(config.grid(batch, problem.num_q_heads, problem.q_len, self.splits), &args.args())
+                let grid = config.grid(batch, problem.num_q_heads, problem.q_len, self.splits);
+                if config.tiling.engine == Engine::Warps {
+                    return launch(grid, &args.args());
+                }
+                let [k_map, v_map] = self.boxed_tensors(config, &args, key_tiles);
+                let maps = [launcher.tensor_map(&k_map)?, launcher.tensor_map(&v_map)?];
+                let mut all = [maps[0]; AttentionArgs::COUNT + 2];
+                all[..AttentionArgs::COUNT].copy_from_slice(&args.args());
+                all[AttentionArgs::COUNT..].copy_from_slice(&maps);
+                launcher.launch(index, grid, &all)
             }
             Step::Combine(config) => {
                 let [out_stride_batch, out_stride_head, out_stride_row] = t.out.strides;
@@ -760,6 +818,21 @@ impl Arguments<'_> {
                 launch(config.grid(total_rows), &args.args())
             }
         }
+    }
+
+    /// K and V for the kernels whose tiles are copied in bulk.
+    fn boxed_tensors(
+        &self,
+        config: &AttentionConfig,
+        args: &AttentionArgs,
+        key_tiles: i32,
+    ) -> [BoxedTensor; 2] {
+        let (problem, t) = (self.problem, self.tensors);
+        let batches = if self.request.lengths == Lengths::Packed { 1 } else { problem.batch };
+        let shape =
+            [problem.head_dim, self.request.kv_rows, problem.num_kv_heads, batches].map(|size| size as u64);
+        let tiles = problem.num_kv_heads * key_tiles as usize;
+        boxed_tensors(config, [(shape, t.k.strides), (shape, t.v.strides)], [args.k, args.v], tiles)
     }
 
     fn attention(&self, config: &AttentionConfig, key_tiles: i32) -> AttentionArgs {

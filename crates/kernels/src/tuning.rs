@@ -2,7 +2,7 @@
 
 use sage_ptx::Target;
 
-use crate::attention::Tiling;
+use crate::attention::{Engine, Tiling};
 
 /// What a row of the table is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,6 +21,10 @@ pub struct Shape {
     pub unaligned: bool,
     /// Most query rows of a warp that the scheme's groups allow.
     pub max_rows_per_warp: usize,
+    /// Whether warpgroups can compute it.
+    pub warpgroups: bool,
+    /// Whether 128 query rows share a scale, and so must be in one block.
+    pub per_block: bool,
 }
 
 /// A row of the table.
@@ -43,6 +47,7 @@ pub const fn shared_bytes(target: Target) -> usize {
 }
 
 const BASE: Tiling = Tiling {
+    engine: Engine::Warps,
     warps: 4,
     rows_per_warp: 32,
     tile_keys: 64,
@@ -55,6 +60,36 @@ const BASE: Tiling = Tiling {
 
 /// The tile shape for a kernel.
 pub fn tiling(target: Target, shape: &Shape) -> Tuned {
+    if shape.warpgroups { of_warpgroups(shape) } else { of_warps(target, shape) }
+}
+
+/// Two or three warpgroups, and as many stages as fit.
+fn of_warpgroups(shape: &Shape) -> Tuned {
+    let groups = |groups: usize, tile_keys: usize, stages: usize, lazy_rescale: u32| Tiling {
+        engine: Engine::Warpgroups,
+        warps: 4 * groups,
+        rows_per_warp: 16,
+        tile_keys,
+        step_keys: tile_keys,
+        queries_in_registers: true,
+        stages,
+        min_blocks: 1,
+        lazy_rescale,
+    };
+    match (shape.integer, shape.fp8, shape.padded_dim) {
+        (true, true, 64) => Tuned { tiling: groups(2, 128, 4, 4), reason: "untuned" },
+        (true, true, 128) => Tuned { tiling: groups(2, 128, 4, 4), reason: "untuned" },
+        (_, true, _) => Tuned { tiling: groups(2, 64, 3, 4), reason: "untuned" },
+        (true, false, 64 | 128) if !shape.plain && !shape.per_block => {
+            Tuned { tiling: groups(3, 64, 4, 8), reason: "untuned" }
+        }
+        (true, false, 64 | 128) => Tuned { tiling: groups(2, 64, 4, 8), reason: "untuned" },
+        (true, false, _) => Tuned { tiling: groups(2, 64, 3, 8), reason: "untuned" },
+        (false, _, _) => Tuned { tiling: groups(2, 128, 2, 8), reason: "untuned" },
+    }
+}
+
+fn of_warps(target: Target, shape: &Shape) -> Tuned {
     let sixteen = Tiling { rows_per_warp: 16, warps: 8, min_blocks: 1, ..BASE };
     let mut tuned = match (shape.integer, shape.padded_dim) {
         (true, _) if shape.max_rows_per_warp < BASE.rows_per_warp => {
@@ -90,6 +125,9 @@ pub fn tiling(target: Target, shape: &Shape) -> Tuned {
             reason: "the sums of 16 rows fill half the registers, so Q stays in shared memory",
         },
     };
+    if shape.fp8 {
+        tuned.tiling.lazy_rescale = 0;
+    }
     while !shape.integer
         && ring_bytes(&tuned.tiling, shape) > shared_bytes(target)
         && tuned.tiling.tile_keys > 32

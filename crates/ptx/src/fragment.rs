@@ -94,6 +94,11 @@ impl<'k, E: MmaElement> FragmentA<'k, E> {
     pub fn code(&self) -> &'k Code {
         self.words[0].code()
     }
+
+    /// The registers, in the order of [`FragmentA::new`].
+    pub fn words(&self) -> [Val<'k, u32>; 4] {
+        self.words
+    }
 }
 
 impl<'k, E: MmaElement> FragmentB<'k, E> {

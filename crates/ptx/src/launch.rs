@@ -71,6 +71,26 @@ pub enum Arg {
 #[repr(align(64))]
 pub struct TensorMapBytes(pub [u64; 16]);
 
+/// A tensor and the box of it that a bulk copy moves, before whoever launches makes its tensor map. Dimensions go from the
+/// innermost out; a tensor of fewer has ones.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BoxedTensor {
+    /// Name, for messages.
+    pub name: &'static str,
+    /// Address of the first element, a multiple of 16.
+    pub address: u64,
+    /// Bytes of an element: 1 or 2.
+    pub element_bytes: usize,
+    /// Elements of each dimension.
+    pub shape: [u64; 4],
+    /// Bytes from one element to the next of each dimension but the innermost: multiples of 16.
+    pub strides: [u64; 3],
+    /// Elements of a box.
+    pub tile: [u32; 4],
+    /// Bytes of a box's row, within which its chunks change places: 64 or 128.
+    pub swizzle: usize,
+}
+
 impl Arg {
     /// The parameter type that the value is for.
     pub const fn ty(&self) -> ParamType {

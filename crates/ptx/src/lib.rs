@@ -5,6 +5,7 @@
 
 #[cfg(test)]
 mod assembled;
+mod bulk;
 mod code;
 mod fragment;
 pub mod isa;
@@ -14,15 +15,18 @@ mod printer;
 pub mod program;
 mod target;
 mod value;
+mod warpgroup;
 
+pub use bulk::{Mbarrier, Mbarriers};
 pub use code::{Code, ParamScalar, kernel};
 pub use fragment::{
     Accumulator, CHUNK_BYTES, ChunkAddress, E4M3, E5M2, FragmentA, FragmentB, FragmentSource, MmaAccumulator,
     MmaElement, S4, SharedTile,
 };
-pub use launch::{Arg, Param, ParamType, TensorMapBytes};
+pub use launch::{Arg, BoxedTensor, Param, ParamType, TensorMapBytes};
 pub use pointer::{AddressSpace, Global, GlobalSpace, Index, Pointer, Shared, SharedSpace, Stored};
 pub use printer::Unsupported;
 pub use program::Program;
 pub use target::{Needs, Target, Version};
 pub use value::{BF16x2, F16x2, Half, Scalar, Use, Val, Var};
+pub use warpgroup::{MatrixDescriptor, PanelMatrix, warpgroup_product};

@@ -2,8 +2,16 @@
 
 use sage_core::{Accumulator, DType, Granularity, IntBits, IntQuantizer};
 
+use sage_ptx::Code;
+
 use crate::params::kernel_params;
 use crate::sequence::Lengths;
+
+/// Threads of a warpgroup.
+pub(super) const WARPGROUP: u32 = 128;
+
+/// The named barrier of the threads that compute.
+const COMPUTING_BARRIER: i32 = 1;
 
 /// Everything that is known when a kernel is built.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -80,16 +88,28 @@ pub enum MaskForm {
     Bias(DType),
 }
 
+/// Which instructions multiply, and who copies.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Engine {
+    /// `mma.sync`, warp by warp; every thread copies a part of each tile. Every GPU.
+    #[default]
+    Warps,
+    /// `wgmma`, by groups of four warps that share nothing but the tiles, which one more warp has copied. Hopper.
+    Warpgroups,
+}
+
 /// Tile shapes: a row of the tuning table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Tiling {
-    /// Warps of a block.
+    /// Instructions.
+    pub engine: Engine,
+    /// Warps of a block that compute.
     pub warps: usize,
-    /// Query rows of a warp: 16 or 32.
+    /// Query rows of a warp: 16 or 32, of a warpgroup's 16.
     pub rows_per_warp: usize,
-    /// Keys of a tile in shared memory: 64, or 32 where K and V are read as given.
+    /// Keys of a tile in shared memory: 64, or 32 where K and V are read as given; of warpgroups 64 or 128.
     pub tile_keys: usize,
-    /// Keys whose scores are in registers at once: 16, 32 or 64.
+    /// Keys whose scores are in registers at once: 16, 32 or 64; of warpgroups a tile's.
     pub step_keys: usize,
     /// Whether quantised queries stay in registers, or are read from shared memory for each step.
     pub queries_in_registers: bool,
@@ -107,9 +127,25 @@ impl AttentionConfig {
         self.tiling.warps * self.tiling.rows_per_warp
     }
 
-    /// Threads of a block.
+    /// Threads of a block that compute.
     pub fn threads(&self) -> u32 {
         self.tiling.warps as u32 * 32
+    }
+
+    /// Threads of a block: those that compute, and the warpgroup of the one that copies.
+    pub fn block_threads(&self) -> u32 {
+        match self.tiling.engine {
+            Engine::Warps => self.threads(),
+            Engine::Warpgroups => self.threads() + WARPGROUP,
+        }
+    }
+
+    /// Waits for all threads that compute.
+    pub(super) fn barrier(&self, code: &Code) {
+        match self.tiling.engine {
+            Engine::Warps => code.barrier(),
+            Engine::Warpgroups => code.named_barrier(COMPUTING_BARRIER, self.threads()),
+        }
     }
 
     /// Smallest head dimension that tiles are laid out for and that holds this one.
@@ -173,6 +209,7 @@ impl AttentionConfig {
             name += &format!("_sq{rows}");
         }
         let Tiling {
+            engine,
             warps,
             rows_per_warp,
             tile_keys,
@@ -183,9 +220,13 @@ impl AttentionConfig {
             lazy_rescale,
         } = self.tiling;
         let queries = if queries_in_registers { "r" } else { "" };
+        let engine = match engine {
+            Engine::Warps => "w",
+            Engine::Warpgroups => "wg",
+        };
         name += self.lengths.suffix();
         name + &format!(
-            "_w{warps}x{rows_per_warp}x{tile_keys}x{step_keys}{queries}_s{stages}_b{min_blocks}_l{lazy_rescale}"
+            "_{engine}{warps}x{rows_per_warp}x{tile_keys}x{step_keys}{queries}_s{stages}_b{min_blocks}_l{lazy_rescale}"
         )
     }
 }

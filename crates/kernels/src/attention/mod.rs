@@ -11,6 +11,7 @@
 //!     O = O / ℓ · scales of V + mean of V
 //! ```
 
+mod bulk_ring;
 mod config;
 mod output;
 mod place;
@@ -18,13 +19,15 @@ mod queries;
 mod ring;
 mod scores;
 mod softmax;
+mod warpgroups;
 
 use half::{bf16, f16};
 use sage_core::DType;
 use sage_ptx::{Half, MmaElement, Program, Stored, kernel};
 
 use config::AttentionParams;
-pub use config::{AttentionArgs, AttentionConfig, MaskForm, Scores, Tiling, ValueSource, Values, padded_dim};
+pub use bulk_ring::{BULK_MAPS, boxed_tensors, stage_bytes};
+pub use config::{AttentionArgs, AttentionConfig, Engine, MaskForm, Scores, Tiling, ValueSource, Values, padded_dim};
 use output::Output;
 use place::Place;
 use queries::Queries;
@@ -48,9 +51,12 @@ where
     H: Half + MmaElement + Stored<Value = H>,
     W: Half + MmaElement,
 {
-    kernel(&config.name(), config.threads(), |k| {
+    kernel(&config.name(), config.block_threads(), |k| {
         k.min_blocks(config.tiling.min_blocks);
         let p = AttentionParams::declare(k);
+        if config.tiling.engine == Engine::Warpgroups {
+            return warpgroups::write::<H, W>(k, config, &p);
+        }
         let place = Place::new(k, config, &p);
         let ring = Ring::new(k, config, &p, &place);
         ring.start(&place);
@@ -66,7 +72,7 @@ where
             let keys = KeyTile { index, fragments, scales: key_scales.of_tile(index), cut };
             for step in 0..config.tiling.tile_keys / config.tiling.step_keys {
                 let scores = scoring.scores::<H>(&keys, step);
-                softmax.advance(k, &scores, |alphas| output.rescale(alphas));
+                softmax.advance(k, std::slice::from_ref(&scores), |alphas| output.rescale(alphas));
                 output.add::<W>(&softmax, &scores, &values, step);
             }
         };

@@ -4,7 +4,7 @@ use half::f16;
 use sage_core::Accumulator as Precision;
 use sage_ptx::{
     Accumulator, CHUNK_BYTES, Code, E4M3, F16x2, FragmentA, FragmentB, FragmentSource, Half, MmaAccumulator,
-    MmaElement, SharedTile, Stored, Val,
+    MmaElement, SharedTile, Stored, Val, Var,
 };
 
 use super::config::{AttentionConfig, AttentionParams, Values};
@@ -34,6 +34,14 @@ impl<'k, 'c> Output<'k, 'c> {
             _ => Sums::Single((0..tiles).map(|_| Accumulator::filled(code, 0.0)).collect()),
         };
         Output { code, config, sums }
+    }
+
+    /// The registers of sums in single precision, as of accumulators side by side.
+    pub fn registers(&self) -> Vec<Var<'k, f32>> {
+        match &self.sums {
+            Sums::Single(sums) => sums.iter().flat_map(|sum| sum.registers()).copied().collect(),
+            Sums::Half(_) => Vec::new(),
+        }
     }
 
     /// Multiplies each row slot's sums.

@@ -13,6 +13,8 @@ pub(super) struct Place<'k> {
     pub sequence_index: Val<'k, i32>,
     pub head: Val<'k, i32>,
     pub kv_head: Val<'k, i32>,
+    /// The sequence's first key tile of this head in the workspace.
+    pub first_key_tile: Val<'k, i32>,
     /// First query row of the warp.
     pub warp_row: Val<'k, i32>,
     pub warp: Val<'k, i32>,
@@ -76,12 +78,13 @@ impl<'k> Place<'k> {
         let inner_start = start_of(last_row).div_ceil(tile_keys).max(first_tile).min(end_tile);
         let inner_end = (end_of(first_row) >> tile_keys.ilog2() as i32).min(end_tile).max(inner_start);
         let warp = code.warp_index();
+        let kv_head = head / p.group_size;
         Place {
             sequence,
             sequence_index,
             head,
-            kv_head: head / p.group_size,
-
+            kv_head,
+            first_key_tile: kv_head * p.key_tiles + sequence.first_tile,
             warp_row: first_row + warp * (config.tiling.rows_per_warp as i32),
             warp,
             lane: code.lane_index(),

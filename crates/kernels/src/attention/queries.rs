@@ -227,7 +227,7 @@ fn groups<'k>(
         // A group of several warps' rows: each warp reads what the others found.
         let maxima = code.shared::<i32>("q_maxima", config.tiling.warps * 32);
         maxima.at(code.thread()).store(own);
-        code.barrier();
+        config.barrier(code);
         let first = place.warp - (place.warp & (warps as i32 - 1));
         let of_group = maxima.at(first * 32 + place.lane);
         (0..warps as i32).map(|warp| of_group.plus(32 * warp).load()).reduce(maximum).unwrap_or(own)

@@ -74,17 +74,17 @@ impl<'k, 'c> Ring<'k, 'c> {
                 [p.k_stride_batch, p.k_stride_head, p.k_stride_row],
             ),
             Scores::Int(_) => {
-                shape(0, key_bytes, tile_keys, key_bytes / CHUNK_BYTES).of_workspace(place, p, p.k)
+                shape(0, key_bytes, tile_keys, key_bytes / CHUNK_BYTES).of_workspace(place, p.k)
             }
         };
         let rows_of_values =
             |chunks| TileShape { depth_in_rows: true, ..shape(first_value, 2 * padded, tile_keys, chunks) };
         let values = match (config.values, config.value_source) {
             (Values::Fp8(_), _) => {
-                shape(first_value, tile_keys, padded, tile_keys / CHUNK_BYTES).of_workspace(place, p, p.v)
+                shape(first_value, tile_keys, padded, tile_keys / CHUNK_BYTES).of_workspace(place, p.v)
             }
             (_, ValueSource::Workspace) => {
-                rows_of_values(2 * padded / CHUNK_BYTES).of_workspace(place, p, p.v)
+                rows_of_values(2 * padded / CHUNK_BYTES).of_workspace(place, p.v)
             }
             (_, ValueSource::Given) => rows_of_values(used_chunks).of_rows(
                 config,
@@ -254,9 +254,9 @@ impl<'k> TileShape<'k> {
     }
 
     /// Tiles of the workspace.
-    fn of_workspace(self, place: &Place<'k>, p: &AttentionParams<'k>, base: Global<'k, u8>) -> Tiles<'k> {
+    fn of_workspace(self, place: &Place<'k>, base: Global<'k, u8>) -> Tiles<'k> {
         let code = base.code();
-        let tile = place.kv_head * p.key_tiles + place.sequence.first_tile + place.first_tile;
+        let tile = place.first_key_tile + place.first_tile;
         let tile_chunks = (self.rows * self.chunks) as i32;
         let chunk = code.var(tile * tile_chunks + code.thread()).named("workspace_chunk");
         self.from(Source::Workspace { base, chunk })

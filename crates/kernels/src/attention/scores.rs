@@ -1,7 +1,7 @@
 //! Q·Kᵀ of a tile, and what comes between it and the softmax: scales, caps, biases, masks.
 
 use half::{bf16, f16};
-use sage_core::{DType, Granularity, IntBits};
+use sage_core::{DType, Granularity, IntBits, IntQuantizer};
 use sage_ptx::{
     Accumulator, Code, FragmentSource, Global, Half, MmaAccumulator, MmaElement, S4, Stored, Val, Var,
 };
@@ -38,38 +38,52 @@ impl<'k> Scoring<'k, '_> {
     /// Scores of the warp's rows and a step's keys.
     pub fn scores<H: Half + MmaElement>(&self, keys: &KeyTile<'k>, step: usize) -> ScoreTile<'k> {
         self.code.note("scores: q * k^T");
-        let (config, queries) = (self.config, &self.queries);
+        let config = self.config;
         let Tiling { tile_keys, step_keys, .. } = config.tiling;
-        let (columns, first_column) = (step_keys / 8, step * step_keys);
-        let first_key = keys.index * tile_keys as i32 + first_column as i32;
-        let per_row = queries.scale.clone();
-        let product = match config.scores {
-            Scores::Full => {
-                let values = self.product::<H, f32>(&keys.fragments, first_column, 0.0);
-                ScoreTile { first_key, columns, values, factor: per_row, biased: false }
+        let first_column = step * step_keys;
+        // Sums of integers start at a float's bits, and so end as the float of their value plus a constant.
+        let values = match config.scores {
+            Scores::Full => self.product::<H, f32>(&keys.fragments, first_column, 0.0),
+            Scores::Int(IntQuantizer { bits: IntBits::Eight, .. }) => {
+                self.product::<i8, i32>(&keys.fragments, first_column, ROUNDING_MAGIC_BITS)
             }
-            Scores::Int(quantizer) => {
-                // Sums start at a float's bits, and so end as the float of their value plus a constant.
-                let values = match quantizer.bits {
-                    IntBits::Eight => {
-                        self.product::<i8, i32>(&keys.fragments, first_column, ROUNDING_MAGIC_BITS)
-                    }
-                    IntBits::Four => {
-                        self.product::<S4, i32>(&keys.fragments, first_column, ROUNDING_MAGIC_BITS)
-                    }
-                };
-                if quantizer.granularity == Granularity::PerToken {
-                    let of_step = &keys.scales[2 * columns * step..2 * columns * (step + 1)];
-                    let integers = ScoreTile { first_key, columns, values, factor: per_row, biased: true };
-                    integers.scaled_by_key(of_step)
-                } else {
-                    // Without a scale for each row, all rows of a lane have the same.
-                    let factor = vec![nonzero(queries.scale[0] * keys.scales[0]); per_row.len()];
-                    ScoreTile { first_key, columns, values, factor, biased: true }
-                }
+            Scores::Int(IntQuantizer { bits: IntBits::Four, .. }) => {
+                self.product::<S4, i32>(&keys.fragments, first_column, ROUNDING_MAGIC_BITS)
             }
         };
-        self.finish(product, keys.cut)
+        let first_key = keys.index * tile_keys as i32 + first_column as i32;
+        let scores = self.scaled(values, first_key, first_column, &keys.scales);
+        if keys.cut {
+            self.code.note("scores: causal mask, window, end of the keys");
+            scores.hide(&self.place);
+        }
+        scores
+    }
+
+    /// Scores of products with the keys from `first_key` on, which is column `first_column` of those that `key_scales` are
+    /// for: with their scales, smooth-Q's correction, cap and explicit mask.
+    pub fn scaled(
+        &self,
+        values: Vec<[Var<'k, f32>; 4]>,
+        first_key: Val<'k, i32>,
+        first_column: usize,
+        key_scales: &[Val<'k, f32>],
+    ) -> ScoreTile<'k> {
+        let rows = &self.queries.scale;
+        let columns = values.len() / (rows.len() / 2);
+        let tile = ScoreTile { first_key, columns, values, factor: rows.clone(), biased: true };
+        let product = match self.config.scores {
+            Scores::Full => ScoreTile { biased: false, ..tile },
+            Scores::Int(quantizer) if quantizer.granularity == Granularity::PerToken => {
+                let first = first_column / 4;
+                tile.scaled_by_key(&key_scales[first..first + 2 * columns])
+            }
+            // Without a scale for each row, all rows of a lane have the same.
+            Scores::Int(_) => {
+                ScoreTile { factor: vec![nonzero(rows[0] * key_scales[0]); rows.len()], ..tile }
+            }
+        };
+        self.finish(product)
     }
 
     /// The product itself, of a warp's rows and a step's keys.
@@ -97,8 +111,8 @@ impl<'k> Scoring<'k, '_> {
         sums.iter().map(|sum| std::array::from_fn(|i| sum.register(i).reinterpret::<f32>())).collect()
     }
 
-    /// With smooth-Q's correction, cap, explicit mask and band.
-    fn finish(&self, mut scores: ScoreTile<'k>, cut: bool) -> ScoreTile<'k> {
+    /// With smooth-Q's correction, cap and explicit mask.
+    fn finish(&self, mut scores: ScoreTile<'k>) -> ScoreTile<'k> {
         let (config, p, place) = (self.config, &self.params, &self.place);
         if config.smooth_q.is_some() || config.softcap || config.mask != MaskForm::None {
             scores = scores.unbiased();
@@ -118,10 +132,6 @@ impl<'k> Scoring<'k, '_> {
             MaskForm::Bias(DType::BF16) => scores.add_bias::<bf16>(p, place, |x| x.to_f32()),
             MaskForm::Bias(DType::F32) => scores.add_bias::<f32>(p, place, |x| x),
         }
-        if cut {
-            self.code.note("scores: causal mask, window, end of the keys");
-            scores.hide(place);
-        }
         scores
     }
 }
@@ -139,7 +149,7 @@ impl<'k> KeyScales<'k> {
         let tiles = match config.scores {
             Scores::Full => None,
             Scores::Int(quantizer) => {
-                Some((place.kv_head * p.key_tiles + place.sequence.first_tile, quantizer.granularity))
+                Some((place.first_key_tile, quantizer.granularity))
             }
         };
         KeyScales { tiles, scales: p.k_scale, lane: place.lane }

@@ -2,7 +2,7 @@
 
 use sage_ptx::{Accumulator, Code, FragmentA, FragmentB, Half, MmaElement, Val, Var};
 
-use super::config::{AttentionConfig, Values};
+use super::config::{AttentionConfig, Engine, Values};
 use super::place::Place;
 use crate::integer::{ROUNDING_MAGIC, ROUNDING_MAGIC_BITS};
 
@@ -104,24 +104,35 @@ impl<'k> Softmax<'k> {
     pub fn new(code: &'k Code, config: &AttentionConfig) -> Self {
         let slots = config.tiling.rows_per_warp / 8;
         let fp8 = matches!(config.values, Values::Fp8(_));
+        let lazy = config.tiling.lazy_rescale as f32;
+        let by_product = !fp8 && config.tiling.engine == Engine::Warps;
         Softmax {
             // Finite, so that differences with it are numbers also before the first visible key.
             reference: (0..slots).map(|_| code.var(f32::MIN).named("row_reference")).collect(),
-            sums: match fp8 {
-                true => RowSums::Lane((0..slots).map(|_| code.var(0.0).named("row_sum")).collect()),
-                false => RowSums::Product((0..slots / 2).map(|_| Accumulator::filled(code, 0.0)).collect()),
+            sums: match by_product {
+                false => RowSums::Lane((0..slots).map(|_| code.var(0.0).named("row_sum")).collect()),
+                true => RowSums::Product((0..slots / 2).map(|_| Accumulator::filled(code, 0.0)).collect()),
             },
-            exponent: if fp8 { E4M3_P_EXPONENT } else { 0.0 },
-            // E4M3 has no room above the maximum.
-            lazy: if fp8 { 0.0 } else { config.tiling.lazy_rescale as f32 },
+            // E4M3 has no room above its largest value: what P may rise by is left free.
+            exponent: if fp8 { E4M3_P_EXPONENT - lazy } else { 0.0 },
+            lazy,
         }
     }
 
     /// Takes a step's maxima in, calling `rescale` with the factor of each row slot's sums where they change.
-    pub fn advance(&self, code: &'k Code, scores: &ScoreTile<'k>, rescale: impl FnOnce(&[Val<'k, f32>])) {
+    pub fn advance(
+        &self,
+        code: &'k Code,
+        scores: &[ScoreTile<'k>],
+        rescale: impl FnOnce(&[Val<'k, f32>]),
+    ) {
         code.note("softmax: row maxima");
         let slots = self.reference.len();
-        let maxima: Vec<_> = (0..slots).map(|slot| scores.lane_maximum(slot)).collect();
+        let maximum = |slot: usize| {
+            let of_tiles = scores.iter().map(|tile| tile.lane_maximum(slot));
+            of_tiles.reduce(Val::max).unwrap_or(code.constant(f32::NEG_INFINITY))
+        };
+        let maxima: Vec<_> = (0..slots).map(maximum).collect();
         let update = || {
             code.note("softmax: new references");
             let alphas: Vec<_> = (0..slots)

@@ -10,10 +10,10 @@ use sage_core::{
     Band, BlockMask, Call, DType, Inputs, Layout, Lengths, Mask, Options, Scheme, Tensor, TensorView, View,
     oracle,
 };
-use sage_emulator::Emulator;
-use sage_kernels::attention::MaskForm;
-use sage_kernels::forward::{Forward, Gpu, Request, TensorArg, Tensors};
-use sage_ptx::Target;
+use sage_emulator::{Emulator, Failure};
+use sage_kernels::attention::{MaskForm, Tiling};
+use sage_kernels::forward::{Forward, Gpu, Launcher, Request, TensorArg, Tensors};
+use sage_ptx::{Arg, BoxedTensor, Program, Target};
 
 /// A problem with its data. Tensors are dense `[batch, heads, rows, head_dim]`, or packed `[1, heads, total, head_dim]`.
 #[derive(Clone, Debug)]
@@ -39,6 +39,7 @@ pub struct Case {
     pub packed: Option<(Vec<i32>, Vec<i32>)>,
     pub scheme: Option<Scheme>,
     pub target: Target,
+    pub tiling: Option<Tiling>,
     pub multiprocessors: usize,
 }
 
@@ -71,6 +72,7 @@ impl Default for Case {
             packed: None,
             scheme: None,
             target: Target::SM_80,
+            tiling: None,
             multiprocessors: 1,
         }
     }
@@ -81,6 +83,23 @@ pub struct Computed {
     pub out: Vec<f32>,
     pub lse: Vec<f32>,
     pub kernels: Vec<String>,
+}
+
+struct Emulated<'a> {
+    emulator: &'a mut Emulator,
+    programs: &'a [Program],
+}
+
+impl Launcher for Emulated<'_> {
+    type Error = Failure;
+
+    fn tensor_map(&mut self, tensor: &BoxedTensor) -> Result<Arg, Failure> {
+        Ok(self.emulator.tensor_map(&tensor.into()))
+    }
+
+    fn launch(&mut self, kernel: usize, grid: [u32; 3], args: &[Arg]) -> Result<(), Failure> {
+        self.emulator.launch(&self.programs[kernel], grid, args).map(|_| ())
+    }
 }
 
 /// 16-bit elements of a tensor whose rows have gaps, and the same without gaps.
@@ -193,6 +212,8 @@ impl Case {
         };
         let call = Call::check(&inputs, &options).unwrap();
 
+        let aligned =
+            self.misaligned == 0 && self.head_dim.is_multiple_of(8) && self.gap.is_multiple_of(8);
         let request = Request {
             scheme: self.scheme,
             mask: match self.mask {
@@ -207,8 +228,10 @@ impl Case {
             },
             q_rows,
             kv_rows,
-            aligned: self.misaligned == 0 && self.head_dim.is_multiple_of(8) && self.gap.is_multiple_of(8),
+            aligned,
+            boxed: aligned,
             lse: true,
+            tiling: self.tiling,
         };
         let gpu = Gpu { target: self.target, multiprocessors: self.multiprocessors };
         let forward = Forward::new(&call.problem, &request, &gpu).unwrap();
@@ -257,13 +280,11 @@ impl Case {
         let workspace = emulator.uninitialized("workspace", forward.workspace_bytes().max(1));
         emulator.write(workspace, &vec![0u8; zeroed]);
         let programs = forward.programs();
-        let mut kernels = Vec::new();
+        let mut launcher = Emulated { emulator: &mut emulator, programs: &programs };
         forward
-            .run(&tensors, workspace.address(), |index, grid, args| {
-                kernels.push(programs[index].name.clone());
-                emulator.launch(&programs[index], grid, args).map(|_| ())
-            })
+            .run(&tensors, workspace.address(), &mut launcher)
             .unwrap_or_else(|failure| panic!("{self:?}\n{failure}"));
+        let kernels = forward.kernel_names();
 
         let pitch = self.head_dim + self.gap;
         let raw: Vec<u16> = emulator.read(out_buffer);

@@ -242,7 +242,9 @@ impl Memory {
                 format!("atom{scope}{space}.{op}{ty} {}, {}, {}", d[0], address(&s[0], offset), s[1])
             }
             Memory::Param { index, ty } => format!("ld.param{} {}, [{}]", ty.ptx(), d[0], param(index)),
-            Memory::ParamAddress { index } => format!("mov.b64 {}, {}", d[0], param(index)),
+            Memory::ParamAddress { index } => {
+                format!("mov.b64 {0}, {1}; cvta.param.u64 {0}, {0}", d[0], param(index))
+            }
             Memory::SharedAddress { offset, .. } => match offset {
                 0 => format!("mov.b32 {}, {SHARED_SYMBOL}", d[0]),
                 offset => format!("mov.b32 {}, {SHARED_SYMBOL}+{offset}", d[0]),

@@ -12,10 +12,12 @@ use std::time::Duration;
 
 use sage_core::{Call, Error, Inputs, Lengths, Operand, Options, Problem, Result, Strided};
 use sage_kernels::attention::MaskForm;
-use sage_kernels::forward::{Gpu, Request, TensorArg, Tensors};
-use sage_ptx::Arg;
+pub use sage_kernels::attention::{Engine, Tiling};
+use sage_kernels::forward::{Gpu, Launcher, Request, TensorArg, Tensors};
+use sage_ptx::{Arg, BoxedTensor};
 
 pub use plan::CudaPlan;
+use sage_cuda::TensorMap;
 pub use sage_cuda::{Buffer, Device, DeviceInfo, Event, ExecutableGraph, Graph, Stream, devices};
 pub use tensor::{CudaTensor, DeviceBytes, DeviceMask, DeviceTensor};
 
@@ -31,6 +33,8 @@ pub struct Cuda {
     gpu: Gpu,
     /// The latest used last.
     plans: Mutex<Vec<Arc<CudaPlan>>>,
+    /// In place of the tuning table's.
+    tiling: Mutex<Option<Tiling>>,
 }
 
 /// Queries, keys and values in a GPU's memory.
@@ -49,7 +53,7 @@ impl Cuda {
     pub fn of_device(device: Device) -> Self {
         let info = device.info();
         let gpu = Gpu { target: info.target(), multiprocessors: info.multiprocessors as usize };
-        Cuda { device, gpu, plans: Mutex::default() }
+        Cuda { device, gpu, plans: Mutex::default(), tiling: Mutex::default() }
     }
 
     /// The device.
@@ -63,6 +67,11 @@ impl Cuda {
     /// What the driver says.
     pub fn stream(&self) -> Result<Stream> {
         Stream::new(&self.device).map_err(driver)
+    }
+
+    /// Makes `tiling` the tile shape of every attention kernel from now on, or the tuning table's again: for tuning.
+    pub fn use_tiling(&self, tiling: Option<Tiling>) {
+        *self.tiling.lock().unwrap_or_else(PoisonError::into_inner) = tiling;
     }
 
     /// The GPU's time for the work that `run` puts on `stream`; waits for it.
@@ -99,8 +108,13 @@ impl Cuda {
         let Some(prepared) = self.prepare(stream, inputs, options, choice, out, lse)? else { return Ok(()) };
         let plan = &prepared.plan;
         let workspace = workspace(stream, plan)?;
-        let launch = |index: usize, grid, args: &[Arg]| plan.kernels[index].launch(stream, grid, args);
-        plan.forward.run(&prepared.tensors, workspace.address(), launch).map_err(driver)
+        let mut launcher = OnStream {
+            device: &self.device,
+            run: |kernel: usize, grid, args: &[Arg]| {
+                plan.kernels[kernel].launch(stream, grid, args).map_err(driver)
+            },
+        };
+        plan.forward.run(&prepared.tensors, workspace.address(), &mut launcher)
     }
 
     /// Median times of a call's kernels, each launched by itself in the order of the call: for
@@ -127,9 +141,10 @@ impl Cuda {
             let timed = |index: usize, grid: [u32; 3], args: &[Arg]| {
                 let launch = || kernels[index].launch(stream, grid, args).map_err(driver);
                 times[index].push(self.time(stream, launch)?);
-                Ok::<_, Error>(())
+                Ok(())
             };
-            prepared.plan.forward.run(&prepared.tensors, workspace.address(), timed)?;
+            let mut launcher = OnStream { device: &self.device, run: timed };
+            prepared.plan.forward.run(&prepared.tensors, workspace.address(), &mut launcher)?;
         }
         let median = |mut times: Vec<Duration>| {
             times.sort();
@@ -169,7 +184,10 @@ impl Cuda {
             cu_seqlens_q: lists.q,
             cu_seqlens_k: lists.k,
         };
-        let request = request(&call, choice, lse.is_some(), aligned(&tensors, call.problem.head_dim));
+        let mut request = request(&call, choice, lse.is_some());
+        request.tiling = *self.tiling.lock().unwrap_or_else(PoisonError::into_inner);
+        request.aligned = aligned(&tensors, call.problem.head_dim);
+        request.boxed = request.aligned && [call.k.shape(), call.v.shape()].into_iter().zip([tensors.k, tensors.v]).all(boxed);
         let plan = self.plan(&call.problem, &request)?;
         Ok(Some(Prepared { plan, tensors, _lists: lists }))
     }
@@ -208,9 +226,29 @@ impl Cuda {
             q_rows: problem.q_len,
             kv_rows: problem.kv_len,
             aligned: problem.head_dim.is_multiple_of(8),
+            boxed: problem.head_dim.is_multiple_of(8),
             lse: false,
+            tiling: None,
         };
         CudaPlan::new(problem, &request, &self.device, &self.gpu)
+    }
+}
+
+/// Launches of a pass, which `run` puts on a stream.
+struct OnStream<'a, F> {
+    device: &'a Device,
+    run: F,
+}
+
+impl<F: FnMut(usize, [u32; 3], &[Arg]) -> Result<()>> Launcher for OnStream<'_, F> {
+    type Error = Error;
+
+    fn tensor_map(&mut self, tensor: &BoxedTensor) -> Result<Arg> {
+        TensorMap::from(tensor).encode(self.device).map_err(driver)
+    }
+
+    fn launch(&mut self, kernel: usize, grid: [u32; 3], args: &[Arg]) -> Result<()> {
+        (self.run)(kernel, grid, args)
     }
 }
 
@@ -246,12 +284,15 @@ fn aligned(tensors: &Tensors, head_dim: usize) -> bool {
         })
 }
 
-fn request(
-    call: &Call<'_, DeviceTensor<'_>, DeviceMask<'_>>,
-    choice: Choice,
-    lse: bool,
-    aligned: bool,
-) -> Request {
+/// Whether a tensor map can describe an aligned tensor: it knows neither repeated nor backward dimensions.
+fn boxed((shape, tensor): (&[usize], TensorArg)) -> bool {
+    let [batch, heads, rows] = tensor.strides;
+    let sizes = [shape[0], shape[1], shape[2]];
+    sizes.into_iter().zip([batch, heads, rows]).all(|(size, stride)| size == 1 || stride > 0)
+}
+
+/// What is asked for, before the tensors are looked at.
+fn request(call: &Call<'_, DeviceTensor<'_>, DeviceMask<'_>>, choice: Choice, lse: bool) -> Request {
     Request {
         scheme: choice.scheme(call.problem.head_dim),
         mask: match call.mask {
@@ -266,8 +307,10 @@ fn request(
         },
         q_rows: call.q.shape()[2],
         kv_rows: call.k.shape()[2],
-        aligned,
+        aligned: false,
+        boxed: false,
         lse,
+        tiling: None,
     }
 }
 

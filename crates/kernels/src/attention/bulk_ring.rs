@@ -1,0 +1,289 @@
+//! Tiles of K and V on their way through the bulk copy engine: one thread asks for them, `mbarrier`s tell when they are
+//! there and when their stage is free again.
+
+use sage_ptx::{BoxedTensor, Code, Mbarriers, PanelMatrix, Shared, Val, Var};
+
+use super::config::{AttentionConfig, Scores, ValueSource, Values};
+use super::place::Place;
+use crate::sequence::KEY_TILE;
+
+/// Tensor maps that a kernel of warpgroups takes after its other parameters: K's and V's.
+pub const BULK_MAPS: [&str; 2] = ["k_map", "v_map"];
+
+/// How an operand's tiles lie in shared memory, and where boxes of them come from.
+#[derive(Clone, Copy, Debug)]
+struct Form {
+    element_bytes: usize,
+    /// Rows of a panel, which are `row_bytes` long.
+    rows: usize,
+    row_bytes: usize,
+    panels: usize,
+    source: BoxSource,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum BoxSource {
+    /// The caller's `[batch, heads, rows, head_dim]`: a panel is a box.
+    Given,
+    /// Rows of the workspace's tiles of [`KEY_TILE`] keys: such a part of a panel is a box.
+    Rows,
+    /// The workspace's transposed tiles: each is a panel.
+    Transposed,
+}
+
+/// Bytes of a panel's rows of 16-bit elements, and of K's quantised ones where a head has as many.
+const PANEL_BYTES: usize = 128;
+
+impl Form {
+    fn of_keys(config: &AttentionConfig) -> Form {
+        let (padded, rows) = (config.padded_dim(), config.tiling.tile_keys);
+        match config.scores {
+            Scores::Full => Form::halves(padded, rows, BoxSource::Given),
+            Scores::Int(_) => {
+                let row_bytes = padded.min(PANEL_BYTES);
+                Form { element_bytes: 1, rows, row_bytes, panels: padded / row_bytes, source: BoxSource::Rows }
+            }
+        }
+    }
+
+    fn of_values(config: &AttentionConfig) -> Form {
+        let (padded, keys) = (config.padded_dim(), config.tiling.tile_keys);
+        match (config.values, config.value_source) {
+            (Values::Fp8(_), _) => Form {
+                element_bytes: 1,
+                rows: padded,
+                row_bytes: KEY_TILE,
+                panels: keys / KEY_TILE,
+                source: BoxSource::Transposed,
+            },
+            (_, ValueSource::Workspace) => Form::halves(padded, keys, BoxSource::Rows),
+            (_, ValueSource::Given) => Form::halves(padded, keys, BoxSource::Given),
+        }
+    }
+
+    fn halves(padded: usize, rows: usize, source: BoxSource) -> Form {
+        let panels = 2 * padded / PANEL_BYTES;
+        Form { element_bytes: 2, rows, row_bytes: PANEL_BYTES, panels, source }
+    }
+
+    fn panel_bytes(&self) -> usize {
+        self.rows * self.row_bytes
+    }
+
+    fn stage_bytes(&self) -> usize {
+        self.panels * self.panel_bytes()
+    }
+
+    /// Rows of a box.
+    fn box_rows(&self) -> usize {
+        match self.source {
+            BoxSource::Given | BoxSource::Transposed => self.rows,
+            BoxSource::Rows => KEY_TILE,
+        }
+    }
+
+    fn columns(&self) -> usize {
+        self.row_bytes / self.element_bytes
+    }
+}
+
+/// Bytes of shared memory of a stage of the ring.
+pub fn stage_bytes(config: &AttentionConfig) -> usize {
+    Form::of_keys(config).stage_bytes() + Form::of_values(config).stage_bytes()
+}
+
+/// What K's and V's tensor maps describe: `address` of K and V as given or in the workspace, `strides` of batch, heads and
+/// rows as given, in elements.
+pub fn boxed_tensors(
+    config: &AttentionConfig,
+    given: [([u64; 4], [i64; 3]); 2],
+    addresses: [u64; 2],
+    workspace_tiles: usize,
+) -> [BoxedTensor; 2] {
+    let forms = [Form::of_keys(config), Form::of_values(config)];
+    std::array::from_fn(|i| {
+        let form = forms[i];
+        let (columns, bytes) = (form.columns() as u32, form.element_bytes as u64);
+        let rows = form.box_rows() as u32;
+        let (shape, strides) = match form.source {
+            BoxSource::Given => {
+                let (shape, [batch, head, row]) = given[i];
+                // Of a dimension of one element the stride means nothing, but must be a valid one.
+                let stride = |stride: i64, size: u64| if size > 1 { stride as u64 * bytes } else { 16 };
+                let strides = [stride(row, shape[1]), stride(head, shape[2]), stride(batch, shape[3])];
+                (shape, strides)
+            }
+            BoxSource::Rows => {
+                let row = form.panels as u64 * u64::from(columns);
+                let rows = (workspace_tiles * KEY_TILE) as u64;
+                ([row, rows, 1, 1], [row * bytes, 16, 16])
+            }
+            BoxSource::Transposed => {
+                let rows = (workspace_tiles * form.rows) as u64;
+                ([u64::from(columns), rows, 1, 1], [u64::from(columns) * bytes, 16, 16])
+            }
+        };
+        BoxedTensor {
+            name: BULK_MAPS[i],
+            address: addresses[i],
+            element_bytes: form.element_bytes,
+            shape,
+            strides,
+            tile: [columns, rows, 1, 1],
+            swizzle: form.row_bytes,
+        }
+    })
+}
+
+/// One operand's stages.
+pub(super) struct Stages<'k> {
+    form: Form,
+    memory: Shared<'k, u8>,
+    map: Val<'k, u64>,
+    full: Mbarriers<'k>,
+    empty: Mbarriers<'k>,
+}
+
+/// Where a thread stands in a ring: the stage, and the parity of the round.
+#[derive(Clone, Copy)]
+pub(super) struct Cursor<'k> {
+    stage: Var<'k, i32>,
+    parity: Var<'k, i32>,
+    stages: usize,
+}
+
+impl<'k> Cursor<'k> {
+    pub fn new(code: &'k Code, config: &AttentionConfig, name: &str) -> Self {
+        Cursor {
+            stage: code.var(0).named(&format!("{name}_stage")),
+            parity: code.var(0).named(&format!("{name}_parity")),
+            stages: config.tiling.stages,
+        }
+    }
+
+    pub fn advance(&self) {
+        let next = self.stage.get() + 1;
+        let wraps = next.eq(self.stages as i32);
+        self.stage.set(wraps.select(0, next));
+        self.parity.set(self.parity.get() ^ wraps.select(1, 0));
+    }
+}
+
+/// The rings of both operands: each has its own barriers, so that K's stage is free as soon as its scores are known.
+pub(super) struct BulkRing<'k, 'c> {
+    code: &'k Code,
+    config: &'c AttentionConfig,
+    pub keys: Stages<'k>,
+    pub values: Stages<'k>,
+}
+
+impl<'k, 'c> BulkRing<'k, 'c> {
+    /// Ready for use after the block's next barrier.
+    pub fn new(code: &'k Code, config: &'c AttentionConfig, maps: [Val<'k, u64>; 2]) -> Self {
+        let stages = config.tiling.stages;
+        let of = |name: &str, form: Form, map| Stages {
+            form,
+            memory: code.shared::<u8>(name, stages * form.stage_bytes()),
+            map,
+            full: code.mbarriers(&format!("{name}_full"), stages),
+            empty: code.mbarriers(&format!("{name}_empty"), stages),
+        };
+        let [k_map, v_map] = maps;
+        let keys = of("keys", Form::of_keys(config), k_map);
+        let values = of("values", Form::of_values(config), v_map);
+        code.when(code.thread().eq(0), || {
+            for operand in [&keys, &values] {
+                for stage in 0..stages {
+                    operand.full.plus(stage).init(1);
+                    operand.empty.plus(stage).init(config.tiling.warps as u32);
+                }
+            }
+            code.fence_mbarriers();
+        });
+        BulkRing { code, config, keys, values }
+    }
+
+    /// One thread's work: asks for every tile as soon as a stage is free.
+    pub fn produce(&self, place: &Place<'k>) {
+        let cursor = Cursor::new(self.code, self.config, "produced");
+        self.code.range(place.first_tile, place.end_tile, |tile| {
+            for operand in [&self.keys, &self.values] {
+                operand.load(self.config, place, tile, &cursor);
+            }
+            cursor.advance();
+        });
+    }
+
+    /// Zeros in the rows of V behind the sequence's end, which may hold anything, as products with zeros must be zeros. All
+    /// threads that compute call it, and only for a tile of V as given that has such rows.
+    pub fn clear_values(&self, rows: Val<'k, i32>, cursor: &Cursor<'k>) {
+        let (code, form) = (self.code, self.values.form);
+        let row_words = form.row_bytes / 16;
+        let panel = form.panel_bytes() as i32;
+        let zero = code.constant(0u32);
+        let stage = self.values.memory.at(cursor.stage.get() * form.stage_bytes() as i32);
+        let first = rows * row_words as i32 + code.thread();
+        let last = (form.rows * row_words) as i32;
+        code.range_by(first, last, self.config.threads() as i32, |chunk| {
+            for index in 0..form.panels as i32 {
+                stage.at(chunk * 16).plus(index * panel).cast::<u32>().store_vector([zero; 4]);
+            }
+        });
+        code.fence_async_proxy();
+        self.config.barrier(code);
+    }
+}
+
+impl<'k> Stages<'k> {
+    fn load(&self, config: &AttentionConfig, place: &Place<'k>, tile: Val<'k, i32>, cursor: &Cursor<'k>) {
+        let code = tile.code();
+        let (form, stage) = (self.form, cursor.stage.get());
+        self.empty.at(stage).wait(cursor.parity.get() ^ 1);
+        let full = self.full.at(stage);
+        full.arrive_expecting(form.stage_bytes() as i32);
+        let memory = self.memory.at(stage * form.stage_bytes() as i32);
+        let parts = config.tiling.tile_keys / KEY_TILE;
+        // A tile of the workspace that is not the sequence's is another's: the last one stands in for it, hidden as it is.
+        let in_workspace = |part: usize| {
+            let own = tile * parts as i32 + part as i32;
+            let last = place.sequence.kv_len.div_ceil(KEY_TILE) - 1;
+            place.first_key_tile + if part == 0 { own } else { own.min(last) }
+        };
+        let zero = code.constant(0);
+        for panel in 0..form.panels {
+            let column = code.constant((panel * form.columns()) as i32);
+            let to = memory.plus((panel * form.panel_bytes()) as i32);
+            match form.source {
+                BoxSource::Given => {
+                    let row = place.sequence.kv_start + tile * config.tiling.tile_keys as i32;
+                    to.copy_tensor(self.map, &[column, row, place.kv_head, place.sequence.batch], &full);
+                }
+                BoxSource::Rows => {
+                    for part in 0..parts {
+                        let row = in_workspace(part) * KEY_TILE as i32;
+                        let to = to.plus((part * KEY_TILE * form.row_bytes) as i32);
+                        to.copy_tensor(self.map, &[column, row, zero, zero], &full);
+                    }
+                }
+                BoxSource::Transposed => {
+                    let row = in_workspace(panel) * form.rows as i32;
+                    to.copy_tensor(self.map, &[zero, row, zero, zero], &full);
+                }
+            }
+        }
+    }
+
+    /// Waits for the tile at the cursor.
+    pub fn wait(&self, cursor: &Cursor<'k>) -> PanelMatrix<'k> {
+        let stage = cursor.stage.get();
+        self.full.at(stage).wait(cursor.parity.get());
+        PanelMatrix::new(self.memory, self.form.rows, self.form.row_bytes)
+            .at_byte(stage * self.form.stage_bytes() as i32)
+    }
+
+    /// The warp is done with the tile at the cursor, which moves on.
+    pub fn release(&self, lane: Val<'k, i32>, cursor: &Cursor<'k>) {
+        lane.code().when(lane.eq(0), || self.empty.at(cursor.stage.get()).arrive());
+        cursor.advance();
+    }
+}

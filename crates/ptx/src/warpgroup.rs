@@ -1,0 +1,107 @@
+//! Products of a warpgroup, four warps together: `wgmma`, whose B lies in shared memory.
+
+use crate::code::Code;
+use crate::fragment::{FragmentA, MmaAccumulator, MmaElement};
+use crate::isa::{Matrix, Wgmma};
+use crate::pointer::Shared;
+use crate::program::Operand;
+use crate::value::{Use, Val, Var};
+
+/// A matrix in shared memory in panels: rows of `row_bytes` (64 or 128), whose 16-byte chunks are exchanged as the
+/// tensor copies' swizzle of that span does, one panel after the other.
+#[derive(Clone, Copy, Debug)]
+pub struct PanelMatrix<'k> {
+    /// Descriptor of the first panel, without strides.
+    start: Val<'k, u64>,
+    rows: usize,
+    row_bytes: usize,
+}
+
+/// Where an operand of `wgmma` lies in shared memory.
+#[derive(Clone, Copy, Debug)]
+pub struct MatrixDescriptor<'k>(Val<'k, u64>);
+
+/// Bytes of an address's unit in descriptors.
+const UNIT: usize = 16;
+
+impl<'k> PanelMatrix<'k> {
+    /// At `base`, which must be aligned to 1024 bytes; panels have `rows` rows, a multiple of 8.
+    ///
+    /// # Panics
+    /// When rows are none of those: the kernel cannot be written.
+    pub fn new(base: Shared<'k, u8>, rows: usize, row_bytes: usize) -> Self {
+        assert!(matches!(row_bytes, 64 | 128) && rows.is_multiple_of(8), "{rows} rows of {row_bytes} bytes");
+        PanelMatrix { start: (base.address() >> UNIT.ilog2() as i32).widen(), rows, row_bytes }
+    }
+
+    /// The same matrix `bytes`, a multiple of 1024, further: in another stage of a ring.
+    #[track_caller]
+    pub fn at_byte(&self, bytes: Val<'k, i32>) -> Self {
+        let units = (bytes.reinterpret::<u32>() >> UNIT.ilog2() as i32).widen();
+        PanelMatrix { start: self.start + units, ..*self }
+    }
+
+    /// The operand whose depth goes along the rows: from `row` (a multiple of 8) and byte `depth` (a multiple of 32).
+    #[track_caller]
+    pub fn depth_in_columns(&self, row: usize, depth: usize) -> MatrixDescriptor<'k> {
+        let (panel, byte) = (depth / self.row_bytes, depth % self.row_bytes);
+        let offset = (panel * self.rows + row) * self.row_bytes + byte;
+        self.descriptor(offset, UNIT, 8 * self.row_bytes)
+    }
+
+    /// The operand of 16-bit elements whose depth goes down the rows, and whose columns are all panels': from `row`, a
+    /// multiple of 8.
+    #[track_caller]
+    pub fn depth_in_rows(&self, row: usize) -> MatrixDescriptor<'k> {
+        self.descriptor(row * self.row_bytes, self.rows * self.row_bytes, 8 * self.row_bytes)
+    }
+
+    #[track_caller]
+    fn descriptor(&self, offset: usize, leading: usize, stride: usize) -> MatrixDescriptor<'k> {
+        let swizzle: u64 = if self.row_bytes == 128 { 1 } else { 2 };
+        let constant = ((leading / UNIT) as u64) << 16 | ((stride / UNIT) as u64) << 32 | swizzle << 62;
+        MatrixDescriptor(self.start + (constant + (offset / UNIT) as u64))
+    }
+}
+
+/// `sums (+)= a · b` by a warpgroup: `sums` are the thread's registers of D, four for each 8 columns, as of
+/// [`Accumulator`](crate::Accumulator)s side by side. Asynchronous: neither they nor A may be touched before
+/// [`Code::wait_products`].
+#[track_caller]
+pub fn warpgroup_product<'k, E: MmaElement, T: MmaAccumulator>(
+    sums: &[Var<'k, T>],
+    a: FragmentA<'k, E>,
+    b: MatrixDescriptor<'k>,
+    b_transposed: bool,
+    add: impl Use<'k, bool>,
+) {
+    let code = a.code();
+    let n = (2 * sums.len()) as u16;
+    let op = Wgmma { n, a: E::TY, b: E::TY, acc: T::MMA, a_in_registers: true, b_transposed };
+    let mut src: Vec<Operand> = a.words().iter().map(|word| word.in_register_operand()).collect();
+    src.push(b.0.in_register_operand());
+    src.push(add.value(code).in_register_operand());
+    let dst: Vec<_> = sums.iter().map(|var| var.register()).collect();
+    code.emit(Matrix::Wgmma(op), &dst, &src);
+}
+
+impl Code {
+    /// Orders writes to registers that later `wgmma`s read or add to.
+    #[track_caller]
+    pub fn fence_products(&self) {
+        self.emit(Matrix::WgmmaFence, &[], &[]);
+    }
+
+    /// Puts the `wgmma`s since the last commit into a group.
+    #[track_caller]
+    pub fn commit_products(&self) {
+        self.emit(Matrix::WgmmaCommit, &[], &[]);
+    }
+
+    /// Waits until at most `pending` of the latest groups are in flight; `sums` may be touched then.
+    #[track_caller]
+    pub fn wait_products<'k, T: MmaAccumulator>(&'k self, pending: u32, sums: &[Var<'k, T>]) {
+        let dst: Vec<_> = sums.iter().map(|var| var.register()).collect();
+        self.emit(Matrix::WgmmaWait(pending), &dst, &[]);
+    }
+}
