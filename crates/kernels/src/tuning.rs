@@ -55,6 +55,8 @@ const BASE: Tiling = Tiling {
     queries_in_registers: true,
     stages: 2,
     min_blocks: 2,
+    turns: false,
+    polynomials: 0,
     lazy_rescale: 8,
 };
 
@@ -74,6 +76,8 @@ fn of_warpgroups(shape: &Shape) -> Tuned {
         queries_in_registers: true,
         stages,
         min_blocks: 1,
+        turns: false,
+        polynomials: 0,
         lazy_rescale,
     };
     match (shape.integer, shape.fp8, shape.padded_dim) {

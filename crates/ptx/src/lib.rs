@@ -29,4 +29,4 @@ pub use printer::Unsupported;
 pub use program::Program;
 pub use target::{Needs, Target, Version};
 pub use value::{BF16x2, F16x2, Half, Scalar, Use, Val, Var};
-pub use warpgroup::{MatrixDescriptor, PanelMatrix, warpgroup_product};
+pub use warpgroup::{MatrixDescriptor, PanelMatrix, WarpgroupA, warpgroup_product};

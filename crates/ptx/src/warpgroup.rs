@@ -64,21 +64,33 @@ impl<'k> PanelMatrix<'k> {
     }
 }
 
+/// The operand A of `wgmma`: 64 rows, 32 bytes deep.
+#[derive(Clone, Copy, Debug)]
+pub enum WarpgroupA<'k, E> {
+    /// Each warp's 16 rows.
+    Registers(FragmentA<'k, E>),
+    /// In shared memory, its depth along the rows.
+    Shared(MatrixDescriptor<'k>),
+}
+
 /// `sums (+)= a · b` by a warpgroup: `sums` are the thread's registers of D, four for each 8 columns, as of
 /// [`Accumulator`](crate::Accumulator)s side by side. Asynchronous: neither they nor A may be touched before
 /// [`Code::wait_products`].
 #[track_caller]
 pub fn warpgroup_product<'k, E: MmaElement, T: MmaAccumulator>(
     sums: &[Var<'k, T>],
-    a: FragmentA<'k, E>,
+    a: WarpgroupA<'k, E>,
     b: MatrixDescriptor<'k>,
     b_transposed: bool,
     add: impl Use<'k, bool>,
 ) {
-    let code = a.code();
+    let code = b.0.code();
     let n = (2 * sums.len()) as u16;
-    let op = Wgmma { n, a: E::TY, b: E::TY, acc: T::MMA, a_in_registers: true, b_transposed };
-    let mut src: Vec<Operand> = a.words().iter().map(|word| word.in_register_operand()).collect();
+    let (a_in_registers, mut src): (bool, Vec<Operand>) = match a {
+        WarpgroupA::Registers(a) => (true, a.words().map(|word| word.in_register_operand()).to_vec()),
+        WarpgroupA::Shared(a) => (false, vec![a.0.in_register_operand()]),
+    };
+    let op = Wgmma { n, a: E::TY, b: E::TY, acc: T::MMA, a_in_registers, b_transposed };
     src.push(b.0.in_register_operand());
     src.push(add.value(code).in_register_operand());
     let dst: Vec<_> = sums.iter().map(|var| var.register()).collect();

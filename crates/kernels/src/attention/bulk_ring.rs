@@ -18,6 +18,8 @@ struct Form {
     rows: usize,
     row_bytes: usize,
     panels: usize,
+    /// Whether one panel more holds ones: columns of the product with P that are P's sums.
+    ones: bool,
     source: BoxSource,
 }
 
@@ -41,29 +43,38 @@ impl Form {
             Scores::Full => Form::halves(padded, rows, BoxSource::Given),
             Scores::Int(_) => {
                 let row_bytes = padded.min(PANEL_BYTES);
-                Form { element_bytes: 1, rows, row_bytes, panels: padded / row_bytes, source: BoxSource::Rows }
+                Form {
+                    element_bytes: 1,
+                    rows,
+                    row_bytes,
+                    panels: padded / row_bytes,
+                    ones: false,
+                    source: BoxSource::Rows,
+                }
             }
         }
     }
 
     fn of_values(config: &AttentionConfig) -> Form {
         let (padded, keys) = (config.padded_dim(), config.tiling.tile_keys);
-        match (config.values, config.value_source) {
+        let form = match (config.values, config.value_source) {
             (Values::Fp8(_), _) => Form {
                 element_bytes: 1,
                 rows: padded,
                 row_bytes: KEY_TILE,
                 panels: keys / KEY_TILE,
+                ones: false,
                 source: BoxSource::Transposed,
             },
             (_, ValueSource::Workspace) => Form::halves(padded, keys, BoxSource::Rows),
             (_, ValueSource::Given) => Form::halves(padded, keys, BoxSource::Given),
-        }
+        };
+        Form { ones: config.sums_by_ones(), ..form }
     }
 
     fn halves(padded: usize, rows: usize, source: BoxSource) -> Form {
         let panels = 2 * padded / PANEL_BYTES;
-        Form { element_bytes: 2, rows, row_bytes: PANEL_BYTES, panels, source }
+        Form { element_bytes: 2, rows, row_bytes: PANEL_BYTES, panels, ones: false, source }
     }
 
     fn panel_bytes(&self) -> usize {
@@ -71,6 +82,11 @@ impl Form {
     }
 
     fn stage_bytes(&self) -> usize {
+        (self.panels + usize::from(self.ones)) * self.panel_bytes()
+    }
+
+    /// Bytes of a stage that are copied.
+    fn copied_bytes(&self) -> usize {
         self.panels * self.panel_bytes()
     }
 
@@ -200,7 +216,28 @@ impl<'k, 'c> BulkRing<'k, 'c> {
             }
             code.fence_mbarriers();
         });
-        BulkRing { code, config, keys, values }
+        let ring = BulkRing { code, config, keys, values };
+        ring.write_ones();
+        ring
+    }
+
+    /// The ones beside V, which no copy touches.
+    fn write_ones(&self) {
+        let (code, form) = (self.code, self.values.form);
+        if !form.ones {
+            return;
+        }
+        let word = if self.config.values == Values::BF16 { 0x3f80_3f80 } else { 0x3c00_3c00u32 };
+        let words = code.constant(word);
+        for stage in 0..self.config.tiling.stages {
+            let first = stage * form.stage_bytes() + form.copied_bytes();
+            let memory = self.values.memory.plus(first as i32);
+            let step = 16 * self.config.block_threads() as i32;
+            code.range_by(code.thread() * 16, form.panel_bytes() as i32, step, |byte| {
+                memory.at(byte).cast::<u32>().store_vector([words; 4]);
+            });
+        }
+        code.fence_async_proxy();
     }
 
     /// One thread's work: asks for every tile as soon as a stage is free.
@@ -240,7 +277,7 @@ impl<'k> Stages<'k> {
         let (form, stage) = (self.form, cursor.stage.get());
         self.empty.at(stage).wait(cursor.parity.get() ^ 1);
         let full = self.full.at(stage);
-        full.arrive_expecting(form.stage_bytes() as i32);
+        full.arrive_expecting(form.copied_bytes() as i32);
         let memory = self.memory.at(stage * form.stage_bytes() as i32);
         let parts = config.tiling.tile_keys / KEY_TILE;
         // A tile of the workspace that is not the sequence's is another's: the last one stands in for it, hidden as it is.
@@ -274,9 +311,13 @@ impl<'k> Stages<'k> {
     }
 
     /// Waits for the tile at the cursor.
-    pub fn wait(&self, cursor: &Cursor<'k>) -> PanelMatrix<'k> {
+    pub fn wait(&self, cursor: &Cursor<'k>) {
+        self.full.at(cursor.stage.get()).wait(cursor.parity.get());
+    }
+
+    /// The tile at the cursor.
+    pub fn matrix(&self, cursor: &Cursor<'k>) -> PanelMatrix<'k> {
         let stage = cursor.stage.get();
-        self.full.at(stage).wait(cursor.parity.get());
         PanelMatrix::new(self.memory, self.form.rows, self.form.row_bytes)
             .at_byte(stage * self.form.stage_bytes() as i32)
     }

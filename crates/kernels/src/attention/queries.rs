@@ -1,9 +1,11 @@
 //! A warp's query rows: read, smoothed, quantised, and kept in shared memory as operands of Q·Kᵀ.
 
 use sage_core::{Granularity, IntBits, IntQuantizer};
-use sage_ptx::{Code, FragmentA, Half, MmaElement, Shared, Stored, Val};
+use sage_ptx::{
+    CHUNK_BYTES, Code, FragmentA, Half, MmaElement, PanelMatrix, Shared, SharedTile, Stored, Val, WarpgroupA,
+};
 
-use super::config::{AttentionConfig, AttentionParams, Scores};
+use super::config::{AttentionConfig, AttentionParams, Engine, Scores};
 use super::place::Place;
 use crate::integer::{Step, magnitude_bits};
 
@@ -22,6 +24,8 @@ enum Fragments<'k> {
     Registers(Vec<[Val<'k, u32>; 4]>),
     /// The lane's own words: no other lane reads them.
     Memory(Shared<'k, u32>),
+    /// The warpgroup's rows.
+    Panels(PanelMatrix<'k>),
 }
 
 /// How many 32-byte steps the depth of Q·Kᵀ takes.
@@ -114,6 +118,8 @@ impl<'k> Queries<'k> {
         };
         let fragments = if config.tiling.queries_in_registers {
             Fragments::Registers(words)
+        } else if config.tiling.engine == Engine::Warpgroups {
+            Fragments::Panels(panels(code, config, place, &words))
         } else {
             let lane_words = 4 * words.len();
             let memory = code.shared::<u32>("q_fragments", config.threads() as usize * lane_words);
@@ -133,8 +139,45 @@ impl<'k> Queries<'k> {
         FragmentA::new(match &self.fragments {
             Fragments::Registers(words) => words[index],
             Fragments::Memory(words) => words.plus(4 * index as i32).load_vector(),
+            Fragments::Panels(_) => unreachable!("a warpgroup's queries are no warp's"),
         })
     }
+
+    /// The operand of the warpgroup's rows at one step of the depth.
+    pub fn warpgroup_operand<E: MmaElement>(&self, step: usize) -> WarpgroupA<'k, E> {
+        match &self.fragments {
+            Fragments::Panels(rows) => WarpgroupA::Shared(rows.depth_in_columns(0, 32 * step)),
+            _ => WarpgroupA::Registers(self.fragment(0, step)),
+        }
+    }
+}
+
+/// Stores the fragments of every warp's 16 rows where `wgmma` reads them; all threads that compute call it.
+fn panels<'k>(
+    code: &'k Code,
+    config: &AttentionConfig,
+    place: &Place<'k>,
+    words: &[[Val<'k, u32>; 4]],
+) -> PanelMatrix<'k> {
+    let (rows, bytes) = (config.block_q(), config.padded_dim() * 4 / elements_per_word(config));
+    let row_bytes = bytes.min(128);
+    let memory = code.shared::<u8>("queries", rows * bytes);
+    let row = place.warp * 16 + (place.lane >> 2);
+    for (step, words) in words.iter().enumerate() {
+        for (half, pair) in words.chunks(2).enumerate() {
+            let chunk = 2 * step + half;
+            let panel = memory.plus((chunk * CHUNK_BYTES / row_bytes * rows * row_bytes) as i32);
+            let panel = SharedTile::new(panel, row_bytes);
+            let first = panel.chunk(row, (chunk % (row_bytes / CHUNK_BYTES)) as i32);
+            for (i, &word) in pair.iter().enumerate() {
+                first.step(8 * i, 0).cast::<u32>().at(place.lane & 3).store(word);
+            }
+        }
+    }
+    code.fence_async_proxy();
+    config.barrier(code);
+    let group = (place.warp >> 2) * (64 * row_bytes) as i32;
+    PanelMatrix::new(memory, rows, row_bytes).at_byte(group)
 }
 
 /// `per` channels of a row from `first + offset` on, zeros beyond the head's and where the row is not valid.

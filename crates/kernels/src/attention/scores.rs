@@ -155,11 +155,20 @@ impl<'k> KeyScales<'k> {
         KeyScales { tiles, scales: p.k_scale, lane: place.lane }
     }
 
+    /// How many scales the lane has of a tile.
+    pub fn count(&self) -> usize {
+        match self.tiles {
+            None => 0,
+            Some((_, Granularity::PerToken)) => KEY_TILE / 4,
+            Some(_) => 1,
+        }
+    }
+
     /// The lane's scales of a tile: one, or with a scale for each key those of its keys.
     pub fn of_tile(&self, tile: Val<'k, i32>) -> Vec<Val<'k, f32>> {
         let Some((first, granularity)) = self.tiles else { return Vec::new() };
         let (tile, quad) = (first + tile, self.lane & 3);
-        let loaded: Vec<Val<'k, f32>> = match granularity {
+        match granularity {
             Granularity::PerToken => {
                 let scales = self.scales.at(tile * KEY_TILE as i32 + 2 * quad);
                 (0..KEY_TILE as i32 / 8)
@@ -168,8 +177,7 @@ impl<'k> KeyScales<'k> {
             }
             Granularity::PerThread => vec![self.scales.at(tile * 4 + quad).load()],
             _ => vec![self.scales.at(tile).load()],
-        };
-        loaded.into_iter().map(nonzero).collect()
+        }
     }
 }
 
@@ -183,7 +191,7 @@ impl<'k> ScoreTile<'k> {
     fn scaled_by_key(self, scales: &[Val<'k, f32>]) -> ScoreTile<'k> {
         self.for_each(|value, slot, key| {
             let integer = value.get() - ROUNDING_MAGIC;
-            value.set(integer * (scales[key / 8 * 2 + key % 2] * self.factor[slot]));
+            value.set(integer * nonzero(scales[key / 8 * 2 + key % 2] * self.factor[slot]));
         });
         self.plain()
     }

@@ -1,6 +1,6 @@
 //! Online softmax over tiles of scores (Milakov and Gimelshein 2018; FlashAttention-2 §3.1).
 
-use sage_ptx::{Accumulator, Code, FragmentA, FragmentB, Half, MmaElement, Val, Var};
+use sage_ptx::{Accumulator, Code, FragmentA, FragmentB, Half, MmaElement, Scalar, Val, Var};
 
 use super::config::{AttentionConfig, Engine, Values};
 use super::place::Place;
@@ -72,14 +72,20 @@ impl<'k> ScoreTile<'k> {
         let row = self.row(slot);
         let largest = if self.biased {
             // Biased values are positive or −∞, and so are ordered like their bits; integer maxima are the faster ones.
-            let bits = row.iter().map(|x| x.reinterpret::<i32>());
-            bits.reduce(Val::max).map(|bits| bits.reinterpret::<f32>() - ROUNDING_MAGIC)
+            let bits: Vec<_> = row.iter().map(|x| x.reinterpret::<i32>()).collect();
+            maximum(&bits).map(|bits| bits.reinterpret::<f32>() - ROUNDING_MAGIC)
         } else {
-            row.into_iter().reduce(Val::max)
+            maximum(&row)
         };
         let largest = largest.unwrap_or(self.first_key.code().constant(f32::NEG_INFINITY));
         largest * self.factor[slot]
     }
+}
+
+/// The largest of values, by chains short enough not to wait for each other.
+fn maximum<'k, T: Scalar>(values: &[Val<'k, T>]) -> Option<Val<'k, T>> {
+    let chains = values.chunks(8).filter_map(|chain| chain.iter().copied().reduce(Val::max));
+    chains.reduce(Val::max)
 }
 
 /// Sums of P over the keys so far.
@@ -88,6 +94,8 @@ enum RowSums<'k> {
     Lane(Vec<Var<'k, f32>>),
     /// Of P as rounded to 16 bits: products with ones, which leave the other units to the exponentials. `[m]`.
     Product(Vec<Accumulator<'k, f32>>),
+    /// The same of a warpgroup, whose products are in flight: they are rescaled with the output's.
+    InFlight(Accumulator<'k, f32>),
 }
 
 /// Running maximum and sum of each row slot.
@@ -98,6 +106,7 @@ pub(super) struct Softmax<'k> {
     /// Added to scores relative to the reference.
     exponent: f32,
     lazy: f32,
+    polynomials: usize,
 }
 
 impl<'k> Softmax<'k> {
@@ -105,17 +114,21 @@ impl<'k> Softmax<'k> {
         let slots = config.tiling.rows_per_warp / 8;
         let fp8 = matches!(config.values, Values::Fp8(_));
         let lazy = config.tiling.lazy_rescale as f32;
-        let by_product = !fp8 && config.tiling.engine == Engine::Warps;
+        let sums = if config.sums_by_ones() {
+            RowSums::InFlight(Accumulator::filled(code, 0.0))
+        } else if fp8 || config.tiling.engine == Engine::Warpgroups {
+            RowSums::Lane((0..slots).map(|_| code.var(0.0).named("row_sum")).collect())
+        } else {
+            RowSums::Product((0..slots / 2).map(|_| Accumulator::filled(code, 0.0)).collect())
+        };
         Softmax {
             // Finite, so that differences with it are numbers also before the first visible key.
             reference: (0..slots).map(|_| code.var(f32::MIN).named("row_reference")).collect(),
-            sums: match by_product {
-                false => RowSums::Lane((0..slots).map(|_| code.var(0.0).named("row_sum")).collect()),
-                true => RowSums::Product((0..slots / 2).map(|_| Accumulator::filled(code, 0.0)).collect()),
-            },
+            sums,
             // E4M3 has no room above its largest value: what P may rise by is left free.
             exponent: if fp8 { E4M3_P_EXPONENT - lazy } else { 0.0 },
             lazy,
+            polynomials: config.tiling.polynomials,
         }
     }
 
@@ -155,6 +168,7 @@ impl<'k> Softmax<'k> {
                         }
                     }
                 }
+                RowSums::InFlight(_) => {}
             }
             rescale(&alphas);
         };
@@ -191,13 +205,16 @@ impl<'k> Softmax<'k> {
         columns: std::ops::Range<usize>,
     ) -> Vec<Vec<[Val<'k, f32>; 4]>> {
         let rows = scores.values.chunks(scores.columns).enumerate().map(|(m, tiles)| {
-            let exponential = |tile: &[Var<'k, f32>; 4]| {
+            let exponential = |column: usize, tile: &[Var<'k, f32>; 4]| -> [Val<'k, f32>; 4] {
                 std::array::from_fn(|i| {
                     let slot = 2 * m + i / 2;
-                    tile[i].get().mul_add(scores.factor[slot], shifts[slot]).exp2()
+                    let x = tile[i].get().mul_add(scores.factor[slot], shifts[slot]);
+                    // Elements of a row in turn, so that both kinds of units have work all the time.
+                    if (4 * column + i) % 8 < self.polynomials { exp2_polynomial(x) } else { x.exp2() }
                 })
             };
-            let p: Vec<[Val<'k, f32>; 4]> = tiles[columns.clone()].iter().map(exponential).collect();
+            let p: Vec<[Val<'k, f32>; 4]> =
+                columns.clone().map(|column| exponential(column, &tiles[column])).collect();
             if let RowSums::Lane(sums) = &self.sums {
                 for half in 0..2 {
                     let pairs = p.iter().map(|tile| tile[2 * half] + tile[2 * half + 1]);
@@ -209,6 +226,14 @@ impl<'k> Softmax<'k> {
             p
         });
         rows.collect()
+    }
+
+    /// Sums that products with V's ones are added to.
+    pub fn sums_in_flight(&self) -> &[Var<'k, f32>] {
+        match &self.sums {
+            RowSums::InFlight(sum) => sum.registers(),
+            _ => &[],
+        }
     }
 
     /// Takes rounded P's sums in, where they are those of rounded P.
@@ -227,6 +252,7 @@ impl<'k> Softmax<'k> {
             let sum = match &self.sums {
                 RowSums::Lane(sums) => sums[slot].get().reduce_lanes(3, |a, b| a + b),
                 RowSums::Product(sums) => sums[slot / 2].register(2 * (slot % 2)).get(),
+                RowSums::InFlight(sum) => sum.register(2 * slot).get(),
             };
             let empty = sum.eq(0.0);
             RowSum {
@@ -245,6 +271,20 @@ pub(super) struct RowSum<'k> {
     pub inverse: Val<'k, f32>,
     /// Logarithm of the sum of exponentials, base 2.
     pub lse2: Val<'k, f32>,
+}
+
+/// `2^x` within 1.1·10⁻⁴ relative, without the unit for exponentials: a tenth of the rounding of P to bfloat16, a fifth of
+/// that to half precision. Exactly 0 from −127 down.
+fn exp2_polynomial(x: Val<'_, f32>) -> Val<'_, f32> {
+    // Minimax of (2^f − 1) / f for |f| ≤ 1/2, relative to 2^f.
+    const COEFFICIENTS: [f32; 3] = [0.055_008_95, 0.242_211_01, 0.693_282_95];
+    let x = x.max(-127.0);
+    let biased = x + ROUNDING_MAGIC;
+    let fraction = x - (biased - ROUNDING_MAGIC);
+    let [cubic, square, linear] = COEFFICIENTS;
+    let power = fraction.mul_add(cubic, square).mul_add(fraction, linear).mul_add(fraction, 1.0);
+    // The whole part is in the low bits of its sum with the constant, whose own low bits are zeros: onto the exponent.
+    (power.reinterpret::<i32>() + (biased.reinterpret::<i32>() << 23)).reinterpret()
 }
 
 /// The bits that integer scores start from are those of the float that is taken back.

@@ -6,11 +6,11 @@
 use sage_core::Accumulator as Precision;
 use sage_ptx::{
     Code, E4M3, FragmentA, Half, MmaAccumulator, MmaElement, PanelMatrix, SharedTile, Stored, Val, Var,
-    warpgroup_product,
+    WarpgroupA, warpgroup_product,
 };
 
 use super::bulk_ring::{BULK_MAPS, BulkRing, Cursor};
-use super::config::{AttentionConfig, AttentionParams, Scores, ValueSource, Values, WARPGROUP};
+use super::config::{AttentionConfig, AttentionParams, Scores, TURN_BARRIER, ValueSource, Values, WARPGROUP};
 use super::output::Output;
 use super::place::Place;
 use super::queries::{Queries, depth_steps};
@@ -62,6 +62,8 @@ struct Group<'k, 'c, 'r> {
     ring: &'r BulkRing<'k, 'c>,
     scoring: Scoring<'k, 'c>,
     key_scales: KeyScales<'k>,
+    /// Scales of the next tile's keys, for each 64 of them.
+    scales: Vec<Vec<Var<'k, f32>>>,
     softmax: Softmax<'k>,
     output: Output<'k, 'c>,
     /// Sums of the tile in flight, where they are not added to the output's at once.
@@ -74,6 +76,8 @@ struct Group<'k, 'c, 'r> {
     alphas: [Var<'k, f32>; 2],
     keys: Cursor<'k>,
     values: Cursor<'k>,
+    /// Index of the warpgroup.
+    group: Val<'k, i32>,
 }
 
 impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
@@ -89,17 +93,20 @@ impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
         let output = Output::new(code, config);
         let tile_keys = config.tiling.tile_keys;
         let value_bytes = if matches!(config.values, Values::Fp8(_)) { 1 } else { 2 };
-        let parts = match config.values {
-            Values::Fp8(Precision::F32ThenF32) => output.registers().iter().map(|_| Var::new(code)).collect(),
-            _ => Vec::new(),
-        };
+        let softmax = Softmax::new(code, config);
+        let columns = output.registers().len() + softmax.sums_in_flight().len();
+        let two_level = config.values == Values::Fp8(Precision::F32ThenF32);
+        let parts = (0..columns * usize::from(two_level)).map(|_| Var::new(code)).collect();
         Group {
             code,
             config,
             ring,
             scoring: Scoring { code, config, params: *p, place, queries },
+            scales: (0..tile_keys / KEY_TILE)
+                .map(|_| (0..key_scales.count()).map(|_| Var::new(code)).collect())
+                .collect(),
             key_scales,
-            softmax: Softmax::new(code, config),
+            softmax,
             output,
             parts,
             scores: (0..tile_keys / 8).map(|_| std::array::from_fn(|_| Var::new(code))).collect(),
@@ -109,6 +116,7 @@ impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
             alphas: [code.var(1.0), code.var(1.0)],
             keys: Cursor::new(code, config, "keys"),
             values: Cursor::new(code, config, "values"),
+            group: (place.warp >> 2).named("group"),
         }
     }
 
@@ -118,29 +126,97 @@ impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
         W: Half + MmaElement,
     {
         let (k, place) = (self.code, &self.scoring.place);
+        self.tiles::<H, W>();
+        let rows = self.config.block_q();
+        let row_bytes = 2 * self.config.padded_dim();
+        let tile = SharedTile::new(k.shared::<u8>("output", rows * row_bytes), row_bytes);
+        self.output.store::<H>(p, place, &self.softmax.finish(), &self.scoring.queries.taken, &tile);
+    }
+
+    /// The scores of a tile before the product of the tile before with V.
+    fn tiles<H, W>(&self)
+    where
+        H: Half + MmaElement + Stored<Value = H>,
+        W: Half + MmaElement,
+    {
+        let (k, place) = (self.code, &self.scoring.place);
         k.when(place.first_tile.lt(place.end_tile), || {
+            self.load_scales(place.first_tile);
+            self.ring.keys.wait(&self.keys);
             self.start_scores::<H>();
             k.wait_products(0, &self.score_registers::<f32>());
             self.ring.keys.release(place.lane, &self.keys);
             let p = self.softmax(place.first_tile);
             self.pack::<W>(&p);
+            self.wait_for_keys(place.first_tile + 1);
+            self.first_turn();
             k.range(place.first_tile + 1, place.end_tile, |tile| {
+                self.await_turn();
                 self.start_scores::<H>();
                 self.start_output::<W>(tile - 1);
+                self.pass_turn();
                 k.wait_products(1, &self.score_registers::<f32>());
                 self.ring.keys.release(place.lane, &self.keys);
                 let p = self.softmax(tile);
+                // Between the exponentials and the wait for P·V, so that ptxas does not move them behind it.
+                self.wait_for_keys(tile + 1);
                 self.finish_output();
+                self.rescale();
                 self.pack::<W>(&p);
             });
+            self.last_turn();
             self.start_output::<W>(place.end_tile - 1);
-            self.alphas.iter().for_each(|alpha| alpha.set(1.0));
             self.finish_output();
         });
-        let rows = self.config.block_q();
-        let row_bytes = 2 * self.config.padded_dim();
-        let tile = SharedTile::new(k.shared::<u8>("output", rows * row_bytes), row_bytes);
-        self.output.store::<H>(p, place, &self.softmax.finish(), &self.scoring.queries.taken, &tile);
+    }
+
+    /// Groups of the block.
+    fn groups(&self) -> i32 {
+        self.config.tiling.warps as i32 / 4
+    }
+
+    /// The last group lets the first one begin.
+    fn first_turn(&self) {
+        if self.config.tiling.turns {
+            let last = self.group.eq(self.groups() - 1);
+            self.code.when(last, || self.code.arrive(TURN_BARRIER, 2 * WARPGROUP));
+        }
+    }
+
+    fn await_turn(&self) {
+        if self.config.tiling.turns {
+            self.code.named_barrier(self.group + TURN_BARRIER, 2 * WARPGROUP);
+        }
+    }
+
+    fn pass_turn(&self) {
+        if self.config.tiling.turns {
+            let next = self.group + 1;
+            let next = next.eq(self.groups()).select(0, next);
+            self.code.arrive(next + TURN_BARRIER, 2 * WARPGROUP);
+        }
+    }
+
+    /// The first group takes the turn that nobody else needs: no barrier is left half full.
+    fn last_turn(&self) {
+        if self.config.tiling.turns {
+            self.code.when(self.group.eq(0), || self.await_turn());
+        }
+    }
+
+    /// Waits for the keys of tile `tile`, if there is one.
+    fn wait_for_keys(&self, tile: Val<'k, i32>) {
+        self.code.when(tile.lt(self.scoring.place.end_tile), || self.ring.keys.wait(&self.keys));
+    }
+
+    /// Starts loading the scales of a tile of keys, a tile ahead of their use.
+    fn load_scales(&self, tile: Val<'k, i32>) {
+        let parts = (self.config.tiling.tile_keys / KEY_TILE) as i32;
+        let last = self.scoring.place.sequence.kv_len.div_ceil(KEY_TILE) - 1;
+        for (part, scales) in self.scales.iter().enumerate() {
+            let index = (tile * parts + part as i32).min(last);
+            scales.iter().zip(self.key_scales.of_tile(index)).for_each(|(var, scale)| var.set(scale));
+        }
     }
 
     fn score_registers<T: MmaAccumulator>(&self) -> Vec<Var<'k, T>> {
@@ -150,7 +226,7 @@ impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
     /// Starts the products of the queries with the next tile of keys.
     fn start_scores<H: Half + MmaElement>(&self) {
         self.code.note("scores: q * k^T");
-        let keys = self.ring.keys.wait(&self.keys);
+        let keys = self.ring.keys.matrix(&self.keys);
         match self.config.scores {
             Scores::Full => self.multiply_queries::<H, f32>(&keys, false),
             Scores::Int(_) => {
@@ -165,7 +241,7 @@ impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
         let sums = self.score_registers::<T>();
         self.code.fence_products();
         for step in 0..depth_steps(self.config) {
-            let a = self.scoring.queries.fragment::<E>(0, step);
+            let a = self.scoring.queries.warpgroup_operand::<E>(step);
             warpgroup_product(&sums, a, keys.depth_in_columns(0, 32 * step), false, add || step > 0);
         }
         self.code.commit_products();
@@ -175,15 +251,17 @@ impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
     fn softmax(&self, tile: Val<'k, i32>) -> Vec<Vec<[Val<'k, f32>; 4]>> {
         let (k, place) = (self.code, &self.scoring.place);
         let parts = self.config.tiling.tile_keys / KEY_TILE;
-        let last = place.sequence.kv_len.div_ceil(KEY_TILE) - 1;
+        let scales: Vec<Vec<_>> =
+            self.scales.iter().map(|scales| scales.iter().map(|scale| scale.get()).collect()).collect();
+        self.load_scales(tile + 1);
         let tiles: Vec<ScoreTile<'k>> = self
             .scores
             .chunks(KEY_TILE / 8)
+            .zip(&scales)
             .enumerate()
-            .map(|(part, values)| {
-                let index = tile * parts as i32 + part as i32;
-                let scales = self.key_scales.of_tile(if part == 0 { index } else { index.min(last) });
-                self.scoring.scaled(values.to_vec(), index * KEY_TILE as i32, 0, &scales)
+            .map(|(part, (values, scales))| {
+                let first_key = (tile * parts as i32 + part as i32) * KEY_TILE as i32;
+                self.scoring.scaled(values.to_vec(), first_key, 0, scales)
             })
             .collect();
         let cut = tile.lt(place.inner_start) | tile.ge(place.inner_end);
@@ -221,7 +299,8 @@ impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
     fn start_output<W: Half + MmaElement>(&self, tile: Val<'k, i32>) {
         let (k, config) = (self.code, self.config);
         k.note("output: p * v");
-        let values = self.ring.values.wait(&self.values);
+        self.ring.values.wait(&self.values);
+        let values = self.ring.values.matrix(&self.values);
         if config.lengths != Lengths::Dense && config.value_source == ValueSource::Given {
             let rows = self.scoring.place.sequence.kv_len - tile * config.tiling.tile_keys as i32;
             k.when(rows.lt(config.tiling.tile_keys as i32), || {
@@ -246,6 +325,7 @@ impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
         let sums = self.sums();
         self.code.fence_products();
         for (step, &p) in p.iter().enumerate() {
+            let p = WarpgroupA::Registers(p);
             warpgroup_product(&sums, p, values(step), transposed, self.parts.is_empty() || step > 0);
         }
         self.code.commit_products();
@@ -253,22 +333,37 @@ impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
 
     /// What P·V is added to.
     fn sums(&self) -> Vec<Var<'k, f32>> {
-        if self.parts.is_empty() { self.output.registers() } else { self.parts.clone() }
+        if self.parts.is_empty() { self.final_sums() } else { self.parts.clone() }
     }
 
-    /// Waits for the product with V, frees its stage, and brings the sums to the new references.
+    /// Sums of P·V over all tiles, and those of P where they are products.
+    fn final_sums(&self) -> Vec<Var<'k, f32>> {
+        let mut sums = self.output.registers();
+        sums.extend(self.softmax.sums_in_flight());
+        sums
+    }
+
+    /// Waits for the product with V and frees its stage.
     fn finish_output(&self) {
         let k = self.code;
         k.wait_products(0, &self.sums());
         self.ring.values.release(self.scoring.place.lane, &self.values);
-        for (part, sum) in self.parts.iter().zip(self.output.registers()) {
+        for (part, sum) in self.parts.iter().zip(self.final_sums()) {
             sum.set(sum.get() + part.get());
         }
+    }
+
+    /// Brings the sums to the new references.
+    fn rescale(&self) {
+        let k = self.code;
         let alphas = self.alphas.map(|alpha| alpha.get());
         let risen = alphas[0].ne(1.0) | alphas[1].ne(1.0);
         k.when(k.any(risen), || {
             k.note("output: rescale");
             self.output.rescale(&alphas);
+            for (i, sum) in self.softmax.sums_in_flight().iter().enumerate() {
+                sum.set(sum.get() * alphas[i / 2]);
+            }
         });
     }
 }
