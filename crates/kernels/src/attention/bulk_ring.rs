@@ -189,6 +189,8 @@ impl<'k> Cursor<'k> {
 pub(super) struct BulkRing<'k, 'c> {
     code: &'k Code,
     config: &'c AttentionConfig,
+    /// All stages.
+    pub memory: Shared<'k, u8>,
     pub keys: Stages<'k>,
     pub values: Stages<'k>,
 }
@@ -197,16 +199,19 @@ impl<'k, 'c> BulkRing<'k, 'c> {
     /// Ready for use after the block's next barrier.
     pub fn new(code: &'k Code, config: &'c AttentionConfig, maps: [Val<'k, u64>; 2]) -> Self {
         let stages = config.tiling.stages;
-        let of = |name: &str, form: Form, map| Stages {
+        let bytes = stages * stage_bytes(config);
+        let memory = code.shared::<u8>("tiles", bytes.max(config.block_q() * 2 * config.padded_dim()));
+        let of = |name: &str, form: Form, map, first: usize| Stages {
             form,
-            memory: code.shared::<u8>(name, stages * form.stage_bytes()),
+            memory: memory.plus(first as i32),
             map,
             full: code.mbarriers(&format!("{name}_full"), stages),
             empty: code.mbarriers(&format!("{name}_empty"), stages),
         };
         let [k_map, v_map] = maps;
-        let keys = of("keys", Form::of_keys(config), k_map);
-        let values = of("values", Form::of_values(config), v_map);
+        let of_keys = Form::of_keys(config);
+        let keys = of("keys", of_keys, k_map, 0);
+        let values = of("values", Form::of_values(config), v_map, stages * of_keys.stage_bytes());
         code.when(code.thread().eq(0), || {
             for operand in [&keys, &values] {
                 for stage in 0..stages {
@@ -216,7 +221,7 @@ impl<'k, 'c> BulkRing<'k, 'c> {
             }
             code.fence_mbarriers();
         });
-        let ring = BulkRing { code, config, keys, values };
+        let ring = BulkRing { code, config, memory, keys, values };
         ring.write_ones();
         ring
     }

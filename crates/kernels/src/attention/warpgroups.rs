@@ -70,12 +70,12 @@ struct Group<'k, 'c, 'r> {
     parts: Vec<Var<'k, f32>>,
     /// Scores of a tile: columns of 8 keys.
     scores: Vec<[Var<'k, f32>; 4]>,
-    /// P of a tile, as operands of 32 bytes depth.
-    probabilities: Vec<[Var<'k, u32>; 4]>,
-    /// What the sums of each row slot must be multiplied by.
-    alphas: [Var<'k, f32>; 2],
+    /// P of a tile and of the one before, as operands of 32 bytes depth.
+    probabilities: [Vec<[Var<'k, u32>; 4]>; 2],
     keys: Cursor<'k>,
     values: Cursor<'k>,
+    /// The tile of V that is released next.
+    values_done: Cursor<'k>,
     /// Index of the warpgroup.
     group: Val<'k, i32>,
 }
@@ -110,12 +110,12 @@ impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
             output,
             parts,
             scores: (0..tile_keys / 8).map(|_| std::array::from_fn(|_| Var::new(code))).collect(),
-            probabilities: (0..tile_keys * value_bytes / 32)
-                .map(|_| std::array::from_fn(|_| Var::new(code)))
-                .collect(),
-            alphas: [code.var(1.0), code.var(1.0)],
+            probabilities: [(); 2].map(|()| {
+                (0..tile_keys * value_bytes / 32).map(|_| std::array::from_fn(|_| Var::new(code))).collect()
+            }),
             keys: Cursor::new(code, config, "keys"),
             values: Cursor::new(code, config, "values"),
+            values_done: Cursor::new(code, config, "values_done"),
             group: (place.warp >> 2).named("group"),
         }
     }
@@ -127,47 +127,75 @@ impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
     {
         let (k, place) = (self.code, &self.scoring.place);
         self.tiles::<H, W>();
-        let rows = self.config.block_q();
-        let row_bytes = 2 * self.config.padded_dim();
-        let tile = SharedTile::new(k.shared::<u8>("output", rows * row_bytes), row_bytes);
+        // The output passes through the ring, which no group reads any more.
+        self.config.barrier(k);
+        let tile = SharedTile::new(self.ring.memory, 2 * self.config.padded_dim());
         self.output.store::<H>(p, place, &self.softmax.finish(), &self.scoring.queries.taken, &tile);
     }
 
-    /// The scores of a tile before the product of the tile before with V.
+    /// While the softmax of a tile is computed, the product of the tile before with V is in flight, which reads its P: so P
+    /// has two places, in turn.
     fn tiles<H, W>(&self)
     where
         H: Half + MmaElement + Stored<Value = H>,
         W: Half + MmaElement,
     {
         let (k, place) = (self.code, &self.scoring.place);
-        k.when(place.first_tile.lt(place.end_tile), || {
+        let end = place.end_tile;
+        k.when(place.first_tile.lt(end), || {
             self.load_scales(place.first_tile);
-            self.ring.keys.wait(&self.keys);
+            self.clear_scores();
             self.start_scores::<H>();
             k.wait_products(0, &self.score_registers::<f32>());
             self.ring.keys.release(place.lane, &self.keys);
-            let p = self.softmax(place.first_tile);
-            self.pack::<W>(&p);
-            self.wait_for_keys(place.first_tile + 1);
+            self.softmax::<W>(place.first_tile, 0);
             self.first_turn();
-            k.range(place.first_tile + 1, place.end_tile, |tile| {
-                self.await_turn();
-                self.start_scores::<H>();
-                self.start_output::<W>(tile - 1);
-                self.pass_turn();
-                k.wait_products(1, &self.score_registers::<f32>());
-                self.ring.keys.release(place.lane, &self.keys);
-                let p = self.softmax(tile);
-                // Between the exponentials and the wait for P·V, so that ptxas does not move them behind it.
-                self.wait_for_keys(tile + 1);
-                self.finish_output();
-                self.rescale();
-                self.pack::<W>(&p);
-            });
-            self.last_turn();
-            self.start_output::<W>(place.end_tile - 1);
-            self.finish_output();
+            let tile = k.var(place.first_tile + 1).named("tile");
+            k.while_loop(
+                || (tile.get() + 1).lt(end),
+                || {
+                    self.tile::<H, W>(tile.get(), 0);
+                    self.tile::<H, W>(tile.get() + 1, 1);
+                    tile.set(tile.get() + 2);
+                },
+            );
+            let finish = |place: usize| {
+                self.last_turn();
+                self.start_output::<W>(end - 1, place);
+                self.drain();
+            };
+            k.if_else(
+                tile.get().lt(end),
+                || {
+                    self.tile::<H, W>(tile.get(), 0);
+                    finish(1);
+                },
+                || finish(0),
+            );
         });
+    }
+
+    /// A tile whose predecessor's P is in `before`.
+    fn tile<H, W>(&self, tile: Val<'k, i32>, before: usize)
+    where
+        H: Half + MmaElement + Stored<Value = H>,
+        W: Half + MmaElement,
+    {
+        let (k, place) = (self.code, &self.scoring.place);
+        self.await_turn();
+        self.start_scores::<H>();
+        self.start_output::<W>(tile - 1, before);
+        self.pass_turn();
+        k.wait_products(1, &self.score_registers::<f32>());
+        self.ring.keys.release(place.lane, &self.keys);
+        // So the product before that with V is done as well.
+        k.when(tile.gt(place.first_tile + 1), || {
+            self.ring.values.release(place.lane, &self.values_done);
+        });
+        if !self.parts.is_empty() {
+            self.drain();
+        }
+        self.softmax::<W>(tile, 1 - before);
     }
 
     /// Groups of the block.
@@ -204,11 +232,6 @@ impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
         }
     }
 
-    /// Waits for the keys of tile `tile`, if there is one.
-    fn wait_for_keys(&self, tile: Val<'k, i32>) {
-        self.code.when(tile.lt(self.scoring.place.end_tile), || self.ring.keys.wait(&self.keys));
-    }
-
     /// Starts loading the scales of a tile of keys, a tile ahead of their use.
     fn load_scales(&self, tile: Val<'k, i32>) {
         let parts = (self.config.tiling.tile_keys / KEY_TILE) as i32;
@@ -226,14 +249,18 @@ impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
     /// Starts the products of the queries with the next tile of keys.
     fn start_scores<H: Half + MmaElement>(&self) {
         self.code.note("scores: q * k^T");
+        self.ring.keys.wait(&self.keys);
         let keys = self.ring.keys.matrix(&self.keys);
         match self.config.scores {
             Scores::Full => self.multiply_queries::<H, f32>(&keys, false),
-            Scores::Int(_) => {
-                let sums = self.score_registers::<i32>();
-                sums.iter().for_each(|sum| sum.set(ROUNDING_MAGIC_BITS));
-                self.multiply_queries::<i8, i32>(&keys, true);
-            }
+            Scores::Int(_) => self.multiply_queries::<i8, i32>(&keys, true),
+        }
+    }
+
+    /// What products of integers are added to: the bits of a float, so that sums are floats at once.
+    fn clear_scores(&self) {
+        if self.config.scores != Scores::Full {
+            self.score_registers::<i32>().iter().for_each(|sum| sum.set(ROUNDING_MAGIC_BITS));
         }
     }
 
@@ -247,8 +274,8 @@ impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
         self.code.commit_products();
     }
 
-    /// P of a tile whose scores are there: of each 64 keys, columns of 8.
-    fn softmax(&self, tile: Val<'k, i32>) -> Vec<Vec<[Val<'k, f32>; 4]>> {
+    /// Softmax of a tile whose scores are there; leaves P in `to`.
+    fn softmax<W: Half + MmaElement>(&self, tile: Val<'k, i32>, to: usize) {
         let (k, place) = (self.code, &self.scoring.place);
         let parts = self.config.tiling.tile_keys / KEY_TILE;
         let scales: Vec<Vec<_>> =
@@ -269,34 +296,35 @@ impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
             k.note("scores: causal mask, window, end of the keys");
             tiles.iter().for_each(|tile| tile.hide(place));
         });
-        self.alphas.iter().for_each(|alpha| alpha.set(1.0));
-        self.softmax.advance(k, &tiles, |factors| {
-            self.alphas.iter().zip(factors).for_each(|(alpha, &factor)| alpha.set(factor));
+        self.softmax.advance(k, &tiles, |alphas| {
+            if self.parts.is_empty() {
+                self.drain();
+            }
+            k.note("output: rescale");
+            self.output.rescale(alphas);
+            for (i, sum) in self.softmax.sums_in_flight().iter().enumerate() {
+                sum.set(sum.get() * alphas[i / 2]);
+            }
         });
         let exponentials = |tile: &ScoreTile<'k>| {
             let shifts = self.softmax.shifts(tile);
             self.softmax.exponentials(tile, &shifts, 0..tile.columns).remove(0)
         };
-        tiles.iter().map(exponentials).collect()
-    }
-
-    /// Keeps P as operands.
-    fn pack<W: Half + MmaElement>(&self, p: &[Vec<[Val<'k, f32>; 4]>]) {
-        let columns: Vec<_> = p.iter().flatten().copied().collect();
+        let p: Vec<_> = tiles.iter().flat_map(exponentials).collect();
         let words = |step: usize| match self.config.values {
             Values::Fp8(_) => {
-                let tiles = std::array::from_fn(|i| columns[4 * step + i]);
-                FragmentA::<E4M3>::from_accumulators(tiles).words()
+                FragmentA::<E4M3>::from_accumulators(std::array::from_fn(|i| p[4 * step + i])).words()
             }
-            _ => FragmentA::<W>::from_accumulators([columns[2 * step], columns[2 * step + 1]]).words(),
+            _ => FragmentA::<W>::from_accumulators([p[2 * step], p[2 * step + 1]]).words(),
         };
-        for (step, vars) in self.probabilities.iter().enumerate() {
+        for (step, vars) in self.probabilities[to].iter().enumerate() {
             vars.iter().zip(words(step)).for_each(|(var, word)| var.set(word));
         }
+        self.clear_scores();
     }
 
-    /// Starts the product of P, which is that of tile `tile`, with its values.
-    fn start_output<W: Half + MmaElement>(&self, tile: Val<'k, i32>) {
+    /// Starts the product of P, which is that of tile `tile` and in `from`, with its values.
+    fn start_output<W: Half + MmaElement>(&self, tile: Val<'k, i32>, from: usize) {
         let (k, config) = (self.code, self.config);
         k.note("output: p * v");
         self.ring.values.wait(&self.values);
@@ -309,19 +337,21 @@ impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
         }
         match config.values {
             Values::Fp8(_) => {
-                self.multiply_values::<E4M3>(|step| values.depth_in_columns(0, 32 * step), false)
+                self.multiply_values::<E4M3>(from, |step| values.depth_in_columns(0, 32 * step), false);
             }
-            _ => self.multiply_values::<W>(|step| values.depth_in_rows(16 * step), true),
+            _ => self.multiply_values::<W>(from, |step| values.depth_in_rows(16 * step), true),
         }
+        self.values.advance();
     }
 
     fn multiply_values<E: MmaElement>(
         &self,
+        from: usize,
         values: impl Fn(usize) -> sage_ptx::MatrixDescriptor<'k>,
         transposed: bool,
     ) {
         let p: Vec<_> =
-            self.probabilities.iter().map(|vars| FragmentA::<E>::new(vars.map(|var| var.get()))).collect();
+            self.probabilities[from].iter().map(|vars| FragmentA::<E>::new(vars.map(|var| var.get()))).collect();
         let sums = self.sums();
         self.code.fence_products();
         for (step, &p) in p.iter().enumerate() {
@@ -343,28 +373,11 @@ impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
         sums
     }
 
-    /// Waits for the product with V and frees its stage.
-    fn finish_output(&self) {
-        let k = self.code;
-        k.wait_products(0, &self.sums());
-        self.ring.values.release(self.scoring.place.lane, &self.values);
+    /// Waits for the product with V.
+    fn drain(&self) {
+        self.code.wait_products(0, &self.sums());
         for (part, sum) in self.parts.iter().zip(self.final_sums()) {
             sum.set(sum.get() + part.get());
         }
     }
-
-    /// Brings the sums to the new references.
-    fn rescale(&self) {
-        let k = self.code;
-        let alphas = self.alphas.map(|alpha| alpha.get());
-        let risen = alphas[0].ne(1.0) | alphas[1].ne(1.0);
-        k.when(k.any(risen), || {
-            k.note("output: rescale");
-            self.output.rescale(&alphas);
-            for (i, sum) in self.softmax.sums_in_flight().iter().enumerate() {
-                sum.set(sum.get() * alphas[i / 2]);
-            }
-        });
-    }
 }
-
