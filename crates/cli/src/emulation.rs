@@ -8,7 +8,8 @@ use sage_core::{Call, oracle};
 use sage_emulator::{Emulator, EmulatorOptions, Report};
 use sage_kernels::Lengths;
 use sage_kernels::attention::MaskForm;
-use sage_kernels::forward::{Forward, Gpu, Request, TensorArg, Tensors};
+use sage_kernels::forward::{Forward, Gpu, Launcher, Request, TensorArg, Tensors};
+use sage_ptx::{Arg, BoxedTensor, Program};
 use sageattention::{DType, Scheme, TensorView};
 
 use crate::failure::{Failure, Result};
@@ -118,15 +119,17 @@ pub fn run(call: &Call<'_>, forward: Forward, mut launched: impl FnMut()) -> Res
     let tensors = Tensors { q, k, v, out: TensorArg { address: out.address(), ..q }, ..Tensors::default() };
 
     let programs = forward.programs();
-    let mut launcher =
-        Emulated { emulator: &mut emulator, programs: &programs, launches: Vec::new(), launched: &mut launched };
-    forward
-        .run(&tensors, workspace.address(), &mut launcher)
-        .map_err(|failure| {
-            // On one line, as all errors are.
-            let text = failure.to_string();
-            Failure::Failed(text.split_whitespace().collect::<Vec<_>>().join(" "))
-        })?;
+    let mut launcher = Emulated {
+        emulator: &mut emulator,
+        programs: &programs,
+        launches: Vec::new(),
+        launched: &mut launched,
+    };
+    forward.run(&tensors, workspace.address(), &mut launcher).map_err(|failure| {
+        // On one line, as all errors are.
+        let text = failure.to_string();
+        Failure::Failed(text.split_whitespace().collect::<Vec<_>>().join(" "))
+    })?;
 
     let launches = launcher.launches;
     let found: Vec<f32> = match call.problem.dtype {

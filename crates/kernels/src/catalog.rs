@@ -11,7 +11,7 @@ use std::collections::HashSet;
 use sage_core::{Accumulator, Band, DType, Preset, Problem, Pv, Scheme};
 use sage_ptx::{Program, Target};
 
-use crate::attention::{AttentionConfig, MaskForm, Values};
+use crate::attention::{AttentionConfig, Engine, MaskForm, Values};
 use crate::forward::{Forward, Gpu, Request, Step, int8_scheme};
 use crate::sequence::Lengths;
 
@@ -73,6 +73,7 @@ impl Entry {
     /// The oldest target that has its instructions.
     pub fn minimum_target(&self) -> Target {
         match self.step {
+            Step::Attention(config) if config.tiling.engine == Engine::Warpgroups => Target::SM_90A,
             Step::Attention(AttentionConfig { values: Values::Fp8(_), .. }) | Step::QuantizeV(_) => {
                 Target::SM_89
             }

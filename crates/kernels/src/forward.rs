@@ -10,8 +10,8 @@ use sage_core::{
 use sage_ptx::{Arg, BoxedTensor, Program, Target};
 
 use crate::attention::{
-    AttentionArgs, AttentionConfig, Engine, MaskForm, Scores, Tiling, ValueSource, Values, attention, boxed_tensors,
-    padded_dim,
+    AttentionArgs, AttentionConfig, Engine, MaskForm, Scores, Tiling, ValueSource, Values, attention,
+    boxed_tensors, padded_dim,
 };
 use crate::combine::{CombineArgs, CombineConfig};
 use crate::preprocess::{
@@ -121,12 +121,8 @@ pub trait Launcher {
     ///
     /// # Errors
     /// Where the launch fails.
-    fn launch(
-        &mut self,
-        kernel: usize,
-        grid: [u32; 3],
-        args: &[Arg],
-    ) -> std::result::Result<(), Self::Error>;
+    fn launch(&mut self, kernel: usize, grid: [u32; 3], args: &[Arg])
+    -> std::result::Result<(), Self::Error>;
 }
 
 /// A launch, before its arguments are known.
@@ -401,6 +397,7 @@ impl Pass<'_> {
             max_rows_per_warp: max_rows_per_warp(&scores),
             warpgroups: self.suits_warpgroups(&scores, &values),
             per_block: matches!(scores, Scores::Int(q) if q.granularity == Granularity::PerBlock),
+            few_rows: problem.q_len <= 128,
         };
         let tuned = match request.tiling {
             Some(tiling) => Tuned { tiling, reason: "as asked for" },
@@ -447,8 +444,7 @@ impl Pass<'_> {
     /// Whether there is a kernel of warpgroups for such operands, and work for it: it takes 128 query rows and more at once.
     fn suits_warpgroups(&self, scores: &Scores, values: &Values) -> bool {
         let scores = match scores {
-            // The queries of larger heads would fill the registers.
-            Scores::Full => self.problem.head_dim <= 128,
+            Scores::Full => true,
             Scores::Int(quantizer) => quantizer.bits == IntBits::Eight,
         };
         let values = matches!(

@@ -5,6 +5,7 @@
 mod support;
 
 use sage_core::{Alignment, Band, DType, Preset, Pv, Scheme};
+use sage_kernels::attention::{Engine, Tiling};
 use sage_kernels::forward::int8_scheme;
 use sage_ptx::Target;
 use support::{Case, MaskKind};
@@ -42,9 +43,7 @@ fn check(case: &Case) {
 fn head_dims() {
     for (i, head_dim) in [8, 40, 64, 72, 96, 128, 160, 256].into_iter().enumerate() {
         let dtype = if i % 2 == 0 { DType::F16 } else { DType::BF16 };
-        for scheme in
-            [None, (head_dim <= 128).then(full), Some(Preset::SAGE2_INT8_FP8_PER_THREAD.scheme(head_dim))]
-        {
+        for scheme in [None, Some(full()), Some(Preset::SAGE2_INT8_FP8_PER_THREAD.scheme(head_dim))] {
             check(&Case { dtype, head_dim, scheme, ..hopper() });
         }
     }
@@ -53,11 +52,9 @@ fn head_dims() {
 #[test]
 fn lengths() {
     for (q_len, kv_len) in [(65, 1), (193, 64), (200, 257), (385, 128)] {
-        for scheme in [
-            Some(int8_scheme(DType::F16)),
-            Some(full()),
-            Some(Preset::SAGE2_INT8_FP8_PER_THREAD.scheme(64)),
-        ] {
+        for scheme in
+            [Some(int8_scheme(DType::F16)), Some(full()), Some(Preset::SAGE2_INT8_FP8_PER_THREAD.scheme(64))]
+        {
             check(&Case { q_len, kv_len, scheme, ..hopper() });
         }
     }
@@ -73,7 +70,13 @@ fn named_schemes() {
     ] {
         for head_dim in [64, 128] {
             for dtype in [DType::F16, DType::BF16] {
-                check(&Case { scheme: Some(preset.scheme(head_dim)), head_dim, dtype, v_bias: 1.0, ..hopper() });
+                check(&Case {
+                    scheme: Some(preset.scheme(head_dim)),
+                    head_dim,
+                    dtype,
+                    v_bias: 1.0,
+                    ..hopper()
+                });
             }
         }
     }
@@ -120,4 +123,37 @@ fn gaps_and_split_keys() {
     check(&Case { gap: 8, ..hopper() });
     let case = Case { q_len: 70, kv_len: 1100, multiprocessors: 40, q_heads: 2, kv_heads: 2, ..hopper() };
     check(&case);
+}
+
+/// Every way to order the work of a tile.
+#[test]
+fn schedules() {
+    for scheme in [
+        None,
+        Some(full()),
+        Some(Preset::SAGE2_INT8_FP8_F32_PER_WARP.scheme(64)),
+        Some(Preset::SAGE2_INT8_FP8_PER_THREAD.scheme(64)),
+    ] {
+        for (index, tile_keys) in [64, 128, 64, 128].into_iter().enumerate() {
+            let tiling = Tiling {
+                engine: Engine::Warpgroups,
+                warps: if index % 2 == 0 { 8 } else { 12 },
+                rows_per_warp: 16,
+                tile_keys,
+                step_keys: tile_keys,
+                queries_in_registers: index < 2,
+                stages: 2 + index % 2,
+                min_blocks: 1,
+                turns: index % 2 == 1,
+                lazy_rescale: if scheme.is_some_and(|scheme| matches!(scheme.pv, Pv::Fp8 { .. })) {
+                    4
+                } else {
+                    8
+                },
+            };
+            for kv_len in [30, 64, 128, 150, 320, 700] {
+                check(&Case { scheme, tiling: Some(tiling), kv_len, ..hopper() });
+            }
+        }
+    }
 }

@@ -34,6 +34,11 @@ impl<'k> Mbarriers<'k> {
         Mbarrier(self.0.at(index))
     }
 
+    /// Those from `index` on.
+    pub fn from(&self, index: usize) -> Mbarriers<'k> {
+        Mbarriers(self.0.plus(index as i32))
+    }
+
     /// Barrier `index`, known now.
     pub fn plus(&self, index: usize) -> Mbarrier<'k> {
         Mbarrier(self.0.plus(index as i32))

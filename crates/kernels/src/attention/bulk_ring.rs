@@ -1,7 +1,7 @@
 //! Tiles of K and V on their way through the bulk copy engine: one thread asks for them, `mbarrier`s tell when they are
 //! there and when their stage is free again.
 
-use sage_ptx::{BoxedTensor, Code, Mbarriers, PanelMatrix, Shared, Val, Var};
+use sage_ptx::{BoxedTensor, Code, Mbarrier, Mbarriers, PanelMatrix, Shared, Val, Var};
 
 use super::config::{AttentionConfig, Scores, ValueSource, Values};
 use super::place::Place;
@@ -156,8 +156,9 @@ pub(super) struct Stages<'k> {
     form: Form,
     memory: Shared<'k, u8>,
     map: Val<'k, u64>,
-    full: Mbarriers<'k>,
-    empty: Mbarriers<'k>,
+    /// Of each stage: whether it is full, then of each whether it is empty.
+    barriers: Mbarriers<'k>,
+    stages: usize,
 }
 
 /// Where a thread stands in a ring: the stage, and the parity of the round.
@@ -201,22 +202,23 @@ impl<'k, 'c> BulkRing<'k, 'c> {
         let stages = config.tiling.stages;
         let bytes = stages * stage_bytes(config);
         let memory = code.shared::<u8>("tiles", bytes.max(config.block_q() * 2 * config.padded_dim()));
-        let of = |name: &str, form: Form, map, first: usize| Stages {
+        let barriers = code.mbarriers("tiles_full_empty", 4 * stages);
+        let of = |form: Form, map, first: usize, first_barrier: usize| Stages {
             form,
             memory: memory.plus(first as i32),
             map,
-            full: code.mbarriers(&format!("{name}_full"), stages),
-            empty: code.mbarriers(&format!("{name}_empty"), stages),
+            barriers: barriers.from(first_barrier),
+            stages,
         };
         let [k_map, v_map] = maps;
         let of_keys = Form::of_keys(config);
-        let keys = of("keys", of_keys, k_map, 0);
-        let values = of("values", Form::of_values(config), v_map, stages * of_keys.stage_bytes());
+        let keys = of(of_keys, k_map, 0, 0);
+        let values = of(Form::of_values(config), v_map, stages * of_keys.stage_bytes(), 2 * stages);
         code.when(code.thread().eq(0), || {
             for operand in [&keys, &values] {
                 for stage in 0..stages {
-                    operand.full.plus(stage).init(1);
-                    operand.empty.plus(stage).init(config.tiling.warps as u32);
+                    operand.barriers.plus(stage).init(1);
+                    operand.barriers.plus(stages + stage).init(config.tiling.warps as u32);
                 }
             }
             code.fence_mbarriers();
@@ -280,8 +282,8 @@ impl<'k> Stages<'k> {
     fn load(&self, config: &AttentionConfig, place: &Place<'k>, tile: Val<'k, i32>, cursor: &Cursor<'k>) {
         let code = tile.code();
         let (form, stage) = (self.form, cursor.stage.get());
-        self.empty.at(stage).wait(cursor.parity.get() ^ 1);
-        let full = self.full.at(stage);
+        self.empty(stage).wait(cursor.parity.get() ^ 1);
+        let full = self.barriers.at(stage);
         full.arrive_expecting(form.copied_bytes() as i32);
         let memory = self.memory.at(stage * form.stage_bytes() as i32);
         let parts = config.tiling.tile_keys / KEY_TILE;
@@ -315,9 +317,13 @@ impl<'k> Stages<'k> {
         }
     }
 
+    fn empty(&self, stage: Val<'k, i32>) -> Mbarrier<'k> {
+        self.barriers.from(self.stages).at(stage)
+    }
+
     /// Waits for the tile at the cursor.
     pub fn wait(&self, cursor: &Cursor<'k>) {
-        self.full.at(cursor.stage.get()).wait(cursor.parity.get());
+        self.barriers.at(cursor.stage.get()).wait(cursor.parity.get());
     }
 
     /// The tile at the cursor.
@@ -329,7 +335,7 @@ impl<'k> Stages<'k> {
 
     /// The warp is done with the tile at the cursor, which moves on.
     pub fn release(&self, lane: Val<'k, i32>, cursor: &Cursor<'k>) {
-        lane.code().when(lane.eq(0), || self.empty.at(cursor.stage.get()).arrive());
+        lane.code().when(lane.eq(0), || self.empty(cursor.stage.get()).arrive());
         cursor.advance();
     }
 }

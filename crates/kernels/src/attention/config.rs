@@ -122,8 +122,6 @@ pub struct Tiling {
     pub min_blocks: u32,
     /// Whether warpgroups take turns at starting products, so that one computes its softmax while others multiply.
     pub turns: bool,
-    /// Of every 8 exponentials, how many are polynomials on the units for products, which are many more.
-    pub polynomials: usize,
     /// Rise of a row's maximum, in powers of two, up to which sums are not rescaled; 0 rescales always.
     pub lazy_rescale: u32,
 }
@@ -234,7 +232,6 @@ impl AttentionConfig {
             stages,
             min_blocks,
             turns,
-            polynomials,
             lazy_rescale,
         } = self.tiling;
         let queries = if queries_in_registers { "r" } else { "" };
@@ -243,10 +240,9 @@ impl AttentionConfig {
             (Engine::Warpgroups, false) => "wg",
             (Engine::Warpgroups, true) => "wgt",
         };
-        let polynomial = if polynomials == 0 { String::new() } else { format!("_p{polynomials}") };
         name += self.lengths.suffix();
         name + &format!(
-            "_{engine}{warps}x{rows_per_warp}x{tile_keys}x{step_keys}{queries}_s{stages}_b{min_blocks}_l{lazy_rescale}{polynomial}"
+            "_{engine}{warps}x{rows_per_warp}x{tile_keys}x{step_keys}{queries}_s{stages}_b{min_blocks}_l{lazy_rescale}"
         )
     }
 }

@@ -25,9 +25,11 @@ use half::{bf16, f16};
 use sage_core::DType;
 use sage_ptx::{Half, MmaElement, Program, Stored, kernel};
 
-use config::AttentionParams;
 pub use bulk_ring::{BULK_MAPS, boxed_tensors, stage_bytes};
-pub use config::{AttentionArgs, AttentionConfig, Engine, MaskForm, Scores, Tiling, ValueSource, Values, padded_dim};
+use config::AttentionParams;
+pub use config::{
+    AttentionArgs, AttentionConfig, Engine, MaskForm, Scores, Tiling, ValueSource, Values, padded_dim,
+};
 use output::Output;
 use place::Place;
 use queries::Queries;

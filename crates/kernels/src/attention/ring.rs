@@ -83,9 +83,7 @@ impl<'k, 'c> Ring<'k, 'c> {
             (Values::Fp8(_), _) => {
                 shape(first_value, tile_keys, padded, tile_keys / CHUNK_BYTES).of_workspace(place, p.v)
             }
-            (_, ValueSource::Workspace) => {
-                rows_of_values(2 * padded / CHUNK_BYTES).of_workspace(place, p.v)
-            }
+            (_, ValueSource::Workspace) => rows_of_values(2 * padded / CHUNK_BYTES).of_workspace(place, p.v),
             (_, ValueSource::Given) => rows_of_values(used_chunks).of_rows(
                 config,
                 place,

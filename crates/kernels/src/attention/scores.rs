@@ -148,9 +148,7 @@ impl<'k> KeyScales<'k> {
     pub fn new(config: &AttentionConfig, p: &AttentionParams<'k>, place: &Place<'k>) -> Self {
         let tiles = match config.scores {
             Scores::Full => None,
-            Scores::Int(quantizer) => {
-                Some((place.first_key_tile, quantizer.granularity))
-            }
+            Scores::Int(quantizer) => Some((place.first_key_tile, quantizer.granularity)),
         };
         KeyScales { tiles, scales: p.k_scale, lane: place.lane }
     }

@@ -106,7 +106,6 @@ pub(super) struct Softmax<'k> {
     /// Added to scores relative to the reference.
     exponent: f32,
     lazy: f32,
-    polynomials: usize,
 }
 
 impl<'k> Softmax<'k> {
@@ -128,17 +127,11 @@ impl<'k> Softmax<'k> {
             // E4M3 has no room above its largest value: what P may rise by is left free.
             exponent: if fp8 { E4M3_P_EXPONENT - lazy } else { 0.0 },
             lazy,
-            polynomials: config.tiling.polynomials,
         }
     }
 
     /// Takes a step's maxima in, calling `rescale` with the factor of each row slot's sums where they change.
-    pub fn advance(
-        &self,
-        code: &'k Code,
-        scores: &[ScoreTile<'k>],
-        rescale: impl FnOnce(&[Val<'k, f32>]),
-    ) {
+    pub fn advance(&self, code: &'k Code, scores: &[ScoreTile<'k>], rescale: impl FnOnce(&[Val<'k, f32>])) {
         code.note("softmax: row maxima");
         let slots = self.reference.len();
         let maximum = |slot: usize| {
@@ -205,16 +198,13 @@ impl<'k> Softmax<'k> {
         columns: std::ops::Range<usize>,
     ) -> Vec<Vec<[Val<'k, f32>; 4]>> {
         let rows = scores.values.chunks(scores.columns).enumerate().map(|(m, tiles)| {
-            let exponential = |column: usize, tile: &[Var<'k, f32>; 4]| -> [Val<'k, f32>; 4] {
+            let exponential = |tile: &[Var<'k, f32>; 4]| {
                 std::array::from_fn(|i| {
                     let slot = 2 * m + i / 2;
-                    let x = tile[i].get().mul_add(scores.factor[slot], shifts[slot]);
-                    // Elements of a row in turn, so that both kinds of units have work all the time.
-                    if (4 * column + i) % 8 < self.polynomials { exp2_polynomial(x) } else { x.exp2() }
+                    tile[i].get().mul_add(scores.factor[slot], shifts[slot]).exp2()
                 })
             };
-            let p: Vec<[Val<'k, f32>; 4]> =
-                columns.clone().map(|column| exponential(column, &tiles[column])).collect();
+            let p: Vec<[Val<'k, f32>; 4]> = tiles[columns.clone()].iter().map(exponential).collect();
             if let RowSums::Lane(sums) = &self.sums {
                 for half in 0..2 {
                     let pairs = p.iter().map(|tile| tile[2 * half] + tile[2 * half + 1]);
@@ -271,20 +261,6 @@ pub(super) struct RowSum<'k> {
     pub inverse: Val<'k, f32>,
     /// Logarithm of the sum of exponentials, base 2.
     pub lse2: Val<'k, f32>,
-}
-
-/// `2^x` within 1.1·10⁻⁴ relative, without the unit for exponentials: a tenth of the rounding of P to bfloat16, a fifth of
-/// that to half precision. Exactly 0 from −127 down.
-fn exp2_polynomial(x: Val<'_, f32>) -> Val<'_, f32> {
-    // Minimax of (2^f − 1) / f for |f| ≤ 1/2, relative to 2^f.
-    const COEFFICIENTS: [f32; 3] = [0.055_008_95, 0.242_211_01, 0.693_282_95];
-    let x = x.max(-127.0);
-    let biased = x + ROUNDING_MAGIC;
-    let fraction = x - (biased - ROUNDING_MAGIC);
-    let [cubic, square, linear] = COEFFICIENTS;
-    let power = fraction.mul_add(cubic, square).mul_add(fraction, linear).mul_add(fraction, 1.0);
-    // The whole part is in the low bits of its sum with the constant, whose own low bits are zeros: onto the exponent.
-    (power.reinterpret::<i32>() + (biased.reinterpret::<i32>() << 23)).reinterpret()
 }
 
 /// The bits that integer scores start from are those of the float that is taken back.

@@ -350,8 +350,10 @@ impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
         values: impl Fn(usize) -> sage_ptx::MatrixDescriptor<'k>,
         transposed: bool,
     ) {
-        let p: Vec<_> =
-            self.probabilities[from].iter().map(|vars| FragmentA::<E>::new(vars.map(|var| var.get()))).collect();
+        let p: Vec<_> = self.probabilities[from]
+            .iter()
+            .map(|vars| FragmentA::<E>::new(vars.map(|var| var.get())))
+            .collect();
         let sums = self.sums();
         self.code.fence_products();
         for (step, &p) in p.iter().enumerate() {

@@ -214,8 +214,7 @@ impl Case {
         };
         let call = Call::check(&inputs, &options).unwrap();
 
-        let aligned =
-            self.misaligned == 0 && self.head_dim.is_multiple_of(8) && self.gap.is_multiple_of(8);
+        let aligned = self.misaligned == 0 && self.head_dim.is_multiple_of(8) && self.gap.is_multiple_of(8);
         let request = Request {
             scheme: self.scheme,
             mask: match self.mask {

@@ -187,7 +187,8 @@ impl Cuda {
         let mut request = request(&call, choice, lse.is_some());
         request.tiling = *self.tiling.lock().unwrap_or_else(PoisonError::into_inner);
         request.aligned = aligned(&tensors, call.problem.head_dim);
-        request.boxed = request.aligned && [call.k.shape(), call.v.shape()].into_iter().zip([tensors.k, tensors.v]).all(boxed);
+        request.boxed = request.aligned
+            && [call.k.shape(), call.v.shape()].into_iter().zip([tensors.k, tensors.v]).all(boxed);
         let plan = self.plan(&call.problem, &request)?;
         Ok(Some(Prepared { plan, tensors, _lists: lists }))
     }
