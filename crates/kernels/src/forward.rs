@@ -11,7 +11,7 @@ use sage_ptx::{Arg, BoxedTensor, Program, Target};
 
 use crate::attention::{
     AttentionArgs, AttentionConfig, Engine, MaskForm, Scores, Tiling, ValueSource, Values, attention,
-    boxed_tensors, padded_dim,
+    boxed_tensors, padded_dim, stage_bytes,
 };
 use crate::combine::{CombineArgs, CombineConfig};
 use crate::preprocess::{
@@ -28,6 +28,10 @@ const NO_LIMIT: i32 = 1 << 30;
 /// holds at once, so that none waits; and a quarter of the L2 cache of the large GPUs, which is cut in halves that may
 /// both hold a line, with what is being written beside it.
 const LEAD_BYTES: usize = 12 << 20;
+
+/// Bytes of K and V that attention works on at once where pieces of work differ in length: half the L2 cache of an H100, each
+/// half of which may hold a copy.
+const CACHED_BYTES: usize = 25 << 20;
 
 /// Queries of a call up to which K and V are read as given, split between blocks: quantising would read them once more.
 const FEW_QUERIES: usize = 64;
@@ -103,6 +107,7 @@ pub struct Forward {
     steps: Vec<Step>,
     splits: usize,
     layout: Layout,
+    multiprocessors: u32,
     reasons: Vec<String>,
 }
 
@@ -140,6 +145,7 @@ pub(crate) enum Step {
 /// Offsets in the workspace.
 #[derive(Clone, Copy, Debug, Default)]
 struct Layout {
+    pieces_taken: u64,
     k_arrivals: u64,
     v_arrivals: u64,
     zeroed: u64,
@@ -188,7 +194,16 @@ impl Forward {
         let pass = Pass { problem, request, gpu, scheme: &scheme };
         let (steps, splits) = pass.steps(&mut reasons)?;
         let layout = pass.layout(&steps, splits);
-        Ok(Forward { problem: *problem, request: *request, scheme, steps, splits, layout, reasons })
+        Ok(Forward {
+            problem: *problem,
+            request: *request,
+            scheme,
+            steps,
+            splits,
+            layout,
+            multiprocessors: gpu.multiprocessors as u32,
+            reasons,
+        })
     }
 
     /// The scheme that is computed.
@@ -245,6 +260,7 @@ impl Forward {
             problem: &self.problem,
             request: &self.request,
             splits: self.splits,
+            multiprocessors: self.multiprocessors,
             q_block: query_block(&self.steps),
             q_blocks: query_blocks(&self.problem, &self.steps),
             layout: &self.layout,
@@ -488,7 +504,7 @@ impl Pass<'_> {
     /// Parts of the keys that give every multiprocessor a block, where the queries alone do not.
     fn splits(&self, attention: &AttentionConfig) -> usize {
         let problem = self.problem;
-        let [x, y, z] = attention.grid(problem.batch, problem.num_q_heads, problem.q_len, 1);
+        let [x, y, z] = attention.pieces(problem.batch, problem.num_q_heads, problem.q_len, 1);
         let blocks = x as usize * y as usize * z as usize;
         let wanted = 2 * self.gpu.multiprocessors;
         let tiles = problem.kv_len.div_ceil(attention.tiling.tile_keys);
@@ -517,6 +533,9 @@ impl Pass<'_> {
                 }
                 Step::QuantizeV(_) => {
                     layout.v_arrivals = take(4 * problem.batch * heads);
+                }
+                Step::Attention(config) if config.tiling.engine == Engine::Warpgroups => {
+                    layout.pieces_taken = take(4);
                 }
                 _ => {}
             }
@@ -666,6 +685,7 @@ struct Arguments<'a> {
     problem: &'a Problem,
     request: &'a Request,
     splits: usize,
+    multiprocessors: u32,
     /// Query rows that share a mean, and how many such blocks the longest sequence has.
     q_block: usize,
     q_blocks: usize,
@@ -784,16 +804,17 @@ impl Arguments<'_> {
             }
             Step::Attention(config) => {
                 let args = self.attention(config, key_tiles);
-                let grid = config.grid(batch, problem.num_q_heads, problem.q_len, self.splits);
+                let pieces = self.pieces(config);
                 if config.tiling.engine == Engine::Warps {
-                    return launch(grid, &args.args());
+                    return launch(pieces, &args.args());
                 }
                 let [k_map, v_map] = self.boxed_tensors(config, &args, key_tiles);
                 let maps = [launcher.tensor_map(&k_map)?, launcher.tensor_map(&v_map)?];
                 let mut all = [maps[0]; AttentionArgs::COUNT + 2];
                 all[..AttentionArgs::COUNT].copy_from_slice(&args.args());
                 all[AttentionArgs::COUNT..].copy_from_slice(&maps);
-                launcher.launch(index, grid, &all)
+                let blocks = pieces.iter().product::<u32>().min(self.multiprocessors);
+                launcher.launch(index, [blocks, 1, 1], &all)
             }
             Step::Combine(config) => {
                 let [out_stride_batch, out_stride_head, out_stride_row] = t.out.strides;
@@ -814,6 +835,25 @@ impl Arguments<'_> {
                 launch(config.grid(total_rows), &args.args())
             }
         }
+    }
+
+    /// Tiles of queries, heads and sequences of the attention kernel.
+    fn pieces(&self, config: &AttentionConfig) -> [u32; 3] {
+        let problem = self.problem;
+        config.pieces(problem.batch, problem.num_q_heads, problem.q_len, self.splits)
+    }
+
+    /// Heads whose pieces of work are handed out together. Where pieces differ in length there must be many to even out, but
+    /// their keys and values must stay in cache.
+    fn heads_together(&self, config: &AttentionConfig, all_heads: u32) -> i32 {
+        let problem = self.problem;
+        if problem.band.is_full() && self.request.lengths == Lengths::Dense {
+            return 1;
+        }
+        let bytes = stage_bytes(config) / config.tiling.tile_keys * problem.kv_len;
+        let most = (CACHED_BYTES * problem.group_size() / bytes.max(1)).clamp(1, all_heads as usize);
+        let divisor = (1..=most).rev().find(|&heads| (all_heads as usize).is_multiple_of(heads));
+        divisor.unwrap_or(1) as i32
     }
 
     /// K and V for the kernels whose tiles are copied in bulk.
@@ -837,6 +877,7 @@ impl Arguments<'_> {
         let limit = |side: Option<usize>| side.map_or(NO_LIMIT, |n| n.min(NO_LIMIT as usize) as i32);
         let quantised = matches!(config.scores, Scores::Int(_));
         let workspace_v = config.value_source == ValueSource::Workspace;
+        let [q_tiles, heads, sequences] = self.pieces(config);
         AttentionArgs {
             q: t.q.address,
             k: if quantised { at(layout.k) } else { t.k.address },
@@ -880,6 +921,10 @@ impl Arguments<'_> {
             window_right: limit(problem.band.right),
             bottom_right: i32::from(problem.band.alignment == Alignment::BottomRight),
             splits: self.splits as i32,
+            taken: at(layout.pieces_taken),
+            q_tiles: q_tiles as i32,
+            all_heads: (heads * sequences) as i32,
+            heads_together: self.heads_together(config, heads * sequences),
             total_rows: total_rows(problem, request) as i64,
             sm_scale: problem.sm_scale,
             softcap: problem.logit_softcap.unwrap_or(0.0),
