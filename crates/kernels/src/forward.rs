@@ -5,7 +5,7 @@
 
 use sage_core::{
     Accumulator, Alignment, DType, Error, Granularity, IntBits, IntQuantizer, Problem, Pv, Qk, Result,
-    Rounding, Scheme, SmoothQ, Smoothing, Tile, ZeroGroup,
+    Rounding, Scheme, SmoothK, SmoothQ, Smoothing, Tile, ZeroGroup,
 };
 use sage_ptx::{Arg, BoxedTensor, Program, Target};
 
@@ -15,8 +15,9 @@ use crate::attention::{
 };
 use crate::combine::{CombineArgs, CombineConfig};
 use crate::preprocess::{
-    ColumnStatistics, ConvertVArgs, ConvertVConfig, DeltaSArgs, DeltaSConfig, QuantizeKArgs, QuantizeKConfig,
-    QuantizeVArgs, QuantizeVConfig, QueryMeansArgs, QueryMeansConfig, Source,
+    ColumnStatistics, ConvertVArgs, ConvertVConfig, DeltaSArgs, DeltaSConfig, KeyMean, QuantizeKArgs, QuantizeKConfig,
+    QuantizeVArgs, QuantizeVConfig, QueryMeansArgs, QueryMeansConfig, SampleMeanArgs, SampleMeanConfig,
+    Source,
 };
 use crate::sequence::{KEY_TILE, Lengths, total_key_tiles};
 use crate::tuning::{Shape, Tuned, tiling};
@@ -28,6 +29,9 @@ const NO_LIMIT: i32 = 1 << 30;
 /// holds at once, so that none waits; and a quarter of the L2 cache of the large GPUs, which is cut in halves that may
 /// both hold a line, with what is being written beside it.
 const LEAD_BYTES: usize = 12 << 20;
+
+/// Rows whose mean our own scheme subtracts from K: scales are 1/256 larger than with the mean of all, and K is read once.
+const SAMPLED_KEYS: usize = 128;
 
 /// Bytes of K and V that attention works on at once where pieces of work differ in length: half the L2 cache of an H100, each
 /// half of which may hold a copy.
@@ -134,6 +138,7 @@ pub trait Launcher {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Step {
     QueryMeans(QueryMeansConfig),
+    SampleMean(SampleMeanConfig),
     QuantizeK(QuantizeKConfig),
     DeltaS(DeltaSConfig),
     QuantizeV(QuantizeVConfig),
@@ -292,14 +297,14 @@ pub fn int8_scheme(dtype: DType) -> Scheme {
         DType::BF16 => Pv::BF16(Accumulator::F32),
         _ => Pv::F16(Accumulator::F32),
     };
-    let smooth = Smoothing { q: SmoothQ::Off, k: true, v: false };
+    let smooth = Smoothing { q: SmoothQ::Off, k: SmoothK::Sampled(SAMPLED_KEYS), v: false };
     Scheme { qk: Qk::Int(quantizer), pv, smooth, rotate: false }
 }
 
 fn choose(problem: &Problem) -> (Scheme, String) {
     let int8 = int8_scheme(problem.dtype);
     if problem.q_len * problem.group_size() <= FEW_QUERIES {
-        let smooth = Smoothing { q: SmoothQ::Off, k: false, v: false };
+        let smooth = Smoothing { q: SmoothQ::Off, k: SmoothK::Off, v: false };
         let reason = format!(
             "full precision: {} query rows for each key head read K and V too seldom to repay quantising K",
             problem.q_len * problem.group_size()
@@ -368,20 +373,28 @@ impl Pass<'_> {
         if quantised {
             if let Scores::Int(quantizer) = scores {
                 let IntQuantizer { bits, granularity, rounding, zero_group, .. } = quantizer;
+                let mean = match scheme.smooth.k {
+                    SmoothK::Off => KeyMean::Zero,
+                    SmoothK::Mean => KeyMean::Collected,
+                    SmoothK::Sampled(rows) => {
+                        steps.push(Step::SampleMean(SampleMeanConfig { source, rows }));
+                        KeyMean::Given
+                    }
+                };
                 steps.push(Step::QuantizeK(QuantizeKConfig {
                     source,
                     bits,
                     granularity,
                     rounding,
                     zero_group,
-                    smooth: scheme.smooth.k,
+                    mean,
                 }));
             }
-        } else if scheme.smooth.k || smooth_q.is_some() {
+        } else if scheme.smooth.k.is_on() || smooth_q.is_some() {
             return Err(Error::unsupported("smoothing of full-precision scores", "it changes nothing there"));
         }
         if smooth_q.is_some() {
-            steps.push(Step::DeltaS(DeltaSConfig { source, smooth_k: scheme.smooth.k }));
+            steps.push(Step::DeltaS(DeltaSConfig { source, smooth_k: scheme.smooth.k.is_on() }));
         }
         if let Values::Fp8(_) = values {
             let smooth = scheme.smooth.v;
@@ -431,7 +444,7 @@ impl Pass<'_> {
             mask: request.mask,
             softcap: problem.logit_softcap.is_some(),
             lse: request.lse,
-            smooth_k: scheme.smooth.k,
+            smooth_k: scheme.smooth.k.is_on(),
             smooth_q,
             smooth_v: scheme.smooth.v,
             lengths: request.lengths,
@@ -528,7 +541,7 @@ impl Pass<'_> {
         let mut layout = Layout::default();
         for step in steps {
             match step {
-                Step::QuantizeK(QuantizeKConfig { smooth: true, .. }) => {
+                Step::QuantizeK(QuantizeKConfig { mean: KeyMean::Collected, .. }) => {
                     layout.k_arrivals = take(4 * problem.batch * heads);
                 }
                 Step::QuantizeV(_) => {
@@ -550,8 +563,10 @@ impl Pass<'_> {
                 Step::QuantizeK(config) => {
                     layout.k = take(heads * tiles * config.tile_bytes());
                     layout.k_scale = take(4 * heads * tiles * config.groups());
-                    if config.smooth {
+                    if config.mean != KeyMean::Zero {
                         layout.k_mean = take(statistics);
+                    }
+                    if config.mean == KeyMean::Collected {
                         layout.k_partials = take(partials(ColumnStatistics::Mean.partials()));
                     }
                 }
@@ -573,7 +588,7 @@ impl Pass<'_> {
                     layout.partial = take(4 * rows * problem.head_dim);
                     layout.partial_lse = take(4 * rows);
                 }
-                Step::Attention(_) => {}
+                Step::SampleMean(_) | Step::Attention(_) => {}
             }
         }
         layout.bytes = take(0);
@@ -658,6 +673,7 @@ impl Step {
     pub(crate) fn program(&self) -> Program {
         match self {
             Step::QueryMeans(config) => config.program(),
+            Step::SampleMean(config) => config.program(),
             Step::QuantizeK(config) => config.program(),
             Step::DeltaS(config) => config.program(),
             Step::QuantizeV(config) => config.program(),
@@ -670,6 +686,7 @@ impl Step {
     pub(crate) fn name(&self) -> String {
         match self {
             Step::QueryMeans(config) => config.name(),
+            Step::SampleMean(config) => config.name(),
             Step::QuantizeK(config) => config.name(),
             Step::DeltaS(config) => config.name(),
             Step::QuantizeV(config) => config.name(),
@@ -723,6 +740,19 @@ impl Arguments<'_> {
                     rows: request.q_rows as i32,
                 };
                 launch(config.grid(problem.q_len, problem.num_q_heads, batch), &args.args())
+            }
+            Step::SampleMean(config) => {
+                let [stride_batch, stride_head, stride_row] = t.k.strides;
+                let args = SampleMeanArgs {
+                    x: t.k.address,
+                    mean: at(layout.k_mean),
+                    cu_seqlens: t.cu_seqlens_k,
+                    stride_batch,
+                    stride_head,
+                    stride_row,
+                    rows,
+                };
+                launch(config.grid(heads, batch), &args.args())
             }
             Step::QuantizeK(config) => {
                 let [stride_batch, stride_head, stride_row] = t.k.strides;
