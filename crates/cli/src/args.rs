@@ -2,7 +2,7 @@
 
 use clap::{ArgAction, Parser, Subcommand};
 
-use crate::commands::{accuracy, bench, emulate, explain, ptx, run};
+use crate::commands::{accuracy, bench, emulate, explain, ptx, run, tune};
 
 /// Attention in 8 and 4 bits.
 #[derive(Debug, Parser)]
@@ -51,6 +51,8 @@ pub enum Command {
     Explain(explain::Explain),
     /// List the GPU kernels, or print one as PTX
     Ptx(ptx::Ptx),
+    /// Measure tile shapes on a GPU, and keep the fastest for later calls
+    Tune(tune::Tune),
     /// Run a GPU's forward pass here, in the emulator, and check it
     Emulate(emulate::Emulate),
     /// Show what this machine offers

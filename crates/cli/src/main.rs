@@ -64,6 +64,7 @@ fn run() -> Result<()> {
         Some(Command::Accuracy(command)) => command.execute(console),
         Some(Command::Bench(command)) => command.execute(console),
         Some(Command::Explain(command)) => command.execute(console),
+        Some(Command::Tune(command)) => command.execute(console),
         Some(Command::Ptx(command)) => command.execute(console),
         Some(Command::Emulate(command)) => command.execute(console),
         Some(Command::Info) => commands::info::execute(console),

@@ -109,6 +109,7 @@ pub struct Forward {
     request: Request,
     scheme: Scheme,
     steps: Vec<Step>,
+    shape: Shape,
     splits: usize,
     layout: Layout,
     multiprocessors: u32,
@@ -197,13 +198,14 @@ impl Forward {
         };
         let scheme = with_own_values(scheme, problem.dtype, &mut reasons);
         let pass = Pass { problem, request, gpu, scheme: &scheme };
-        let (steps, splits) = pass.steps(&mut reasons)?;
+        let (steps, shape, splits) = pass.steps(&mut reasons)?;
         let layout = pass.layout(&steps, splits);
         Ok(Forward {
             problem: *problem,
             request: *request,
             scheme,
             steps,
+            shape,
             splits,
             layout,
             multiprocessors: gpu.multiprocessors as u32,
@@ -239,6 +241,11 @@ impl Forward {
     /// Bytes at the workspace's start that must be zeros before the first launch.
     pub fn zeroed_bytes(&self) -> usize {
         self.layout.zeroed as usize
+    }
+
+    /// What the attention kernel's tile shape is chosen for.
+    pub fn shape(&self) -> &Shape {
+        &self.shape
     }
 
     /// Parts that keys are split into.
@@ -341,7 +348,7 @@ impl Pass<'_> {
         }
     }
 
-    fn steps(&self, reasons: &mut Vec<String>) -> Result<(Vec<Step>, usize)> {
+    fn steps(&self, reasons: &mut Vec<String>) -> Result<(Vec<Step>, Shape, usize)> {
         let (problem, request, scheme) = (self.problem, self.request, self.scheme);
         if scheme.rotate {
             return Err(Error::unsupported("scheme with rotation", "no GPU kernel rotates Q and K yet"));
@@ -429,7 +436,7 @@ impl Pass<'_> {
             few_rows: problem.q_len <= 128,
         };
         let tuned = match request.tiling {
-            Some(tiling) => Tuned { tiling, reason: "as asked for" },
+            Some(tiling) => Tuned { tiling, reason: "as asked for, or as `sageattn tune` measured" },
             None => tiling(self.gpu.target, &shape),
         };
         let mut attention = AttentionConfig {
@@ -467,7 +474,7 @@ impl Pass<'_> {
             let (dtype, head_dim) = (problem.dtype, problem.head_dim);
             steps.push(Step::Combine(CombineConfig { dtype, head_dim, lse: request.lse }));
         }
-        Ok((steps, splits))
+        Ok((steps, shape, splits))
     }
 
     /// Whether there is a kernel of warpgroups for such operands, and work for it: it takes 128 query rows and more at once.

@@ -1,11 +1,12 @@
 //! Tile shapes for each GPU and kind of kernel, with the reason beside each row.
 
 use sage_ptx::Target;
+use serde::{Deserialize, Serialize};
 
 use crate::attention::{Engine, Tiling};
 
 /// What a row of the table is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Shape {
     /// Whether Q·Kᵀ is of integers.
     pub integer: bool,
@@ -169,4 +170,79 @@ fn ring_bytes(tiling: &Tiling, shape: &Shape) -> usize {
     let values = if shape.fp8 { 1 } else { 2 };
     let queries = if tiling.queries_in_registers { 0 } else { tiling.warps * tiling.rows_per_warp * keys };
     (tiling.stages * tiling.tile_keys * (keys + values) + queries) * shape.padded_dim
+}
+
+/// Registers that a thread of a warpgroup needs beside operands and sums: addresses, masks' limits, maxima, scales.
+const OTHER_REGISTERS: usize = 28;
+
+/// Tile shapes worth trying for such a kernel on a GPU, the table's own first: all that shared memory and registers have room
+/// for.
+pub fn candidates(target: Target, shape: &Shape) -> Vec<Tiling> {
+    let own = tiling(target, shape).tiling;
+    let mut all = vec![own];
+    let mut add = |tiling: Tiling| {
+        if !all.contains(&tiling) {
+            all.push(tiling);
+        }
+    };
+    if shape.warpgroups {
+        for (groups, tile_keys) in [(2, 64), (2, 128), (3, 64), (3, 128)] {
+            for (queries_in_registers, turns) in [(true, false), (true, true), (false, false), (false, true)] {
+                let base = Tiling {
+                    warps: 4 * groups,
+                    tile_keys,
+                    step_keys: tile_keys,
+                    queries_in_registers,
+                    turns,
+                    stages: 1,
+                    ..own
+                };
+                let stages = MAX_STAGES.min((shared_bytes(target) - SMALL_ARRAYS - queries_bytes(&base, shape)) / stage_bytes(&base, shape));
+                let per_group = if groups == 2 { 240 } else { 160 };
+                let blocks = !(shape.per_block && groups == 3);
+                if stages >= 2 && blocks && warpgroup_registers(&base, shape) <= per_group {
+                    add(Tiling { stages, ..base });
+                }
+            }
+        }
+        return all;
+    }
+    for rows_per_warp in [16, 32].into_iter().filter(|&rows| rows <= shape.max_rows_per_warp) {
+        for warps in [4, 8] {
+            for step_keys in [16, 32, 64] {
+                let tiling = Tiling { rows_per_warp, warps, step_keys, min_blocks: 8 / warps as u32, ..own };
+                let fits = ring_bytes(&tiling, shape) * tiling.min_blocks as usize <= shared_bytes(target);
+                if fits && warps * rows_per_warp <= 128 {
+                    add(tiling);
+                }
+            }
+        }
+    }
+    all
+}
+
+/// Most stages of a ring: more wait for nothing.
+const MAX_STAGES: usize = 6;
+
+/// Barriers, maxima, and the gaps that alignment leaves.
+const SMALL_ARRAYS: usize = 3 << 10;
+
+/// Bytes of a stage of a warpgroups' ring, with the ones that may stand beside V.
+fn stage_bytes(tiling: &Tiling, shape: &Shape) -> usize {
+    let (keys, values) = (if shape.integer { 1 } else { 2 }, if shape.fp8 { 1 } else { 2 });
+    tiling.tile_keys * ((keys + values) * shape.padded_dim + if shape.fp8 { 0 } else { 128 })
+}
+
+fn queries_bytes(tiling: &Tiling, shape: &Shape) -> usize {
+    let bytes = if shape.integer { 1 } else { 2 };
+    if tiling.queries_in_registers { 0 } else { tiling.warps * 16 * shape.padded_dim * bytes }
+}
+
+/// Registers of a thread of a warpgroup, about.
+fn warpgroup_registers(tiling: &Tiling, shape: &Shape) -> usize {
+    let sums = shape.padded_dim / 2 * if shape.two_level { 2 } else { 1 };
+    let probabilities = tiling.tile_keys / if shape.fp8 { 8 } else { 4 };
+    let queries = shape.padded_dim / if shape.integer { 8 } else { 4 };
+    let queries = if tiling.queries_in_registers { queries } else { 0 };
+    sums + tiling.tile_keys / 2 + probabilities + queries + OTHER_REGISTERS
 }

@@ -8,3 +8,4 @@ pub mod explain;
 pub mod info;
 pub mod ptx;
 pub mod run;
+pub mod tune;

@@ -1,8 +1,11 @@
 //! What an attention kernel is specialised for, and what a launch passes to it.
 
+use std::fmt;
+
 use sage_core::{Accumulator, DType, Granularity, IntBits, IntQuantizer};
 
 use sage_ptx::{Code, Val};
+use serde::{Deserialize, Serialize};
 
 use crate::params::kernel_params;
 use crate::sequence::Lengths;
@@ -100,7 +103,7 @@ pub enum MaskForm {
 }
 
 /// Which instructions multiply, and who copies.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Engine {
     /// `mma.sync`, warp by warp; every thread copies a part of each tile. Every GPU.
     #[default]
@@ -110,7 +113,7 @@ pub enum Engine {
 }
 
 /// Tile shapes: a row of the tuning table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Tiling {
     /// Instructions.
     pub engine: Engine,
@@ -132,6 +135,24 @@ pub struct Tiling {
     pub turns: bool,
     /// Rise of a row's maximum, in powers of two, up to which sums are not rescaled; 0 rescales always.
     pub lazy_rescale: u32,
+}
+
+/// As in the names of kernels: engine, warps × rows × keys × keys of a step, `r` for queries in registers, stages, blocks,
+/// and the exponent of lazy rescaling.
+impl fmt::Display for Tiling {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Tiling { warps, rows_per_warp, tile_keys, step_keys, stages, min_blocks, lazy_rescale, .. } = self;
+        let queries = if self.queries_in_registers { "r" } else { "" };
+        let engine = match (self.engine, self.turns) {
+            (Engine::Warps, _) => "w",
+            (Engine::Warpgroups, false) => "wg",
+            (Engine::Warpgroups, true) => "wgt",
+        };
+        write!(
+            f,
+            "{engine}{warps}x{rows_per_warp}x{tile_keys}x{step_keys}{queries}_s{stages}_b{min_blocks}_l{lazy_rescale}"
+        )
+    }
 }
 
 impl AttentionConfig {
@@ -239,28 +260,8 @@ impl AttentionConfig {
         if let Some(rows) = self.smooth_q {
             name += &format!("_sq{rows}");
         }
-        let Tiling {
-            engine,
-            warps,
-            rows_per_warp,
-            tile_keys,
-            step_keys,
-            queries_in_registers,
-            stages,
-            min_blocks,
-            turns,
-            lazy_rescale,
-        } = self.tiling;
-        let queries = if queries_in_registers { "r" } else { "" };
-        let engine = match (engine, turns) {
-            (Engine::Warps, _) => "w",
-            (Engine::Warpgroups, false) => "wg",
-            (Engine::Warpgroups, true) => "wgt",
-        };
         name += self.lengths.suffix();
-        name + &format!(
-            "_{engine}{warps}x{rows_per_warp}x{tile_keys}x{step_keys}{queries}_s{stages}_b{min_blocks}_l{lazy_rescale}"
-        )
+        format!("{name}_{}", self.tiling)
     }
 }
 

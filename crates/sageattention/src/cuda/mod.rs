@@ -6,6 +6,7 @@
 mod host;
 mod plan;
 mod tensor;
+mod tuning;
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -20,6 +21,7 @@ pub use plan::CudaPlan;
 use sage_cuda::TensorMap;
 pub use sage_cuda::{Buffer, Device, DeviceInfo, Event, ExecutableGraph, Graph, Stream, devices};
 pub use tensor::{CudaTensor, DeviceBytes, DeviceMask, DeviceTensor};
+pub use tuning::{Trial, TunedShape, TuningTable};
 
 use crate::attention::Choice;
 
@@ -33,8 +35,8 @@ pub struct Cuda {
     gpu: Gpu,
     /// The latest used last.
     plans: Mutex<Vec<Arc<CudaPlan>>>,
-    /// In place of the tuning table's.
-    tiling: Mutex<Option<Tiling>>,
+    /// In place of the kernels' own table.
+    tuning: TuningTable,
 }
 
 /// Queries, keys and values in a GPU's memory.
@@ -53,7 +55,8 @@ impl Cuda {
     pub fn of_device(device: Device) -> Self {
         let info = device.info();
         let gpu = Gpu { target: info.target(), multiprocessors: info.multiprocessors as usize };
-        Cuda { device, gpu, plans: Mutex::default(), tiling: Mutex::default() }
+        let tuning = TuningTable::of(&device);
+        Cuda { device, gpu, plans: Mutex::default(), tuning }
     }
 
     /// The device.
@@ -67,11 +70,6 @@ impl Cuda {
     /// What the driver says.
     pub fn stream(&self) -> Result<Stream> {
         Stream::new(&self.device).map_err(driver)
-    }
-
-    /// Makes `tiling` the tile shape of every attention kernel from now on, or the tuning table's again: for tuning.
-    pub fn use_tiling(&self, tiling: Option<Tiling>) {
-        *self.tiling.lock().unwrap_or_else(PoisonError::into_inner) = tiling;
     }
 
     /// The GPU's time for the work that `run` puts on `stream`; waits for it.
@@ -105,7 +103,9 @@ impl Cuda {
         out: &DeviceTensor<'_>,
         lse: Option<u64>,
     ) -> Result<()> {
-        let Some(prepared) = self.prepare(stream, inputs, options, choice, out, lse)? else { return Ok(()) };
+        let Some(prepared) = self.prepare(stream, inputs, options, choice, out, lse, None)? else {
+            return Ok(());
+        };
         let plan = &prepared.plan;
         let workspace = workspace(stream, plan)?;
         let mut launcher = OnStream {
@@ -131,9 +131,18 @@ impl Cuda {
         out: &DeviceTensor<'_>,
         runs: usize,
     ) -> Result<Vec<(String, Duration)>> {
-        let Some(prepared) = self.prepare(stream, inputs, options, choice, out, None)? else {
-            return Ok(Vec::new());
-        };
+        match self.prepare(stream, inputs, options, choice, out, None, None)? {
+            Some(prepared) => self.time_prepared(stream, &prepared, runs),
+            None => Ok(Vec::new()),
+        }
+    }
+
+    fn time_prepared(
+        &self,
+        stream: &Stream,
+        prepared: &Prepared,
+        runs: usize,
+    ) -> Result<Vec<(String, Duration)>> {
         let kernels = &prepared.plan.kernels;
         let mut times = vec![Vec::new(); kernels.len()];
         for _ in 0..runs.max(1) {
@@ -166,6 +175,7 @@ impl Cuda {
         choice: Choice,
         out: &DeviceTensor<'_>,
         lse: Option<u64>,
+        tiling: Option<Tiling>,
     ) -> Result<Option<Prepared>> {
         let call = Call::check(inputs, options)?;
         let out_geometry = call.check_output(out.dtype(), out.geometry())?;
@@ -185,7 +195,7 @@ impl Cuda {
             cu_seqlens_k: lists.k,
         };
         let mut request = request(&call, choice, lse.is_some());
-        request.tiling = *self.tiling.lock().unwrap_or_else(PoisonError::into_inner);
+        request.tiling = tiling;
         request.aligned = aligned(&tensors, call.problem.head_dim);
         request.boxed = request.aligned
             && [call.k.shape(), call.v.shape()].into_iter().zip([tensors.k, tensors.v]).all(boxed);
@@ -205,13 +215,27 @@ impl Cuda {
             }
         }
         // Another thread may do the same meanwhile; its kernels are compiled once all the same.
-        let plan = CudaPlan::new(problem, request, &self.device, &self.gpu)?;
+        let plan = self.uncompiled(problem, request)?;
         let plan = Arc::new(plan.compiled(&self.device, &self.gpu)?);
         let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
         if plans.len() == MAX_PLANS {
             plans.remove(0);
         }
         plans.push(plan.clone());
+        Ok(plan)
+    }
+
+    /// The plan, with a tile shape that was measured on this GPU where there is one and none is asked for.
+    fn uncompiled(&self, problem: &Problem, request: &Request) -> Result<CudaPlan> {
+        let plan = CudaPlan::new(problem, request, &self.device, &self.gpu)?;
+        let Some(tiling) = self.tuning.tiling(plan.forward.shape()) else { return Ok(plan) };
+        if request.tiling.is_some() {
+            return Ok(plan);
+        }
+        let tuned = Request { tiling: Some(tiling), ..*request };
+        // The plan answers to the request that it was asked with.
+        let mut plan = CudaPlan::new(problem, &tuned, &self.device, &self.gpu)?;
+        plan.request = *request;
         Ok(plan)
     }
 
@@ -231,7 +255,7 @@ impl Cuda {
             lse: false,
             tiling: None,
         };
-        CudaPlan::new(problem, &request, &self.device, &self.gpu)
+        self.uncompiled(problem, &request)
     }
 }
 
