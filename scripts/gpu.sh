@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Everything that needs a real GPU, in one go: tests, NVIDIA's memory and race checkers, benchmarks beside the peers.
 #
-#     scripts/gpu.sh [tests] [sanitize] [bench] [bench-quick]     # all but bench-quick by default
+#     scripts/gpu.sh [tests] [sanitize] [bench-hopper]     # all by default; also bench-quick: two lengths, one round
 #     scripts/gpu.sh build DIR                                    # only build the programs, to be carried to a machine
 #     GPU_BIN=DIR scripts/gpu.sh …                                # run such programs instead of building
 #
-# Needs the driver. `sanitize` needs compute-sanitizer, `bench` needs Python with torch (and takes sageattention==1.0.6
-# where it is installed); what is missing is said, not skipped silently.
+# Needs the driver. `sanitize` needs compute-sanitizer, the benchmarks need Python with torch (and take
+# sageattention==1.0.6 and fa3-fwd==0.0.3 where they are installed); what is missing is said, not skipped silently.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -71,15 +71,15 @@ bench() {
     python3 scripts/bench_gpu.py "$bin/bench_gpu" "$@"
 }
 
-[[ $# -gt 0 ]] || set -- tests sanitize bench
+[[ $# -gt 0 ]] || set -- tests sanitize bench-hopper
 for part in "$@"; do
     case $part in
         tests) tests ;;
         sanitize) sanitize ;;
-        bench) bench ;;
-        bench-quick) bench --rounds 1 --lengths 4096,8192 ;;
+        bench-hopper) bench ;;
+        bench-quick) bench --rounds 1 --shapes grid --lengths 4096,8192 ;;
         *)
-            echo "gpu.sh: part is $part, expected tests, sanitize, bench or bench-quick" >&2
+            echo "gpu.sh: part is $part, expected tests, sanitize, bench-hopper or bench-quick" >&2
             exit 2
             ;;
     esac

@@ -16,7 +16,7 @@ fn main() {
     let call = Call::check(&inputs, &options).unwrap();
     let tiling = (a.len() > 2).then(|| Tiling { engine: Engine::Warpgroups, warps: a[2].parse().unwrap(), rows_per_warp: 16,
         tile_keys: a[3].parse().unwrap(), step_keys: a[3].parse().unwrap(), queries_in_registers: a[4] == "1", stages: a[5].parse().unwrap(), min_blocks: 1,
-        turns: a[6] == "1", lazy_rescale: if a[0] == "int8" || a[0] == "full" { 8 } else { 4 } });
+        turns: a[6] == "1", ones: a.get(7).is_some_and(|x| x == "1"), lazy_rescale: if a[0] == "int8" || a[0] == "full" { 8 } else { 4 } });
     let request = Request { scheme: Some(scheme), mask: MaskForm::None, lengths: sage_kernels::Lengths::Dense, q_rows: 4096, kv_rows: 4096,
         aligned: true, boxed: true, lse: false, tiling };
     let f = Forward::new(&call.problem, &request, &Gpu { target: Target::SM_90A, multiprocessors: 132 }).unwrap();

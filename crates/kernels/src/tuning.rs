@@ -59,6 +59,7 @@ const BASE: Tiling = Tiling {
     stages: 2,
     min_blocks: 2,
     turns: false,
+    ones: false,
     lazy_rescale: 8,
 };
 
@@ -85,26 +86,27 @@ fn of_warpgroups(shape: &Shape) -> Tuned {
     let shared = |tiling: Tiling, stages| Tiling { queries_in_registers: false, stages, ..tiling };
     // Masks and scales of single rows or keys need registers, and groups of 128 rows one block.
     let two_groups = shape.plain || shape.per_block || shape.few_rows;
+    let ones = |tiling: Tiling| Tiling { ones: true, ..tiling };
     let (tiling, reason) = match (shape.integer, shape.fp8, shape.padded_dim) {
         (_, true, 256) => {
             (Tiling { stages: 5, ..base }, "1199; the sums fill half the registers of two groups")
         }
-        (_, true, _) if shape.two_level => {
-            (Tiling { turns: true, ..base }, "712; 647 without turns, as tiles wait for their own sums")
+        (_, true, 128) if shape.two_level && !shape.plain => {
+            (shared(wide, 6), "810; 705 with tiles of 64 keys: a tile's own sums are added half as often")
         }
-        (_, true, 128) if two_groups => {
-            (Tiling { stages: 6, ..base }, "two groups leave registers for masks")
-        }
-        (_, true, 128) => (Tiling { stages: 6, ..wide }, "905; 897 by three groups with tiles of 64 keys"),
-        (_, true, _) if two_groups => (base, "two groups leave registers for masks"),
+        (_, true, _) if shape.two_level || two_groups => (base, "two groups leave registers for masks and tiles' own sums"),
+        (_, true, 128) => (Tiling { stages: 6, ..three }, "900; 849 by two groups with tiles of 128 keys"),
         (_, true, _) => (Tiling { stages: 8, ..three }, "546; 455 by two groups with tiles of 128 keys"),
-        (true, false, 256) => (shared(base, 4), "980; 675 with 2 stages"),
+        (true, false, 256) => (base, "998; 981 with queries in shared memory"),
         (true, false, _) if two_groups => (base, "two groups leave registers for masks"),
-        (true, false, 128) => (shared(three, 5), "823; 792 by two groups with tiles of 128 keys"),
-        (true, false, _) => (three, "509; 426 by two groups with tiles of 128 keys"),
+        (true, false, 128) => (ones(Tiling { stages: 6, ..three }), "820; 755 by two groups with tiles of 128 keys"),
+        (true, false, _) => {
+            (shared(Tiling { warps: 12, ..wide }, 5), "526; 503 with tiles of 64 keys and sums by ones")
+        }
         (false, _, 256) => (shared(base, 2), "566; queries would fill the registers"),
-        (false, _, 64) if !two_groups => (three, "517; 469 by two groups with tiles of 128 keys"),
-        (false, _, _) => (base, "708, 0.97 of FlashAttention-3; 544 with tiles of 128 keys"),
+        (false, _, 64) if !two_groups => (ones(three), "517; 469 by two groups with tiles of 128 keys"),
+        (false, _, _) if two_groups => (base, "two groups leave registers for masks"),
+        (false, _, _) => (ones(shared(three, 4)), "718; 704 by two groups with tiles of 128 keys"),
     };
     Tuned { tiling, reason }
 }
@@ -201,7 +203,10 @@ pub fn candidates(target: Target, shape: &Shape) -> Vec<Tiling> {
                 let per_group = if groups == 2 { 240 } else { 160 };
                 let blocks = !(shape.per_block && groups == 3);
                 if stages >= 2 && blocks && warpgroup_registers(&base, shape) <= per_group {
-                    add(Tiling { stages, ..base });
+                    add(Tiling { stages, ones: false, ..base });
+                    if !shape.fp8 && shape.padded_dim <= 128 && tile_keys == 64 {
+                        add(Tiling { stages, ones: true, ..base });
+                    }
                 }
             }
         }

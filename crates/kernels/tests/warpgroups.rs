@@ -145,6 +145,7 @@ fn schedules() {
                 stages: 2 + index % 2,
                 min_blocks: 1,
                 turns: index % 2 == 1,
+                ones: index >= 2,
                 lazy_rescale: if scheme.is_some_and(|scheme| matches!(scheme.pv, Pv::Fp8 { .. })) {
                     4
                 } else {

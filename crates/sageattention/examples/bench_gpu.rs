@@ -1,6 +1,6 @@
 //! Times attention on a GPU, end to end and kernel by kernel, on random data that lies there already.
 //!
-//! `bench_gpu SCHEME HEAD_DIM CAUSAL BATCH HEADS LENGTH…` prints a line of JSON for each length.
+//! `bench_gpu SCHEME,… HEAD_DIM CAUSAL BATCH HEADS[/KV_HEADS] LENGTH…` prints a line of JSON for each length and scheme.
 
 use std::error::Error;
 
@@ -14,55 +14,54 @@ const RUNS: usize = 15;
 
 fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let [scheme, head_dim, causal, batch, heads, lengths @ ..] = arguments.as_slice() else {
-        return Err("bench_gpu SCHEME HEAD_DIM CAUSAL BATCH HEADS LENGTH…".into());
+    let [schemes, head_dim, causal, batch, heads, lengths @ ..] = arguments.as_slice() else {
+        return Err("bench_gpu SCHEME,… HEAD_DIM CAUSAL BATCH HEADS[/KV_HEADS] LENGTH…".into());
     };
-    let choice = match scheme.as_str() {
-        "auto" => Choice::Automatic,
-        name => Choice::Preset(name.parse::<Preset>()?),
-    };
-    let (head_dim, causal): (usize, bool) = (head_dim.parse()?, causal.parse()?);
-    let (batch, heads): (usize, usize) = (batch.parse()?, heads.parse()?);
+    let (head_dim, causal, batch): (usize, bool, usize) =
+        (head_dim.parse()?, causal.parse()?, batch.parse()?);
+    let (heads, kv_heads) = heads.split_once('/').unwrap_or((heads, heads));
+    let (heads, kv_heads): (usize, usize) = (heads.parse()?, kv_heads.parse()?);
 
     let gpu = Cuda::new(0)?;
     let stream = gpu.stream()?;
     for length in lengths {
         let length: usize = length.parse()?;
-        let shape = [batch, heads, length, head_dim];
-        let elements: usize = shape.iter().product();
-        let upload = |seed| -> Result<CudaTensor, Box<dyn Error>> {
-            Ok(CudaTensor::upload(&stream, &Tensor::new(normal(seed, elements), &shape)?.view())?)
+        let upload = |seed, heads| -> Result<CudaTensor, Box<dyn Error>> {
+            let shape = [batch, heads, length, head_dim];
+            let values = normal(seed, shape.iter().product());
+            Ok(CudaTensor::upload(&stream, &Tensor::new(values, &shape)?.view())?)
         };
-        let (q, k, v) = (upload(1)?, upload(2)?, upload(3)?);
-        let out = CudaTensor::uninitialized(&stream, DType::F16, &shape)?;
+        let (q, k, v) = (upload(1, heads)?, upload(2, kv_heads)?, upload(3, kv_heads)?);
+        let out = CudaTensor::uninitialized(&stream, DType::F16, &[batch, heads, length, head_dim])?;
         let inputs = Inputs::dense(q.view(), k.view(), v.view());
         let band = Band { right: causal.then_some(0), ..Band::FULL };
         let options = Options { band, ..Options::default() };
         let out = out.view();
-        let run = || gpu.forward_into(&stream, &inputs, &options, choice, &out, None);
-
-        for _ in 0..WARM_UP {
-            run()?;
+        for scheme in schemes.split(',') {
+            let choice = match scheme {
+                "auto" => Choice::Automatic,
+                name => Choice::Preset(name.parse::<Preset>()?),
+            };
+            let run = || gpu.forward_into(&stream, &inputs, &options, choice, &out, None);
+            for _ in 0..WARM_UP {
+                run()?;
+            }
+            let mut times = Vec::new();
+            for _ in 0..RUNS {
+                times.push(gpu.time(&stream, run)?.as_secs_f64() * 1e3);
+            }
+            times.sort_by(f64::total_cmp);
+            let stages = gpu.time_kernels(&stream, &inputs, &options, choice, &out, RUNS)?;
+            let stages: Vec<String> = stages
+                .iter()
+                .map(|(name, time)| format!("{{\"kernel\":\"{name}\",\"ms\":{:.4}}}", time.as_secs_f64() * 1e3))
+                .collect();
+            println!(
+                "{{\"scheme\":\"{scheme}\",\"length\":{length},\"ms\":{:.4},\"kernels\":[{}]}}",
+                times[RUNS / 2],
+                stages.join(",")
+            );
         }
-        let mut times = Vec::new();
-        for _ in 0..RUNS {
-            times.push(gpu.time(&stream, run)?.as_secs_f64() * 1e3);
-        }
-        times.sort_by(f64::total_cmp);
-        let whole = times[RUNS / 2];
-        let stages = gpu.time_kernels(&stream, &inputs, &options, choice, &out, RUNS)?;
-        let flops = 4.0 * (batch * heads * head_dim) as f64 * (length as f64).powi(2);
-        let flops = if causal { flops / 2.0 } else { flops };
-        let stages: Vec<String> = stages
-            .iter()
-            .map(|(name, time)| format!("{{\"kernel\":\"{name}\",\"ms\":{:.4}}}", time.as_secs_f64() * 1e3))
-            .collect();
-        println!(
-            "{{\"scheme\":\"{scheme}\",\"head_dim\":{head_dim},\"causal\":{causal},\"batch\":{batch},\"heads\":{heads},\
-             \"length\":{length},\"ms\":{whole:.4},\"tflops\":{:.1},\"kernels\":[{}]}}",
-            flops / whole / 1e9,
-            stages.join(",")
-        );
     }
     Ok(())
 }

@@ -133,16 +133,20 @@ pub struct Tiling {
     pub min_blocks: u32,
     /// Whether warpgroups take turns at starting products, so that one computes its softmax while others multiply.
     pub turns: bool,
+    /// Whether warpgroups sum P by products with ones beside V, where there is room: [`AttentionConfig::sums_by_ones`].
+    pub ones: bool,
     /// Rise of a row's maximum, in powers of two, up to which sums are not rescaled; 0 rescales always.
     pub lazy_rescale: u32,
 }
 
-/// As in the names of kernels: engine, warps × rows × keys × keys of a step, `r` for queries in registers, stages, blocks,
+/// As in the names of kernels: engine, warps × rows × keys × keys of a step, `r` for queries in registers, `o` for
+/// sums by ones, stages, blocks,
 /// and the exponent of lazy rescaling.
 impl fmt::Display for Tiling {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Tiling { warps, rows_per_warp, tile_keys, step_keys, stages, min_blocks, lazy_rescale, .. } = self;
         let queries = if self.queries_in_registers { "r" } else { "" };
+        let ones = if self.ones { "o" } else { "" };
         let engine = match (self.engine, self.turns) {
             (Engine::Warps, _) => "w",
             (Engine::Warpgroups, false) => "wg",
@@ -150,7 +154,7 @@ impl fmt::Display for Tiling {
         };
         write!(
             f,
-            "{engine}{warps}x{rows_per_warp}x{tile_keys}x{step_keys}{queries}_s{stages}_b{min_blocks}_l{lazy_rescale}"
+            "{engine}{warps}x{rows_per_warp}x{tile_keys}x{step_keys}{queries}{ones}_s{stages}_b{min_blocks}_l{lazy_rescale}"
         )
     }
 }
@@ -190,13 +194,13 @@ impl AttentionConfig {
         }
     }
 
-    /// Whether P is summed by products with ones beside V, which leaves the other units to the exponentials: where heads
-    /// fill their panels, and products and tiles have room for 8 columns more. Not in E4M3, whose products lose the low bits of sums
+    /// Whether P is summed by products with ones beside V, which leaves the other units to the exponentials: where asked for,
+    /// and heads fill their panels, and products and tiles have room for 8 columns more. Not in E4M3, whose products lose the low bits of sums
     /// as large as these: 0.072 instead of 0.039 relative error over 4096 keys.
     pub(super) fn sums_by_ones(&self) -> bool {
         let tiling = &self.tiling;
         let room = self.head_dim == self.padded_dim() && self.head_dim <= 128 && tiling.tile_keys == 64;
-        tiling.engine == Engine::Warpgroups && room && !matches!(self.values, Values::Fp8(_))
+        tiling.engine == Engine::Warpgroups && tiling.ones && room && !matches!(self.values, Values::Fp8(_))
     }
 
     /// Smallest head dimension that tiles are laid out for and that holds this one.
