@@ -1,6 +1,9 @@
 //! The kernels of a KV cache in the emulator: tokens appended in chunks to pages in any order, and attention over them,
 //! against the oracle of what a cache stores.
 
+// Helpers unwrap too.
+#![allow(clippy::unwrap_used)]
+
 use half::{bf16, f16};
 use rand::SeedableRng;
 use rand_distr::{Distribution, StandardNormal};
@@ -8,7 +11,10 @@ use sage_core::metrics::Accuracy;
 use sage_core::oracle::{CachedHead, Matrix, cached};
 use sage_core::{Alignment, Band, CacheLayout, CachedInputs, Call, DType, Options, Tensor, ValueFormat};
 use sage_emulator::{Buffer, Emulator};
-use sage_kernels::cache::{CacheAppendArgs, CacheAppendConfig, CacheAttendArgs, CacheAttendConfig, Storage};
+use sage_kernels::cache::{
+    CacheAdvanceArgs, CacheAdvanceConfig, CacheAppendArgs, CacheAppendConfig, CacheAttendArgs,
+    CacheAttendConfig, Storage,
+};
 use sage_kernels::combine::{CombineArgs, CombineConfig};
 
 #[derive(Clone, Debug)]
@@ -137,7 +143,10 @@ impl Case {
         emulator
             .launch(&config.program(), grid, &args.args())
             .unwrap_or_else(|failure| panic!("{self:?}\n{failure}"));
-        cache.lens[sequence] += tokens as i32;
+        let advance = CacheAdvanceConfig;
+        let args = CacheAdvanceArgs { kv_lens: lens.address(), sequences: 1, tokens: tokens as i32 };
+        emulator.launch(&advance.program(), advance.grid(1), &args.args()).unwrap();
+        cache.lens[sequence] = emulator.read::<i32>(lens)[0];
         for head in 0..num_kv_heads {
             let rows = |x: &Tensor| Matrix::of_head(&x.view(), 0, head, 0, tokens);
             cache.heads[sequence * num_kv_heads + head].append(&rows(k), &rows(v));

@@ -13,13 +13,13 @@ use crate::backend;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use = "options make nothing until `build` is called"]
 pub struct KvCacheOptions {
-    sequences: usize,
+    pub(crate) sequences: usize,
     num_kv_heads: usize,
     head_dim: usize,
     values: ValueFormat,
     page_size: usize,
-    max_pages: Option<usize>,
-    layout: Layout,
+    pub(crate) max_pages: Option<usize>,
+    pub(crate) layout: Layout,
 }
 
 impl KvCacheOptions {
@@ -68,17 +68,21 @@ impl KvCacheOptions {
     /// # Errors
     /// Names the option that is outside its range.
     pub fn build(self) -> Result<KvCache> {
-        let layout = CacheLayout {
+        Ok(KvCache {
+            pages: CachePages::new(self.cache_layout())?,
+            tables: BlockTables::new(self.sequences, self.page_size, self.max_pages),
+            order: self.layout,
+        })
+    }
+
+    /// What a page is to hold.
+    pub(crate) fn cache_layout(&self) -> CacheLayout {
+        CacheLayout {
             num_kv_heads: self.num_kv_heads,
             head_dim: self.head_dim,
             page_size: self.page_size,
             values: self.values,
-        };
-        Ok(KvCache {
-            pages: CachePages::new(layout)?,
-            tables: BlockTables::new(self.sequences, self.page_size, self.max_pages),
-            order: self.layout,
-        })
+        }
     }
 }
 

@@ -1,5 +1,8 @@
 //! The quantised KV cache as users meet it.
 
+// Helpers unwrap too.
+#![allow(clippy::unwrap_used)]
+
 use half::f16;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;

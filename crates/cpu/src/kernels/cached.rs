@@ -263,6 +263,7 @@ pub(super) unsafe fn cached_outputs<I: Isa, T: Stored, const C: usize>(args: &mu
 
 /// Rows `row..row + R`, channels `channel..channel + B·CHANNELS`.
 #[inline(always)]
+#[allow(clippy::needless_range_loop)] // the indices are of several arrays, and of memory
 unsafe fn output_block<I: Isa, T: Stored, const R: usize, const B: usize, const C: usize>(
     args: &mut CachedOutputs<'_, T>,
     weights: &[[f32; TILE_KEYS]; ROWS],

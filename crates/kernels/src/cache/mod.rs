@@ -3,12 +3,14 @@
 //! What is stored is defined by [`sage_core::oracle::CachedHead`]. Every part of the pool is an array with a row for each
 //! `[page][kv_head][slot]`, or `[page][kv_head]`; rows of codes are padded to whole chunks of 16 channels.
 
+mod advance;
 mod append;
 mod attend;
 
 use sage_core::{CacheLayout, ValueFormat};
 use sage_ptx::{Global, Val};
 
+pub use advance::{CacheAdvanceArgs, CacheAdvanceConfig};
 pub use append::{CacheAppendArgs, CacheAppendConfig};
 pub use attend::{CacheAttendArgs, CacheAttendConfig, MAX_SPLIT_PAGES, split_tokens};
 
