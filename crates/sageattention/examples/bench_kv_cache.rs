@@ -7,7 +7,7 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
 use sage_core::metrics::Accuracy;
-use sageattention::{Attention, DType, KvCache, KvCacheOptions, Preset, Result, Tensor, ValueFormat};
+use sageattention::{Attention, DType, Error, KvCache, KvCacheOptions, Preset, Result, Tensor, ValueFormat};
 
 /// Rounds of which the median counts.
 const ROUNDS: usize = 15;
@@ -28,7 +28,8 @@ enum Contestant {
 }
 
 fn main() -> Result<()> {
-    let lens: Vec<usize> = std::env::args().skip(1).filter_map(|arg| arg.parse().ok()).collect();
+    let parse = |arg: String| arg.parse().map_err(|_| Error::value("KV_LEN", arg, "a number of tokens"));
+    let lens: Vec<usize> = std::env::args().skip(1).map(parse).collect::<Result<_>>()?;
     let lens = if lens.is_empty() { vec![512, 2048, 8192] } else { lens };
     println!("threads: {}", std::thread::available_parallelism().map_or(1, usize::from));
     println!(

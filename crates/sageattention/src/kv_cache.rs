@@ -9,6 +9,9 @@ use sage_cpu::CachePages;
 use crate::attention::{Attention, Output};
 use crate::backend;
 
+/// Most sequences of a cache.
+const MAX_SEQUENCES: usize = 1 << 24;
+
 /// What a [`KvCache`] is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use = "options make nothing until `build` is called"]
@@ -68,6 +71,9 @@ impl KvCacheOptions {
     /// # Errors
     /// Names the option that is outside its range.
     pub fn build(self) -> Result<KvCache> {
+        if self.sequences > MAX_SEQUENCES {
+            return Err(Error::value("sequences", self.sequences, format!("at most {MAX_SEQUENCES}")));
+        }
         Ok(KvCache {
             pages: CachePages::new(self.cache_layout())?,
             tables: BlockTables::new(self.sequences, self.page_size, self.max_pages),

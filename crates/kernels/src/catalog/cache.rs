@@ -16,26 +16,22 @@ pub(super) enum CacheKernel {
     Attend(CacheAttendConfig),
 }
 
-/// Every form of values for both element types and the usual heads, and each option once.
+/// Every form of values for every size of heads, and each other choice once with each form.
 pub(super) fn kernels() -> Vec<CacheKernel> {
     let mut kernels = vec![CacheKernel::Advance(CacheAdvanceConfig)];
-    for head_dim in [64, 128, 256] {
-        for values in ValueFormat::ALL {
-            let storage = Storage { head_dim, page_size: PAGE_SIZE, values };
-            for dtype in [DType::F16, DType::BF16] {
-                kernels.push(CacheKernel::Append(CacheAppendConfig { storage, dtype }));
-                let attend = CacheAttendConfig { storage, dtype, rows: 4, softcap: false };
-                kernels.push(CacheKernel::Attend(attend));
-            }
-            let few =
-                [1, 2].map(|rows| CacheAttendConfig { storage, dtype: DType::F16, rows, softcap: false });
-            kernels.extend(few.map(CacheKernel::Attend));
+    let mut add = |storage, dtype, rows: &[usize], softcap| {
+        kernels.push(CacheKernel::Append(CacheAppendConfig { storage, dtype }));
+        let attend = rows.iter().map(|&rows| CacheAttendConfig { storage, dtype, rows, softcap });
+        kernels.extend(attend.map(CacheKernel::Attend));
+    };
+    for values in ValueFormat::ALL {
+        for head_dim in [64, 128, 256] {
+            let rows = if head_dim == 64 { &[1, 2, 4][..] } else { &[4] };
+            add(Storage { head_dim, page_size: PAGE_SIZE, values }, DType::F16, rows, false);
         }
+        add(Storage { head_dim: 128, page_size: PAGE_SIZE, values }, DType::BF16, &[4], false);
     }
-    let storage = Storage { head_dim: 80, page_size: 16, values: ValueFormat::Int8 };
-    kernels.push(CacheKernel::Append(CacheAppendConfig { storage, dtype: DType::F16 }));
-    let capped = CacheAttendConfig { storage, dtype: DType::F16, rows: 4, softcap: true };
-    kernels.push(CacheKernel::Attend(capped));
+    add(Storage { head_dim: 80, page_size: 16, values: ValueFormat::Int8 }, DType::F16, &[4], true);
     kernels
 }
 
