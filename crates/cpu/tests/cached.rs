@@ -69,7 +69,7 @@ impl Case {
         let mut k = normal(seed, len);
         for (at, x) in k.iter_mut().enumerate() {
             let (channel, token) = (at % self.layout.head_dim, at / self.layout.head_dim % tokens.max(1));
-            if channel % 4 == 0 {
+            if channel.is_multiple_of(4) {
                 *x += self.bias.0 + self.bias.1 * token as f32;
             }
         }

@@ -106,7 +106,7 @@ impl Case {
     fn tensor(&self, seed: u64, shape: &[usize], bias: f32) -> Tensor {
         let mut data = normal(seed, shape.iter().product());
         for (at, x) in data.iter_mut().enumerate() {
-            *x += if at % self.layout.head_dim % 4 == 0 { bias } else { 0.0 };
+            *x += if (at % self.layout.head_dim).is_multiple_of(4) { bias } else { 0.0 };
         }
         Tensor::new(data, shape).unwrap().to_dtype(self.dtype)
     }

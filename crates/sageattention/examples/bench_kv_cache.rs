@@ -23,7 +23,7 @@ fn normal(seed: u64, shape: &[usize]) -> Result<Tensor> {
 
 /// What is timed.
 enum Contestant {
-    Tensors(Tensor, Tensor),
+    Tensors(Box<[Tensor; 2]>),
     Cache(Box<KvCache>),
 }
 
@@ -51,8 +51,8 @@ fn bench([batch, heads, kv_heads, q_len, kv_len, head_dim]: [usize; 6]) -> Resul
     let (k, v) = (normal(1, &shape)?, normal(2, &shape)?);
     let q = normal(3, &[batch, heads, q_len, head_dim])?;
     let mut contestants = vec![
-        ("f16", Contestant::Tensors(k.to_dtype(DType::F16), v.to_dtype(DType::F16))),
-        ("f32", Contestant::Tensors(k.clone(), v.clone())),
+        ("f16", Contestant::Tensors(Box::new([&k, &v].map(|x| x.to_dtype(DType::F16))))),
+        ("f32", Contestant::Tensors(Box::new([k.clone(), v.clone()]))),
     ];
     let mut append = Vec::new();
     for values in ValueFormat::ALL {
@@ -64,7 +64,8 @@ fn bench([batch, heads, kv_heads, q_len, kv_len, head_dim]: [usize; 6]) -> Resul
     }
     let attention = Attention::new().causal(true);
     let call = |contestant: &Contestant| match contestant {
-        Contestant::Tensors(k, v) => {
+        Contestant::Tensors(tensors) => {
+            let [k, v] = &**tensors;
             let choice = if q_len == 1 { attention.clone().scheme(Preset::FULL) } else { attention.clone() };
             choice.forward(&q.to_dtype(k.dtype()), k, v).map(|result| result.out)
         }
@@ -91,7 +92,7 @@ fn bench([batch, heads, kv_heads, q_len, kv_len, head_dim]: [usize; 6]) -> Resul
     let medians: Vec<f64> = times.iter().map(median).collect();
     for (i, (name, contestant)) in contestants.iter().enumerate() {
         let kind = match contestant {
-            Contestant::Tensors(..) => format!("{name}"),
+            Contestant::Tensors(..) => name.to_string(),
             Contestant::Cache(_) => format!("int8/{name}"),
         };
         let accuracy = Accuracy::of(&call(contestant)?.to_f32_vec(), &expected);

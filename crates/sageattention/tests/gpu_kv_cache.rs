@@ -34,7 +34,7 @@ fn random(seed: u64, shape: &[usize], bias: f32, dtype: DType) -> Tensor {
     let dim = *shape.last().unwrap();
     let sample = |at: usize| {
         let x: f32 = StandardNormal.sample(&mut rng);
-        if at % dim % 4 == 0 { x + bias } else { x }
+        if (at % dim).is_multiple_of(4) { x + bias } else { x }
     };
     let data: Vec<f32> = (0..shape.iter().product()).map(sample).collect();
     Tensor::new(data, shape).unwrap().to_dtype(dtype)

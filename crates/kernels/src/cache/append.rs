@@ -112,7 +112,7 @@ impl CacheAppendConfig {
         })
     }
 
-    fn write<'k, H: Half + Stored<Value = H>>(&self, code: &'k Code) {
+    fn write<H: Half + Stored<Value = H>>(&self, code: &Code) {
         let p = CacheAppendParams::declare(code);
         let storage = self.storage;
         let (pitch, page_size) = (storage.pitch(), storage.page_size as i32);
