@@ -96,7 +96,7 @@ impl KvCacheOptions {
 ///
 /// Tokens are appended in chunks of any size and never quantised again. Attention reads the codes where they lie; no
 /// copy in higher precision exists at any time. A cache of 64 channels a head takes 0.55 times the memory of one in half
-/// precision with 8-bit values, 0.80 times with 16-bit ones.
+/// precision with 8-bit values, 0.78 times with 16-bit ones.
 ///
 /// Tokens lie in pages, and each sequence has a block table of its pages. Sequences can share the pages of a common
 /// prefix ([`KvCache::fork`]); a page that two share is copied before one writes to it.
