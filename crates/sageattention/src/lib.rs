@@ -21,14 +21,16 @@ mod attention;
 mod backend;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+mod nearest;
 mod plan;
 
 pub use attention::{Attention, Choice, Output};
 pub use backend::{Device, backend_description};
+pub use nearest::nearest_scheme;
 pub use plan::Plan;
 
 pub use sage_core::{
-    Alignment, Band, BlockMask, DType, Element, Error, Geometry, Inputs, Layout, Lengths, MAX_HEAD_DIM,
+    Alignment, Band, BlockMask, Call, DType, Element, Error, Geometry, Inputs, Layout, Lengths, MAX_HEAD_DIM,
     MAX_RANK, Mask, Options, Preset, Problem, Result, Scheme, Tensor, TensorView, TensorViewMut, View,
     ViewMut,
 };
