@@ -104,18 +104,27 @@ def _forward(
 
 
 def _library_of(q: Any, **others: Any) -> _Library:
-    root = type(q).__module__.partition(".")[0]
-    for name, array in others.items():
-        if array is not None and type(array).__module__.partition(".")[0] != root:
-            raise TypeError(f"{name}: type is {type(array).__name__}, expected an array of the library of q, {root}")
+    root = _root(q)
     if root == "numpy" and hasattr(q, "__array_interface__"):
-        return _NUMPY
-    if root == "cupy":
-        return _CUPY
-    if hasattr(q, "__dlpack__") and hasattr(q, "__array_namespace__"):
-        return _ANY
-    raise TypeError(f"q: type is {type(q).__name__}, expected a tensor of torch, numpy, CuPy, JAX or another library "
-                    "that has __dlpack__ and __array_namespace__")
+        library = _NUMPY
+    elif root == "cupy":
+        library = _CUPY
+    elif hasattr(q, "__dlpack__") and hasattr(q, "__array_namespace__"):
+        library = _ANY
+    else:
+        raise TypeError(
+            f"q: type is {type(q).__name__}, expected a tensor of torch, numpy, CuPy, JAX or another library that has "
+            "__dlpack__ and __array_namespace__"
+        )
+    for name, array in others.items():
+        if array is not None and _root(array) != root:
+            raise TypeError(f"{name}: type is {type(array).__name__}, expected an array of {root}, as q")
+    return library
+
+
+def _root(array: Any) -> str:
+    """The package that an array's type is of."""
+    return type(array).__module__.partition(".")[0]
 
 
 def _strides(array: Any) -> tuple[int, ...]:
