@@ -1,8 +1,12 @@
 """Every test that takes `device` runs on the CPU, and on the GPU where torch finds one."""
 
+import os
+
 import pytest
 import torch
 
+# JAX would take most of the GPU's memory for itself.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 # The tensors here are small: more threads of torch only wait for each other. Ours are not affected.
 torch.set_num_threads(1)
 

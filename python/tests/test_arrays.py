@@ -169,9 +169,9 @@ def test_cuda_graph_replays_with_changed_inputs(cuda, function):
     if function == "sageattn_varlen":
         q, k, v = (x[0] for x in (q, k, v))
         cu = torch.tensor([0, 100, 256], device=cuda, dtype=torch.int32)
-        call = lambda: sageattention.sageattn_varlen(q, k, v, cu, cu, 156, 156, is_causal=True)  # noqa: E731
+        call = lambda: sageattention.sageattn_varlen(q, k, v, cu, cu, 156, 156, is_causal=True)
     else:
-        call = lambda: sageattention.sageattn(q, k, v, tensor_layout="NHD", is_causal=True)  # noqa: E731
+        call = lambda: sageattention.sageattn(q, k, v, tensor_layout="NHD", is_causal=True)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         call()

@@ -135,7 +135,9 @@ def test_block_sparse(device):
 def test_vllm_omni_sparge_says_what_is_missing(device):
     q = random(1, 256, 4, 64, seed=0, dtype=torch.float16, device=device)
     with pytest.raises(NotImplementedError, match="prediction of blocks from Q and K is not built yet"):
-        spas_sage_attn.spas_sage2_attn_meansim_topk_cuda(q, q, q, topk=0.5, tensor_layout="NHD", is_causal=False, scale=None)
+        spas_sage_attn.spas_sage2_attn_meansim_topk_cuda(
+            q, q, q, topk=0.5, tensor_layout="NHD", is_causal=False, scale=None
+        )
     for name in ("spas_sage2_attn_meansim_cuda", "spas_sage_attn_meansim_cuda", "spas_sage_attn_meansim_topk_cuda"):
         with pytest.raises(NotImplementedError, match=name):
             getattr(spas_sage_attn, name)(q, q, q)
@@ -151,7 +153,9 @@ def test_importing_is_fast_and_brings_no_framework():
         "import time; start = time.perf_counter(); import sageattention, sageattn3, spas_sage_attn, sys; "
         "print(time.perf_counter() - start, *({'torch', 'numpy', 'jax', 'transformers'} & set(sys.modules)))"
     )
-    lines = [subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True) for _ in range(3)]
+    lines = [
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True) for _ in range(3)
+    ]
     seconds = [line.stdout.split() for line in lines]
     assert all(len(found) == 1 for found in seconds), seconds
     fastest = min(float(found[0]) for found in seconds)

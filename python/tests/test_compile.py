@@ -93,7 +93,10 @@ def test_fake_and_real_outputs_agree(device):
     from sageattention import _sdpa
 
     fused = random(2, 40, 3, 4, 64, seed=0, dtype=dtype, device=device)
-    for heads_first in ([x.transpose(1, 2) for x in fused.unbind(2)], qkv(2, 4, 4, 40, 40, 64, dtype=dtype, device=device)):
+    for heads_first in (
+        [x.transpose(1, 2) for x in fused.unbind(2)],
+        qkv(2, 4, 4, 40, 40, 64, dtype=dtype, device=device),
+    ):
         torch.library.opcheck(_sdpa._sdpa_op, (*heads_first, None, True, None, None), test_utils=checks)
 
 

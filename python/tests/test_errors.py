@@ -13,23 +13,46 @@ X = random(1, 4, 70, 64, seed=0)
     [
         (ValueError, "tensor_layout: value is BSHD, expected HND or NHD", lambda f: f(X, X, X, tensor_layout="BSHD")),
         (ValueError, r"q: shape is \[4, 70, 64\], expected \[batch, heads, seq, head_dim\]", lambda f: f(X[0], X, X)),
-        (ValueError, r"q: shape is \[4, 70, 64\], expected \[batch, seq, heads, head_dim\]",
-         lambda f: f(X[0], X, X, tensor_layout="NHD", return_lse=True)),
-        (ValueError, r"k: shape is \[1, 3, 70, 64\], expected a number of heads that divides q's 4", lambda f: f(X, X[:, :3], X[:, :3])),
+        (
+            ValueError,
+            r"q: shape is \[4, 70, 64\], expected \[batch, seq, heads, head_dim\]",
+            lambda f: f(X[0], X, X, tensor_layout="NHD", return_lse=True),
+        ),
+        (
+            ValueError,
+            r"k: shape is \[1, 3, 70, 64\], expected a number of heads that divides q's 4",
+            lambda f: f(X, X[:, :3], X[:, :3]),
+        ),
         (ValueError, r"v: shape is \[1, 4, 69, 64\], expected \[1, 4, 70, 64\], as k", lambda f: f(X, X, X[:, :, :69])),
         (ValueError, "head_dim: value is 300, expected 1 to 256", lambda f: f(*qkv(1, 1, 1, 4, 4, 300))),
         (TypeError, "q: dtype is float64, expected f16, bf16 or f32", lambda f: f(X.double(), X.double(), X.double())),
         (TypeError, "k: dtype is f16, expected f32, as q", lambda f: f(X, X.half(), X)),
-        (TypeError, "mask: dtype is int64, expected bool, f16, bf16 or f32", lambda f: f(X, X, X, attn_mask=torch.ones(70, 70, dtype=torch.int64))),
-        (ValueError, r"mask: shape is \[70, 69\], expected broadcastable to \[1, 4, 70, 70\]", lambda f: f(X, X, X, attn_mask=torch.ones(70, 69, dtype=torch.bool))),
+        (
+            TypeError,
+            "mask: dtype is int64, expected bool, f16, bf16 or f32",
+            lambda f: f(X, X, X, attn_mask=torch.ones(70, 70, dtype=torch.int64)),
+        ),
+        (
+            ValueError,
+            r"mask: shape is \[70, 69\], expected broadcastable to \[1, 4, 70, 70\]",
+            lambda f: f(X, X, X, attn_mask=torch.ones(70, 69, dtype=torch.bool)),
+        ),
         (ValueError, "sm_scale: value is -1, expected a finite number above 0", lambda f: f(X, X, X, sm_scale=-1)),
-        (NotImplementedError, "dropout_p: value is 0.1, expected None or 0: .* does not compute it", lambda f: f(X, X, X, dropout_p=0.1)),
-        (NotImplementedError, r"window_size: value is \(5, 5\), expected None", lambda f: f(X, X, X, window_size=(5, 5))),
+        (
+            NotImplementedError,
+            "dropout_p: value is 0.1, expected None or 0: .* does not compute it",
+            lambda f: f(X, X, X, dropout_p=0.1),
+        ),
+        (
+            NotImplementedError,
+            r"window_size: value is \(5, 5\), expected None",
+            lambda f: f(X, X, X, window_size=(5, 5)),
+        ),
         (NotImplementedError, "alibi_slopes: value is Tensor, expected None", lambda f: f(X, X, X, alibi_slopes=X)),
         (TypeError, "k: type is list, expected torch.Tensor, as q", lambda f: f(X, [1], X)),
         (TypeError, "q: type is list, expected a tensor of torch, numpy, CuPy, JAX", lambda f: f([1], X, X)),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("function", ["sageattn", "sageattn_qk_int8_pv_fp16_cuda"])
 def test_messages(function, error, message, call):
     with pytest.raises(error, match=message):

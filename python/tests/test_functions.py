@@ -8,7 +8,13 @@ from exact import TOLERANCE, assert_close, assert_lse_close, attention, qkv, ran
 LAYOUTS = ["HND", "NHD"]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 # (batch, heads, kv_heads, q_len, kv_len, head_dim)
-SHAPES = [(2, 4, 4, 130, 200, 64), (1, 6, 2, 257, 257, 128), (2, 4, 1, 65, 321, 72), (1, 3, 3, 1, 77, 40), (1, 2, 1, 190, 67, 256)]
+SHAPES = [
+    (2, 4, 4, 130, 200, 64),
+    (1, 6, 2, 257, 257, 128),
+    (2, 4, 1, 65, 321, 72),
+    (1, 3, 3, 1, 77, 40),
+    (1, 2, 1, 190, 67, 256),
+]
 MASKS = ["none", "causal", "bool", "additive", "bool+causal"]
 
 
@@ -179,9 +185,15 @@ def test_smoothing_is_switched_off_by_our_keyword_alone(device):
 def test_halves_of_the_keys_merge_to_the_whole(device):
     """Ring attention: parts are merged by their log-sum-exp, which must not be that of smoothed scores."""
     q, k, v = qkv(1, 4, 2, 150, 400, 64, dtype=torch.float16, device=device)
-    for name, values in [("sageattn", "fp16"), ("sageattn_qk_int8_pv_fp16_cuda", "fp16"), ("sageattn_qk_int8_pv_fp16_triton", "fp16")]:
+    for name, values in [
+        ("sageattn", "fp16"),
+        ("sageattn_qk_int8_pv_fp16_cuda", "fp16"),
+        ("sageattn_qk_int8_pv_fp16_triton", "fp16"),
+    ]:
         function = getattr(sageattention, name)
-        parts = [function(q, k[:, :, half], v[:, :, half], return_lse=True) for half in (slice(0, 130), slice(130, 400))]
+        parts = [
+            function(q, k[:, :, half], v[:, :, half], return_lse=True) for half in (slice(0, 130), slice(130, 400))
+        ]
         lse = torch.logaddexp(parts[0][1], parts[1][1])
         merged = sum(out.float() * (part - lse).exp()[..., None] for out, part in parts)
         wanted, wanted_lse = attention(q, k, v)

@@ -20,8 +20,8 @@ class _Library(NamedTuple):
     name: str
     empty: Callable[[Any, tuple[int, ...], Optional[str]], Any]
     """An array like another, of a shape, and of a dtype unless it is None."""
-    raw: Callable[[Any], Any]
-    """An array as the Rust module takes it."""
+    raw: Callable[[str, Any], Any]
+    """An array, and its name in messages, as the Rust module takes it."""
     stream: Callable[[Any], Optional[tuple[int, int]]]
     """The GPU's number and the current stream, or None on the CPU."""
     wait: bool
@@ -40,13 +40,13 @@ def dense(
     """See `_frameworks.dense`."""
     library = _library_of(q, k=k, v=v, attn_mask=attn_mask)
     shape = tuple(q.shape)
+    # Of another rank, the Rust module refuses q before it looks at the log-sum-exp.
+    lse_shape: tuple[int, ...] = ()
     if len(shape) == 4:
         heads, rows = (shape[2], shape[1]) if request.tensor_layout == "NHD" else (shape[1], shape[2])
         lse_shape = (shape[0], heads, rows)
-    else:
-        lse_shape = ()
-    blocks = None if block_mask is None else (library.raw(block_mask[0]), *block_mask[1:])
-    mask = None if attn_mask is None else library.raw(attn_mask)
+    blocks = None if block_mask is None else (library.raw("block_mask", block_mask[0]), *block_mask[1:])
+    mask = None if attn_mask is None else library.raw("mask", attn_mask)
     return _forward(library, q, k, v, request, lse_shape if return_lse else None, mask=mask, block_mask=blocks)
 
 
@@ -78,7 +78,7 @@ def varlen(
         raise ValueError(
             f"cu_seqlens_k: shape is {list(cu_seqlens_k.shape)}, expected {list(cu_seqlens_q.shape)}, as cu_seqlens_q"
         )
-    addresses = [library.raw(compact)[0] for compact in boundaries]
+    addresses = [library.raw("cu_seqlens", compact)[0] for compact in boundaries]
     packed = (*addresses, boundaries[0].size - 1, max_seqlen_q, max_seqlen_k)
     lse_shape = (q.shape[1], q.shape[0]) if len(q.shape) == 3 else ()
     return _forward(library, q, k, v, request, lse_shape if return_lse else None, packed=packed)
@@ -90,12 +90,12 @@ def _forward(
     out = library.empty(q, tuple(q.shape), None)
     lse = None if lse_shape is None else library.empty(q, lse_shape, "float32")
     _native.forward(
-        library.raw(q),
-        library.raw(k),
-        library.raw(v),
-        library.raw(out),
+        library.raw("q", q),
+        library.raw("k", k),
+        library.raw("v", v),
+        library.raw("out", out),
         native_options(request),
-        lse=None if lse is None else library.raw(lse),
+        lse=None if lse is None else library.raw("lse", lse),
         stream=library.stream(q),
         wait=library.wait,
         **arguments,
@@ -127,24 +127,33 @@ def _root(array: Any) -> str:
     return type(array).__module__.partition(".")[0]
 
 
-def _strides(array: Any) -> tuple[int, ...]:
+def _strides(name: str, array: Any) -> tuple[int, ...]:
     """Strides in elements."""
     if any(stride % array.itemsize for stride in array.strides):
-        raise ValueError(f"strides are {array.strides} bytes, expected multiples of {array.itemsize}, the element's size")
+        raise ValueError(
+            f"{name}: strides are {array.strides} bytes, expected multiples of {array.itemsize}, the element's size"
+        )
     return tuple(stride // array.itemsize for stride in array.strides)
 
 
-def _numpy_raw(array: Any) -> Any:
-    if not array.dtype.isnative:
-        raise TypeError(f"dtype is {array.dtype.str}, expected this machine's byte order")
+def _with_neighbouring_channels(array: Any) -> Any:
+    """The array, copied where the channels of a head are not neighbours in memory; masks may lie as they like."""
     if array.ndim and array.shape[-1] > 1 and array.strides[-1] != array.itemsize and array.dtype.kind != "b":
-        array = array.copy(order="C")
-    # The array travels along, so that a copy outlives the call.
-    return _Owned((array.ctypes.data, array.shape, _strides(array), array.dtype.name), array)
+        return array.copy(order="C")
+    return array
+
+
+def _numpy_raw(name: str, array: Any) -> Any:
+    if not array.dtype.isnative:
+        raise TypeError(f"{name}: dtype is {array.dtype.str}, expected this machine's byte order")
+    array = _with_neighbouring_channels(array)
+    return _Owned((array.ctypes.data, array.shape, _strides(name, array), array.dtype.name), array)
 
 
 class _Owned(tuple):
-    """A raw tensor that keeps its memory alive."""
+    """A raw tensor that keeps its memory alive: a copy must outlive the call."""
+
+    owner: Any
 
     def __new__(cls, raw: tuple[Any, ...], owner: Any) -> "_Owned":
         self = super().__new__(cls, raw)
@@ -156,10 +165,9 @@ def _numpy_empty(array: Any, shape: tuple[int, ...], dtype: Optional[str]) -> An
     return sys.modules["numpy"].empty(shape, array.dtype if dtype is None else dtype)
 
 
-def _cupy_raw(array: Any) -> Any:
-    if array.ndim and array.shape[-1] > 1 and array.strides[-1] != array.itemsize and array.dtype.kind != "b":
-        array = array.copy(order="C")
-    return _Owned((array.data.ptr, array.shape, _strides(array), array.dtype.name), array)
+def _cupy_raw(name: str, array: Any) -> Any:
+    array = _with_neighbouring_channels(array)
+    return _Owned((array.data.ptr, array.shape, _strides(name, array), array.dtype.name), array)
 
 
 def _cupy_empty(array: Any, shape: tuple[int, ...], dtype: Optional[str]) -> Any:
@@ -172,7 +180,7 @@ def _cupy_stream(array: Any) -> tuple[int, int]:
         return (array.device.id, sys.modules["cupy"].cuda.get_current_stream().ptr)
 
 
-def _any_raw(array: Any) -> Any:
+def _any_raw(name: str, array: Any) -> Any:
     # A library whose streams are its own, such as JAX, has finished the array then; others' `__dlpack__` waits.
     if hasattr(array, "block_until_ready"):
         array.block_until_ready()

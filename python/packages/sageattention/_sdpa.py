@@ -95,7 +95,9 @@ def _why_not(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_g
     if any(tensor.device != device for tensor in tensors):
         return "tensors are on several devices"
     dtype = _autocast_dtype(query)
-    dtypes = (torch.float16, torch.bfloat16) if device.type == "cuda" else (torch.float16, torch.bfloat16, torch.float32)
+    dtypes = (
+        (torch.float16, torch.bfloat16) if device.type == "cuda" else (torch.float16, torch.bfloat16, torch.float32)
+    )
     if (dtype or query.dtype) not in dtypes:
         return f"tensors are {query.dtype} on {device.type}"
     if dtype is None and not query.dtype == key.dtype == value.dtype:
@@ -151,7 +153,7 @@ def _sdpa_fake(query, *_):
     return torch.empty_like(query)
 
 
-_sdpa_op = _torch._operator(
+_sdpa_op = _torch.define_operator(
     "sdpa",
     "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, float? scale, str? scheme) -> Tensor",
     _sdpa,

@@ -10,6 +10,10 @@ from torch import Tensor
 from sageattention import _native
 from sageattention._request import Request, native_options
 
+_OLDEST = (2, 4)
+if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _OLDEST:
+    raise ImportError(f"torch: version is {torch.__version__}, expected {_OLDEST[0]}.{_OLDEST[1]} or later")
+
 _DTYPES = {
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
@@ -31,7 +35,8 @@ _VARLEN = (
 _LIBRARY = torch.library.Library("sageattention", "DEF")
 
 
-def _operator(name: str, schema: str, compute: Any, fake: Any) -> Any:
+def define_operator(name: str, schema: str, compute: Any, fake: Any) -> Any:
+    """An operator of torch with what it computes, and what shapes it gives without computing."""
     _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     for device in ("CPU", "CUDA"):
         _LIBRARY.impl(name, compute, device)
@@ -49,9 +54,9 @@ def dense(
     return_lse: bool,
 ) -> Any:
     """See `_frameworks.dense`."""
-    check_devices(q, k=k, v=v, attn_mask=attn_mask)
-    refuse_gradients(q=q, k=k, v=v, attn_mask=attn_mask)
     blocks, block_q, block_k = block_mask if block_mask is not None else (None, 0, 0)
+    check_devices(q, k=k, v=v, attn_mask=attn_mask, block_mask=blocks)
+    refuse_gradients(q=q, k=k, v=v, attn_mask=attn_mask)
     operator = _dense_lse_op if return_lse else _dense_op
     return operator(q, k, v, attn_mask, blocks, block_q, block_k, *request)
 
@@ -117,11 +122,9 @@ def forward(
     if cu_seqlens is not None:
         on_device = [_boundaries(name, t, q) for name, t in zip(("cu_seqlens_q", "cu_seqlens_k"), cu_seqlens[:2])]
         if on_device[0].numel() != on_device[1].numel():
-            raise ValueError(
-                f"cu_seqlens_k: shape is {list(on_device[1].shape)}, expected {list(on_device[0].shape)}, as cu_seqlens_q"
-            )
-        addresses = [boundaries.data_ptr() for boundaries in on_device]
-        packed = (*addresses, on_device[0].numel() - 1, *cu_seqlens[2:])
+            found, wanted = list(on_device[1].shape), list(on_device[0].shape)
+            raise ValueError(f"cu_seqlens_k: shape is {found}, expected {wanted}, as cu_seqlens_q")
+        packed = (on_device[0].data_ptr(), on_device[1].data_ptr(), on_device[0].numel() - 1, *cu_seqlens[2:])
     _native.forward(
         _raw(q),
         _raw(k),
@@ -222,7 +225,7 @@ def _varlen_lse_fake(q, *_):
     return _out_fake(q), torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
 
 
-_dense_op = _operator("dense", f"({_DENSE}) -> Tensor", _dense, _out_fake)
-_dense_lse_op = _operator("dense_lse", f"({_DENSE}) -> (Tensor, Tensor)", _dense_lse, _dense_lse_fake)
-_varlen_op = _operator("varlen", f"({_VARLEN}) -> Tensor", _varlen, _out_fake)
-_varlen_lse_op = _operator("varlen_lse", f"({_VARLEN}) -> (Tensor, Tensor)", _varlen_lse, _varlen_lse_fake)
+_dense_op = define_operator("dense", f"({_DENSE}) -> Tensor", _dense, _out_fake)
+_dense_lse_op = define_operator("dense_lse", f"({_DENSE}) -> (Tensor, Tensor)", _dense_lse, _dense_lse_fake)
+_varlen_op = define_operator("varlen", f"({_VARLEN}) -> Tensor", _varlen, _out_fake)
+_varlen_lse_op = define_operator("varlen_lse", f"({_VARLEN}) -> (Tensor, Tensor)", _varlen_lse, _varlen_lse_fake)

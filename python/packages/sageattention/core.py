@@ -4,8 +4,8 @@ Common to all of them:
 
 **Tensors** are torch's, numpy's, CuPy's, JAX's, or of any library that speaks DLPack and the array API; all of one
 library, dtype and device. On the CPU float32, float16 and bfloat16; on NVIDIA GPUs from compute capability 8.0 on
-float16 and bfloat16 (float32 there raises TypeError: convert it, nothing is rounded behind your back). Any strides do; a
-head whose channels are not neighbours in memory is copied first. Inputs are never changed.
+float16 and bfloat16 (float32 there raises TypeError: convert it, nothing is rounded behind your back). Any strides do;
+a head whose channels are not neighbours in memory is copied first. Inputs are never changed.
 
 **Shapes**: q `[batch, heads, seq, head_dim]` ("HND") or `[batch, seq, heads, head_dim]` ("NHD"); k and v alike, with a
 number of heads that divides q's (grouped-query attention, nothing is expanded) and any length. head_dim is 1 to 256.
@@ -70,7 +70,7 @@ def sageattn(
         attn_mask: Bool or additive, broadcastable to `[batch, heads, q_len, kv_len]`.
         smoothing: False computes without subtracting K's mean, which is less accurate. Ours, not the original's: the
             original ignores ComfyUI's `smooth_k=False` here, and so do we, because images come out worse with it.
-        scheme: The name of a scheme, such as "full" or "sage2-int8-fp8-per-thread", in place of the device's own choice.
+        scheme: The name of a scheme, such as "full" or "sage2-int8-fp8-per-thread", in place of the device's choice.
         causal_alignment: "bottom_right" or "top_left": where the diagonal lies when q_len != kv_len.
         window: (left, right): keys further before or after the diagonal are hidden; None is no limit.
         logit_softcap: Scaled scores s become `softcap * tanh(s / softcap)`.
@@ -119,7 +119,7 @@ def sageattn_varlen(
         q: `[total_q, heads, head_dim]`.
         k: `[total_k, kv_heads, head_dim]`, heads dividing q's.
         v: As k.
-        cu_seqlens_q: int32 or int64 `[sequences + 1]`: sequence b is rows `cu_seqlens_q[b]` up to `cu_seqlens_q[b + 1]`.
+        cu_seqlens_q: int32 or int64 `[sequences + 1]`: sequence b is rows `cu_seqlens_q[b]` to `cu_seqlens_q[b + 1]`.
         cu_seqlens_k: Likewise for k and v.
         max_seqlen_q: The longest sequence of q, or more. On a GPU longer ones are cut off; the CPU looks for itself.
         max_seqlen_k: Likewise for k and v.
@@ -249,8 +249,8 @@ def sageattn_qk_int8_pv_fp8_cuda_sm90(
 ) -> Any:
     """SageAttention2 on Hopper: INT8 QKᵀ, PV in FP8. Runs on any GPU from compute capability 8.9 on.
 
-    `qk_quant_gran` is "per_thread" or "per_warp"; `pv_accum_dtype` is "fp32+fp32" ("fp32" raises NotImplementedError, as
-    in the original). Scales are of 64 keys, finer than the original's 128. The rest as `sageattn`.
+    `qk_quant_gran` is "per_thread" or "per_warp"; `pv_accum_dtype` is "fp32+fp32" ("fp32" raises NotImplementedError,
+    as in the original). Scales are of 64 keys, finer than the original's 128. The rest as `sageattn`.
 
     Source: the function of that name of SageAttention 2.2.
     """

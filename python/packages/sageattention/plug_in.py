@@ -49,10 +49,10 @@ tally = _Tally()
 def patch(scheme: Optional[str] = None) -> None:
     """Replaces `torch.nn.functional.scaled_dot_product_attention`, for every model that looks it up there.
 
-    All its arguments keep their meaning: `attn_mask` (bool or additive), `is_causal` (aligned top-left, as torch has it),
-    `scale`, `enable_gqa`; under autocast q, k and v are cast, as torch does. What cannot be computed here (dropout,
-    gradients, float32 on a GPU, heads of more than 256 channels, ...) goes to torch's function, with one line in the log
-    `sageattention` for each reason. `counts()` tells how many calls were accelerated.
+    All its arguments keep their meaning: `attn_mask` (bool or additive), `is_causal` (aligned top-left, as torch has
+    it), `scale`, `enable_gqa`; under autocast q, k and v are cast, as torch does. What cannot be computed here
+    (dropout, gradients, float32 on a GPU, heads of more than 256 channels, ...) goes to torch's function, with one line
+    in the log `sageattention` for each reason. `counts()` tells how many calls were accelerated.
 
     Modules that have imported the function itself (`from torch.nn.functional import ...`) before keep torch's.
 
@@ -98,8 +98,8 @@ def counts(reset: bool = False) -> Counts:
 def register_transformers(name: str = "sage") -> None:
     """Teaches Hugging Face transformers `attn_implementation=name`.
 
-    Causal and padding masks, sliding windows, grouped-query attention, KV caches, soft-capped logits and position biases
-    are computed here; attention sinks, dropout and gradients raise NotImplementedError.
+    Causal and padding masks, sliding windows, grouped-query attention, KV caches, soft-capped logits and position
+    biases are computed here; attention sinks, dropout and gradients raise NotImplementedError.
     """
     from sageattention import _transformers
 
