@@ -89,15 +89,15 @@ fn on_cpu(tensors: &Tensors, options: &Options) -> Result<()> {
         Some(mask) if mask.is_bool() => Some(flags("mask", mask)?),
         _ => None,
     };
-    if let Some((visible, shape)) = &visible {
-        attention = attention.mask(Mask::Bool(View::contiguous("mask", visible, shape)?));
+    if let Some((visible, geometry)) = &visible {
+        attention = attention.mask(Mask::Bool(View::strided("mask", visible, *geometry)?));
     } else if let Some(mask) = &tensors.mask {
         // SAFETY: as above.
         attention = attention.mask(Mask::Additive(unsafe { host::view("mask", mask) }?));
     }
     let blocks = tensors.block_mask.as_ref().map(|(tensor, _, _)| flags("block_mask", tensor)).transpose()?;
-    if let (Some((blocks, shape)), Some((_, block_q, block_k))) = (&blocks, &tensors.block_mask) {
-        let blocks = View::contiguous("block_mask", blocks, shape)?;
+    if let (Some((blocks, geometry)), Some((_, block_q, block_k))) = (&blocks, &tensors.block_mask) {
+        let blocks = View::strided("block_mask", blocks, *geometry)?;
         attention = attention.block_mask(BlockMask { blocks, block_q: *block_q, block_k: *block_k });
     }
     if let Some(Packed(q, k, sequences, ..)) = tensors.packed {

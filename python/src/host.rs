@@ -3,7 +3,7 @@
 use std::{ptr, slice};
 
 use half::{bf16, f16};
-use sageattention::{DType, Error, Geometry, Result, TensorView, TensorViewMut, View, ViewMut};
+use sageattention::{DType, Error, Geometry, MAX_RANK, Result, TensorView, TensorViewMut, View, ViewMut};
 
 use crate::tensor::RawTensor;
 
@@ -38,32 +38,34 @@ pub(crate) unsafe fn view_mut<'a>(name: &'static str, tensor: &RawTensor) -> Res
     }
 }
 
-/// The elements of a tensor of booleans, row-major, with dimensions of stride 0 kept at size 1: they are to be broadcast.
+/// The elements of a tensor of booleans, those that a stride of 0 repeats once, and where each lies among them.
 /// Copied, because a byte that is neither 0 nor 1 is no `bool` in Rust, and other libraries' tensors may hold some.
 ///
 /// # Safety
 /// As for [`view`].
-pub(crate) unsafe fn flags(name: &'static str, tensor: &RawTensor) -> Result<(Vec<bool>, Vec<usize>)> {
-    let repeats = |(&size, &stride): (&usize, &i64)| if stride == 0 { size.min(1) } else { size };
-    let shape: Vec<usize> = tensor.shape.iter().zip(&tensor.strides).map(repeats).collect();
+pub(crate) unsafe fn flags(name: &'static str, tensor: &RawTensor) -> Result<(Vec<bool>, Geometry)> {
     // SAFETY: the caller's promise; any byte is a `u8`.
     let bytes = unsafe { typed::<u8>(name, tensor) }?;
-    let geometry = Geometry::strided(name, &shape, bytes.geometry().strides(), 0)?;
-    let Some((low, _)) = geometry.span() else { return Ok((Vec::new(), shape)) };
-    let sizes: [usize; 4] = std::array::from_fn(|d| match d.checked_sub(4 - shape.len()) {
-        Some(d) => shape[d],
-        None => 1,
-    });
-    let stride = shape.len().checked_sub(1).map_or(0, |last| geometry.strides()[last]);
-    let mut flags = Vec::with_capacity(geometry.len());
-    for (a, b, c) in (0..sizes[0])
-        .flat_map(|a| (0..sizes[1]).map(move |b| (a, b)))
-        .flat_map(|(a, b)| (0..sizes[2]).map(move |c| (a, b, c)))
-    {
-        let row = geometry.index([a, b, c, 0]) - low;
-        flags.extend((0..sizes[3] as i64).map(|d| bytes.data()[(row + d * stride) as usize] != 0));
+    let repeats = |(&size, &stride): (&usize, &i64)| if stride == 0 { size.min(1) } else { size };
+    let shape: Vec<usize> = tensor.shape.iter().zip(&tensor.strides).map(repeats).collect();
+    let compact = Geometry::contiguous(name, &shape)?;
+    let strides: Vec<i64> = compact
+        .strides()
+        .iter()
+        .zip(&tensor.strides)
+        .map(|(&s, &given)| if given == 0 { 0 } else { s })
+        .collect();
+    let mut sizes = [1; MAX_RANK];
+    sizes[MAX_RANK - shape.len()..].copy_from_slice(&shape);
+    let mut flags = Vec::with_capacity(compact.len());
+    for a in 0..sizes[0] {
+        for b in 0..sizes[1] {
+            for c in 0..sizes[2] {
+                flags.extend((0..sizes[3]).map(|d| bytes.at([a, b, c, d]) != 0));
+            }
+        }
     }
-    Ok((flags, shape))
+    Ok((flags, Geometry::strided(name, &tensor.shape, &strides, 0)?))
 }
 
 /// A list of 32-bit integers without gaps.

@@ -37,6 +37,11 @@ X = random(1, 4, 70, 64, seed=0)
             r"mask: shape is \[70, 69\], expected broadcastable to \[1, 4, 70, 70\]",
             lambda f: f(X, X, X, attn_mask=torch.ones(70, 69, dtype=torch.bool)),
         ),
+        (
+            ValueError,
+            r"mask: shape is \[1, 1, 70, 69\], expected broadcastable to \[1, 4, 70, 70\]",
+            lambda f: f(X, X, X, attn_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool).expand(1, 1, 70, 69)),
+        ),
         (ValueError, "sm_scale: value is -1, expected a finite number above 0", lambda f: f(X, X, X, sm_scale=-1)),
         (
             NotImplementedError,
