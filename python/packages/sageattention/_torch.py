@@ -184,7 +184,7 @@ def _check_rank(q: Tensor, rank: int, wanted: str) -> None:
 
 
 def _dense(q, k, v, attn_mask, block_mask, block_q, block_k, *request):
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = _out_like(q)
     blocks = None if block_mask is None else (block_mask, block_q, block_k)
     forward(q, k, v, out, Request(*request), attn_mask=attn_mask, block_mask=blocks)
     return out
@@ -198,7 +198,7 @@ def _dense_lse(q, k, v, attn_mask, block_mask, block_q, block_k, *request):
 
 
 def _varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *request):
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = _out_like(q)
     cu_seqlens = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     forward(q, k, v, out, Request(*request), cu_seqlens=cu_seqlens)
     return out
@@ -211,21 +211,21 @@ def _varlen_lse(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
     return out, lse
 
 
-def _out_fake(q, *_):
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+def _out_like(q, *_):
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
 def _dense_lse_fake(q, k, v, attn_mask, block_mask, block_q, block_k, tensor_layout, *_):
     _check_rank(q, 4, "[batch, heads, seq, head_dim]" if tensor_layout != "NHD" else "[batch, seq, heads, head_dim]")
-    return _out_fake(q), _lse_like(q, tensor_layout)
+    return _out_like(q), _lse_like(q, tensor_layout)
 
 
 def _varlen_lse_fake(q, *_):
     _check_rank(q, 3, "[total, heads, head_dim]")
-    return _out_fake(q), torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
+    return _out_like(q), torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
 
 
-_dense_op = define_operator("dense", f"({_DENSE}) -> Tensor", _dense, _out_fake)
+_dense_op = define_operator("dense", f"({_DENSE}) -> Tensor", _dense, _out_like)
 _dense_lse_op = define_operator("dense_lse", f"({_DENSE}) -> (Tensor, Tensor)", _dense_lse, _dense_lse_fake)
-_varlen_op = define_operator("varlen", f"({_VARLEN}) -> Tensor", _varlen, _out_fake)
+_varlen_op = define_operator("varlen", f"({_VARLEN}) -> Tensor", _varlen, _out_like)
 _varlen_lse_op = define_operator("varlen_lse", f"({_VARLEN}) -> (Tensor, Tensor)", _varlen_lse, _varlen_lse_fake)
