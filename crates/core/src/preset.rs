@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use crate::{
-    Accumulator, Error, Granularity, IntBits, IntQuantizer, Pv, Qk, Result, Rounding, Scheme, SmoothQ,
+    Accumulator, Error, Granularity, IntBits, IntQuantizer, Pv, Qk, Result, Rounding, Scheme, SmoothK, SmoothQ,
     Smoothing, Tile, ZeroGroup,
 };
 
@@ -235,8 +235,8 @@ presets! {
         Some("sparse_sageattn"), int(TRITON_PER_BLOCK, Pv::F16(Accumulator::F16ThenF32));
 }
 
-const SMOOTH_NOTHING: Smoothing = Smoothing { q: SmoothQ::Off, k: false, v: false };
-const SMOOTH_K: Smoothing = Smoothing { k: true, ..SMOOTH_NOTHING };
+const SMOOTH_NOTHING: Smoothing = Smoothing { q: SmoothQ::Off, k: SmoothK::Off, v: false };
+const SMOOTH_K: Smoothing = Smoothing { k: SmoothK::Mean, ..SMOOTH_NOTHING };
 
 /// E4M3 as SageAttention2 has it: V fills the range, and sums move to true f32 after each tile.
 const FP8: Pv = Pv::Fp8 { v_max: 448.0, accumulator: Accumulator::F32ThenF32 };

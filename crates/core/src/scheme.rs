@@ -91,10 +91,47 @@ impl Accumulator {
 pub struct Smoothing {
     /// Subtract a mean of query rows; its product with K is added to the scores again.
     pub q: SmoothQ,
-    /// Subtract K's mean over the sequence, which changes no probability (SageAttention §4.2).
-    pub k: bool,
+    /// Subtract a mean of K's rows, which changes no probability (SageAttention §4.2).
+    pub k: SmoothK,
     /// Subtract V's mean over the sequence, and add it to the output.
     pub v: bool,
+}
+
+/// Rows of K whose mean is subtracted from all rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum SmoothK {
+    /// Nothing is subtracted.
+    Off,
+    /// The mean of the whole sequence.
+    Mean,
+    /// The mean of this many rows that lie evenly in the sequence, or of all where it has no more. Softmax takes no notice of
+    /// any constant, so this is as exact, and it spares K being read twice: a mean of `n` rows is off by `1 / √n` of K's
+    /// spread, which makes scales larger by `1 / 2n`.
+    Sampled(usize),
+}
+
+impl SmoothK {
+    /// Whether a mean is subtracted.
+    pub const fn is_on(self) -> bool {
+        !matches!(self, SmoothK::Off)
+    }
+
+    /// How many of `len` rows the mean is of.
+    pub fn rows(self, len: usize) -> usize {
+        match self {
+            SmoothK::Off => 0,
+            SmoothK::Mean => len,
+            SmoothK::Sampled(rows) => rows.min(len),
+        }
+    }
+
+    /// Which of `len` rows is the `index`-th that the mean is of.
+    pub fn row(self, index: usize, len: usize) -> usize {
+        match self.rows(len) {
+            rows if rows == len => index,
+            rows => index * len / rows,
+        }
+    }
 }
 
 /// Rows of Q that share a mean.
@@ -248,6 +285,9 @@ impl Scheme {
             }
             _ => {}
         }
+        if self.smooth.k == SmoothK::Sampled(0) {
+            return Err(Error::value("smooth.k rows", 0, "at least 1"));
+        }
         match self.smooth.q {
             SmoothQ::Block(0) => Err(Error::value("smooth.q block", 0, "at least 1")),
             _ => Ok(()),
@@ -268,8 +308,12 @@ impl fmt::Display for Scheme {
             SmoothQ::Block(block) => write!(f, " · smooth Q ({block})")?,
             SmoothQ::Sequence => write!(f, " · smooth Q (sequence)")?,
         }
-        for (on, part) in [(self.smooth.k, "smooth K"), (self.smooth.v, "smooth V"), (self.rotate, "rotated")]
-        {
+        match self.smooth.k {
+            SmoothK::Off => {}
+            SmoothK::Mean => write!(f, " · smooth K")?,
+            SmoothK::Sampled(rows) => write!(f, " · smooth K (of {rows} rows)")?,
+        }
+        for (on, part) in [(self.smooth.v, "smooth V"), (self.rotate, "rotated")] {
             if on {
                 write!(f, " · {part}")?;
             }
@@ -332,6 +376,8 @@ mod tests {
         );
         let int8 = Preset::INT8.scheme(64);
         refused(Scheme { pv: Pv::Fixed12 { block: 0 }, ..int8 }, "pv.block: value is 0, expected at least 1");
+        let smooth = Smoothing { k: SmoothK::Sampled(0), ..int8.smooth };
+        refused(Scheme { smooth, ..int8 }, "smooth.k rows: value is 0, expected at least 1");
         let fp8 = Pv::Fp8 { v_max: 500.0, accumulator: Accumulator::F32 };
         refused(Scheme { pv: fp8, ..int8 }, "pv.v_max: value is 500, expected above 0 and at most 448");
     }

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 
 use aligned_vec::AVec;
 use rayon::prelude::*;
-use sage_core::{Granularity, IntQuantizer, Sequence};
+use sage_core::{Granularity, IntQuantizer, Sequence, SmoothK};
 
 use crate::forward::{Attention, totals};
 use crate::kernels::{Load, RowState, Scores, Softmax, TILE_KEYS, Values};
@@ -56,7 +56,7 @@ thread_local! {
 
 impl<E: Load> Attention<'_, E> {
     /// Computes the call with blocks of `block_q` queries. `smooth_k`: subtract the mean of each head's keys.
-    pub fn tiled(&self, layout: &TileLayout, block_q: usize, smooth_k: bool, packed: &mut AVec<u32>) {
+    pub fn tiled(&self, layout: &TileLayout, block_q: usize, smooth_k: SmoothK, packed: &mut AVec<u32>) {
         let max_tiles = PACKED_BYTES_MAX / 4 / layout.words();
         let mut wave: Vec<Unit> = Vec::new();
         let mut tiles = 0;
@@ -86,12 +86,12 @@ impl<E: Load> Attention<'_, E> {
         &self,
         layout: &TileLayout,
         block_q: usize,
-        smooth_k: bool,
+        smooth_k: SmoothK,
         units: &[Unit],
         tiles: usize,
         packed: &mut AVec<u32>,
     ) {
-        let means = if smooth_k { self.key_means(units) } else { vec![Vec::new(); units.len()] };
+        let means = if smooth_k.is_on() { self.key_means(units, smooth_k) } else { vec![Vec::new(); units.len()] };
         if packed.len() < tiles * layout.words() {
             packed.resize(tiles * layout.words(), 0);
         }
@@ -121,23 +121,27 @@ impl<E: Load> Attention<'_, E> {
     }
 
     /// Mean of the keys of each unit.
-    fn key_means(&self, units: &[Unit]) -> Vec<Vec<f32>> {
+    fn key_means(&self, units: &[Unit], smooth: SmoothK) -> Vec<Vec<f32>> {
         let head_dim = self.call.problem.head_dim;
         let parts: Vec<(usize, usize)> = units
             .iter()
             .enumerate()
-            .flat_map(|(u, unit)| (0..unit.sequence.kv_len).step_by(MEAN_KEYS).map(move |first| (u, first)))
+            .flat_map(|(u, unit)| {
+                let rows = smooth.rows(unit.sequence.kv_len);
+                (0..rows).step_by(MEAN_KEYS).map(move |first| (u, first))
+            })
             .collect();
         let sum = |&(u, first): &(usize, usize)| {
             let unit: &Unit = &units[u];
             let keys = self.keys(&unit.sequence, unit.kv_head);
             let mut total = vec![0f64; head_dim];
             let (mut sum, mut wide) = (vec![0f32; head_dim], vec![0f32; head_dim]);
-            let last = (first + MEAN_KEYS).min(unit.sequence.kv_len);
+            let kv_len = unit.sequence.kv_len;
+            let last = (first + MEAN_KEYS).min(smooth.rows(kv_len));
             for start in (first..last).step_by(TILE_KEYS) {
                 sum.fill(0.0);
                 for j in start..(start + TILE_KEYS).min(last) {
-                    E::widen(keys.row(j), &mut wide);
+                    E::widen(keys.row(smooth.row(j, kv_len)), &mut wide);
                     sum.iter_mut().zip(&wide).for_each(|(sum, x)| *sum += x);
                 }
                 total.iter_mut().zip(&sum).for_each(|(total, sum)| *total += f64::from(*sum));
@@ -150,7 +154,7 @@ impl<E: Load> Attention<'_, E> {
             totals[unit].iter_mut().zip(sum).for_each(|(total, sum)| *total += sum);
         }
         let mean = |(total, unit): (&Vec<f64>, &Unit)| {
-            let keys = unit.sequence.kv_len.max(1) as f64;
+            let keys = smooth.rows(unit.sequence.kv_len).max(1) as f64;
             total.iter().map(|total| (total / keys) as f32).collect()
         };
         totals.iter().zip(units).map(mean).collect()

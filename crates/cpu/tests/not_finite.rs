@@ -89,14 +89,14 @@ fn a_bad_key_makes_the_rows_nan_that_read_its_scale() {
                             let what = format!("{bad} {scheme} row {i} of {q_len}, {band:?}");
                             // NaN exactly where the oracle of the scheme says so: everywhere in the head when K is
                             // smoothed, in rows that see the group otherwise.
-                            let wanted = if is_int(&scheme).is_some() || scheme.smooth.k {
+                            let wanted = if is_int(&scheme).is_some() || scheme.smooth.k.is_on() {
                                 expected.lse[i]
                             } else {
                                 exact.lse[i]
                             };
                             assert!(out.iter().all(|x| x.is_nan() == wanted.is_nan()), "{what}");
                             assert_eq!(run.lse[i].is_nan(), wanted.is_nan(), "{what}");
-                            if scheme.smooth.k {
+                            if scheme.smooth.k.is_on() {
                                 assert_eq!(wanted.is_nan(), i < q_len, "{what}");
                             }
                         }

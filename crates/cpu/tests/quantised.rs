@@ -8,8 +8,8 @@ mod common;
 use common::{Built, Case, Explicit, Extent, Masking, Tolerance, every_cpu, normal};
 use sage_core::oracle::{self, Output};
 use sage_core::{
-    Alignment, Band, DType, Granularity, IntBits, IntQuantizer, Layout, Preset, Pv, Qk, Scheme, Smoothing,
-    Tensor,
+    Alignment, Band, DType, Granularity, IntBits, IntQuantizer, Layout, Preset, Pv, Qk, Scheme, SmoothK,
+    Smoothing, Tensor,
 };
 use sage_cpu::Cpu;
 
@@ -43,7 +43,7 @@ fn schemes(head_dim: usize) -> Vec<Scheme> {
     let int8 = Preset::INT8.scheme(head_dim);
     let of = |preset: Preset| Scheme { qk: preset.scheme(head_dim).qk, ..int8 };
     let per_thread = of(Preset::SAGE2_INT8_FP8_PER_THREAD);
-    let no_smoothing = Smoothing { k: false, ..int8.smooth };
+    let no_smoothing = Smoothing { k: SmoothK::Off, ..int8.smooth };
     vec![
         int8,
         Preset::INT8_PER_TOKEN.scheme(head_dim),
@@ -69,7 +69,7 @@ fn check(cpu: &Cpu, built: &Built, scheme: Scheme, what: &str) {
     let call = built.call();
     let run = built.run(cpu, Some(scheme));
     let expected = oracle::scheme(&call, &scheme);
-    let many_ties = call.problem.dtype == DType::BF16 && !scheme.smooth.k && scheme.qk != Qk::Full;
+    let many_ties = call.problem.dtype == DType::BF16 && !scheme.smooth.k.is_on() && scheme.qk != Qk::Full;
     let tolerance = if many_ties { TIES } else { TOLERANCE };
     if let Err(error) = run.check(&expected, call.problem.dtype, &tolerance) {
         panic!("{error}\non {} with {scheme}: {what}", cpu.instruction_set());
@@ -224,7 +224,7 @@ fn smoothing_and_rotation_earn_their_keep() {
     let expected = oracle::exact(&built.call());
     let error = |scheme: Scheme| built.run(&Cpu::detect(), Some(scheme)).accuracy(&expected).relative_l1;
     let int8 = Preset::INT8.scheme(64);
-    let plain = Scheme { smooth: Smoothing { k: false, ..int8.smooth }, ..int8 };
+    let plain = Scheme { smooth: Smoothing { k: SmoothK::Off, ..int8.smooth }, ..int8 };
     let (smoothed, plain) = (error(int8), error(plain));
     assert!(2.0 * smoothed < plain, "{smoothed} with, {plain} without smoothing");
 }

@@ -8,7 +8,7 @@ mod describe;
 
 use std::collections::HashSet;
 
-use sage_core::{Accumulator, Band, DType, Preset, Problem, Pv, Scheme};
+use sage_core::{Accumulator, Band, DType, Preset, Problem, Pv, Scheme, SmoothK};
 use sage_ptx::{Program, Target};
 
 use crate::attention::{AttentionConfig, Engine, MaskForm, Values};
@@ -85,6 +85,7 @@ impl Entry {
     pub fn head_dim(&self) -> usize {
         match &self.step {
             Step::QueryMeans(config) => config.source.head_dim,
+            Step::SampleMean(config) => config.source.head_dim,
             Step::QuantizeK(config) => config.source.head_dim,
             Step::DeltaS(config) => config.source.head_dim,
             Step::QuantizeV(config) => config.source.head_dim,
@@ -224,7 +225,7 @@ impl List {
         // Both kinds of 16-bit values that are not the inputs' own, FP8 beside bfloat16, and K as it is.
         let int8 = |pv| Scheme { pv, ..int8_scheme(DType::F16) };
         let mut rough = int8_scheme(DType::F16);
-        rough.smooth.k = false;
+        rough.smooth.k = SmoothK::Off;
         for (dtype, scheme) in [
             (DType::F16, int8(Pv::BF16(Accumulator::F32))),
             (DType::BF16, int8(Pv::F16(Accumulator::F32))),

@@ -5,18 +5,19 @@
 
 use sage_core::{
     Accumulator, Alignment, DType, Error, Granularity, IntBits, IntQuantizer, Problem, Pv, Qk, Result,
-    Rounding, Scheme, SmoothQ, Smoothing, Tile, ZeroGroup,
+    Rounding, Scheme, SmoothK, SmoothQ, Smoothing, Tile, ZeroGroup,
 };
 use sage_ptx::{Arg, BoxedTensor, Program, Target};
 
 use crate::attention::{
     AttentionArgs, AttentionConfig, Engine, MaskForm, Scores, Tiling, ValueSource, Values, attention,
-    boxed_tensors, padded_dim,
+    boxed_tensors, padded_dim, stage_bytes,
 };
 use crate::combine::{CombineArgs, CombineConfig};
 use crate::preprocess::{
-    ColumnStatistics, ConvertVArgs, ConvertVConfig, DeltaSArgs, DeltaSConfig, QuantizeKArgs, QuantizeKConfig,
-    QuantizeVArgs, QuantizeVConfig, QueryMeansArgs, QueryMeansConfig, Source,
+    ColumnStatistics, ConvertVArgs, ConvertVConfig, DeltaSArgs, DeltaSConfig, KeyMean, QuantizeKArgs, QuantizeKConfig,
+    QuantizeVArgs, QuantizeVConfig, QueryMeansArgs, QueryMeansConfig, SampleMeanArgs, SampleMeanConfig,
+    Source,
 };
 use crate::sequence::{KEY_TILE, Lengths, total_key_tiles};
 use crate::tuning::{Shape, Tuned, tiling};
@@ -28,6 +29,13 @@ const NO_LIMIT: i32 = 1 << 30;
 /// holds at once, so that none waits; and a quarter of the L2 cache of the large GPUs, which is cut in halves that may
 /// both hold a line, with what is being written beside it.
 const LEAD_BYTES: usize = 12 << 20;
+
+/// Rows whose mean our own scheme subtracts from K: scales are 1/256 larger than with the mean of all, and K is read once.
+const SAMPLED_KEYS: usize = 128;
+
+/// Bytes of K and V that attention works on at once where pieces of work differ in length: half the L2 cache of an H100, each
+/// half of which may hold a copy.
+const CACHED_BYTES: usize = 25 << 20;
 
 /// Queries of a call up to which K and V are read as given, split between blocks: quantising would read them once more.
 const FEW_QUERIES: usize = 64;
@@ -103,6 +111,7 @@ pub struct Forward {
     steps: Vec<Step>,
     splits: usize,
     layout: Layout,
+    multiprocessors: u32,
     reasons: Vec<String>,
 }
 
@@ -129,6 +138,7 @@ pub trait Launcher {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Step {
     QueryMeans(QueryMeansConfig),
+    SampleMean(SampleMeanConfig),
     QuantizeK(QuantizeKConfig),
     DeltaS(DeltaSConfig),
     QuantizeV(QuantizeVConfig),
@@ -140,6 +150,7 @@ pub(crate) enum Step {
 /// Offsets in the workspace.
 #[derive(Clone, Copy, Debug, Default)]
 struct Layout {
+    pieces_taken: u64,
     k_arrivals: u64,
     v_arrivals: u64,
     zeroed: u64,
@@ -188,7 +199,16 @@ impl Forward {
         let pass = Pass { problem, request, gpu, scheme: &scheme };
         let (steps, splits) = pass.steps(&mut reasons)?;
         let layout = pass.layout(&steps, splits);
-        Ok(Forward { problem: *problem, request: *request, scheme, steps, splits, layout, reasons })
+        Ok(Forward {
+            problem: *problem,
+            request: *request,
+            scheme,
+            steps,
+            splits,
+            layout,
+            multiprocessors: gpu.multiprocessors as u32,
+            reasons,
+        })
     }
 
     /// The scheme that is computed.
@@ -245,6 +265,7 @@ impl Forward {
             problem: &self.problem,
             request: &self.request,
             splits: self.splits,
+            multiprocessors: self.multiprocessors,
             q_block: query_block(&self.steps),
             q_blocks: query_blocks(&self.problem, &self.steps),
             layout: &self.layout,
@@ -276,14 +297,14 @@ pub fn int8_scheme(dtype: DType) -> Scheme {
         DType::BF16 => Pv::BF16(Accumulator::F32),
         _ => Pv::F16(Accumulator::F32),
     };
-    let smooth = Smoothing { q: SmoothQ::Off, k: true, v: false };
+    let smooth = Smoothing { q: SmoothQ::Off, k: SmoothK::Sampled(SAMPLED_KEYS), v: false };
     Scheme { qk: Qk::Int(quantizer), pv, smooth, rotate: false }
 }
 
 fn choose(problem: &Problem) -> (Scheme, String) {
     let int8 = int8_scheme(problem.dtype);
     if problem.q_len * problem.group_size() <= FEW_QUERIES {
-        let smooth = Smoothing { q: SmoothQ::Off, k: false, v: false };
+        let smooth = Smoothing { q: SmoothQ::Off, k: SmoothK::Off, v: false };
         let reason = format!(
             "full precision: {} query rows for each key head read K and V too seldom to repay quantising K",
             problem.q_len * problem.group_size()
@@ -352,20 +373,28 @@ impl Pass<'_> {
         if quantised {
             if let Scores::Int(quantizer) = scores {
                 let IntQuantizer { bits, granularity, rounding, zero_group, .. } = quantizer;
+                let mean = match scheme.smooth.k {
+                    SmoothK::Off => KeyMean::Zero,
+                    SmoothK::Mean => KeyMean::Collected,
+                    SmoothK::Sampled(rows) => {
+                        steps.push(Step::SampleMean(SampleMeanConfig { source, rows }));
+                        KeyMean::Given
+                    }
+                };
                 steps.push(Step::QuantizeK(QuantizeKConfig {
                     source,
                     bits,
                     granularity,
                     rounding,
                     zero_group,
-                    smooth: scheme.smooth.k,
+                    mean,
                 }));
             }
-        } else if scheme.smooth.k || smooth_q.is_some() {
+        } else if scheme.smooth.k.is_on() || smooth_q.is_some() {
             return Err(Error::unsupported("smoothing of full-precision scores", "it changes nothing there"));
         }
         if smooth_q.is_some() {
-            steps.push(Step::DeltaS(DeltaSConfig { source, smooth_k: scheme.smooth.k }));
+            steps.push(Step::DeltaS(DeltaSConfig { source, smooth_k: scheme.smooth.k.is_on() }));
         }
         if let Values::Fp8(_) = values {
             let smooth = scheme.smooth.v;
@@ -415,7 +444,7 @@ impl Pass<'_> {
             mask: request.mask,
             softcap: problem.logit_softcap.is_some(),
             lse: request.lse,
-            smooth_k: scheme.smooth.k,
+            smooth_k: scheme.smooth.k.is_on(),
             smooth_q,
             smooth_v: scheme.smooth.v,
             lengths: request.lengths,
@@ -488,7 +517,7 @@ impl Pass<'_> {
     /// Parts of the keys that give every multiprocessor a block, where the queries alone do not.
     fn splits(&self, attention: &AttentionConfig) -> usize {
         let problem = self.problem;
-        let [x, y, z] = attention.grid(problem.batch, problem.num_q_heads, problem.q_len, 1);
+        let [x, y, z] = attention.pieces(problem.batch, problem.num_q_heads, problem.q_len, 1);
         let blocks = x as usize * y as usize * z as usize;
         let wanted = 2 * self.gpu.multiprocessors;
         let tiles = problem.kv_len.div_ceil(attention.tiling.tile_keys);
@@ -512,11 +541,14 @@ impl Pass<'_> {
         let mut layout = Layout::default();
         for step in steps {
             match step {
-                Step::QuantizeK(QuantizeKConfig { smooth: true, .. }) => {
+                Step::QuantizeK(QuantizeKConfig { mean: KeyMean::Collected, .. }) => {
                     layout.k_arrivals = take(4 * problem.batch * heads);
                 }
                 Step::QuantizeV(_) => {
                     layout.v_arrivals = take(4 * problem.batch * heads);
+                }
+                Step::Attention(config) if config.tiling.engine == Engine::Warpgroups => {
+                    layout.pieces_taken = take(4);
                 }
                 _ => {}
             }
@@ -531,8 +563,10 @@ impl Pass<'_> {
                 Step::QuantizeK(config) => {
                     layout.k = take(heads * tiles * config.tile_bytes());
                     layout.k_scale = take(4 * heads * tiles * config.groups());
-                    if config.smooth {
+                    if config.mean != KeyMean::Zero {
                         layout.k_mean = take(statistics);
+                    }
+                    if config.mean == KeyMean::Collected {
                         layout.k_partials = take(partials(ColumnStatistics::Mean.partials()));
                     }
                 }
@@ -554,7 +588,7 @@ impl Pass<'_> {
                     layout.partial = take(4 * rows * problem.head_dim);
                     layout.partial_lse = take(4 * rows);
                 }
-                Step::Attention(_) => {}
+                Step::SampleMean(_) | Step::Attention(_) => {}
             }
         }
         layout.bytes = take(0);
@@ -639,6 +673,7 @@ impl Step {
     pub(crate) fn program(&self) -> Program {
         match self {
             Step::QueryMeans(config) => config.program(),
+            Step::SampleMean(config) => config.program(),
             Step::QuantizeK(config) => config.program(),
             Step::DeltaS(config) => config.program(),
             Step::QuantizeV(config) => config.program(),
@@ -651,6 +686,7 @@ impl Step {
     pub(crate) fn name(&self) -> String {
         match self {
             Step::QueryMeans(config) => config.name(),
+            Step::SampleMean(config) => config.name(),
             Step::QuantizeK(config) => config.name(),
             Step::DeltaS(config) => config.name(),
             Step::QuantizeV(config) => config.name(),
@@ -666,6 +702,7 @@ struct Arguments<'a> {
     problem: &'a Problem,
     request: &'a Request,
     splits: usize,
+    multiprocessors: u32,
     /// Query rows that share a mean, and how many such blocks the longest sequence has.
     q_block: usize,
     q_blocks: usize,
@@ -703,6 +740,19 @@ impl Arguments<'_> {
                     rows: request.q_rows as i32,
                 };
                 launch(config.grid(problem.q_len, problem.num_q_heads, batch), &args.args())
+            }
+            Step::SampleMean(config) => {
+                let [stride_batch, stride_head, stride_row] = t.k.strides;
+                let args = SampleMeanArgs {
+                    x: t.k.address,
+                    mean: at(layout.k_mean),
+                    cu_seqlens: t.cu_seqlens_k,
+                    stride_batch,
+                    stride_head,
+                    stride_row,
+                    rows,
+                };
+                launch(config.grid(heads, batch), &args.args())
             }
             Step::QuantizeK(config) => {
                 let [stride_batch, stride_head, stride_row] = t.k.strides;
@@ -784,16 +834,17 @@ impl Arguments<'_> {
             }
             Step::Attention(config) => {
                 let args = self.attention(config, key_tiles);
-                let grid = config.grid(batch, problem.num_q_heads, problem.q_len, self.splits);
+                let pieces = self.pieces(config);
                 if config.tiling.engine == Engine::Warps {
-                    return launch(grid, &args.args());
+                    return launch(pieces, &args.args());
                 }
                 let [k_map, v_map] = self.boxed_tensors(config, &args, key_tiles);
                 let maps = [launcher.tensor_map(&k_map)?, launcher.tensor_map(&v_map)?];
                 let mut all = [maps[0]; AttentionArgs::COUNT + 2];
                 all[..AttentionArgs::COUNT].copy_from_slice(&args.args());
                 all[AttentionArgs::COUNT..].copy_from_slice(&maps);
-                launcher.launch(index, grid, &all)
+                let blocks = pieces.iter().product::<u32>().min(self.multiprocessors);
+                launcher.launch(index, [blocks, 1, 1], &all)
             }
             Step::Combine(config) => {
                 let [out_stride_batch, out_stride_head, out_stride_row] = t.out.strides;
@@ -814,6 +865,25 @@ impl Arguments<'_> {
                 launch(config.grid(total_rows), &args.args())
             }
         }
+    }
+
+    /// Tiles of queries, heads and sequences of the attention kernel.
+    fn pieces(&self, config: &AttentionConfig) -> [u32; 3] {
+        let problem = self.problem;
+        config.pieces(problem.batch, problem.num_q_heads, problem.q_len, self.splits)
+    }
+
+    /// Heads whose pieces of work are handed out together. Where pieces differ in length there must be many to even out, but
+    /// their keys and values must stay in cache.
+    fn heads_together(&self, config: &AttentionConfig, all_heads: u32) -> i32 {
+        let problem = self.problem;
+        if problem.band.is_full() && self.request.lengths == Lengths::Dense {
+            return 1;
+        }
+        let bytes = stage_bytes(config) / config.tiling.tile_keys * problem.kv_len;
+        let most = (CACHED_BYTES * problem.group_size() / bytes.max(1)).clamp(1, all_heads as usize);
+        let divisor = (1..=most).rev().find(|&heads| (all_heads as usize).is_multiple_of(heads));
+        divisor.unwrap_or(1) as i32
     }
 
     /// K and V for the kernels whose tiles are copied in bulk.
@@ -837,6 +907,7 @@ impl Arguments<'_> {
         let limit = |side: Option<usize>| side.map_or(NO_LIMIT, |n| n.min(NO_LIMIT as usize) as i32);
         let quantised = matches!(config.scores, Scores::Int(_));
         let workspace_v = config.value_source == ValueSource::Workspace;
+        let [q_tiles, heads, sequences] = self.pieces(config);
         AttentionArgs {
             q: t.q.address,
             k: if quantised { at(layout.k) } else { t.k.address },
@@ -880,6 +951,10 @@ impl Arguments<'_> {
             window_right: limit(problem.band.right),
             bottom_right: i32::from(problem.band.alignment == Alignment::BottomRight),
             splits: self.splits as i32,
+            taken: at(layout.pieces_taken),
+            q_tiles: q_tiles as i32,
+            all_heads: (heads * sequences) as i32,
+            heads_together: self.heads_together(config, heads * sequences),
             total_rows: total_rows(problem, request) as i64,
             sm_scale: problem.sm_scale,
             softcap: problem.logit_softcap.unwrap_or(0.0),

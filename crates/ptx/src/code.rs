@@ -113,15 +113,16 @@ impl Code {
         self.value::<u64>(Memory::ParamAddress { index }, &[]).named(name)
     }
 
-    /// An array of `len` elements in shared memory, aligned for every access and swizzle.
+    /// An array of `len` elements in shared memory, aligned for every access and swizzle that fits it.
     pub fn shared<T: Stored>(&self, name: &str, len: usize) -> Pointer<'_, SharedSpace, T> {
-        const ALIGN: u32 = 1024;
+        const MOST: u32 = 1024;
         let bytes = len as u32 * T::WORD.bytes();
+        let align = bytes.next_power_of_two().clamp(16, MOST);
         let (array, offset) = {
             let shared = &mut self.program.borrow_mut().shared;
             let end = shared.last().map_or(0, |array| array.offset + array.bytes);
-            let offset = end.next_multiple_of(ALIGN);
-            shared.push(SharedArray { name: name.to_owned(), bytes, align: ALIGN, offset });
+            let offset = end.next_multiple_of(align);
+            shared.push(SharedArray { name: name.to_owned(), bytes, align, offset });
             (shared.len() as u32 - 1, offset)
         };
         Pointer::new(self.value::<u32>(Memory::SharedAddress { array, offset }, &[]).named(name))

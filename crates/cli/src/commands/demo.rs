@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use sage_core::{SmoothK, Smoothing};
 use sageattention::{Attention, DType, Device, Preset, Scheme, Tensor};
 use sageattn_files::qkv_file::Qkv;
 use serde::Serialize;
@@ -158,14 +159,14 @@ fn smoothing(
         for preset in SMOOTHED {
             let given = preset.scheme(head_dim(layer));
             let error = |k| {
-                let scheme = Scheme { smooth: sage_core::Smoothing { k, ..given.smooth }, ..given };
+                let scheme = Scheme { smooth: Smoothing { k, ..given.smooth }, ..given };
                 reference.oracle(&scheme, progress).map(|comparison| comparison.overall.relative_l1)
             };
             rows.push(SmoothingRow {
                 layer: layer.prefix.trim_end_matches('.').to_owned(),
                 scheme: preset.name(),
-                relative_l1_without: error(false)?,
-                relative_l1_with: error(true)?,
+                relative_l1_without: error(SmoothK::Off)?,
+                relative_l1_with: error(SmoothK::Mean)?,
             });
         }
     }

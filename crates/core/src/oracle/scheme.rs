@@ -5,7 +5,7 @@ use std::f64::consts::LN_2;
 use super::exact::{maximum, softcap, weighted_sum};
 use super::matrix::dot;
 use super::{
-    Matrix, Nvfp4Rows, Output, Score, block_means, hadamard, mean, quantize_p, quantize_v, subtract,
+    Matrix, Nvfp4Rows, Output, Score, block_means, hadamard, key_mean, mean, quantize_p, quantize_v, subtract,
     subtract_block_means, visible_keys,
 };
 use crate::{Call, Qk, Scheme, SmoothQ};
@@ -76,7 +76,7 @@ struct Keys {
 
 impl Keys {
     fn new(k: &Matrix<f32>, scheme: &Scheme) -> Self {
-        let mean = if scheme.smooth.k { mean(k) } else { vec![0.0; k.width()] };
+        let mean = key_mean(k, scheme.smooth.k);
         let smoothed = subtract(k, &mean);
         let rotated = if scheme.rotate { hadamard(&smoothed) } else { smoothed.clone() };
         let quantised = match &scheme.qk {

@@ -1,13 +1,20 @@
 //! Means that are subtracted before quantising.
 
 use super::Matrix;
+use crate::SmoothK;
 
 /// The mean of each channel over all rows, `[width]`; zeros when there is no row.
 ///
 /// Summed in double precision and rounded to single once, so that the result does not depend on an order of
 /// summation: a kernel may differ from it by the rounding of its own sums.
 pub fn mean(rows: &Matrix<f32>) -> Vec<f32> {
-    mean_of(rows, 0, rows.rows())
+    mean_of(rows, 0..rows.rows())
+}
+
+/// What smoothing subtracts from every row of K, `[width]`: zeros where it is off.
+pub fn key_mean(rows: &Matrix<f32>, smooth: SmoothK) -> Vec<f32> {
+    let len = rows.rows();
+    mean_of(rows, (0..smooth.rows(len)).map(|index| smooth.row(index, len)))
 }
 
 /// The mean of each channel over each block of `block` rows, `[⌈rows / block⌉, width]`. The last block may be
@@ -17,7 +24,7 @@ pub fn mean(rows: &Matrix<f32>) -> Vec<f32> {
 /// When `block` is 0.
 pub fn block_means(rows: &Matrix<f32>, block: usize) -> Matrix<f32> {
     let means: Vec<Vec<f32>> = (0..rows.rows().div_ceil(block))
-        .map(|b| mean_of(rows, b * block, rows.rows().min((b + 1) * block)))
+        .map(|b| mean_of(rows, b * block..rows.rows().min((b + 1) * block)))
         .collect();
     Matrix::from_fn(means.len(), rows.width(), |b, c| means[b][c])
 }
@@ -35,14 +42,15 @@ pub fn subtract_block_means(rows: &Matrix<f32>, means: &Matrix<f32>, block: usiz
     Matrix::from_fn(rows.rows(), rows.width(), |i, c| rows.row(i)[c] - means.row(i / block)[c])
 }
 
-fn mean_of(rows: &Matrix<f32>, start: usize, end: usize) -> Vec<f32> {
+fn mean_of(rows: &Matrix<f32>, indices: impl ExactSizeIterator<Item = usize>) -> Vec<f32> {
     let mut sum = vec![0f64; rows.width()];
-    for i in start..end {
+    let count = indices.len().max(1) as f64;
+    for i in indices {
         for (sum, &x) in sum.iter_mut().zip(rows.row(i)) {
             *sum += f64::from(x);
         }
     }
-    sum.iter().map(|s| (s / (end - start).max(1) as f64) as f32).collect()
+    sum.iter().map(|s| (s / count) as f32).collect()
 }
 
 #[cfg(test)]
@@ -55,6 +63,9 @@ mod tests {
         let rows = matrix(2, &[1.0, 10.0, 3.0, 20.0, 8.0, -6.0]);
         assert_eq!(mean(&rows), [4.0, 8.0]);
         assert_eq!(mean(&matrix(2, &[])), [0.0, 0.0]);
+        assert_eq!(key_mean(&rows, SmoothK::Sampled(2)), [2.0, 15.0], "of rows 0 and 1");
+        assert_eq!(key_mean(&rows, SmoothK::Sampled(9)), mean(&rows));
+        assert_eq!(key_mean(&rows, SmoothK::Off), [0.0, 0.0]);
         let means = block_means(&rows, 2);
         assert_eq!(means.as_slice(), [2.0, 15.0, 8.0, -6.0]);
         assert_eq!(subtract(&rows, &mean(&rows)).as_slice(), [-3.0, 2.0, -1.0, 12.0, 4.0, -14.0]);

@@ -164,17 +164,17 @@ pub(super) struct Stages<'k> {
 /// Where a thread stands in a ring: the stage, and the parity of the round.
 #[derive(Clone, Copy)]
 pub(super) struct Cursor<'k> {
-    stage: Var<'k, i32>,
-    parity: Var<'k, i32>,
+    pub stage: Var<'k, i32>,
+    pub parity: Var<'k, i32>,
     stages: usize,
 }
 
 impl<'k> Cursor<'k> {
-    pub fn new(code: &'k Code, config: &AttentionConfig, name: &str) -> Self {
+    pub fn new(code: &'k Code, stages: usize, name: &str) -> Self {
         Cursor {
             stage: code.var(0).named(&format!("{name}_stage")),
             parity: code.var(0).named(&format!("{name}_parity")),
-            stages: config.tiling.stages,
+            stages,
         }
     }
 
@@ -190,8 +190,6 @@ impl<'k> Cursor<'k> {
 pub(super) struct BulkRing<'k, 'c> {
     code: &'k Code,
     config: &'c AttentionConfig,
-    /// All stages.
-    pub memory: Shared<'k, u8>,
     pub keys: Stages<'k>,
     pub values: Stages<'k>,
 }
@@ -201,7 +199,7 @@ impl<'k, 'c> BulkRing<'k, 'c> {
     pub fn new(code: &'k Code, config: &'c AttentionConfig, maps: [Val<'k, u64>; 2]) -> Self {
         let stages = config.tiling.stages;
         let bytes = stages * stage_bytes(config);
-        let memory = code.shared::<u8>("tiles", bytes.max(config.block_q() * 2 * config.padded_dim()));
+        let memory = code.shared::<u8>("tiles", bytes);
         let barriers = code.mbarriers("tiles_full_empty", 4 * stages);
         let of = |form: Form, map, first: usize, first_barrier: usize| Stages {
             form,
@@ -223,7 +221,7 @@ impl<'k, 'c> BulkRing<'k, 'c> {
             }
             code.fence_mbarriers();
         });
-        let ring = BulkRing { code, config, memory, keys, values };
+        let ring = BulkRing { code, config, keys, values };
         ring.write_ones();
         ring
     }
@@ -247,12 +245,11 @@ impl<'k, 'c> BulkRing<'k, 'c> {
         code.fence_async_proxy();
     }
 
-    /// One thread's work: asks for every tile as soon as a stage is free.
-    pub fn produce(&self, place: &Place<'k>) {
-        let cursor = Cursor::new(self.code, self.config, "produced");
+    /// One thread's work: asks for every tile of a piece of work as soon as a stage is free.
+    pub fn produce(&self, place: &Place<'k>, cursor: &Cursor<'k>) {
         self.code.range(place.first_tile, place.end_tile, |tile| {
             for operand in [&self.keys, &self.values] {
-                operand.load(self.config, place, tile, &cursor);
+                operand.load(self.config, place, tile, cursor);
             }
             cursor.advance();
         });

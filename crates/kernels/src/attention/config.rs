@@ -2,7 +2,7 @@
 
 use sage_core::{Accumulator, DType, Granularity, IntBits, IntQuantizer};
 
-use sage_ptx::Code;
+use sage_ptx::{Code, Val};
 
 use crate::params::kernel_params;
 use crate::sequence::Lengths;
@@ -15,6 +15,14 @@ const COMPUTING_BARRIER: i32 = 1;
 
 /// The named barrier at which the first warpgroup waits for its turn; the others' follow.
 pub(super) const TURN_BARRIER: i32 = 2;
+
+/// The named barrier of the first warpgroup's threads; the others' follow.
+const GROUP_BARRIER: i32 = 5;
+
+/// Most warpgroups that compute.
+const MAX_GROUPS: i32 = 3;
+
+const _: () = assert!(TURN_BARRIER + MAX_GROUPS <= GROUP_BARRIER && GROUP_BARRIER + MAX_GROUPS <= 16);
 
 /// Everything that is known when a kernel is built.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -153,6 +161,14 @@ impl AttentionConfig {
         }
     }
 
+    /// Waits for the threads that compute of the warp's warpgroup, or where there are none for the block's.
+    pub(super) fn group_barrier<'k>(&self, code: &'k Code, warp: Val<'k, i32>) {
+        match self.tiling.engine {
+            Engine::Warps => code.barrier(),
+            Engine::Warpgroups => code.named_barrier((warp >> 2) + GROUP_BARRIER, WARPGROUP),
+        }
+    }
+
     /// Whether P is summed by products with ones beside V, which leaves the other units to the exponentials: where heads
     /// fill their panels, and products and tiles have room for 8 columns more. Not in E4M3, whose products lose the low bits of sums
     /// as large as these: 0.072 instead of 0.039 relative error over 4096 keys.
@@ -167,8 +183,9 @@ impl AttentionConfig {
         padded_dim(self.head_dim)
     }
 
-    /// Blocks along x, y and z, for `splits` parts of the keys.
-    pub fn grid(&self, sequences: usize, q_heads: usize, q_len: usize, splits: usize) -> [u32; 3] {
+    /// Tiles of queries along x, heads along y and sequences along z, for `splits` parts of the keys: each is a block, or
+    /// with warpgroups a piece of work that blocks share out among themselves.
+    pub fn pieces(&self, sequences: usize, q_heads: usize, q_len: usize, splits: usize) -> [u32; 3] {
         [q_len.div_ceil(self.block_q()) as u32, q_heads as u32, (sequences * splits) as u32]
     }
 
@@ -339,6 +356,14 @@ kernel_params! {
         bottom_right: i32,
         /// Parts of the keys.
         splits: i32,
+        /// Of warpgroups: pieces of work that were taken, zero before every launch.
+        taken: [u32],
+        /// Of warpgroups: tiles of queries of the longest sequence.
+        q_tiles: i32,
+        /// Of warpgroups: heads of all sequences and parts of the keys.
+        all_heads: i32,
+        /// Of warpgroups: heads whose pieces are handed out together, a divisor of `all_heads`.
+        heads_together: i32,
         /// Query rows of all heads and batch entries: rows of the log-sum-exp.
         total_rows: i64,
         /// Factor on Q·Kᵀ.

@@ -14,6 +14,7 @@
 mod bulk_ring;
 mod config;
 mod output;
+mod pieces;
 mod place;
 mod queries;
 mod ring;
@@ -59,7 +60,8 @@ where
         if config.tiling.engine == Engine::Warpgroups {
             return warpgroups::write::<H, W>(k, config, &p);
         }
-        let place = Place::new(k, config, &p);
+        let place = Place::of_block(k, config, &p);
+        k.exit_when(place.empty);
         let ring = Ring::new(k, config, &p, &place);
         ring.start(&place);
         let queries = Queries::load::<H>(k, config, &p, &place);
@@ -89,6 +91,6 @@ where
         });
 
         let tile = ring.finish();
-        output.store::<H>(&p, &place, &softmax.finish(), &scoring.queries.taken, &tile);
+        output.store::<H>(&p, &place, &softmax.finish(), &scoring.queries.taken, Some(&tile));
     })
 }

@@ -141,14 +141,15 @@ impl<'k, 'c> Output<'k, 'c> {
         }
     }
 
-    /// Divides by the sums of P, applies V's scale and mean, and writes rows and log-sum-exps.
+    /// Divides by the sums of P, applies V's scale and mean, and writes rows and log-sum-exps: through shared memory where a
+    /// tile for the block's rows is given, else from the registers, for which rows must be aligned.
     pub fn store<H: Half + Stored<Value = H>>(
         &self,
         p: &AttentionParams<'k>,
         place: &Place<'k>,
         rows: &[RowSum<'k>],
         taken: &[Val<'k, f32>],
-        tile: &SharedTile<'k>,
+        tile: Option<&SharedTile<'k>>,
     ) {
         let (code, config) = (self.code, self.config);
         let padded = config.padded_dim() as i32;
@@ -185,6 +186,8 @@ impl<'k, 'c> Output<'k, 'c> {
                 word.split::<f16>()[i % 2].to_f32()
             }
         };
+        // Of each row slot, pairs of channels packed in a word.
+        let mut words = vec![Vec::new(); rows.len()];
         for column in 0..columns {
             let scale = matches!(config.values, Values::Fp8(_)).then(|| of_channels(p.v_scale, column));
             let mean = config.smooth_v.then(|| of_channels(p.v_mean, column));
@@ -203,16 +206,53 @@ impl<'k, 'c> Output<'k, 'c> {
                 if config.split {
                     self.store_partial(p, place, first_row, slot, column, pair);
                 } else {
-                    // A chunk is a column of 8; the lane's two elements are one word of it.
-                    let word = pair[0].pack::<H>(pair[1]).reinterpret::<u32>();
-                    let row = place.warp * config.tiling.rows_per_warp as i32 + (place.lane >> 2);
-                    let chunk = tile.chunk(row, 0).step(8 * slot, column);
-                    chunk.cast::<u32>().at(place.lane & 3).store(word);
+                    words[slot].push(pair[0].pack::<H>(pair[1]).reinterpret::<u32>());
                 }
             }
         }
-        if !config.split {
-            self.store_rows::<H>(p, place, tile);
+        match tile {
+            _ if config.split => {}
+            Some(tile) => {
+                for (slot, words) in words.iter().enumerate() {
+                    // A chunk is a column of 8; the lane's two elements are one word of it.
+                    let row = place.warp * config.tiling.rows_per_warp as i32 + (place.lane >> 2);
+                    for (column, &word) in words.iter().enumerate() {
+                        let chunk = tile.chunk(row, 0).step(8 * slot, column);
+                        chunk.cast::<u32>().at(place.lane & 3).store(word);
+                    }
+                }
+                self.store_rows::<H>(p, place, tile);
+            }
+            None => self.store_columns::<H>(p, place, words),
+        }
+    }
+
+    /// Rows from the registers to the output: the lanes of a quad, which hold four words of a column of 8 channels, exchange
+    /// them for a whole column each.
+    fn store_columns<H: Half + Stored<Value = H>>(
+        &self,
+        p: &AttentionParams<'k>,
+        place: &Place<'k>,
+        words: Vec<Vec<Val<'k, u32>>>,
+    ) {
+        let (code, config) = (self.code, self.config);
+        code.note("output: rows to device memory");
+        let quad = place.lane & 3;
+        let start =
+            place.sequence.batch.widen() * p.out_stride_batch + place.head.widen() * p.out_stride_head;
+        for (slot, mut words) in words.into_iter().enumerate() {
+            words.resize(words.len().next_multiple_of(4), code.constant(0));
+            for (index, column) in words.chunks_mut(4).enumerate() {
+                transpose(quad, column);
+                let channel = 8 * (quad + 4 * index as i32);
+                let row = place.row(slot);
+                let valid = row.lt(place.sequence.q_len) & channel.lt(config.head_dim as i32);
+                code.when(valid, || {
+                    let row = (place.sequence.q_start + row).widen() * p.out_stride_row;
+                    let target = p.out.cast::<H>().at(start + row).at(channel).cast::<u32>();
+                    target.store_vector([column[0], column[1], column[2], column[3]]);
+                });
+            }
         }
     }
 
@@ -271,6 +311,19 @@ impl<'k, 'c> Output<'k, 'c> {
                     }
                 }
             });
+        }
+    }
+}
+
+/// Four words of each lane of a quad: afterwards lane `i` has what was word `i` of each.
+fn transpose<'k>(quad: Val<'k, i32>, words: &mut [Val<'k, u32>]) {
+    for bit in [1, 2] {
+        let upper = (quad & bit).ne(0);
+        for low in (0..4usize).filter(|i| i & bit as usize == 0) {
+            let high = low | bit as usize;
+            let received = upper.select(words[low], words[high]).shuffle_xor(bit);
+            words[low] = upper.select(received, words[low]);
+            words[high] = upper.select(words[high], received);
         }
     }
 }

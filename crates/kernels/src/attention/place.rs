@@ -29,17 +29,30 @@ pub(super) struct Place<'k> {
     pub inner_end: Val<'k, i32>,
     /// Index of the part of the keys, where they are split.
     pub split: Val<'k, i32>,
+    /// Whether the sequence has no such queries.
+    pub empty: Val<'k, bool>,
     window_left: Val<'k, i32>,
     window_right: Val<'k, i32>,
 }
 
 impl<'k> Place<'k> {
-    /// Ends blocks without queries.
-    pub fn new(code: &'k Code, config: &AttentionConfig, p: &AttentionParams<'k>) -> Self {
+    /// Of the block's indices. The longest rows of a causal mask come first, so that the last blocks to start are short.
+    pub fn of_block(code: &'k Code, config: &AttentionConfig, p: &AttentionParams<'k>) -> Self {
         let [x, head, z] = code.block_index();
         let [tiles, _, sequences] = code.grid();
-        // The longest rows of a causal mask first, so that the last blocks to start are short.
-        let q_tile = tiles - 1 - x;
+        let thread = [code.warp_index(), code.lane_index()];
+        Place::new(config, p, thread, [tiles - 1 - x, head, z], sequences)
+    }
+
+    /// Of a tile of queries, a head, and one of `sequences`, which are those of all parts of the keys.
+    pub fn new(
+        config: &AttentionConfig,
+        p: &AttentionParams<'k>,
+        [warp, lane]: [Val<'k, i32>; 2],
+        [q_tile, head, z]: [Val<'k, i32>; 3],
+        sequences: Val<'k, i32>,
+    ) -> Self {
+        let code = lane.code();
         let (sequence_index, split) = if config.split {
             let sequences = sequences / p.splits;
             (z % sequences, z / sequences)
@@ -56,7 +69,6 @@ impl<'k> Place<'k> {
 
         let (block_q, tile_keys) = (config.block_q() as i32, config.tiling.tile_keys);
         let first_row = (q_tile * block_q).named("first_row");
-        code.exit_when(first_row.ge(sequence.q_len));
 
         let aligned = p.bottom_right.ne(0).select(sequence.kv_len - sequence.q_len, 0);
         let diagonal = aligned.named("diagonal");
@@ -77,7 +89,6 @@ impl<'k> Place<'k> {
         // The first row sees the least at the end, the last row at the start.
         let inner_start = start_of(last_row).div_ceil(tile_keys).max(first_tile).min(end_tile);
         let inner_end = (end_of(first_row) >> tile_keys.ilog2() as i32).min(end_tile).max(inner_start);
-        let warp = code.warp_index();
         let kv_head = head / p.group_size;
         Place {
             sequence,
@@ -87,13 +98,14 @@ impl<'k> Place<'k> {
             first_key_tile: kv_head * p.key_tiles + sequence.first_tile,
             warp_row: first_row + warp * (config.tiling.rows_per_warp as i32),
             warp,
-            lane: code.lane_index(),
+            lane,
             diagonal,
             first_tile: first_tile.named("first_tile"),
             end_tile: end_tile.named("end_tile"),
             inner_start: inner_start.named("inner_start"),
             inner_end: inner_end.named("inner_end"),
             split,
+            empty: first_row.ge(sequence.q_len),
             window_left: p.window_left,
             window_right: p.window_right,
         }

@@ -152,7 +152,7 @@ impl<'k> Queries<'k> {
     }
 }
 
-/// Stores the fragments of every warp's 16 rows where `wgmma` reads them; all threads that compute call it.
+/// Stores the fragments of the warpgroup's rows where `wgmma` reads them.
 fn panels<'k>(
     code: &'k Code,
     config: &AttentionConfig,
@@ -175,7 +175,7 @@ fn panels<'k>(
         }
     }
     code.fence_async_proxy();
-    config.barrier(code);
+    config.group_barrier(code, place.warp);
     let group = (place.warp >> 2) * (64 * row_bytes) as i32;
     PanelMatrix::new(memory, rows, row_bytes).at_byte(group)
 }
@@ -269,11 +269,19 @@ fn groups<'k>(
     } else {
         // A group of several warps' rows: each warp reads what the others found.
         let maxima = code.shared::<i32>("q_maxima", config.tiling.warps * 32);
+        // Only the rows of a whole block are more than a warpgroup's.
+        let meet = || if warps <= 4 { config.group_barrier(code, place.warp) } else { config.barrier(code) };
         maxima.at(code.thread()).store(own);
-        config.barrier(code);
+        meet();
         let first = place.warp - (place.warp & (warps as i32 - 1));
         let of_group = maxima.at(first * 32 + place.lane);
-        (0..warps as i32).map(|warp| of_group.plus(32 * warp).load()).reduce(maximum).unwrap_or(own)
+        let maxima = (0..warps as i32).map(|warp| of_group.plus(32 * warp).load());
+        let of_group = maxima.reduce(maximum).unwrap_or(own);
+        if config.tiling.engine == Engine::Warpgroups {
+            // The next queries' maxima must not overtake these.
+            meet();
+        }
+        of_group
     };
     vec![Step::of_group(quantizer, shared); slots]
 }

@@ -1,17 +1,19 @@
 //! The same attention on `wgmma`: groups of four warps multiply tiles that one more thread has copied.
 //!
 //! While a group computes the softmax of a tile, its product of the tile before with V is in flight; the tensor cores also
-//! serve the other groups meanwhile.
+//! serve the other groups meanwhile. That product reads its P from registers: a tile's exponentials are rounded into them
+//! once it is done, which it long is by then.
 
 use sage_core::Accumulator as Precision;
 use sage_ptx::{
-    Code, E4M3, FragmentA, Half, MmaAccumulator, MmaElement, PanelMatrix, SharedTile, Stored, Val, Var,
+    Code, E4M3, FragmentA, Half, MmaAccumulator, MmaElement, PanelMatrix, Stored, Val, Var,
     WarpgroupA, warpgroup_product,
 };
 
 use super::bulk_ring::{BULK_MAPS, BulkRing, Cursor};
 use super::config::{AttentionConfig, AttentionParams, Scores, TURN_BARRIER, ValueSource, Values, WARPGROUP};
 use super::output::Output;
+use super::pieces::Pieces;
 use super::place::Place;
 use super::queries::{Queries, depth_steps};
 use super::scores::{KeyScales, Scoring};
@@ -37,22 +39,42 @@ where
     W: Half + MmaElement,
 {
     let maps = BULK_MAPS.map(|name| k.tensor_map(name));
-    let place = Place::new(k, config, p);
     let ring = BulkRing::new(k, config, maps);
+    let pieces = Pieces::new(k, config, p);
     k.barrier();
-    let copies = place.warp.ge(config.tiling.warps as i32);
+    let [warp, lane] = pieces.thread;
+    let copies = warp.ge(config.tiling.warps as i32);
     k.if_else(
         copies,
         || {
             k.fewer_registers(COPYING_REGISTERS);
-            let first = place.warp.eq(config.tiling.warps as i32) & place.lane.eq(0);
-            k.when(first, || ring.produce(&place));
+            let first = warp.eq(config.tiling.warps as i32) & lane.eq(0);
+            k.when(first, || {
+                let cursor = Cursor::new(k, config.tiling.stages, "produced");
+                pieces.hand_out(|place| ring.produce(place, &cursor));
+            });
         },
         || {
             k.more_registers(computing_registers(config));
-            Group::new::<H>(k, config, p, place, &ring).compute::<H, W>(p);
+            let cursors = Cursors::new(k, config);
+            pieces.take(|place| Group::new::<H>(k, config, p, place, &ring, &cursors).compute::<H, W>(p));
         },
     );
+}
+
+/// Where a warpgroup stands in the rings, from one piece of work to the next.
+struct Cursors<'k> {
+    keys: Cursor<'k>,
+    values: Cursor<'k>,
+    /// The tile of V that is released next.
+    values_done: Cursor<'k>,
+}
+
+impl<'k> Cursors<'k> {
+    fn new(code: &'k Code, config: &AttentionConfig) -> Self {
+        let cursor = |name| Cursor::new(code, config.tiling.stages, name);
+        Cursors { keys: cursor("keys"), values: cursor("values"), values_done: cursor("values_done") }
+    }
 }
 
 /// What a thread that computes holds.
@@ -70,12 +92,9 @@ struct Group<'k, 'c, 'r> {
     parts: Vec<Var<'k, f32>>,
     /// Scores of a tile: columns of 8 keys.
     scores: Vec<[Var<'k, f32>; 4]>,
-    /// P of a tile and of the one before, as operands of 32 bytes depth.
-    probabilities: [Vec<[Var<'k, u32>; 4]>; 2],
-    keys: Cursor<'k>,
-    values: Cursor<'k>,
-    /// The tile of V that is released next.
-    values_done: Cursor<'k>,
+    /// P of a tile, as operands of 32 bytes depth.
+    probabilities: Vec<[Var<'k, u32>; 4]>,
+    cursors: &'r Cursors<'k>,
     /// Index of the warpgroup.
     group: Val<'k, i32>,
 }
@@ -87,6 +106,7 @@ impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
         p: &AttentionParams<'k>,
         place: Place<'k>,
         ring: &'r BulkRing<'k, 'c>,
+        cursors: &'r Cursors<'k>,
     ) -> Self {
         let queries = Queries::load::<H>(code, config, p, &place);
         let key_scales = KeyScales::new(config, p, &place);
@@ -110,12 +130,10 @@ impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
             output,
             parts,
             scores: (0..tile_keys / 8).map(|_| std::array::from_fn(|_| Var::new(code))).collect(),
-            probabilities: [(); 2].map(|()| {
-                (0..tile_keys * value_bytes / 32).map(|_| std::array::from_fn(|_| Var::new(code))).collect()
-            }),
-            keys: Cursor::new(code, config, "keys"),
-            values: Cursor::new(code, config, "values"),
-            values_done: Cursor::new(code, config, "values_done"),
+            probabilities: (0..tile_keys * value_bytes / 32)
+                .map(|_| std::array::from_fn(|_| Var::new(code)))
+                .collect(),
+            cursors,
             group: (place.warp >> 2).named("group"),
         }
     }
@@ -125,16 +143,11 @@ impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
         H: Half + MmaElement + Stored<Value = H>,
         W: Half + MmaElement,
     {
-        let (k, place) = (self.code, &self.scoring.place);
         self.tiles::<H, W>();
-        // The output passes through the ring, which no group reads any more.
-        self.config.barrier(k);
-        let tile = SharedTile::new(self.ring.memory, 2 * self.config.padded_dim());
-        self.output.store::<H>(p, place, &self.softmax.finish(), &self.scoring.queries.taken, &tile);
+        let scoring = &self.scoring;
+        self.output.store::<H>(p, &scoring.place, &self.softmax.finish(), &scoring.queries.taken, None);
     }
 
-    /// While the softmax of a tile is computed, the product of the tile before with V is in flight, which reads its P: so P
-    /// has two places, in turn.
     fn tiles<H, W>(&self)
     where
         H: Half + MmaElement + Stored<Value = H>,
@@ -147,55 +160,23 @@ impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
             self.clear_scores();
             self.start_scores::<H>();
             k.wait_products(0, &self.score_registers::<f32>());
-            self.ring.keys.release(place.lane, &self.keys);
-            self.softmax::<W>(place.first_tile, 0);
+            self.ring.keys.release(place.lane, &self.cursors.keys);
+            self.softmax::<W>(place.first_tile, false);
             self.first_turn();
-            let tile = k.var(place.first_tile + 1).named("tile");
-            k.while_loop(
-                || (tile.get() + 1).lt(end),
-                || {
-                    self.tile::<H, W>(tile.get(), 0);
-                    self.tile::<H, W>(tile.get() + 1, 1);
-                    tile.set(tile.get() + 2);
-                },
-            );
-            let finish = |place: usize| {
-                self.last_turn();
-                self.start_output::<W>(end - 1, place);
-                self.drain();
-            };
-            k.if_else(
-                tile.get().lt(end),
-                || {
-                    self.tile::<H, W>(tile.get(), 0);
-                    finish(1);
-                },
-                || finish(0),
-            );
-        });
-    }
-
-    /// A tile whose predecessor's P is in `before`.
-    fn tile<H, W>(&self, tile: Val<'k, i32>, before: usize)
-    where
-        H: Half + MmaElement + Stored<Value = H>,
-        W: Half + MmaElement,
-    {
-        let (k, place) = (self.code, &self.scoring.place);
-        self.await_turn();
-        self.start_scores::<H>();
-        self.start_output::<W>(tile - 1, before);
-        self.pass_turn();
-        k.wait_products(1, &self.score_registers::<f32>());
-        self.ring.keys.release(place.lane, &self.keys);
-        // So the product before that with V is done as well.
-        k.when(tile.gt(place.first_tile + 1), || {
-            self.ring.values.release(place.lane, &self.values_done);
-        });
-        if !self.parts.is_empty() {
+            k.range(place.first_tile + 1, end, |tile| {
+                self.await_turn();
+                self.start_scores::<H>();
+                self.start_output::<W>(tile - 1);
+                self.pass_turn();
+                k.wait_products(1, &self.score_registers::<f32>());
+                self.ring.keys.release(place.lane, &self.cursors.keys);
+                self.softmax::<W>(tile, true);
+            });
+            self.last_turn();
+            self.start_output::<W>(end - 1);
             self.drain();
-        }
-        self.softmax::<W>(tile, 1 - before);
+            self.ring.values.release(place.lane, &self.cursors.values_done);
+        });
     }
 
     /// Groups of the block.
@@ -249,8 +230,8 @@ impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
     /// Starts the products of the queries with the next tile of keys.
     fn start_scores<H: Half + MmaElement>(&self) {
         self.code.note("scores: q * k^T");
-        self.ring.keys.wait(&self.keys);
-        let keys = self.ring.keys.matrix(&self.keys);
+        self.ring.keys.wait(&self.cursors.keys);
+        let keys = self.ring.keys.matrix(&self.cursors.keys);
         match self.config.scores {
             Scores::Full => self.multiply_queries::<H, f32>(&keys, false),
             Scores::Int(_) => self.multiply_queries::<i8, i32>(&keys, true),
@@ -274,8 +255,8 @@ impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
         self.code.commit_products();
     }
 
-    /// Softmax of a tile whose scores are there; leaves P in `to`.
-    fn softmax<W: Half + MmaElement>(&self, tile: Val<'k, i32>, to: usize) {
+    /// Softmax of a tile whose scores are there, while the product of the tile before is in flight, unless this is the first.
+    fn softmax<W: Half + MmaElement>(&self, tile: Val<'k, i32>, in_flight: bool) {
         let (k, place) = (self.code, &self.scoring.place);
         let parts = self.config.tiling.tile_keys / KEY_TILE;
         let scales: Vec<Vec<_>> =
@@ -297,8 +278,10 @@ impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
             tiles.iter().for_each(|tile| tile.hide(place));
         });
         self.softmax.advance(k, &tiles, |alphas| {
-            if self.parts.is_empty() {
+            if in_flight {
                 self.drain();
+                // They are in, and shall not count a second time below.
+                self.parts.iter().for_each(|part| part.set(0.0));
             }
             k.note("output: rescale");
             self.output.rescale(alphas);
@@ -311,46 +294,52 @@ impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
             self.softmax.exponentials(tile, &shifts, 0..tile.columns).remove(0)
         };
         let p: Vec<_> = tiles.iter().flat_map(exponentials).collect();
+        // The tile's values have mostly arrived by now. The loop around the wait keeps the compiler from moving the
+        // exponentials behind the end of the product in flight, which they overlap with.
+        self.ring.values.wait(&self.cursors.values);
+        if in_flight {
+            self.drain();
+            self.ring.values.release(place.lane, &self.cursors.values_done);
+        }
         let words = |step: usize| match self.config.values {
             Values::Fp8(_) => {
                 FragmentA::<E4M3>::from_accumulators(std::array::from_fn(|i| p[4 * step + i])).words()
             }
             _ => FragmentA::<W>::from_accumulators([p[2 * step], p[2 * step + 1]]).words(),
         };
-        for (step, vars) in self.probabilities[to].iter().enumerate() {
+        for (step, vars) in self.probabilities.iter().enumerate() {
             vars.iter().zip(words(step)).for_each(|(var, word)| var.set(word));
         }
         self.clear_scores();
     }
 
-    /// Starts the product of P, which is that of tile `tile` and in `from`, with its values.
-    fn start_output<W: Half + MmaElement>(&self, tile: Val<'k, i32>, from: usize) {
+    /// Starts the product of P, which is that of tile `tile`, with its values, which have arrived.
+    fn start_output<W: Half + MmaElement>(&self, tile: Val<'k, i32>) {
         let (k, config) = (self.code, self.config);
         k.note("output: p * v");
-        self.ring.values.wait(&self.values);
-        let values = self.ring.values.matrix(&self.values);
+        let values = self.ring.values.matrix(&self.cursors.values);
         if config.lengths != Lengths::Dense && config.value_source == ValueSource::Given {
             let rows = self.scoring.place.sequence.kv_len - tile * config.tiling.tile_keys as i32;
             k.when(rows.lt(config.tiling.tile_keys as i32), || {
-                self.ring.clear_values(rows, &self.values);
+                self.ring.clear_values(rows, &self.cursors.values);
             });
         }
         match config.values {
             Values::Fp8(_) => {
-                self.multiply_values::<E4M3>(from, |step| values.depth_in_columns(0, 32 * step), false);
+                self.multiply_values::<E4M3>(|step| values.depth_in_columns(0, 32 * step), false);
             }
-            _ => self.multiply_values::<W>(from, |step| values.depth_in_rows(16 * step), true),
+            _ => self.multiply_values::<W>(|step| values.depth_in_rows(16 * step), true),
         }
-        self.values.advance();
+        self.cursors.values.advance();
     }
 
     fn multiply_values<E: MmaElement>(
         &self,
-        from: usize,
         values: impl Fn(usize) -> sage_ptx::MatrixDescriptor<'k>,
         transposed: bool,
     ) {
-        let p: Vec<_> = self.probabilities[from]
+        let p: Vec<_> = self
+            .probabilities
             .iter()
             .map(|vars| FragmentA::<E>::new(vars.map(|var| var.get())))
             .collect();
@@ -375,7 +364,7 @@ impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
         sums
     }
 
-    /// Waits for the product with V.
+    /// Waits for the product with V, whose own sums go into those of all tiles.
     fn drain(&self) {
         self.code.wait_products(0, &self.sums());
         for (part, sum) in self.parts.iter().zip(self.final_sums()) {

@@ -2,7 +2,7 @@
 
 use crate::attention::{AttentionConfig, MaskForm, Scores, Values};
 use crate::forward::Step;
-use crate::preprocess::Source;
+use crate::preprocess::{KeyMean, Source};
 use crate::sequence::Lengths;
 
 /// A kernel in one line.
@@ -16,8 +16,15 @@ pub(super) fn describe(step: &Step) -> String {
         Step::QueryMeans(config) => {
             format!("Q: means of {} rows; {}", config.block, of(&config.source))
         }
+        Step::SampleMean(config) => {
+            format!("K: mean of {} rows of the sequence; {}", config.rows, of(&config.source))
+        }
         Step::QuantizeK(config) => {
-            let smooth = if config.smooth { ", smoothed" } else { "" };
+            let smooth = match config.mean {
+                KeyMean::Zero => "",
+                KeyMean::Collected => ", smoothed",
+                KeyMean::Given => ", smoothed by a given mean",
+            };
             let (bits, granularity) = (config.bits.name(), config.granularity.name());
             format!("K to {bits} {granularity}{smooth}; {}", of(&config.source))
         }

@@ -16,7 +16,7 @@
 //! channel.
 //!
 //! A kernel that needs statistics of whole columns computes them itself: in its launch they run a few heads ahead
-//! of the blocks that need them, so that hardly any block waits, and tiles are read again from the L2 cache.
+//! of the blocks that need them, so that hardly any block waits, and tiles are read again from the L2 cache. The mean of a few rows takes a launch of its own.
 
 mod ahead;
 mod convert_v;
@@ -25,13 +25,15 @@ mod groups;
 mod quantize_k;
 mod quantize_v;
 mod query_means;
+mod sample_mean;
 mod statistics;
 mod tile_load;
 
 pub use convert_v::{ConvertVArgs, ConvertVConfig};
 pub use delta_s::{DeltaSArgs, DeltaSConfig};
-pub use quantize_k::{QuantizeKArgs, QuantizeKConfig};
+pub use quantize_k::{KeyMean, QuantizeKArgs, QuantizeKConfig};
 pub use quantize_v::{QuantizeVArgs, QuantizeVConfig};
 pub use query_means::{QueryMeansArgs, QueryMeansConfig};
+pub use sample_mean::{SampleMeanArgs, SampleMeanConfig};
 pub use statistics::ColumnStatistics;
 pub use tile_load::Source;

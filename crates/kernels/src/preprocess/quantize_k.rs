@@ -24,8 +24,19 @@ pub struct QuantizeKConfig {
     pub rounding: Rounding,
     /// How a group of zeros is treated.
     pub zero_group: ZeroGroup,
-    /// Whether each channel's mean is subtracted first; the kernel computes and writes it.
-    pub smooth: bool,
+    /// What is subtracted from each channel first.
+    pub mean: KeyMean,
+}
+
+/// What is subtracted from each of K's channels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum KeyMean {
+    /// Nothing.
+    Zero,
+    /// The mean of all rows, which the kernel computes and writes.
+    Collected,
+    /// What an earlier launch has written.
+    Given,
 }
 
 kernel_params! {
@@ -37,11 +48,11 @@ kernel_params! {
         out: [u8],
         /// Scales, `[kv_heads][key_tiles][groups]`.
         scale: [f32],
-        /// Where smoothing: means, `[sequences][kv_heads][padded_dim]`.
+        /// Where one is subtracted: means, `[sequences][kv_heads][padded_dim]`.
         mean: [f32],
-        /// Where smoothing: `[kv_heads][key_tiles][padded_dim]`.
+        /// Where it is collected: `[kv_heads][key_tiles][padded_dim]`.
         partials: [f32],
-        /// Where smoothing: `[sequences][kv_heads]`, zeros before every launch.
+        /// Where it is collected: `[sequences][kv_heads]`, zeros before every launch.
         arrivals: [u32],
         /// Boundaries of packed sequences, or the valid keys of each batch entry.
         cu_seqlens: [i32],
@@ -55,11 +66,11 @@ kernel_params! {
         rows: i32,
         /// Tiles of the workspace, all sequences together.
         key_tiles: i32,
-        /// Where smoothing: heads of a sequence.
+        /// Where it is collected: heads of a sequence.
         kv_heads: i32,
-        /// Where smoothing: sequences.
+        /// Where it is collected: sequences.
         sequences: i32,
-        /// Where smoothing: heads that statistics are ahead by, at least 1, as in the grid.
+        /// Where it is collected: heads that statistics are ahead by, at least 1, as in the grid.
         lead: i32,
     }
 }
@@ -110,7 +121,11 @@ impl QuantizeKConfig {
             ZeroGroup::AddToScale => "add",
             ZeroGroup::ClampMaximum => "clamp",
         };
-        let smooth = if self.smooth { "_smooth" } else { "" };
+        let smooth = match self.mean {
+            KeyMean::Zero => "",
+            KeyMean::Collected => "_smooth",
+            KeyMean::Given => "_mean",
+        };
         format!("quantize_k_{bits}_{granularity}_{rounding}_{zero_group}{smooth}_{}", self.source.suffix())
     }
 
@@ -119,10 +134,10 @@ impl QuantizeKConfig {
         self.source.threads()
     }
 
-    /// Blocks along x, y and z, where the longest sequence has `max_kv_len` keys and, where smoothing, statistics are
+    /// Blocks along x, y and z, where the longest sequence has `max_kv_len` keys and, where they are collected, statistics are
     /// `lead` heads ahead.
     pub fn grid(&self, max_kv_len: usize, kv_heads: usize, sequences: usize, lead: usize) -> [u32; 3] {
-        if self.smooth {
+        if self.mean == KeyMean::Collected {
             ahead::grid(max_kv_len, kv_heads, sequences, lead)
         } else {
             tile_grid(max_kv_len, kv_heads, sequences)
@@ -139,18 +154,19 @@ impl QuantizeKConfig {
         let threads = if self.granularity == Granularity::PerToken { 768 } else { 1024 };
         self.source.bound_registers(code, threads);
         let p = QuantizeKParams::declare(code);
-        let work = if self.smooth {
+        let collected = self.mean == KeyMean::Collected;
+        let work = if collected {
             Work::new(code, p.kv_heads, p.sequences, p.lead)
         } else {
             Work::quantise_only(code)
         };
         let [_, heads, _] = code.grid();
-        let heads = if self.smooth { p.kv_heads } else { heads };
+        let heads = if collected { p.kv_heads } else { heads };
         let head = Head::at(code, &self.source, &input!(p), [work.sequence, work.head], heads);
         let first_tile = head.head * p.key_tiles + head.sequence.first_tile;
         let mean = ColumnStatistics::Mean;
         let meeting =
-            self.smooth.then(|| Meeting::new(&head, mean, first_tile, work.tile, p.partials, p.arrivals));
+            collected.then(|| Meeting::new(&head, mean, first_tile, work.tile, p.partials, p.arrivals));
         if let Some(meeting) = &meeting {
             let outputs =
                 Outputs { mean: p.mean, scale: p.scale, factor: p.scale, v_max: code.constant(0.0) };
@@ -176,10 +192,10 @@ impl QuantizeKConfig {
         // The tile does not depend on the statistics: it is on its way while the block looks whether they are there.
         let rows = head.load(tile, RowOrder::Modulo8);
         let workspace_tile = (first_tile + tile).named("workspace_tile");
-        let mean = meeting.map(|meeting| {
+        if let Some(meeting) = meeting {
             meeting.wait(head);
-            head.channels(p.mean)
-        });
+        }
+        let mean = (self.mean != KeyMean::Zero).then(|| head.channels(p.mean));
         let smoothed = |i: usize| subtract(rows.row(i), mean);
 
         code.note("scales");

@@ -233,6 +233,35 @@ impl<'k> Head<'k> {
         rows
     }
 
+    /// Loads rows `first` to `first + 63` of `count` that lie evenly in the sequence; zeros beyond the last, and in place of
+    /// rows that the sequence does not have.
+    #[track_caller]
+    pub fn load_sample(&self, first: usize, count: usize) -> Rows<'k> {
+        let offsets = RowOrder::Modulo8.offsets();
+        let rows = Rows {
+            source: self.source,
+            words: offsets.map(|_| [(); CHUNK / 2].map(|()| self.code.var(0u32))),
+            first: self.part + first as i32,
+            offsets,
+            base: self.rows,
+            left: self.len().min(count as i32),
+        };
+        self.code.note("load sampled rows");
+        let few = self.len().le(count as i32);
+        // index · len / count, of which no part exceeds 32 bits.
+        let (step, rest) = self.len().split_index(count);
+        for i in 0..ROWS {
+            let index = rows.index(i);
+            let spread = index * step + (index * rest).split_index(count).0;
+            let row = few.select(index, spread);
+            self.code.when(rows.valid(i), || {
+                let loaded = self.load_chunk(self.rows.at(row.widen() * self.stride));
+                rows.words[i].iter().zip(loaded).for_each(|(word, loaded)| word.set(loaded));
+            });
+        }
+        rows
+    }
+
     #[track_caller]
     fn start(&self, rows: &Rows<'k>) {
         let code = self.code;

@@ -1,20 +1,22 @@
 //! K's integers and scales, and means of columns.
 
 use sage_core::oracle::{Matrix, subtract};
-use sage_core::{DType, Granularity, IntBits, Rounding, ZeroGroup};
+use sage_core::{DType, Granularity, IntBits, Rounding, SmoothK, ZeroGroup};
 use sage_kernels::KEY_TILE;
-use sage_kernels::preprocess::{QuantizeKArgs, QuantizeKConfig};
+use sage_kernels::preprocess::{
+    KeyMean, QuantizeKArgs, QuantizeKConfig, SampleMeanArgs, SampleMeanConfig,
+};
 
 use crate::inputs::{Batch, Fill, Tensor, assert_mean, emulator, folded, launch, poisoned, same};
 
-fn config(tensor: &Tensor, smooth: bool) -> QuantizeKConfig {
+fn config(tensor: &Tensor, mean: KeyMean) -> QuantizeKConfig {
     QuantizeKConfig {
         source: tensor.source,
         bits: IntBits::Eight,
         granularity: Granularity::PerThread,
         rounding: Rounding::NearestEven,
         zero_group: ZeroGroup::Guard,
-        smooth,
+        mean,
     }
 }
 
@@ -34,9 +36,22 @@ fn check_with_lead(tensor: &Tensor, config: &QuantizeKConfig, seed: u64, lead: u
     let out = poisoned(&mut emulator, "out", heads * tiles * config.tile_bytes());
     let scale = poisoned(&mut emulator, "scale", heads * tiles * groups * 4);
     let mean = emulator.uninitialized("mean", tensor.statistics() * 4);
+    let [stride_batch, stride_head, stride_row] = tensor.strides;
+    let sampled = SampleMeanConfig { source: tensor.source, rows: 64 + 64 * (seed as usize % 2) };
+    if config.mean == KeyMean::Given {
+        let args = SampleMeanArgs {
+            x,
+            mean: mean.address(),
+            cu_seqlens,
+            stride_batch,
+            stride_head,
+            stride_row,
+            rows: tensor.batch.rows() as i32,
+        };
+        launch(&emulator, &sampled.program(), sampled.grid(heads, sequences.len()), &args.args());
+    }
     let partials = emulator.uninitialized("partials", heads * tiles * width * 4);
     let arrivals = emulator.buffer("arrivals", &vec![0u32; sequences.len() * heads]);
-    let [stride_batch, stride_head, stride_row] = tensor.strides;
     let args = QuantizeKArgs {
         x,
         out: out.address(),
@@ -55,23 +70,29 @@ fn check_with_lead(tensor: &Tensor, config: &QuantizeKConfig, seed: u64, lead: u
         lead: lead as i32,
     };
     let mut grid = config.grid(tensor.batch.max_len(), heads, sequences.len(), lead);
-    if config.smooth && seed % 2 == 1 {
+    if config.mean == KeyMean::Collected && seed % 2 == 1 {
         grid = folded(grid);
     }
     launch(&emulator, &config.program(), grid, &args.args());
-    let means = if config.smooth { mean.len() } else { 0 };
+    let smooth = match config.mean {
+        KeyMean::Zero => SmoothK::Off,
+        KeyMean::Collected => SmoothK::Mean,
+        KeyMean::Given => sampled.smooth(),
+    };
+    let means = if smooth.is_on() { mean.len() } else { 0 };
     assert_eq!(emulator.written_bytes(mean), means, "means are written of empty sequences too");
 
     let (out, scale): (Vec<u8>, Vec<f32>) = (emulator.read(out), emulator.read(scale));
-    let mean: Vec<f32> = if config.smooth { emulator.read(mean) } else { vec![0.0; tensor.statistics()] };
+    let mean: Vec<f32> = if smooth.is_on() { emulator.read(mean) } else { vec![0.0; tensor.statistics()] };
     for (s, sequence) in sequences.iter().enumerate() {
         for head in 0..heads {
             let k = tensor.matrix(sequence, head);
             let at = (s * heads + head) * width;
             let mean = &mean[at..at + width];
-            let smoothed = if config.smooth { subtract(&k, mean) } else { k.clone() };
-            if config.smooth {
-                (0..k.width()).for_each(|c| assert_mean(mean[c], k.column(c)));
+            let smoothed = if smooth.is_on() { subtract(&k, mean) } else { k.clone() };
+            if smooth.is_on() {
+                let rows: Vec<usize> = (0..smooth.rows(k.rows())).map(|i| smooth.row(i, k.rows())).collect();
+                (0..k.width()).for_each(|c| assert_mean(mean[c], rows.iter().map(|&row| k.row(row)[c])));
                 assert!(mean[k.width()..].iter().all(|&x| x == 0.0), "channels beyond the head's have means");
             }
             let expected = config.quantizer().quantize_k(&smoothed);
@@ -121,7 +142,7 @@ fn every_length_and_head_dimension() {
     {
         for (dtype, heads) in [(DType::F16, 2), (DType::BF16, 1)] {
             let tensor = Tensor::new(dtype, head_dim, true, Batch::one(len), heads, Fill::Normal);
-            check(&tensor, &config(&tensor, true), seed as u64);
+            check(&tensor, &config(&tensor, KeyMean::Collected), seed as u64);
         }
     }
 }
@@ -131,7 +152,19 @@ fn rows_at_odd_addresses() {
     for (len, head_dim) in [(65, 1), (70, 5), (64, 64), (63, 80), (3, 129)] {
         for dtype in [DType::F16, DType::BF16] {
             let tensor = Tensor::new(dtype, head_dim, false, Batch::one(len), 2, Fill::Normal);
-            check(&tensor, &config(&tensor, true), 1);
+            check(&tensor, &config(&tensor, KeyMean::Collected), 1);
+        }
+    }
+}
+
+#[test]
+fn means_of_a_few_rows() {
+    for (seed, (len, head_dim)) in
+        [(1, 128), (64, 64), (65, 256), (127, 128), (129, 80), (1000, 64)].into_iter().enumerate()
+    {
+        for aligned in [true, false] {
+            let tensor = Tensor::new(DType::F16, head_dim, aligned, Batch::one(len), 2, Fill::Normal);
+            check(&tensor, &config(&tensor, KeyMean::Given), seed as u64);
         }
     }
 }
@@ -144,15 +177,15 @@ fn every_quantiser() {
             for granularity in
                 [Granularity::PerBlock, Granularity::PerWarp, Granularity::PerThread, Granularity::PerToken]
             {
-                check(&tensor, &QuantizeKConfig { bits, granularity, ..config(&tensor, true) }, 0);
+                check(&tensor, &QuantizeKConfig { bits, granularity, ..config(&tensor, KeyMean::Collected) }, 0);
             }
         }
     }
     let tensor = Tensor::new(DType::F16, 64, true, Batch::one(70), 1, Fill::Normal);
     for rounding in [Rounding::NearestEven, Rounding::HalfAwayFromZero] {
         for zero_group in [ZeroGroup::Guard, ZeroGroup::AddToScale, ZeroGroup::ClampMaximum] {
-            for smooth in [false, true] {
-                check(&tensor, &QuantizeKConfig { rounding, zero_group, ..config(&tensor, smooth) }, 0);
+            for mean in [KeyMean::Zero, KeyMean::Collected, KeyMean::Given] {
+                check(&tensor, &QuantizeKConfig { rounding, zero_group, ..config(&tensor, mean) }, 0);
             }
         }
     }
@@ -164,11 +197,11 @@ fn every_kind_of_value() {
     {
         let tensor = Tensor::new(DType::BF16, 64, true, Batch::one(130), 2, fill);
         for zero_group in [ZeroGroup::Guard, ZeroGroup::AddToScale, ZeroGroup::ClampMaximum] {
-            for smooth in [false, true] {
+            for mean in [KeyMean::Zero, KeyMean::Collected, KeyMean::Given] {
                 for granularity in [Granularity::PerThread, Granularity::PerToken] {
                     check(
                         &tensor,
-                        &QuantizeKConfig { zero_group, granularity, ..config(&tensor, smooth) },
+                        &QuantizeKConfig { zero_group, granularity, ..config(&tensor, mean) },
                         0,
                     );
                 }
@@ -187,8 +220,8 @@ fn sequences_of_different_lengths() {
     ] {
         for (head_dim, aligned) in [(128, true), (64, false)] {
             let tensor = Tensor::new(DType::F16, head_dim, aligned, batch.clone(), 2, Fill::Normal);
-            for smooth in [false, true] {
-                check(&tensor, &config(&tensor, smooth), 2);
+            for mean in [KeyMean::Zero, KeyMean::Collected, KeyMean::Given] {
+                check(&tensor, &config(&tensor, mean), 2);
             }
         }
     }
@@ -202,7 +235,7 @@ fn statistics_run_ahead_by_any_lead() {
         let tensor = Tensor::new(DType::F16, 64, true, batch, heads, Fill::Bias);
         for lead in leads {
             for seed in 0..3 {
-                check_with_lead(&tensor, &config(&tensor, true), seed + 3 * lead as u64, lead);
+                check_with_lead(&tensor, &config(&tensor, KeyMean::Collected), seed + 3 * lead as u64, lead);
             }
         }
     }
@@ -213,7 +246,7 @@ fn differences_of_a_unit_of_the_last_place() {
     let tensor = Tensor::new(DType::BF16, 64, true, Batch::one(1000), 1, Fill::Speck);
     for zero_group in [ZeroGroup::Guard, ZeroGroup::AddToScale, ZeroGroup::ClampMaximum] {
         for granularity in [Granularity::PerThread, Granularity::PerToken] {
-            check(&tensor, &QuantizeKConfig { zero_group, granularity, ..config(&tensor, true) }, 0);
+            check(&tensor, &QuantizeKConfig { zero_group, granularity, ..config(&tensor, KeyMean::Collected) }, 0);
         }
     }
 }
@@ -221,10 +254,10 @@ fn differences_of_a_unit_of_the_last_place() {
 #[test]
 fn a_grid_has_no_more_positions_than_heads_and_lead() {
     let tensor = Tensor::new(DType::F16, 64, true, Batch::one(1), 1, Fill::Zeros);
-    let grid = |smooth, sequences, lead| config(&tensor, smooth).grid(4096, 32, sequences, lead);
-    assert_eq!(grid(false, 4, 12), [64, 32, 4]);
-    assert_eq!(grid(true, 4, 12), [128, 140, 1]);
-    assert_eq!(grid(true, 2048, 1), [128, 65535, 2]);
+    let grid = |mean, sequences, lead| config(&tensor, mean).grid(4096, 32, sequences, lead);
+    assert_eq!(grid(KeyMean::Given, 4, 12), [64, 32, 4]);
+    assert_eq!(grid(KeyMean::Collected, 4, 12), [128, 140, 1]);
+    assert_eq!(grid(KeyMean::Collected, 2048, 1), [128, 65535, 2]);
 }
 
 /// What [`crate::keys`] relies on: with a correctly rounded reciprocal, one correction gives the rounded quotient.

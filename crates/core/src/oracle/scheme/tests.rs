@@ -8,7 +8,7 @@ use crate::oracle::exact;
 use crate::oracle::testing::{Sample, Sizes};
 use crate::{
     Alignment, Band, DType, Granularity, Inputs, IntBits, IntQuantizer, Lengths, Mask, Options, Preset, Pv,
-    Smoothing, View,
+    SmoothK, Smoothing, View,
 };
 
 fn quantizer(preset: Preset) -> IntQuantizer {
@@ -168,7 +168,7 @@ fn smoothing_k_rescues_biased_channels() {
         [(Preset::INT8, 4.0), (Preset::SAGE2_INT8_FP16_PER_THREAD, 4.0), (Preset::SAGE2_INT4_FP8, 3.0)]
     {
         let with = preset.scheme(64);
-        let without = Scheme { smooth: Smoothing { k: false, ..with.smooth }, ..with };
+        let without = Scheme { smooth: Smoothing { k: SmoothK::Off, ..with.smooth }, ..with };
         let [with, without] = [with, without].map(|s| accuracy(&sample, &Options::default(), &s).relative_l1);
         // The step of K grows from 4 to 34 parts of 127, or of 7, the error with it until nothing is right.
         assert!(without > ratio * with, "{preset}: {without} without, {with} with");
@@ -245,7 +245,7 @@ fn a_bad_value_is_never_silently_wrong() {
     k[100 * 16] = f32::NAN;
     sample.k = crate::Tensor::new(k, &[1, 1, 200, 16]).unwrap();
     let mut plain = Preset::INT8_PER_TOKEN.scheme(16);
-    plain.smooth.k = false;
+    plain.smooth.k = SmoothK::Off;
     assert_eq!(quantizer(Preset::INT8_PER_TOKEN).granularity, Granularity::PerToken);
     let causal = Options { band: Band::causal(Alignment::BottomRight), ..Options::default() };
     let output = scheme(&sample.call(&causal), &plain);
