@@ -2,7 +2,7 @@
 
 use pyo3::prelude::*;
 use sageattention::{
-    Alignment, Attention, Choice, Device, Error, Layout, Plan, Preset, Result, nearest_scheme,
+    Alignment, Attention, Choice, Device, Error, Layout, Plan, Preset, Result, SmoothK, nearest_scheme,
 };
 
 use crate::errors::exception;
@@ -95,7 +95,9 @@ impl Options {
             (None, false) => *automatic()?.scheme(),
             (Some(scheme), _) => scheme,
         };
-        scheme.smooth.k &= self.smooth_k;
+        if !self.smooth_k {
+            scheme.smooth.k = SmoothK::Off;
+        }
         Ok(Choice::Scheme(scheme))
     }
 }

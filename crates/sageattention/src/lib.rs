@@ -31,6 +31,6 @@ pub use plan::Plan;
 
 pub use sage_core::{
     Alignment, Band, BlockMask, Call, DType, Element, Error, Geometry, Inputs, Layout, Lengths, MAX_HEAD_DIM,
-    MAX_RANK, Mask, Options, Preset, Problem, Result, Scheme, Tensor, TensorView, TensorViewMut, View,
-    ViewMut,
+    MAX_RANK, Mask, Options, Preset, Problem, Result, Scheme, SmoothK, Tensor, TensorView, TensorViewMut,
+    View, ViewMut,
 };
