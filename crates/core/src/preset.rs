@@ -4,8 +4,8 @@ use std::fmt;
 use std::str::FromStr;
 
 use crate::{
-    Accumulator, Error, Granularity, IntBits, IntQuantizer, Pv, Qk, Result, Rounding, Scheme, SmoothK, SmoothQ,
-    Smoothing, Tile, ZeroGroup,
+    Accumulator, Error, Granularity, IntBits, IntQuantizer, Pv, Qk, Result, Rounding, Scheme, SmoothK,
+    SmoothQ, Smoothing, Tile, ZeroGroup,
 };
 
 /// A scheme with a name.

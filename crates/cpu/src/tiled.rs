@@ -91,7 +91,8 @@ impl<E: Load> Attention<'_, E> {
         tiles: usize,
         packed: &mut AVec<u32>,
     ) {
-        let means = if smooth_k.is_on() { self.key_means(units, smooth_k) } else { vec![Vec::new(); units.len()] };
+        let means =
+            if smooth_k.is_on() { self.key_means(units, smooth_k) } else { vec![Vec::new(); units.len()] };
         if packed.len() < tiles * layout.words() {
             packed.resize(tiles * layout.words(), 0);
         }

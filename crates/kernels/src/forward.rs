@@ -15,9 +15,9 @@ use crate::attention::{
 };
 use crate::combine::{CombineArgs, CombineConfig};
 use crate::preprocess::{
-    ColumnStatistics, ConvertVArgs, ConvertVConfig, DeltaSArgs, DeltaSConfig, KeyMean, QuantizeKArgs, QuantizeKConfig,
-    QuantizeVArgs, QuantizeVConfig, QueryMeansArgs, QueryMeansConfig, SampleMeanArgs, SampleMeanConfig,
-    Source,
+    ColumnStatistics, ConvertVArgs, ConvertVConfig, DeltaSArgs, DeltaSConfig, KeyMean, QuantizeKArgs,
+    QuantizeKConfig, QuantizeVArgs, QuantizeVConfig, QueryMeansArgs, QueryMeansConfig, SampleMeanArgs,
+    SampleMeanConfig, Source,
 };
 use crate::sequence::{KEY_TILE, Lengths, total_key_tiles};
 use crate::tuning::{Shape, Tuned, tiling};

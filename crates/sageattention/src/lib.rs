@@ -24,15 +24,17 @@ mod backend;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 mod kv_cache;
+mod nearest;
 mod plan;
 
 pub use attention::{Attention, Choice, Output};
 pub use backend::{Device, backend_description};
 pub use kv_cache::{KvCache, KvCacheOptions};
+pub use nearest::nearest_scheme;
 pub use plan::Plan;
 
 pub use sage_core::{
-    Alignment, Band, BlockMask, CacheLayout, DType, Element, Error, Geometry, Inputs, Layout, Lengths,
-    MAX_HEAD_DIM, MAX_RANK, Mask, Options, Preset, Problem, Result, Scheme, Tensor, TensorView,
+    Alignment, Band, BlockMask, CacheLayout, Call, DType, Element, Error, Geometry, Inputs, Layout, Lengths,
+    MAX_HEAD_DIM, MAX_RANK, Mask, Options, Preset, Problem, Result, Scheme, SmoothK, Tensor, TensorView,
     TensorViewMut, ValueFormat, View, ViewMut,
 };

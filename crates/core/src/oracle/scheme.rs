@@ -5,8 +5,8 @@ use std::f64::consts::LN_2;
 use super::exact::{maximum, softcap, weighted_sum};
 use super::matrix::dot;
 use super::{
-    Matrix, Nvfp4Rows, Output, Score, block_means, hadamard, key_mean, mean, quantize_p, quantize_v, subtract,
-    subtract_block_means, visible_keys,
+    Matrix, Nvfp4Rows, Output, Score, block_means, hadamard, key_mean, mean, quantize_p, quantize_v,
+    subtract, subtract_block_means, visible_keys,
 };
 use crate::{Call, Qk, Scheme, SmoothQ};
 

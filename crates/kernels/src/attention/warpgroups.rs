@@ -6,8 +6,8 @@
 
 use sage_core::Accumulator as Precision;
 use sage_ptx::{
-    Code, E4M3, FragmentA, Half, MmaAccumulator, MmaElement, PanelMatrix, Stored, Val, Var,
-    WarpgroupA, warpgroup_product,
+    Code, E4M3, FragmentA, Half, MmaAccumulator, MmaElement, PanelMatrix, Stored, Val, Var, WarpgroupA,
+    warpgroup_product,
 };
 
 use super::bulk_ring::{BULK_MAPS, BulkRing, Cursor};
@@ -338,11 +338,8 @@ impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
         values: impl Fn(usize) -> sage_ptx::MatrixDescriptor<'k>,
         transposed: bool,
     ) {
-        let p: Vec<_> = self
-            .probabilities
-            .iter()
-            .map(|vars| FragmentA::<E>::new(vars.map(|var| var.get())))
-            .collect();
+        let p: Vec<_> =
+            self.probabilities.iter().map(|vars| FragmentA::<E>::new(vars.map(|var| var.get()))).collect();
         let sums = self.sums();
         self.code.fence_products();
         for (step, &p) in p.iter().enumerate() {

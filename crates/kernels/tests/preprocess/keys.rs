@@ -3,9 +3,7 @@
 use sage_core::oracle::{Matrix, subtract};
 use sage_core::{DType, Granularity, IntBits, Rounding, SmoothK, ZeroGroup};
 use sage_kernels::KEY_TILE;
-use sage_kernels::preprocess::{
-    KeyMean, QuantizeKArgs, QuantizeKConfig, SampleMeanArgs, SampleMeanConfig,
-};
+use sage_kernels::preprocess::{KeyMean, QuantizeKArgs, QuantizeKConfig, SampleMeanArgs, SampleMeanConfig};
 
 use crate::inputs::{Batch, Fill, Tensor, assert_mean, emulator, folded, launch, poisoned, same};
 
@@ -177,7 +175,11 @@ fn every_quantiser() {
             for granularity in
                 [Granularity::PerBlock, Granularity::PerWarp, Granularity::PerThread, Granularity::PerToken]
             {
-                check(&tensor, &QuantizeKConfig { bits, granularity, ..config(&tensor, KeyMean::Collected) }, 0);
+                check(
+                    &tensor,
+                    &QuantizeKConfig { bits, granularity, ..config(&tensor, KeyMean::Collected) },
+                    0,
+                );
             }
         }
     }
@@ -199,11 +201,7 @@ fn every_kind_of_value() {
         for zero_group in [ZeroGroup::Guard, ZeroGroup::AddToScale, ZeroGroup::ClampMaximum] {
             for mean in [KeyMean::Zero, KeyMean::Collected, KeyMean::Given] {
                 for granularity in [Granularity::PerThread, Granularity::PerToken] {
-                    check(
-                        &tensor,
-                        &QuantizeKConfig { zero_group, granularity, ..config(&tensor, mean) },
-                        0,
-                    );
+                    check(&tensor, &QuantizeKConfig { zero_group, granularity, ..config(&tensor, mean) }, 0);
                 }
             }
         }
@@ -246,7 +244,11 @@ fn differences_of_a_unit_of_the_last_place() {
     let tensor = Tensor::new(DType::BF16, 64, true, Batch::one(1000), 1, Fill::Speck);
     for zero_group in [ZeroGroup::Guard, ZeroGroup::AddToScale, ZeroGroup::ClampMaximum] {
         for granularity in [Granularity::PerThread, Granularity::PerToken] {
-            check(&tensor, &QuantizeKConfig { zero_group, granularity, ..config(&tensor, KeyMean::Collected) }, 0);
+            check(
+                &tensor,
+                &QuantizeKConfig { zero_group, granularity, ..config(&tensor, KeyMean::Collected) },
+                0,
+            );
         }
     }
 }

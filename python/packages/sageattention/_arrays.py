@@ -1,0 +1,209 @@
+"""Arrays of other libraries than torch: numpy, CuPy, JAX, and whatever speaks DLPack and the array API."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple, Optional
+
+from sageattention import _native
+from sageattention._request import Request, native_options
+
+# Codes of the DLPack specification.
+_CPU_DEVICES = (1, 3)
+_CUDA_DEVICES = (2, 13)
+
+
+class _Library(NamedTuple):
+    """What must be known of a library to compute its arrays."""
+
+    name: str
+    empty: Callable[[Any, tuple[int, ...], Optional[str]], Any]
+    """An array like another, of a shape, and of a dtype unless it is None."""
+    raw: Callable[[str, Any], Any]
+    """An array, and its name in messages, as the Rust module takes it."""
+    stream: Callable[[Any], Optional[tuple[int, int]]]
+    """The GPU's number and the current stream, or None on the CPU."""
+    wait: bool
+    """Whether the library cannot know of work on that stream, so that it must be done when the call returns."""
+
+
+def dense(
+    q: Any,
+    k: Any,
+    v: Any,
+    request: Request,
+    attn_mask: Any,
+    block_mask: Optional[tuple[Any, int, int]],
+    return_lse: bool,
+) -> Any:
+    """See `_frameworks.dense`."""
+    library = _library_of(q, k=k, v=v, attn_mask=attn_mask)
+    shape = tuple(q.shape)
+    # Of another rank, the Rust module refuses q before it looks at the log-sum-exp.
+    lse_shape: tuple[int, ...] = ()
+    if len(shape) == 4:
+        heads, rows = (shape[2], shape[1]) if request.tensor_layout == "NHD" else (shape[1], shape[2])
+        lse_shape = (shape[0], heads, rows)
+    blocks = None if block_mask is None else (library.raw("block_mask", block_mask[0]), *block_mask[1:])
+    mask = None if attn_mask is None else library.raw("mask", attn_mask)
+    return _forward(library, q, k, v, request, lse_shape if return_lse else None, mask=mask, block_mask=blocks)
+
+
+def varlen(
+    q: Any,
+    k: Any,
+    v: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    request: Request,
+    return_lse: bool,
+) -> Any:
+    """See `_frameworks.varlen`."""
+    library = _library_of(q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    if library.name not in ("numpy", "cupy"):
+        raise NotImplementedError(f"cu_seqlens of {library.name} is not supported: use numpy, CuPy or torch")
+    boundaries = []
+    for name, given in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if given.dtype.name not in ("int32", "int64"):
+            raise TypeError(f"{name}: dtype is {given.dtype.name}, expected int32 or int64")
+        if given.ndim != 1 or given.size == 0:
+            raise ValueError(f"{name}: shape is {list(given.shape)}, expected [batch + 1]")
+        compact = library.empty(given, given.shape, "int32")
+        compact[...] = given
+        boundaries.append(compact)
+    if boundaries[0].size != boundaries[1].size:
+        raise ValueError(
+            f"cu_seqlens_k: shape is {list(cu_seqlens_k.shape)}, expected {list(cu_seqlens_q.shape)}, as cu_seqlens_q"
+        )
+    addresses = [library.raw("cu_seqlens", compact)[0] for compact in boundaries]
+    packed = (*addresses, boundaries[0].size - 1, max_seqlen_q, max_seqlen_k)
+    lse_shape = (q.shape[1], q.shape[0]) if len(q.shape) == 3 else ()
+    return _forward(library, q, k, v, request, lse_shape if return_lse else None, packed=packed)
+
+
+def _forward(
+    library: _Library, q: Any, k: Any, v: Any, request: Request, lse_shape: Optional[tuple[int, ...]], **arguments: Any
+) -> Any:
+    out = library.empty(q, tuple(q.shape), None)
+    lse = None if lse_shape is None else library.empty(q, lse_shape, "float32")
+    _native.forward(
+        library.raw("q", q),
+        library.raw("k", k),
+        library.raw("v", v),
+        library.raw("out", out),
+        native_options(request),
+        lse=None if lse is None else library.raw("lse", lse),
+        stream=library.stream(q),
+        wait=library.wait,
+        **arguments,
+    )
+    return out if lse is None else (out, lse)
+
+
+def _library_of(q: Any, **others: Any) -> _Library:
+    root = _root(q)
+    if root == "numpy" and hasattr(q, "__array_interface__"):
+        library = _NUMPY
+    elif root == "cupy":
+        library = _CUPY
+    elif hasattr(q, "__dlpack__") and hasattr(q, "__array_namespace__"):
+        library = _ANY
+    else:
+        raise TypeError(
+            f"q: type is {type(q).__name__}, expected a tensor of torch, numpy, CuPy, JAX or another library that has "
+            "__dlpack__ and __array_namespace__"
+        )
+    for name, array in others.items():
+        if array is not None and _root(array) != root:
+            raise TypeError(f"{name}: type is {type(array).__name__}, expected an array of {root}, as q")
+    return library
+
+
+def _root(array: Any) -> str:
+    """The package that an array's type is of."""
+    return type(array).__module__.partition(".")[0]
+
+
+def _strides(name: str, array: Any) -> tuple[int, ...]:
+    """Strides in elements."""
+    if any(stride % array.itemsize for stride in array.strides):
+        raise ValueError(
+            f"{name}: strides are {array.strides} bytes, expected multiples of {array.itemsize}, the element's size"
+        )
+    return tuple(stride // array.itemsize for stride in array.strides)
+
+
+def _with_neighbouring_channels(array: Any) -> Any:
+    """The array, copied where the channels of a head are not neighbours in memory; masks may lie as they like."""
+    if array.ndim and array.shape[-1] > 1 and array.strides[-1] != array.itemsize and array.dtype.kind != "b":
+        return array.copy(order="C")
+    return array
+
+
+def _numpy_raw(name: str, array: Any) -> Any:
+    if not array.dtype.isnative:
+        raise TypeError(f"{name}: dtype is {array.dtype.str}, expected this machine's byte order")
+    array = _with_neighbouring_channels(array)
+    return _Owned((array.ctypes.data, array.shape, _strides(name, array), array.dtype.name), array)
+
+
+class _Owned(tuple):
+    """A raw tensor that keeps its memory alive: a copy must outlive the call."""
+
+    owner: Any
+
+    def __new__(cls, raw: tuple[Any, ...], owner: Any) -> "_Owned":
+        self = super().__new__(cls, raw)
+        self.owner = owner
+        return self
+
+
+def _numpy_empty(array: Any, shape: tuple[int, ...], dtype: Optional[str]) -> Any:
+    return sys.modules["numpy"].empty(shape, array.dtype if dtype is None else dtype)
+
+
+def _cupy_raw(name: str, array: Any) -> Any:
+    array = _with_neighbouring_channels(array)
+    return _Owned((array.data.ptr, array.shape, _strides(name, array), array.dtype.name), array)
+
+
+def _cupy_empty(array: Any, shape: tuple[int, ...], dtype: Optional[str]) -> Any:
+    with array.device:
+        return sys.modules["cupy"].empty(shape, array.dtype if dtype is None else dtype)
+
+
+def _cupy_stream(array: Any) -> tuple[int, int]:
+    with array.device:
+        return (array.device.id, sys.modules["cupy"].cuda.get_current_stream().ptr)
+
+
+def _any_raw(name: str, array: Any) -> Any:
+    # A library whose streams are its own, such as JAX, has finished the array then; others' `__dlpack__` waits.
+    if hasattr(array, "block_until_ready"):
+        array.block_until_ready()
+    return array.__dlpack__()
+
+
+def _any_empty(array: Any, shape: tuple[int, ...], dtype: Optional[str]) -> Any:
+    # Fresh, and nobody else's: writing to it through DLPack is not seen as a change, even where arrays are immutable.
+    namespace = array.__array_namespace__()
+    kind = array.dtype if dtype is None else getattr(namespace, dtype)
+    return namespace.empty(shape, dtype=kind, device=array.device)
+
+
+def _any_stream(array: Any) -> Optional[tuple[int, int]]:
+    kind, number = array.__dlpack_device__()
+    if int(kind) in _CPU_DEVICES:
+        return None
+    if int(kind) in _CUDA_DEVICES:
+        # The legacy default stream.
+        return (int(number), 0)
+    raise NotImplementedError(f"q: DLPack device is {int(kind)}, expected the CPU (1) or CUDA (2)")
+
+
+_NUMPY = _Library("numpy", _numpy_empty, _numpy_raw, lambda array: None, wait=False)
+_CUPY = _Library("cupy", _cupy_empty, _cupy_raw, _cupy_stream, wait=False)
+_ANY = _Library("this library", _any_empty, _any_raw, _any_stream, wait=True)

@@ -1,0 +1,56 @@
+"""Whose tensors a call has. Frameworks are imported when their tensors arrive, never before."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Optional
+
+from sageattention._request import Request
+
+
+def is_torch(x: Any) -> bool:
+    """Whether a tensor is torch's."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
+
+
+def dense(
+    q: Any,
+    k: Any,
+    v: Any,
+    request: Request,
+    *,
+    attn_mask: Any = None,
+    block_mask: Optional[tuple[Any, int, int]] = None,
+    return_lse: bool = False,
+) -> Any:
+    """Attention of tensors `[batch, heads, seq, head_dim]`, or in the order that the request says."""
+    if is_torch(q):
+        from sageattention import _torch
+
+        return _torch.dense(q, k, v, request, attn_mask, block_mask, return_lse)
+    from sageattention import _arrays
+
+    return _arrays.dense(q, k, v, request, attn_mask, block_mask, return_lse)
+
+
+def varlen(
+    q: Any,
+    k: Any,
+    v: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    request: Request,
+    *,
+    return_lse: bool = False,
+) -> Any:
+    """Attention of packed sequences, `[total, heads, head_dim]`."""
+    if is_torch(q):
+        from sageattention import _torch
+
+        return _torch.varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, request, return_lse)
+    from sageattention import _arrays
+
+    return _arrays.varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, request, return_lse)

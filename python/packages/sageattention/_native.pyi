@@ -1,0 +1,37 @@
+"""The Rust module: raw addresses in, exceptions out."""
+
+from typing import Any, Optional, Union
+
+# Address, shape, strides in elements, name of the dtype; or a DLPack capsule.
+Tensor = Union[tuple[int, tuple[int, ...], tuple[int, ...], str], Any]
+
+class Options:
+    def __init__(
+        self,
+        *,
+        tensor_layout: str,
+        causal: Optional[str],
+        window: tuple[Optional[int], Optional[int]],
+        sm_scale: Optional[float],
+        logit_softcap: Optional[float],
+        scheme: Optional[str],
+        nearest: bool,
+        smooth_k: bool,
+    ) -> None: ...
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    options: Options,
+    *,
+    lse: Optional[Tensor] = None,
+    mask: Optional[Tensor] = None,
+    block_mask: Optional[tuple[Tensor, int, int]] = None,
+    packed: Optional[tuple[int, int, int, int, int]] = None,
+    stream: Optional[tuple[int, int]] = None,
+    wait: bool = False,
+) -> None: ...
+def backend_description() -> str: ...
+def schemes() -> list[tuple[str, str]]: ...

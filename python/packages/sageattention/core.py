@@ -1,0 +1,281 @@
+"""The original's public functions, by its names, signatures and defaults.
+
+Common to all of them:
+
+**Tensors** are torch's, numpy's, CuPy's, JAX's, or of any library that speaks DLPack and the array API; all of one
+library, dtype and device. On the CPU float32, float16 and bfloat16; on NVIDIA GPUs from compute capability 8.0 on
+float16 and bfloat16 (float32 there raises TypeError: convert it, nothing is rounded behind your back). Any strides do;
+a head whose channels are not neighbours in memory is copied first. Inputs are never changed.
+
+**Shapes**: q `[batch, heads, seq, head_dim]` ("HND") or `[batch, seq, heads, head_dim]` ("NHD"); k and v alike, with a
+number of heads that divides q's (grouped-query attention, nothing is expanded) and any length. head_dim is 1 to 256.
+The output has q's shape and dtype and is contiguous.
+
+**Log-sum-exp** (`return_lse=True`): float32 `[batch, heads, q_len]` in any layout, natural logarithm, of the scores
+before K was smoothed: outputs of parts of K and V can be merged with it.
+
+**Causal masks** with q_len != kv_len are aligned bottom-right: the last query sees the last key, as FlashAttention and
+KV caches have it. A row that sees no key is zeros, with log-sum-exp -inf.
+
+**Masks** (`attn_mask`): bool (True: visible) or added to the scaled scores (float), broadcastable to
+`[batch, heads, q_len, kv_len]`, alone or on top of a causal mask.
+
+**GPUs**: work is put on the caller's current stream and not waited for. Under autocast nothing is cast: q, k and v
+are computed in the dtype that they have.
+
+**Errors**: ValueError (shapes, strides, values), TypeError (dtypes), NotImplementedError (what no kernel here computes,
+gradients included), RuntimeError (the driver). Each names the tensor or option, the value found and the value wanted.
+Keywords that are unknown are ignored, unless they would change the result: then they raise NotImplementedError.
+
+**Without the kernel's GPU**: functions that name a GPU kernel compute on the CPU too, with a scheme that is at least as
+accurate: the same integers for Q and K, and values in float32 (for FP16) or in 12 bits with exact sums (for FP8).
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Optional
+
+from sageattention._frameworks import dense, varlen
+from sageattention._request import check_ignored, request
+
+
+def sageattn(
+    q: Any,
+    k: Any,
+    v: Any,
+    tensor_layout: str = "HND",
+    is_causal: bool = False,
+    sm_scale: Optional[float] = None,
+    return_lse: bool = False,
+    attn_mask: Any = None,
+    *,
+    smoothing: bool = True,
+    scheme: Optional[str] = None,
+    causal_alignment: str = "bottom_right",
+    window: Optional[tuple[Optional[int], Optional[int]]] = None,
+    logit_softcap: Optional[float] = None,
+    **kwargs: Any,
+) -> Any:
+    """Attention with the fastest accurate scheme of the device at hand.
+
+    Args:
+        q: `[batch, heads, q_len, head_dim]` ("HND") or `[batch, q_len, heads, head_dim]` ("NHD").
+        k: As q, with heads that divide q's, and any length.
+        v: As k.
+        tensor_layout: "HND" or "NHD".
+        is_causal: Whether a query sees no later key.
+        sm_scale: Factor on QKᵀ, above 0; `1 / sqrt(head_dim)` when None.
+        return_lse: Whether to return (out, log-sum-exp).
+        attn_mask: Bool or additive, broadcastable to `[batch, heads, q_len, kv_len]`.
+        smoothing: False computes without subtracting K's mean, which is less accurate. Ours, not the original's: the
+            original ignores ComfyUI's `smooth_k=False` here, and so do we, because images come out worse with it.
+        scheme: The name of a scheme, such as "full" or "sage2-int8-fp8-per-thread", in place of the device's choice.
+        causal_alignment: "bottom_right" or "top_left": where the diagonal lies when q_len != kv_len.
+        window: (left, right): keys further before or after the diagonal are hidden; None is no limit.
+        logit_softcap: Scaled scores s become `softcap * tanh(s / softcap)`.
+
+    Returns:
+        The output in q's shape and dtype; with `return_lse` a pair of it and float32 `[batch, heads, q_len]`.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError, RuntimeError: as this module says.
+
+    Source: `sageattn` of SageAttention 2.2, https://arxiv.org/abs/2411.10958.
+    """
+    check_ignored("sageattn", kwargs)
+    asked = request(
+        tensor_layout,
+        is_causal,
+        sm_scale,
+        causal_alignment=causal_alignment,
+        window=window,
+        logit_softcap=logit_softcap,
+        scheme=scheme,
+        smooth_k=smoothing,
+    )
+    return dense(q, k, v, asked, attn_mask=attn_mask, return_lse=return_lse)
+
+
+def sageattn_varlen(
+    q: Any,
+    k: Any,
+    v: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    is_causal: bool = False,
+    sm_scale: Optional[float] = None,
+    smooth_k: bool = True,
+    *,
+    return_lse: bool = False,
+    scheme: Optional[str] = None,
+    **kwargs: Any,
+) -> Any:
+    """Attention of packed sequences of different lengths.
+
+    Args:
+        q: `[total_q, heads, head_dim]`.
+        k: `[total_k, kv_heads, head_dim]`, heads dividing q's.
+        v: As k.
+        cu_seqlens_q: int32 or int64 `[sequences + 1]`: sequence b is rows `cu_seqlens_q[b]` to `cu_seqlens_q[b + 1]`.
+        cu_seqlens_k: Likewise for k and v.
+        max_seqlen_q: The longest sequence of q, or more. On a GPU longer ones are cut off; the CPU looks for itself.
+        max_seqlen_k: Likewise for k and v.
+        is_causal: Whether a query sees no later key of its sequence; bottom-right.
+        sm_scale: Factor on QKᵀ; `1 / sqrt(head_dim)` when None.
+        smooth_k: Whether K's mean over each sequence (not over all, as in the original) is subtracted.
+        return_lse: Ours: whether to return (out, float32 `[heads, total_q]`) as well.
+        scheme: Ours: the name of a scheme, in place of the device's own choice.
+
+    Returns:
+        `[total_q, heads, head_dim]`. On a GPU, rows that belong to no sequence are not written.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError, RuntimeError: as this module says. Boundaries are checked on the CPU
+        only: on a GPU that would mean waiting for it, and its kernels cut off what lies outside the tensors.
+
+    Source: `sageattn_varlen` of SageAttention 2.2.
+    """
+    check_ignored("sageattn_varlen", {**kwargs, "attn_mask": None})
+    if kwargs.get("attn_mask") is not None:
+        raise NotImplementedError("attn_mask: expected None with cu_seqlens: an explicit mask needs dense tensors")
+    asked = request("HND", is_causal, sm_scale, scheme=scheme, smooth_k=smooth_k)
+    return varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, asked, return_lse=return_lse)
+
+
+def sageattn_qk_int8_pv_fp16_triton(
+    q: Any,
+    k: Any,
+    v: Any,
+    tensor_layout: str = "HND",
+    quantization_backend: str = "triton",
+    is_causal: bool = False,
+    attn_mask: Any = None,
+    sm_scale: Optional[float] = None,
+    smooth_k: bool = True,
+    return_lse: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """SageAttention1: INT8 QKᵀ with a scale for each block, PV in FP16. No Triton is involved.
+
+    `quantization_backend` is "triton" or "cuda": whose rounding is followed. The rest as `sageattn`; unlike the
+    original, a mask goes together with `is_causal`, and a causal mask with q_len != kv_len.
+
+    Source: the function of that name of SageAttention 2.2, https://arxiv.org/abs/2410.02367.
+    """
+    check_ignored("sageattn_qk_int8_pv_fp16_triton", kwargs)
+    schemes = {"triton": "sage1-int8-fp16", "cuda": "sage1-int8-fp16-cuda-quantiser"}
+    scheme = _one_of("quantization_backend", quantization_backend, schemes)
+    asked = request(tensor_layout, is_causal, sm_scale, scheme=scheme, nearest=True, smooth_k=smooth_k)
+    return dense(q, k, v, asked, attn_mask=attn_mask, return_lse=return_lse)
+
+
+def sageattn_qk_int8_pv_fp16_cuda(
+    q: Any,
+    k: Any,
+    v: Any,
+    tensor_layout: str = "HND",
+    is_causal: bool = False,
+    qk_quant_gran: str = "per_thread",
+    sm_scale: Optional[float] = None,
+    pv_accum_dtype: str = "fp32",
+    smooth_k: bool = True,
+    smooth_v: bool = False,
+    return_lse: bool = False,
+    attn_mask: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """SageAttention2: INT8 QKᵀ, PV in FP16.
+
+    `qk_quant_gran` is "per_thread" or "per_warp"; `pv_accum_dtype` is "fp32", "fp16" or "fp16+fp32". V is smoothed only
+    with "fp16", whose sums are narrow (here they are float32 instead, which is more accurate and as fast); otherwise
+    `smooth_v` warns and is ignored, as in the original. The rest as `sageattn`.
+
+    Source: the function of that name of SageAttention 2.2, https://arxiv.org/abs/2411.10958.
+    """
+    check_ignored("sageattn_qk_int8_pv_fp16_cuda", kwargs)
+    sums = _one_of("pv_accum_dtype", pv_accum_dtype, {"fp32": "", "fp16": "-f16", "fp16+fp32": "-f16f32"})
+    smooth = _smooth_v(smooth_v, pv_accum_dtype, "fp16")
+    scheme = f"sage2-int8-fp16{sums}{smooth}{_granularity(qk_quant_gran)}"
+    asked = request(tensor_layout, is_causal, sm_scale, scheme=scheme, nearest=True, smooth_k=smooth_k)
+    return dense(q, k, v, asked, attn_mask=attn_mask, return_lse=return_lse)
+
+
+def sageattn_qk_int8_pv_fp8_cuda(
+    q: Any,
+    k: Any,
+    v: Any,
+    tensor_layout: str = "HND",
+    is_causal: bool = False,
+    qk_quant_gran: str = "per_thread",
+    sm_scale: Optional[float] = None,
+    pv_accum_dtype: str = "fp32+fp16",
+    smooth_k: bool = True,
+    smooth_v: bool = False,
+    return_lse: bool = False,
+    attn_mask: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """SageAttention2 and 2++: INT8 QKᵀ, PV in FP8. GPUs from compute capability 8.9 on.
+
+    `qk_quant_gran` is "per_thread" or "per_warp"; `pv_accum_dtype` is "fp32+fp16" (2++), "fp32+fp32" or "fp32". V is
+    smoothed only with "fp32"; otherwise `smooth_v` warns and is ignored, as in the original. The rest as `sageattn`.
+
+    Source: the function of that name of SageAttention 2.2, https://arxiv.org/abs/2505.21136.
+    """
+    check_ignored("sageattn_qk_int8_pv_fp8_cuda", kwargs)
+    forms = {"fp32+fp16": "sage2pp-int8-fp8", "fp32+fp32": "sage2-int8-fp8", "fp32": "sage2-int8-fp8-f32"}
+    form = _one_of("pv_accum_dtype", pv_accum_dtype, forms)
+    scheme = f"{form}{_smooth_v(smooth_v, pv_accum_dtype, 'fp32')}{_granularity(qk_quant_gran)}"
+    asked = request(tensor_layout, is_causal, sm_scale, scheme=scheme, nearest=True, smooth_k=smooth_k)
+    return dense(q, k, v, asked, attn_mask=attn_mask, return_lse=return_lse)
+
+
+def sageattn_qk_int8_pv_fp8_cuda_sm90(
+    q: Any,
+    k: Any,
+    v: Any,
+    tensor_layout: str = "HND",
+    is_causal: bool = False,
+    qk_quant_gran: str = "per_thread",
+    sm_scale: Optional[float] = None,
+    pv_accum_dtype: str = "fp32+fp32",
+    smooth_k: bool = True,
+    return_lse: bool = False,
+    attn_mask: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """SageAttention2 on Hopper: INT8 QKᵀ, PV in FP8. Runs on any GPU from compute capability 8.9 on.
+
+    `qk_quant_gran` is "per_thread" or "per_warp"; `pv_accum_dtype` is "fp32+fp32" ("fp32" raises NotImplementedError,
+    as in the original). Scales are of 64 keys, finer than the original's 128. The rest as `sageattn`.
+
+    Source: the function of that name of SageAttention 2.2.
+    """
+    check_ignored("sageattn_qk_int8_pv_fp8_cuda_sm90", kwargs)
+    if pv_accum_dtype == "fp32":
+        raise NotImplementedError("pv_accum_dtype: value is fp32, expected fp32+fp32: one level is too coarse here")
+    _one_of("pv_accum_dtype", pv_accum_dtype, {"fp32+fp32": ""})
+    scheme = f"sage2-int8-fp8-sm90{_granularity(qk_quant_gran)}"
+    asked = request(tensor_layout, is_causal, sm_scale, scheme=scheme, nearest=True, smooth_k=smooth_k)
+    return dense(q, k, v, asked, attn_mask=attn_mask, return_lse=return_lse)
+
+
+def _one_of(name: str, value: str, names: dict[str, str]) -> str:
+    if value not in names:
+        raise ValueError(f"{name}: value is {value}, expected {' or '.join(names)}")
+    return names[value]
+
+
+def _granularity(qk_quant_gran: str) -> str:
+    return _one_of("qk_quant_gran", qk_quant_gran, {"per_thread": "-per-thread", "per_warp": "-per-warp"})
+
+
+def _smooth_v(smooth_v: bool, pv_accum_dtype: str, narrow: str) -> str:
+    """The part of a scheme's name that says V is smoothed, which only the narrow sums profit from."""
+    if smooth_v and pv_accum_dtype != narrow:
+        warnings.warn(f"pv_accum_dtype: value is {pv_accum_dtype}, and smooth_v is for {narrow}: ignored", stacklevel=3)
+        return ""
+    return "-smooth-v" if smooth_v else ""

@@ -1,0 +1,184 @@
+//! The entry: a call on the CPU or a GPU.
+
+use pyo3::prelude::*;
+use sageattention::cuda::{Cuda, DeviceBytes, DeviceMask, DeviceTensor, Stream};
+use sageattention::{
+    BlockMask, Call, Choice, DType, Device, Error, Inputs, Lengths, Mask, Plan, Result, TensorViewMut, View,
+};
+
+use crate::errors::{exception, guarded};
+use crate::host;
+use crate::options::Options;
+use crate::tensor::{RawTensor, TensorArg};
+
+/// Boundaries of packed sequences: addresses of 32-bit integers without gaps, on the device of the tensors.
+#[derive(FromPyObject)]
+pub(crate) struct Packed(u64, u64, usize, usize, usize);
+
+/// The blocks of the score matrix to compute, and how many queries and keys a block has.
+#[derive(FromPyObject)]
+pub(crate) struct Blocks<'py>(TensorArg<'py>, usize, usize);
+
+/// A call's tensors.
+struct Tensors {
+    q: RawTensor,
+    k: RawTensor,
+    v: RawTensor,
+    out: RawTensor,
+    lse: Option<RawTensor>,
+    mask: Option<RawTensor>,
+    block_mask: Option<(RawTensor, usize, usize)>,
+    packed: Option<Packed>,
+}
+
+/// Computes attention of `q`, `k` and `v` into `out`, and each row's log-sum-exp into `lse`.
+///
+/// A tensor is a tuple (address, shape, strides in elements, name of the dtype) or a DLPack capsule. All lie in the
+/// memory of one device: this machine's, or where `stream` is given (the GPU's number, the stream's handle) that GPU's.
+/// With `wait`, a GPU is done when the call returns.
+/// `packed` is (address of cu_seqlens_q, of cu_seqlens_k, sequences, longest q, longest k).
+///
+/// The caller answers for addresses, shapes and strides, and for `out` and `lse` being nobody else's.
+#[pyfunction]
+#[pyo3(signature = (q, k, v, out, options, *, lse=None, mask=None, block_mask=None, packed=None, stream=None, wait=false))]
+#[expect(clippy::too_many_arguments, reason = "keywords of a Python function")]
+pub(crate) fn forward(
+    py: Python<'_>,
+    q: TensorArg<'_>,
+    k: TensorArg<'_>,
+    v: TensorArg<'_>,
+    out: TensorArg<'_>,
+    options: &Options,
+    lse: Option<TensorArg<'_>>,
+    mask: Option<TensorArg<'_>>,
+    block_mask: Option<Blocks<'_>>,
+    packed: Option<Packed>,
+    stream: Option<(u32, u64)>,
+    wait: bool,
+) -> PyResult<()> {
+    let block_mask = block_mask.map(|Blocks(tensor, q, k)| tensor.open().map(|tensor| (tensor, q, k)));
+    let tensors = Tensors {
+        q: q.open()?,
+        k: k.open()?,
+        v: v.open()?,
+        out: out.open()?,
+        lse: lse.map(TensorArg::open).transpose()?,
+        mask: mask.map(TensorArg::open).transpose()?,
+        block_mask: block_mask.transpose()?,
+        packed,
+    };
+    let run = || match stream {
+        None => on_cpu(&tensors, options),
+        Some((ordinal, stream)) => on_gpu(&tensors, options, ordinal, stream, wait),
+    };
+    py.detach(|| guarded(run)).map_err(exception)
+}
+
+fn on_cpu(tensors: &Tensors, options: &Options) -> Result<()> {
+    // SAFETY: of all tensors the caller of `forward` says that their memory is as described; the interpreter keeps its
+    // arguments alive during the call. Other threads that write to them meanwhile would race with any library.
+    let (q, k, v) =
+        unsafe { (host::view("q", &tensors.q)?, host::view("k", &tensors.k)?, host::view("v", &tensors.v)?) };
+    // SAFETY: as above, and nobody else knows of the output yet.
+    let out = unsafe { host::view_mut("out", &tensors.out) }?;
+
+    let mut attention = options.attention();
+    // SAFETY: as above.
+    let flags = |name, tensor| unsafe { host::flags(name, tensor) };
+    let visible = match &tensors.mask {
+        Some(mask) if mask.is_bool() => Some(flags("mask", mask)?),
+        _ => None,
+    };
+    if let Some((visible, geometry)) = &visible {
+        attention = attention.mask(Mask::Bool(View::strided("mask", visible, *geometry)?));
+    } else if let Some(mask) = &tensors.mask {
+        // SAFETY: as above.
+        attention = attention.mask(Mask::Additive(unsafe { host::view("mask", mask) }?));
+    }
+    let blocks = tensors.block_mask.as_ref().map(|(tensor, _, _)| flags("block_mask", tensor)).transpose()?;
+    if let (Some((blocks, geometry)), Some((_, block_q, block_k))) = (&blocks, &tensors.block_mask) {
+        let blocks = View::strided("block_mask", blocks, *geometry)?;
+        attention = attention.block_mask(BlockMask { blocks, block_q: *block_q, block_k: *block_k });
+    }
+    if let Some(Packed(q, k, sequences, ..)) = tensors.packed {
+        let list = |name, address| {
+            // SAFETY: as above.
+            unsafe { host::integers(name, (address, sequences + 1)) }
+        };
+        attention = attention.packed(list("cu_seqlens_q", q)?, list("cu_seqlens_k", k)?);
+    }
+    let choice = options.choice(Device::Cpu, head_dim(&tensors.q), || attention.plan(q, k, v))?;
+    let mut lse = match &tensors.lse {
+        // SAFETY: as for the output.
+        Some(lse) => match unsafe { host::view_mut("lse", lse) }? {
+            TensorViewMut::F32(view) if view.geometry().is_contiguous() => Some(view),
+            _ => return Err(wrong_lse(lse)),
+        },
+        None => None,
+    };
+    attention.scheme(choice).forward_into(q, k, v, out, lse.as_mut().map(|lse| lse.data_mut()))
+}
+
+fn on_gpu(tensors: &Tensors, options: &Options, ordinal: u32, stream: u64, wait: bool) -> Result<()> {
+    let gpu = Cuda::shared(ordinal)?;
+    // SAFETY: the caller hands over a stream of this GPU, which outlives the call.
+    let stream = unsafe { Stream::from_raw(gpu.device(), stream) };
+    let tensor = |name, tensor: &RawTensor| -> Result<DeviceTensor<'_>> {
+        // SAFETY: the caller of `forward` says that the memory is as described; its framework keeps it until work on the
+        // stream is done.
+        Ok(unsafe { DeviceTensor::from_raw(tensor.dtype(name)?, tensor.geometry(name)?, tensor.address) })
+    };
+    let mask = match &tensors.mask {
+        Some(mask) if mask.is_bool() => {
+            // SAFETY: as above.
+            let bytes = unsafe { DeviceBytes::from_raw(mask.geometry("mask")?, mask.address) };
+            Some(DeviceMask::Bool(bytes))
+        }
+        Some(mask) => Some(DeviceMask::Additive(tensor("mask", mask)?)),
+        None => None,
+    };
+    if tensors.block_mask.is_some() {
+        return Err(Error::unsupported(
+            "block_mask",
+            "not on a GPU yet; a mask of single elements computes the same, without skipping work",
+        ));
+    }
+    let (q, k, v) = (tensor("q", &tensors.q)?, tensor("k", &tensors.k)?, tensor("v", &tensors.v)?);
+    let mut inputs = Inputs { mask, ..Inputs::dense(q, k, v) };
+    if let Some(Packed(cu_seqlens_q, cu_seqlens_k, batch, max_q_len, max_kv_len)) = tensors.packed {
+        inputs.lengths = Lengths::DevicePacked { cu_seqlens_q, cu_seqlens_k, batch, max_q_len, max_kv_len };
+    }
+    let core_options = options.attention().options();
+    let call = Call::check(&inputs, &core_options)?;
+    let lse = match &tensors.lse {
+        Some(lse) => Some(checked_lse(lse, &call.lse_shape())?),
+        None => None,
+    };
+    let device = Device::Cuda(ordinal);
+    let automatic = || Plan::on(device, &call.problem, Choice::Automatic);
+    let choice = options.choice(device, head_dim(&tensors.q), automatic)?;
+    gpu.forward_into(&stream, &inputs, &core_options, choice, &tensor("out", &tensors.out)?, lse)?;
+    if wait {
+        stream.synchronize().map_err(|error| Error::Backend { message: error.to_string() })?;
+    }
+    Ok(())
+}
+
+/// Channels of a head; what is wrong with `q` comes to light when the call is checked.
+fn head_dim(q: &RawTensor) -> usize {
+    q.shape.last().copied().unwrap_or(0)
+}
+
+/// The address of a log-sum-exp that fits the call.
+fn checked_lse(lse: &RawTensor, shape: &[usize]) -> Result<u64> {
+    let fits = lse.dtype("lse")? == DType::F32 && lse.shape == shape && lse.geometry("lse")?.is_contiguous();
+    if fits { Ok(lse.address) } else { Err(wrong_lse(lse)) }
+}
+
+fn wrong_lse(lse: &RawTensor) -> Error {
+    Error::Shape {
+        name: "lse".into(),
+        found: format!("{:?} with strides {:?}", lse.shape, lse.strides),
+        wanted: "f32 without gaps: [batch, num_q_heads, q_len], or [num_q_heads, total] when packed".into(),
+    }
+}

@@ -1,0 +1,34 @@
+//! The extension module `sageattention._native`: one entry that takes raw addresses, shapes and strides.
+//!
+//! What users call is Python (`python/packages/`), which knows the frameworks: whose allocator makes the output, which
+//! stream is current, what a keyword means. Here tensors of this machine's memory and of a GPU's become the views of the
+//! crate `sageattention`, the interpreter's lock is released, and errors become exceptions with the same words.
+
+mod errors;
+mod forward;
+mod host;
+mod options;
+mod tensor;
+
+/// Functions and types for `python/packages/sageattention`; nothing here is for users.
+#[pyo3::pymodule]
+mod _native {
+    use pyo3::prelude::*;
+
+    #[pymodule_export]
+    use crate::forward::forward;
+    #[pymodule_export]
+    use crate::options::Options;
+
+    /// What computes CPU tensors on this machine, in words.
+    #[pyfunction]
+    fn backend_description() -> String {
+        sageattention::backend_description()
+    }
+
+    /// Names of all schemes, with a line about each.
+    #[pyfunction]
+    fn schemes() -> Vec<(&'static str, &'static str)> {
+        sageattention::Preset::ALL.iter().map(|preset| (preset.name(), preset.summary())).collect()
+    }
+}

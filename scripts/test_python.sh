@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# Builds the Python wheel, installs it into clean environments, runs python/README.md's example and python/tests.
+# Needs rustup's cargo and python3 (on Debian, what python3 lacks is installed as root). The first run downloads torch
+# with its CUDA libraries, several GB, into target/python-test; later ones find them there.
+#
+#     scripts/test_python.sh [PYTEST OPTIONS]      # all of it
+#     scripts/test_python.sh wheel DIR             # only build the wheel, into DIR, to be carried to a machine
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+maturin="maturin==1.16.0"
+frameworks="torch==2.15.0 numpy jax transformers==5.24.0 diffusers==0.42.1 pytest"
+max_wheel_bytes=10000000
+target=${CARGO_TARGET_DIR:-$PWD/target}
+
+# A virtual environment in the folder $1; Debian's python3 comes without what makes one.
+environment() {
+    if ! python3 -m venv "$1" 2>/dev/null; then
+        apt-get update
+        DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends python3 python3-venv
+        rm -rf "$1"
+        python3 -m venv "$1"
+    fi
+}
+
+pip_install() {
+    "$1/bin/python" -m pip install --quiet --disable-pip-version-check "${@:2}"
+}
+
+# The wheel, into the folder $1.
+build_wheel() {
+    local tools=$target/python-build
+    if ! "$tools/bin/maturin" --version 2>/dev/null | grep -qx "${maturin/==/ }"; then
+        environment "$tools"
+        pip_install "$tools" "$maturin"
+    fi
+    rm -f "$1"/sageattention-*.whl
+    "$tools/bin/maturin" build --release --locked --manifest-path python/Cargo.toml --target-dir "$target" --out "$1"
+}
+
+if [[ ${1:-} == wheel ]]; then
+    build_wheel "${2:?the folder for the wheel}"
+    exit
+fi
+
+build_wheel "$target/python-wheel"
+wheels=("$target"/python-wheel/sageattention-*.whl)
+wheel=${wheels[0]}
+bytes=$(stat -c %s "$wheel")
+echo "test_python: $(basename "$wheel"), $bytes bytes"
+if ((bytes >= max_wheel_bytes)); then
+    echo "test_python: the wheel has $bytes bytes, expected fewer than $max_wheel_bytes" >&2
+    exit 1
+fi
+
+echo "test_python: a clean environment, numpy alone"
+clean=$target/python-clean
+rm -rf "$clean"
+environment "$clean"
+pip_install "$clean" "$wheel" numpy
+"$clean/bin/python" - <<'PYTHON'
+import numpy
+from sageattention import sageattn
+
+q = k = v = numpy.random.default_rng(0).standard_normal((1, 8, 1024, 64), dtype=numpy.float32)
+out = sageattn(q, k, v, is_causal=True)
+print("test_python:", type(out).__module__, out.shape, out.dtype)
+PYTHON
+
+tests=$target/python-test
+if [[ $(cat "$tests/installed" 2>/dev/null) != "$frameworks" ]]; then
+    echo "test_python: installing $frameworks"
+    rm -rf "$tests"
+    environment "$tests"
+    # shellcheck disable=SC2086 -- a list
+    pip_install "$tests" $frameworks
+    echo "$frameworks" >"$tests/installed"
+fi
+pip_install "$tests" --force-reinstall --no-deps "$wheel"
+
+echo "test_python: the example of python/README.md"
+awk '/^```python$/ { inside = 1; next } inside && /^```$/ { exit } inside' python/README.md >"$target/python-example.py"
+echo 'print("test_python:", out.shape, out.dtype)' >>"$target/python-example.py"
+"$tests/bin/python" "$target/python-example.py"
+
+"$tests/bin/python" -m pytest python/tests "$@"
