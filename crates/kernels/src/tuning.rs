@@ -94,12 +94,16 @@ fn of_warpgroups(shape: &Shape) -> Tuned {
         (_, true, 128) if shape.two_level && !shape.plain => {
             (shared(wide, 6), "810; 705 with tiles of 64 keys: a tile's own sums are added half as often")
         }
-        (_, true, _) if shape.two_level || two_groups => (base, "two groups leave registers for masks and tiles' own sums"),
+        (_, true, _) if shape.two_level || two_groups => {
+            (base, "two groups leave registers for masks and tiles' own sums")
+        }
         (_, true, 128) => (Tiling { stages: 6, ..three }, "900; 849 by two groups with tiles of 128 keys"),
         (_, true, _) => (Tiling { stages: 8, ..three }, "546; 455 by two groups with tiles of 128 keys"),
         (true, false, 256) => (base, "998; 981 with queries in shared memory"),
         (true, false, _) if two_groups => (base, "two groups leave registers for masks"),
-        (true, false, 128) => (ones(Tiling { stages: 6, ..three }), "820; 755 by two groups with tiles of 128 keys"),
+        (true, false, 128) => {
+            (ones(Tiling { stages: 6, ..three }), "820; 755 by two groups with tiles of 128 keys")
+        }
         (true, false, _) => {
             (shared(Tiling { warps: 12, ..wide }, 5), "526; 503 with tiles of 64 keys and sums by ones")
         }
@@ -189,7 +193,8 @@ pub fn candidates(target: Target, shape: &Shape) -> Vec<Tiling> {
     };
     if shape.warpgroups {
         for (groups, tile_keys) in [(2, 64), (2, 128), (3, 64), (3, 128)] {
-            for (queries_in_registers, turns) in [(true, false), (true, true), (false, false), (false, true)] {
+            for (queries_in_registers, turns) in [(true, false), (true, true), (false, false), (false, true)]
+            {
                 let base = Tiling {
                     warps: 4 * groups,
                     tile_keys,
@@ -199,7 +204,10 @@ pub fn candidates(target: Target, shape: &Shape) -> Vec<Tiling> {
                     stages: 1,
                     ..own
                 };
-                let stages = MAX_STAGES.min((shared_bytes(target) - SMALL_ARRAYS - queries_bytes(&base, shape)) / stage_bytes(&base, shape));
+                let stages = MAX_STAGES.min(
+                    (shared_bytes(target) - SMALL_ARRAYS - queries_bytes(&base, shape))
+                        / stage_bytes(&base, shape),
+                );
                 let per_group = if groups == 2 { 240 } else { 160 };
                 let blocks = !(shape.per_block && groups == 3);
                 if stages >= 2 && blocks && warpgroup_registers(&base, shape) <= per_group {

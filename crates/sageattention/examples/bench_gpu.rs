@@ -54,7 +54,9 @@ fn main() -> Result<(), Box<dyn Error>> {
             let stages = gpu.time_kernels(&stream, &inputs, &options, choice, &out, RUNS)?;
             let stages: Vec<String> = stages
                 .iter()
-                .map(|(name, time)| format!("{{\"kernel\":\"{name}\",\"ms\":{:.4}}}", time.as_secs_f64() * 1e3))
+                .map(|(name, time)| {
+                    format!("{{\"kernel\":\"{name}\",\"ms\":{:.4}}}", time.as_secs_f64() * 1e3)
+                })
                 .collect();
             println!(
                 "{{\"scheme\":\"{scheme}\",\"length\":{length},\"ms\":{:.4},\"kernels\":[{}]}}",

@@ -53,9 +53,6 @@ pub struct Tune {
     /// Causal mask
     #[arg(long)]
     causal: bool,
-    /// Timed runs of each tile shape
-    #[arg(long, default_value_t = 7)]
-    reps: usize,
     /// Where the table goes [default: where later processes look for it]
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
@@ -72,7 +69,8 @@ impl Tune {
         };
         let gpu = Cuda::new(ordinal)?;
         let path = self.output.clone().or_else(|| TuningTable::path(gpu.device()));
-        let path = path.ok_or_else(|| Failure::Failed("there is no cache folder, expected --output".into()))?;
+        let path =
+            path.ok_or_else(|| Failure::Failed("there is no cache folder, expected --output".into()))?;
         let mut table = match path.exists() {
             true => TuningTable::read(&path)?,
             false => TuningTable::new(gpu.device()),
@@ -132,7 +130,7 @@ impl Tune {
         let options = Options { band, ..Options::default() };
         let progress = console.progress("measuring", 0);
         let choice: Choice = scheme.choice();
-        let tuned = gpu.tune(&stream, &call, &options, choice, &out.view(), self.reps, |done, of| {
+        let tuned = gpu.tune(&stream, &call, &options, choice, &out.view(), |done, of| {
             progress.set_length(of as u64);
             progress.set_position(done as u64);
         })?;
@@ -166,7 +164,8 @@ impl Tune {
         }
         let (ms, tiling) = timed[0];
         if own_ms / ms > NOISE {
-            let reason = format!("{:.0} TFLOP/s, {:.2}× the built-in choice", operations / ms / 1e9, own_ms / ms);
+            let reason =
+                format!("{:.0} TFLOP/s, {:.2}× the built-in choice", operations / ms / 1e9, own_ms / ms);
             table.set(TunedShape { shape: kind, tiling, reason });
         }
         Ok(())

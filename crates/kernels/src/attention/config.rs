@@ -144,7 +144,8 @@ pub struct Tiling {
 /// and the exponent of lazy rescaling.
 impl fmt::Display for Tiling {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Tiling { warps, rows_per_warp, tile_keys, step_keys, stages, min_blocks, lazy_rescale, .. } = self;
+        let Tiling { warps, rows_per_warp, tile_keys, step_keys, stages, min_blocks, lazy_rescale, .. } =
+            self;
         let queries = if self.queries_in_registers { "r" } else { "" };
         let ones = if self.ones { "o" } else { "" };
         let engine = match (self.engine, self.turns) {

@@ -113,7 +113,7 @@ impl Cuda {
         out: &DeviceTensor<'_>,
         lse: Option<u64>,
     ) -> Result<()> {
-        let Some(prepared) = self.prepare(stream, inputs, options, choice, out, lse, None)? else {
+        let Some(prepared) = self.prepare(stream, inputs, options, choice, (out, lse), None)? else {
             return Ok(());
         };
         let plan = &prepared.plan;
@@ -141,7 +141,7 @@ impl Cuda {
         out: &DeviceTensor<'_>,
         runs: usize,
     ) -> Result<Vec<(String, Duration)>> {
-        match self.prepare(stream, inputs, options, choice, out, None, None)? {
+        match self.prepare(stream, inputs, options, choice, (out, None), None)? {
             Some(prepared) => self.time_prepared(stream, &prepared, runs),
             None => Ok(Vec::new()),
         }
@@ -183,8 +183,7 @@ impl Cuda {
         inputs: &DeviceInputs<'_>,
         options: &Options,
         choice: Choice,
-        out: &DeviceTensor<'_>,
-        lse: Option<u64>,
+        (out, lse): (&DeviceTensor<'_>, Option<u64>),
         tiling: Option<Tiling>,
     ) -> Result<Option<Prepared>> {
         let call = Call::check(inputs, options)?;

@@ -16,6 +16,10 @@ use crate::attention::Choice;
 /// Names a file with measured tile shapes.
 const VARIABLE: &str = "SAGEATTENTION_TUNING";
 
+/// Runs of a tile shape before it is timed, and timed runs.
+const WARM_UP: usize = 2;
+const RUNS: usize = 7;
+
 /// Measured tile shapes of a GPU.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct TuningTable {
@@ -57,7 +61,8 @@ impl TuningTable {
         if let Some(path) = env::var_os(VARIABLE) {
             return Some(path.into());
         }
-        let name: String = device.info().name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
+        let name: String =
+            device.info().name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
         Some(device.disk_cache()?.folder().join(format!("tuning-{name}.json")))
     }
 
@@ -66,7 +71,8 @@ impl TuningTable {
     /// # Errors
     /// When it cannot be read, or is none.
     pub fn read(path: &Path) -> Result<Self> {
-        let wrong = |error: String| Error::Backend { message: format!("tuning table {}: {error}", path.display()) };
+        let wrong =
+            |error: String| Error::Backend { message: format!("tuning table {}: {error}", path.display()) };
         let text = fs::read_to_string(path).map_err(|error| wrong(error.to_string()))?;
         serde_json::from_str(&text).map_err(|error| wrong(error.to_string()))
     }
@@ -78,7 +84,12 @@ impl TuningTable {
         match TuningTable::read(&path) {
             Ok(table) if table.gpu == empty.gpu => table,
             Ok(table) => {
-                tracing::warn!("tuning table {}: gpu is {}, expected {}; not used", path.display(), table.gpu, empty.gpu);
+                tracing::warn!(
+                    "tuning table {}: gpu is {}, expected {}; not used",
+                    path.display(),
+                    table.gpu,
+                    empty.gpu
+                );
                 empty
             }
             Err(error) => {
@@ -121,20 +132,23 @@ impl Cuda {
         options: &Options,
         choice: Choice,
         out: &DeviceTensor<'_>,
-        runs: usize,
         mut tried: impl FnMut(usize, usize),
     ) -> Result<Option<(Shape, Vec<Trial>)>> {
-        let Some(own) = self.prepare(stream, inputs, options, choice, out, None, None)? else { return Ok(None) };
+        let Some(own) = self.prepare(stream, inputs, options, choice, (out, None), None)? else {
+            return Ok(None);
+        };
         let shape = *own.plan.forward.shape();
         let tilings = candidates(self.gpu.target, &shape);
         let time = |tiling: Tiling| -> Result<Duration> {
-            let prepared = self.prepare(stream, inputs, options, choice, out, None, Some(tiling))?;
+            let prepared = self.prepare(stream, inputs, options, choice, (out, None), Some(tiling))?;
             let Some(prepared) = prepared else { return Ok(Duration::ZERO) };
             // Clocks fall under load: the first runs warm up.
-            self.time_prepared(stream, &prepared, 2)?;
-            let times = self.time_prepared(stream, &prepared, runs)?;
+            self.time_prepared(stream, &prepared, WARM_UP)?;
+            let times = self.time_prepared(stream, &prepared, RUNS)?;
             let attention = times.iter().find(|(name, _)| name.starts_with("attention"));
-            attention.map(|(_, time)| *time).ok_or_else(|| Error::unsupported("tuning", "the call has no attention kernel"))
+            attention
+                .map(|(_, time)| *time)
+                .ok_or_else(|| Error::unsupported("tuning", "the call has no attention kernel"))
         };
         let mut trials = Vec::new();
         for (index, &tiling) in tilings.iter().enumerate() {

@@ -38,19 +38,20 @@ fn numbers_worked_out_by_hand() {
     let close = |a: f64, b: f64| assert!((a - b).abs() < 1e-6, "{a} is not {b}");
 
     // The scale is 0.1, so K is 7 and 3: scores 0.7 and 0.3.
-    let output = scheme(&call, &smooth(false));
+    let output = scheme(&call, &smooth(SmoothK::Off));
     close(output.out[0], 1.0 / (1.0 + (-0.4f64).exp()));
     close(output.lse[0], (0.7f64.exp() + 0.3f64.exp()).ln());
 
     // The mean is 0.52, so K' is ±0.18, which is ±7 times its scale: nothing is lost.
-    let output = scheme(&call, &smooth(true));
+    let output = scheme(&call, &smooth(SmoothK::Mean));
     close(output.out[0], 1.0 / (1.0 + (-0.36f64).exp()));
     close(output.lse[0], (0.7f64.exp() + 0.34f64.exp()).ln());
 }
 
 fn smoothings() -> impl Strategy<Value = Smoothing> {
     let q = prop_oneof![Just(SmoothQ::Off), (1usize..9).prop_map(SmoothQ::Block), Just(SmoothQ::Sequence)];
-    (q, any::<bool>(), any::<bool>()).prop_map(|(q, k, v)| Smoothing { q, k, v })
+    let k = prop_oneof![Just(SmoothK::Off), Just(SmoothK::Mean), (1usize..40).prop_map(SmoothK::Sampled)];
+    (q, k, any::<bool>()).prop_map(|(q, k, v)| Smoothing { q, k, v })
 }
 
 fn bands() -> impl Strategy<Value = Band> {
