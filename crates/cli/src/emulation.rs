@@ -38,6 +38,7 @@ pub fn plan(call: &Call<'_>, scheme: Option<Scheme>, gpu: &Gpu) -> Result<Forwar
     let problem = &call.problem;
     let request = Request {
         scheme,
+        accuracy: None,
         mask: MaskForm::None,
         lengths: Lengths::Dense,
         q_rows: problem.q_len,

@@ -206,6 +206,7 @@ impl Call {
         };
         let request = Request {
             scheme: self.scheme,
+            accuracy: None,
             mask: self.mask,
             lengths: self.lengths,
             q_rows: rows(q_len),
@@ -271,6 +272,7 @@ impl List {
             (DType::BF16, Preset::SAGE2_INT8_FP8_PER_THREAD.scheme(head_dim)),
             (DType::BF16, Preset::FULL.scheme(head_dim)),
             (DType::F16, rough),
+            (DType::F16, int8(Pv::Fp8 { v_max: 448.0, accumulator: Accumulator::F32 })),
         ] {
             self.add(&Call { dtype, head_dim, scheme: Some(scheme), ..Call::default() }, false, |_| true);
         }

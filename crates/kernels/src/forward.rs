@@ -5,7 +5,7 @@
 
 use sage_core::{
     Accumulator, Alignment, DType, Error, Granularity, IntBits, IntQuantizer, Problem, Pv, Qk, Result,
-    Rounding, Scheme, SmoothK, SmoothQ, Smoothing, Tile, ZeroGroup,
+    Scheme, SmoothK, SmoothQ,
 };
 use sage_ptx::{Arg, BoxedTensor, Program, Target};
 
@@ -13,6 +13,8 @@ use crate::attention::{
     AttentionArgs, AttentionConfig, Engine, MaskForm, Scores, Tiling, ValueSource, Values, attention,
     boxed_tensors, padded_dim, stage_bytes,
 };
+pub use crate::choice::int8_scheme;
+use crate::choice::{FEW_QUERIES, choose, with_own_values};
 use crate::combine::{CombineArgs, CombineConfig};
 use crate::preprocess::{
     ColumnStatistics, ConvertVArgs, ConvertVConfig, DeltaSArgs, DeltaSConfig, KeyMean, QuantizeKArgs,
@@ -30,15 +32,9 @@ const NO_LIMIT: i32 = 1 << 30;
 /// both hold a line, with what is being written beside it.
 const LEAD_BYTES: usize = 12 << 20;
 
-/// Rows whose mean our own scheme subtracts from K: scales are 1/256 larger than with the mean of all, and K is read once.
-const SAMPLED_KEYS: usize = 128;
-
 /// Bytes of K and V that attention works on at once where pieces of work differ in length: half the L2 cache of an H100, each
 /// half of which may hold a copy.
 const CACHED_BYTES: usize = 25 << 20;
-
-/// Queries of a call up to which K and V are read as given, split between blocks: quantising would read them once more.
-const FEW_QUERIES: usize = 64;
 
 /// The GPU that a plan is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -54,6 +50,8 @@ pub struct Gpu {
 pub struct Request {
     /// The scheme, or none for the planner's choice.
     pub scheme: Option<Scheme>,
+    /// Largest relative L1 error on N(0, 1) data that the planner's choice may have; none for that of INT8 scores.
+    pub accuracy: Option<f32>,
     /// Explicit mask.
     pub mask: MaskForm,
     /// Where lengths come from.
@@ -191,7 +189,7 @@ impl Forward {
         let scheme = match request.scheme {
             Some(scheme) => scheme,
             None => {
-                let (scheme, reason) = choose(problem);
+                let (scheme, reason) = choose(problem, request, gpu)?;
                 reasons.push(reason);
                 scheme
             }
@@ -288,46 +286,6 @@ impl Forward {
         }
         Ok(())
     }
-}
-
-/// Our own INT8 scheme: scales per thread, 16-bit P·V in the inputs' element type with exact sums.
-pub fn int8_scheme(dtype: DType) -> Scheme {
-    let quantizer = IntQuantizer {
-        bits: IntBits::Eight,
-        granularity: Granularity::PerThread,
-        tile: Tile { block_q: 128, warp_q: 32, block_k: KEY_TILE, warp_k: KEY_TILE },
-        rounding: Rounding::NearestEven,
-        zero_group: ZeroGroup::Guard,
-        scale_q_first: false,
-    };
-    let pv = match dtype {
-        DType::BF16 => Pv::BF16(Accumulator::F32),
-        _ => Pv::F16(Accumulator::F32),
-    };
-    let smooth = Smoothing { q: SmoothQ::Off, k: SmoothK::Sampled(SAMPLED_KEYS), v: false };
-    Scheme { qk: Qk::Int(quantizer), pv, smooth, rotate: false }
-}
-
-fn choose(problem: &Problem) -> (Scheme, String) {
-    let int8 = int8_scheme(problem.dtype);
-    if problem.q_len * problem.group_size() <= FEW_QUERIES {
-        let smooth = Smoothing { q: SmoothQ::Off, k: SmoothK::Off, v: false };
-        let reason = format!(
-            "full precision: {} query rows for each key head read K and V too seldom to repay quantising K",
-            problem.q_len * problem.group_size()
-        );
-        return (Scheme { qk: Qk::Full, smooth, ..int8 }, reason);
-    }
-    (int8, "INT8 scores with 16-bit P·V: V needs no pass of its own, and sums are exact".into())
-}
-
-/// Full precision on tensor cores rounds P to the inputs' 16 bits, as every 16-bit attention does.
-fn with_own_values(scheme: Scheme, dtype: DType, reasons: &mut Vec<String>) -> Scheme {
-    if scheme.pv != Pv::F32 {
-        return scheme;
-    }
-    reasons.push(format!("P·V in {dtype} with f32 sums: tensor cores take 16-bit operands"));
-    Scheme { pv: int8_scheme(dtype).pv, ..scheme }
 }
 
 /// What the choice of kernels depends on.

@@ -5,6 +5,7 @@
 pub mod attention;
 pub mod cache;
 pub mod catalog;
+mod choice;
 pub mod combine;
 pub mod forward;
 mod integer;

@@ -8,12 +8,18 @@ use sage_core::{
 use crate::backend::{self, Device};
 use crate::plan::Plan;
 
+/// Relative L1 error of the processor's own choice, INT8 per token: the worst measured on N(0, 1) is 0.0093.
+const CPU_ERROR: f32 = 0.01;
+
 /// Which scheme computes attention.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub enum Choice {
     /// The fastest that is accurate on the backend at hand.
     #[default]
     Automatic,
+    /// The fastest whose relative L1 error, Σ|O − O′| / Σ|O| against exact attention of N(0, 1) data, is at most this. The
+    /// measured errors are 0.002 of bf16 tensors in full precision, 0.014 of INT8 scores, and 0.04 with FP8 P·V besides.
+    Within(f32),
     /// A scheme with a name: our own, or what a function of the original SageAttention stands for.
     Preset(Preset),
     /// This one.
@@ -24,9 +30,28 @@ impl Choice {
     /// The scheme that was chosen for heads of `head_dim` channels, or `None` where the backend chooses.
     pub fn scheme(&self, head_dim: usize) -> Option<Scheme> {
         match self {
-            Choice::Automatic => None,
+            Choice::Automatic | Choice::Within(_) => None,
             Choice::Preset(preset) => Some(preset.scheme(head_dim)),
             Choice::Scheme(scheme) => Some(*scheme),
+        }
+    }
+
+    /// The largest error allowed, where one was named.
+    pub fn accuracy(&self) -> Option<f32> {
+        match self {
+            Choice::Within(error) => Some(*error),
+            _ => None,
+        }
+    }
+
+    /// As [`Choice::scheme`], for the processor, whose own choice has the error [`CPU_ERROR`].
+    pub(crate) fn scheme_on_cpu(&self, head_dim: usize) -> Result<Option<Scheme>> {
+        match self.accuracy() {
+            Some(error) if error.is_nan() || error <= 0.0 => {
+                Err(Error::value("accuracy", error, "a relative error above 0"))
+            }
+            Some(error) if error < CPU_ERROR => Ok(Some(Preset::FULL.scheme(head_dim))),
+            _ => Ok(self.scheme(head_dim)),
         }
     }
 }
@@ -136,6 +161,11 @@ impl<'a> Attention<'a> {
         Attention { choice: choice.into(), ..self }
     }
 
+    /// The fastest scheme whose relative error is at most this: see [`Choice::Within`].
+    pub fn accuracy(self, relative_error: f32) -> Self {
+        Attention { choice: Choice::Within(relative_error), ..self }
+    }
+
     /// What computes [`Attention::forward`], instead of this machine's processor. For tensors that lie in a GPU's memory
     /// already see [`crate::cuda::Cuda::forward_into`].
     pub fn device(self, device: Device) -> Self {
@@ -230,7 +260,7 @@ impl<'a> Attention<'a> {
             }
         }
         let cpu = backend::cpu();
-        let plan = cpu.plan(&call.problem, self.choice.scheme(call.problem.head_dim))?;
+        let plan = cpu.plan(&call.problem, self.choice.scheme_on_cpu(call.problem.head_dim)?)?;
         cpu.forward(&plan, call, out, lse)
     }
 

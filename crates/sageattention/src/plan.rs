@@ -38,7 +38,8 @@ impl Plan {
     pub fn on(device: Device, problem: &Problem, choice: Choice) -> Result<Self> {
         let backend = match device {
             Device::Cpu => {
-                BackendPlan::Cpu(Box::new(backend::cpu().plan(problem, choice.scheme(problem.head_dim))?))
+                let scheme = choice.scheme_on_cpu(problem.head_dim)?;
+                BackendPlan::Cpu(Box::new(backend::cpu().plan(problem, scheme)?))
             }
             #[cfg(feature = "cuda")]
             Device::Cuda(ordinal) => {

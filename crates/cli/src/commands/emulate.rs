@@ -101,7 +101,7 @@ impl Emulate {
         let options = CallOptions { causal: self.causal, ..CallOptions::default() }.attention().options();
         let call = Call::check(&Inputs::new(q.view(), k.view(), v.view()), &options)?;
         let scheme = match self.scheme.choice() {
-            Choice::Automatic => None,
+            Choice::Automatic | Choice::Within(_) => None,
             Choice::Preset(preset) => Some(preset.scheme(head_dim)),
             Choice::Scheme(scheme) => Some(scheme),
         };

@@ -217,6 +217,7 @@ impl Case {
         let aligned = self.misaligned == 0 && self.head_dim.is_multiple_of(8) && self.gap.is_multiple_of(8);
         let request = Request {
             scheme: self.scheme,
+            accuracy: None,
             mask: match self.mask {
                 MaskKind::None => MaskForm::None,
                 MaskKind::Bool => MaskForm::Bool,

@@ -252,6 +252,7 @@ impl Cuda {
     pub(crate) fn explain(&self, problem: &Problem, choice: Choice) -> Result<CudaPlan> {
         let request = Request {
             scheme: choice.scheme(problem.head_dim),
+            accuracy: choice.accuracy(),
             mask: if problem.masked { MaskForm::Bool } else { MaskForm::None },
             lengths: match problem.packed {
                 true => sage_kernels::Lengths::Packed,
@@ -329,6 +330,7 @@ fn boxed((shape, tensor): (&[usize], TensorArg)) -> bool {
 fn request(call: &Call<'_, DeviceTensor<'_>, DeviceMask<'_>>, choice: Choice, lse: bool) -> Request {
     Request {
         scheme: choice.scheme(call.problem.head_dim),
+        accuracy: choice.accuracy(),
         mask: match call.mask {
             None => MaskForm::None,
             Some(DeviceMask::Bool(_)) => MaskForm::Bool,

@@ -1,0 +1,136 @@
+//! Which scheme a GPU computes where the caller leaves it open.
+
+use sage_core::{
+    Accumulator, DType, Error, Granularity, IntBits, IntQuantizer, Problem, Pv, Qk, Result, Rounding, Scheme,
+    SmoothK, SmoothQ, Smoothing, Tile, ZeroGroup,
+};
+use sage_ptx::Target;
+
+use crate::forward::{Gpu, Request};
+use crate::sequence::KEY_TILE;
+
+/// Rows whose mean our own scheme subtracts from K: scales are 1/256 larger than with the mean of all, and K is read once.
+const SAMPLED_KEYS: usize = 128;
+
+/// Queries of a call up to which K and V are read as given, split between blocks: quantising would read them once more.
+pub(crate) const FEW_QUERIES: usize = 64;
+
+/// Our own INT8 scheme: scales per thread, 16-bit P·V in the inputs' element type with exact sums.
+pub fn int8_scheme(dtype: DType) -> Scheme {
+    let quantizer = IntQuantizer {
+        bits: IntBits::Eight,
+        granularity: Granularity::PerThread,
+        tile: Tile { block_q: 128, warp_q: 32, block_k: KEY_TILE, warp_k: KEY_TILE },
+        rounding: Rounding::NearestEven,
+        zero_group: ZeroGroup::Guard,
+        scale_q_first: false,
+    };
+    let pv = match dtype {
+        DType::BF16 => Pv::BF16(Accumulator::F32),
+        _ => Pv::F16(Accumulator::F32),
+    };
+    let smooth = Smoothing { q: SmoothQ::Off, k: SmoothK::Sampled(SAMPLED_KEYS), v: false };
+    Scheme { qk: Qk::Int(quantizer), pv, smooth, rotate: false }
+}
+
+/// Relative L1 errors on N(0, 1) at 4096 keys, head_dim 128, a little above what was measured on an H100: full precision in
+/// bf16, INT8 scores with 16-bit P·V, and with FP8 P·V (docs/performance.md).
+const FULL_ERROR: f32 = 0.0025;
+const INT8_ERROR: f32 = 0.0135;
+const FP8_ERROR: f32 = 0.039;
+
+/// Keys that a query of each key head sees on average, from which FP8 P·V repays the pass over V on an H100: at head_dim 128
+/// its kernel is 0.87 of the 16-bit one's time, and the pass takes as long as 0.1 of 4096 keys.
+const FP8_KEYS: usize = 4096;
+
+/// The planner's own choice: the fastest of those that are accurate enough.
+pub(crate) fn choose(problem: &Problem, request: &Request, gpu: &Gpu) -> Result<(Scheme, String)> {
+    let int8 = int8_scheme(problem.dtype);
+    let full = || Scheme { qk: Qk::Full, smooth: Smoothing { k: SmoothK::Off, ..int8.smooth }, ..int8 };
+    let rows = problem.q_len * problem.group_size();
+    if rows <= FEW_QUERIES {
+        let reason = format!(
+            "full precision: {rows} query rows for each key head read K and V too seldom to repay quantising K"
+        );
+        return Ok((full(), reason));
+    }
+    let error = request.accuracy.unwrap_or(INT8_ERROR);
+    if error.is_nan() || error < FULL_ERROR {
+        let wanted = format!("at least {FULL_ERROR}, the error of 16-bit attention");
+        return Err(Error::value("accuracy", error, wanted));
+    }
+    if error < INT8_ERROR {
+        return Ok((
+            full(),
+            format!("full precision: INT8 scores have an error of {INT8_ERROR}, above {error}"),
+        ));
+    }
+    let band = problem.band;
+    let seen = (if band.right == Some(0) { problem.kv_len / 2 } else { problem.kv_len })
+        .min(band.left.map_or(usize::MAX, |left| left + band.right.unwrap_or(left)));
+    let repaid = problem.head_dim > 64 && seen * problem.group_size() >= FP8_KEYS;
+    if error >= FP8_ERROR && gpu.target == Target::SM_90A && request.boxed && repaid {
+        let pv = Pv::Fp8 { v_max: 448.0, accumulator: Accumulator::F32 };
+        let reason = format!("FP8 P·V: {seen} keys for each query repay the pass over V");
+        return Ok((Scheme { pv, ..int8 }, reason));
+    }
+    Ok((int8, "INT8 scores with 16-bit P·V: V needs no pass of its own, and sums are exact".into()))
+}
+
+/// Full precision on tensor cores rounds P to the inputs' 16 bits, as every 16-bit attention does.
+pub(crate) fn with_own_values(scheme: Scheme, dtype: DType, reasons: &mut Vec<String>) -> Scheme {
+    if scheme.pv != Pv::F32 {
+        return scheme;
+    }
+    reasons.push(format!("P·V in {dtype} with f32 sums: tensor cores take 16-bit operands"));
+    Scheme { pv: int8_scheme(dtype).pv, ..scheme }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::attention::MaskForm;
+    use crate::sequence::Lengths;
+    use sage_core::{Band, Call, Inputs, Mask, Options, Tensor, TensorView};
+
+    /// The choice for `len` queries and keys of head_dim 128, or its error.
+    fn chosen(len: usize, accuracy: Option<f32>, causal: bool, target: Target) -> Result<Scheme> {
+        let x = Tensor::new(vec![half::f16::ZERO; len * 128], &[1, 1, len, 128])?;
+        let inputs: Inputs<'_, TensorView<'_>, Mask<'_>> = Inputs::dense(x.view(), x.view(), x.view());
+        let band = Band { right: causal.then_some(0), ..Band::FULL };
+        let call = Call::check(&inputs, &Options { band, ..Options::default() })?;
+        let request = Request {
+            scheme: None,
+            accuracy,
+            mask: MaskForm::None,
+            lengths: Lengths::Dense,
+            q_rows: len,
+            kv_rows: len,
+            aligned: true,
+            boxed: true,
+            lse: false,
+            tiling: None,
+        };
+        Ok(choose(&call.problem, &request, &Gpu { target, multiprocessors: 132 })?.0)
+    }
+
+    #[test]
+    fn the_fastest_that_is_accurate_enough() {
+        let int8 = int8_scheme(DType::F16);
+        let fp8 = |scheme: Scheme| matches!(scheme.pv, Pv::Fp8 { .. });
+        let hopper = Target::SM_90A;
+        assert_eq!(chosen(8192, None, false, hopper), Ok(int8));
+        assert_eq!(chosen(8192, Some(0.02), false, hopper), Ok(int8));
+        assert!(chosen(8192, Some(0.05), false, hopper).is_ok_and(fp8));
+        assert_eq!(chosen(2048, Some(0.05), false, hopper), Ok(int8), "too few keys repay V's pass");
+        assert_eq!(chosen(4096, Some(0.05), true, hopper), Ok(int8), "half of the keys are seen");
+        assert_eq!(chosen(8192, Some(0.05), false, Target::SM_80), Ok(int8), "no FP8 there");
+        assert!(chosen(8192, Some(0.005), false, hopper).is_ok_and(|scheme| scheme.qk == Qk::Full));
+        assert!(chosen(16, None, false, hopper).is_ok_and(|scheme| scheme.qk == Qk::Full));
+        let refused = chosen(8192, Some(0.001), false, hopper).unwrap_err().to_string();
+        assert_eq!(
+            refused,
+            "accuracy: value is 0.001, expected at least 0.0025, the error of 16-bit attention"
+        );
+    }
+}
