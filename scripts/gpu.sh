@@ -15,8 +15,8 @@ build() {
     mkdir -p "$1"
     {
         cargo test --no-run --message-format=json -p sage-cuda --test gpu
-        cargo test --no-run --message-format=json -p sageattention --test gpu
-        cargo build --message-format=json -p sageattention --example bench_gpu
+        cargo test --no-run --message-format=json -p sageattention --test gpu --test gpu_kv_cache
+        cargo build --message-format=json -p sageattention --example bench_gpu --example bench_gpu_kv_cache
         cargo build --message-format=json -p sageattn
     } | python3 -c '
 import json, shutil, sys
@@ -27,6 +27,7 @@ for line in sys.stdin:
     name = message["target"]["name"]
     if name == "gpu":
         name = "test_cuda" if "/cuda/" in message["target"]["src_path"] else "test_attention"
+    name = name.replace("gpu_kv_cache", "test_kv_cache") if name.startswith("gpu") else name
     shutil.copy(message["executable"], f"{sys.argv[1]}/{name}")
 ' "$1"
     ls "$1"
@@ -46,6 +47,8 @@ tests() {
     "$bin/test_cuda" --test-threads=1 --nocapture
     heading "attention against the oracle"
     "$bin/test_attention" --test-threads=1 --nocapture
+    heading "KV cache against the oracle"
+    "$bin/test_kv_cache" --test-threads=1 --nocapture
 }
 
 # A representative set under the checkers, which make kernels some hundred times slower.
