@@ -134,7 +134,11 @@ def test_views_of_a_fused_projection_are_computed_where_they_lie(device):
     assert torch.equal(heads_first.transpose(1, 2), out)
     shared = sageattention.sageattn(q, k[:1].expand_as(k), v[:1].expand_as(v), tensor_layout="NHD")
     wanted = sageattention.sageattn(q, k[:1].repeat(2, 1, 1, 1), v[:1].repeat(2, 1, 1, 1), tensor_layout="NHD")
-    assert torch.equal(shared, wanted)
+    if device == "cuda":
+        # No tensor map repeats a batch entry, so another kernel reads such keys: 16-bit P is rounded twice, 2⁻¹¹ each.
+        assert_close(shared, wanted.double(), 1e-3)
+    else:
+        assert torch.equal(shared, wanted)
 
 
 def test_channels_that_are_no_neighbours_are_copied(device):
