@@ -49,6 +49,14 @@ impl Cuda {
         Ok(Cuda::of_device(Device::new(ordinal).map_err(driver)?))
     }
 
+    /// The GPU of that number, opened once in the life of the process.
+    ///
+    /// # Errors
+    /// As [`Cuda::new`].
+    pub fn shared(ordinal: u32) -> Result<Arc<Self>> {
+        crate::backend::cuda(ordinal)
+    }
+
     /// A device that is open already.
     pub fn of_device(device: Device) -> Self {
         let info = device.info();
