@@ -10,6 +10,7 @@
 
 #![forbid(unsafe_code)]
 
+mod cache;
 mod dtype;
 mod error;
 mod geometry;
@@ -21,6 +22,7 @@ mod problem;
 mod scheme;
 mod tensor;
 
+pub use cache::{BlockTables, CacheLayout, CachedInputs, PageCopy, ValueFormat};
 pub use dtype::{DType, Element};
 pub use error::{Error, Result};
 pub use geometry::{Geometry, MAX_RANK};

@@ -415,7 +415,12 @@ fn dimensions(tensor: &impl Strided) -> [usize; 4] {
 }
 
 /// A caller's tensor as `[batch, heads, seq, head_dim]`.
-fn canonical<T: Strided>(name: &'static str, tensor: T, layout: Layout, packed: bool) -> Result<T> {
+pub(crate) fn canonical<T: Strided>(
+    name: &'static str,
+    tensor: T,
+    layout: Layout,
+    packed: bool,
+) -> Result<T> {
     canonical_geometry(name, tensor.geometry(), layout, packed).map(|g| tensor.with_geometry(g))
 }
 

@@ -25,6 +25,7 @@
 //! # Determinism
 //! The same call on the same machine gives the same bits: no sum's order depends on the number of threads.
 
+mod cache;
 mod forward;
 mod isa;
 mod kernels;
@@ -48,6 +49,7 @@ use crate::kernels::{Kernels, Load};
 use crate::plan::Strategy;
 use crate::rows::OutputRows;
 
+pub use crate::cache::CachePages;
 pub use crate::isa::InstructionSet;
 pub use crate::machine::{Caches, Machine};
 pub use crate::plan::CpuPlan;
@@ -139,21 +141,7 @@ impl Cpu {
         (mut out, geometry): (ViewMut<'_, E>, Geometry),
         lse: Option<&mut [f32]>,
     ) -> Result<()> {
-        let mut lse = match lse {
-            Some(lse) => {
-                let shape = [&call.q.shape()[..3], &[1]].concat();
-                let wanted = Geometry::contiguous("lse", &shape)?;
-                if lse.len() != wanted.len() {
-                    return Err(Error::Memory {
-                        name: "lse".into(),
-                        found: lse.len(),
-                        wanted: format!("{} for shape {:?}", wanted.len(), call.lse_shape()),
-                    });
-                }
-                Some((ViewMut::strided("lse", lse, wanted)?, wanted))
-            }
-            None => None,
-        };
+        let mut lse = lse.map(|lse| lse_view(call, lse)).transpose()?;
         if call.q.geometry().is_empty() {
             return Ok(());
         }
@@ -190,6 +178,20 @@ impl Cpu {
             spare.push(packed);
         }
     }
+}
+
+/// The caller's memory for log-sum-exps, in the order of a call's rows.
+fn lse_view<'l>(call: &Call<'_>, lse: &'l mut [f32]) -> Result<(ViewMut<'l, f32>, Geometry)> {
+    let shape = [&call.q.shape()[..3], &[1]].concat();
+    let wanted = Geometry::contiguous("lse", &shape)?;
+    if lse.len() != wanted.len() {
+        return Err(Error::Memory {
+            name: "lse".into(),
+            found: lse.len(),
+            wanted: format!("{} for shape {:?}", wanted.len(), call.lse_shape()),
+        });
+    }
+    Ok((ViewMut::strided("lse", lse, wanted)?, wanted))
 }
 
 /// The kernels of an instruction set that was detected.

@@ -21,10 +21,10 @@ struct Unit {
 }
 
 /// What a run of keys adds to every row of its unit.
-struct Part {
-    /// Unnormalised rows of `head_dim` numbers.
-    out: Vec<f32>,
-    state: RowState,
+pub(crate) struct Part {
+    /// Unnormalised rows, of `head_dim` numbers or more.
+    pub out: Vec<f32>,
+    pub state: RowState,
 }
 
 impl<E: Load> Attention<'_, E> {
@@ -53,7 +53,9 @@ impl<E: Load> Attention<'_, E> {
             .with_max_len(1)
             .map(|(unit, keys)| self.part(&units[*unit], keys.clone()))
             .collect();
-        units.par_iter().for_each(|unit| self.merge(unit, &computed[unit.first_part..][..unit.parts]));
+        units.par_iter().for_each(|unit| {
+            self.merge(&unit.sequence, &unit.rows, &computed[unit.first_part..][..unit.parts]);
+        });
     }
 
     fn part(&self, unit: &Unit, keys: std::ops::Range<usize>) -> Part {
@@ -95,11 +97,11 @@ impl<E: Load> Attention<'_, E> {
         part
     }
 
-    /// Adds up the parts of a unit and writes its rows.
-    fn merge(&self, unit: &Unit, parts: &[Part]) {
+    /// Adds up the parts of a unit and writes its rows, which must be no other unit's.
+    pub fn merge(&self, sequence: &Sequence, rows: &[Row], parts: &[Part]) {
         let head_dim = self.call.problem.head_dim;
         let mut out = vec![0f32; head_dim];
-        for (r, row) in unit.rows.iter().enumerate() {
+        for (r, row) in rows.iter().enumerate() {
             let max = parts.iter().fold(f32::NEG_INFINITY, |max, part| max.max(part.state.max[r]));
             let shift = max.max(f32::MIN);
             let mut sum = 0.0;
@@ -108,11 +110,11 @@ impl<E: Load> Attention<'_, E> {
                 let (part_max, part_sum) = totals(&part.state, r);
                 let weight = (part_max - shift).exp2();
                 sum += weight * part_sum;
-                let part = &part.out[r * head_dim..][..head_dim];
+                let part = &part.out[r * (part.out.len() / rows.len())..][..head_dim];
                 out.iter_mut().zip(part).for_each(|(out, x)| *out += weight * x);
             }
             // SAFETY: each row belongs to one unit, and each unit to one thread.
-            unsafe { self.write_row(&unit.sequence, row, (max, sum), 0.0, &mut out) }
+            unsafe { self.write_row(sequence, row, (max, sum), 0.0, &mut out) }
         }
     }
 }

@@ -239,6 +239,34 @@ impl<'a> Attention<'a> {
         Inputs { q, k, v, mask: self.mask, block_mask: self.block_mask, lengths: self.lengths }
     }
 
+    /// Whether [`Attention::return_lse`] was asked for.
+    pub(crate) fn returns_lse(&self) -> bool {
+        self.return_lse
+    }
+
+    /// The masks, where every option set is one that a KV cache on this machine's processor can serve.
+    pub(crate) fn cached_masks(&self) -> Result<(Option<Mask<'_>>, Option<BlockMask<'_>>)> {
+        if self.lengths != Lengths::Dense {
+            return Err(Error::unsupported(
+                "kv_lens or cu_seqlens over a KV cache",
+                "it has lengths of its own",
+            ));
+        }
+        if self.choice != Choice::Automatic {
+            return Err(Error::unsupported(
+                "a scheme over a KV cache",
+                "its scheme is that of what it stores",
+            ));
+        }
+        if self.device != Device::Cpu {
+            return Err(Error::unsupported(
+                format!("device {} over a KV cache in this machine's memory", self.device),
+                "leave the device out",
+            ));
+        }
+        Ok((self.mask, self.block_mask))
+    }
+
     /// The options that a check of a call takes, in core's words.
     pub fn options(&self) -> Options {
         let right = if self.causal { Some(0) } else { self.window.right };

@@ -13,6 +13,8 @@
 //! # Ok::<(), sageattention::Error>(())
 //! ```
 //!
+//! [`KvCache`] keeps the keys and values of past tokens quantised, for decoding.
+//!
 //! [`Attention`] collects the options; [`Attention::forward`] computes, [`Attention::forward_into`] does so into the
 //! caller's memory, and [`Attention::plan`] says what would be computed, how and why. Everything that can be wrong with
 //! a call is an [`Error`] that names the tensor or option, the value found and the value wanted.
@@ -21,14 +23,16 @@ mod attention;
 mod backend;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+mod kv_cache;
 mod plan;
 
 pub use attention::{Attention, Choice, Output};
 pub use backend::{Device, backend_description};
+pub use kv_cache::{KvCache, KvCacheOptions};
 pub use plan::Plan;
 
 pub use sage_core::{
-    Alignment, Band, BlockMask, DType, Element, Error, Geometry, Inputs, Layout, Lengths, MAX_HEAD_DIM,
-    MAX_RANK, Mask, Options, Preset, Problem, Result, Scheme, Tensor, TensorView, TensorViewMut, View,
-    ViewMut,
+    Alignment, Band, BlockMask, CacheLayout, DType, Element, Error, Geometry, Inputs, Layout, Lengths,
+    MAX_HEAD_DIM, MAX_RANK, Mask, Options, Preset, Problem, Result, Scheme, Tensor, TensorView,
+    TensorViewMut, ValueFormat, View, ViewMut,
 };

@@ -47,7 +47,7 @@ pub fn exact(call: &Call<'_>) -> Output {
 }
 
 /// One row: softmax of its scores times V, and its log-sum-exp.
-fn attend(scores: &[Score], v: &Matrix<f64>) -> (Vec<f64>, f64) {
+pub(super) fn attend(scores: &[Score], v: &Matrix<f64>) -> (Vec<f64>, f64) {
     let max = maximum(scores);
     if max == f64::NEG_INFINITY {
         return (vec![0.0; v.width()], max);

@@ -5,6 +5,7 @@
 //! for bit. They work on a [`Matrix`]: the rows of one head of one sequence. A group that holds a NaN or an infinity
 //! has the scale NaN, so that results are NaN where it is used and never silently wrong.
 
+mod cached;
 mod exact;
 mod fixed;
 mod fp4;
@@ -21,6 +22,7 @@ mod testing;
 mod values;
 mod visibility;
 
+pub use cached::{CachedHead, cached};
 pub use exact::{Score, exact};
 pub use fixed::{FIXED12_MAX, Fixed12Blocks};
 pub use fp4::{

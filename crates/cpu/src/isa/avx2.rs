@@ -44,6 +44,19 @@ macro_rules! shared_operations {
             }
         }
         #[inline(always)]
+        unsafe fn load_i8(p: *const i8) -> __m256 {
+            unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()))) }
+        }
+        #[inline(always)]
+        unsafe fn load_e4m3(p: *const u8) -> __m256 {
+            unsafe {
+                // Each code in the upper byte; one step down leaves the sign twice, once where no exponent reaches.
+                let high = _mm_unpacklo_epi8(_mm_setzero_si128(), _mm_loadl_epi64(p.cast()));
+                let bits = _mm_and_si128(_mm_srai_epi16::<1>(high), _mm_set1_epi16(0xbfff_u16 as i16));
+                _mm256_cvtph_ps(bits)
+            }
+        }
+        #[inline(always)]
         unsafe fn store(p: *mut f32, x: __m256) {
             unsafe { _mm256_storeu_ps(p, x) }
         }
@@ -109,6 +122,18 @@ macro_rules! shared_operations {
         #[inline(always)]
         unsafe fn load_int(p: *const u32) -> __m256i {
             unsafe { _mm256_loadu_si256(p.cast()) }
+        }
+        #[inline(always)]
+        unsafe fn load_i8_pairs(p: *const i8) -> __m256i {
+            unsafe { _mm256_cvtepi8_epi16(_mm_loadu_si128(p.cast())) }
+        }
+        #[inline(always)]
+        unsafe fn reduce_add_ints([a, b, c, d]: [__m256i; 4]) -> [i32; 4] {
+            unsafe {
+                let sums = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
+                let sums = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256::<1>(sums));
+                std::mem::transmute::<__m128i, [i32; 4]>(sums)
+            }
         }
         #[inline(always)]
         unsafe fn add_int(a: __m256i, b: __m256i) -> __m256i {

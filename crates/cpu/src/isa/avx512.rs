@@ -42,6 +42,19 @@ impl Isa for Avx512 {
         }
     }
     #[inline(always)]
+    unsafe fn load_i8(p: *const i8) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn load_e4m3(p: *const u8) -> __m512 {
+        unsafe {
+            // Each code in the upper byte; one step down leaves the sign twice, once where no exponent reaches.
+            let high = _mm256_slli_epi16::<8>(_mm256_cvtepu8_epi16(_mm_loadu_si128(p.cast())));
+            let bits = _mm256_and_si256(_mm256_srai_epi16::<1>(high), _mm256_set1_epi16(0xbfff_u16 as i16));
+            _mm512_cvtph_ps(bits)
+        }
+    }
+    #[inline(always)]
     unsafe fn store(p: *mut f32, x: __m512) {
         unsafe { _mm512_storeu_ps(p, x) }
     }
@@ -96,6 +109,20 @@ impl Isa for Avx512 {
     #[inline(always)]
     unsafe fn load_int(p: *const u32) -> __m512i {
         unsafe { _mm512_loadu_si512(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn load_i8_pairs(p: *const i8) -> __m512i {
+        unsafe { _mm512_cvtepi8_epi16(_mm256_loadu_si256(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn reduce_add_ints(x: [__m512i; 4]) -> [i32; 4] {
+        unsafe {
+            let [a, b, c, d] =
+                x.map(|x| _mm256_add_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64::<1>(x)));
+            let sums = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
+            let sums = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256::<1>(sums));
+            std::mem::transmute::<__m128i, [i32; 4]>(sums)
+        }
     }
     #[inline(always)]
     unsafe fn add_int(a: __m512i, b: __m512i) -> __m512i {

@@ -100,6 +100,10 @@ pub(crate) trait Isa: 'static {
     unsafe fn load(p: *const f32) -> Self::F;
     unsafe fn load_f16(p: *const half::f16) -> Self::F;
     unsafe fn load_bf16(p: *const half::bf16) -> Self::F;
+    /// Of 8-bit integers.
+    unsafe fn load_i8(p: *const i8) -> Self::F;
+    /// Of E4M3 values that are not NaN, times 2⁻⁸: so their bits are those of a half, moved.
+    unsafe fn load_e4m3(p: *const u8) -> Self::F;
     unsafe fn store(p: *mut f32, x: Self::F);
     unsafe fn add(a: Self::F, b: Self::F) -> Self::F;
     unsafe fn sub(a: Self::F, b: Self::F) -> Self::F;
@@ -121,8 +125,16 @@ pub(crate) trait Isa: 'static {
 
     unsafe fn splat_int(x: u32) -> Self::I;
     unsafe fn load_int(p: *const u32) -> Self::I;
+    /// `2 · LANES` 8-bit integers as 16-bit halves of words, in order.
+    unsafe fn load_i8_pairs(p: *const i8) -> Self::I;
     unsafe fn add_int(a: Self::I, b: Self::I) -> Self::I;
     unsafe fn reduce_add_int(x: Self::I) -> i32;
+    /// [`Isa::reduce_add_int`] of four vectors.
+    #[inline(always)]
+    unsafe fn reduce_add_ints(x: [Self::I; 4]) -> [i32; 4] {
+        // SAFETY: the caller vouches for the instruction set.
+        x.map(|x| unsafe { Self::reduce_add_int(x) })
+    }
     /// Exact for magnitudes up to 2²⁴.
     unsafe fn int_to_float(x: Self::I) -> Self::F;
     /// To the nearest integer; anything for NaN.

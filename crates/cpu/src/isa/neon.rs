@@ -46,6 +46,26 @@ impl Isa for Neon {
         unsafe { vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(p.cast()))) }
     }
     #[inline(always)]
+    unsafe fn load_i8(p: *const i8) -> float32x4_t {
+        unsafe {
+            let bytes = vcreate_s8(p.cast::<u32>().read_unaligned().into());
+            vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(bytes))))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_e4m3(p: *const u8) -> float32x4_t {
+        unsafe {
+            let bytes = vcreate_s8(p.cast::<u32>().read_unaligned().into());
+            // Each code in the upper byte; one step down leaves the sign twice, once where no exponent reaches.
+            let half = vshr_n_s16::<1>(vshl_n_s16::<8>(vget_low_s16(vmovl_s8(bytes))));
+            let half = vand_u16(vreinterpret_u16_s16(half), vdup_n_u16(0xbfff));
+            let wide: float32x4_t;
+            asm!("fcvtl {wide:v}.4s, {half:v}.4h", wide = lateout(vreg) wide, half = in(vreg) half,
+                options(pure, nomem, nostack, preserves_flags));
+            wide
+        }
+    }
+    #[inline(always)]
     unsafe fn store(p: *mut f32, x: float32x4_t) {
         unsafe { vst1q_f32(p, x) }
     }
@@ -104,6 +124,19 @@ impl Isa for Neon {
     #[inline(always)]
     unsafe fn load_int(p: *const u32) -> uint32x4_t {
         unsafe { vld1q_u32(p) }
+    }
+    #[inline(always)]
+    unsafe fn load_i8_pairs(p: *const i8) -> uint32x4_t {
+        unsafe { vreinterpretq_u32_s16(vmovl_s8(vld1_s8(p))) }
+    }
+    #[inline(always)]
+    unsafe fn reduce_add_ints([a, b, c, d]: [uint32x4_t; 4]) -> [i32; 4] {
+        unsafe {
+            let mut sums = [0i32; 4];
+            let vector = vpaddq_u32(vpaddq_u32(a, b), vpaddq_u32(c, d));
+            vst1q_s32(sums.as_mut_ptr(), vreinterpretq_s32_u32(vector));
+            sums
+        }
     }
     #[inline(always)]
     unsafe fn add_int(a: uint32x4_t, b: uint32x4_t) -> uint32x4_t {

@@ -52,6 +52,21 @@ impl<const WORD: u8> Isa for Portable<WORD> {
         unsafe { p.cast::<[bf16; LANES]>().read_unaligned() }.map(bf16::to_f32)
     }
     #[inline(always)]
+    unsafe fn load_i8(p: *const i8) -> Self::F {
+        // SAFETY: the caller's pointer is valid for a vector.
+        unsafe { p.cast::<[i8; LANES]>().read_unaligned() }.map(f32::from)
+    }
+    #[inline(always)]
+    unsafe fn load_e4m3(p: *const u8) -> Self::F {
+        // SAFETY: the caller's pointer is valid for a vector.
+        let codes = unsafe { p.cast::<[u8; LANES]>().read_unaligned() };
+        codes.map(|code| {
+            // The bits of a single, but 2¹²⁰ times too small: subnormal codes become subnormal singles.
+            let bits = (u32::from(code) & 0x80) << 24 | (u32::from(code) & 0x7f) << 20;
+            f32::from_bits(bits) * f32::from_bits((127 + 112) << 23)
+        })
+    }
+    #[inline(always)]
     unsafe fn store(p: *mut f32, x: Self::F) {
         // SAFETY: the caller's pointer is valid for a vector.
         unsafe { p.cast::<Self::F>().write_unaligned(x) }
@@ -111,6 +126,12 @@ impl<const WORD: u8> Isa for Portable<WORD> {
     unsafe fn load_int(p: *const u32) -> Self::I {
         // SAFETY: the caller's pointer is valid for a vector.
         unsafe { p.cast::<Self::I>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn load_i8_pairs(p: *const i8) -> Self::I {
+        // SAFETY: the caller's pointer is valid for two vectors of 8-bit integers.
+        let values = unsafe { p.cast::<[[i8; 2]; LANES]>().read_unaligned() };
+        values.map(|[low, high]| i32::from(low) as u32 & 0xffff | (i32::from(high) as u32) << 16)
     }
     #[inline(always)]
     unsafe fn add_int(a: Self::I, b: Self::I) -> Self::I {

@@ -1,15 +1,18 @@
 //! The kernels: every algorithm is written once above [`Isa`], and tabled for each instruction set.
 
+mod cached;
 mod direct;
 mod product;
 mod softmax;
 
+pub(crate) use cached::{Ahead, CHANNELS, CachedOutputs, CachedScores, QUERY_MAX, Stored};
 pub(crate) use direct::{DirectScores, DirectValues, Load};
 pub(crate) use product::{Scores, Values};
 pub(crate) use softmax::{RowState, SoftCap, Softmax};
 
 use half::{bf16, f16};
 
+use crate::cache::{QuantizeRows, quantize_e4m3, quantize_int8};
 use crate::isa::{self, IntWord, Isa};
 use crate::tile::{PackQueries, PackTile, pack_queries, pack_tile};
 
@@ -79,6 +82,20 @@ kernels! {
     direct_values_f16: DirectValues<'_, f16>,
     /// Outputs of a few queries with values in bf16.
     direct_values_bf16: DirectValues<'_, bf16>,
+    /// Quantises rows for a cache to INT8.
+    quantize_int8: QuantizeRows<'_, i8>,
+    /// Quantises rows for a cache to E4M3.
+    quantize_e4m3: QuantizeRows<'_, u8>,
+    /// Scores of a few queries with cached keys.
+    cached_scores: CachedScores<'_>,
+    /// Outputs of a few queries with cached values in f16.
+    cached_outputs_f16: CachedOutputs<'_, f16>,
+    /// Outputs of a few queries with cached values in bf16.
+    cached_outputs_bf16: CachedOutputs<'_, bf16>,
+    /// Outputs of a few queries with cached values in E4M3.
+    cached_outputs_e4m3: CachedOutputs<'_, u8>,
+    /// Outputs of a few queries with cached values in INT8.
+    cached_outputs_i8: CachedOutputs<'_, i8>,
 }
 
 /// Builds the table of one instruction set: every kernel inside a function that enables its features.
@@ -117,6 +134,13 @@ macro_rules! table {
                 direct_values_f32: kernel!(direct::direct_values::<$Isa, f32>, DirectValues<'_, f32>),
                 direct_values_f16: kernel!(direct::direct_values::<$Isa, f16>, DirectValues<'_, f16>),
                 direct_values_bf16: kernel!(direct::direct_values::<$Isa, bf16>, DirectValues<'_, bf16>),
+                quantize_int8: kernel!(quantize_int8, QuantizeRows<'_, i8>),
+                quantize_e4m3: kernel!(quantize_e4m3, QuantizeRows<'_, u8>),
+                cached_scores: kernel!(cached::cached_scores::<$Isa>, CachedScores<'_>),
+                cached_outputs_f16: kernel!(cached::cached_outputs::<$Isa, f16, { CHANNELS / <$Isa as Isa>::LANES }>, CachedOutputs<'_, f16>),
+                cached_outputs_bf16: kernel!(cached::cached_outputs::<$Isa, bf16, { CHANNELS / <$Isa as Isa>::LANES }>, CachedOutputs<'_, bf16>),
+                cached_outputs_e4m3: kernel!(cached::cached_outputs::<$Isa, u8, { CHANNELS / <$Isa as Isa>::LANES }>, CachedOutputs<'_, u8>),
+                cached_outputs_i8: kernel!(cached::cached_outputs::<$Isa, i8, { CHANNELS / <$Isa as Isa>::LANES }>, CachedOutputs<'_, i8>),
             }
         };
     };

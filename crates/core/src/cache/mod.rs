@@ -1,0 +1,203 @@
+//! What a quantised KV cache holds, page by page, and a call that attends to one.
+//!
+//! A cache keeps, for every head and token, INT8 keys with one scale and values in 16 or 8 bits. Tokens lie in pages of
+//! [`CacheLayout::page_size`]; [`BlockTables`] say which page holds which tokens of which sequence. Each page has one
+//! constant a head and channel that was subtracted from its keys: see [`crate::oracle::CachedHead`] for why, and for
+//! exactly what is stored.
+
+mod tables;
+
+use std::fmt;
+
+use crate::problem::canonical;
+use crate::{
+    BlockMask, Call, Error, Geometry, Inputs, Lengths, MAX_HEAD_DIM, MAX_HEADS, Mask, Options, Result,
+    TensorView, View,
+};
+
+pub use tables::{BlockTables, PageCopy};
+
+/// How a cache stores values.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum ValueFormat {
+    /// Half precision; magnitudes above 65504 become infinite.
+    #[default]
+    F16,
+    /// bfloat16.
+    BF16,
+    /// E4M3 with a scale for each token and head. Relative error of a value: up to 1/16.
+    Fp8E4M3,
+    /// INT8 with a scale for each token and head. Error of a value: up to 1/254 of its row's largest magnitude, which is
+    /// less than E4M3's unless a few channels are much larger than the others.
+    Int8,
+}
+
+impl ValueFormat {
+    /// All formats, in the order of this enum.
+    pub const ALL: [ValueFormat; 4] =
+        [ValueFormat::F16, ValueFormat::BF16, ValueFormat::Fp8E4M3, ValueFormat::Int8];
+
+    /// Bytes of one value.
+    pub const fn bytes(self) -> usize {
+        match self {
+            ValueFormat::F16 | ValueFormat::BF16 => 2,
+            ValueFormat::Fp8E4M3 | ValueFormat::Int8 => 1,
+        }
+    }
+
+    /// Whether each row has a scale, a single.
+    pub const fn is_scaled(self) -> bool {
+        matches!(self, ValueFormat::Fp8E4M3 | ValueFormat::Int8)
+    }
+
+    /// The name used in messages, in JSON and on the command line.
+    pub const fn name(self) -> &'static str {
+        match self {
+            ValueFormat::F16 => "f16",
+            ValueFormat::BF16 => "bf16",
+            ValueFormat::Fp8E4M3 => "fp8-e4m3",
+            ValueFormat::Int8 => "int8",
+        }
+    }
+}
+
+impl fmt::Display for ValueFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// What a page of a cache holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CacheLayout {
+    /// Heads of keys and values.
+    pub num_kv_heads: usize,
+    /// Channels of a head.
+    pub head_dim: usize,
+    /// Tokens of a page: a power of two from 16 to 1024.
+    pub page_size: usize,
+    /// How values are stored.
+    pub values: ValueFormat,
+}
+
+/// Most bytes of a page.
+const PAGE_BYTES_MAX: usize = 1 << 30;
+
+impl CacheLayout {
+    /// Checks every size.
+    ///
+    /// # Errors
+    /// Names the size that is outside its range.
+    pub fn check(&self) -> Result<()> {
+        if !(1..=MAX_HEADS).contains(&self.num_kv_heads) {
+            return Err(Error::value("num_kv_heads", self.num_kv_heads, format!("1 to {MAX_HEADS}")));
+        }
+        if !(1..=MAX_HEAD_DIM).contains(&self.head_dim) {
+            return Err(Error::value("head_dim", self.head_dim, format!("1 to {MAX_HEAD_DIM}")));
+        }
+        if !self.page_size.is_power_of_two() || !(16..=1024).contains(&self.page_size) {
+            return Err(Error::value("page_size", self.page_size, "a power of two from 16 to 1024"));
+        }
+        if self.page_bytes() > PAGE_BYTES_MAX {
+            let wanted = format!("pages of at most {PAGE_BYTES_MAX} bytes; these have {}", self.page_bytes());
+            return Err(Error::value("page_size", self.page_size, wanted));
+        }
+        Ok(())
+    }
+
+    /// Bytes of a page's keys, values, scales and constants.
+    pub fn page_bytes(&self) -> usize {
+        let scales = if self.values.is_scaled() { 8 } else { 4 };
+        let token = self.head_dim * (1 + self.values.bytes()) + scales;
+        self.num_kv_heads * (self.page_size * token + 4 * self.head_dim)
+    }
+
+    /// Checks new keys or values, `[batch, num_kv_heads, tokens, head_dim]` in the caller's layout, and gives them in
+    /// that order.
+    ///
+    /// # Errors
+    /// When the shape is another, or channels are not neighbours in memory.
+    pub fn check_new<'t>(
+        &self,
+        name: &'static str,
+        tensor: TensorView<'t>,
+        layout: crate::Layout,
+        batch: usize,
+    ) -> Result<TensorView<'t>> {
+        let new = canonical(name, tensor, layout, false)?;
+        let &[found_batch, heads, _, head_dim] = new.shape() else {
+            return Err(Error::shape(name, tensor.shape(), layout.dimensions()));
+        };
+        for (what, found, wanted) in [
+            ("batch", found_batch, batch),
+            ("heads", heads, self.num_kv_heads),
+            ("head_dim", head_dim, self.head_dim),
+        ] {
+            if found != wanted {
+                let wanted = format!("{} with {what} = {wanted}, as the cache", layout.dimensions());
+                return Err(Error::shape(name, tensor.shape(), wanted));
+            }
+        }
+        Ok(new)
+    }
+}
+
+/// Zeros behind the views that stand for cached keys and values.
+static NO_F32: [f32; MAX_HEAD_DIM] = [0.0; MAX_HEAD_DIM];
+static NO_F16: [half::f16; MAX_HEAD_DIM] = [half::f16::ZERO; MAX_HEAD_DIM];
+static NO_BF16: [half::bf16; MAX_HEAD_DIM] = [half::bf16::ZERO; MAX_HEAD_DIM];
+
+/// Queries over a cache.
+#[derive(Clone, Copy, Debug)]
+pub struct CachedInputs<'a> {
+    /// Queries of each sequence: the last query is that of the last cached token.
+    pub q: TensorView<'a>,
+    /// Explicit mask, broadcastable to `[batch, num_q_heads, q_len, max kv_lens]`.
+    pub mask: Option<Mask<'a>>,
+    /// Blocks to compute.
+    pub block_mask: Option<BlockMask<'a>>,
+    /// Cached tokens of each sequence.
+    pub kv_lens: &'a [i32],
+}
+
+impl<'a> Call<'a> {
+    /// Checks queries over cached keys and values. In the call that returns, `k` and `v` have the cache's shape, but
+    /// every row of them is the same row of zeros: the cache holds the true ones.
+    ///
+    /// # Errors
+    /// As [`Call::check`], and when q does not fit the cache.
+    pub fn check_cached(inputs: &CachedInputs<'a>, layout: &CacheLayout, options: &Options) -> Result<Self> {
+        let q = canonical("q", inputs.q, options.layout, false)?;
+        let wrong = |wanted: String| Error::shape("q", inputs.q.shape(), format!("{wanted}, as the cache"));
+        let (heads, kv_heads) = (q.shape()[1], layout.num_kv_heads);
+        if q.shape()[3] != layout.head_dim {
+            return Err(wrong(format!("head_dim {}", layout.head_dim)));
+        }
+        if q.shape()[0] != inputs.kv_lens.len() {
+            return Err(wrong(format!("batch {}", inputs.kv_lens.len())));
+        }
+        if heads == 0 || !heads.is_multiple_of(kv_heads) {
+            return Err(wrong(format!("a multiple of {kv_heads} heads")));
+        }
+        let len = inputs.kv_lens.iter().copied().max().unwrap_or(0);
+        let len = usize::try_from(len).map_err(|_| Error::value("kv_lens", len, "at least 0"))?;
+        let canonical = [q.shape()[0], kv_heads, len, layout.head_dim];
+        let shape = match options.layout {
+            crate::Layout::Hnd => canonical,
+            crate::Layout::Nhd => [0, 2, 1, 3].map(|at| canonical[at]),
+        };
+        let geometry = Geometry::strided("k", &shape, &[0, 0, 0, 1], 0)?;
+        let stand_in: TensorView<'a> = match inputs.q {
+            TensorView::F32(_) => View::strided("k", &NO_F32[..], geometry)?.into(),
+            TensorView::F16(_) => View::strided("k", &NO_F16[..], geometry)?.into(),
+            TensorView::BF16(_) => View::strided("k", &NO_BF16[..], geometry)?.into(),
+        };
+        let inputs = Inputs {
+            mask: inputs.mask,
+            block_mask: inputs.block_mask,
+            lengths: Lengths::KvLens(inputs.kv_lens),
+            ..Inputs::new(inputs.q, stand_in, stand_in)
+        };
+        Call::check(&inputs, options)
+    }
+}

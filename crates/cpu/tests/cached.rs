@@ -1,0 +1,277 @@
+//! Attention over a quantised KV cache against the oracle of what the cache stores, and against exact attention.
+
+mod common;
+
+use common::{every_cpu, normal};
+use sage_core::metrics::Accuracy;
+use sage_core::oracle::{CachedHead, Matrix, cached, exact};
+use sage_core::{
+    Alignment, Band, BlockTables, CacheLayout, CachedInputs, Call, DType, Inputs, Lengths, Mask, Options,
+    Tensor, ValueFormat, View,
+};
+use sage_cpu::{CachePages, Cpu};
+
+/// Sequences that are appended to in chunks, and queries over them.
+#[derive(Clone, Debug)]
+struct Case {
+    layout: CacheLayout,
+    group_size: usize,
+    /// Tokens of each chunk, of each sequence.
+    chunks: Vec<Vec<usize>>,
+    q_len: usize,
+    options: Options,
+    dtype: DType,
+    /// Mean of every fourth channel of K at the first token, and what it grows by with each.
+    bias: (f32, f32),
+}
+
+const LAYOUT: CacheLayout =
+    CacheLayout { num_kv_heads: 2, head_dim: 64, page_size: 64, values: ValueFormat::F16 };
+
+fn case() -> Case {
+    Case {
+        layout: LAYOUT,
+        group_size: 1,
+        chunks: vec![vec![200]],
+        q_len: 1,
+        options: Options { band: Band::causal(Alignment::BottomRight), ..Options::default() },
+        dtype: DType::F32,
+        bias: (3.0, 0.0),
+    }
+}
+
+/// A cache on a processor, the same as scalars, and all tokens as they were given.
+struct Filled {
+    pages: CachePages,
+    tables: BlockTables,
+    heads: Vec<CachedHead>,
+    /// `[1, num_kv_heads, tokens, head_dim]` of each sequence.
+    k: Vec<Tensor>,
+    v: Vec<Tensor>,
+}
+
+/// Row-major elements `[heads, tokens, head_dim]` of a run of tokens of a tensor `[1, heads, tokens, head_dim]`.
+fn slice(tensor: &Tensor, start: usize, len: usize) -> Tensor {
+    let &[_, heads, tokens, head_dim] = tensor.shape() else { panic!("{:?}", tensor.shape()) };
+    let all = tensor.to_f32_vec();
+    let rows = |head: usize| &all[(head * tokens + start) * head_dim..][..len * head_dim];
+    let part: Vec<f32> = (0..heads).flat_map(|head| rows(head).iter().copied()).collect();
+    Tensor::new(part, &[1, heads, len, head_dim]).unwrap().to_dtype(tensor.dtype())
+}
+
+impl Case {
+    fn tensors(&self, seed: u64, tokens: usize) -> [Tensor; 2] {
+        let shape = [1, self.layout.num_kv_heads, tokens, self.layout.head_dim];
+        let len = shape.iter().product();
+        let mut k = normal(seed, len);
+        for (at, x) in k.iter_mut().enumerate() {
+            let (channel, token) = (at % self.layout.head_dim, at / self.layout.head_dim % tokens.max(1));
+            if channel % 4 == 0 {
+                *x += self.bias.0 + self.bias.1 * token as f32;
+            }
+        }
+        [k, normal(seed + 1, len)].map(|x| Tensor::new(x, &shape).unwrap().to_dtype(self.dtype))
+    }
+
+    fn fill(&self, cpu: &Cpu) -> Filled {
+        let sequences = self.chunks.len();
+        let heads = self.layout.num_kv_heads;
+        let mut filled = Filled {
+            pages: CachePages::new(self.layout).unwrap(),
+            tables: BlockTables::new(sequences, self.layout.page_size, None),
+            heads: (0..sequences * heads).map(|_| CachedHead::new(self.layout)).collect(),
+            k: Vec::new(),
+            v: Vec::new(),
+        };
+        for (sequence, chunks) in self.chunks.iter().enumerate() {
+            let [k, v] = self.tensors(10 + 2 * sequence as u64, chunks.iter().sum());
+            let mut start = 0;
+            for &tokens in chunks {
+                let (k, v) = (slice(&k, start, tokens), slice(&v, start, tokens));
+                filled.append(cpu, sequence, &k, &v);
+                start += tokens;
+            }
+            filled.k.push(k);
+            filled.v.push(v);
+        }
+        filled
+    }
+
+    fn q(&self) -> Tensor {
+        let heads = self.layout.num_kv_heads * self.group_size;
+        let shape = [self.chunks.len(), heads, self.q_len, self.layout.head_dim];
+        Tensor::new(normal(1, shape.iter().product()), &shape).unwrap().to_dtype(self.dtype)
+    }
+}
+
+impl Filled {
+    fn append(&mut self, cpu: &Cpu, sequence: usize, k: &Tensor, v: &Tensor) {
+        let tokens = k.shape()[2];
+        let copies = self.tables.reserve(&[sequence], tokens).unwrap();
+        self.pages.prepare(self.tables.pages(), &copies).unwrap();
+        cpu.append_cached(&mut self.pages, &self.tables, &[sequence], k.view(), v.view()).unwrap();
+        self.tables.advance(&[sequence], tokens).unwrap();
+        let heads = k.shape()[1];
+        for head in 0..heads {
+            let rows = |x: &Tensor| Matrix::of_head(&x.view(), 0, head, 0, tokens);
+            self.heads[sequence * heads + head].append(&rows(k), &rows(v));
+        }
+    }
+
+    fn lens(&self) -> Vec<i32> {
+        (0..self.tables.sequences()).map(|s| self.tables.len(s).unwrap() as i32).collect()
+    }
+
+    fn attend(&self, cpu: &Cpu, call: &Call<'_>, dtype: DType) -> (Vec<f32>, Vec<f32>) {
+        let mut out = Tensor::zeros(dtype, call.q.shape()).unwrap();
+        let mut lse = vec![0f32; call.lse_shape().iter().product()];
+        let all: Vec<usize> = (0..self.tables.sequences()).collect();
+        cpu.forward_cached(&self.pages, &self.tables, &all, call, out.view_mut(), Some(&mut lse)).unwrap();
+        (out.to_f32_vec(), lse)
+    }
+}
+
+/// What a kernel may differ from the oracle by: queries round to 16 bits (relative 1.5e-5 of a row's largest, so some
+/// 1e-5 of a score), sums are in single precision, and `⟨q, c⟩` rounds by 6e-8 of its own size, which the bias makes
+/// some 30. Measured on these cases: at most 3e-5 in f32; doubled. 16-bit outputs add their own rounding, bf16 2⁻⁹.
+fn tolerance(dtype: DType) -> f64 {
+    match dtype {
+        DType::F32 => 6e-5,
+        DType::F16 => 6e-5 + 2f64.powi(-11),
+        DType::BF16 => 6e-5 + 2f64.powi(-8),
+    }
+}
+
+fn check(case: &Case) {
+    for cpu in every_cpu() {
+        let filled = case.fill(&cpu);
+        let (q, lens) = (case.q(), filled.lens());
+        let inputs = CachedInputs { q: q.view(), mask: None, block_mask: None, kv_lens: &lens };
+        let call = Call::check_cached(&inputs, &case.layout, &case.options).unwrap();
+        let (out, lse) = filled.attend(&cpu, &call, case.dtype);
+        compare(&out, &lse, &cached(&call, &filled.heads), case.dtype, &format!("{cpu:?} {case:?}"));
+    }
+}
+
+fn compare(out: &[f32], lse: &[f32], expected: &sage_core::oracle::Output, dtype: DType, what: &str) {
+    let accuracy = Accuracy::of(out, &expected.out);
+    assert!(accuracy.relative_l1 <= tolerance(dtype), "{what}: {accuracy}");
+    let lse = Accuracy::of(lse, &expected.lse);
+    // One score of few may be off by all that the roundings above add up to: measured 1.1e-4, doubled.
+    assert!(lse.max_abs_error <= 2.2e-4, "{what}: lse {lse}");
+}
+
+#[test]
+fn every_value_format_and_odd_size_is_the_oracles() {
+    for values in ValueFormat::ALL {
+        for (head_dim, page_size, group_size) in
+            [(64, 64, 3), (128, 16, 1), (1, 32, 2), (80, 128, 4), (33, 64, 5), (256, 256, 8)]
+        {
+            let layout = CacheLayout { num_kv_heads: 2, head_dim, page_size, values };
+            check(&Case { layout, group_size, chunks: vec![vec![131, 1, 1, 70]], ..case() });
+        }
+    }
+}
+
+#[test]
+fn lengths_around_pages_tiles_and_splits_are_the_oracles() {
+    for tokens in [0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 511, 512, 513, 1100] {
+        check(&Case { chunks: vec![vec![tokens]], group_size: 3, ..case() });
+    }
+}
+
+#[test]
+fn sequences_of_different_lengths_and_chunks_are_the_oracles() {
+    let chunks = vec![vec![1; 70], vec![], vec![100, 0, 3, 40, 1], vec![600]];
+    let layout = CacheLayout { values: ValueFormat::Fp8E4M3, page_size: 16, ..LAYOUT };
+    for dtype in DType::ALL {
+        check(&Case { layout, chunks: chunks.clone(), group_size: 2, dtype, ..case() });
+    }
+}
+
+#[test]
+fn chunks_of_queries_windows_and_soft_caps_are_the_oracles() {
+    let causal = Band::causal(Alignment::BottomRight);
+    for band in [
+        Band::FULL,
+        causal,
+        Band { left: Some(20), ..causal },
+        Band { left: Some(0), right: Some(9), ..causal },
+    ] {
+        for logit_softcap in [None, Some(5.0)] {
+            let options = Options { band, logit_softcap, sm_scale: Some(0.2), ..Options::default() };
+            for (q_len, tokens) in [(2, 300), (37, 200), (150, 150), (9, 5)] {
+                check(&Case { q_len, chunks: vec![vec![tokens]], group_size: 3, options, ..case() });
+            }
+        }
+    }
+}
+
+#[test]
+fn many_units_of_work_are_the_oracles() {
+    // 2 · 40 · 3 rows of 4 sequences are more than enough units not to split keys.
+    let chunks = vec![vec![700], vec![530], vec![64], vec![1030]];
+    check(&Case { q_len: 80, group_size: 3, chunks, ..case() });
+}
+
+#[test]
+fn a_mask_hides_cached_keys() {
+    let case = Case { q_len: 3, chunks: vec![vec![150]], ..case() };
+    let visible: Vec<bool> = (0..150).map(|key| key % 3 != 0).collect();
+    for cpu in every_cpu() {
+        let filled = case.fill(&cpu);
+        let (q, lens) = (case.q(), filled.lens());
+        let mask = Some(Mask::Bool(View::contiguous("mask", &visible, &[150]).unwrap()));
+        let inputs = CachedInputs { q: q.view(), mask, block_mask: None, kv_lens: &lens };
+        let call = Call::check_cached(&inputs, &case.layout, &case.options).unwrap();
+        let (out, lse) = filled.attend(&cpu, &call, case.dtype);
+        compare(&out, &lse, &cached(&call, &filled.heads), case.dtype, "mask");
+    }
+}
+
+/// Relative L1 and the largest error of a log-sum-exp against exact attention over the tokens as they were given.
+fn against_exact(case: &Case) -> (f64, f64) {
+    let cpu = Cpu::detect();
+    let filled = case.fill(&cpu);
+    let (q, lens) = (case.q(), filled.lens());
+    let inputs = CachedInputs { q: q.view(), mask: None, block_mask: None, kv_lens: &lens };
+    let call = Call::check_cached(&inputs, &case.layout, &case.options).unwrap();
+    let (out, lse) = filled.attend(&cpu, &call, case.dtype);
+    let inputs = Inputs {
+        lengths: Lengths::KvLens(&lens),
+        ..Inputs::new(q.view(), filled.k[0].view(), filled.v[0].view())
+    };
+    let exact = exact(&Call::check(&inputs, &case.options).unwrap());
+    (Accuracy::of(&out, &exact.out).relative_l1, Accuracy::of(&lse, &exact.lse).max_abs_error)
+}
+
+#[test]
+fn decoding_is_close_to_exact_attention_however_tokens_arrive() {
+    for values in ValueFormat::ALL {
+        for chunks in [vec![1; 1000], vec![1000], vec![600, 1, 1, 50, 300, 48]] {
+            let layout = CacheLayout { values, ..LAYOUT };
+            let case = Case { layout, chunks: vec![chunks.clone()], group_size: 3, ..case() };
+            let (relative_l1, lse) = against_exact(&case);
+            println!("{values} in {} chunks: relative L1 {relative_l1:.4}, lse {lse:.4}", chunks.len());
+            // What E4M3's three bits of fraction leave of normal values is 0.025 by itself.
+            let bound = if values == ValueFormat::Fp8E4M3 { 0.04 } else { 0.02 };
+            assert!(
+                relative_l1 < bound && lse < 0.02,
+                "{values}, {} chunks: {relative_l1}, {lse}",
+                chunks.len()
+            );
+        }
+    }
+}
+
+#[test]
+fn a_mean_of_k_that_drifts_by_many_standard_deviations_costs_nothing() {
+    let with = |bias, chunks| against_exact(&Case { bias, chunks: vec![chunks], group_size: 3, ..case() });
+    for chunks in [vec![1; 1024], vec![1024]] {
+        let (still, _) = with((0.0, 0.0), chunks.clone());
+        // 50 standard deviations from the first token to the last, in every fourth channel.
+        let (drifting, lse) = with((3.0, 50.0 / 1024.0), chunks.clone());
+        println!("{} chunks: {still:.4} without a mean, {drifting:.4} drifting, lse {lse:.5}", chunks.len());
+        assert!(drifting < 0.02, "{} chunks: {drifting}, {still} without", chunks.len());
+    }
+}
