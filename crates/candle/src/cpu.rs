@@ -2,7 +2,7 @@
 
 use candle_core::{CpuStorage, Result, WithDType};
 use half::{bf16, f16};
-use sageattention::{Attention, Element, Geometry, TensorView, TensorViewMut, ViewMut};
+use sageattention::{Attention, DType, Element, Geometry, TensorViewMut, ViewMut};
 
 use crate::Options;
 use crate::options::Lengths;
@@ -18,7 +18,18 @@ pub(crate) fn forward(
     let q = view::tensor("q", q.0, q.1).map_err(wrap)?;
     let k = view::tensor("k", k.0, k.1).map_err(wrap)?;
     let v = view::tensor("v", v.0, v.1).map_err(wrap)?;
+    let mut lse = lse.then(|| vec![0f32; options.lse_shape(shape).iter().product()]);
+    let out = with_attention(options, |attention| {
+        output(q.dtype(), shape, |out| attention.forward_into(q, k, v, out, lse.as_deref_mut()))
+    })?;
+    Ok((out, lse.map(CpuStorage::F32)))
+}
 
+/// Runs `run` with the options as those of the plain crate, the tensors among them included.
+pub(crate) fn with_attention<R>(
+    options: &Options,
+    run: impl FnOnce(&Attention<'_>) -> Result<R>,
+) -> Result<R> {
     let mut attention = options.attention();
     let mask_storage = options.mask.as_ref().map(|mask| mask.storage_and_layout());
     let mask = mask_storage.as_ref().map(|(storage, layout)| HostMask::new(storage, layout)).transpose();
@@ -39,22 +50,25 @@ pub(crate) fn forward(
             attention.packed(&first, &second)
         }
     };
-
-    let mut lse = lse.then(|| vec![0f32; options.lse_shape(shape).iter().product()]);
-    let out = match q {
-        TensorView::F32(_) => run::<f32>(&attention, [q, k, v], shape, lse.as_deref_mut()),
-        TensorView::F16(_) => run::<f16>(&attention, [q, k, v], shape, lse.as_deref_mut()),
-        TensorView::BF16(_) => run::<bf16>(&attention, [q, k, v], shape, lse.as_deref_mut()),
-    };
-    Ok((out?, lse.map(CpuStorage::F32)))
+    run(&attention)
 }
 
-/// Attention into a new row-major tensor of Q's shape.
-fn run<T>(
-    attention: &Attention<'_>,
-    [q, k, v]: [TensorView<'_>; 3],
+/// A new row-major tensor, which `fill` fills.
+pub(crate) fn output(
+    dtype: DType,
     shape: &[usize],
-    lse: Option<&mut [f32]>,
+    fill: impl FnOnce(TensorViewMut<'_>) -> sageattention::Result<()>,
+) -> Result<CpuStorage> {
+    match dtype {
+        DType::F32 => typed_output::<f32>(shape, fill),
+        DType::F16 => typed_output::<f16>(shape, fill),
+        DType::BF16 => typed_output::<bf16>(shape, fill),
+    }
+}
+
+fn typed_output<T>(
+    shape: &[usize],
+    fill: impl FnOnce(TensorViewMut<'_>) -> sageattention::Result<()>,
 ) -> Result<CpuStorage>
 where
     T: Element + WithDType,
@@ -63,6 +77,6 @@ where
     let geometry = Geometry::contiguous("out", shape).map_err(wrap)?;
     let mut out = vec![T::ZERO; geometry.len()];
     let view = ViewMut::strided("out", &mut out, geometry).map_err(wrap)?;
-    attention.forward_into(q, k, v, view.into(), lse).map_err(wrap)?;
+    fill(view.into()).map_err(wrap)?;
     Ok(T::to_cpu_storage_owned(out))
 }

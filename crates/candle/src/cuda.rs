@@ -41,7 +41,8 @@ fn run<T: CudaDType + DeviceRepr + sageattention::Element>(
     let gpu = Cuda::shared(candle_stream.context().ordinal() as u32).map_err(wrap)?;
     // SAFETY: candle's streams are of the primary context. `candle_stream` keeps it alive for this call, and all that is
     // allocated on it here is freed in stream order before the call ends.
-    let stream = unsafe { Stream::from_raw(gpu.device(), candle_stream.cu_stream().expose_provenance() as u64) };
+    let stream =
+        unsafe { Stream::from_raw(gpu.device(), candle_stream.cu_stream().expose_provenance() as u64) };
 
     let (dtype, q) = Memory::tensor("q", q.0, q.1, &candle_stream)?;
     let (k_dtype, k) = Memory::tensor("k", k.0, k.1, &candle_stream)?;
@@ -55,7 +56,9 @@ fn run<T: CudaDType + DeviceRepr + sageattention::Element>(
     let lists = lists.iter().map(|(name, tensor)| (*name, tensor.storage_and_layout())).collect::<Vec<_>>();
     let lists = lists
         .iter()
-        .map(|(name, (storage, layout))| Memory::list(name, on_device(name, storage, device)?, layout, &candle_stream))
+        .map(|(name, (storage, layout))| {
+            Memory::list(name, on_device(name, storage, device)?, layout, &candle_stream)
+        })
         .collect::<Result<Vec<_>>>()?;
     let lengths = lengths(&options.lengths, &lists, shape)?;
 

@@ -18,12 +18,7 @@ fn right_of(causal: bool) -> Option<usize> {
     causal.then_some(0)
 }
 
-fn dense(
-    softmax_scale: f32,
-    left: Option<usize>,
-    right: Option<usize>,
-    softcap: Option<f32>,
-) -> Options {
+fn dense(softmax_scale: f32, left: Option<usize>, right: Option<usize>, softcap: Option<f32>) -> Options {
     let options = Options::new().layout(Layout::Nhd).sm_scale(softmax_scale).window(left, right);
     // 0 turns it off in FlashAttention.
     match softcap {

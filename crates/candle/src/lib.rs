@@ -15,6 +15,7 @@
 //!   grouped heads, padded and packed batches; [`sage_attention_with_lse`] also gives each row's log-sum-exp.
 //! - [`flash`] has the functions of the crate `candle-flash-attn` under the same names, so that a model switches by its
 //!   import alone: `use sageattention_candle::flash::flash_attn;`
+//! - [`KvCache`] keeps the keys and values of past tokens quantised, for decoding.
 //!
 //! On a CPU everything works without any feature. With the feature `cuda`, which needs nvcc because candle's own kernels
 //! do, tensors in a GPU's memory are computed there, on candle's stream, without a copy; f16 and bf16.
@@ -26,10 +27,12 @@ mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 pub mod flash;
+mod kv_cache;
 mod op;
 mod options;
 mod view;
 
+pub use kv_cache::KvCache;
 pub use op::{sage_attention, sage_attention_with_lse};
 pub use options::Options;
-pub use sageattention::{Alignment, Choice, Layout, Preset};
+pub use sageattention::{Alignment, Choice, KvCacheOptions, Layout, Preset, ValueFormat};

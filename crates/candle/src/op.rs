@@ -7,12 +7,14 @@ use candle_core::{CpuStorage, CudaStorage, CustomOp3, Layout, Result, Shape, Sto
 use crate::{Options, cpu};
 
 /// Attention of `q`, `k` and `v`, in Q's shape and element type, row-major. Shapes are those of [`Options::layout`] or
-/// [`Options::packed`]; fewer key heads than query heads is grouped-query attention. Any strides will do.
+/// [`Options::packed`]; fewer key heads than query heads is grouped-query attention. Any strides will do; a tensor is
+/// copied only where channels of a head are not neighbours in memory.
 ///
 /// # Errors
 /// Names the first tensor or option that is wrong, the value found and the value wanted; or what no kernel here does.
 pub fn sage_attention(q: &Tensor, k: &Tensor, v: &Tensor, options: &Options) -> Result<Tensor> {
-    q.apply_op3(k, v, SageAttention { options: options.clone(), lse: None })
+    let (q, k, v) = (dense_heads(q)?, dense_heads(k)?, dense_heads(v)?);
+    q.apply_op3(&k, &v, SageAttention { options: options.clone(), lse: None })
 }
 
 /// As [`sage_attention`], and the natural logarithm of each row's sum of exponentials: f32, `[batch, num_q_heads,
@@ -26,12 +28,21 @@ pub fn sage_attention_with_lse(
     v: &Tensor,
     options: &Options,
 ) -> Result<(Tensor, Tensor)> {
+    let (q, k, v) = (dense_heads(q)?, dense_heads(k)?, dense_heads(v)?);
     let lse = LseSlot::default();
-    let out = q.apply_op3(k, v, SageAttention { options: options.clone(), lse: Some(lse.clone()) })?;
+    let out = q.apply_op3(&k, &v, SageAttention { options: options.clone(), lse: Some(lse.clone()) })?;
     let shape = Shape::from(options.lse_shape(q.dims()));
     // An operation has one result. This one hands out what the first has left.
-    let lse = q.apply_op3(k, v, LogSumExp { lse, shape })?;
+    let lse = q.apply_op3(&k, &v, LogSumExp { lse, shape })?;
     Ok((out, lse))
+}
+
+/// The tensor, or a row-major copy where the channels of a head are not neighbours in memory.
+pub(crate) fn dense_heads(tensor: &Tensor) -> Result<Tensor> {
+    match (tensor.dims().last(), tensor.stride().last()) {
+        (Some(2..), Some(stride)) if *stride != 1 => tensor.contiguous(),
+        _ => Ok(tensor.clone()),
+    }
 }
 
 /// Where the first operation leaves the log-sum-exp for the second.
@@ -158,7 +169,7 @@ impl CustomOp3 for LogSumExp {
     }
 }
 
-fn no_backward<T>() -> Result<T> {
+pub(crate) fn no_backward<T>() -> Result<T> {
     candle_core::bail!(
         "backward through sage_attention is not supported: it is for inference; detach q, k and v, or train with \
          candle's own attention"

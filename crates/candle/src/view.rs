@@ -47,7 +47,11 @@ impl<'a> HostMask<'a> {
     pub(crate) fn new(storage: &'a Storage, layout: &candle_core::Layout) -> Result<Self> {
         let geometry = geometry("mask", layout)?;
         let Storage::Cpu(storage) = storage else {
-            return Err(Error::value("mask device", format!("{:?}", storage.device().location()), "cpu, as q"));
+            return Err(Error::value(
+                "mask device",
+                format!("{:?}", storage.device().location()),
+                "cpu, as q",
+            ));
         };
         let flags = match storage {
             CpuStorage::U8(bytes) if bytes.iter().any(|&byte| byte > 1) => {

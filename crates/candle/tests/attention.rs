@@ -22,15 +22,10 @@ fn full_precision(dtype: DType) -> f64 {
     }
 }
 
-/// Relative L1 error of INT8 per token on these inputs: measured worst 0.0094, doubled.
-const INT8: f64 = 0.019;
+/// Relative L1 error of INT8 per token on these inputs: measured worst 0.0105, doubled.
+const INT8: f64 = 0.021;
 
-fn check(
-    what: &str,
-    [q, k, v]: [&Tensor; 3],
-    options: &Options,
-    question: &Question<'_>,
-) {
+fn check(what: &str, [q, k, v]: [&Tensor; 3], options: &Options, question: &Question<'_>) {
     let (expected, expected_lse) = exact(q, k, v, question);
     for (preset, limit) in [(Preset::FULL, full_precision(q.dtype())), (Preset::INT8_PER_TOKEN, INT8)] {
         let what = format!("{what}, {preset}, {:?} {:?}", q.dtype(), q.dims());
@@ -42,7 +37,7 @@ fn check(
         let (again, lse) = sage_attention_with_lse(q, k, v, &options).unwrap();
         assert_eq!(common::to_vec(&again), common::to_vec(&out), "{what}");
         assert_eq!(lse.dtype(), DType::F32, "{what}");
-        // An error of the scores by their 1/254th moves a sum of exponentials by about as much.
+        // Measured worst 1.2e-6 and 0.024 (of scores up to about 15); doubled or more.
         let accuracy = Accuracy::of(&common::to_vec(&lse), &expected_lse);
         let limit = if preset == Preset::FULL { 1e-5 } else { 0.05 };
         assert!(accuracy.max_abs_error <= limit, "log-sum-exp of {what}: {accuracy}, limit {limit}");
@@ -58,7 +53,8 @@ fn dtypes_layouts_and_grouped_heads_agree() {
             (Layout::Nhd, [1, 5, 3, 40], [1, 33, 3, 40]),
             (Layout::Hnd, [1, 9, 1, 64], [1, 3, 300, 64]),
         ] {
-            let (q, k, v) = (normal(1, &q_shape, dtype), normal(2, &kv_shape, dtype), normal(3, &kv_shape, dtype));
+            let (q, k, v) =
+                (normal(1, &q_shape, dtype), normal(2, &kv_shape, dtype), normal(3, &kv_shape, dtype));
             let exact = Exact { layout, band: CAUSAL, ..Exact::default() };
             let options = Options::new().layout(layout).causal(true);
             check("causal", [&q, &k, &v], &options, &Question { options: exact, ..Question::default() });
@@ -181,7 +177,14 @@ fn views_give_the_same_bits_as_copies() {
         let seen = sage_attention(q, k, v, options).unwrap();
         let copied = sage_attention(&copy(q), &copy(k), &copy(v), options).unwrap();
         assert!(seen.is_contiguous());
-        assert_eq!(common::to_vec(&seen), common::to_vec(&copied), "{:?} {:?} {:?}", q.layout(), k.layout(), v.layout());
+        assert_eq!(
+            common::to_vec(&seen),
+            common::to_vec(&copied),
+            "{:?} {:?} {:?}",
+            q.layout(),
+            k.layout(),
+            v.layout()
+        );
     };
     // A fused projection: [batch, seq, 3, heads, head_dim].
     let fused = normal(21, &[2, 140, 3, 4, 64], DType::F32);
@@ -214,7 +217,8 @@ fn a_view_of_a_fused_projection_is_the_exact_answer() {
 #[test]
 fn empty_tensors_give_empty_or_zero_outputs() {
     let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
-    let out = sage_attention(&zeros(&[0, 2, 3, 8]), &zeros(&[0, 2, 3, 8]), &zeros(&[0, 2, 3, 8]), &Options::new());
+    let out =
+        sage_attention(&zeros(&[0, 2, 3, 8]), &zeros(&[0, 2, 3, 8]), &zeros(&[0, 2, 3, 8]), &Options::new());
     assert_eq!(out.unwrap().dims(), [0, 2, 3, 8]);
     let q = normal(27, &[1, 2, 3, 8], DType::F32);
     let (out, lse) =

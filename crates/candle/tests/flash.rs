@@ -5,12 +5,12 @@
 mod common;
 
 use candle_core::{DType, Device, Result, Tensor};
-use common::{Question, assert_close, exact, list, normal};
+use common::{Question, assert_close, exact, list, message, normal};
 use sage_core::{Band, Layout, Lengths, Options as Exact};
 use sageattention_candle::flash::*;
 
-/// Relative L1 error of INT8 per token, which is chosen from 128 queries on: measured worst 0.0098, doubled.
-const LIMIT: f64 = 0.02;
+/// Relative L1 error of INT8 per token, which is chosen from 128 queries on: measured worst 0.0083, doubled.
+const LIMIT: f64 = 0.017;
 
 const SCALE: f32 = 0.2;
 
@@ -71,7 +71,8 @@ fn alibi_is_a_bias_by_distance() {
     let bias = Tensor::from_vec(bias, (1, 4, 150, 170), &Device::Cpu).unwrap();
     for causal in [false, true] {
         let options = question(None, causal.then_some(0), None);
-        let (expected, _) = exact(&q, &k, &v, &Question { options, mask: Some(&bias), ..Question::default() });
+        let (expected, _) =
+            exact(&q, &k, &v, &Question { options, mask: Some(&bias), ..Question::default() });
         let out = flash_attn_alibi(&q, &k, &v, &slopes, SCALE, causal).unwrap();
         assert_close(&out, &expected, LIMIT, if causal { "causal ALiBi" } else { "ALiBi" });
     }
@@ -97,13 +98,35 @@ fn packed_functions() {
         ),
         (
             "varlen in a window",
-            flash_attn_varlen_windowed(&q, &k, &v, seqs.0, seqs.1, longest.0, longest.1, SCALE, Some(17), None),
+            flash_attn_varlen_windowed(
+                &q,
+                &k,
+                &v,
+                seqs.0,
+                seqs.1,
+                longest.0,
+                longest.1,
+                SCALE,
+                Some(17),
+                None,
+            ),
             question(Some(17), None, None),
         ),
         (
             "varlen with a soft cap",
             flash_attn_varlen_alibi_windowed_softcap(
-                &q, &k, &v, None, seqs.0, seqs.1, longest.0, longest.1, SCALE, None, Some(0), 2.0,
+                &q,
+                &k,
+                &v,
+                None,
+                seqs.0,
+                seqs.1,
+                longest.0,
+                longest.1,
+                SCALE,
+                None,
+                Some(0),
+                2.0,
             ),
             question(None, Some(0), Some(2.0)),
         ),
@@ -117,7 +140,6 @@ fn packed_functions() {
 #[test]
 fn what_is_missing_or_wrong_is_said() {
     let [q, k, v] = dense();
-    let message = |result: Result<Tensor>| result.unwrap_err().to_string();
     let slopes = Tensor::new(&[0.5f32; 3], &Device::Cpu).unwrap();
     assert_eq!(
         message(flash_attn_alibi(&q, &k, &v, &slopes, SCALE, true)),
@@ -131,12 +153,23 @@ fn what_is_missing_or_wrong_is_said() {
     let flat = normal(7, &[1, 4, 32], DType::F32);
     assert_eq!(
         message(flash_attn_varlen_alibi_windowed_softcap(
-            &flat, &flat, &flat, Some(&slopes), &seqlens, &seqlens, 1, 1, SCALE, None, None, 0.0,
+            &flat,
+            &flat,
+            &flat,
+            Some(&slopes),
+            &seqlens,
+            &seqlens,
+            1,
+            1,
+            SCALE,
+            None,
+            None,
+            0.0,
         )),
         "alibi_slopes with packed sequences is not supported: call flash_attn_alibi with padded tensors"
     );
     assert_eq!(
         message(flash_attn(&flat, &flat, &flat, SCALE, false)),
-        "q: shape is [1, 4, 32], expected 4 dimensions, [batch, seq, heads, head_dim]"
+        "q: shape is [1, 4, 32], expected [batch, seq, heads, head_dim]"
     );
 }

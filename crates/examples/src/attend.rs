@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use candle_core::{D, DType, Device, Tensor};
 use candle_nn::attention::AttnMask;
 use sage_core::Scheme;
-use sageattention_candle::{Choice, Layout, Options, Preset, sage_attention};
+use sageattention_candle::{Choice, KvCache, KvCacheOptions, Layout, Options, Preset, sage_attention};
 
 use crate::Result;
 
@@ -17,7 +17,27 @@ pub trait Attend {
     ///
     /// # Errors
     /// What the computation says.
-    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor, visible: &Visible) -> Result<Tensor>;
+    fn attend(
+        &mut self,
+        layer: usize,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        visible: &Visible,
+    ) -> Result<Tensor>;
+}
+
+impl<A: Attend + ?Sized> Attend for &mut A {
+    fn attend(
+        &mut self,
+        layer: usize,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        visible: &Visible,
+    ) -> Result<Tensor> {
+        (**self).attend(layer, q, k, v, visible)
+    }
 }
 
 /// Which keys a query sees.
@@ -164,7 +184,14 @@ impl CandleCache {
 }
 
 impl Attend for CandleCache {
-    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor, visible: &Visible) -> Result<Tensor> {
+    fn attend(
+        &mut self,
+        layer: usize,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        visible: &Visible,
+    ) -> Result<Tensor> {
         let (k, v) = self.layers[layer].append(&k.contiguous()?, &v.contiguous()?)?;
         self.method.compute(q, &k, &v, visible)
     }
@@ -186,7 +213,14 @@ impl<A> Timed<A> {
 }
 
 impl<A: Attend> Attend for Timed<A> {
-    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor, visible: &Visible) -> Result<Tensor> {
+    fn attend(
+        &mut self,
+        layer: usize,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        visible: &Visible,
+    ) -> Result<Tensor> {
         let start = Instant::now();
         let out = self.inner.attend(layer, q, k, v, visible);
         self.spent += start.elapsed();
@@ -216,4 +250,54 @@ pub fn relative_l1_by_head(actual: &Tensor, expected: &Tensor) -> Result<Vec<f32
     let sum = |tensor: &Tensor| tensor.abs()?.to_dtype(DType::F32)?.sum((0, 2, 3));
     let (error, magnitude) = (sum(&(actual - expected)?)?, sum(expected)?);
     Ok((error / magnitude)?.to_vec1()?)
+}
+
+/// Keys and values of earlier tokens in our quantised cache: prompts by [`sage_attention`], decoding from the codes.
+pub struct SageCache {
+    layers: Vec<KvCache>,
+}
+
+impl SageCache {
+    /// An empty cache for each layer.
+    ///
+    /// # Errors
+    /// When an option is outside its range.
+    pub fn new(options: KvCacheOptions, layers: usize) -> Result<Self> {
+        Ok(SageCache { layers: (0..layers).map(|_| KvCache::new(options)).collect::<Result<_, _>>()? })
+    }
+
+    /// Bytes of all layers.
+    pub fn bytes(&self) -> usize {
+        self.layers.iter().map(|layer| layer.plain().bytes()).sum()
+    }
+
+    /// Adds the next tokens of a layer without computing attention.
+    ///
+    /// # Errors
+    /// When they do not fit.
+    pub fn append(&mut self, layer: usize, k: &Tensor, v: &Tensor) -> Result<()> {
+        Ok(self.layers[layer].append(k, v)?)
+    }
+}
+
+impl Attend for SageCache {
+    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor, _: &Visible) -> Result<Tensor> {
+        let cache = &mut self.layers[layer];
+        let prompt = cache.plain().is_empty();
+        cache.append(k, v)?;
+        let options = Options::new().causal(true);
+        // A prompt's own keys are at hand in full precision still.
+        Ok(if prompt { sage_attention(q, k, v, &options)? } else { cache.attend(q, &options)? })
+    }
+}
+
+impl CandleCache {
+    /// Adds the next tokens of a layer without computing attention.
+    ///
+    /// # Errors
+    /// When there is no room left.
+    pub fn append(&mut self, layer: usize, k: &Tensor, v: &Tensor) -> Result<()> {
+        self.layers[layer].append(&k.contiguous()?, &v.contiguous()?)?;
+        Ok(())
+    }
 }

@@ -73,7 +73,8 @@ impl MiniLm {
             Weights(candle_core::safetensors::load(folder.join("model.safetensors"), &Device::Cpu)?);
         let mut tokenizer = Tokenizer::from_file(folder.join("tokenizer.json"))?;
         // The length that its sentence-transformers configuration has.
-        tokenizer.with_truncation(Some(TruncationParams { max_length: 256, ..TruncationParams::default() }))?;
+        tokenizer
+            .with_truncation(Some(TruncationParams { max_length: 256, ..TruncationParams::default() }))?;
         tokenizer.with_padding(Some(PaddingParams::default()));
         let words = weights.get("embeddings.word_embeddings.weight")?;
         let width = words.dim(1)?;
@@ -124,9 +125,8 @@ impl MiniLm {
         let mut x = self.words.forward(&batch.ids)?;
         x = x.broadcast_add(&self.positions.narrow(0, 0, seq)?)?.broadcast_add(&self.token_type)?;
         x = self.norm.forward(&x)?;
-        let split = |x: Tensor| -> candle_core::Result<Tensor> {
-            x.reshape((size, seq, HEADS, ()))?.transpose(1, 2)
-        };
+        let split =
+            |x: Tensor| -> candle_core::Result<Tensor> { x.reshape((size, seq, HEADS, ()))?.transpose(1, 2) };
         for (at, layer) in self.layers.iter().enumerate() {
             let (q, k, v) = (layer.q.forward(&x)?, layer.k.forward(&x)?, layer.v.forward(&x)?);
             let out = attend.attend(at, &split(q)?, &split(k)?, &split(v)?, &visible)?;

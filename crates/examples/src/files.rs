@@ -37,7 +37,9 @@ impl Files {
         let path = self.models.join(name);
         match path.try_exists() {
             Ok(true) => Ok(path),
-            Ok(false) => Err(format!("{}: not there; run scripts/fetch_models.sh first", path.display()).into()),
+            Ok(false) => {
+                Err(format!("{}: not there; run scripts/fetch_models.sh first", path.display()).into())
+            }
             Err(error) => Err(format!("{}: {error}", path.display()).into()),
         }
     }

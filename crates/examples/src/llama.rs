@@ -4,7 +4,7 @@ use std::fs::File;
 use std::path::Path;
 
 use candle_core::quantized::tokenizer::TokenizerFromGguf;
-use candle_core::quantized::{QMatMul, gguf_file};
+use candle_core::quantized::{GgmlDType, QMatMul, QTensor, gguf_file};
 use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::rotary_emb::rope_i;
 use tokenizers::Tokenizer;
@@ -57,7 +57,8 @@ struct Layer {
     down: Linear,
 }
 
-/// Weights as the file has them, for a few rows, and widened, for many.
+/// The file's weights widened, for many rows; and in Q8_0 for a few, which are bound by reading weights: candle's
+/// products with Q4_1 itself are scalar.
 struct Linear {
     quantised: QMatMul,
     dense: Tensor,
@@ -88,7 +89,11 @@ impl Weights {
     fn linear(&mut self, name: &str) -> Result<Linear> {
         let tensor = self.content.tensor(&mut self.file, name, &Device::Cpu)?;
         let dense = tensor.dequantize(&Device::Cpu)?;
-        Ok(Linear { quantised: QMatMul::from_qtensor(tensor)?, dense })
+        let quantised = match tensor.dtype() {
+            GgmlDType::Q8_0 => tensor,
+            _ => QTensor::quantize(&dense, GgmlDType::Q8_0)?,
+        };
+        Ok(Linear { quantised: QMatMul::from_qtensor(quantised)?, dense })
     }
 
     fn number(&self, key: &str) -> Result<usize> {
@@ -166,7 +171,9 @@ impl Llama {
         let Config { heads, kv_heads, head_dim, context, rms_eps, .. } = self.config;
         let seq = tokens.len();
         if start + seq > context {
-            return Err(format!("context: {} tokens, the model was trained for {context}", start + seq).into());
+            return Err(
+                format!("context: {} tokens, the model was trained for {context}", start + seq).into()
+            );
         }
         let (cos, sin) = (self.cos.narrow(0, start, seq)?, self.sin.narrow(0, start, seq)?);
         let norm = |x: &Tensor, weight: &Tensor| candle_nn::ops::rms_norm(x, weight, rms_eps);

@@ -12,14 +12,18 @@ use sage_core::{Call, Inputs, Lengths, Mask, Options, View, oracle};
 /// N(0, 1) in a dtype, row-major.
 pub fn normal(seed: u64, shape: &[usize], dtype: DType) -> Tensor {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let values: Vec<f32> =
-        (0..shape.iter().product()).map(|_| StandardNormal.sample(&mut rng)).collect();
+    let values: Vec<f32> = (0..shape.iter().product()).map(|_| StandardNormal.sample(&mut rng)).collect();
     Tensor::from_vec(values, shape, &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
 }
 
 /// Boundaries or lengths.
 pub fn list(values: &[u32]) -> Tensor {
     Tensor::new(values, &Device::Cpu).unwrap()
+}
+
+/// An error's message, without the backtrace that candle adds when it is told to.
+pub fn message<T: std::fmt::Debug>(result: candle_core::Result<T>) -> String {
+    result.unwrap_err().to_string().lines().next().unwrap_or_default().to_owned()
 }
 
 pub fn to_vec(tensor: &Tensor) -> Vec<f32> {
@@ -61,8 +65,7 @@ pub fn exact(q: &Tensor, k: &Tensor, v: &Tensor, question: &Question<'_>) -> (Ve
             Some(Mask::Additive(bias.view()))
         }
     };
-    let inputs =
-        Inputs { mask, lengths: question.lengths, ..Inputs::new(q.view(), k.view(), v.view()) };
+    let inputs = Inputs { mask, lengths: question.lengths, ..Inputs::new(q.view(), k.view(), v.view()) };
     let call = Call::check(&inputs, &question.options).unwrap();
     let output = oracle::exact(&call);
     // The oracle's order is [batch, heads, seq, head_dim]; the output's is Q's.
