@@ -66,7 +66,7 @@ fn alibi_is_a_bias_by_distance() {
     let bias: Vec<f32> = [0.5f32, 0.25, 0.125, 0.0625]
         .iter()
         .flat_map(|slope| (0..q_len).flat_map(move |i| (0..kv_len).map(move |j| (slope, i, j))))
-        .map(|(slope, i, j)| -slope * (i + kv_len - q_len - j as i32).abs() as f32)
+        .map(|(slope, i, j)| -slope * i32::abs(i + kv_len - q_len - j) as f32)
         .collect();
     let bias = Tensor::from_vec(bias, (1, 4, 150, 170), &Device::Cpu).unwrap();
     for causal in [false, true] {
