@@ -37,6 +37,8 @@ macro_rules! on_each_isa {
     };
 }
 
+mod cached;
+
 /// The tables of this machine.
 fn tables() -> impl Iterator<Item = (InstructionSet, &'static Kernels)> {
     InstructionSet::detected().into_iter().map(|set| (set, crate::kernels(set)))

@@ -1,5 +1,8 @@
 //! Attention over a quantised KV cache against the oracle of what the cache stores, and against exact attention.
 
+// Helpers unwrap too.
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use common::{every_cpu, normal};
@@ -273,5 +276,59 @@ fn a_mean_of_k_that_drifts_by_many_standard_deviations_costs_nothing() {
         let (drifting, lse) = with((3.0, 50.0 / 1024.0), chunks.clone());
         println!("{} chunks: {still:.4} without a mean, {drifting:.4} drifting, lse {lse:.5}", chunks.len());
         assert!(drifting < 0.02, "{} chunks: {drifting}, {still} without", chunks.len());
+    }
+}
+
+#[test]
+fn any_number_of_threads_gives_the_same_bits() {
+    let case = Case { chunks: vec![vec![1500, 1, 300]], group_size: 3, q_len: 5, ..case() };
+    let run = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| {
+            let cpu = Cpu::detect();
+            let filled = case.fill(&cpu);
+            let (q, lens) = (case.q(), filled.lens());
+            let inputs = CachedInputs { q: q.view(), mask: None, block_mask: None, kv_lens: &lens };
+            let call = Call::check_cached(&inputs, &case.layout, &case.options).unwrap();
+            filled.attend(&cpu, &call, case.dtype)
+        })
+    };
+    let one = run(1);
+    assert!([2, 3, 8].into_iter().all(|threads| run(threads) == one));
+}
+
+#[test]
+fn numbers_that_are_not_finite_are_never_silently_wrong() {
+    let case = Case { layout: CacheLayout { num_kv_heads: 1, ..LAYOUT }, chunks: vec![vec![]], ..case() };
+    for cpu in every_cpu() {
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            for in_key in [true, false] {
+                let mut filled = case.fill(&cpu);
+                let [mut k, mut v] = case.tensors(1, 300);
+                let spoilt = if in_key { &mut k } else { &mut v };
+                let mut data = spoilt.to_f32_vec();
+                data[200 * 64 + 7] = bad;
+                *spoilt = Tensor::new(data, &[1, 1, 300, 64]).unwrap();
+                filled.append(&cpu, 0, &k, &v);
+                let lens = [300];
+                let q = Tensor::new(normal(5, 3 * 64), &[1, 1, 3, 64]).unwrap();
+                let inputs = CachedInputs { q: q.view(), mask: None, block_mask: None, kv_lens: &lens };
+                // All but the last hundred keys are hidden from every row of this window, and so is token 200 from all
+                // but the first: whoever sees it is not finite.
+                let band = Band { left: Some(97), ..Band::causal(Alignment::BottomRight) };
+                let options = Options { band, ..Options::default() };
+                let call = Call::check_cached(&inputs, &case.layout, &options).unwrap();
+                let (out, lse) = filled.attend(&cpu, &call, DType::F32);
+                assert!(out[..64].iter().any(|x| !x.is_finite()), "{bad} in a key: {in_key}");
+                assert_eq!(lse[0].is_nan(), in_key, "{bad} in a key: {in_key}");
+                // Forgotten, it has left no trace.
+                filled.tables.truncate(0, 200).unwrap();
+                let lens = [200];
+                let inputs = CachedInputs { q: q.view(), mask: None, block_mask: None, kv_lens: &lens };
+                let call = Call::check_cached(&inputs, &case.layout, &options).unwrap();
+                let (out, lse) = filled.attend(&cpu, &call, DType::F32);
+                assert!(out.iter().chain(&lse).all(|x| x.is_finite()), "{bad} in a key: {in_key}");
+            }
+        }
     }
 }

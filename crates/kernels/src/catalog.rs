@@ -4,6 +4,7 @@
 //! needs is not here. The options of a call multiply to many thousands; the catalogue has all that the planner chooses
 //! of its own accord, and of every other option each value at each padded head dimension.
 
+mod cache;
 mod describe;
 
 use std::collections::HashSet;
@@ -14,6 +15,7 @@ use sage_ptx::{Program, Target};
 use crate::attention::{AttentionConfig, Engine, MaskForm, Values};
 use crate::forward::{Forward, Gpu, Request, Step, int8_scheme};
 use crate::sequence::Lengths;
+use cache::CacheKernel;
 
 /// Head dimensions of models, and one (40) that fills no tile.
 const HEAD_DIMS: [usize; 8] = [40, 64, 72, 80, 96, 128, 192, 256];
@@ -30,8 +32,17 @@ const MULTIPROCESSORS: usize = 128;
 /// A kernel that the library ships.
 #[derive(Clone, Debug)]
 pub struct Entry {
-    step: Step,
+    kernel: Kernel,
     by_default: bool,
+}
+
+/// Where a kernel comes from.
+#[derive(Clone, Copy, Debug)]
+enum Kernel {
+    /// A forward pass.
+    Step(Step),
+    /// A KV cache.
+    Cache(CacheKernel),
 }
 
 /// Every kernel for `target`, each once. Nothing is built yet.
@@ -49,6 +60,7 @@ pub fn catalog(target: Target) -> Vec<Entry> {
         list.options(head_dim);
         list.preparation(head_dim);
     }
+    list.cache();
     list.entries
 }
 
@@ -62,17 +74,27 @@ pub fn catalog_of_all_targets() -> Vec<Entry> {
 impl Entry {
     /// The kernel's name, the same in every version of the library that builds it from the same configuration.
     pub fn name(&self) -> String {
-        self.step.name()
+        match &self.kernel {
+            Kernel::Step(step) => step.name(),
+            Kernel::Cache(kernel) => kernel.name(),
+        }
     }
 
     /// What it is, in one line.
     pub fn description(&self) -> String {
-        describe::describe(&self.step)
+        match &self.kernel {
+            Kernel::Step(step) => describe::describe(step),
+            Kernel::Cache(kernel) => kernel.description(),
+        }
     }
 
     /// The oldest target that has its instructions.
     pub fn minimum_target(&self) -> Target {
-        match self.step {
+        let step = match self.kernel {
+            Kernel::Step(step) => step,
+            Kernel::Cache(kernel) => return kernel.minimum_target(),
+        };
+        match step {
             Step::Attention(config) if config.tiling.engine == Engine::Warpgroups => Target::SM_90A,
             Step::Attention(AttentionConfig { values: Values::Fp8(_), .. }) | Step::QuantizeV(_) => {
                 Target::SM_89
@@ -83,7 +105,11 @@ impl Entry {
 
     /// Channels of the heads that it is for.
     pub fn head_dim(&self) -> usize {
-        match &self.step {
+        let step = match &self.kernel {
+            Kernel::Step(step) => step,
+            Kernel::Cache(kernel) => return kernel.head_dim(),
+        };
+        match step {
             Step::QueryMeans(config) => config.source.head_dim,
             Step::QuantizeK(config) => config.source.head_dim,
             Step::DeltaS(config) => config.source.head_dim,
@@ -101,7 +127,10 @@ impl Entry {
 
     /// Builds the kernel.
     pub fn program(&self) -> Program {
-        self.step.program()
+        match &self.kernel {
+            Kernel::Step(step) => step.program(),
+            Kernel::Cache(kernel) => kernel.program(),
+        }
     }
 }
 
@@ -201,10 +230,20 @@ impl List {
     fn add(&mut self, call: &Call, by_default: bool, wanted: impl Fn(&Step) -> bool) {
         let forward = call.forward(self.target);
         for &step in forward.iter().flat_map(Forward::steps).filter(|step| wanted(step)) {
-            let entry = Entry { step, by_default };
-            if entry.minimum_target().sm() <= self.target.sm() && self.names.insert(entry.name()) {
-                self.entries.push(entry);
-            }
+            self.push(Entry { kernel: Kernel::Step(step), by_default });
+        }
+    }
+
+    fn push(&mut self, entry: Entry) {
+        if entry.minimum_target().sm() <= self.target.sm() && self.names.insert(entry.name()) {
+            self.entries.push(entry);
+        }
+    }
+
+    /// The kernels of a KV cache.
+    fn cache(&mut self) {
+        for kernel in cache::kernels() {
+            self.push(Entry { kernel: Kernel::Cache(kernel), by_default: kernel.is_default() });
         }
     }
 
@@ -292,8 +331,8 @@ mod tests {
     use crate::attention::{Scores, ValueSource};
 
     fn attention(entries: &[Entry]) -> impl Iterator<Item = &AttentionConfig> {
-        entries.iter().filter_map(|entry| match &entry.step {
-            Step::Attention(config) => Some(config),
+        entries.iter().filter_map(|entry| match &entry.kernel {
+            Kernel::Step(Step::Attention(config)) => Some(config),
             _ => None,
         })
     }

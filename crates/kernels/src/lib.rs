@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 pub mod attention;
+pub mod cache;
 pub mod catalog;
 pub mod combine;
 pub mod forward;

@@ -374,6 +374,13 @@ impl<'k> Val<'k, u32> {
         self.code.lane(Lane::Permute, &src)
     }
 
+    /// `addend` plus the products of the four signed bytes of both.
+    #[track_caller]
+    pub fn dot_bytes(self, other: impl Use<'k, u32>, addend: impl Use<'k, i32>) -> Val<'k, i32> {
+        let src = [self.operand, other.value(self.code).operand, addend.value(self.code).operand];
+        self.code.lane(Lane::Dot4, &src)
+    }
+
     /// Two halves of a register.
     #[track_caller]
     pub fn split<T: Half>(self) -> [Val<'k, T>; 2] {

@@ -9,17 +9,20 @@ use sage_cpu::CachePages;
 use crate::attention::{Attention, Output};
 use crate::backend;
 
+/// Most sequences of a cache.
+const MAX_SEQUENCES: usize = 1 << 24;
+
 /// What a [`KvCache`] is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use = "options make nothing until `build` is called"]
 pub struct KvCacheOptions {
-    sequences: usize,
+    pub(crate) sequences: usize,
     num_kv_heads: usize,
     head_dim: usize,
     values: ValueFormat,
     page_size: usize,
-    max_pages: Option<usize>,
-    layout: Layout,
+    pub(crate) max_pages: Option<usize>,
+    pub(crate) layout: Layout,
 }
 
 impl KvCacheOptions {
@@ -68,17 +71,24 @@ impl KvCacheOptions {
     /// # Errors
     /// Names the option that is outside its range.
     pub fn build(self) -> Result<KvCache> {
-        let layout = CacheLayout {
+        if self.sequences > MAX_SEQUENCES {
+            return Err(Error::value("sequences", self.sequences, format!("at most {MAX_SEQUENCES}")));
+        }
+        Ok(KvCache {
+            pages: CachePages::new(self.cache_layout())?,
+            tables: BlockTables::new(self.sequences, self.page_size, self.max_pages),
+            order: self.layout,
+        })
+    }
+
+    /// What a page is to hold.
+    pub(crate) fn cache_layout(&self) -> CacheLayout {
+        CacheLayout {
             num_kv_heads: self.num_kv_heads,
             head_dim: self.head_dim,
             page_size: self.page_size,
             values: self.values,
-        };
-        Ok(KvCache {
-            pages: CachePages::new(layout)?,
-            tables: BlockTables::new(self.sequences, self.page_size, self.max_pages),
-            order: self.layout,
-        })
+        }
     }
 }
 

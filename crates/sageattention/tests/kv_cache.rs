@@ -1,5 +1,8 @@
 //! The quantised KV cache as users meet it.
 
+// Helpers unwrap too.
+#![allow(clippy::unwrap_used)]
+
 use half::f16;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -160,6 +163,7 @@ fn what_is_wrong_is_named() {
         "page_size: value is 48, expected a power of two from 16 to 1024"
     );
     assert!(build(KvCacheOptions::new(1 << 24, 256)).contains("pages of at most"));
+    assert!(build(KvCacheOptions::new(1, 64).sequences(usize::MAX)).contains("at most 16777216"));
 
     let mut cache = KvCacheOptions::new(2, 8).sequences(2).build().unwrap();
     let x = |shape: &[usize]| normal(1, shape);

@@ -11,8 +11,8 @@ use std::fmt;
 
 use crate::problem::canonical;
 use crate::{
-    BlockMask, Call, Error, Geometry, Inputs, Lengths, MAX_HEAD_DIM, MAX_HEADS, Mask, Options, Result,
-    TensorView, View,
+    BlockMask, Call, Error, Geometry, Inputs, Layout, Lengths, MAX_HEAD_DIM, MAX_HEADS, Mask, Operand,
+    Options, Result, Strided, TensorView,
 };
 
 pub use tables::{BlockTables, PageCopy};
@@ -117,16 +117,16 @@ impl CacheLayout {
     ///
     /// # Errors
     /// When the shape is another, or channels are not neighbours in memory.
-    pub fn check_new<'t>(
+    pub fn check_new<T: Operand>(
         &self,
         name: &'static str,
-        tensor: TensorView<'t>,
-        layout: crate::Layout,
+        tensor: T,
+        layout: Layout,
         batch: usize,
-    ) -> Result<TensorView<'t>> {
+    ) -> Result<T> {
         let new = canonical(name, tensor, layout, false)?;
-        let &[found_batch, heads, _, head_dim] = new.shape() else {
-            return Err(Error::shape(name, tensor.shape(), layout.dimensions()));
+        let &[found_batch, heads, _, head_dim] = new.geometry().shape() else {
+            return Err(Error::shape(name, tensor.geometry().shape(), layout.dimensions()));
         };
         for (what, found, wanted) in [
             ("batch", found_batch, batch),
@@ -135,68 +135,68 @@ impl CacheLayout {
         ] {
             if found != wanted {
                 let wanted = format!("{} with {what} = {wanted}, as the cache", layout.dimensions());
-                return Err(Error::shape(name, tensor.shape(), wanted));
+                return Err(Error::shape(name, tensor.geometry().shape(), wanted));
             }
         }
         Ok(new)
     }
 }
 
-/// Zeros behind the views that stand for cached keys and values.
-static NO_F32: [f32; MAX_HEAD_DIM] = [0.0; MAX_HEAD_DIM];
-static NO_F16: [half::f16; MAX_HEAD_DIM] = [half::f16::ZERO; MAX_HEAD_DIM];
-static NO_BF16: [half::bf16; MAX_HEAD_DIM] = [half::bf16::ZERO; MAX_HEAD_DIM];
-
 /// Queries over a cache.
 #[derive(Clone, Copy, Debug)]
-pub struct CachedInputs<'a> {
+pub struct CachedInputs<'a, T = TensorView<'a>, M = Mask<'a>> {
     /// Queries of each sequence: the last query is that of the last cached token.
-    pub q: TensorView<'a>,
+    pub q: T,
     /// Explicit mask, broadcastable to `[batch, num_q_heads, q_len, max kv_lens]`.
-    pub mask: Option<Mask<'a>>,
+    pub mask: Option<M>,
     /// Blocks to compute.
     pub block_mask: Option<BlockMask<'a>>,
     /// Cached tokens of each sequence.
     pub kv_lens: &'a [i32],
 }
 
-impl<'a> Call<'a> {
-    /// Checks queries over cached keys and values. In the call that returns, `k` and `v` have the cache's shape, but
-    /// every row of them is the same row of zeros: the cache holds the true ones.
+impl<'a, T: Operand, M: Strided> Call<'a, T, M> {
+    /// Checks queries over cached keys and values. In the call that returns, `k` and `v` have the cache's shape, but no
+    /// content that means anything: the cache holds the true ones.
     ///
     /// # Errors
     /// As [`Call::check`], and when q does not fit the cache.
-    pub fn check_cached(inputs: &CachedInputs<'a>, layout: &CacheLayout, options: &Options) -> Result<Self> {
+    pub fn check_cached(
+        inputs: &CachedInputs<'a, T, M>,
+        layout: &CacheLayout,
+        options: &Options,
+    ) -> Result<Self> {
         let q = canonical("q", inputs.q, options.layout, false)?;
-        let wrong = |wanted: String| Error::shape("q", inputs.q.shape(), format!("{wanted}, as the cache"));
-        let (heads, kv_heads) = (q.shape()[1], layout.num_kv_heads);
-        if q.shape()[3] != layout.head_dim {
+        let wrong = |wanted: String| {
+            Error::shape("q", inputs.q.geometry().shape(), format!("{wanted}, as the cache"))
+        };
+        let &[batch, heads, _, head_dim] = q.geometry().shape() else {
+            return Err(wrong(options.layout.dimensions().to_owned()));
+        };
+        if head_dim != layout.head_dim {
             return Err(wrong(format!("head_dim {}", layout.head_dim)));
         }
-        if q.shape()[0] != inputs.kv_lens.len() {
+        if batch != inputs.kv_lens.len() {
             return Err(wrong(format!("batch {}", inputs.kv_lens.len())));
         }
-        if heads == 0 || !heads.is_multiple_of(kv_heads) {
-            return Err(wrong(format!("a multiple of {kv_heads} heads")));
+        if heads == 0 || !heads.is_multiple_of(layout.num_kv_heads) {
+            return Err(wrong(format!("a multiple of {} heads", layout.num_kv_heads)));
         }
         let len = inputs.kv_lens.iter().copied().max().unwrap_or(0);
         let len = usize::try_from(len).map_err(|_| Error::value("kv_lens", len, "at least 0"))?;
-        let canonical = [q.shape()[0], kv_heads, len, layout.head_dim];
+        let canonical = [batch, layout.num_kv_heads, len, head_dim];
         let shape = match options.layout {
-            crate::Layout::Hnd => canonical,
-            crate::Layout::Nhd => [0, 2, 1, 3].map(|at| canonical[at]),
+            Layout::Hnd => canonical,
+            Layout::Nhd => [0, 2, 1, 3].map(|at| canonical[at]),
         };
-        let geometry = Geometry::strided("k", &shape, &[0, 0, 0, 1], 0)?;
-        let stand_in: TensorView<'a> = match inputs.q {
-            TensorView::F32(_) => View::strided("k", &NO_F32[..], geometry)?.into(),
-            TensorView::F16(_) => View::strided("k", &NO_F16[..], geometry)?.into(),
-            TensorView::BF16(_) => View::strided("k", &NO_BF16[..], geometry)?.into(),
-        };
+        // Every row of the stand-in is q's first.
+        let first = if q.geometry().is_empty() { 0 } else { q.geometry().index([0; 4]) };
+        let stand_in = inputs.q.with_geometry(Geometry::strided("k", &shape, &[0, 0, 0, 1], first)?);
         let inputs = Inputs {
             mask: inputs.mask,
             block_mask: inputs.block_mask,
             lengths: Lengths::KvLens(inputs.kv_lens),
-            ..Inputs::new(inputs.q, stand_in, stand_in)
+            ..Inputs::dense(inputs.q, stand_in, stand_in)
         };
         Call::check(&inputs, options)
     }

@@ -1,5 +1,7 @@
 //! Which page holds which tokens of which sequence.
 
+use std::collections::HashMap;
+
 use crate::{Error, Result};
 
 /// A page to copy before it is written, because another sequence reads it too.
@@ -88,9 +90,12 @@ impl BlockTables {
     /// few pages. Nothing has changed then.
     pub fn reserve(&mut self, sequences: &[usize], tokens: usize) -> Result<Vec<PageCopy>> {
         let mut needed = 0usize;
-        for (at, &sequence) in sequences.iter().enumerate() {
+        let mut seen = vec![false; self.sequences.len()];
+        // The last holder of a shared page keeps it.
+        let mut left: HashMap<u32, u32> = HashMap::new();
+        for &sequence in sequences {
             let entry = self.entry(sequence)?;
-            if sequences[..at].contains(&sequence) {
+            if std::mem::replace(&mut seen[sequence], true) {
                 return Err(Error::value("sequences", format!("{sequences:?}"), "each sequence once"));
             }
             let len = entry.len.checked_add(tokens).filter(|&len| i32::try_from(len).is_ok());
@@ -99,7 +104,13 @@ impl BlockTables {
                 Error::value(format!("sequence {sequence}"), found, "at most 2147483647 together")
             })?;
             needed += len.div_ceil(self.page_size).saturating_sub(entry.pages.len());
-            needed += usize::from(self.shared_tail(sequence, tokens).is_some());
+            if let Some(page) = self.shared_tail(sequence, tokens) {
+                let holders = left.entry(page).or_insert(self.holders[page as usize]);
+                if *holders > 1 {
+                    *holders -= 1;
+                    needed += 1;
+                }
+            }
         }
         let limit = self.max_pages.unwrap_or(u32::MAX as usize).min(u32::MAX as usize);
         let available = limit - self.pages_in_use().min(limit);
@@ -273,6 +284,17 @@ mod tests {
             tables.truncate(sequence, 0).unwrap();
         }
         assert_eq!(tables.pages_in_use(), 0);
+    }
+
+    #[test]
+    fn holders_of_a_shared_page_that_all_write_need_one_page_less_than_they_are() {
+        let mut tables = BlockTables::new(3, 16, Some(3));
+        append(&mut tables, 0, 5);
+        tables.fork(0, 1).unwrap();
+        tables.fork(0, 2).unwrap();
+        let copies = tables.reserve(&[2, 0, 1], 1).unwrap();
+        assert_eq!(copies, [PageCopy { from: 0, to: 1 }, PageCopy { from: 0, to: 2 }]);
+        assert_eq!(tables.table(1).unwrap(), [0]);
     }
 
     #[test]

@@ -3,10 +3,10 @@
 use rayon::prelude::*;
 use sage_core::{BlockTables, CacheLayout, Element, Error, Result, TensorView, View};
 
-use super::{CachePages, Page, Pages, checked_table, typed, width};
+use super::{CachePages, Page, Pages, QuantizeRows, checked_table, typed, width};
 use crate::kernels::{Kernels, Load, Stored};
 use crate::rows::HeadRows;
-use crate::{Cpu, cache::QuantizeRows, kernels};
+use crate::{Cpu, kernels};
 
 impl Cpu {
     /// Writes the tokens of `k` and `v`, `[sequences.len(), num_kv_heads, tokens, head_dim]` of any strides, behind what
@@ -233,5 +233,96 @@ impl Encode for i8 {
 impl Encode for u8 {
     fn encode(kernels: &Kernels, head_dim: usize, rows: &mut [f32], codes: &mut [Self], scales: &mut [f32]) {
         kernels.quantize_e4m3(QuantizeRows { rows, constant: &[], head_dim, codes, scales });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::SeedableRng;
+    use rand_distr::{Distribution, StandardNormal};
+    use sage_core::oracle::{CachedHead, Matrix};
+    use sage_core::{Tensor, ValueFormat};
+
+    use super::*;
+    use crate::InstructionSet;
+
+    fn tensor(seed: u64, layout: &CacheLayout, tokens: usize) -> Tensor {
+        let shape = [1, layout.num_kv_heads, tokens, layout.head_dim];
+        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
+        let sample = |_| StandardNormal.sample(&mut rng);
+        Tensor::new((0..shape.iter().product()).map(sample).collect::<Vec<f32>>(), &shape).unwrap()
+    }
+
+    /// What is stored of a head's token: constant, key codes and scale, what values stand for and their scale.
+    type Row = (Vec<f32>, Vec<i8>, f32, Vec<f64>, f32);
+
+    fn stored(pages: &CachePages, tables: &BlockTables, head: usize, token: usize) -> Row {
+        let CacheLayout { head_dim, page_size, .. } = pages.layout;
+        let page = tables.table(0).unwrap()[token / page_size] as usize;
+        let slot = head * page_size + token % page_size;
+        let row = slot * head_dim..(slot + 1) * head_dim;
+        let constant = head * width(&pages.layout);
+        let (constant, codes, key_scale, scale) = typed!(&pages.pages, all => {
+            let page = &all[page];
+            let constant = page.constants[constant..][..head_dim].to_vec();
+            let scale = page.v_scales.get(slot).copied().unwrap_or(1.0);
+            (constant, page.k[row.clone()].to_vec(), page.k_scales[slot], scale)
+        });
+        let e4m3 = |code: &u8| {
+            let bits = (u16::from(*code) & 0x80) << 8 | (u16::from(*code) & 0x7f) << 7;
+            half::f16::from_bits(bits).to_f64() * 256.0 * f64::from(scale)
+        };
+        let values = match &pages.pages {
+            Pages::F16(all) => all[page].v[row].iter().map(|x| x.to_f64()).collect(),
+            Pages::BF16(all) => all[page].v[row].iter().map(|x| x.to_f64()).collect(),
+            Pages::Fp8E4M3(all) => all[page].v[row].iter().map(e4m3).collect(),
+            Pages::Int8(all) => all[page].v[row].iter().map(|&x| f64::from(scale) * f64::from(x)).collect(),
+        };
+        (constant, codes, key_scale, values, scale)
+    }
+
+    #[test]
+    fn what_is_stored_is_the_oracles_bit_for_bit() {
+        for set in InstructionSet::detected() {
+            let cpu = Cpu::detect().with_instruction_set(set).unwrap();
+            for values in ValueFormat::ALL {
+                for head_dim in [64, 33] {
+                    let layout = CacheLayout { num_kv_heads: 2, head_dim, page_size: 16, values };
+                    let mut pages = CachePages::new(layout).unwrap();
+                    let mut tables = BlockTables::new(1, layout.page_size, None);
+                    let mut heads = [CachedHead::new(layout), CachedHead::new(layout)];
+                    for (i, tokens) in [5, 40, 1, 1, 1, 30].into_iter().enumerate() {
+                        let (k, v) = (
+                            tensor(2 * i as u64, &layout, tokens),
+                            tensor(2 * i as u64 + 1, &layout, tokens),
+                        );
+                        let copies = tables.reserve(&[0], tokens).unwrap();
+                        pages.prepare(tables.pages(), &copies).unwrap();
+                        cpu.append_cached(&mut pages, &tables, &[0], k.view(), v.view()).unwrap();
+                        tables.advance(&[0], tokens).unwrap();
+                        for (head, expected) in heads.iter_mut().enumerate() {
+                            let rows = |x: &Tensor| Matrix::of_head(&x.view(), 0, head, 0, tokens);
+                            expected.append(&rows(&k), &rows(&v));
+                        }
+                    }
+                    for (head, expected) in heads.iter().enumerate() {
+                        for token in 0..expected.len() {
+                            let wanted = (
+                                expected.constants[token / 16].clone(),
+                                expected.key_codes[token].clone(),
+                                expected.key_scales[token],
+                                expected.values[token].clone(),
+                                expected.value_scales[token],
+                            );
+                            assert_eq!(
+                                stored(&pages, &tables, head, token),
+                                wanted,
+                                "{set} {values} d{head_dim} head {head} token {token}"
+                            );
+                        }
+                    }
+                }
+            }
+        }
     }
 }

@@ -140,7 +140,7 @@ impl CachePages {
 }
 
 /// The pages of a sequence, which must exist.
-fn checked_table<'t>(tables: &'t BlockTables, sequence: usize, pages: usize) -> Result<&'t [u32]> {
+fn checked_table(tables: &BlockTables, sequence: usize, pages: usize) -> Result<&[u32]> {
     let table = tables.table(sequence)?;
     match table.iter().find(|&&page| page as usize >= pages) {
         Some(page) => {

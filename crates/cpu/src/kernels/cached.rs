@@ -1,7 +1,8 @@
 //! Scores and outputs of a few queries, with keys and values as a quantised cache stores them.
 //!
-//! Queries are 16-bit integers. On 8-bit keys that costs what 8-bit queries would, because the vectors of most sets
-//! multiply 16-bit integers fastest anyway, and leaves nothing of the queries' own quantisation error.
+//! Queries are 16-bit integers, which leaves nothing of their own quantisation error. They cost no more than 8-bit ones
+//! where keys are widened to 16 bits in any case, for want of a dot product of signed bytes, as on AVX2; elsewhere memory
+//! is what decoding waits for.
 
 use half::{bf16, f16};
 
@@ -263,6 +264,7 @@ pub(super) unsafe fn cached_outputs<I: Isa, T: Stored, const C: usize>(args: &mu
 
 /// Rows `row..row + R`, channels `channel..channel + B·CHANNELS`.
 #[inline(always)]
+#[allow(clippy::needless_range_loop)] // the indices are of several arrays, and of memory
 unsafe fn output_block<I: Isa, T: Stored, const R: usize, const B: usize, const C: usize>(
     args: &mut CachedOutputs<'_, T>,
     weights: &[[f32; TILE_KEYS]; ROWS],

@@ -103,6 +103,8 @@ macro_rules! table {
     ($(#[$attribute:meta])* $NAME:ident: $Isa:ty, rows $R:literal, vectors $V:literal $(, $features:literal)?) => {
         $(#[$attribute])*
         pub(crate) static $NAME: Kernels = {
+            /// Vectors of [`CHANNELS`] numbers.
+            const CHANNEL_VECTORS: usize = CHANNELS / <$Isa as Isa>::LANES;
             macro_rules! kernel {
                 ($kernel:expr, $Args:ty) => {{
                     $(#[target_feature(enable = $features)])?
@@ -137,10 +139,22 @@ macro_rules! table {
                 quantize_int8: kernel!(quantize_int8, QuantizeRows<'_, i8>),
                 quantize_e4m3: kernel!(quantize_e4m3, QuantizeRows<'_, u8>),
                 cached_scores: kernel!(cached::cached_scores::<$Isa>, CachedScores<'_>),
-                cached_outputs_f16: kernel!(cached::cached_outputs::<$Isa, f16, { CHANNELS / <$Isa as Isa>::LANES }>, CachedOutputs<'_, f16>),
-                cached_outputs_bf16: kernel!(cached::cached_outputs::<$Isa, bf16, { CHANNELS / <$Isa as Isa>::LANES }>, CachedOutputs<'_, bf16>),
-                cached_outputs_e4m3: kernel!(cached::cached_outputs::<$Isa, u8, { CHANNELS / <$Isa as Isa>::LANES }>, CachedOutputs<'_, u8>),
-                cached_outputs_i8: kernel!(cached::cached_outputs::<$Isa, i8, { CHANNELS / <$Isa as Isa>::LANES }>, CachedOutputs<'_, i8>),
+                cached_outputs_f16: kernel!(
+                    cached::cached_outputs::<$Isa, f16, CHANNEL_VECTORS>,
+                    CachedOutputs<'_, f16>
+                ),
+                cached_outputs_bf16: kernel!(
+                    cached::cached_outputs::<$Isa, bf16, CHANNEL_VECTORS>,
+                    CachedOutputs<'_, bf16>
+                ),
+                cached_outputs_e4m3: kernel!(
+                    cached::cached_outputs::<$Isa, u8, CHANNEL_VECTORS>,
+                    CachedOutputs<'_, u8>
+                ),
+                cached_outputs_i8: kernel!(
+                    cached::cached_outputs::<$Isa, i8, CHANNEL_VECTORS>,
+                    CachedOutputs<'_, i8>
+                ),
             }
         };
     };

@@ -4,6 +4,7 @@
 //! To compute host tensors on a GPU, use [`crate::Attention::device`].
 
 mod host;
+mod kv_cache;
 mod plan;
 mod tensor;
 
@@ -16,6 +17,7 @@ pub use sage_kernels::attention::{Engine, Tiling};
 use sage_kernels::forward::{Gpu, Launcher, Request, TensorArg, Tensors};
 use sage_ptx::{Arg, BoxedTensor};
 
+pub use kv_cache::KvCache;
 pub use plan::CudaPlan;
 use sage_cuda::TensorMap;
 pub use sage_cuda::{Buffer, Device, DeviceInfo, Event, ExecutableGraph, Graph, Stream, devices};

@@ -1,0 +1,161 @@
+//! A quantised KV cache in device memory: appending to it, and attention over it through block tables.
+//!
+//! What is stored is defined by [`sage_core::oracle::CachedHead`]. Every part of the pool is an array with a row for each
+//! `[page][kv_head][slot]`, or `[page][kv_head]`; rows of codes are padded to whole chunks of 16 channels.
+
+mod advance;
+mod append;
+mod attend;
+
+use sage_core::{CacheLayout, ValueFormat};
+use sage_ptx::{Global, Val};
+
+pub use advance::{CacheAdvanceArgs, CacheAdvanceConfig};
+pub use append::{CacheAppendArgs, CacheAppendConfig};
+pub use attend::{CacheAttendArgs, CacheAttendConfig, MAX_SPLIT_PAGES, split_tokens};
+
+/// Channels of a chunk: what a lane reads at once.
+pub(crate) const CHUNK: usize = 16;
+
+/// Threads of a block.
+const THREADS: u32 = 128;
+
+/// Warps of a block.
+const WARPS: usize = THREADS as usize / 32;
+
+/// How a pool stores tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Storage {
+    /// Channels of a head.
+    pub head_dim: usize,
+    /// Tokens of a page, a power of two.
+    pub page_size: usize,
+    /// How values are stored.
+    pub values: ValueFormat,
+}
+
+/// Bytes of each part of a pool.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PoolBytes {
+    /// INT8 codes, `[pages, kv_heads, page_size, pitch]`.
+    pub keys: usize,
+    /// Singles, `[pages, kv_heads, page_size]`.
+    pub key_scales: usize,
+    /// Singles, `[pages, kv_heads, pitch]`.
+    pub constants: usize,
+    /// `[pages, kv_heads, page_size, pitch]`.
+    pub values: usize,
+    /// Singles, `[pages, kv_heads, page_size]`, or nothing.
+    pub value_scales: usize,
+}
+
+impl PoolBytes {
+    /// All parts together.
+    pub fn total(&self) -> usize {
+        self.keys + self.key_scales + self.constants + self.values + self.value_scales
+    }
+}
+
+impl Storage {
+    /// Of a cache with this layout.
+    pub fn new(layout: &CacheLayout) -> Self {
+        Storage { head_dim: layout.head_dim, page_size: layout.page_size, values: layout.values }
+    }
+
+    /// Channels of a stored row.
+    pub fn pitch(&self) -> usize {
+        self.head_dim.next_multiple_of(CHUNK)
+    }
+
+    /// Bytes of a pool of `pages` pages.
+    pub fn pool(&self, pages: usize, kv_heads: usize) -> PoolBytes {
+        let heads = pages * kv_heads;
+        let rows = heads * self.page_size;
+        PoolBytes {
+            keys: rows * self.pitch(),
+            key_scales: 4 * rows,
+            constants: 4 * heads * self.pitch(),
+            values: rows * self.pitch() * self.values.bytes(),
+            value_scales: if self.values.is_scaled() { 4 * rows } else { 0 },
+        }
+    }
+
+    /// Part of a kernel's name.
+    fn suffix(&self) -> String {
+        format!("{}_p{}_d{}", self.values.name().replace('-', "_"), self.page_size, self.head_dim)
+    }
+
+    fn page_bits(&self) -> i32 {
+        self.page_size.ilog2() as i32
+    }
+}
+
+/// A pool, inside a kernel: a row's codes, scales and constants.
+#[derive(Clone, Copy)]
+struct Pool<'k> {
+    storage: Storage,
+    kv_heads: Val<'k, i32>,
+    keys: Global<'k, u32>,
+    key_scales: Global<'k, f32>,
+    constants: Global<'k, f32>,
+    values: Global<'k, u32>,
+    value_scales: Global<'k, f32>,
+}
+
+impl<'k> Pool<'k> {
+    /// Index of a page's head among all.
+    #[track_caller]
+    fn head(&self, page: Val<'k, i32>, head: Val<'k, i32>) -> Val<'k, i32> {
+        page * self.kv_heads + head
+    }
+
+    /// Index of the row of a head's token.
+    #[track_caller]
+    fn row(&self, head: Val<'k, i32>, token: Val<'k, i32>) -> Val<'k, i32> {
+        (head << self.storage.page_bits()) + (token & (self.storage.page_size as i32 - 1))
+    }
+
+    /// A head's constants.
+    #[track_caller]
+    fn constants_of(&self, head: Val<'k, i32>) -> Global<'k, f32> {
+        self.constants.at(head.mul_wide(self.storage.pitch() as i32))
+    }
+
+    /// A row's keys, four in a word.
+    #[track_caller]
+    fn keys_of(&self, row: Val<'k, i32>) -> Global<'k, u32> {
+        self.keys.at(row.mul_wide((self.storage.pitch() / 4) as i32))
+    }
+
+    /// A row's values, four or two in a word.
+    #[track_caller]
+    fn values_of(&self, row: Val<'k, i32>) -> Global<'k, u32> {
+        self.values.at(row.mul_wide((self.storage.pitch() * self.storage.values.bytes() / 4) as i32))
+    }
+}
+
+/// A lane's channels of a row that a warp holds: for each 128 channels, four neighbouring ones.
+struct Quads {
+    count: usize,
+    pitch: usize,
+}
+
+impl Quads {
+    fn new(pitch: usize) -> Self {
+        Quads { count: pitch.div_ceil(4 * 32), pitch }
+    }
+
+    /// Index of quad `i`, and whether the row has it.
+    #[track_caller]
+    fn quad<'k>(&self, lane: Val<'k, i32>, i: usize) -> (Val<'k, i32>, Val<'k, bool>) {
+        let quad = lane + 32 * i as i32;
+        (quad, quad.lt((self.pitch / 4) as i32))
+    }
+}
+
+/// Four small integers as bytes of a word, the first lowest.
+#[track_caller]
+fn pack_bytes<'k>(integers: [Val<'k, i32>; 4]) -> Val<'k, u32> {
+    let [a, b, c, d] = integers;
+    ((a & 0xff) | ((b & 0xff) << 8) | ((c & 0xff) << 16) | (d << 24)).reinterpret()
+}

@@ -1,0 +1,319 @@
+//! The kernels of a KV cache in the emulator: tokens appended in chunks to pages in any order, and attention over them,
+//! against the oracle of what a cache stores.
+
+// Helpers unwrap too.
+#![allow(clippy::unwrap_used)]
+
+use half::{bf16, f16};
+use rand::SeedableRng;
+use rand_distr::{Distribution, StandardNormal};
+use sage_core::metrics::Accuracy;
+use sage_core::oracle::{CachedHead, Matrix, cached};
+use sage_core::{Alignment, Band, CacheLayout, CachedInputs, Call, DType, Options, Tensor, ValueFormat};
+use sage_emulator::{Buffer, Emulator};
+use sage_kernels::cache::{
+    CacheAdvanceArgs, CacheAdvanceConfig, CacheAppendArgs, CacheAppendConfig, CacheAttendArgs,
+    CacheAttendConfig, Storage,
+};
+use sage_kernels::combine::{CombineArgs, CombineConfig};
+
+#[derive(Clone, Debug)]
+struct Case {
+    layout: CacheLayout,
+    dtype: DType,
+    group: usize,
+    q_len: usize,
+    /// New tokens of both sequences, chunk by chunk; the second sequence skips the first chunk.
+    chunks: Vec<usize>,
+    /// Tokens of a part.
+    split: usize,
+    rows: Option<usize>,
+    options: Options,
+}
+
+const LAYOUT: CacheLayout =
+    CacheLayout { num_kv_heads: 2, head_dim: 64, page_size: 64, values: ValueFormat::F16 };
+
+fn case() -> Case {
+    Case {
+        layout: LAYOUT,
+        dtype: DType::F16,
+        group: 3,
+        q_len: 1,
+        chunks: vec![70, 1, 1, 30],
+        split: 64,
+        rows: None,
+        options: Options { band: Band::causal(Alignment::BottomRight), ..Options::default() },
+    }
+}
+
+fn normal(seed: u64, len: usize) -> Vec<f32> {
+    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
+    (0..len).map(|_| StandardNormal.sample(&mut rng)).collect()
+}
+
+fn bits(tensor: &Tensor) -> Vec<u16> {
+    let narrow = |x: f32| match tensor.dtype() {
+        DType::BF16 => bf16::from_f32(x).to_bits(),
+        _ => f16::from_f32(x).to_bits(),
+    };
+    tensor.to_f32_vec().into_iter().map(narrow).collect()
+}
+
+/// A pool with two sequences, on the emulated device and as scalars.
+struct Cache {
+    emulator: Emulator,
+    keys: Buffer,
+    key_scales: Buffer,
+    constants: Buffer,
+    values: Buffer,
+    value_scales: Buffer,
+    tables: Buffer,
+    table_stride: usize,
+    lens: Vec<i32>,
+    heads: Vec<CachedHead>,
+}
+
+impl Case {
+    fn storage(&self) -> Storage {
+        Storage::new(&self.layout)
+    }
+
+    fn cache(&self) -> Cache {
+        let total: usize = self.chunks.iter().sum();
+        let table_stride = total.div_ceil(self.layout.page_size).max(1);
+        let pages = 2 * table_stride + 1;
+        let bytes = self.storage().pool(pages, self.layout.num_kv_heads);
+        let mut emulator = Emulator::new();
+        // Pages fall where tokens rise, the sequences' in turns.
+        let tables: Vec<i32> = (0..2)
+            .flat_map(|sequence| (0..table_stride).map(move |page| (pages - 1 - 2 * page - sequence) as i32))
+            .collect();
+        Cache {
+            keys: emulator.uninitialized("keys", bytes.keys),
+            key_scales: emulator.uninitialized("key_scales", bytes.key_scales),
+            constants: emulator.uninitialized("constants", bytes.constants),
+            values: emulator.uninitialized("values", bytes.values),
+            value_scales: emulator.uninitialized("value_scales", bytes.value_scales.max(4)),
+            tables: emulator.buffer("tables", &tables),
+            table_stride,
+            lens: vec![0; 2],
+            heads: (0..2 * self.layout.num_kv_heads).map(|_| CachedHead::new(self.layout)).collect(),
+            emulator,
+        }
+    }
+
+    fn tensor(&self, seed: u64, shape: &[usize], bias: f32) -> Tensor {
+        let mut data = normal(seed, shape.iter().product());
+        for (at, x) in data.iter_mut().enumerate() {
+            *x += if at % self.layout.head_dim % 4 == 0 { bias } else { 0.0 };
+        }
+        Tensor::new(data, shape).unwrap().to_dtype(self.dtype)
+    }
+
+    /// Appends to one sequence.
+    fn append(&self, cache: &mut Cache, sequence: usize, k: &Tensor, v: &Tensor) {
+        let CacheLayout { num_kv_heads, head_dim, .. } = self.layout;
+        let tokens = k.shape()[2];
+        let config = CacheAppendConfig { storage: self.storage(), dtype: self.dtype };
+        let emulator = &mut cache.emulator;
+        let (k_bits, v_bits) = (emulator.buffer("k", &bits(k)), emulator.buffer("v", &bits(v)));
+        let lens = emulator.buffer("kv_lens", &cache.lens[sequence..=sequence]);
+        let row = head_dim as i64;
+        let args = CacheAppendArgs {
+            k: k_bits.address(),
+            k_stride_batch: 0,
+            k_stride_head: tokens as i64 * row,
+            k_stride_row: row,
+            v: v_bits.address(),
+            v_stride_batch: 0,
+            v_stride_head: tokens as i64 * row,
+            v_stride_row: row,
+            tables: cache.tables.address() + 4 * (sequence * cache.table_stride) as u64,
+            kv_lens: lens.address(),
+            keys: cache.keys.address(),
+            key_scales: cache.key_scales.address(),
+            constants: cache.constants.address(),
+            values: cache.values.address(),
+            value_scales: cache.value_scales.address(),
+            table_stride: cache.table_stride as i32,
+            tokens: tokens as i32,
+        };
+        let grid = config.grid(tokens, num_kv_heads, 1);
+        emulator
+            .launch(&config.program(), grid, &args.args())
+            .unwrap_or_else(|failure| panic!("{self:?}\n{failure}"));
+        let advance = CacheAdvanceConfig;
+        let args = CacheAdvanceArgs { kv_lens: lens.address(), sequences: 1, tokens: tokens as i32 };
+        emulator.launch(&advance.program(), advance.grid(1), &args.args()).unwrap();
+        cache.lens[sequence] = emulator.read::<i32>(lens)[0];
+        for head in 0..num_kv_heads {
+            let rows = |x: &Tensor| Matrix::of_head(&x.view(), 0, head, 0, tokens);
+            cache.heads[sequence * num_kv_heads + head].append(&rows(k), &rows(v));
+        }
+    }
+
+    fn filled(&self) -> Cache {
+        let mut cache = self.cache();
+        for (i, &tokens) in self.chunks.iter().enumerate() {
+            for sequence in 0..2 {
+                if i > 0 || sequence == 0 {
+                    let shape = [1, self.layout.num_kv_heads, tokens, self.layout.head_dim];
+                    let seed = 100 + 4 * i as u64 + 2 * sequence as u64;
+                    let (k, v) = (self.tensor(seed, &shape, 4.0), self.tensor(seed + 1, &shape, 0.0));
+                    self.append(&mut cache, sequence, &k, &v);
+                }
+            }
+        }
+        cache
+    }
+
+    fn check(&self) {
+        let mut cache = self.filled();
+        let CacheLayout { num_kv_heads, head_dim, .. } = self.layout;
+        let q_heads = num_kv_heads * self.group;
+        let q = self.tensor(1, &[2, q_heads, self.q_len, head_dim], 0.0);
+        let lens = cache.lens.clone();
+        let inputs = CachedInputs { q: q.view(), mask: None, block_mask: None, kv_lens: &lens };
+        let call = Call::check_cached(&inputs, &self.layout, &self.options).unwrap();
+        let expected = cached(&call, &cache.heads);
+
+        let log2e = std::f32::consts::LOG2_E;
+        let config = CacheAttendConfig {
+            storage: self.storage(),
+            dtype: self.dtype,
+            rows: self.rows.unwrap_or(CacheAttendConfig::rows_for(self.q_len, self.group)),
+            softcap: self.options.logit_softcap.is_some(),
+        };
+        let longest = lens.iter().max().map_or(0, |&len| len as usize);
+        let splits = longest.div_ceil(self.split).max(1);
+        let total_rows = 2 * q_heads * self.q_len;
+        let emulator = &mut cache.emulator;
+        let partial = emulator.uninitialized("partial", 4 * splits * total_rows * head_dim);
+        let partial_lse = emulator.uninitialized("partial_lse", 4 * splits * total_rows);
+        let limit = |side: Option<usize>| side.map_or(1 << 30, |n| n.min(1 << 30) as i32);
+        let row = head_dim as i64;
+        let args = CacheAttendArgs {
+            q: emulator.buffer("q", &bits(&q)).address(),
+            q_stride_batch: (q_heads * self.q_len) as i64 * row,
+            q_stride_head: self.q_len as i64 * row,
+            q_stride_row: row,
+            tables: cache.tables.address(),
+            kv_lens: emulator.buffer("kv_lens", &lens).address(),
+            keys: cache.keys.address(),
+            key_scales: cache.key_scales.address(),
+            constants: cache.constants.address(),
+            values: cache.values.address(),
+            value_scales: cache.value_scales.address(),
+            partial: partial.address(),
+            partial_lse: partial_lse.address(),
+            table_stride: cache.table_stride as i32,
+            kv_heads: num_kv_heads as i32,
+            group: self.group as i32,
+            q_len: self.q_len as i32,
+            split: self.split as i32,
+            scale: call.problem.sm_scale * log2e,
+            cap: self.options.logit_softcap.unwrap_or(0.0) * log2e,
+            left: limit(self.options.band.left),
+            right: limit(self.options.band.right),
+        };
+        let grid = config.grid(splits, num_kv_heads, self.q_len, self.group, 2);
+        emulator
+            .launch(&config.program(), grid, &args.args())
+            .unwrap_or_else(|failure| panic!("{self:?}\n{failure}"));
+
+        let combine = CombineConfig { dtype: self.dtype, head_dim, lse: true };
+        let out = emulator.uninitialized("out", 2 * total_rows * head_dim);
+        let lse = emulator.uninitialized("lse", 4 * total_rows);
+        let args = CombineArgs {
+            partial: partial.address(),
+            partial_lse: partial_lse.address(),
+            out: out.address(),
+            lse: lse.address(),
+            out_stride_batch: (q_heads * self.q_len) as i64 * row,
+            out_stride_head: self.q_len as i64 * row,
+            out_stride_row: row,
+            total_rows: total_rows as i32,
+            q_rows: self.q_len as i32,
+            q_heads: q_heads as i32,
+            splits: splits as i32,
+        };
+        emulator
+            .launch(&combine.program(), combine.grid(total_rows), &args.args())
+            .unwrap_or_else(|failure| panic!("{self:?}\n{failure}"));
+
+        let wide = |x: u16| match self.dtype {
+            DType::BF16 => bf16::from_bits(x).to_f32(),
+            _ => f16::from_bits(x).to_f32(),
+        };
+        let found: Vec<f32> = emulator.read::<u16>(out).into_iter().map(wide).collect();
+        let lse: Vec<f32> = emulator.read(lse);
+        // Constants are summed in single precision, so that now and then an integer is off by one; beside that there is
+        // the rounding of the output, 2⁻¹¹ or 2⁻⁸ of each element. Measured in f16: at most 7e-4; doubled.
+        let tolerance = if self.dtype == DType::BF16 { 6e-3 } else { 1.4e-3 };
+        let accuracy = Accuracy::of(&found, &expected.out);
+        assert!(accuracy.relative_l1 <= tolerance, "{self:?}: {accuracy}");
+        let lse = Accuracy::of(&lse, &expected.lse);
+        assert!(lse.max_abs_error <= 2e-3, "{self:?}: lse {lse}");
+    }
+}
+
+#[test]
+fn every_value_format_and_odd_size_is_the_oracles() {
+    for values in ValueFormat::ALL {
+        for (head_dim, page_size, group) in
+            [(64, 64, 3), (128, 16, 1), (40, 32, 2), (80, 16, 5), (256, 64, 4)]
+        {
+            let layout = CacheLayout { num_kv_heads: 2, head_dim, page_size, values };
+            Case { layout, group, ..case() }.check();
+        }
+    }
+}
+
+#[test]
+fn chunks_of_queries_windows_and_soft_caps_are_the_oracles() {
+    let causal = Band::causal(Alignment::BottomRight);
+    for band in [Band::FULL, causal, Band { left: Some(20), ..causal }] {
+        for logit_softcap in [None, Some(5.0)] {
+            let options = Options { band, logit_softcap, ..Options::default() };
+            for q_len in [2, 7] {
+                Case { q_len, options, dtype: DType::BF16, ..case() }.check();
+            }
+        }
+    }
+}
+
+#[test]
+fn every_number_of_rows_and_length_of_parts_is_the_oracles() {
+    for rows in [1, 2, 4] {
+        for split in [64, 128, 1024] {
+            Case { rows: Some(rows), split, group: 5, ..case() }.check();
+        }
+    }
+}
+
+#[test]
+fn a_sequence_without_tokens_is_zeros() {
+    // The second sequence has none, and then one.
+    Case { chunks: vec![9], ..case() }.check();
+    Case { chunks: vec![9, 1], ..case() }.check();
+}
+
+#[test]
+fn a_row_that_is_not_finite_spoils_what_sees_it_and_no_other() {
+    let case = Case { layout: CacheLayout { num_kv_heads: 1, ..LAYOUT }, group: 1, ..case() };
+    let mut cache = case.cache();
+    let shape = [1, 1, 3, 64];
+    let mut k = case.tensor(1, &shape, 0.0).to_f32_vec();
+    k[64 + 5] = f32::INFINITY;
+    let k = Tensor::new(k, &shape).unwrap().to_dtype(DType::F16);
+    case.append(&mut cache, 0, &k, &case.tensor(2, &shape, 0.0));
+    let scales: Vec<f32> = cache.emulator.read(cache.key_scales);
+    let table: Vec<i32> = cache.emulator.read(cache.tables);
+    let first = table[0] as usize * 64;
+    let expected = &cache.heads[0].key_scales;
+    assert!(scales[first + 1].is_nan() && expected[1].is_nan());
+    for i in [0, 2] {
+        assert!((scales[first + i] - expected[i]).abs() <= 1e-6 * expected[i], "{scales:?}, {expected:?}");
+    }
+}
