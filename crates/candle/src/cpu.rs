@@ -1,0 +1,82 @@
+//! Attention of tensors in this process's memory.
+
+use candle_core::{CpuStorage, Result, WithDType};
+use half::{bf16, f16};
+use sageattention::{Attention, DType, Element, Geometry, TensorViewMut, ViewMut};
+
+use crate::Options;
+use crate::options::Lengths;
+use crate::view::{self, HostMask, wrap};
+
+/// The output, and the log-sum-exp where `lse` asks for it.
+pub(crate) fn forward(
+    options: &Options,
+    [q, k, v]: [(&CpuStorage, &candle_core::Layout); 3],
+    lse: bool,
+) -> Result<(CpuStorage, Option<CpuStorage>)> {
+    let shape = q.1.dims();
+    let q = view::tensor("q", q.0, q.1).map_err(wrap)?;
+    let k = view::tensor("k", k.0, k.1).map_err(wrap)?;
+    let v = view::tensor("v", v.0, v.1).map_err(wrap)?;
+    let mut lse = lse.then(|| vec![0f32; options.lse_shape(shape).iter().product()]);
+    let out = with_attention(options, |attention| {
+        output(q.dtype(), shape, |out| attention.forward_into(q, k, v, out, lse.as_deref_mut()))
+    })?;
+    Ok((out, lse.map(CpuStorage::F32)))
+}
+
+/// Runs `run` with the options as those of the plain crate, the tensors among them included.
+pub(crate) fn with_attention<R>(
+    options: &Options,
+    run: impl FnOnce(&Attention<'_>) -> Result<R>,
+) -> Result<R> {
+    let mut attention = options.attention();
+    let mask_storage = options.mask.as_ref().map(|mask| mask.storage_and_layout());
+    let mask = mask_storage.as_ref().map(|(storage, layout)| HostMask::new(storage, layout)).transpose();
+    let mask = mask.map_err(wrap)?;
+    if let Some(mask) = &mask {
+        attention = attention.mask(mask.mask().map_err(wrap)?);
+    }
+    let (first, second);
+    attention = match &options.lengths {
+        Lengths::Dense => attention,
+        Lengths::KvLens(kv_lens) => {
+            first = view::lengths("kv_lens", kv_lens)?;
+            attention.kv_lens(&first)
+        }
+        Lengths::Packed { cu_seqlens_q, cu_seqlens_k, .. } => {
+            first = view::lengths("cu_seqlens_q", cu_seqlens_q)?;
+            second = view::lengths("cu_seqlens_k", cu_seqlens_k)?;
+            attention.packed(&first, &second)
+        }
+    };
+    run(&attention)
+}
+
+/// A new row-major tensor, which `fill` fills.
+pub(crate) fn output(
+    dtype: DType,
+    shape: &[usize],
+    fill: impl FnOnce(TensorViewMut<'_>) -> sageattention::Result<()>,
+) -> Result<CpuStorage> {
+    match dtype {
+        DType::F32 => typed_output::<f32>(shape, fill),
+        DType::F16 => typed_output::<f16>(shape, fill),
+        DType::BF16 => typed_output::<bf16>(shape, fill),
+    }
+}
+
+fn typed_output<T>(
+    shape: &[usize],
+    fill: impl FnOnce(TensorViewMut<'_>) -> sageattention::Result<()>,
+) -> Result<CpuStorage>
+where
+    T: Element + WithDType,
+    for<'a> ViewMut<'a, T>: Into<TensorViewMut<'a>>,
+{
+    let geometry = Geometry::contiguous("out", shape).map_err(wrap)?;
+    let mut out = vec![T::ZERO; geometry.len()];
+    let view = ViewMut::strided("out", &mut out, geometry).map_err(wrap)?;
+    fill(view.into()).map_err(wrap)?;
+    Ok(T::to_cpu_storage_owned(out))
+}

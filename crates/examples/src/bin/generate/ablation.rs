@@ -1,0 +1,131 @@
+//! What each part of a scheme is worth, on the model's own Q, K and V.
+
+use std::path::PathBuf;
+
+use candle_core::{DType, Device, Tensor};
+use sage_core::{
+    Accumulator, Granularity, IntBits, IntQuantizer, Preset, Pv, Qk, Scheme, SmoothK, SmoothQ, Smoothing,
+};
+use sage_examples::attend::{Method, Recorded, Visible, relative_l1_by_head};
+use sage_examples::{Result, progress, table};
+use sageattention_candle::{Options, sage_attention};
+
+use crate::AtHand;
+use crate::evaluate::evaluate;
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Tokens of the text. Schemes without a CPU kernel are computed by the oracle, number by number.
+    #[arg(long, default_value_t = 1024)]
+    tokens: usize,
+    /// Tokens of a window.
+    #[arg(long, default_value_t = 512)]
+    context: usize,
+    /// Another text than the one that scripts/fetch_models.sh fetched.
+    #[arg(long, value_name = "FILE")]
+    text: Option<PathBuf>,
+}
+
+pub fn run(args: &Args, at_hand: &AtHand) -> Result<()> {
+    let tokens = at_hand.tokens(args.text.as_ref(), args.tokens)?;
+    let context = args.context.max(2);
+    let model = &at_hand.model;
+    let schemes = schemes(model.config().head_dim);
+    let methods: Vec<Method> =
+        schemes.iter().map(|scheme| method(*scheme, model.config().head_dim)).collect::<Result<_>>()?;
+
+    let mut recorded = Recorded::default();
+    model.forward(&tokens[..context.min(tokens.len())], 0, &mut recorded)?;
+    let exact: Vec<Tensor> = recorded
+        .layers
+        .iter()
+        .map(|[q, k, v]| Method::Candle.compute(q, k, v, &Visible::Causal))
+        .collect::<Result<_>>()?;
+
+    let bar = progress::bar(methods.len() * (tokens.len().div_ceil(context) * 2 + 1), "");
+    let mut rows = Vec::new();
+    for (method, scheme) in methods.iter().zip(&schemes) {
+        let mut errors = Vec::new();
+        for ([q, k, v], exact) in recorded.layers.iter().zip(&exact) {
+            let out = method.compute(q, k, v, &Visible::Causal)?;
+            errors.extend(relative_l1_by_head(&out, exact)?);
+        }
+        bar.inc(1);
+        let scores = evaluate(model, &tokens, context, &[*method], &bar)?;
+        let largest = errors.iter().fold(0f32, |largest, &error| largest.max(error));
+        let row = vec![
+            scheme.to_string(),
+            format!("{:.4}", errors.iter().sum::<f32>() / errors.len() as f32),
+            format!("{largest:.4}"),
+            format!("{:+.3}%", 100.0 * (scores[1].perplexity() / scores[0].perplexity() - 1.0)),
+            format!("{:.2}%", 100.0 * scores[1].same_best()),
+            if matches!(method, Method::Sage(_)) { "cpu kernel" } else { "oracle" }.to_owned(),
+        ];
+        bar.suspend(|| println!("{}", row.join("  ")));
+        rows.push(row);
+    }
+    bar.finish_and_clear();
+    println!();
+    table::print(
+        &["scheme", "relative L1, mean", "worst head", "perplexity", "same top-1", "computed by"],
+        &rows,
+    );
+    Ok(())
+}
+
+/// A CPU kernel where there is one.
+fn method(scheme: Scheme, head_dim: usize) -> Result<Method> {
+    let small = Tensor::zeros((1, 1, 1, head_dim), DType::F32, &Device::Cpu)?;
+    let planned = sage_attention(&small, &small, &small, &Options::new().scheme(scheme));
+    Ok(if planned.is_ok() { Method::Sage(scheme.into()) } else { Method::Oracle(scheme) })
+}
+
+/// One part changed at a time, from INT8 Q·Kᵀ per token with smooth-K and P·V in single precision.
+fn schemes(head_dim: usize) -> Vec<Scheme> {
+    let preset = |preset: Preset| preset.scheme(head_dim);
+    let base = Scheme { pv: Pv::F32, ..preset(Preset::INT8_PER_TOKEN) };
+    let rough = |scheme: Scheme| Scheme { smooth: Smoothing { k: SmoothK::Off, ..scheme.smooth }, ..scheme };
+    let rotated = |scheme: Scheme| Scheme { rotate: true, ..scheme };
+    let of = |from: Preset, granularity: Granularity| {
+        let qk = match preset(from).qk {
+            Qk::Int(quantizer) => Qk::Int(IntQuantizer { granularity, ..quantizer }),
+            other => other,
+        };
+        Scheme { qk, ..base }
+    };
+    let int4 = |scheme: Scheme| match scheme.qk {
+        Qk::Int(quantizer) => {
+            Scheme { qk: Qk::Int(IntQuantizer { bits: IntBits::Four, ..quantizer }), ..scheme }
+        }
+        _ => scheme,
+    };
+    let per_block = of(Preset::INT8, Granularity::PerBlock);
+    let fp8 = |v_max: f32, accumulator| Scheme { pv: Pv::Fp8 { v_max, accumulator }, ..base };
+    let smooth_q =
+        |scheme: Scheme| Scheme { smooth: Smoothing { q: SmoothQ::Block(128), ..scheme.smooth }, ..scheme };
+    vec![
+        // Granularity, with and without smoothing of K.
+        of(Preset::INT8, Granularity::PerTensor),
+        per_block,
+        of(Preset::SAGE2_INT8_FP8_PER_WARP, Granularity::PerWarp),
+        of(Preset::SAGE2_INT8_FP8_PER_THREAD, Granularity::PerThread),
+        base,
+        rough(per_block),
+        rough(of(Preset::SAGE2_INT8_FP8_PER_THREAD, Granularity::PerThread)),
+        rough(base),
+        // Rotation, in place of smoothing and beside it.
+        rotated(rough(per_block)),
+        rotated(per_block),
+        // How P·V is computed.
+        preset(Preset::INT8_PER_TOKEN),
+        Scheme { pv: Pv::F16(Accumulator::F16ThenF32), ..base },
+        fp8(448.0, Accumulator::F32ThenF32),
+        fp8(2.25, Accumulator::F16ThenF32),
+        Scheme { pv: Pv::Int8, ..base },
+        // Four bits.
+        int4(base),
+        smooth_q(int4(base)),
+        rotated(smooth_q(int4(base))),
+        preset(Preset::SAGE3_NVFP4),
+    ]
+}

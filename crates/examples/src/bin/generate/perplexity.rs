@@ -1,0 +1,95 @@
+//! Perplexity of a long text, at one or several context lengths.
+
+use std::path::PathBuf;
+
+use sage_core::Preset;
+use sage_examples::attend::Method;
+use sage_examples::plot::{self, Panel};
+use sage_examples::{Result, progress, table};
+use sageattention_candle::Choice;
+
+use crate::AtHand;
+use crate::evaluate::evaluate;
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Tokens of the text.
+    #[arg(long, default_value_t = 20_480)]
+    tokens: usize,
+    /// Tokens of a window, whose later tokens are predicted from its earlier ones; several for a plot.
+    #[arg(long, value_delimiter = ',', default_value = "2048")]
+    context: Vec<usize>,
+    /// exact, sage, candle-flash or a scheme; several for a comparison.
+    #[arg(long, value_delimiter = ',', default_value = "sage")]
+    method: Vec<Method>,
+    /// Another text than the one that scripts/fetch_models.sh fetched.
+    #[arg(long, value_name = "FILE")]
+    text: Option<PathBuf>,
+    /// Draws perplexity and attention's speed against context length.
+    #[arg(long, value_name = "FILE.svg")]
+    plot: Option<PathBuf>,
+    /// Largest change of perplexity, in percent, or the program fails.
+    #[arg(long, value_name = "PERCENT")]
+    max_change: Option<f64>,
+    /// Smallest part of equal most likely tokens, in percent, or the program fails.
+    #[arg(long, value_name = "PERCENT")]
+    min_agreement: Option<f64>,
+}
+
+pub fn run(args: &Args, at_hand: &AtHand) -> Result<()> {
+    let tokens = at_hand.tokens(args.text.as_ref(), args.tokens)?;
+    let windows: usize = args.context.iter().map(|&context| tokens.len().div_ceil(context.max(2))).sum();
+    let bar = progress::bar(windows * (args.method.len() + 1), "");
+    let names: Vec<String> =
+        std::iter::once(Method::Candle).chain(args.method.iter().copied()).map(|m| m.to_string()).collect();
+    let mut perplexities: Vec<_> = names.iter().map(|name| (name.clone(), Vec::new())).collect();
+    let mut speeds = perplexities.clone();
+    let (mut rows, mut failures) = (Vec::new(), Vec::new());
+    for &context in &args.context {
+        let scores = evaluate(&at_hand.model, &tokens, context.max(2), &args.method, &bar)?;
+        let exact = scores[0].perplexity();
+        for (at, (name, score)) in names.iter().zip(&scores).enumerate() {
+            let change = 100.0 * (score.perplexity() / exact - 1.0);
+            let agreement = 100.0 * score.same_best();
+            let speed = score.predictions() as f64 / score.attention.as_secs_f64();
+            rows.push(vec![
+                name.clone(),
+                context.to_string(),
+                score.predictions().to_string(),
+                format!("{:.4}", score.perplexity()),
+                format!("{change:+.3}%"),
+                format!("{agreement:.2}%"),
+                format!("{:.2e}", score.divergence()),
+                format!("{:.1}", score.attention.as_secs_f64()),
+            ]);
+            perplexities[at].1.push((context as f64, score.perplexity()));
+            speeds[at].1.push((context as f64, speed));
+            if args.max_change.is_some_and(|limit| change.abs() > limit) {
+                failures.push(format!("{name} at {context}: perplexity changes by {change:+.3}%"));
+            }
+            if args.min_agreement.is_some_and(|limit| agreement < limit) {
+                failures.push(format!("{name} at {context}: {agreement:.2}% of the tokens agree"));
+            }
+        }
+    }
+    bar.finish_and_clear();
+    table::print(
+        &["attention", "context", "predictions", "perplexity", "change", "same top-1", "KL", "attention s"],
+        &rows,
+    );
+    if args.method.contains(&Method::Sage(Choice::Automatic)) {
+        println!("\nsage is {} where it has 128 queries or more.", Preset::INT8_PER_TOKEN.name());
+    }
+    if let Some(path) = &args.plot {
+        let panel = |title: &str, series, from_zero| Panel { title: title.into(), series, from_zero };
+        let caption = format!(
+            "SmolLM2-135M-Instruct, {} tokens; attention of all 30 layers, whole windows",
+            tokens.len()
+        );
+        let panels =
+            [panel("Perplexity", perplexities, false), panel("Attention, tokens a second", speeds, true)];
+        plot::lines(path, "Perplexity and speed of attention against context length", &caption, &panels)?;
+        println!("Drawn in {}.", path.display());
+    }
+    if failures.is_empty() { Ok(()) } else { Err(failures.join("; ").into()) }
+}

@@ -1,0 +1,15 @@
+//! Two real models on candle, small enough for a laptop, whose attention is a parameter: what the programs `generate`
+//! and `embed` share. `scripts/fetch_models.sh` fetches the weights.
+
+pub mod attend;
+pub mod bert;
+pub mod files;
+pub mod llama;
+pub mod oracle;
+pub mod plot;
+pub mod progress;
+pub mod table;
+pub mod timing;
+
+/// Result of the examples' functions.
+pub type Result<T, E = Box<dyn std::error::Error + Send + Sync>> = std::result::Result<T, E>;
