@@ -118,6 +118,9 @@ presets! {
         None, int(OURS, Pv::Fixed12 { block: 128 });
     INT8_PER_TOKEN "int8-per-token": "INT8 QK per token, 12-bit PV in exact integers.",
         None, int(OURS.per(Granularity::PerToken), Pv::Fixed12 { block: 128 });
+    INT8_PER_TOKEN_ROTATED "int8-per-token-rotated":
+        "INT8 QK per token of rotated Q and K, 12-bit PV in exact integers: about half the error of INT8_PER_TOKEN on trained models.",
+        None, int(OURS.per(Granularity::PerToken), Pv::Fixed12 { block: 128 }).rotated();
     INT8_F32 "int8-f32": "INT8 QK per block, single-precision PV.",
         None, int(OURS, Pv::F32);
 
@@ -288,6 +291,10 @@ impl IntQuantizer {
 impl Scheme {
     const fn smooth_q(self, q: SmoothQ) -> Self {
         Scheme { smooth: Smoothing { q, ..self.smooth }, ..self }
+    }
+
+    const fn rotated(self) -> Self {
+        Scheme { rotate: true, ..self }
     }
 
     const fn smooth_v(self) -> Self {

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use candle_core::{D, DType, Device, Tensor};
@@ -136,9 +137,19 @@ fn bias(visible: &Visible, q_len: usize, kv_len: usize) -> Result<Option<Tensor>
     Ok(match visible {
         Visible::Causal if q_len == 1 => None,
         Visible::Causal => {
-            let shift = kv_len - q_len;
-            let rows = (0..q_len).flat_map(|i| (0..kv_len).map(move |j| hide(j > i + shift)));
-            Some(Tensor::from_iter(rows, &Device::Cpu)?.reshape((1, 1, 1, q_len, kv_len))?)
+            // Made once for all layers, as candle's models do.
+            static LATEST: Mutex<Option<Tensor>> = Mutex::new(None);
+            let shape = [1, 1, 1, q_len, kv_len];
+            let mut latest = LATEST.lock().unwrap_or_else(PoisonError::into_inner);
+            match &*latest {
+                Some(bias) if bias.dims() == shape => Some(bias.clone()),
+                _ => {
+                    let shift = kv_len - q_len;
+                    let rows = (0..q_len).flat_map(|i| (0..kv_len).map(move |j| hide(j > i + shift)));
+                    let bias = Tensor::from_iter(rows, &Device::Cpu)?.reshape(&shape[..])?;
+                    Some(latest.insert(bias).clone())
+                }
+            }
         }
         Visible::Padded(lens) => {
             let rows = lens.iter().flat_map(|&len| (0..kv_len).map(move |j| hide(j >= len as usize)));
