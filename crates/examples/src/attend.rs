@@ -69,6 +69,7 @@ impl fmt::Display for Method {
             Method::Candle => f.pad("exact"),
             Method::CandleFlash => f.pad("candle-flash"),
             Method::Sage(Choice::Automatic) => f.pad("sage"),
+            Method::Sage(Choice::Within(error)) => f.pad(&format!("sage within {error}")),
             Method::Sage(Choice::Preset(preset)) => f.pad(preset.name()),
             Method::Sage(Choice::Scheme(scheme)) | Method::Oracle(scheme) => f.pad(&scheme.to_string()),
         }

@@ -10,7 +10,7 @@ use std::process::ExitCode;
 
 use candle_core::Tensor;
 use clap::Parser;
-use sage_core::{Granularity, IntQuantizer, Preset, Qk, Scheme, Smoothing};
+use sage_core::{Granularity, IntQuantizer, Preset, Qk, Scheme, SmoothK, Smoothing};
 use sage_examples::attend::{Attend, Method, Recorded, Stateless, Visible, relative_l1_by_head};
 use sage_examples::bert::{Batch, MiniLm};
 use sage_examples::files::Files;
@@ -231,7 +231,7 @@ fn record(model: &MiniLm, batch: &Batch) -> Result<Recorded> {
 
 fn ablation(model: &MiniLm, batches: &[Batch], exact: &Tensor) -> Result<()> {
     let int8 = Preset::INT8_PER_TOKEN.scheme(32);
-    let rough = |scheme: Scheme| Scheme { smooth: Smoothing { k: false, ..scheme.smooth }, ..scheme };
+    let rough = |scheme: Scheme| Scheme { smooth: Smoothing { k: SmoothK::Off, ..scheme.smooth }, ..scheme };
     let granular = |granularity| match int8.qk {
         Qk::Int(quantizer) => Scheme { qk: Qk::Int(IntQuantizer { granularity, ..quantizer }), ..int8 },
         _ => int8,
