@@ -441,12 +441,12 @@ impl Pass<'_> {
             Scores::Full => true,
             Scores::Int(quantizer) => quantizer.bits == IntBits::Eight,
         };
-        let values = matches!(
-            values,
-            Values::F16(Accumulator::F32)
-                | Values::BF16
-                | Values::Fp8(Accumulator::F32 | Accumulator::F32ThenF32)
-        );
+        let values = match values {
+            Values::F16(Accumulator::F32) | Values::BF16 | Values::Fp8(Accumulator::F32) => true,
+            // A tile's own sums beside all tiles' would take 256 registers of wider heads: 2.4 KB of spills in the loop.
+            Values::Fp8(Accumulator::F32ThenF32) => self.problem.head_dim <= 128,
+            _ => false,
+        };
         let hopper = self.gpu.target == Target::SM_90A;
         hopper && scores && values && self.request.boxed && self.problem.q_len > FEW_QUERIES
     }
