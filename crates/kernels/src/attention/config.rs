@@ -133,7 +133,7 @@ pub struct Tiling {
     pub min_blocks: u32,
     /// Whether warpgroups take turns at starting products, so that one computes its softmax while others multiply.
     pub turns: bool,
-    /// Whether warpgroups sum P by products with ones beside V, where there is room: [`AttentionConfig::sums_by_ones`].
+    /// Whether warpgroups sum P by products with ones beside V, where heads and tiles have room for 8 columns more.
     pub ones: bool,
     /// Rise of a row's maximum, in powers of two, up to which sums are not rescaled; 0 rescales always.
     pub lazy_rescale: u32,
