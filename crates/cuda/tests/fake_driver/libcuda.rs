@@ -222,6 +222,10 @@ driver! {
         if std::slice::from_raw_parts(image, 5) != b"cubin" { return INVALID_VALUE }
         create(module, "module")
     }
+    whole: cuModuleLoadDataEx(module: *mut usize, text: *const u8, n: u32, o: usize, v: usize) {
+        books(|b| b.compiled += 1);
+        create(module, "module")
+    }
     whole: cuModuleUnload(module: usize) { destroy(module, "module") }
     whole: cuModuleGetFunction(function: *mut usize, module: usize, name: *const std::ffi::c_char) {
         if std::ffi::CStr::from_ptr(name) != c"scale" { return INVALID_VALUE }
