@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Both examples on the real weights (fetched once, into target/models) and a short text: fails when quality falls below
-# its bounds. On two cores about three minutes, beyond the build and the download.
+# its bounds. On two cores about a minute, beyond the build and the download.
 #
 #     scripts/test_models.sh
 #
@@ -17,9 +17,11 @@ step() {
     "$target/release/$@"
 }
 
-# Perplexity within 0.5% of exact attention's and the same most likely token at 98% of the places: @MEASURED_PPL@.
-step generate perplexity --tokens 1025 --context 512 --method sage,int8 --max-change 0.5 --min-agreement 98
-# INT8 keys and values: the answers begin with the same words.
+# Perplexity within 0.5% of exact attention's; measured +0.02%. The same most likely token at 97% of the 1022 places:
+# measured 98.1%, 19 others, and such a count varies by four or five with every rounding elsewhere in the model.
+step generate perplexity --tokens 1025 --context 512 --method sage,int8-per-token-rotated \
+    --max-change 0.5 --min-agreement 97
+# INT8 keys and values: the answers begin with the same words, measured all 16.
 step generate chat --tokens 16 --min-equal 8
-# Padded batches: @MEASURED_EMBED@.
+# Padded batches: measured at least 0.99996, and no passages out of order whose scores are more than 0.0006 apart.
 step embed --passages 32 --batch 8 --min-cosine 0.9995

@@ -71,6 +71,7 @@ fn panel_lines(area: &Area<'_>, panel: &Panel) -> Result<()> {
         .label_style((FONT, 13).into_font().color(&INK))
         .x_labels((right - left).round() as usize + 1)
         .x_label_formatter(&|x| format!("{}", x.exp2().round()))
+        .y_label_formatter(&|y| format!("{y:.0}"))
         .x_desc("context length, tokens")
         .draw()?;
     for ((name, points), colour) in panel.series.iter().zip(COLOURS.iter().cycle()) {
@@ -83,7 +84,7 @@ fn panel_lines(area: &Area<'_>, panel: &Panel) -> Result<()> {
     }
     chart
         .configure_series_labels()
-        .position(SeriesLabelPosition::UpperLeft)
+        .position(SeriesLabelPosition::UpperRight)
         .label_font((FONT, 13).into_font().color(&INK))
         .background_style(WHITE.mix(0.8))
         .draw()?;
