@@ -10,7 +10,7 @@ use sage_kernels::attention::Tiling;
 use sage_kernels::tuning::{Shape, candidates};
 use serde::{Deserialize, Serialize};
 
-use super::{Cuda, DeviceInputs, DeviceTensor, driver};
+use super::{Cuda, DeviceInputs, DeviceTensor};
 use crate::attention::Choice;
 
 /// Names a file with measured tile shapes.
@@ -155,7 +155,6 @@ impl Cuda {
             trials.push(Trial { tiling, time: time(tiling) });
             tried(index + 1, tilings.len());
         }
-        self.device.synchronize().map_err(driver)?;
         Ok(Some((shape, trials)))
     }
 }
