@@ -1,71 +1,193 @@
 //! Times attention on a GPU, end to end and kernel by kernel, on random data that lies there already.
 //!
-//! `bench_gpu SCHEME,… HEAD_DIM CAUSAL BATCH HEADS[/KV_HEADS] LENGTH…` prints a line of JSON for each length and scheme.
+//! ```text
+//! bench_gpu SCHEME,… SHAPE…           a line of JSON for each shape and scheme
+//! bench_gpu SCHEME,… -                the same for shapes from standard input, with an empty line after each
+//! bench_gpu --launch SCHEME,… SHAPE…  launches every kernel once, for profilers
+//! ```
+//!
+//! A shape is `BATCH,HEADS[/KV_HEADS],LENGTH,HEAD_DIM[,causal]`. A scheme that cannot run is reported and passed over.
 
 use std::error::Error;
+use std::io::{self, Write};
+use std::str::FromStr;
+use std::time::Duration;
 
 use half::f16;
-use sageattention::cuda::{Cuda, CudaTensor};
+use sage_core::{Geometry, Strided};
+use sageattention::cuda::{Cuda, CudaTensor, DeviceInputs, DeviceTensor, Stream};
 use sageattention::{Band, Choice, DType, Inputs, Options, Preset, Tensor};
+use serde_json::{Value, json};
 
-/// Runs before times are taken, and runs that are timed.
-const WARM_UP: usize = 3;
-const RUNS: usize = 15;
+type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
 
-fn main() -> Result<(), Box<dyn Error>> {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let [schemes, head_dim, causal, batch, heads, lengths @ ..] = arguments.as_slice() else {
-        return Err("bench_gpu SCHEME,… HEAD_DIM CAUSAL BATCH HEADS[/KV_HEADS] LENGTH…".into());
-    };
-    let (head_dim, causal, batch): (usize, bool, usize) =
-        (head_dim.parse()?, causal.parse()?, batch.parse()?);
-    let (heads, kv_heads) = heads.split_once('/').unwrap_or((heads, heads));
-    let (heads, kv_heads): (usize, usize) = (heads.parse()?, kv_heads.parse()?);
+/// A contestant is run until both are reached before times are taken: a GPU that waited has lowered its clock.
+const WARM_UP_RUNS: usize = 3;
+const WARM_UP_TIME: Duration = Duration::from_millis(20);
+/// Calls between two events last this long together, so that launching the first does not count.
+const GROUP: Duration = Duration::from_millis(1);
+/// Groups are timed for this long, but so many at least and at most. `scripts/bench_gpu.py` does all of this the same way.
+const TIMED: Duration = Duration::from_millis(80);
+const GROUPS: std::ops::RangeInclusive<usize> = 7..=50;
 
-    let gpu = Cuda::new(0)?;
-    let stream = gpu.stream()?;
-    for length in lengths {
-        let length: usize = length.parse()?;
-        let upload = |seed, heads| -> Result<CudaTensor, Box<dyn Error>> {
-            let shape = [batch, heads, length, head_dim];
-            let values = normal(seed, shape.iter().product());
-            Ok(CudaTensor::upload(&stream, &Tensor::new(values, &shape)?.view())?)
-        };
-        let (q, k, v) = (upload(1, heads)?, upload(2, kv_heads)?, upload(3, kv_heads)?);
-        let out = CudaTensor::uninitialized(&stream, DType::F16, &[batch, heads, length, head_dim])?;
-        let inputs = Inputs::dense(q.view(), k.view(), v.view());
-        let band = Band { right: causal.then_some(0), ..Band::FULL };
-        let options = Options { band, ..Options::default() };
-        let out = out.view();
-        for scheme in schemes.split(',') {
-            let choice = match scheme {
-                "auto" => Choice::Automatic,
-                name => Choice::Preset(name.parse::<Preset>()?),
-            };
-            let run = || gpu.forward_into(&stream, &inputs, &options, choice, &out, None);
-            for _ in 0..WARM_UP {
-                run()?;
-            }
-            let mut times = Vec::new();
-            for _ in 0..RUNS {
-                times.push(gpu.time(&stream, run)?.as_secs_f64() * 1e3);
-            }
-            times.sort_by(f64::total_cmp);
-            let stages = gpu.time_kernels(&stream, &inputs, &options, choice, &out, RUNS)?;
-            let stages: Vec<String> = stages
-                .iter()
-                .map(|(name, time)| {
-                    format!("{{\"kernel\":\"{name}\",\"ms\":{:.4}}}", time.as_secs_f64() * 1e3)
-                })
-                .collect();
-            println!(
-                "{{\"scheme\":\"{scheme}\",\"length\":{length},\"ms\":{:.4},\"kernels\":[{}]}}",
-                times[RUNS / 2],
-                stages.join(",")
-            );
-        }
+const USAGE: &str =
+    "bench_gpu [--launch] SCHEME,… SHAPE…, a shape BATCH,HEADS[/KV_HEADS],LENGTH,HEAD_DIM[,causal] or -";
+
+fn main() -> Result<()> {
+    let mut arguments: Vec<String> = std::env::args().skip(1).collect();
+    let launch_only = arguments.first().is_some_and(|first| first == "--launch");
+    if launch_only {
+        arguments.remove(0);
+    }
+    let [schemes, shapes @ ..] = arguments.as_slice() else { return Err(USAGE.into()) };
+    if shapes.is_empty() {
+        return Err(USAGE.into());
+    }
+    let schemes: Vec<&str> = schemes.split(',').collect();
+    let mut bench = Bench::new(launch_only)?;
+    if shapes != ["-"] {
+        return shapes.iter().try_for_each(|shape| bench.shape(&schemes, shape));
+    }
+    for line in io::stdin().lines() {
+        bench.shape(&schemes, line?.trim())?;
+        println!();
+        io::stdout().flush()?;
     }
     Ok(())
+}
+
+/// What attention is timed on.
+struct Shape {
+    batch: usize,
+    heads: usize,
+    kv_heads: usize,
+    length: usize,
+    head_dim: usize,
+    causal: bool,
+}
+
+impl FromStr for Shape {
+    type Err = Box<dyn Error>;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let wrong = || format!("shape is {text:?}, expected BATCH,HEADS[/KV_HEADS],LENGTH,HEAD_DIM[,causal]");
+        let (sizes, causal) = match text.strip_suffix(",causal") {
+            Some(sizes) => (sizes, true),
+            None => (text, false),
+        };
+        let [batch, heads, length, head_dim] = sizes.split(',').collect::<Vec<_>>()[..] else {
+            return Err(wrong().into());
+        };
+        let (heads, kv_heads) = heads.split_once('/').unwrap_or((heads, heads));
+        let number = |text: &str| text.parse::<usize>().map_err(|_| wrong());
+        Ok(Shape {
+            batch: number(batch)?,
+            heads: number(heads)?,
+            kv_heads: number(kv_heads)?,
+            length: number(length)?,
+            head_dim: number(head_dim)?,
+            causal,
+        })
+    }
+}
+
+/// A GPU, and memory that all shapes share, so that only the first large one waits for data.
+struct Bench {
+    gpu: Cuda,
+    stream: Stream,
+    inputs: [CudaTensor; 3],
+    out: CudaTensor,
+    launch_only: bool,
+}
+
+impl Bench {
+    fn new(launch_only: bool) -> Result<Self> {
+        let gpu = Cuda::new(0)?;
+        let stream = gpu.stream()?;
+        let empty = || CudaTensor::uninitialized(&stream, DType::F16, &[1]);
+        let (inputs, out) = ([empty()?, empty()?, empty()?], empty()?);
+        Ok(Bench { gpu, stream, inputs, out, launch_only })
+    }
+
+    /// Times all schemes on one shape.
+    fn shape(&mut self, schemes: &[&str], text: &str) -> Result<()> {
+        let shape: Shape = text.parse()?;
+        let sizes = |heads| [shape.batch, heads, shape.length, shape.head_dim];
+        let (q_sizes, kv_sizes) = (sizes(shape.heads), sizes(shape.kv_heads));
+        for (seed, (tensor, sizes)) in (1..).zip(self.inputs.iter_mut().zip([q_sizes, kv_sizes, kv_sizes])) {
+            let len = sizes.iter().product();
+            if elements(tensor) < len {
+                *tensor = CudaTensor::upload(&self.stream, &Tensor::new(normal(seed, len), &[len])?.view())?;
+            }
+        }
+        let len = q_sizes.iter().product();
+        if elements(&self.out) < len {
+            self.out = CudaTensor::uninitialized(&self.stream, DType::F16, &[len])?;
+        }
+        let [q, k, v] = &self.inputs;
+        let inputs = Inputs::dense(seen_as(q, &q_sizes)?, seen_as(k, &kv_sizes)?, seen_as(v, &kv_sizes)?);
+        let out = seen_as(&self.out, &q_sizes)?;
+        let band = Band { right: shape.causal.then_some(0), ..Band::FULL };
+        let options = Options { band, ..Options::default() };
+        for &scheme in schemes {
+            let row = self.scheme(scheme, &inputs, &options, &out);
+            let mut row = row.unwrap_or_else(|error| json!({ "error": error.to_string() }));
+            row["scheme"] = scheme.into();
+            row["shape"] = text.into();
+            println!("{row}");
+        }
+        Ok(())
+    }
+
+    fn scheme(
+        &self,
+        scheme: &str,
+        inputs: &DeviceInputs<'_>,
+        options: &Options,
+        out: &DeviceTensor<'_>,
+    ) -> Result<Value> {
+        let choice = match scheme {
+            "auto" => Choice::Automatic,
+            name => Choice::Preset(name.parse::<Preset>()?),
+        };
+        let (gpu, stream) = (&self.gpu, &self.stream);
+        let call = || gpu.forward_into(stream, inputs, options, choice, out, None);
+        let calls = |count: usize| gpu.time(stream, || (0..count).try_for_each(|_| call()));
+        let times = if self.launch_only { Vec::new() } else { times(calls)? };
+        let runs = times.len().max(1);
+        let kernels = gpu.time_kernels(stream, inputs, options, choice, out, runs)?;
+        let ms = |time: Duration| time.as_secs_f64() * 1e3;
+        let kernels: Vec<Value> =
+            kernels.iter().map(|(name, time)| json!({ "kernel": name, "ms": ms(*time) })).collect();
+        Ok(json!({ "ms": times.get(times.len() / 2).copied().map(ms), "kernels": kernels }))
+    }
+}
+
+fn elements(tensor: &CudaTensor) -> usize {
+    tensor.view().geometry().len()
+}
+
+/// The start of a tensor that has at least as many elements.
+fn seen_as<'a>(tensor: &'a CudaTensor, sizes: &[usize]) -> Result<DeviceTensor<'a>> {
+    Ok(tensor.view().with_geometry(Geometry::contiguous("tensor", sizes)?))
+}
+
+/// Sorted times of a call, warmed up.
+fn times(calls: impl Fn(usize) -> sageattention::Result<Duration>) -> Result<Vec<Duration>> {
+    let (mut runs, mut spent) = (0, Duration::ZERO);
+    while runs < WARM_UP_RUNS || spent < WARM_UP_TIME {
+        spent += calls(1)?;
+        runs += 1;
+    }
+    let group = (GROUP.as_secs_f64() * runs as f64 / spent.as_secs_f64()).ceil() as usize;
+    let (mut times, mut spent) = (Vec::new(), Duration::ZERO);
+    while times.len() < *GROUPS.start() || times.len() < *GROUPS.end() && spent < TIMED {
+        let time = calls(group)?;
+        times.push(time.div_f64(group as f64));
+        spent += time;
+    }
+    times.sort();
+    Ok(times)
 }
 
 /// About N(0, 1): sums of uniform numbers, from a generator that fills gigabytes in no time.
@@ -79,6 +201,9 @@ fn normal(seed: u64, len: usize) -> Vec<f16> {
         // Four uniform numbers have the variance 1/3.
         f16::from_f32((uniform(0) + uniform(16) + uniform(32) + uniform(48) - 2.0) * 3f32.sqrt())
     };
-    let pattern: Vec<f16> = (0..len.min(1 << 22)).map(|_| next()).collect();
-    pattern.iter().copied().cycle().take(len).collect()
+    let mut values: Vec<f16> = (0..len.min(1 << 22)).map(|_| next()).collect();
+    while values.len() < len {
+        values.extend_from_within(..values.len().min(len - values.len()));
+    }
+    values
 }

@@ -87,14 +87,15 @@ impl Cuda {
     /// # Errors
     /// What `run` or the driver says.
     pub fn time(&self, stream: &Stream, run: impl FnOnce() -> Result<()>) -> Result<Duration> {
-        let event = || Event::new(&self.device, true).map_err(driver);
-        let (start, end) = (event()?, event()?);
+        let [start, end] = [self.event()?, self.event()?];
         stream.record(&start).map_err(driver)?;
         run()?;
         stream.record(&end).map_err(driver)?;
-        end.synchronize().map_err(driver)?;
-        let ms = start.elapsed_ms(&end).map_err(driver)?;
-        Ok(Duration::from_secs_f64(f64::from(ms) / 1e3))
+        between(&start, &end)
+    }
+
+    fn event(&self) -> Result<Event> {
+        Event::new(&self.device, true).map_err(driver)
     }
 
     /// Computes attention on `stream`: `out` in q's layout, shape and element type; `lse` f32, row-major in the shape of
@@ -127,7 +128,7 @@ impl Cuda {
         plan.forward.run(&prepared.tensors, workspace.address(), &mut launcher)
     }
 
-    /// Median times of a call's kernels, each launched by itself in the order of the call: for
+    /// Median times of a call's kernels, in the order of the call, its runs one after the other: for
     /// benchmarks.
     ///
     /// # Errors
@@ -154,16 +155,24 @@ impl Cuda {
         runs: usize,
     ) -> Result<Vec<(String, Duration)>> {
         let kernels = &prepared.plan.kernels;
-        let mut times = vec![Vec::new(); kernels.len()];
+        // All runs are queued before the first is waited for: a launch must not wait for the host between its events.
+        let mut marks = Vec::new();
         for _ in 0..runs.max(1) {
             let workspace = workspace(stream, &prepared.plan)?;
             let timed = |index: usize, grid: [u32; 3], args: &[Arg]| {
-                let launch = || kernels[index].launch(stream, grid, args).map_err(driver);
-                times[index].push(self.time(stream, launch)?);
+                let [start, end] = [self.event()?, self.event()?];
+                stream.record(&start).map_err(driver)?;
+                kernels[index].launch(stream, grid, args).map_err(driver)?;
+                stream.record(&end).map_err(driver)?;
+                marks.push((index, start, end));
                 Ok(())
             };
             let mut launcher = OnStream { device: &self.device, run: timed };
             prepared.plan.forward.run(&prepared.tensors, workspace.address(), &mut launcher)?;
+        }
+        let mut times = vec![Vec::new(); kernels.len()];
+        for (index, start, end) in marks {
+            times[index].push(between(&start, &end)?);
         }
         let median = |mut times: Vec<Duration>| {
             times.sort();
@@ -293,6 +302,13 @@ struct Prepared {
     tensors: Tensors,
     /// Lengths that were copied to the GPU.
     _lists: Lists,
+}
+
+/// The GPU's time from one event to another; waits for the latter.
+fn between(start: &Event, end: &Event) -> Result<Duration> {
+    end.synchronize().map_err(driver)?;
+    let ms = start.elapsed_ms(end).map_err(driver)?;
+    Ok(Duration::from_secs_f64(f64::from(ms) / 1e3))
 }
 
 /// A plan's workspace on a stream, with its counters at zero.
