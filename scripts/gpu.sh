@@ -1,12 +1,17 @@
 #!/usr/bin/env bash
-# Everything that needs a real GPU, in one go: tests, NVIDIA's memory and race checkers, benchmarks beside the peers.
+# Everything that needs a real GPU, in one go: tests, NVIDIA's memory and race checkers, accuracy, use of the machine,
+# benchmarks beside the peers.
 #
-#     scripts/gpu.sh [tests] [sanitize] [bench-hopper]     # all by default; also bench-quick: two lengths, one round
+#     scripts/gpu.sh [tests] [sanitize] [accuracy] [bench-hopper] [profile]   # all by default
+#     scripts/gpu.sh bench-quick                                  # two lengths, one round
 #     scripts/gpu.sh build DIR                                    # only build the programs, to be carried to a machine
 #     GPU_BIN=DIR scripts/gpu.sh …                                # run such programs instead of building
+#     SCHEMES=auto,full scripts/gpu.sh …                          # measure these schemes
+#     GPU_OUT=DIR scripts/gpu.sh …                                # keep times and counters there as files
 #
-# Needs the driver. `sanitize` needs compute-sanitizer, the benchmarks need Python with torch (and take
-# sageattention==1.0.6 and fa3-fwd==0.0.3 where they are installed); what is missing is said, not skipped silently.
+# Needs the driver. `sanitize` needs compute-sanitizer and `profile` ncu; accuracy and benchmarks need Python with torch
+# (and take the peers named in scripts/bench_gpu.py where they are installed). What is missing is said, not skipped
+# silently.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -40,6 +45,8 @@ fi
 bin=${GPU_BIN:-target/gpu}
 [[ -n ${GPU_BIN:-} ]] || build "$bin"
 
+schemes=${SCHEMES:-auto,sage2-int8-fp8-f32-per-warp,sage2-int8-fp8-per-thread,full}
+
 heading() { printf '\n== %s\n' "$1"; }
 
 tests() {
@@ -68,21 +75,38 @@ sanitize() {
     done
 }
 
-bench() {
-    heading "speed"
+# Runs a script of ours that needs torch.
+with_torch() {
     python3 -c 'import torch' || { echo "left out: Python has no torch here"; return; }
-    python3 scripts/bench_gpu.py "$bin/bench_gpu" "$@"
+    python3 "$@" --schemes "$schemes"
 }
 
-[[ $# -gt 0 ]] || set -- tests sanitize bench-hopper
+accuracy() {
+    heading "accuracy"
+    with_torch scripts/accuracy_gpu.py "$bin/sageattn"
+}
+
+profile() {
+    heading "use of the machine"
+    python3 scripts/profile_gpu.py "$bin/bench_gpu" --schemes "$schemes" ${GPU_OUT:+--log "$GPU_OUT/ncu.csv"}
+}
+
+bench() {
+    heading "speed"
+    with_torch scripts/bench_gpu.py "$bin/bench_gpu" "$@" ${GPU_OUT:+--json "$GPU_OUT/bench.json"}
+}
+
+[[ $# -gt 0 ]] || set -- tests sanitize accuracy bench-hopper profile
 for part in "$@"; do
     case $part in
         tests) tests ;;
         sanitize) sanitize ;;
+        accuracy) accuracy ;;
+        profile) profile ;;
         bench-hopper) bench ;;
         bench-quick) bench --rounds 1 --shapes grid --lengths 4096,8192 ;;
         *)
-            echo "gpu.sh: part is $part, expected tests, sanitize, bench-hopper or bench-quick" >&2
+            echo "gpu.sh: part is $part, expected tests, sanitize, accuracy, profile, bench-hopper or bench-quick" >&2
             exit 2
             ;;
     esac
