@@ -45,7 +45,7 @@ fi
 bin=${GPU_BIN:-target/gpu}
 [[ -n ${GPU_BIN:-} ]] || build "$bin"
 
-schemes=${SCHEMES:-auto,sage2-int8-fp8-f32-per-warp,sage2-int8-fp8-per-thread,full}
+schemes=${SCHEMES:-auto,int8-fp8,sage2-int8-fp8-per-thread,full}
 
 heading() { printf '\n== %s\n' "$1"; }
 

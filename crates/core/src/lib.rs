@@ -32,7 +32,7 @@ pub use problem::{
     Call, Inputs, Layout, Lengths, MAX_HEAD_DIM, MAX_HEADS, Operand, Options, Problem, Sequence, Strided,
 };
 pub use scheme::{
-    Accumulator, Granularity, IntBits, IntQuantizer, Pv, Qk, Rounding, Scheme, SmoothK, SmoothQ, Smoothing,
-    Tile, ZeroGroup,
+    Accumulator, Granularity, IntBits, IntQuantizer, Pv, Qk, Rounding, ScaleRows, Scheme, SmoothK, SmoothQ,
+    Smoothing, Tile, ZeroGroup,
 };
 pub use tensor::{Elements, Tensor, TensorView, TensorViewMut, View, ViewMut};

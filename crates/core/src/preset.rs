@@ -4,8 +4,8 @@ use std::fmt;
 use std::str::FromStr;
 
 use crate::{
-    Accumulator, Error, Granularity, IntBits, IntQuantizer, Pv, Qk, Result, Rounding, Scheme, SmoothK,
-    SmoothQ, Smoothing, Tile, ZeroGroup,
+    Accumulator, Error, Granularity, IntBits, IntQuantizer, Pv, Qk, Result, Rounding, ScaleRows, Scheme,
+    SmoothK, SmoothQ, Smoothing, Tile, ZeroGroup,
 };
 
 /// A scheme with a name.
@@ -123,6 +123,8 @@ presets! {
         None, int(OURS.per(Granularity::PerToken), Pv::Fixed12 { block: 128 }).rotated();
     INT8_F32 "int8-f32": "INT8 QK per block, single-precision PV.",
         None, int(OURS, Pv::F32);
+    INT8_FP8 "int8-fp8": "INT8 QK per thread, FP8 PV summed in the tensor core alone; means and scales of 128 rows: the fastest on Hopper.",
+        None, int(CUDA_PER_WARP.per(Granularity::PerThread), FP8_SAMPLED).of_sampled_keys();
 
     SAGE1_INT8_FP16 "sage1-int8-fp16": "SageAttention1: INT8 QK per block, FP16 PV.",
         Some("sageattn_qk_int8_pv_fp16_triton(quantization_backend=\"triton\")"),
@@ -233,19 +235,26 @@ presets! {
         int(SPARGE, FP8_NARROW);
     SPARGE_INT8_FP8_SM90 "sparge-int8-fp8-sm90": "SpargeAttn on Hopper: tiles of 64 × 128, FP8 PV summed in two levels.",
         Some("spas_sage2_attn_meansim_cuda and its kin on compute capability 9.0"),
-        int(IntQuantizer { tile: SM90_TILE, ..SPARGE }, Pv::Fp8 { v_max: 2.25, accumulator: Accumulator::F32ThenF32 });
+        int(IntQuantizer { tile: SM90_TILE, ..SPARGE }, Pv::Fp8 { v_max: 2.25, rows: ScaleRows::All, accumulator: Accumulator::F32ThenF32 });
     SPARGE_INT8_FP16_TRITON "sparge-int8-fp16-triton": "The older block-sparse kernel: SageAttention1's arithmetic.",
         Some("sparse_sageattn"), int(TRITON_PER_BLOCK, Pv::F16(Accumulator::F16ThenF32));
 }
+
+/// Rows whose statistics stand for all: a mean of so many makes scales 1/256 larger than the mean of all would, and K and V are
+/// read once.
+const SAMPLED_ROWS: usize = 128;
 
 const SMOOTH_NOTHING: Smoothing = Smoothing { q: SmoothQ::Off, k: SmoothK::Off, v: false };
 const SMOOTH_K: Smoothing = Smoothing { k: SmoothK::Mean, ..SMOOTH_NOTHING };
 
 /// E4M3 as SageAttention2 has it: V fills the range, and sums move to true f32 after each tile.
-const FP8: Pv = Pv::Fp8 { v_max: 448.0, accumulator: Accumulator::F32ThenF32 };
-const FP8_ONE_LEVEL: Pv = Pv::Fp8 { v_max: 448.0, accumulator: Accumulator::F32 };
+const FP8: Pv = Pv::Fp8 { v_max: 448.0, rows: ScaleRows::All, accumulator: Accumulator::F32ThenF32 };
+const FP8_ONE_LEVEL: Pv = Pv::Fp8 { v_max: 448.0, rows: ScaleRows::All, accumulator: Accumulator::F32 };
+/// Rows that were not sampled may be eight times as large before a head takes all of its rows.
+const FP8_SAMPLED: Pv =
+    Pv::Fp8 { v_max: 56.0, rows: ScaleRows::Sampled(SAMPLED_ROWS), accumulator: Accumulator::F32 };
 /// SageAttention2++: 64 products of P ≤ 448 and V ≤ 2.25 fit f16's range.
-const FP8_NARROW: Pv = Pv::Fp8 { v_max: 2.25, accumulator: Accumulator::F16ThenF32 };
+const FP8_NARROW: Pv = Pv::Fp8 { v_max: 2.25, rows: ScaleRows::All, accumulator: Accumulator::F16ThenF32 };
 
 const WIDE_TILE: Tile = Tile { block_q: 128, warp_q: 32, block_k: 64, warp_k: 64 };
 const SM90_TILE: Tile = Tile { block_q: 64, warp_q: 16, block_k: 128, warp_k: 128 };
@@ -295,6 +304,10 @@ impl Scheme {
 
     const fn rotated(self) -> Self {
         Scheme { rotate: true, ..self }
+    }
+
+    const fn of_sampled_keys(self) -> Self {
+        Scheme { smooth: Smoothing { k: SmoothK::Sampled(SAMPLED_ROWS), ..self.smooth }, ..self }
     }
 
     const fn smooth_v(self) -> Self {

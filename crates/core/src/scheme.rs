@@ -46,6 +46,8 @@ pub enum Pv {
     Fp8 {
         /// Largest magnitude of quantised V: 448, or 2.25 where fp16 accumulates (SageAttention2++).
         v_max: f32,
+        /// Rows of V whose largest magnitudes those are.
+        rows: ScaleRows,
         /// Precision of the sums.
         accumulator: Accumulator,
     },
@@ -59,6 +61,33 @@ pub enum Pv {
     },
     /// E2M1 values with E4M3 scales for 16 keys, P in two levels (SageAttention3).
     Nvfp4,
+}
+
+/// Rows of V that the scales of FP8 channels are taken from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ScaleRows {
+    /// All of the sequence.
+    All,
+    /// This many that lie evenly in the sequence, which spares V being read twice. Other rows may hold larger values, for which
+    /// `v_max` must leave room; where some channel of a head has a value that would exceed 448, all of the head's rows
+    /// are taken after all. A floating-point format loses no precision by such room.
+    Sampled(usize),
+}
+
+impl ScaleRows {
+    /// Which of `len` rows the scales are taken from.
+    pub fn of(self, len: usize) -> impl ExactSizeIterator<Item = usize> {
+        let rows = match self {
+            ScaleRows::All => len,
+            ScaleRows::Sampled(rows) => rows.min(len),
+        };
+        (0..rows).map(move |index| evenly(index, rows, len))
+    }
+}
+
+/// The `index`-th of `rows` rows that lie evenly in `len`.
+fn evenly(index: usize, rows: usize, len: usize) -> usize {
+    index * len / rows
 }
 
 /// Precision in which products of P and V are summed.
@@ -127,10 +156,7 @@ impl SmoothK {
 
     /// Which of `len` rows is the `index`-th that the mean is of.
     pub fn row(self, index: usize, len: usize) -> usize {
-        match self.rows(len) {
-            rows if rows == len => index,
-            rows => index * len / rows,
-        }
+        evenly(index, self.rows(len), len)
     }
 }
 
@@ -283,6 +309,17 @@ impl Scheme {
             Pv::Fp8 { v_max, .. } if !(v_max > 0.0 && v_max <= 448.0) => {
                 return Err(Error::value("pv.v_max", v_max, "above 0 and at most 448"));
             }
+            Pv::Fp8 { rows: ScaleRows::Sampled(0), .. } => {
+                return Err(Error::value("pv.rows", 0, "at least 1"));
+            }
+            Pv::Fp8 {
+                rows: ScaleRows::Sampled(_),
+                accumulator: accumulator @ (Accumulator::F16 | Accumulator::F16ThenF32),
+                ..
+            } => {
+                let wanted = "f32 or f32+f32 where V's scales are sampled: its values may reach 448";
+                return Err(Error::value("pv.accumulator", accumulator.name(), wanted));
+            }
             _ => {}
         }
         if self.smooth.k == SmoothK::Sampled(0) {
@@ -322,7 +359,13 @@ impl fmt::Display for Scheme {
             Pv::F32 => write!(f, " · FP32 PV"),
             Pv::F16(accumulator) => write!(f, " · FP16 PV ({})", accumulator.name()),
             Pv::BF16(accumulator) => write!(f, " · BF16 PV ({})", accumulator.name()),
-            Pv::Fp8 { v_max, accumulator } => write!(f, " · FP8 PV ({v_max}, {})", accumulator.name()),
+            Pv::Fp8 { v_max, rows, accumulator } => {
+                write!(f, " · FP8 PV ({v_max}")?;
+                if let ScaleRows::Sampled(rows) = rows {
+                    write!(f, " of {rows} rows")?;
+                }
+                write!(f, ", {})", accumulator.name())
+            }
             Pv::Int8 => write!(f, " · INT8 PV"),
             Pv::Fixed12 { block } => write!(f, " · 12-bit PV ({block})"),
             Pv::Nvfp4 => write!(f, " · NVFP4 PV"),
@@ -378,7 +421,16 @@ mod tests {
         refused(Scheme { pv: Pv::Fixed12 { block: 0 }, ..int8 }, "pv.block: value is 0, expected at least 1");
         let smooth = Smoothing { k: SmoothK::Sampled(0), ..int8.smooth };
         refused(Scheme { smooth, ..int8 }, "smooth.k rows: value is 0, expected at least 1");
-        let fp8 = Pv::Fp8 { v_max: 500.0, accumulator: Accumulator::F32 };
-        refused(Scheme { pv: fp8, ..int8 }, "pv.v_max: value is 500, expected above 0 and at most 448");
+        let fp8 = |v_max, rows, accumulator| Scheme { pv: Pv::Fp8 { v_max, rows, accumulator }, ..int8 };
+        let (all, sampled) = (ScaleRows::All, ScaleRows::Sampled);
+        refused(
+            fp8(500.0, all, Accumulator::F32),
+            "pv.v_max: value is 500, expected above 0 and at most 448",
+        );
+        refused(fp8(56.0, sampled(0), Accumulator::F32), "pv.rows: value is 0, expected at least 1");
+        refused(
+            fp8(2.25, sampled(8), Accumulator::F16ThenF32),
+            "pv.accumulator: value is f16+f32, expected f32 or f32+f32 where V's scales are sampled: its values may reach 448",
+        );
     }
 }

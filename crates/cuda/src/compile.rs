@@ -26,6 +26,8 @@ pub(crate) struct Loaded {
     pub(crate) params: Box<[Param]>,
     pub(crate) block: [u32; 3],
     pub(crate) cluster: Option<[u32; 3]>,
+    /// Whether it can start while the launch before it ends.
+    pub(crate) starts_early: bool,
     pub(crate) dynamic_shared_bytes: u32,
     pub(crate) attributes: KernelAttributes,
     pub(crate) origin: Origin,
@@ -338,6 +340,7 @@ fn finish(
         params: source.params.into(),
         block: source.block,
         cluster: source.cluster,
+        starts_early: source.starts_early(gpu.driver_version),
         dynamic_shared_bytes: dynamic,
         attributes,
         origin,

@@ -5,7 +5,7 @@ use std::ptr;
 use std::sync::Arc;
 
 use cudarc::driver::sys::{CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig};
-use sage_ptx::{Arg, Param, Target};
+use sage_ptx::{Arg, Param, Target, WAIT_FOR_LAUNCHES_BEFORE};
 
 use crate::arguments::{self, MAX_PARAM_BYTES, MAX_PARAMS};
 use crate::compile::Loaded;
@@ -88,6 +88,12 @@ impl KernelSource<'_> {
             );
         }
         Ok(())
+    }
+
+    /// Whether the kernel may start before the launch before it has ended: it waits for that end by itself, and the driver can
+    /// also capture such launches into a graph.
+    pub(crate) fn starts_early(&self, driver: DriverVersion) -> bool {
+        driver >= DriverVersion { major: 12, minor: 3 } && self.ptx.contains(WAIT_FOR_LAUNCHES_BEFORE)
     }
 
     /// Identity within a process: all that a [`Kernel`] depends on.
@@ -181,7 +187,28 @@ impl Kernel {
         let [x, y, z] = kernel.block;
         let shared = kernel.dynamic_shared_bytes;
         let _entered = kernel.context.enter()?;
-        let Some(cluster) = kernel.cluster else {
+        let mut attributes = [CUlaunchAttribute {
+            id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_IGNORE,
+            pad: [0; 4],
+            value: CUlaunchAttributeValue { pad: [0; 64] },
+        }; 2];
+        let mut count = 0;
+        let mut attribute = |id, set: &dyn Fn(&mut CUlaunchAttributeValue)| {
+            attributes[count].id = id;
+            set(&mut attributes[count].value);
+            count += 1;
+        };
+        if let Some([x, y, z]) = kernel.cluster {
+            attribute(CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, &|value| {
+                (value.clusterDim.x, value.clusterDim.y, value.clusterDim.z) = (x, y, z);
+            });
+        }
+        if kernel.starts_early {
+            attribute(CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, &|value| {
+                value.programmaticStreamSerializationAllowed = 1;
+            });
+        }
+        if count == 0 {
             // SAFETY: function and stream are alive and of the current context; `pointers` lead to as many values of
             // the types that the kernel takes as it has parameters, which the driver copies before it returns.
             return unsafe {
@@ -199,13 +226,7 @@ impl Kernel {
                     ptr::null_mut(),
                 ))
             };
-        };
-        let mut value = CUlaunchAttributeValue { pad: [0; 64] };
-        value.clusterDim.x = cluster[0];
-        value.clusterDim.y = cluster[1];
-        value.clusterDim.z = cluster[2];
-        let id = CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
-        let mut attribute = CUlaunchAttribute { id, pad: [0; 4], value };
+        }
         let config = CUlaunchConfig {
             gridDimX: grid[0],
             gridDimY: grid[1],
@@ -215,10 +236,10 @@ impl Kernel {
             blockDimZ: z,
             sharedMemBytes: shared,
             hStream: stream.raw(),
-            attrs: &mut attribute,
-            numAttrs: 1,
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: count as u32,
         };
-        // SAFETY: as above; `config` and its attribute are locals, and `load` found the symbol.
+        // SAFETY: as above; `config` and its attributes are locals, and drivers with either attribute have the symbol.
         unsafe { cu!(cuLaunchKernelEx(&config, kernel.function(), pointers.as_mut_ptr(), ptr::null_mut())) }
     }
 

@@ -111,7 +111,7 @@ impl Entry {
         };
         match step {
             Step::QueryMeans(config) => config.source.head_dim,
-            Step::SampleMean(config) => config.source.head_dim,
+            Step::SampleK(config) | Step::SampleV(config) => config.source.head_dim,
             Step::QuantizeK(config) => config.source.head_dim,
             Step::DeltaS(config) => config.source.head_dim,
             Step::QuantizeV(config) => config.source.head_dim,
@@ -272,7 +272,7 @@ impl List {
             (DType::BF16, Preset::SAGE2_INT8_FP8_PER_THREAD.scheme(head_dim)),
             (DType::BF16, Preset::FULL.scheme(head_dim)),
             (DType::F16, rough),
-            (DType::F16, int8(Pv::Fp8 { v_max: 448.0, accumulator: Accumulator::F32 })),
+            (DType::BF16, Preset::INT8_FP8.scheme(head_dim)),
         ] {
             self.add(&Call { dtype, head_dim, scheme: Some(scheme), ..Call::default() }, false, |_| true);
         }

@@ -1,36 +1,20 @@
 //! Which scheme a GPU computes where the caller leaves it open.
 
-use sage_core::{
-    Accumulator, DType, Error, Granularity, IntBits, IntQuantizer, Problem, Pv, Qk, Result, Rounding, Scheme,
-    SmoothK, SmoothQ, Smoothing, Tile, ZeroGroup,
-};
+use sage_core::{Accumulator, DType, Error, Preset, Problem, Pv, Qk, Result, Scheme, SmoothK, Smoothing};
 use sage_ptx::Target;
 
 use crate::forward::{Gpu, Request};
-use crate::sequence::KEY_TILE;
-
-/// Rows whose mean our own scheme subtracts from K: scales are 1/256 larger than with the mean of all, and K is read once.
-const SAMPLED_KEYS: usize = 128;
 
 /// Queries of a call up to which K and V are read as given, split between blocks: quantising would read them once more.
 pub(crate) const FEW_QUERIES: usize = 64;
 
-/// Our own INT8 scheme: scales per thread, 16-bit P·V in the inputs' element type with exact sums.
+/// Our own INT8 scheme: that of [`Preset::INT8_FP8`], but with 16-bit P·V in the inputs' element type and exact sums.
 pub fn int8_scheme(dtype: DType) -> Scheme {
-    let quantizer = IntQuantizer {
-        bits: IntBits::Eight,
-        granularity: Granularity::PerThread,
-        tile: Tile { block_q: 128, warp_q: 32, block_k: KEY_TILE, warp_k: KEY_TILE },
-        rounding: Rounding::NearestEven,
-        zero_group: ZeroGroup::Guard,
-        scale_q_first: false,
-    };
     let pv = match dtype {
         DType::BF16 => Pv::BF16(Accumulator::F32),
         _ => Pv::F16(Accumulator::F32),
     };
-    let smooth = Smoothing { q: SmoothQ::Off, k: SmoothK::Sampled(SAMPLED_KEYS), v: false };
-    Scheme { qk: Qk::Int(quantizer), pv, smooth, rotate: false }
+    Scheme { pv, ..Preset::INT8_FP8.scheme(64) }
 }
 
 /// Relative L1 errors on N(0, 1) at 4096 keys, head_dim 128, a little above what was measured on an H100: full precision in
@@ -39,9 +23,14 @@ const FULL_ERROR: f32 = 0.0025;
 const INT8_ERROR: f32 = 0.0135;
 const FP8_ERROR: f32 = 0.039;
 
-/// Keys that a query of each key head sees on average, from which FP8 P·V repays the pass over V on an H100: at head_dim 128
-/// its kernel is 0.87 of the 16-bit one's time, and the pass takes as long as 0.1 of 4096 keys.
-const FP8_KEYS: usize = 4096;
+/// Keys of each query of a key head up to which full precision is as fast as INT8 scores on Hopper, as the pass over K costs what
+/// they save: all keys of the sequence, or those that a query sees on average. On an H200 INT8 is 1.00 of it at 1024 keys, 0.93
+/// with a causal mask, and 1.1 to 1.2 at 2048.
+const FULL_KEYS: usize = 1024;
+const FULL_SEEN_KEYS: usize = 512;
+
+/// Keys that a query of each key head sees on average, from which FP8 P·V repays the pass over V: INT8 with FP8 is 0.96 of INT8 with 16-bit P·V at 2048 and 1.03 at 4096.
+const FP8_KEYS: usize = 3072;
 
 /// The planner's own choice: the fastest of those that are accurate enough.
 pub(crate) fn choose(problem: &Problem, request: &Request, gpu: &Gpu) -> Result<(Scheme, String)> {
@@ -68,11 +57,15 @@ pub(crate) fn choose(problem: &Problem, request: &Request, gpu: &Gpu) -> Result<
     let band = problem.band;
     let seen = (if band.right == Some(0) { problem.kv_len / 2 } else { problem.kv_len })
         .min(band.left.map_or(usize::MAX, |left| left + band.right.unwrap_or(left)));
-    let repaid = problem.head_dim > 64 && seen * problem.group_size() >= FP8_KEYS;
-    if error >= FP8_ERROR && gpu.target == Target::SM_90A && request.boxed && repaid {
-        let pv = Pv::Fp8 { v_max: 448.0, accumulator: Accumulator::F32 };
-        let reason = format!("FP8 P·V: {seen} keys for each query repay the pass over V");
-        return Ok((Scheme { pv, ..int8 }, reason));
+    let keys = seen * problem.group_size();
+    let hopper = gpu.target == Target::SM_90A && request.boxed;
+    if hopper && (keys <= FULL_SEEN_KEYS || problem.kv_len * problem.group_size() <= FULL_KEYS) {
+        let reason = format!("full precision: {keys} keys for each query are too few to repay quantising K");
+        return Ok((full(), reason));
+    }
+    if error >= FP8_ERROR && hopper && keys >= FP8_KEYS {
+        let reason = format!("FP8 P·V: {keys} keys for each query repay the pass over V");
+        return Ok((Preset::INT8_FP8.scheme(problem.head_dim), reason));
     }
     Ok((int8, "INT8 scores with 16-bit P·V: V needs no pass of its own, and sums are exact".into()))
 }
@@ -124,6 +117,9 @@ mod tests {
         assert!(chosen(8192, Some(0.05), false, hopper).is_ok_and(fp8));
         assert_eq!(chosen(2048, Some(0.05), false, hopper), Ok(int8), "too few keys repay V's pass");
         assert_eq!(chosen(4096, Some(0.05), true, hopper), Ok(int8), "half of the keys are seen");
+        assert!(chosen(1024, None, false, hopper).is_ok_and(|scheme| scheme.qk == Qk::Full), "too few keys");
+        assert_eq!(chosen(2048, None, true, hopper), Ok(int8));
+        assert_eq!(chosen(1024, None, false, Target::SM_80), Ok(int8));
         assert_eq!(chosen(8192, Some(0.05), false, Target::SM_80), Ok(int8), "no FP8 there");
         assert!(chosen(8192, Some(0.005), false, hopper).is_ok_and(|scheme| scheme.qk == Qk::Full));
         assert!(chosen(16, None, false, hopper).is_ok_and(|scheme| scheme.qk == Qk::Full));

@@ -1,11 +1,11 @@
 //! A whole forward pass: which kernels, in which order, with which arguments and which workspace.
 //!
 //! A [`Forward`] knows no driver: whoever runs it, on a GPU or in the emulator, loads [`Forward::programs`], zeroes
-//! [`Forward::zeroed_bytes`] at the workspace's start, and launches what [`Forward::run`] hands over, in order.
+//! [`Forward::zeroed_bytes`] at the workspace's start (often none), and launches what [`Forward::run`] hands over, in order.
 
 use sage_core::{
     Accumulator, Alignment, DType, Error, Granularity, IntBits, IntQuantizer, Problem, Pv, Qk, Result,
-    Scheme, SmoothK, SmoothQ,
+    ScaleRows, Scheme, SmoothK, SmoothQ,
 };
 use sage_ptx::{Arg, BoxedTensor, Program, Target};
 
@@ -18,8 +18,8 @@ use crate::choice::{FEW_QUERIES, choose, with_own_values};
 use crate::combine::{CombineArgs, CombineConfig};
 use crate::preprocess::{
     ColumnStatistics, ConvertVArgs, ConvertVConfig, DeltaSArgs, DeltaSConfig, KeyMean, QuantizeKArgs,
-    QuantizeKConfig, QuantizeVArgs, QuantizeVConfig, QueryMeansArgs, QueryMeansConfig, SampleMeanArgs,
-    SampleMeanConfig, Source,
+    QuantizeKConfig, QuantizeVArgs, QuantizeVConfig, QueryMeansArgs, QueryMeansConfig, SampleArgs,
+    SampleConfig, Source, ValueScales,
 };
 use crate::sequence::{KEY_TILE, Lengths, total_key_tiles};
 use crate::tuning::{Shape, Tuned, tiling};
@@ -68,6 +68,13 @@ pub struct Request {
     pub lse: bool,
     /// The attention kernel's tile shape, or none for the tuning table's.
     pub tiling: Option<Tiling>,
+}
+
+impl Request {
+    /// Whether every query sees as many keys.
+    fn pieces_alike(&self, problem: &Problem) -> bool {
+        problem.band.is_full() && self.lengths == Lengths::Dense
+    }
 }
 
 /// A tensor of 16-bit elements in device memory.
@@ -137,9 +144,10 @@ pub trait Launcher {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Step {
     QueryMeans(QueryMeansConfig),
-    SampleMean(SampleMeanConfig),
+    SampleK(SampleConfig),
     QuantizeK(QuantizeKConfig),
     DeltaS(DeltaSConfig),
+    SampleV(SampleConfig),
     QuantizeV(QuantizeVConfig),
     ConvertV(ConvertVConfig),
     Attention(AttentionConfig),
@@ -149,10 +157,12 @@ pub(crate) enum Step {
 /// Offsets in the workspace.
 #[derive(Clone, Copy, Debug, Default)]
 struct Layout {
-    pieces_taken: u64,
+    pieces_taken: Option<u64>,
     k_arrivals: u64,
     v_arrivals: u64,
-    zeroed: u64,
+    v_marked: u64,
+    /// End of the counters, which the first launch that samples K, or who runs the pass, sets to zero.
+    counters: u64,
     k: u64,
     k_scale: u64,
     k_mean: u64,
@@ -238,7 +248,8 @@ impl Forward {
 
     /// Bytes at the workspace's start that must be zeros before the first launch.
     pub fn zeroed_bytes(&self) -> usize {
-        self.layout.zeroed as usize
+        let by_a_launch = self.steps.iter().any(|step| matches!(step, Step::SampleK(_)));
+        if by_a_launch { 0 } else { self.layout.counters as usize }
     }
 
     /// What the attention kernel's tile shape is chosen for.
@@ -342,7 +353,8 @@ impl Pass<'_> {
                     SmoothK::Off => KeyMean::Zero,
                     SmoothK::Mean => KeyMean::Collected,
                     SmoothK::Sampled(rows) => {
-                        steps.push(Step::SampleMean(SampleMeanConfig { source, rows }));
+                        let statistics = ColumnStatistics::Mean;
+                        steps.push(Step::SampleK(SampleConfig { source, rows, statistics }));
                         KeyMean::Given
                     }
                 };
@@ -363,7 +375,20 @@ impl Pass<'_> {
         }
         if let Values::Fp8(_) = values {
             let smooth = scheme.smooth.v;
-            steps.push(Step::QuantizeV(QuantizeVConfig { source, smooth }));
+            let quantise = |scales| Step::QuantizeV(QuantizeVConfig { source, smooth, scales });
+            match scheme.pv {
+                Pv::Fp8 { rows: ScaleRows::Sampled(rows), .. } => {
+                    if smooth {
+                        let wanted = "V's mean is of all rows, and so are its scales then";
+                        return Err(Error::unsupported("smooth V with sampled scales", wanted));
+                    }
+                    let statistics = ColumnStatistics::Scale;
+                    steps.push(Step::SampleV(SampleConfig { source, rows, statistics }));
+                    steps.push(quantise(ValueScales::Given));
+                    steps.push(quantise(ValueScales::CollectedWhereMarked));
+                }
+                _ => steps.push(quantise(ValueScales::Collected)),
+            }
         } else if scheme.smooth.v {
             return Err(Error::unsupported(
                 "smooth V with 16-bit P·V",
@@ -509,16 +534,21 @@ impl Pass<'_> {
                 Step::QuantizeK(QuantizeKConfig { mean: KeyMean::Collected, .. }) => {
                     layout.k_arrivals = take(4 * problem.batch * heads);
                 }
+                Step::QuantizeV(QuantizeVConfig { scales: ValueScales::Given, .. }) => {
+                    layout.v_marked = take(4 * problem.batch * heads);
+                }
                 Step::QuantizeV(_) => {
                     layout.v_arrivals = take(4 * problem.batch * heads);
                 }
-                Step::Attention(config) if config.tiling.engine == Engine::Warpgroups => {
-                    layout.pieces_taken = take(4);
+                Step::Attention(config)
+                    if config.tiling.engine == Engine::Warpgroups && !self.request.pieces_alike(problem) =>
+                {
+                    layout.pieces_taken = Some(take(4));
                 }
                 _ => {}
             }
         }
-        layout.zeroed = take(0);
+        layout.counters = take(0);
         for step in steps {
             match step {
                 Step::QueryMeans(_) => {
@@ -541,11 +571,15 @@ impl Pass<'_> {
                     layout.delta_s = take(4 * problem.batch * problem.num_q_heads * blocks * keys);
                 }
                 Step::QuantizeV(config) => {
-                    layout.v = take(heads * tiles * config.tile_bytes());
-                    layout.v_scale = take(statistics);
-                    layout.v_mean = take(statistics);
-                    layout.v_factor = take(statistics);
-                    layout.v_partials = take(partials(config.statistics().partials()));
+                    if config.scales != ValueScales::CollectedWhereMarked {
+                        layout.v = take(heads * tiles * config.tile_bytes());
+                        layout.v_scale = take(statistics);
+                        layout.v_mean = take(statistics);
+                        layout.v_factor = take(statistics);
+                    }
+                    if config.scales != ValueScales::Given {
+                        layout.v_partials = take(partials(config.statistics().partials()));
+                    }
                 }
                 Step::ConvertV(_) => layout.v = take(2 * heads * tiles * KEY_TILE * padded),
                 Step::Combine(_) => {
@@ -553,7 +587,7 @@ impl Pass<'_> {
                     layout.partial = take(4 * rows * problem.head_dim);
                     layout.partial_lse = take(4 * rows);
                 }
-                Step::SampleMean(_) | Step::Attention(_) => {}
+                Step::SampleK(_) | Step::SampleV(_) | Step::Attention(_) => {}
             }
         }
         layout.bytes = take(0);
@@ -638,7 +672,7 @@ impl Step {
     pub(crate) fn program(&self) -> Program {
         match self {
             Step::QueryMeans(config) => config.program(),
-            Step::SampleMean(config) => config.program(),
+            Step::SampleK(config) | Step::SampleV(config) => config.program(),
             Step::QuantizeK(config) => config.program(),
             Step::DeltaS(config) => config.program(),
             Step::QuantizeV(config) => config.program(),
@@ -651,7 +685,7 @@ impl Step {
     pub(crate) fn name(&self) -> String {
         match self {
             Step::QueryMeans(config) => config.name(),
-            Step::SampleMean(config) => config.name(),
+            Step::SampleK(config) | Step::SampleV(config) => config.name(),
             Step::QuantizeK(config) => config.name(),
             Step::DeltaS(config) => config.name(),
             Step::QuantizeV(config) => config.name(),
@@ -706,16 +740,23 @@ impl Arguments<'_> {
                 };
                 launch(config.grid(problem.q_len, problem.num_q_heads, batch), &args.args())
             }
-            Step::SampleMean(config) => {
-                let [stride_batch, stride_head, stride_row] = t.k.strides;
-                let args = SampleMeanArgs {
-                    x: t.k.address,
+            Step::SampleK(config) | Step::SampleV(config) => {
+                let of_keys = matches!(step, Step::SampleK(_));
+                let tensor = if of_keys { &t.k } else { &t.v };
+                let [stride_batch, stride_head, stride_row] = tensor.strides;
+                let args = SampleArgs {
+                    x: tensor.address,
                     mean: at(layout.k_mean),
+                    scale: at(layout.v_scale),
+                    factor: at(layout.v_factor),
                     cu_seqlens: t.cu_seqlens_k,
                     stride_batch,
                     stride_head,
                     stride_row,
                     rows,
+                    v_max: self.v_max,
+                    counters: self.workspace,
+                    counter_count: if of_keys { (layout.counters / 4) as i32 } else { 0 },
                 };
                 launch(config.grid(heads, batch), &args.args())
             }
@@ -770,6 +811,7 @@ impl Arguments<'_> {
                     factor: at(layout.v_factor),
                     partials: at(layout.v_partials),
                     arrivals: at(layout.v_arrivals),
+                    marked: at(layout.v_marked),
                     cu_seqlens: t.cu_seqlens_k,
                     stride_batch,
                     stride_head,
@@ -842,7 +884,7 @@ impl Arguments<'_> {
     /// their keys and values must stay in cache.
     fn heads_together(&self, config: &AttentionConfig, all_heads: u32) -> i32 {
         let problem = self.problem;
-        if problem.band.is_full() && self.request.lengths == Lengths::Dense {
+        if self.request.pieces_alike(problem) {
             return 1;
         }
         let bytes = stage_bytes(config) / config.tiling.tile_keys * problem.kv_len;
@@ -916,7 +958,7 @@ impl Arguments<'_> {
             window_right: limit(problem.band.right),
             bottom_right: i32::from(problem.band.alignment == Alignment::BottomRight),
             splits: self.splits as i32,
-            taken: at(layout.pieces_taken),
+            taken: layout.pieces_taken.map_or(0, at),
             q_tiles: q_tiles as i32,
             all_heads: (heads * sequences) as i32,
             heads_together: self.heads_together(config, heads * sequences),

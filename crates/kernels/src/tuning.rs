@@ -58,7 +58,6 @@ const BASE: Tiling = Tiling {
     queries_in_registers: true,
     stages: 2,
     min_blocks: 2,
-    turns: false,
     ones: false,
     lazy_rescale: 8,
 };
@@ -68,7 +67,8 @@ pub fn tiling(target: Target, shape: &Shape) -> Tuned {
     if shape.warpgroups { of_warpgroups(shape) } else { of_warps(target, shape) }
 }
 
-/// Rows for warpgroups; figures are TFLOP/s of the attention kernel alone on an H100, 2 × 32 heads of 4096 tokens.
+/// Rows for warpgroups; figures are TFLOP/s of the attention kernel alone on an H100, 2 × 32 heads of 4096 tokens, or on an H200, 4 × 32
+/// heads, where it says so: to be compared within a row.
 fn of_warpgroups(shape: &Shape) -> Tuned {
     let base = Tiling {
         engine: Engine::Warpgroups,
@@ -82,7 +82,6 @@ fn of_warpgroups(shape: &Shape) -> Tuned {
         ..BASE
     };
     let three = Tiling { warps: 12, ..base };
-    let wide = Tiling { tile_keys: 128, step_keys: 128, ..base };
     let shared = |tiling: Tiling, stages| Tiling { queries_in_registers: false, stages, ..tiling };
     // Masks and scales of single rows or keys need registers, and groups of 128 rows one block.
     let two_groups = shape.plain || shape.per_block || shape.few_rows;
@@ -91,22 +90,28 @@ fn of_warpgroups(shape: &Shape) -> Tuned {
         (_, true, 256) => {
             (Tiling { stages: 5, ..base }, "1199; the sums fill half the registers of two groups")
         }
-        (_, true, 128) if shape.two_level && !shape.plain => {
-            (shared(wide, 6), "810; 705 with tiles of 64 keys: a tile's own sums are added half as often")
-        }
+        (_, true, 128) if shape.two_level && !shape.plain => (
+            ones(Tiling { stages: 6, ..base }),
+            "805 on an H200; 775 with tiles of 128 keys, which have no room for ones",
+        ),
         (_, true, _) if shape.two_level || two_groups => {
             (base, "two groups leave registers for masks and tiles' own sums")
         }
-        (_, true, 128) => (Tiling { stages: 6, ..three }, "900; 849 by two groups with tiles of 128 keys"),
-        (_, true, _) => (Tiling { stages: 8, ..three }, "546; 455 by two groups with tiles of 128 keys"),
+        (_, true, 128) => {
+            (ones(Tiling { stages: 6, ..three }), "900; 849 by two groups with tiles of 128 keys")
+        }
+        (_, true, _) => {
+            (ones(Tiling { stages: 8, ..three }), "546; 455 by two groups with tiles of 128 keys")
+        }
         (true, false, 256) => (base, "998; 981 with queries in shared memory"),
         (true, false, _) if two_groups => (base, "two groups leave registers for masks"),
         (true, false, 128) => {
             (ones(Tiling { stages: 6, ..three }), "820; 755 by two groups with tiles of 128 keys")
         }
-        (true, false, _) => {
-            (shared(Tiling { warps: 12, ..wide }, 5), "526; 503 with tiles of 64 keys and sums by ones")
-        }
+        (true, false, _) => (
+            ones(Tiling { stages: 6, ..three }),
+            "532 on an H200, 487 of 2 x 16 heads; 532 and 468 with tiles of 128 keys",
+        ),
         (false, _, 256) => (shared(base, 2), "566; queries would fill the registers"),
         (false, _, 64) if !two_groups => (ones(three), "517; 469 by two groups with tiles of 128 keys"),
         (false, _, _) if two_groups => (base, "two groups leave registers for masks"),
@@ -179,7 +184,7 @@ fn ring_bytes(tiling: &Tiling, shape: &Shape) -> usize {
 }
 
 /// Registers that a thread of a warpgroup needs beside operands and sums: addresses, masks' limits, maxima, scales.
-const OTHER_REGISTERS: usize = 28;
+const OTHER_REGISTERS: usize = 24;
 
 /// Tile shapes worth trying for such a kernel on a GPU, the table's own first: all that shared memory and registers have room
 /// for.
@@ -193,14 +198,12 @@ pub fn candidates(target: Target, shape: &Shape) -> Vec<Tiling> {
     };
     if shape.warpgroups {
         for (groups, tile_keys) in [(2, 64), (2, 128), (3, 64), (3, 128)] {
-            for (queries_in_registers, turns) in [(true, false), (true, true), (false, false), (false, true)]
-            {
+            for queries_in_registers in [true, false] {
                 let base = Tiling {
                     warps: 4 * groups,
                     tile_keys,
                     step_keys: tile_keys,
                     queries_in_registers,
-                    turns,
                     stages: 1,
                     ..own
                 };
@@ -208,11 +211,11 @@ pub fn candidates(target: Target, shape: &Shape) -> Vec<Tiling> {
                     (shared_bytes(target) - SMALL_ARRAYS - queries_bytes(&base, shape))
                         / stage_bytes(&base, shape),
                 );
-                let per_group = if groups == 2 { 240 } else { 160 };
+                let registers = if groups == 2 { 240 } else { 160 };
                 let blocks = !(shape.per_block && groups == 3);
-                if stages >= 2 && blocks && warpgroup_registers(&base, shape) <= per_group {
+                if stages >= 2 && blocks && warpgroup_registers(&base, shape) <= registers {
                     add(Tiling { stages, ones: false, ..base });
-                    if !shape.fp8 && shape.padded_dim <= 128 && tile_keys == 64 {
+                    if shape.padded_dim <= 128 && tile_keys == 64 {
                         add(Tiling { stages, ones: true, ..base });
                     }
                 }
@@ -243,7 +246,7 @@ const SMALL_ARRAYS: usize = 3 << 10;
 /// Bytes of a stage of a warpgroups' ring, with the ones that may stand beside V.
 fn stage_bytes(tiling: &Tiling, shape: &Shape) -> usize {
     let (keys, values) = (if shape.integer { 1 } else { 2 }, if shape.fp8 { 1 } else { 2 });
-    tiling.tile_keys * ((keys + values) * shape.padded_dim + if shape.fp8 { 0 } else { 128 })
+    tiling.tile_keys * ((keys + values) * shape.padded_dim + if shape.fp8 { 16 } else { 128 })
 }
 
 fn queries_bytes(tiling: &Tiling, shape: &Shape) -> usize {

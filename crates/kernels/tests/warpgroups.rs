@@ -22,8 +22,12 @@ fn full() -> Scheme {
     Preset::FULL.scheme(64)
 }
 
+fn int8() -> Option<Scheme> {
+    Some(int8_scheme(DType::F16))
+}
+
 fn hopper() -> Case {
-    Case { target: Target::SM_90A, q_len: 150, kv_len: 200, k_bias: 3.0, ..Case::default() }
+    Case { target: Target::SM_90A, q_len: 150, kv_len: 200, k_bias: 3.0, scheme: int8(), ..Case::default() }
 }
 
 fn check(case: &Case) {
@@ -49,7 +53,7 @@ fn head_dims() {
         } else {
             Preset::SAGE2_INT8_FP8_F32_PER_WARP
         };
-        for scheme in [None, Some(full()), Some(fp8.scheme(head_dim))] {
+        for scheme in [int8_scheme(dtype), full(), fp8.scheme(head_dim)].map(Some) {
             check(&Case { dtype, head_dim, scheme, ..hopper() });
         }
     }
@@ -58,9 +62,7 @@ fn head_dims() {
 #[test]
 fn lengths() {
     for (q_len, kv_len) in [(65, 1), (193, 64), (200, 257), (385, 128)] {
-        for scheme in
-            [Some(int8_scheme(DType::F16)), Some(full()), Some(Preset::SAGE2_INT8_FP8_PER_THREAD.scheme(64))]
-        {
+        for scheme in [int8(), Some(full()), Some(Preset::SAGE2_INT8_FP8_PER_THREAD.scheme(64))] {
             check(&Case { q_len, kv_len, scheme, ..hopper() });
         }
     }
@@ -73,6 +75,7 @@ fn named_schemes() {
         Preset::SAGE2_INT8_FP8_PER_THREAD,
         Preset::SAGE2_INT8_FP8_F32_PER_WARP,
         Preset::SAGE2_INT8_FP8_F32_SMOOTH_V_PER_THREAD,
+        Preset::INT8_FP8,
     ] {
         for head_dim in [64, 128] {
             for dtype in [DType::F16, DType::BF16] {
@@ -93,7 +96,7 @@ fn bands_and_groups() {
     for (left, right) in [(None, Some(0)), (Some(40), Some(0)), (Some(10), Some(70))] {
         for alignment in [Alignment::BottomRight, Alignment::TopLeft] {
             let band = Band { left, right, alignment };
-            for scheme in [None, Some(full()), Some(Preset::SAGE2_INT8_FP8_PER_THREAD.scheme(64))] {
+            for scheme in [int8(), Some(full()), Some(Preset::SAGE2_INT8_FP8_PER_THREAD.scheme(64))] {
                 check(&Case { band, scheme, q_heads: 4, kv_heads: 2, batch: 2, ..hopper() });
             }
         }
@@ -103,11 +106,11 @@ fn bands_and_groups() {
 #[test]
 fn masks_and_caps() {
     for mask in [MaskKind::Bool, MaskKind::Bias(DType::F16), MaskKind::Bias(DType::F32)] {
-        for scheme in [None, Some(full())] {
+        for scheme in [int8(), Some(full())] {
             check(&Case { mask, scheme, band: CAUSAL, ..hopper() });
         }
     }
-    for scheme in [None, Some(full())] {
+    for scheme in [int8(), Some(full())] {
         let case = Case { softcap: Some(30.0), scheme, ..hopper() };
         case.check(2.0 * F16);
     }
@@ -115,7 +118,7 @@ fn masks_and_caps() {
 
 #[test]
 fn ragged_lengths() {
-    for scheme in [None, Some(full()), Some(Preset::SAGE2_INT8_FP8_PER_THREAD.scheme(64))] {
+    for scheme in [int8(), Some(full()), Some(Preset::SAGE2_INT8_FP8_PER_THREAD.scheme(64))] {
         let base = Case { scheme, q_heads: 2, ..hopper() };
         let kv_lens = Some(vec![100, 0, 65]);
         check(&Case { batch: 3, kv_lens, band: CAUSAL, ..base.clone() });
@@ -135,7 +138,7 @@ fn gaps_and_split_keys() {
 #[test]
 fn schedules() {
     for scheme in [
-        None,
+        int8(),
         Some(full()),
         Some(Preset::SAGE2_INT8_FP8_F32_PER_WARP.scheme(64)),
         Some(Preset::SAGE2_INT8_FP8_PER_THREAD.scheme(64)),
@@ -150,7 +153,6 @@ fn schedules() {
                 queries_in_registers: index < 2,
                 stages: 2 + index % 2,
                 min_blocks: 1,
-                turns: index % 2 == 1,
                 ones: index >= 2,
                 lazy_rescale: if scheme.is_some_and(|scheme| matches!(scheme.pv, Pv::Fp8 { .. })) {
                     4

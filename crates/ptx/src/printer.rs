@@ -33,6 +33,13 @@ impl std::fmt::Display for Unsupported {
 
 impl std::error::Error for Unsupported {}
 
+/// What every kernel for GPUs from [`EARLY_START`] on begins with. Where it is launched so that its blocks may take their places
+/// while the last blocks of the launch before are still at work, it waits until that is over and its writes are visible.
+pub const WAIT_FOR_LAUNCHES_BEFORE: &str = "griddepcontrol.wait";
+
+/// First architecture that starts launches early.
+const EARLY_START: u16 = 90;
+
 impl Program {
     /// Bytes of shared memory that a launch must ask for: none where it fits the static limit.
     pub fn dynamic_shared_bytes(&self) -> u32 {
@@ -89,6 +96,9 @@ impl Program {
             }
         }
         writeln!(out)?;
+        if target.sm() >= EARLY_START {
+            writeln!(out, "    {WAIT_FOR_LAUNCHES_BEFORE};")?;
+        }
         let mut printer = Printer { names, out, labels: 0, source: None };
         printer.block(&self.body, 1)?;
         writeln!(out, "    ret;\n}}")

@@ -367,6 +367,13 @@ impl<'k> Val<'k, i64> {
 }
 
 impl<'k> Val<'k, u32> {
+    /// `self` and, in the upper half, `high`.
+    #[track_caller]
+    pub fn join(self, high: impl Use<'k, u32>) -> Val<'k, u64> {
+        let src = [self.in_register_operand(), high.value(self.code).in_register_operand()];
+        self.code.lane(Lane::Join32, &src)
+    }
+
     /// Bytes of `self` (0–3) and `other` (4–7), picked by the nibbles of `selector`.
     #[track_caller]
     pub fn permute_bytes(self, other: impl Use<'k, u32>, selector: u32) -> Self {

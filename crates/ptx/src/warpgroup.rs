@@ -11,8 +11,8 @@ use crate::value::{Use, Val, Var};
 /// tensor copies' swizzle of that span does, one panel after the other.
 #[derive(Clone, Copy, Debug)]
 pub struct PanelMatrix<'k> {
-    /// Descriptor of the first panel, without strides.
-    start: Val<'k, u64>,
+    /// Address of the first panel, in units of descriptors.
+    start: Val<'k, u32>,
     rows: usize,
     row_bytes: usize,
 }
@@ -31,13 +31,13 @@ impl<'k> PanelMatrix<'k> {
     /// When rows are none of those: the kernel cannot be written.
     pub fn new(base: Shared<'k, u8>, rows: usize, row_bytes: usize) -> Self {
         assert!(matches!(row_bytes, 64 | 128) && rows.is_multiple_of(8), "{rows} rows of {row_bytes} bytes");
-        PanelMatrix { start: (base.address() >> UNIT.ilog2() as i32).widen(), rows, row_bytes }
+        PanelMatrix { start: base.address() >> UNIT.ilog2() as i32, rows, row_bytes }
     }
 
-    /// The same matrix `bytes`, a multiple of 1024, further: in another stage of a ring.
+    /// The `index`-th of such matrices that lie `bytes`, a multiple of 1024, from each other: of the stages of a ring.
     #[track_caller]
-    pub fn at_byte(&self, bytes: Val<'k, i32>) -> Self {
-        let units = (bytes.reinterpret::<u32>() >> UNIT.ilog2() as i32).widen();
+    pub fn at(&self, index: Val<'k, i32>, bytes: usize) -> Self {
+        let units = (index * (bytes / UNIT) as i32).reinterpret();
         PanelMatrix { start: self.start + units, ..*self }
     }
 
@@ -58,9 +58,11 @@ impl<'k> PanelMatrix<'k> {
 
     #[track_caller]
     fn descriptor(&self, offset: usize, leading: usize, stride: usize) -> MatrixDescriptor<'k> {
-        let swizzle: u64 = if self.row_bytes == 128 { 1 } else { 2 };
-        let constant = ((leading / UNIT) as u64) << 16 | ((stride / UNIT) as u64) << 32 | swizzle << 62;
-        MatrixDescriptor(self.start + (constant + (offset / UNIT) as u64))
+        let swizzle = if self.row_bytes == 128 { 1 } else { 2 };
+        let strides = [(leading / UNIT) as u32, (stride / UNIT) as u32 | swizzle << 30];
+        // Addresses take 14 bits, so that no offset within shared memory carries into the strides.
+        let start = (self.start + (strides[0] << 16)).join(strides[1]);
+        MatrixDescriptor(start + (offset / UNIT) as u64)
     }
 }
 

@@ -241,7 +241,7 @@ fn as_the_oracle_sees(scheme: Scheme) -> Scheme {
     let pv = match scheme.pv {
         Pv::F16(_) => Pv::F16(Accumulator::F32),
         Pv::BF16(_) => Pv::BF16(Accumulator::F32),
-        Pv::Fp8 { v_max, .. } => Pv::Fp8 { v_max, accumulator: Accumulator::F32 },
+        Pv::Fp8 { v_max, rows, .. } => Pv::Fp8 { v_max, rows, accumulator: Accumulator::F32 },
         other => other,
     };
     Scheme { pv, ..scheme }

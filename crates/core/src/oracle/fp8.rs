@@ -3,6 +3,7 @@
 use float8::F8E4M3;
 
 use super::{Matrix, absmax};
+use crate::ScaleRows;
 
 /// Largest finite E4M3 value.
 pub const E4M3_MAX: f32 = 448.0;
@@ -32,13 +33,22 @@ pub struct Fp8Channels {
 }
 
 impl Fp8Channels {
-    /// Quantises V: with `a` the channel's largest magnitude, the codes are `e4m3(V · (v_max / a))` and the scale is
-    /// `a / v_max`.
+    /// Quantises V, which is a head of a sequence: with `a` the channel's largest magnitude in the rows that scales are taken
+    /// from, the codes are `e4m3(V · (v_max / a))` and the scale is `a / v_max`.
     ///
     /// A channel so small that `v_max / a` overflows counts as one of zeros.
-    pub fn quantize(v: &Matrix<f32>, v_max: f32) -> Self {
-        let maxima: Vec<f32> = (0..v.width()).map(|c| absmax(v.column(c))).collect();
+    pub fn quantize(v: &Matrix<f32>, v_max: f32, rows: ScaleRows) -> Self {
         let factor = |a: f32| Some(v_max / a).filter(|f| f.is_finite());
+        let maxima = |rows: ScaleRows| -> Vec<f32> {
+            let magnitude = |c: usize| absmax(rows.of(v.rows()).map(|i| v.row(i)[c]));
+            (0..v.width()).map(magnitude).collect()
+        };
+        let fits = |(&a, &sampled): (&f32, &f32)| match factor(sampled) {
+            Some(factor) => a * factor <= E4M3_MAX,
+            None => a == 0.0,
+        };
+        let (all, sampled) = (maxima(ScaleRows::All), maxima(rows));
+        let maxima = if all.iter().zip(&sampled).all(fits) { sampled } else { all };
         Fp8Channels {
             codes: Matrix::from_fn(v.rows(), v.width(), |i, c| {
                 factor(maxima[c]).map_or(0, |factor| F8E4M3::from_f32(v.row(i)[c] * factor).to_bits())
@@ -122,7 +132,7 @@ mod tests {
     #[test]
     fn numbers_worked_out_by_hand() {
         // The channel's maximum 2 maps to 448, so 1 to 224 and −0.01 to −2.24, whose neighbours are −2.25 and −2.
-        let channels = Fp8Channels::quantize(&matrix(1, &[2.0, 1.0, -0.01]), 448.0);
+        let channels = Fp8Channels::quantize(&matrix(1, &[2.0, 1.0, -0.01]), 448.0, ScaleRows::All);
         assert_eq!(channels.scales, [2.0 / 448.0]);
         let values: Vec<f32> =
             channels.codes.column(0).map(|code| F8E4M3::from_bits(code).to_f32()).collect();
@@ -133,7 +143,7 @@ mod tests {
     fn each_channel_fills_its_range() {
         for v_max in [448.0, 2.25] {
             let v = normal_matrix(2, 200, 16);
-            let channels = Fp8Channels::quantize(&v, v_max);
+            let channels = Fp8Channels::quantize(&v, v_max, ScaleRows::All);
             for c in 0..16 {
                 let largest = absmax(channels.codes.column(c).map(|code| F8E4M3::from_bits(code).to_f32()));
                 assert_eq!(largest, v_max);
@@ -150,7 +160,27 @@ mod tests {
     #[test]
     fn channels_of_zeros_are_zeros_and_bad_ones_nan() {
         let v = matrix(4, &[0.0, 1e-39, f32::NAN, 1.0, 0.0, -1e-39, 1.0, f32::INFINITY]);
-        let back = Fp8Channels::quantize(&v, 448.0).dequantize();
+        let back = Fp8Channels::quantize(&v, 448.0, ScaleRows::All).dequantize();
         assert!(back.iter().all(|row| row[0] == 0.0 && row[1] == 0.0 && row[2].is_nan() && row[3].is_nan()));
+    }
+
+    #[test]
+    fn sampled_scales_leave_room_or_take_all_rows() {
+        // Rows 0 and 2 of four are sampled: 1 becomes 56, and 7, the largest of all, 392, which is nearest to 384.
+        let v = matrix(1, &[1.0, 7.0, -0.5, 2.0]);
+        let sampled = Fp8Channels::quantize(&v, 56.0, ScaleRows::Sampled(2));
+        assert_eq!(sampled.scales, [1.0 / 56.0]);
+        assert_eq!(sampled.dequantize().column(0).collect::<Vec<_>>()[1], 384.0 / 56.0);
+        // 9 would become 504, in one of two channels: both take all rows.
+        for beyond in [9.0, f32::INFINITY, f32::NAN] {
+            let v = matrix(2, &[1.0, 1.0, 7.0, beyond, -0.5, 1.0, 2.0, 1.0]);
+            let [sampled, all] =
+                [ScaleRows::Sampled(2), ScaleRows::All].map(|rows| Fp8Channels::quantize(&v, 56.0, rows));
+            assert_eq!(sampled.codes, all.codes);
+            assert_eq!(sampled.scales[0], 0.125);
+        }
+        // So does a channel that is zero where it is sampled.
+        let v = matrix(1, &[0.0, 3.0, 0.0, 0.0]);
+        assert_eq!(Fp8Channels::quantize(&v, 56.0, ScaleRows::Sampled(2)).scales, [3.0 / 56.0]);
     }
 }

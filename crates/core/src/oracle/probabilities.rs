@@ -100,7 +100,7 @@ mod tests {
         Pv::F32,
         Pv::F16(Accumulator::F32),
         Pv::BF16(Accumulator::F32),
-        Pv::Fp8 { v_max: 448.0, accumulator: Accumulator::F32 },
+        Pv::Fp8 { v_max: 448.0, rows: crate::ScaleRows::All, accumulator: Accumulator::F32 },
         Pv::Int8,
         Pv::Fixed12 { block: 4 },
         Pv::Nvfp4,
@@ -129,7 +129,7 @@ mod tests {
         // 447.89 rounds to 448; 134.37 lies between 128 and 144.
         let factor = f64::from(8.807f32.exp2());
         close(
-            &p(Pv::Fp8 { v_max: 448.0, accumulator: Accumulator::F32 }).p,
+            &p(Pv::Fp8 { v_max: 448.0, rows: crate::ScaleRows::All, accumulator: Accumulator::F32 }).p,
             &[448.0 / factor, 128.0 / factor],
         );
         // 2688 in a group of scale 448: 6; 806.4 is 1.8 of it, nearest 2.

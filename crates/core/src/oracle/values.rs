@@ -16,7 +16,7 @@ pub fn quantize_v(v: &Matrix<f32>, pv: &Pv) -> Matrix<f64> {
         Pv::F32 => v.map(f64::from),
         Pv::F16(_) => v.map(|x| f16::from_f32(x).to_f64()),
         Pv::BF16(_) => v.map(|x| bf16::from_f32(x).to_f64()),
-        Pv::Fp8 { v_max, .. } => Fp8Channels::quantize(v, v_max).dequantize(),
+        Pv::Fp8 { v_max, rows, .. } => Fp8Channels::quantize(v, v_max, rows).dequantize(),
         Pv::Int8 => Int8Channels::quantize(v).dequantize(),
         Pv::Fixed12 { block } => Fixed12Blocks::quantize(v, block).dequantize(),
         Pv::Nvfp4 => Nvfp4Rows::quantize(&v.transposed()).dequantize().transposed(),
@@ -84,7 +84,7 @@ mod tests {
             Pv::Int8,
             Pv::Nvfp4,
             Pv::Fixed12 { block: 4 },
-            Pv::Fp8 { v_max: 2.25, accumulator: crate::Accumulator::F32 },
+            Pv::Fp8 { v_max: 2.25, rows: crate::ScaleRows::All, accumulator: crate::Accumulator::F32 },
         ] {
             let back = quantize_v(&v, &pv);
             assert!(back.column(0).all(|x| x == 0.0), "{pv:?}");

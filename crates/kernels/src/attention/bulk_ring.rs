@@ -18,7 +18,7 @@ struct Form {
     rows: usize,
     row_bytes: usize,
     panels: usize,
-    /// Whether one panel more holds ones: columns of the product with P that are P's sums.
+    /// Whether ones stand behind the panels: columns of the product with P that are P's sums.
     ones: bool,
     source: BoxSource,
 }
@@ -82,7 +82,17 @@ impl Form {
     }
 
     fn stage_bytes(&self) -> usize {
-        (self.panels + usize::from(self.ones)) * self.panel_bytes()
+        self.copied_bytes() + self.ones_bytes()
+    }
+
+    /// Bytes of the ones: eight columns, as one more panel or, of transposed tiles, as further rows. Stages remain multiples of
+    /// what descriptors ask for.
+    fn ones_bytes(&self) -> usize {
+        match (self.ones, self.source) {
+            (false, _) => 0,
+            (true, BoxSource::Transposed) => 1024,
+            (true, _) => self.panel_bytes(),
+        }
     }
 
     /// Bytes of a stage that are copied.
@@ -178,6 +188,12 @@ impl<'k> Cursor<'k> {
         }
     }
 
+    /// Moves to where `other` stands.
+    pub fn set(&self, other: &Self) {
+        self.stage.set(other.stage.get());
+        self.parity.set(other.parity.get());
+    }
+
     pub fn advance(&self) {
         let next = self.stage.get() + 1;
         let wraps = next.eq(self.stages as i32);
@@ -232,13 +248,17 @@ impl<'k, 'c> BulkRing<'k, 'c> {
         if !form.ones {
             return;
         }
-        let word = if self.config.values == Values::BF16 { 0x3f80_3f80 } else { 0x3c00_3c00u32 };
+        let word = match self.config.values {
+            Values::F16(_) => 0x3c00_3c00u32,
+            Values::BF16 => 0x3f80_3f80,
+            Values::Fp8(_) => 0x3838_3838,
+        };
         let words = code.constant(word);
         for stage in 0..self.config.tiling.stages {
             let first = stage * form.stage_bytes() + form.copied_bytes();
             let memory = self.values.memory.plus(first as i32);
             let step = 16 * self.config.block_threads() as i32;
-            code.range_by(code.thread() * 16, form.panel_bytes() as i32, step, |byte| {
+            code.range_by(code.thread() * 16, form.ones_bytes() as i32, step, |byte| {
                 memory.at(byte).cast::<u32>().store_vector([words; 4]);
             });
         }
@@ -247,7 +267,7 @@ impl<'k, 'c> BulkRing<'k, 'c> {
 
     /// One thread's work: asks for every tile of a piece of work as soon as a stage is free.
     pub fn produce(&self, place: &Place<'k>, cursor: &Cursor<'k>) {
-        self.code.range(place.first_tile, place.end_tile, |tile| {
+        self.code.range(place.copied_start, place.copied_end, |tile| {
             for operand in [&self.keys, &self.values] {
                 operand.load(self.config, place, tile, cursor);
             }
@@ -325,14 +345,12 @@ impl<'k> Stages<'k> {
 
     /// The tile at the cursor.
     pub fn matrix(&self, cursor: &Cursor<'k>) -> PanelMatrix<'k> {
-        let stage = cursor.stage.get();
         PanelMatrix::new(self.memory, self.form.rows, self.form.row_bytes)
-            .at_byte(stage * self.form.stage_bytes() as i32)
+            .at(cursor.stage.get(), self.form.stage_bytes())
     }
 
-    /// The warp is done with the tile at the cursor, which moves on.
+    /// The warp is done with the tile at the cursor.
     pub fn release(&self, lane: Val<'k, i32>, cursor: &Cursor<'k>) {
         lane.code().when(lane.eq(0), || self.empty(cursor.stage.get()).arrive());
-        cursor.advance();
     }
 }

@@ -16,16 +16,8 @@ pub(super) const WARPGROUP: u32 = 128;
 /// The named barrier of the threads that compute.
 const COMPUTING_BARRIER: i32 = 1;
 
-/// The named barrier at which the first warpgroup waits for its turn; the others' follow.
-pub(super) const TURN_BARRIER: i32 = 2;
-
 /// The named barrier of the first warpgroup's threads; the others' follow.
-const GROUP_BARRIER: i32 = 5;
-
-/// Most warpgroups that compute.
-const MAX_GROUPS: i32 = 3;
-
-const _: () = assert!(TURN_BARRIER + MAX_GROUPS <= GROUP_BARRIER && GROUP_BARRIER + MAX_GROUPS <= 16);
+const GROUP_BARRIER: i32 = 2;
 
 /// Everything that is known when a kernel is built.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -131,8 +123,6 @@ pub struct Tiling {
     pub stages: usize,
     /// Blocks that a multiprocessor should hold, which bounds the registers of a thread.
     pub min_blocks: u32,
-    /// Whether warpgroups take turns at starting products, so that one computes its softmax while others multiply.
-    pub turns: bool,
     /// Whether warpgroups sum P by products with ones beside V, where heads and tiles have room for 8 columns more.
     pub ones: bool,
     /// Rise of a row's maximum, in powers of two, up to which sums are not rescaled; 0 rescales always.
@@ -148,10 +138,9 @@ impl fmt::Display for Tiling {
             self;
         let queries = if self.queries_in_registers { "r" } else { "" };
         let ones = if self.ones { "o" } else { "" };
-        let engine = match (self.engine, self.turns) {
-            (Engine::Warps, _) => "w",
-            (Engine::Warpgroups, false) => "wg",
-            (Engine::Warpgroups, true) => "wgt",
+        let engine = match self.engine {
+            Engine::Warps => "w",
+            Engine::Warpgroups => "wg",
         };
         write!(
             f,
@@ -196,12 +185,13 @@ impl AttentionConfig {
     }
 
     /// Whether P is summed by products with ones beside V, which leaves the other units to the exponentials: where asked for,
-    /// and heads fill their panels, and products and tiles have room for 8 columns more. Not in E4M3, whose products lose the low bits of sums
-    /// as large as these: 0.072 instead of 0.039 relative error over 4096 keys.
+    /// and heads fill their panels, and products and tiles have room for 8 columns more. Such sums are of P as rounded, which a
+    /// log-sum-exp of E4M3 would show.
     pub(super) fn sums_by_ones(&self) -> bool {
         let tiling = &self.tiling;
         let room = self.head_dim == self.padded_dim() && self.head_dim <= 128 && tiling.tile_keys == 64;
-        tiling.engine == Engine::Warpgroups && tiling.ones && room && !matches!(self.values, Values::Fp8(_))
+        let exact_enough = !(self.lse && matches!(self.values, Values::Fp8(_)));
+        tiling.engine == Engine::Warpgroups && tiling.ones && room && exact_enough
     }
 
     /// Smallest head dimension that tiles are laid out for and that holds this one.
@@ -362,7 +352,7 @@ kernel_params! {
         bottom_right: i32,
         /// Parts of the keys.
         splits: i32,
-        /// Of warpgroups: pieces of work that were taken, zero before every launch.
+        /// Of warpgroups: pieces of work that were taken, zero before every launch; null where pieces are all alike.
         taken: [u32],
         /// Of warpgroups: tiles of queries of the longest sequence.
         q_tiles: i32,

@@ -76,8 +76,9 @@ where
             let keys = KeyTile { index, fragments, scales: key_scales.of_tile(index), cut };
             for step in 0..config.tiling.tile_keys / config.tiling.step_keys {
                 let scores = scoring.scores::<H>(&keys, step);
-                softmax.advance(k, std::slice::from_ref(&scores), |alphas| output.rescale(alphas));
-                output.add::<W>(&softmax, &scores, &values, step);
+                let tile = std::slice::from_ref(&scores);
+                let shifts = softmax.advance(k, tile, |alphas| output.rescale(alphas)).remove(0);
+                output.add::<W>(&softmax, &scores, &shifts, &values, step);
             }
         };
         // Tiles cut by a window's start, whole tiles, tiles cut by the diagonal or the end: whole ones pay for no mask.

@@ -66,21 +66,21 @@ impl<'k, 'c> Output<'k, 'c> {
         }
     }
 
-    /// Adds a tile: exponentials of its scores times V.
+    /// Adds a tile: exponentials of its scores, scaled and shifted, times V.
     pub fn add<W: Half + MmaElement>(
         &self,
         softmax: &Softmax<'k>,
         scores: &ScoreTile<'k>,
+        shifts: &[Val<'k, f32>],
         source: &FragmentSource<'k>,
         step: usize,
     ) {
         self.code.note("output: exp2(scores) * v");
         let step_keys = self.config.tiling.step_keys;
-        let shifts = softmax.shifts(scores);
         match self.config.values {
             Values::Fp8(precision) => {
                 let p = |step: usize| {
-                    let p = softmax.exponentials(scores, &shifts, 4 * step..4 * step + 4);
+                    let p = softmax.exponentials(scores, shifts, 4 * step..4 * step + 4);
                     p.into_iter()
                         .map(|p| FragmentA::<E4M3>::from_accumulators([p[0], p[1], p[2], p[3]]))
                         .collect::<Vec<_>>()
@@ -96,7 +96,7 @@ impl<'k, 'c> Output<'k, 'c> {
                     _ => Precision::F32,
                 };
                 let p = |step: usize| {
-                    let p = softmax.exponentials(scores, &shifts, 2 * step..2 * step + 2);
+                    let p = softmax.exponentials(scores, shifts, 2 * step..2 * step + 2);
                     let fragment =
                         |p: Vec<[Val<'k, f32>; 4]>| FragmentA::<W>::from_accumulators([p[0], p[1]]);
                     let p: Vec<_> = p.into_iter().map(fragment).collect();
@@ -175,9 +175,9 @@ impl<'k, 'c> Output<'k, 'c> {
         code.note("output: scales of v, division by the sums");
         let columns = columns(config);
         let channel = 2 * (place.lane & 3);
+        let first = place.kv_index(p) * padded + channel;
         let of_channels = |pointer: sage_ptx::Global<'k, f32>, column: usize| {
-            let first = pointer.at(place.kv_index(p) * padded).at(channel);
-            first.plus(8 * column as i32).load_vector::<2>()
+            pointer.at(first).plus(8 * column as i32).load_vector::<2>()
         };
         let element = |m: usize, column: usize, i: usize| match &self.sums {
             Sums::Single(sums) => sums[m * columns + column].register(i).get(),
@@ -240,19 +240,23 @@ impl<'k, 'c> Output<'k, 'c> {
         let quad = place.lane & 3;
         let start =
             place.sequence.batch.widen() * p.out_stride_batch + place.head.widen() * p.out_stride_head;
+        let whole = config.head_dim == config.padded_dim();
         for (slot, mut words) in words.into_iter().enumerate() {
             words.resize(words.len().next_multiple_of(4), code.constant(0));
-            for (index, column) in words.chunks_mut(4).enumerate() {
-                transpose(quad, column);
-                let channel = 8 * (quad + 4 * index as i32);
-                let row = place.row(slot);
-                let valid = row.lt(place.sequence.q_len) & channel.lt(config.head_dim as i32);
-                code.when(valid, || {
-                    let row = (place.sequence.q_start + row).widen() * p.out_stride_row;
-                    let target = p.out.cast::<H>().at(start + row).at(channel).cast::<u32>();
-                    target.store_vector([column[0], column[1], column[2], column[3]]);
-                });
-            }
+            words.chunks_mut(4).for_each(|column| transpose(quad, column));
+            let row = place.row(slot);
+            let target = (place.sequence.q_start + row).widen() * p.out_stride_row;
+            let target = p.out.cast::<H>().at(start + target).at(8 * quad).cast::<u32>();
+            code.when(row.lt(place.sequence.q_len), || {
+                for (index, column) in words.chunks(4).enumerate() {
+                    let store = || {
+                        let target = target.plus(16 * index as i32);
+                        target.store_vector([column[0], column[1], column[2], column[3]]);
+                    };
+                    let channel = 8 * (quad + 4 * index as i32);
+                    if whole { store() } else { code.when(channel.lt(config.head_dim as i32), store) }
+                }
+            });
         }
     }
 

@@ -12,12 +12,15 @@ use super::place::Place;
 /// Pieces that are handed over before the first is taken.
 const SLOTS: usize = 2;
 
+/// Stands for the index of a piece when there are no more.
+const NO_PIECE: i32 = -1;
+
 /// The pieces of work of a launch.
 pub(super) struct Pieces<'k, 'c, 'p> {
     code: &'k Code,
     config: &'c AttentionConfig,
     params: &'p AttentionParams<'k>,
-    /// Index of the piece in each slot.
+    /// The piece in each slot: see [`Pieces::place`].
     slots: Shared<'k, i32>,
     /// Of each slot: whether it is full, then of each whether it is empty.
     barriers: Mbarriers<'k>,
@@ -37,7 +40,7 @@ impl<'k, 'c, 'p> Pieces<'k, 'c, 'p> {
             }
             code.fence_mbarriers();
         });
-        let slots = code.shared::<i32>("pieces", SLOTS);
+        let slots = code.shared::<i32>("pieces", SLOTS * 4);
         let thread = [code.warp_index(), code.lane_index()];
         Pieces { code, config, params, slots, barriers, count: params.q_tiles * params.all_heads, thread }
     }
@@ -49,25 +52,30 @@ impl<'k, 'c, 'p> Pieces<'k, 'c, 'p> {
         let [first, ..] = code.block_index();
         let [blocks, ..] = code.grid();
         let piece = code.var(first).named("piece");
-        let hand_over = |piece: Val<'k, i32>| {
+        let hand_over = |indices: [Val<'k, i32>; 4]| {
             let slot = cursor.stage.get();
             self.barriers.from(SLOTS).at(slot).wait(cursor.parity.get() ^ 1);
-            self.slots.at(slot).store(piece);
+            self.slots.at(slot * 4).store_vector(indices);
             self.barriers.at(slot).arrive();
             cursor.advance();
         };
         code.while_loop(
             || piece.get().lt(self.count),
             || {
-                hand_over(piece.get());
-                let place = self.place(piece.get());
+                let indices = self.indices(piece.get());
+                hand_over(indices);
+                let place = self.place(indices);
                 code.when(!place.empty, || produce(&place));
-                // Each block has its first piece without asking.
-                let taken = self.params.taken.atomic(sage_ptx::isa::AtomicOp::Add, 1u32);
-                piece.set(taken.reinterpret::<i32>() + blocks);
+                // Each block has its first piece without asking, and where all are alike every other.
+                let counter = self.params.taken;
+                let take = || {
+                    let taken = counter.atomic(sage_ptx::isa::AtomicOp::Add, 1u32);
+                    piece.set(taken.reinterpret::<i32>() + blocks);
+                };
+                code.if_else(counter.address().ne(0u64), take, || piece.set(piece.get() + blocks));
             },
         );
-        hand_over(self.count);
+        hand_over([code.constant(NO_PIECE); 4]);
     }
 
     /// The part of the threads that compute: calls `compute` for each piece handed over.
@@ -77,32 +85,39 @@ impl<'k, 'c, 'p> Pieces<'k, 'c, 'p> {
         let next = || {
             let slot = cursor.stage.get();
             self.barriers.at(slot).wait(cursor.parity.get());
-            let piece = self.slots.at(slot).load();
+            let indices = self.slots.at(slot * 4).load_vector::<4>();
             self.barriers.from(SLOTS).at(slot).arrive();
             cursor.advance();
-            piece
+            indices
         };
-        let piece = code.var(next()).named("piece");
+        let indices = next().map(|index| code.var(index).named("piece"));
         code.while_loop(
-            || piece.get().lt(self.count),
+            || indices[0].get().ge(0),
             || {
-                let place = self.place(piece.get());
+                let place = self.place(indices.map(|index| index.get()));
                 code.when(!place.empty, || compute(place));
-                piece.set(next());
+                indices.iter().zip(next()).for_each(|(index, next)| index.set(next));
             },
         );
     }
 
-    /// Heads are taken a few at a time, whose keys and values stay in cache; of these the longest rows of a causal mask come
-    /// first, so that the last pieces are short.
-    fn place(&self, piece: Val<'k, i32>) -> Place<'k> {
+    /// Which tile of queries, head, sequence and key head a piece is: found once, by the thread that copies. Heads are taken a few
+    /// at a time, whose keys and values stay in cache; of these the longest rows of a causal mask come first, so that the last
+    /// pieces are short.
+    fn indices(&self, piece: Val<'k, i32>) -> [Val<'k, i32>; 4] {
         let p = self.params;
         let together = p.heads_together * p.q_tiles;
         let (group, within) = (piece / together, piece % together);
         let (from_last, in_group) = (within / p.heads_together, within % p.heads_together);
         let all_heads = group * p.heads_together + in_group;
         let heads = p.group_size * p.kv_heads;
-        let place = [p.q_tiles - 1 - from_last, all_heads % heads, all_heads / heads];
-        Place::new(self.config, p, self.thread, place, p.all_heads / heads)
+        let head = all_heads % heads;
+        [p.q_tiles - 1 - from_last, head, all_heads / heads, head / p.group_size]
+    }
+
+    fn place(&self, indices: [Val<'k, i32>; 4]) -> Place<'k> {
+        let p = self.params;
+        let sequences = || p.all_heads / (p.group_size * p.kv_heads);
+        Place::new(self.config, p, self.thread, indices, sequences)
     }
 }

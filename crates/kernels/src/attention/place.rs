@@ -2,10 +2,11 @@
 
 use sage_ptx::{Code, Val};
 
-use super::config::{AttentionConfig, AttentionParams};
+use super::config::{AttentionConfig, AttentionParams, Engine};
 use crate::sequence::{LengthParams, Sequence};
 
-/// A block's queries, and the tiles of keys that they see.
+/// A block's queries, and the tiles of keys that they see. Warpgroups share tiles, of which each computes those that its own
+/// rows see: "group" is a warpgroup, or the whole block where there are none.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Place<'k> {
     pub sequence: Sequence<'k>,
@@ -21,10 +22,13 @@ pub(super) struct Place<'k> {
     pub lane: Val<'k, i32>,
     /// What a key's index is compared with: `key ≤ row + diagonal + window_right`.
     diagonal: Val<'k, i32>,
-    /// First and one past the last tile of keys to compute.
+    /// First and one past the last tile of keys that the block copies.
+    pub copied_start: Val<'k, i32>,
+    pub copied_end: Val<'k, i32>,
+    /// First and one past the last tile of keys that the group computes.
     pub first_tile: Val<'k, i32>,
     pub end_tile: Val<'k, i32>,
-    /// Tiles from `inner_start` to `inner_end` are wholly visible to every row of the block.
+    /// Tiles from `inner_start` to `inner_end` are wholly visible to every row of the group.
     pub inner_start: Val<'k, i32>,
     pub inner_end: Val<'k, i32>,
     /// Index of the part of the keys, where they are split.
@@ -41,20 +45,20 @@ impl<'k> Place<'k> {
         let [x, head, z] = code.block_index();
         let [tiles, _, sequences] = code.grid();
         let thread = [code.warp_index(), code.lane_index()];
-        Place::new(config, p, thread, [tiles - 1 - x, head, z], sequences)
+        Place::new(config, p, thread, [tiles - 1 - x, head, z, head / p.group_size], || sequences)
     }
 
-    /// Of a tile of queries, a head, and one of `sequences`, which are those of all parts of the keys.
+    /// Of a tile of queries, a head, one of `sequences`, which are those of all parts of the keys, and a key head.
     pub fn new(
         config: &AttentionConfig,
         p: &AttentionParams<'k>,
         [warp, lane]: [Val<'k, i32>; 2],
-        [q_tile, head, z]: [Val<'k, i32>; 3],
-        sequences: Val<'k, i32>,
+        [q_tile, head, z, kv_head]: [Val<'k, i32>; 4],
+        sequences: impl FnOnce() -> Val<'k, i32>,
     ) -> Self {
         let code = lane.code();
         let (sequence_index, split) = if config.split {
-            let sequences = sequences / p.splits;
+            let sequences = sequences() / p.splits;
             (z % sequences, z / sequences)
         } else {
             (z, code.constant(0))
@@ -74,22 +78,32 @@ impl<'k> Place<'k> {
         let diagonal = aligned.named("diagonal");
         let end_of = |row: Val<'k, i32>| (row + diagonal + p.window_right + 1).min(sequence.kv_len);
         let start_of = |row: Val<'k, i32>| (row + diagonal - p.window_left).max(0);
-        let last_row = (first_row + (block_q - 1)).min(sequence.q_len - 1);
+        let last_of = |first: Val<'k, i32>, rows: i32| (first + (rows - 1)).min(sequence.q_len - 1);
+        let tile_of_start = |row: Val<'k, i32>| start_of(row).split_index(tile_keys).0;
+        let tile_of_end = |row: Val<'k, i32>| end_of(row).max(0).div_ceil(tile_keys);
 
-        let first_tile = start_of(first_row).split_index(tile_keys).0;
-        let end_tile = end_of(last_row).max(0).div_ceil(tile_keys);
-        let (first_tile, end_tile) = if config.split {
-            let each = (end_tile - first_tile).max(0);
+        let (start, end) = (tile_of_start(first_row), tile_of_end(last_of(first_row, block_q)));
+        let (copied_start, copied_end) = if config.split {
+            let each = (end - start).max(0);
             let each = (each + p.splits - 1) / p.splits;
-            let first = first_tile + each * split;
-            (first, (first + each).min(end_tile))
+            let start = start + each * split;
+            (start, (start + each).min(end))
         } else {
-            (first_tile, end_tile)
+            (start, end)
         };
+        let (group_row, group_rows, first_tile, end_tile) = match config.tiling.engine {
+            Engine::Warps => (first_row, block_q, copied_start, copied_end),
+            Engine::Warpgroups => {
+                let (row, rows) = (first_row + ((warp >> 2) << 6), 64);
+                let end = tile_of_end(last_of(row, rows)).min(copied_end).max(copied_start);
+                let start = tile_of_start(row).max(copied_start).min(end);
+                (row, rows, start, row.lt(sequence.q_len).select(end, start))
+            }
+        };
+        let last_row = last_of(group_row, group_rows);
         // The first row sees the least at the end, the last row at the start.
         let inner_start = start_of(last_row).div_ceil(tile_keys).max(first_tile).min(end_tile);
-        let inner_end = (end_of(first_row) >> tile_keys.ilog2() as i32).min(end_tile).max(inner_start);
-        let kv_head = head / p.group_size;
+        let inner_end = (end_of(group_row) >> tile_keys.ilog2() as i32).min(end_tile).max(inner_start);
         Place {
             sequence,
             sequence_index,
@@ -100,6 +114,8 @@ impl<'k> Place<'k> {
             warp,
             lane,
             diagonal,
+            copied_start: copied_start.named("copied_start"),
+            copied_end: copied_end.named("copied_end"),
             first_tile: first_tile.named("first_tile"),
             end_tile: end_tile.named("end_tile"),
             inner_start: inner_start.named("inner_start"),

@@ -7,13 +7,14 @@ use sage_ptx::{
 
 use super::config::{AttentionConfig, AttentionParams, Engine, Scores};
 use super::place::Place;
+use super::scores::nonzero;
 use crate::integer::{Step, magnitude_bits};
 
 /// Queries as operands: each lane's own registers, `[m][step]`.
 pub(super) struct Queries<'k> {
     fragments: Fragments<'k>,
     steps: usize,
-    /// Factor of each row slot's scores.
+    /// Factor of each row slot's scores, not zero.
     pub scale: Vec<Val<'k, f32>>,
     /// What smoothing K took from each row's scaled scores, in the natural base.
     pub taken: Vec<Val<'k, f32>>,
@@ -55,20 +56,24 @@ impl<'k> Queries<'k> {
         let batch = place.sequence.batch.widen() * p.q_stride_batch + place.head.widen() * p.q_stride_head;
         let row_of = |slot: usize| place.row(slot);
         let quad = place.lane & 3;
-        // raw[slot][word] are the channels of a register: `per` neighbours.
-        let mut rows: Vec<Vec<Vec<Val<'k, f32>>>> = Vec::new();
-        for slot in 0..slots {
-            let row = row_of(slot);
-            let valid = row.lt(place.sequence.q_len);
-            let row = row.min(place.sequence.q_len - 1) + place.sequence.q_start;
-            let base = p.q.cast::<H>().at(batch + row.widen() * p.q_stride_row);
-            let mut registers = Vec::new();
-            for word in 0..2 * steps {
-                let first = (word * 4 * per) as i32;
-                registers.push(load_channels::<H>(config, base, quad * per as i32, first, per, valid));
-            }
-            rows.push(registers);
-        }
+        // words[slot][register] are the neighbouring channels of a register, as loaded. The last row stands in for rows that the
+        // sequence does not have, which nobody reads.
+        let loaded: Vec<Vec<Vec<Val<'k, u32>>>> = (0..slots)
+            .map(|slot| {
+                let row = row_of(slot).min(place.sequence.q_len - 1) + place.sequence.q_start;
+                let base = p.q.cast::<H>().at(batch + row.widen() * p.q_stride_row);
+                let register = |word: usize| {
+                    load_channels::<H>(config, base, quad * per as i32, (word * 4 * per) as i32, per)
+                };
+                (0..2 * steps).map(register).collect()
+            })
+            .collect();
+        let channels = |words: &Vec<Val<'k, u32>>| {
+            words.iter().flat_map(|word| word.split::<H>()).map(|x| x.to_f32()).collect()
+        };
+        // The same in single precision.
+        let mut rows: Vec<Vec<Vec<Val<'k, f32>>>> =
+            loaded.iter().map(|registers| registers.iter().map(channels).collect()).collect();
 
         // Scores of smoothed keys lack the same amount for all keys of a row: the product with the keys' mean.
         let needs_taken = config.smooth_k && (config.lse || config.softcap);
@@ -98,7 +103,7 @@ impl<'k> Queries<'k> {
 
         let (words, scale) = match config.scores {
             Scores::Full => {
-                let words = pack_words(&rows, steps, |_, x| x[0].pack::<H>(x[1]).reinterpret());
+                let words = pack_words(&loaded, steps, |_, words| words[0]);
                 (words, vec![p.sm_scale * std::f32::consts::LOG2_E; slots])
             }
             Scores::Int(quantizer) => {
@@ -106,14 +111,26 @@ impl<'k> Queries<'k> {
                     let factor = p.sm_scale * std::f32::consts::LOG2_E;
                     rows.iter_mut().flatten().flatten().for_each(|x| *x = *x * factor);
                 }
-                let steps_of_rows = groups(code, config, &quantizer, place, &rows);
+                let as_loaded = config.smooth_q.is_none() && !quantizer.scale_q_first;
+                let maximum = |slot: usize| {
+                    let bits = if as_loaded {
+                        let [low, high] = packed_maximum::<H>(loaded[slot].iter().flatten());
+                        magnitude_bits(low).max(magnitude_bits(high))
+                    } else {
+                        let bits = rows[slot].iter().flatten().map(|&x| magnitude_bits(x));
+                        bits.reduce(Val::max).unwrap_or(code.constant(0))
+                    };
+                    row_of(slot).lt(place.sequence.q_len).select(bits, 0)
+                };
+                let maxima = (0..slots).map(maximum).collect();
+                let steps_of_rows = groups(code, config, &quantizer, place, maxima);
                 let words = pack_words(&rows, steps, |slot, x| steps_of_rows[slot].round_word(x));
                 let factor = if quantizer.scale_q_first {
                     code.constant(1.0)
                 } else {
                     p.sm_scale * std::f32::consts::LOG2_E
                 };
-                (words, steps_of_rows.iter().map(|step| step.scale * factor).collect())
+                (words, steps_of_rows.iter().map(|step| nonzero(step.scale * factor)).collect())
             }
         };
         let fragments = if config.tiling.queries_in_registers {
@@ -176,46 +193,49 @@ fn panels<'k>(
     }
     code.fence_async_proxy();
     config.group_barrier(code, place.warp);
-    let group = (place.warp >> 2) * (64 * row_bytes) as i32;
-    PanelMatrix::new(memory, rows, row_bytes).at_byte(group)
+    PanelMatrix::new(memory, rows, row_bytes).at(place.warp >> 2, 64 * row_bytes)
 }
 
-/// `per` channels of a row from `first + offset` on, zeros beyond the head's and where the row is not valid.
+/// The largest magnitudes among the lower and the upper halves of words; NaN where one is.
+fn packed_maximum<'k, 'a, H: Half>(words: impl Iterator<Item = &'a Val<'k, u32>>) -> [Val<'k, f32>; 2]
+where
+    'k: 'a,
+{
+    let magnitudes = words.map(|word| (*word & 0x7fff_7fff).reinterpret::<H::Pair>());
+    let largest = magnitudes.reduce(|a, b| a.max_nan(b)).expect("a row has channels");
+    largest.reinterpret::<u32>().split::<H>().map(|x| x.to_f32())
+}
+
+/// `per` channels of a row from `first + offset` on, two to a word, zeros beyond the head's.
 fn load_channels<'k, H: Half + Stored<Value = H>>(
     config: &AttentionConfig,
     row: sage_ptx::Global<'k, H>,
     offset: Val<'k, i32>,
     first: i32,
     per: usize,
-    valid: Val<'k, bool>,
-) -> Vec<Val<'k, f32>> {
+) -> Vec<Val<'k, u32>> {
     let code = row.code();
     let dim = config.head_dim as i32;
     // Lanes of a quad hold neighbouring channels; only the last step can pass the head's end.
-    let inside = |channel: Val<'k, i32>, len: i32| {
-        if first + 4 * per as i32 <= dim { code.constant(true) } else { (channel + len).le(dim) }
-    };
+    let passes = first + 4 * per as i32 > dim;
     if config.aligned {
         // Heads are whole 16-byte chunks here, so a register's channels are all inside or all beyond.
         let channel = offset + first;
-        let here = inside(channel, per as i32);
+        let here = if passes { (channel + per as i32).le(dim) } else { code.constant(true) };
         let at = row.at(here.select(channel, 0)).cast::<u32>();
         let words: Vec<Val<'k, u32>> = match per {
             2 => vec![at.load()],
             4 => at.load_vector::<2>().to_vec(),
             _ => at.load_vector::<4>().to_vec(),
         };
-        let keep = valid & here;
-        let kept = words.into_iter().map(|word| keep.select(word, 0u32));
-        kept.flat_map(|word| word.split::<H>()).map(|x| x.to_f32()).collect()
+        words.into_iter().map(|word| here.select(word, 0u32)).collect()
     } else {
-        let channel = |i: usize| {
+        let element = |i: usize| {
             let channel = offset + (first + i as i32);
-            let here = inside(channel, 1);
-            let x = row.at(here.select(channel, 0)).load().to_f32();
-            (valid & here).select(x, 0.0)
+            let here = if passes { channel.lt(dim) } else { code.constant(true) };
+            here.select(row.at(here.select(channel, 0)).load().to_f32(), 0.0)
         };
-        (0..per).map(channel).collect()
+        (0..per / 2).map(|word| element(2 * word).pack::<H>(element(2 * word + 1)).reinterpret()).collect()
     }
 }
 
@@ -235,20 +255,16 @@ fn product<'k>(
     sum.reduce_lanes(3, |a, b| a + b)
 }
 
-/// The quantisation step of each row slot.
+/// The quantisation step of each row slot, of which `maxima` are the bits of the lane's largest magnitudes.
 fn groups<'k>(
     code: &'k Code,
     config: &AttentionConfig,
     quantizer: &IntQuantizer,
     place: &Place<'k>,
-    rows: &[Vec<Vec<Val<'k, f32>>>],
+    maxima: Vec<Val<'k, i32>>,
 ) -> Vec<Step<'k>> {
     let maximum = |a: Val<'k, i32>, b: Val<'k, i32>| a.max(b);
-    let of_row = |row: &Vec<Vec<Val<'k, f32>>>| {
-        let bits = row.iter().flatten().map(|&x| magnitude_bits(x));
-        bits.reduce(maximum).map(|bits| bits.reduce_lanes(3, maximum))
-    };
-    let rows: Vec<_> = rows.iter().filter_map(of_row).collect();
+    let rows: Vec<_> = maxima.into_iter().map(|bits| bits.reduce_lanes(3, maximum)).collect();
     if quantizer.granularity == Granularity::PerToken {
         return rows.into_iter().map(|max| Step::of_group(quantizer, max)).collect();
     }
@@ -287,10 +303,10 @@ fn groups<'k>(
 }
 
 /// Packs each register's channels: fragments of rows `g` and `g + 8` of 16, low and high depth of a step.
-fn pack_words<'k>(
-    rows: &[Vec<Vec<Val<'k, f32>>>],
+fn pack_words<'k, T>(
+    rows: &[Vec<Vec<Val<'k, T>>>],
     steps: usize,
-    pack: impl Fn(usize, &[Val<'k, f32>]) -> Val<'k, u32>,
+    pack: impl Fn(usize, &[Val<'k, T>]) -> Val<'k, u32>,
 ) -> Vec<[Val<'k, u32>; 4]> {
     let mut words = Vec::new();
     for m in 0..rows.len() / 2 {

@@ -1,7 +1,7 @@
 //! Q·Kᵀ of a tile, and what comes between it and the softmax: scales, caps, biases, masks.
 
 use half::{bf16, f16};
-use sage_core::{DType, Granularity, IntBits, IntQuantizer};
+use sage_core::{DType, Granularity, IntBits, IntQuantizer, ZeroGroup};
 use sage_ptx::{
     Accumulator, Code, FragmentSource, Global, Half, MmaAccumulator, MmaElement, S4, Stored, Val, Var,
 };
@@ -11,6 +11,7 @@ use super::place::Place;
 use super::queries::{Queries, depth_steps};
 use super::softmax::ScoreTile;
 use crate::integer::{ROUNDING_MAGIC, ROUNDING_MAGIC_BITS};
+use crate::preprocess::groups_of_tile;
 use crate::sequence::KEY_TILE;
 
 use std::f32::consts::LOG2_E;
@@ -79,8 +80,11 @@ impl<'k> Scoring<'k, '_> {
                 tile.scaled_by_key(&key_scales[first..first + 2 * columns])
             }
             // Without a scale for each row, all rows of a lane have the same.
-            Scores::Int(_) => {
-                ScoreTile { factor: vec![nonzero(rows[0] * key_scales[0]); rows.len()], ..tile }
+            Scores::Int(quantizer) => {
+                let factor = rows[0] * key_scales[0];
+                // Only this quantiser's scales can be zero: see `Queries::scale`.
+                let factor = if quantizer.zero_group == ZeroGroup::Guard { nonzero(factor) } else { factor };
+                ScoreTile { factor: vec![factor; rows.len()], ..tile }
             }
         };
         self.finish(product)
@@ -138,24 +142,31 @@ impl<'k> Scoring<'k, '_> {
 
 /// Scales of quantised K.
 pub(super) struct KeyScales<'k> {
-    /// The first tile's in the workspace, and how scales are grouped; none where K is as given.
-    tiles: Option<(Val<'k, i32>, Granularity)>,
-    scales: Global<'k, f32>,
-    lane: Val<'k, i32>,
+    /// The lane's of the sequence's first tile, and how scales are grouped; none where K is as given.
+    first: Option<(Global<'k, f32>, Granularity)>,
 }
 
 impl<'k> KeyScales<'k> {
     pub fn new(config: &AttentionConfig, p: &AttentionParams<'k>, place: &Place<'k>) -> Self {
-        let tiles = match config.scores {
+        let first = match config.scores {
             Scores::Full => None,
-            Scores::Int(quantizer) => Some((place.first_key_tile, quantizer.granularity)),
+            Scores::Int(quantizer) => {
+                let granularity = quantizer.granularity;
+                let lane = match granularity {
+                    Granularity::PerToken => 2 * (place.lane & 3),
+                    Granularity::PerThread => place.lane & 3,
+                    _ => place.lane.code().constant(0),
+                };
+                let first = place.first_key_tile * groups_of_tile(granularity) as i32 + lane;
+                Some((p.k_scale.at(first), granularity))
+            }
         };
-        KeyScales { tiles, scales: p.k_scale, lane: place.lane }
+        KeyScales { first }
     }
 
     /// How many scales the lane has of a tile.
     pub fn count(&self) -> usize {
-        match self.tiles {
+        match self.first {
             None => 0,
             Some((_, Granularity::PerToken)) => KEY_TILE / 4,
             Some(_) => 1,
@@ -164,23 +175,19 @@ impl<'k> KeyScales<'k> {
 
     /// The lane's scales of a tile: one, or with a scale for each key those of its keys.
     pub fn of_tile(&self, tile: Val<'k, i32>) -> Vec<Val<'k, f32>> {
-        let Some((first, granularity)) = self.tiles else { return Vec::new() };
-        let (tile, quad) = (first + tile, self.lane & 3);
-        match granularity {
-            Granularity::PerToken => {
-                let scales = self.scales.at(tile * KEY_TILE as i32 + 2 * quad);
-                (0..KEY_TILE as i32 / 8)
-                    .flat_map(|column| scales.plus(8 * column).load_vector::<2>())
-                    .collect()
-            }
-            Granularity::PerThread => vec![self.scales.at(tile * 4 + quad).load()],
-            _ => vec![self.scales.at(tile).load()],
+        let Some((first, granularity)) = self.first else { return Vec::new() };
+        let scales = first.at(tile * groups_of_tile(granularity) as i32);
+        if granularity == Granularity::PerToken {
+            let columns = 0..KEY_TILE as i32 / 8;
+            columns.flat_map(|column| scales.plus(8 * column).load_vector::<2>()).collect()
+        } else {
+            vec![scales.load()]
         }
     }
 }
 
 /// A scale of zero stands for zeros; a tiny one does as well, and hidden keys stay at minus infinity times it.
-fn nonzero<'k>(scale: Val<'k, f32>) -> Val<'k, f32> {
+pub(super) fn nonzero<'k>(scale: Val<'k, f32>) -> Val<'k, f32> {
     scale.eq(0.0).select(1e-30, scale)
 }
 

@@ -67,18 +67,23 @@ impl<'k> ScoreTile<'k> {
         row
     }
 
-    /// The largest base-2 score of a row slot that this lane holds.
+    /// The largest value of a row slot that this lane holds.
     fn lane_maximum(&self, slot: usize) -> Val<'k, f32> {
         let row = self.row(slot);
         let largest = if self.biased {
             // Biased values are positive or −∞, and so are ordered like their bits; integer maxima are the faster ones.
             let bits: Vec<_> = row.iter().map(|x| x.reinterpret::<i32>()).collect();
-            maximum(&bits).map(|bits| bits.reinterpret::<f32>() - ROUNDING_MAGIC)
+            maximum(&bits).map(|bits| bits.reinterpret::<f32>())
         } else {
             maximum(&row)
         };
-        let largest = largest.unwrap_or(self.first_key.code().constant(f32::NEG_INFINITY));
-        largest * self.factor[slot]
+        largest.unwrap_or(self.first_key.code().constant(f32::NEG_INFINITY))
+    }
+
+    /// A value of a row slot, as its base-2 logarithm.
+    fn logarithm(&self, value: Val<'k, f32>, slot: usize) -> Val<'k, f32> {
+        let value = if self.biased { value - ROUNDING_MAGIC } else { value };
+        value * self.factor[slot]
     }
 }
 
@@ -100,10 +105,10 @@ enum RowSums<'k> {
 
 /// Running maximum and sum of each row slot.
 pub(super) struct Softmax<'k> {
-    /// What scores are relative to, in base 2: the largest so far, or one up to `lazy` smaller.
+    /// What is subtracted from scores, in base 2: `exponent` less than the largest so far, or than one up to `lazy` smaller.
     reference: Vec<Var<'k, f32>>,
     sums: RowSums<'k>,
-    /// Added to scores relative to the reference.
+    /// The largest logarithm of P, but for `lazy`.
     exponent: f32,
     lazy: f32,
 }
@@ -130,22 +135,47 @@ impl<'k> Softmax<'k> {
         }
     }
 
-    /// Takes a step's maxima in, calling `rescale` with the factor of each row slot's sums where they change.
-    pub fn advance(&self, code: &'k Code, scores: &[ScoreTile<'k>], rescale: impl FnOnce(&[Val<'k, f32>])) {
+    /// Takes a step's maxima in, calling `rescale` with the factor of each row slot's sums where they change. Returns what is to
+    /// be added to each row slot's scaled values before the exponential, for each tile of scores.
+    pub fn advance(
+        &self,
+        code: &'k Code,
+        scores: &[ScoreTile<'k>],
+        rescale: impl FnOnce(&[Val<'k, f32>]),
+    ) -> Vec<Vec<Val<'k, f32>>> {
         code.note("softmax: row maxima");
         let slots = self.reference.len();
-        let maximum = |slot: usize| {
-            let of_tiles = scores.iter().map(|tile| tile.lane_maximum(slot));
-            of_tiles.reduce(Val::max).unwrap_or(code.constant(f32::NEG_INFINITY))
+        let maxima: Vec<Vec<_>> =
+            scores.iter().map(|tile| (0..slots).map(|slot| tile.lane_maximum(slot)).collect()).collect();
+        let shifts: Vec<Vec<Var<'k, f32>>> =
+            scores.iter().map(|_| (0..slots).map(|_| Var::new(code)).collect()).collect();
+        let set_shifts = || {
+            for (tile, shifts) in scores.iter().zip(&shifts) {
+                for (slot, shift) in shifts.iter().enumerate() {
+                    let reference = self.reference[slot].get();
+                    // The bias of the values is taken back here, where it costs nothing.
+                    shift.set(if tile.biased {
+                        (-tile.factor[slot]).mul_add(ROUNDING_MAGIC, -reference)
+                    } else {
+                        -reference
+                    });
+                }
+            }
         };
-        let maxima: Vec<_> = (0..slots).map(maximum).collect();
+        let row_maximum = |slot: usize| {
+            let of_tiles =
+                scores.iter().zip(&maxima).map(|(tile, maxima)| tile.logarithm(maxima[slot], slot));
+            // The lanes of a quad share the row.
+            of_tiles.reduce(Val::max).map(|maximum| maximum.reduce_lanes(3, Val::max))
+        };
         let update = || {
             code.note("softmax: new references");
             let alphas: Vec<_> = (0..slots)
                 .map(|slot| {
-                    // The lanes of a quad share the row.
-                    let (old, row) = (self.reference[slot].get(), maxima[slot].reduce_lanes(3, Val::max));
-                    let new = old.max(row).named("row_max");
+                    let old = self.reference[slot].get();
+                    let row = row_maximum(slot).unwrap_or(code.constant(f32::NEG_INFINITY));
+                    let row = if self.exponent == 0.0 { row } else { row - self.exponent };
+                    let new = old.max(row).named("row_reference");
                     self.reference[slot].set(new);
                     (old - new).exp2().named("alpha")
                 })
@@ -167,27 +197,21 @@ impl<'k> Softmax<'k> {
         };
         if self.lazy == 0.0 {
             update();
+            set_shifts();
         } else {
             // As long as no row has risen far, references may stay, and rows need no maximum over their lanes.
-            let rises = (0..slots).map(|slot| maxima[slot].gt(self.reference[slot].get() + self.lazy));
+            set_shifts();
+            let limit = self.exponent + self.lazy;
+            let rises = scores.iter().zip(&maxima).zip(&shifts).flat_map(|((tile, maxima), shifts)| {
+                (0..slots).map(|slot| maxima[slot].mul_add(tile.factor[slot], shifts[slot].get()).gt(limit))
+            });
             let some = rises.reduce(|a, b| a | b).unwrap_or(code.constant(false));
-            code.when(code.any(some), update);
+            code.when(code.any(some), || {
+                update();
+                set_shifts();
+            });
         }
-    }
-
-    /// What is added to each row slot's scaled values before the exponential.
-    pub fn shifts(&self, scores: &ScoreTile<'k>) -> Vec<Val<'k, f32>> {
-        let of_slot = |(slot, reference): (usize, &Var<'k, f32>)| {
-            let reference = reference.get();
-            let reference = if self.exponent == 0.0 { reference } else { reference - self.exponent };
-            // The bias of the values is taken back here, where it costs nothing.
-            if scores.biased {
-                (-scores.factor[slot]).mul_add(ROUNDING_MAGIC, -reference)
-            } else {
-                -reference
-            }
-        };
-        self.reference.iter().enumerate().map(of_slot).collect()
+        shifts.iter().map(|shifts| shifts.iter().map(|shift| shift.get()).collect()).collect()
     }
 
     /// Row slots' exponentials in columns `columns`: P of the tile, `[m][column][i]`.
@@ -247,7 +271,7 @@ impl<'k> Softmax<'k> {
             let empty = sum.eq(0.0);
             RowSum {
                 inverse: empty.select(0.0, sum.recip()).named("inverse_sum"),
-                lse2: empty.select(f32::NEG_INFINITY, sum.log2() + (reference.get() - self.exponent)),
+                lse2: empty.select(f32::NEG_INFINITY, sum.log2() + reference.get()),
             }
         });
         rows.collect()

@@ -11,7 +11,7 @@ use sage_ptx::{
 };
 
 use super::bulk_ring::{BULK_MAPS, BulkRing, Cursor};
-use super::config::{AttentionConfig, AttentionParams, Scores, TURN_BARRIER, ValueSource, Values, WARPGROUP};
+use super::config::{AttentionConfig, AttentionParams, Scores, ValueSource, Values, WARPGROUP};
 use super::output::Output;
 use super::pieces::Pieces;
 use super::place::Place;
@@ -62,18 +62,27 @@ where
     );
 }
 
-/// Where a warpgroup stands in the rings, from one piece of work to the next.
+/// Where a warpgroup stands in the ring.
 struct Cursors<'k> {
-    keys: Cursor<'k>,
-    values: Cursor<'k>,
-    /// The tile of V that is released next.
-    values_done: Cursor<'k>,
+    /// The tile of K whose scores are started next, from one piece of work to the next.
+    next: Cursor<'k>,
+    /// The tile whose softmax is computed.
+    own: Cursor<'k>,
+    /// The tile before it.
+    done: Cursor<'k>,
 }
 
 impl<'k> Cursors<'k> {
     fn new(code: &'k Code, config: &AttentionConfig) -> Self {
         let cursor = |name| Cursor::new(code, config.tiling.stages, name);
-        Cursors { keys: cursor("keys"), values: cursor("values"), values_done: cursor("values_done") }
+        Cursors { next: cursor("next"), own: cursor("own"), done: cursor("done") }
+    }
+
+    /// The next tile's scores are there.
+    fn advance(&self) {
+        self.done.set(&self.own);
+        self.own.set(&self.next);
+        self.next.advance();
     }
 }
 
@@ -88,15 +97,13 @@ struct Group<'k, 'c, 'r> {
     scales: Vec<Vec<Var<'k, f32>>>,
     softmax: Softmax<'k>,
     output: Output<'k, 'c>,
-    /// Sums of the tile in flight, where they are not added to the output's at once.
+    /// A tile's own sums, where they are not added to all tiles' at once: of the last of [`Group::all_sums`].
     parts: Vec<Var<'k, f32>>,
     /// Scores of a tile: columns of 8 keys.
     scores: Vec<[Var<'k, f32>; 4]>,
     /// P of a tile, as operands of 32 bytes depth.
     probabilities: Vec<[Var<'k, u32>; 4]>,
     cursors: &'r Cursors<'k>,
-    /// Index of the warpgroup.
-    group: Val<'k, i32>,
 }
 
 impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
@@ -115,8 +122,13 @@ impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
         let value_bytes = if matches!(config.values, Values::Fp8(_)) { 1 } else { 2 };
         let softmax = Softmax::new(code, config);
         let columns = output.registers().len() + softmax.sums_in_flight().len();
-        let two_level = config.values == Values::Fp8(Precision::F32ThenF32);
-        let parts = (0..columns * usize::from(two_level)).map(|_| Var::new(code)).collect();
+        // E4M3 products lose the low bits of sums as large as P's over many keys.
+        let parts = match config.values {
+            Values::Fp8(Precision::F32ThenF32) => columns,
+            Values::Fp8(_) => softmax.sums_in_flight().len(),
+            _ => 0,
+        };
+        let parts = (0..parts).map(|_| Var::new(code)).collect();
         Group {
             code,
             config,
@@ -134,7 +146,6 @@ impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
                 .map(|_| std::array::from_fn(|_| Var::new(code)))
                 .collect(),
             cursors,
-            group: (place.warp >> 2).named("group"),
         }
     }
 
@@ -154,71 +165,76 @@ impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
         W: Half + MmaElement,
     {
         let (k, place) = (self.code, &self.scoring.place);
-        let end = place.end_tile;
-        k.when(place.first_tile.lt(end), || {
+        let last = place.end_tile - 1;
+        self.pass(place.copied_start, place.first_tile);
+        k.when(place.first_tile.le(last), || {
             self.load_scales(place.first_tile);
-            self.clear_scores();
+            self.clear_parts();
             self.start_scores::<H>();
-            k.wait_products(0, &self.score_registers::<f32>());
-            self.ring.keys.release(place.lane, &self.cursors.keys);
-            self.softmax::<W>(place.first_tile, false);
-            self.first_turn();
-            k.range(place.first_tile + 1, end, |tile| {
-                self.await_turn();
-                self.start_scores::<H>();
-                self.start_output::<W>(tile - 1);
-                self.pass_turn();
-                k.wait_products(1, &self.score_registers::<f32>());
-                self.ring.keys.release(place.lane, &self.cursors.keys);
-                self.softmax::<W>(tile, true);
-            });
-            self.last_turn();
-            self.start_output::<W>(end - 1);
+            self.take_scores(0);
+            k.range(place.first_tile, last, |tile| self.tile::<H, W>(tile, true));
+            self.tile::<H, W>(last, false);
             self.drain();
-            self.ring.values.release(place.lane, &self.cursors.values_done);
+            self.ring.values.release(place.lane, &self.cursors.own);
+        });
+        self.pass(place.end_tile, place.copied_end);
+    }
+
+    /// Lets tiles pass that only other groups' rows see.
+    fn pass(&self, start: Val<'k, i32>, end: Val<'k, i32>) {
+        let (place, next) = (&self.scoring.place, &self.cursors.next);
+        self.code.range(start, end, |tile| {
+            self.ring.keys.wait(next);
+            self.ring.keys.release(place.lane, next);
+            self.ring.values.wait(next);
+            self.clear_values(tile, next);
+            self.ring.values.release(place.lane, next);
+            next.advance();
         });
     }
 
-    /// Groups of the block.
-    fn groups(&self) -> i32 {
-        self.config.tiling.warps as i32 / 4
-    }
-
-    /// The last group lets the first one begin.
-    fn first_turn(&self) {
-        if self.config.tiling.turns {
-            let last = self.group.eq(self.groups() - 1);
-            self.code.when(last, || self.code.arrive(TURN_BARRIER, 2 * WARPGROUP));
+    /// The work of a tile whose scores are there: its softmax, then the start of the next tile's scores, where there is one,
+    /// and of its own product with V, until those scores are there.
+    fn tile<H, W>(&self, tile: Val<'k, i32>, has_next: bool)
+    where
+        H: Half + MmaElement + Stored<Value = H>,
+        W: Half + MmaElement,
+    {
+        let (k, place) = (self.code, &self.scoring.place);
+        let p = self.exponentials(tile, has_next);
+        // The tile's values have mostly arrived by now. The loop around the wait keeps the compiler from moving the
+        // exponentials behind the end of the product in flight, which they overlap with.
+        self.ring.values.wait(&self.cursors.own);
+        self.drain();
+        k.when(tile.gt(place.first_tile), || self.ring.values.release(place.lane, &self.cursors.done));
+        self.round::<W>(&p);
+        if has_next {
+            self.start_scores::<H>();
+        }
+        self.start_output::<W>(tile);
+        if has_next {
+            self.take_scores(1);
         }
     }
 
-    fn await_turn(&self) {
-        if self.config.tiling.turns {
-            self.code.named_barrier(self.group + TURN_BARRIER, 2 * WARPGROUP);
-        }
+    /// Waits for the scores of the next tile, after which `later` products were started, and frees its keys.
+    fn take_scores(&self, later: u32) {
+        self.code.wait_products(later, &self.score_registers::<f32>());
+        self.ring.keys.release(self.scoring.place.lane, &self.cursors.next);
+        self.cursors.advance();
     }
 
-    fn pass_turn(&self) {
-        if self.config.tiling.turns {
-            let next = self.group + 1;
-            let next = next.eq(self.groups()).select(0, next);
-            self.code.arrive(next + TURN_BARRIER, 2 * WARPGROUP);
-        }
-    }
-
-    /// The first group takes the turn that nobody else needs: no barrier is left half full.
-    fn last_turn(&self) {
-        if self.config.tiling.turns {
-            self.code.when(self.group.eq(0), || self.await_turn());
-        }
-    }
-
-    /// Starts loading the scales of a tile of keys, a tile ahead of their use.
+    /// Starts loading the scales of a tile of keys, which must be one of the sequence's, a tile ahead of their use.
     fn load_scales(&self, tile: Val<'k, i32>) {
         let parts = (self.config.tiling.tile_keys / KEY_TILE) as i32;
-        let last = self.scoring.place.sequence.kv_len.div_ceil(KEY_TILE) - 1;
         for (part, scales) in self.scales.iter().enumerate() {
-            let index = (tile * parts + part as i32).min(last);
+            let index = tile * parts + part as i32;
+            // Only the first of several parts always has keys.
+            let index = if part == 0 {
+                index
+            } else {
+                index.min(self.scoring.place.sequence.kv_len.div_ceil(KEY_TILE) - 1)
+            };
             scales.iter().zip(self.key_scales.of_tile(index)).for_each(|(var, scale)| var.set(scale));
         }
     }
@@ -230,8 +246,9 @@ impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
     /// Starts the products of the queries with the next tile of keys.
     fn start_scores<H: Half + MmaElement>(&self) {
         self.code.note("scores: q * k^T");
-        self.ring.keys.wait(&self.cursors.keys);
-        let keys = self.ring.keys.matrix(&self.cursors.keys);
+        self.clear_scores();
+        self.ring.keys.wait(&self.cursors.next);
+        let keys = self.ring.keys.matrix(&self.cursors.next);
         match self.config.scores {
             Scores::Full => self.multiply_queries::<H, f32>(&keys, false),
             Scores::Int(_) => self.multiply_queries::<i8, i32>(&keys, true),
@@ -255,13 +272,15 @@ impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
         self.code.commit_products();
     }
 
-    /// Softmax of a tile whose scores are there, while the product of the tile before is in flight, unless this is the first.
-    fn softmax<W: Half + MmaElement>(&self, tile: Val<'k, i32>, in_flight: bool) {
+    /// The exponentials of a tile's scores, by columns, while the product of the tile before is in flight.
+    fn exponentials(&self, tile: Val<'k, i32>, has_next: bool) -> Vec<[Val<'k, f32>; 4]> {
         let (k, place) = (self.code, &self.scoring.place);
         let parts = self.config.tiling.tile_keys / KEY_TILE;
         let scales: Vec<Vec<_>> =
             self.scales.iter().map(|scales| scales.iter().map(|scale| scale.get()).collect()).collect();
-        self.load_scales(tile + 1);
+        if has_next {
+            self.load_scales(tile + 1);
+        }
         let tiles: Vec<ScoreTile<'k>> = self
             .scores
             .chunks(KEY_TILE / 8)
@@ -272,35 +291,30 @@ impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
                 self.scoring.scaled(values.to_vec(), first_key, 0, scales)
             })
             .collect();
-        let cut = tile.lt(place.inner_start) | tile.ge(place.inner_end);
+        let inner = (place.inner_end - place.inner_start).reinterpret::<u32>();
+        let cut = (tile - place.inner_start).reinterpret::<u32>().ge(inner);
         k.when(cut, || {
             k.note("scores: causal mask, window, end of the keys");
             tiles.iter().for_each(|tile| tile.hide(place));
         });
-        self.softmax.advance(k, &tiles, |alphas| {
-            if in_flight {
-                self.drain();
-                // They are in, and shall not count a second time below.
-                self.parts.iter().for_each(|part| part.set(0.0));
-            }
+        let shifts = self.softmax.advance(k, &tiles, |alphas| {
+            self.drain();
+            // They are in, and shall not count a second time.
+            self.clear_parts();
             k.note("output: rescale");
             self.output.rescale(alphas);
             for (i, sum) in self.softmax.sums_in_flight().iter().enumerate() {
                 sum.set(sum.get() * alphas[i / 2]);
             }
         });
-        let exponentials = |tile: &ScoreTile<'k>| {
-            let shifts = self.softmax.shifts(tile);
-            self.softmax.exponentials(tile, &shifts, 0..tile.columns).remove(0)
+        let of_tile = |(tile, shifts): (&ScoreTile<'k>, &Vec<_>)| {
+            self.softmax.exponentials(tile, shifts, 0..tile.columns).remove(0)
         };
-        let p: Vec<_> = tiles.iter().flat_map(exponentials).collect();
-        // The tile's values have mostly arrived by now. The loop around the wait keeps the compiler from moving the
-        // exponentials behind the end of the product in flight, which they overlap with.
-        self.ring.values.wait(&self.cursors.values);
-        if in_flight {
-            self.drain();
-            self.ring.values.release(place.lane, &self.cursors.values_done);
-        }
+        tiles.iter().zip(&shifts).flat_map(of_tile).collect()
+    }
+
+    /// Rounds P, whose columns are `p`, into the operands of the product with V.
+    fn round<W: Half + MmaElement>(&self, p: &[[Val<'k, f32>; 4]]) {
         let words = |step: usize| match self.config.values {
             Values::Fp8(_) => {
                 FragmentA::<E4M3>::from_accumulators(std::array::from_fn(|i| p[4 * step + i])).words()
@@ -310,27 +324,31 @@ impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
         for (step, vars) in self.probabilities.iter().enumerate() {
             vars.iter().zip(words(step)).for_each(|(var, word)| var.set(word));
         }
-        self.clear_scores();
     }
 
     /// Starts the product of P, which is that of tile `tile`, with its values, which have arrived.
     fn start_output<W: Half + MmaElement>(&self, tile: Val<'k, i32>) {
         let (k, config) = (self.code, self.config);
         k.note("output: p * v");
-        let values = self.ring.values.matrix(&self.cursors.values);
-        if config.lengths != Lengths::Dense && config.value_source == ValueSource::Given {
-            let rows = self.scoring.place.sequence.kv_len - tile * config.tiling.tile_keys as i32;
-            k.when(rows.lt(config.tiling.tile_keys as i32), || {
-                self.ring.clear_values(rows, &self.cursors.values);
-            });
-        }
+        let values = self.ring.values.matrix(&self.cursors.own);
+        self.clear_values(tile, &self.cursors.own);
         match config.values {
             Values::Fp8(_) => {
                 self.multiply_values::<E4M3>(|step| values.depth_in_columns(0, 32 * step), false);
             }
             _ => self.multiply_values::<W>(|step| values.depth_in_rows(16 * step), true),
         }
-        self.cursors.values.advance();
+    }
+
+    /// Clears what lies behind the end of a sequence in its last tile of V as given: all groups meet there.
+    fn clear_values(&self, tile: Val<'k, i32>, cursor: &Cursor<'k>) {
+        let config = self.config;
+        if config.lengths != Lengths::Dense && config.value_source == ValueSource::Given {
+            let rows = self.scoring.place.sequence.kv_len - tile * config.tiling.tile_keys as i32;
+            self.code.when(rows.lt(config.tiling.tile_keys as i32), || {
+                self.ring.clear_values(rows, cursor);
+            });
+        }
     }
 
     fn multiply_values<E: MmaElement>(
@@ -341,30 +359,41 @@ impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
         let p: Vec<_> =
             self.probabilities.iter().map(|vars| FragmentA::<E>::new(vars.map(|var| var.get()))).collect();
         let sums = self.sums();
+        let add = self.parts.len() < sums.len();
+        if add {
+            self.clear_parts();
+        }
         self.code.fence_products();
         for (step, &p) in p.iter().enumerate() {
             let p = WarpgroupA::Registers(p);
-            warpgroup_product(&sums, p, values(step), transposed, self.parts.is_empty() || step > 0);
+            warpgroup_product(&sums, p, values(step), transposed, add || step > 0);
         }
         self.code.commit_products();
     }
 
     /// What P·V is added to.
     fn sums(&self) -> Vec<Var<'k, f32>> {
-        if self.parts.is_empty() { self.final_sums() } else { self.parts.clone() }
+        let mut sums = self.all_sums();
+        sums.truncate(sums.len() - self.parts.len());
+        sums.extend(&self.parts);
+        sums
     }
 
     /// Sums of P·V over all tiles, and those of P where they are products.
-    fn final_sums(&self) -> Vec<Var<'k, f32>> {
+    fn all_sums(&self) -> Vec<Var<'k, f32>> {
         let mut sums = self.output.registers();
         sums.extend(self.softmax.sums_in_flight());
         sums
     }
 
+    fn clear_parts(&self) {
+        self.parts.iter().for_each(|part| part.set(0.0));
+    }
+
     /// Waits for the product with V, whose own sums go into those of all tiles.
     fn drain(&self) {
         self.code.wait_products(0, &self.sums());
-        for (part, sum) in self.parts.iter().zip(self.final_sums()) {
+        for (part, sum) in self.parts.iter().rev().zip(self.all_sums().iter().rev()) {
             sum.set(sum.get() + part.get());
         }
     }

@@ -2,7 +2,7 @@
 
 use crate::attention::{AttentionConfig, MaskForm, Scores, Values};
 use crate::forward::Step;
-use crate::preprocess::{KeyMean, Source};
+use crate::preprocess::{KeyMean, Source, ValueScales};
 use crate::sequence::Lengths;
 
 /// A kernel in one line.
@@ -16,8 +16,11 @@ pub(super) fn describe(step: &Step) -> String {
         Step::QueryMeans(config) => {
             format!("Q: means of {} rows; {}", config.block, of(&config.source))
         }
-        Step::SampleMean(config) => {
+        Step::SampleK(config) => {
             format!("K: mean of {} rows of the sequence; {}", config.rows, of(&config.source))
+        }
+        Step::SampleV(config) => {
+            format!("V: scales of {} rows of the sequence; {}", config.rows, of(&config.source))
         }
         Step::QuantizeK(config) => {
             let smooth = match config.mean {
@@ -31,7 +34,12 @@ pub(super) fn describe(step: &Step) -> String {
         Step::DeltaS(config) => format!("products of Q's means with K; {}", of(&config.source)),
         Step::QuantizeV(config) => {
             let smooth = if config.smooth { ", smoothed" } else { "" };
-            format!("V to E4M3{smooth}; {}", of(&config.source))
+            let scales = match config.scales {
+                ValueScales::Collected => "",
+                ValueScales::Given => ", with given scales",
+                ValueScales::CollectedWhereMarked => ", of heads that given scales do not fit",
+            };
+            format!("V to E4M3{smooth}{scales}; {}", of(&config.source))
         }
         Step::ConvertV(config) => format!("V to {}; {}", config.to, of(&config.source)),
         Step::Attention(config) => describe_attention(config),

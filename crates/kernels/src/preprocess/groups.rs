@@ -9,7 +9,7 @@ use super::tile_load::{CHUNK, Head, ROWS};
 use crate::sequence::KEY_TILE;
 
 /// Scales of a tile of K.
-pub(super) const fn groups_of_tile(granularity: Granularity) -> usize {
+pub(crate) const fn groups_of_tile(granularity: Granularity) -> usize {
     match granularity {
         Granularity::PerThread => 4,
         Granularity::PerToken => KEY_TILE,

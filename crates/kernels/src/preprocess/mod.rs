@@ -16,7 +16,8 @@
 //! channel.
 //!
 //! A kernel that needs statistics of whole columns computes them itself: in its launch they run a few heads ahead
-//! of the blocks that need them, so that hardly any block waits, and tiles are read again from the L2 cache. The mean of a few rows takes a launch of its own.
+//! of the blocks that need them, so that hardly any block waits, and tiles are read again from the L2 cache. Statistics of a few
+//! rows take a launch of their own.
 
 mod ahead;
 mod convert_v;
@@ -25,15 +26,16 @@ mod groups;
 mod quantize_k;
 mod quantize_v;
 mod query_means;
-mod sample_mean;
+mod sample;
 mod statistics;
 mod tile_load;
 
 pub use convert_v::{ConvertVArgs, ConvertVConfig};
 pub use delta_s::{DeltaSArgs, DeltaSConfig};
+pub(crate) use groups::groups_of_tile;
 pub use quantize_k::{KeyMean, QuantizeKArgs, QuantizeKConfig};
-pub use quantize_v::{QuantizeVArgs, QuantizeVConfig};
+pub use quantize_v::{QuantizeVArgs, QuantizeVConfig, ValueScales};
 pub use query_means::{QueryMeansArgs, QueryMeansConfig};
-pub use sample_mean::{SampleMeanArgs, SampleMeanConfig};
+pub use sample::{SampleArgs, SampleConfig};
 pub use statistics::ColumnStatistics;
 pub use tile_load::Source;

@@ -1,20 +1,38 @@
 //! V to E4M3 tiles, channels as rows: `e4m3((V − mean) · (v_max / max))`.
 
+use sage_core::oracle::E4M3_MAX;
 use sage_ptx::{Code, Program, Val, kernel};
 
 use super::ahead::{self, Work};
 use super::statistics::{ColumnStatistics, Meeting, Outputs};
-use super::tile_load::{CHUNK, Head, ROWS, RowOrder, Rows, Source, input};
+use super::tile_load::{CHUNK, Head, ROWS, RowOrder, Rows, Source, input, tile_grid};
 use crate::params::kernel_params;
 use crate::sequence::KEY_TILE;
 
-/// Quantises V into the workspace: a block for each tile, and another that collects its columns. E4M3 needs sm_89.
+/// Quantises V into the workspace, a block for each tile. E4M3 needs sm_89.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct QuantizeVConfig {
     /// V as given.
     pub source: Source,
     /// Whether each channel's mean is subtracted first.
     pub smooth: bool,
+    /// Where scales come from.
+    pub scales: ValueScales,
+}
+
+/// Blocks that collect the tiles of a head that was marked, and as many that quantise them. Those of the other heads end at once:
+/// a block for each tile would take 24 µs to do so with 128 heads of 8192 tokens.
+const MARKED_BLOCKS: i32 = 16;
+
+/// Where the scales of V's channels come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ValueScales {
+    /// All rows, by another block for each tile, which collects its columns.
+    Collected,
+    /// A launch before, from some rows: heads are marked in which a value exceeds what E4M3 holds.
+    Given,
+    /// All rows, but only of heads that were marked. The others are left as they are.
+    CollectedWhereMarked,
 }
 
 kernel_params! {
@@ -34,6 +52,9 @@ kernel_params! {
         partials: [f32],
         /// `[sequences][kv_heads]`, zeros before every launch.
         arrivals: [u32],
+        /// Heads in which a value exceeds what E4M3 holds, where scales are from some rows: `[sequences][kv_heads]`, not zero
+        /// for such a head. Zeros before the launch that marks them.
+        marked: [u32],
         /// Boundaries of packed sequences, or the valid keys of each batch entry.
         cu_seqlens: [i32],
         /// Stride of the batch.
@@ -75,7 +96,12 @@ impl QuantizeVConfig {
     /// Name of the kernel, unique for the configuration.
     pub fn name(&self) -> String {
         let smooth = if self.smooth { "_smooth" } else { "" };
-        format!("quantize_v_e4m3{smooth}_{}", self.source.suffix())
+        let scales = match self.scales {
+            ValueScales::Collected => "",
+            ValueScales::Given => "_given",
+            ValueScales::CollectedWhereMarked => "_marked",
+        };
+        format!("quantize_v_e4m3{smooth}{scales}_{}", self.source.suffix())
     }
 
     /// Threads of a block.
@@ -83,9 +109,16 @@ impl QuantizeVConfig {
         self.source.threads()
     }
 
-    /// Blocks along x, y and z, where the longest sequence has `max_kv_len` keys and statistics are `lead` heads ahead.
+    /// Blocks along x, y and z, where the longest sequence has `max_kv_len` keys and, where they are collected, statistics are
+    /// `lead` heads ahead.
     pub fn grid(&self, max_kv_len: usize, kv_heads: usize, sequences: usize, lead: usize) -> [u32; 3] {
-        ahead::grid(max_kv_len, kv_heads, sequences, lead)
+        match self.scales {
+            ValueScales::Collected => ahead::grid(max_kv_len, kv_heads, sequences, lead),
+            ValueScales::Given => tile_grid(max_kv_len, kv_heads, sequences),
+            ValueScales::CollectedWhereMarked => {
+                [2 * MARKED_BLOCKS as u32, kv_heads as u32, sequences as u32]
+            }
+        }
     }
 
     /// The kernel.
@@ -98,15 +131,33 @@ impl QuantizeVConfig {
         let threads = if self.smooth { 896 } else { 1024 };
         self.source.bound_registers(code, threads);
         let p = QuantizeVParams::declare(code);
-        let work = Work::new(code, p.kv_heads, p.sequences, p.lead);
+        let work = match self.scales {
+            ValueScales::Collected => Work::new(code, p.kv_heads, p.sequences, p.lead),
+            _ => Work::quantise_only(code),
+        };
         let head = Head::at(code, &self.source, &input!(p), [work.sequence, work.head], p.kv_heads);
         let statistics = self.statistics();
         let first_tile = head.head * p.key_tiles + head.sequence.first_tile;
-        let meeting = Meeting::new(&head, statistics, first_tile, work.tile, p.partials, p.arrivals);
+        let meeting = |tile| Meeting::new(&head, statistics, first_tile, tile, p.partials, p.arrivals);
         let outputs = Outputs { mean: p.mean, scale: p.scale, factor: p.factor, v_max: p.v_max };
-        let collect = || outputs.collect(&head, work.tile, statistics, RowOrder::Quads, &meeting);
-        let quantise = || self.quantise(&head, &p, work.tile, first_tile, &meeting);
-        code.if_else(work.collects, collect, quantise);
+        let collect = |tile| outputs.collect(&head, tile, statistics, RowOrder::Quads, &meeting(tile));
+        let quantise = |tile| self.quantise(&head, &p, tile, first_tile, Some(&meeting(tile)));
+        match self.scales {
+            ValueScales::Collected => {
+                code.if_else(work.collects, || collect(work.tile), || quantise(work.tile));
+            }
+            ValueScales::Given => self.quantise(&head, &p, work.tile, first_tile, None),
+            ValueScales::CollectedWhereMarked => {
+                code.exit_when(p.marked.at(head.index).load().eq(0));
+                let tiles = head.len().div_ceil(KEY_TILE);
+                // Blocks wait for earlier ones alone, so that none waits for one that cannot start.
+                code.if_else(
+                    work.tile.lt(MARKED_BLOCKS),
+                    || code.range_by(work.tile, tiles, MARKED_BLOCKS, collect),
+                    || code.range_by(work.tile - MARKED_BLOCKS, tiles, MARKED_BLOCKS, quantise),
+                );
+            }
+        }
     }
 
     fn quantise<'k>(
@@ -115,16 +166,31 @@ impl QuantizeVConfig {
         p: &QuantizeVParams<'k>,
         tile: Val<'k, i32>,
         first_tile: Val<'k, i32>,
-        meeting: &Meeting<'k>,
+        meeting: Option<&Meeting<'k>>,
     ) {
         let code = head.code;
         code.exit_when((tile * KEY_TILE as i32).ge(head.len()));
         // The tile does not depend on the statistics: it is on its way while the block looks whether they are there.
         let rows = head.load(tile, RowOrder::Quads);
-        meeting.wait(head);
+        if let Some(meeting) = meeting {
+            meeting.wait(head);
+        }
 
         code.note("E4M3, four tokens of a channel to a register");
         let factor = head.channels(p.factor);
+        if meeting.is_none() {
+            let [low, high] =
+                [false, true].map(|largest| self.source.widen_chunk(rows.extremes(largest, true)));
+            let exceeds = |channel: usize| {
+                let (magnitude, factor) = (high[channel].abs().max_nan(low[channel].abs()), factor[channel]);
+                // NaN compares as false.
+                !(magnitude * factor).le(E4M3_MAX) | (factor.eq(0.0) & magnitude.ne(0.0))
+            };
+            let some = (0..CHUNK).map(exceeds).reduce(|a, b| a | b).unwrap_or(code.constant(false));
+            code.when(some, || {
+                p.marked.at(head.index).atomic(sage_ptx::isa::AtomicOp::Add, 1u32);
+            });
+        }
         let mean = self.smooth.then(|| head.channels(p.mean));
         let chunks = self.source.padded_dim() / CHUNK;
         // Channels that are equal modulo 8 lie together, and blocks of them an odd number of half bank rows apart.

@@ -319,15 +319,21 @@ impl<'k> Outputs<'k> {
         let parts = statistics.parts();
         let columns: Vec<_> =
             parts.iter().map(|&part| across_block(head, part, part.of_rows(&rows))).collect();
-        meeting.arrive(head, parts, &columns, |totals| self.write(head, statistics, totals));
+        meeting.arrive(head, parts, &columns, |totals| self.write(head, statistics, totals, head.len()));
     }
 
-    /// Writes the statistics of column `thread` from what was collected of it.
+    /// Writes the statistics of column `thread` from what was collected of its `rows` rows.
     #[track_caller]
-    pub fn write(&self, head: &Head<'k>, statistics: ColumnStatistics, totals: &[Val<'k, f32>]) {
+    pub fn write(
+        &self,
+        head: &Head<'k>,
+        statistics: ColumnStatistics,
+        totals: &[Val<'k, f32>],
+        rows: Val<'k, i32>,
+    ) {
         let column = head.index.widen() * i64::from(head.source.padded_dim() as i32) + head.thread.widen();
         let mean = || {
-            let mean = totals[0] / head.len().max(1).to_f32();
+            let mean = totals[0] / rows.max(1).to_f32();
             self.mean.at(column).store(mean);
             mean
         };

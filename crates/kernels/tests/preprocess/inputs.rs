@@ -28,6 +28,8 @@ pub enum Fill {
     Speck,
     /// Channels of very different magnitudes, with negative zeros.
     Mixed,
+    /// A few rows that are a hundred times the others.
+    Spike,
 }
 
 /// A sequence's place in a tensor and the workspace.
@@ -152,6 +154,8 @@ impl Tensor {
                         Fill::Bias => random.normal() + 10.0 * ((channel * 7 % 13) as f32 - 6.0),
                         Fill::Zeros => 0.0,
                         Fill::Constant => channel as f32 * 0.37 - 3.0,
+                        Fill::Spike if i % 37 == 36 => 100.0 * random.normal(),
+                        Fill::Spike => random.normal(),
                         Fill::Tiny => (random.next() % 400) as f32 * f32::from_bits(1 << 16),
                         Fill::Speck if i == 0 => (channel % 4) as f32 * f32::from_bits(1 << 16),
                         Fill::Speck => 0.0,

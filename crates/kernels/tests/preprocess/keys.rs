@@ -3,7 +3,9 @@
 use sage_core::oracle::{Matrix, subtract};
 use sage_core::{DType, Granularity, IntBits, Rounding, SmoothK, ZeroGroup};
 use sage_kernels::KEY_TILE;
-use sage_kernels::preprocess::{KeyMean, QuantizeKArgs, QuantizeKConfig, SampleMeanArgs, SampleMeanConfig};
+use sage_kernels::preprocess::{
+    ColumnStatistics, KeyMean, QuantizeKArgs, QuantizeKConfig, SampleArgs, SampleConfig,
+};
 
 use crate::inputs::{Batch, Fill, Tensor, assert_mean, emulator, folded, launch, poisoned, same};
 
@@ -35,16 +37,25 @@ fn check_with_lead(tensor: &Tensor, config: &QuantizeKConfig, seed: u64, lead: u
     let scale = poisoned(&mut emulator, "scale", heads * tiles * groups * 4);
     let mean = emulator.uninitialized("mean", tensor.statistics() * 4);
     let [stride_batch, stride_head, stride_row] = tensor.strides;
-    let sampled = SampleMeanConfig { source: tensor.source, rows: 64 + 64 * (seed as usize % 2) };
+    let sampled = SampleConfig {
+        source: tensor.source,
+        rows: 64 + 64 * (seed as usize % 2),
+        statistics: ColumnStatistics::Mean,
+    };
     if config.mean == KeyMean::Given {
-        let args = SampleMeanArgs {
+        let args = SampleArgs {
             x,
             mean: mean.address(),
+            scale: 0,
+            factor: 0,
             cu_seqlens,
             stride_batch,
             stride_head,
             stride_row,
             rows: tensor.batch.rows() as i32,
+            v_max: 0.0,
+            counters: 0,
+            counter_count: 0,
         };
         launch(&emulator, &sampled.program(), sampled.grid(heads, sequences.len()), &args.args());
     }
@@ -75,7 +86,7 @@ fn check_with_lead(tensor: &Tensor, config: &QuantizeKConfig, seed: u64, lead: u
     let smooth = match config.mean {
         KeyMean::Zero => SmoothK::Off,
         KeyMean::Collected => SmoothK::Mean,
-        KeyMean::Given => sampled.smooth(),
+        KeyMean::Given => SmoothK::Sampled(sampled.rows),
     };
     let means = if smooth.is_on() { mean.len() } else { 0 };
     assert_eq!(emulator.written_bytes(mean), means, "means are written of empty sequences too");

@@ -1,10 +1,13 @@
 //! V's E4M3 codes and scales, and its 16-bit tiles.
 
 use half::{bf16, f16};
-use sage_core::DType;
 use sage_core::oracle::{Fp8Channels, subtract, v_token_slot};
+use sage_core::{DType, ScaleRows};
 use sage_kernels::KEY_TILE;
-use sage_kernels::preprocess::{ConvertVArgs, ConvertVConfig, QuantizeVArgs, QuantizeVConfig};
+use sage_kernels::preprocess::{
+    ColumnStatistics, ConvertVArgs, ConvertVConfig, QuantizeVArgs, QuantizeVConfig, SampleArgs, SampleConfig,
+    ValueScales,
+};
 
 use crate::inputs::{Batch, Fill, Tensor, assert_mean, emulator, folded, launch, poisoned, same};
 
@@ -17,7 +20,18 @@ fn check(tensor: &Tensor, smooth: bool, v_max: f32, seed: u64) {
 /// The same with statistics so many heads ahead.
 #[track_caller]
 fn check_with_lead(tensor: &Tensor, smooth: bool, v_max: f32, seed: u64, lead: usize) {
-    let config = QuantizeVConfig { source: tensor.source, smooth };
+    check_scales(tensor, smooth, v_max, ScaleRows::All, seed, lead);
+}
+
+/// The same with scales from some or all rows.
+#[track_caller]
+fn check_scales(tensor: &Tensor, smooth: bool, v_max: f32, scale_rows: ScaleRows, seed: u64, lead: usize) {
+    let config = |scales| QuantizeVConfig { source: tensor.source, smooth, scales };
+    let passes = match scale_rows {
+        ScaleRows::All => vec![config(ValueScales::Collected)],
+        ScaleRows::Sampled(_) => [ValueScales::Given, ValueScales::CollectedWhereMarked].map(config).to_vec(),
+    };
+    let config = passes[0];
     let (heads, tiles, width) = (tensor.heads, tensor.batch.tiles(), tensor.source.padded_dim());
     let sequences = tensor.batch.sequences();
     let mut emulator = emulator(seed);
@@ -26,6 +40,7 @@ fn check_with_lead(tensor: &Tensor, smooth: bool, v_max: f32, seed: u64, lead: u
     let [mean, scale, factor] =
         ["mean", "scale", "factor"].map(|name| emulator.uninitialized(name, tensor.statistics() * 4));
     let arrivals = emulator.buffer("arrivals", &vec![0u32; sequences.len() * heads]);
+    let marked = emulator.uninitialized("marked", sequences.len() * heads * 4);
     let [stride_batch, stride_head, stride_row] = tensor.strides;
     let rows = tensor.batch.rows() as i32;
     let parts = config.statistics().partials();
@@ -38,6 +53,7 @@ fn check_with_lead(tensor: &Tensor, smooth: bool, v_max: f32, seed: u64, lead: u
         factor: factor.address(),
         partials: partials.address(),
         arrivals: arrivals.address(),
+        marked: marked.address(),
         cu_seqlens,
         stride_batch,
         stride_head,
@@ -49,11 +65,31 @@ fn check_with_lead(tensor: &Tensor, smooth: bool, v_max: f32, seed: u64, lead: u
         sequences: sequences.len() as i32,
         lead: lead as i32,
     };
-    let mut grid = config.grid(tensor.batch.max_len(), heads, sequences.len(), lead);
-    if seed % 2 == 1 {
-        grid = folded(grid);
+    if let ScaleRows::Sampled(count) = scale_rows {
+        let sample = SampleConfig { source: tensor.source, rows: count, statistics: ColumnStatistics::Scale };
+        let args = SampleArgs {
+            x,
+            mean: 0,
+            scale: scale.address(),
+            factor: factor.address(),
+            cu_seqlens,
+            stride_batch,
+            stride_head,
+            stride_row,
+            rows,
+            v_max,
+            counters: marked.address(),
+            counter_count: (sequences.len() * heads) as i32,
+        };
+        launch(&emulator, &sample.program(), sample.grid(heads, sequences.len()), &args.args());
     }
-    launch(&emulator, &config.program(), grid, &args.args());
+    for pass in passes {
+        let mut grid = pass.grid(tensor.batch.max_len(), heads, sequences.len(), lead);
+        if pass.scales == ValueScales::Collected && seed % 2 == 1 {
+            grid = folded(grid);
+        }
+        launch(&emulator, &pass.program(), grid, &args.args());
+    }
 
     assert_eq!(emulator.written_bytes(scale), scale.len());
     let out: Vec<u8> = emulator.read(out);
@@ -68,7 +104,7 @@ fn check_with_lead(tensor: &Tensor, smooth: bool, v_max: f32, seed: u64, lead: u
             } else {
                 v.clone()
             };
-            let expected = Fp8Channels::quantize(&smoothed, v_max);
+            let expected = Fp8Channels::quantize(&smoothed, v_max, scale_rows);
             for c in 0..width {
                 let wanted = expected.scales.get(c).copied().unwrap_or(0.0);
                 let scale = scale[at + c];
@@ -125,6 +161,33 @@ fn every_kind_of_value() {
         let tensor = Tensor::new(DType::BF16, 64, true, Batch::one(130), 2, fill);
         for smooth in [false, true] {
             check(&tensor, smooth, 448.0, 0);
+        }
+    }
+}
+
+#[test]
+fn scales_of_sampled_rows() {
+    for fill in [
+        Fill::Normal,
+        Fill::Bias,
+        Fill::Zeros,
+        Fill::Constant,
+        Fill::Nan,
+        Fill::Infinity,
+        Fill::Tiny,
+        Fill::Speck,
+        Fill::Mixed,
+        Fill::Spike,
+    ] {
+        for (batch, head_dim, aligned) in [
+            (Batch::one(300), 128, true),
+            (Batch::Dense { batch: 2, len: 130 }, 5, false),
+            (Batch::Packed(vec![3, 0, 64, 230, 0]), 64, true),
+        ] {
+            let tensor = Tensor::new(DType::F16, head_dim, aligned, batch, 2, fill);
+            for (seed, rows) in [64, 128].into_iter().enumerate() {
+                check_scales(&tensor, false, 56.0, ScaleRows::Sampled(rows), seed as u64, 2);
+            }
         }
     }
 }

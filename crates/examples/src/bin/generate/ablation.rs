@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use candle_core::{DType, Device, Tensor};
 use sage_core::{
-    Accumulator, Granularity, IntBits, IntQuantizer, Preset, Pv, Qk, Scheme, SmoothK, SmoothQ, Smoothing,
+    Accumulator, Granularity, IntBits, IntQuantizer, Preset, Pv, Qk, ScaleRows, Scheme, SmoothK, SmoothQ,
+    Smoothing,
 };
 use sage_examples::attend::{Method, Recorded, Visible, relative_l1_by_head};
 use sage_examples::{Result, progress, table};
@@ -118,7 +119,8 @@ fn schemes(head_dim: usize) -> Vec<Scheme> {
         _ => scheme,
     };
     let per_block = of(Preset::INT8, Granularity::PerBlock);
-    let fp8 = |v_max: f32, accumulator| Scheme { pv: Pv::Fp8 { v_max, accumulator }, ..base };
+    let fp8 =
+        |v_max: f32, accumulator| Scheme { pv: Pv::Fp8 { v_max, rows: ScaleRows::All, accumulator }, ..base };
     let smooth_q =
         |scheme: Scheme| Scheme { smooth: Smoothing { q: SmoothQ::Block(128), ..scheme.smooth }, ..scheme };
     vec![
