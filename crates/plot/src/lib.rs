@@ -1,14 +1,13 @@
 //! Plots: one way to draw, for PNG and SVG alike, with a font that travels in the binary.
 
+#![forbid(unsafe_code)]
+
 use std::error::Error;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::{FontStyle, register_font};
-
-use crate::atomic_file;
-use crate::failure::{Failure, Result};
 
 /// Whatever goes wrong while drawing.
 pub type DrawResult = Result<(), Box<dyn Error>>;
@@ -41,56 +40,47 @@ pub trait Figure {
     fn size(&self) -> (u32, u32);
 
     /// Draws it; every length is to be multiplied by `scale`.
+    ///
+    /// # Errors
+    /// When something does not fit where it is drawn.
     fn draw<B: DrawingBackend>(&self, root: &Area<'_, B>, scale: f64) -> DrawResult
     where
         B::ErrorType: 'static;
 }
 
-/// A file to draw into.
-#[derive(Clone, Debug)]
-pub struct PlotFile {
-    path: PathBuf,
-    format: Format,
-}
-
+/// How a plot is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Format {
+pub enum Format {
+    /// Pixels, two for each point.
     Png,
+    /// Lines and letters; the viewer brings the font.
     Svg,
 }
 
-impl PlotFile {
-    /// Takes the format from the file's name.
-    pub fn new(path: &Path) -> Result<Self> {
+impl Format {
+    /// The format that a file's name ends in, in either case.
+    ///
+    /// # Errors
+    /// Names the file and the endings wanted.
+    pub fn of(path: &Path) -> Result<Self, String> {
         let extension = path.extension().map(|e| e.to_string_lossy().to_ascii_lowercase());
-        let format = match extension.as_deref() {
-            Some("png") => Format::Png,
-            Some("svg") => Format::Svg,
-            _ => {
-                let message =
-                    format!("--plot: file is {}, expected a name ending in .png or .svg", path.display());
-                return Err(Failure::Usage(message));
-            }
-        };
-        Ok(PlotFile { path: path.to_owned(), format })
+        match extension.as_deref() {
+            Some("png") => Ok(Format::Png),
+            Some("svg") => Ok(Format::Svg),
+            _ => Err(format!("file is {}, expected a name ending in .png or .svg", path.display())),
+        }
     }
 
-    /// The file.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// Draws, and writes the file whole.
-    pub fn write(&self, figure: &impl Figure) -> Result<()> {
-        let undrawn = |error: Box<dyn Error>| {
-            Failure::Failed(format!("{}: cannot be drawn: {error}", self.path.display()))
-        };
-        register_fonts().map_err(undrawn)?;
-        let bytes = match self.format {
+    /// The contents of a file with the figure.
+    ///
+    /// # Errors
+    /// What the figure says.
+    pub fn render(self, figure: &impl Figure) -> Result<Vec<u8>, Box<dyn Error>> {
+        register_fonts()?;
+        match self {
             Format::Png => png(figure),
             Format::Svg => svg(figure),
-        };
-        atomic_file::write(&self.path, &bytes.map_err(undrawn)?)
+        }
     }
 }
 
@@ -151,6 +141,9 @@ fn png(figure: &impl Figure) -> Result<Vec<u8>, Box<dyn Error>> {
 }
 
 /// A line of text with its left end at `(x, y)`, in points; `y` is the text's middle.
+///
+/// # Errors
+/// What the backend says.
 pub fn text<B: DrawingBackend>(
     area: &Area<'_, B>,
     scale: f64,
@@ -170,6 +163,9 @@ where
 }
 
 /// Dots with names, from left to right and on as many lines as they need. Returns the height, in points.
+///
+/// # Errors
+/// What the backend says.
 pub fn legend<B: DrawingBackend>(
     area: &Area<'_, B>,
     scale: f64,
@@ -196,4 +192,57 @@ where
         x += advance;
     }
     Ok(y + LINE / 2.0 - top)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A square of ink in the upper left corner.
+    struct Corner;
+
+    impl Figure for Corner {
+        fn size(&self) -> (u32, u32) {
+            (8, 4)
+        }
+
+        fn draw<B: DrawingBackend>(&self, root: &Area<'_, B>, scale: f64) -> DrawResult
+        where
+            B::ErrorType: 'static,
+        {
+            let side = (2.0 * scale) as i32;
+            Ok(root.draw(&Rectangle::new([(0, 0), (side, side)], INK.filled()))?)
+        }
+    }
+
+    #[test]
+    fn the_format_is_that_of_the_name() {
+        assert_eq!(Format::of(Path::new("a.b/c.PNG")), Ok(Format::Png));
+        assert_eq!(Format::of(Path::new("c.svg")), Ok(Format::Svg));
+        for wrong in ["png", "c.jpg", "c.svg.gz"] {
+            let message = format!("file is {wrong}, expected a name ending in .png or .svg");
+            assert_eq!(Format::of(Path::new(wrong)), Err(message));
+        }
+    }
+
+    #[test]
+    fn pixels_are_two_for_each_point() {
+        let bytes = Format::Png.render(&Corner).unwrap();
+        let mut reader = png::Decoder::new(std::io::Cursor::new(bytes)).read_info().unwrap();
+        let mut pixels = vec![0; reader.output_buffer_size().unwrap()];
+        let info = reader.next_frame(&mut pixels).unwrap();
+        assert_eq!((info.width, info.height), (16, 8));
+        for (at, pixel) in pixels.chunks(3).enumerate() {
+            let inside = at % 16 < 4 && at / 16 < 4;
+            let expected = if inside { [INK.0, INK.1, INK.2] } else { [255; 3] };
+            assert_eq!(pixel, expected, "pixel {at}");
+        }
+    }
+
+    #[test]
+    fn an_svg_has_the_size_in_points() {
+        let text = String::from_utf8(Format::Svg.render(&Corner).unwrap()).unwrap();
+        assert!(text.starts_with("<svg width=\"8\" height=\"4\""), "{text}");
+        assert!(text.contains("#2D323C"), "{text}");
+    }
 }
