@@ -41,8 +41,20 @@ impl<A: Attend + ?Sized> Attend for &mut A {
     }
 }
 
+/// Attention that keeps earlier tokens' keys and values.
+pub trait Cache: Attend {
+    /// Adds the next tokens of a layer without computing attention.
+    ///
+    /// # Errors
+    /// When they do not fit.
+    fn append(&mut self, layer: usize, k: &Tensor, v: &Tensor) -> Result<()>;
+
+    /// Bytes of all layers' keys and values.
+    fn bytes(&self) -> usize;
+}
+
 /// Which keys a query sees.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Visible {
     /// None that is later; the last query sees the last key.
     Causal,
@@ -53,7 +65,9 @@ pub enum Visible {
 /// A way to compute attention.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Method {
-    /// Two matrix products and a softmax in single precision, as candle's models write it: exact.
+    /// Two matrix products and a softmax in single precision, as candle's Llama writes it: exact.
+    Exact,
+    /// The same in the tensors' own element type.
     Candle,
     /// Candle's fused attention on CPUs.
     CandleFlash,
@@ -66,7 +80,8 @@ pub enum Method {
 impl fmt::Display for Method {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Method::Candle => f.pad("exact"),
+            Method::Exact => f.pad("exact"),
+            Method::Candle => f.pad("candle"),
             Method::CandleFlash => f.pad("candle-flash"),
             Method::Sage(Choice::Automatic) => f.pad("sage"),
             Method::Sage(Choice::Within(error)) => f.pad(&format!("sage within {error}")),
@@ -81,25 +96,39 @@ impl FromStr for Method {
 
     fn from_str(name: &str) -> Result<Self, String> {
         match name {
-            "exact" => Ok(Method::Candle),
+            "exact" => Ok(Method::Exact),
+            "candle" => Ok(Method::Candle),
             "candle-flash" => Ok(Method::CandleFlash),
             "sage" => Ok(Method::Sage(Choice::Automatic)),
             name => match name.parse::<Preset>() {
                 Ok(preset) => Ok(Method::Sage(preset.into())),
-                Err(error) => Err(format!("exact, candle-flash, sage, or a scheme; {error}")),
+                Err(error) => Err(format!("exact, candle, candle-flash, sage, or a scheme; {error}")),
             },
         }
     }
 }
 
 impl Method {
+    /// Ours, as a language model should have it. On CPUs rotation halves the error for a twentieth of attention's time
+    /// (docs/performance.md); no kernel for GPUs rotates.
+    pub fn of_language(device: &Device) -> Self {
+        match device {
+            Device::Cpu => Method::Sage(Preset::INT8_PER_TOKEN_ROTATED.into()),
+            _ => Method::Sage(Choice::Automatic),
+        }
+    }
+
     /// Attention of whole sequences.
     ///
     /// # Errors
     /// What the computation says.
     pub fn compute(&self, q: &Tensor, k: &Tensor, v: &Tensor, visible: &Visible) -> Result<Tensor> {
         match self {
-            Method::Candle => exact(q, k, v, visible),
+            Method::Exact => {
+                let wide = |tensor: &Tensor| tensor.to_dtype(DType::F32);
+                Ok(step_by_step(&wide(q)?, &wide(k)?, &wide(v)?, visible)?.to_dtype(q.dtype())?)
+            }
+            Method::Candle => step_by_step(q, k, v, visible),
             Method::CandleFlash => flash(q, k, v, visible),
             Method::Sage(choice) => {
                 let options = Options::new().layout(Layout::Hnd).scheme(*choice);
@@ -114,8 +143,8 @@ impl Method {
     }
 }
 
-/// Softmax(QKᵀ)V, step by step in single precision.
-fn exact(q: &Tensor, k: &Tensor, v: &Tensor, visible: &Visible) -> Result<Tensor> {
+/// Softmax(QKᵀ)V, step by step.
+fn step_by_step(q: &Tensor, k: &Tensor, v: &Tensor, visible: &Visible) -> Result<Tensor> {
     let (batch, heads, q_len, head_dim) = q.dims4()?;
     let (_, kv_heads, kv_len, _) = k.dims4()?;
     let group = heads / kv_heads;
@@ -123,7 +152,7 @@ fn exact(q: &Tensor, k: &Tensor, v: &Tensor, visible: &Visible) -> Result<Tensor
     let q = q.contiguous()?.reshape((batch, kv_heads, group * q_len, head_dim))?;
     let scores = q.matmul(&k.contiguous()?.t()?)?.affine(1.0 / (head_dim as f64).sqrt(), 0.0)?;
     let scores = scores.reshape((batch, kv_heads, group, q_len, kv_len))?;
-    let scores = match bias(visible, q_len, kv_len)? {
+    let scores = match bias(visible, q_len, kv_len, &q)? {
         Some(bias) => scores.broadcast_add(&bias)?,
         None => scores,
     };
@@ -132,31 +161,42 @@ fn exact(q: &Tensor, k: &Tensor, v: &Tensor, visible: &Visible) -> Result<Tensor
     Ok(weights.matmul(&v.contiguous()?)?.reshape((batch, heads, q_len, head_dim))?)
 }
 
-/// 0 where a key is visible and −∞ elsewhere: `[batch or 1, 1, 1, q_len or 1, kv_len]`, or none where all are.
-fn bias(visible: &Visible, q_len: usize, kv_len: usize) -> Result<Option<Tensor>> {
+/// 0 where a key is visible and −∞ elsewhere, where `like` is and in its element type: `[batch or 1, 1, 1, q_len or 1,
+/// kv_len]`, or none where all are.
+fn bias(visible: &Visible, q_len: usize, kv_len: usize, like: &Tensor) -> Result<Option<Tensor>> {
+    // Made once for all layers, as candle's models do; the second is for a contestant in another element type.
+    static LATEST: Mutex<Vec<(Visible, Tensor)>> = Mutex::new(Vec::new());
+    let shape = match visible {
+        Visible::Causal if q_len == 1 => return Ok(None),
+        Visible::Causal => [1, 1, 1, q_len, kv_len],
+        Visible::Padded(lens) => [lens.len(), 1, 1, 1, kv_len],
+    };
+    let mut latest = LATEST.lock().unwrap_or_else(PoisonError::into_inner);
+    let fits = |(of, bias): &&(Visible, Tensor)| {
+        of == visible
+            && bias.dims() == shape
+            && bias.dtype() == like.dtype()
+            && bias.device().same_device(like.device())
+    };
+    if let Some((_, bias)) = latest.iter().find(fits) {
+        return Ok(Some(bias.clone()));
+    }
     let hide = |hidden: bool| if hidden { f32::NEG_INFINITY } else { 0.0 };
-    Ok(match visible {
-        Visible::Causal if q_len == 1 => None,
+    let bias = match visible {
         Visible::Causal => {
-            // Made once for all layers, as candle's models do.
-            static LATEST: Mutex<Option<Tensor>> = Mutex::new(None);
-            let shape = [1, 1, 1, q_len, kv_len];
-            let mut latest = LATEST.lock().unwrap_or_else(PoisonError::into_inner);
-            match &*latest {
-                Some(bias) if bias.dims() == shape => Some(bias.clone()),
-                _ => {
-                    let shift = kv_len - q_len;
-                    let rows = (0..q_len).flat_map(|i| (0..kv_len).map(move |j| hide(j > i + shift)));
-                    let bias = Tensor::from_iter(rows, &Device::Cpu)?.reshape(&shape[..])?;
-                    Some(latest.insert(bias).clone())
-                }
-            }
+            let shift = kv_len - q_len;
+            let rows = (0..q_len).flat_map(|i| (0..kv_len).map(move |j| hide(j > i + shift)));
+            Tensor::from_iter(rows, &Device::Cpu)
         }
         Visible::Padded(lens) => {
             let rows = lens.iter().flat_map(|&len| (0..kv_len).map(move |j| hide(j >= len as usize)));
-            Some(Tensor::from_iter(rows, &Device::Cpu)?.reshape((lens.len(), 1, 1, 1, kv_len))?)
+            Tensor::from_iter(rows, &Device::Cpu)
         }
-    })
+    }?;
+    let bias = bias.reshape(&shape[..])?.to_dtype(like.dtype())?.to_device(like.device())?;
+    latest.insert(0, (visible.clone(), bias.clone()));
+    latest.truncate(2);
+    Ok(Some(bias))
 }
 
 /// Candle's fused attention, which takes sequences before heads.
@@ -164,6 +204,10 @@ fn flash(q: &Tensor, k: &Tensor, v: &Tensor, visible: &Visible) -> Result<Tensor
     let Visible::Causal = visible else {
         return Err("candle-flash: candle's fused attention on CPUs takes no padded batch".into());
     };
+    if !(q.device().is_cpu() && q.dtype() == DType::F32) {
+        let found = format!("{:?} on {:?}", q.dtype(), q.device().location());
+        return Err(format!("candle-flash: q is {found}, expected F32 on a CPU").into());
+    }
     let scale = 1.0 / (q.dim(D::Minus1)? as f32).sqrt();
     let mask = AttnMask::causal_with_offset(k.dim(2)? - q.dim(2)?);
     let seq_first = |tensor: &Tensor| tensor.transpose(1, 2)?.contiguous();
@@ -181,7 +225,7 @@ impl Attend for Stateless {
     }
 }
 
-/// Keys and values of earlier tokens in candle's own cache, in single precision.
+/// Keys and values of earlier tokens in candle's own cache, in the model's element type.
 pub struct CandleCache {
     method: Method,
     layers: Vec<candle_nn::kv_cache::KvCache>,
@@ -209,6 +253,20 @@ impl Attend for CandleCache {
     }
 }
 
+impl Cache for CandleCache {
+    fn append(&mut self, layer: usize, k: &Tensor, v: &Tensor) -> Result<()> {
+        self.layers[layer].append(&k.contiguous()?, &v.contiguous()?)?;
+        Ok(())
+    }
+
+    fn bytes(&self) -> usize {
+        let one = |tensor: candle_core::Result<Option<Tensor>>| {
+            tensor.ok().flatten().map_or(0, |tensor| tensor.elem_count() * tensor.dtype().size_in_bytes())
+        };
+        self.layers.iter().map(|layer| one(layer.k()) + one(layer.v())).sum()
+    }
+}
+
 /// Adds up the time that another spends.
 pub struct Timed<A> {
     /// What is timed.
@@ -233,10 +291,13 @@ impl<A: Attend> Attend for Timed<A> {
         v: &Tensor,
         visible: &Visible,
     ) -> Result<Tensor> {
+        // A GPU's work is asked for, and done some time later.
+        q.device().synchronize()?;
         let start = Instant::now();
-        let out = self.inner.attend(layer, q, k, v, visible);
+        let out = self.inner.attend(layer, q, k, v, visible)?;
+        q.device().synchronize()?;
         self.spent += start.elapsed();
-        out
+        Ok(out)
     }
 }
 
@@ -250,7 +311,7 @@ pub struct Recorded {
 impl Attend for Recorded {
     fn attend(&mut self, _: usize, q: &Tensor, k: &Tensor, v: &Tensor, visible: &Visible) -> Result<Tensor> {
         self.layers.push([q.clone(), k.clone(), v.clone()]);
-        Method::Candle.compute(q, k, v, visible)
+        Method::Exact.compute(q, k, v, visible)
     }
 }
 
@@ -259,8 +320,9 @@ impl Attend for Recorded {
 /// # Errors
 /// When the shapes differ.
 pub fn relative_l1_by_head(actual: &Tensor, expected: &Tensor) -> Result<Vec<f32>> {
-    let sum = |tensor: &Tensor| tensor.abs()?.to_dtype(DType::F32)?.sum((0, 2, 3));
-    let (error, magnitude) = (sum(&(actual - expected)?)?, sum(expected)?);
+    let (actual, expected) = (actual.to_dtype(DType::F32)?, expected.to_dtype(DType::F32)?);
+    let sum = |tensor: &Tensor| tensor.abs()?.sum((0, 2, 3));
+    let (error, magnitude) = (sum(&(actual - &expected)?)?, sum(&expected)?);
     Ok((error / magnitude)?.to_vec1()?)
 }
 
@@ -277,18 +339,15 @@ impl SageCache {
     pub fn new(options: KvCacheOptions, layers: usize) -> Result<Self> {
         Ok(SageCache { layers: (0..layers).map(|_| KvCache::new(options)).collect::<Result<_, _>>()? })
     }
+}
 
-    /// Bytes of all layers.
-    pub fn bytes(&self) -> usize {
-        self.layers.iter().map(|layer| layer.plain().bytes()).sum()
+impl Cache for SageCache {
+    fn append(&mut self, layer: usize, k: &Tensor, v: &Tensor) -> Result<()> {
+        Ok(self.layers[layer].append(k, v)?)
     }
 
-    /// Adds the next tokens of a layer without computing attention.
-    ///
-    /// # Errors
-    /// When they do not fit.
-    pub fn append(&mut self, layer: usize, k: &Tensor, v: &Tensor) -> Result<()> {
-        Ok(self.layers[layer].append(k, v)?)
+    fn bytes(&self) -> usize {
+        self.layers.iter().map(|layer| layer.plain().bytes()).sum()
     }
 }
 
@@ -300,16 +359,5 @@ impl Attend for SageCache {
         let options = Options::new().causal(true);
         // A prompt's own keys are at hand in full precision still.
         Ok(if prompt { sage_attention(q, k, v, &options)? } else { cache.attend(q, &options)? })
-    }
-}
-
-impl CandleCache {
-    /// Adds the next tokens of a layer without computing attention.
-    ///
-    /// # Errors
-    /// When there is no room left.
-    pub fn append(&mut self, layer: usize, k: &Tensor, v: &Tensor) -> Result<()> {
-        self.layers[layer].append(&k.contiguous()?, &v.contiguous()?)?;
-        Ok(())
     }
 }

@@ -3,12 +3,13 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use candle_nn::{Embedding, LayerNorm, Linear, Module};
 use tokenizers::{PaddingParams, Tokenizer, TruncationParams};
 
 use crate::Result;
 use crate::attend::{Attend, Visible};
+use crate::place::Place;
 
 /// Heads of all-MiniLM-L6-v2.
 pub const HEADS: usize = 12;
@@ -45,12 +46,12 @@ pub struct Batch {
     pub lens: Vec<u32>,
 }
 
-struct Weights(HashMap<String, Tensor>);
+struct Weights(HashMap<String, Tensor>, DType);
 
 impl Weights {
     fn get(&self, name: &str) -> Result<Tensor> {
         let tensor = self.0.get(name).ok_or_else(|| format!("the model lacks {name}"))?;
-        Ok(tensor.to_dtype(DType::F32)?)
+        Ok(tensor.to_dtype(self.1)?)
     }
 
     fn linear(&self, name: &str) -> Result<Linear> {
@@ -67,10 +68,11 @@ impl MiniLm {
     /// Reads the model from its folder.
     ///
     /// # Errors
-    /// When files are missing, or of another model.
-    pub fn load(folder: &Path) -> Result<Self> {
-        let weights =
-            Weights(candle_core::safetensors::load(folder.join("model.safetensors"), &Device::Cpu)?);
+    /// When files are missing, or of another model; when there is no such device.
+    pub fn load(folder: &Path, place: Place) -> Result<Self> {
+        let device = place.open()?;
+        let file = folder.join("model.safetensors");
+        let weights = Weights(candle_core::safetensors::load(file, &device)?, place.dtype());
         let mut tokenizer = Tokenizer::from_file(folder.join("tokenizer.json"))?;
         // The length that its sentence-transformers configuration has.
         tokenizer
@@ -112,10 +114,10 @@ impl MiniLm {
         let encodings = self.tokenizer.encode_batch(texts, true)?;
         let lens = encodings.iter().map(|encoding| encoding.get_attention_mask().iter().sum()).collect();
         let ids: Vec<&[u32]> = encodings.iter().map(tokenizers::Encoding::get_ids).collect();
-        Ok(Batch { ids: Tensor::new(ids, &Device::Cpu)?, lens })
+        Ok(Batch { ids: Tensor::new(ids, self.positions.device())?, lens })
     }
 
-    /// Embeddings of length 1, `[batch, 384]`.
+    /// Embeddings of length 1, `[batch, 384]`, in f32.
     ///
     /// # Errors
     /// What `attend` says.
@@ -137,9 +139,9 @@ impl MiniLm {
         }
         let flags = |len: &u32| (0..seq).map(|i| f32::from(u8::from(i < *len as usize))).collect::<Vec<_>>();
         let mask: Vec<f32> = batch.lens.iter().flat_map(flags).collect();
-        let mask = Tensor::from_vec(mask, (size, seq, 1), &Device::Cpu)?;
+        let mask = Tensor::from_vec(mask, (size, seq, 1), x.device())?;
         // The mean's divisor does not matter: lengths become 1.
-        let sum = x.broadcast_mul(&mask)?.sum(1)?;
+        let sum = x.to_dtype(DType::F32)?.broadcast_mul(&mask)?.sum(1)?;
         Ok(sum.broadcast_div(&sum.sqr()?.sum_keepdim(1)?.sqrt()?)?)
     }
 }

@@ -6,6 +6,7 @@ pub mod bert;
 pub mod files;
 pub mod llama;
 pub mod oracle;
+pub mod place;
 pub mod plot;
 pub mod progress;
 pub mod table;

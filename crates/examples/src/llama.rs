@@ -14,6 +14,7 @@ use tokenizers::pre_tokenizers::sequence::Sequence;
 
 use crate::Result;
 use crate::attend::{Attend, Visible};
+use crate::place::Place;
 
 /// Rows from which on a product with widened weights is faster than one with quantised ones.
 const DENSE_ROWS: usize = 16;
@@ -21,6 +22,8 @@ const DENSE_ROWS: usize = 16;
 /// The model.
 pub struct Llama {
     config: Config,
+    device: Device,
+    dtype: DType,
     embedding: Tensor,
     layers: Vec<Layer>,
     output_norm: Tensor,
@@ -57,43 +60,47 @@ struct Layer {
     down: Linear,
 }
 
-/// The file's weights widened, for many rows; and in Q8_0 for a few, which are bound by reading weights: candle's
-/// products with Q4_1 itself are scalar.
+/// The file's weights widened, for many rows; and on a CPU in Q8_0 for a few, which are bound by reading weights:
+/// candle's products with Q4_1 itself are scalar.
 struct Linear {
-    quantised: QMatMul,
+    quantised: Option<QMatMul>,
     dense: Tensor,
 }
 
 impl Linear {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let rows = x.dims()[..x.rank() - 1].iter().product::<usize>();
-        if rows < DENSE_ROWS {
-            return Ok(self.quantised.forward(x)?);
+        match &self.quantised {
+            Some(quantised) if rows < DENSE_ROWS => Ok(quantised.forward(x)?),
+            _ => Ok(x.broadcast_matmul(&self.dense.t()?)?),
         }
-        Ok(x.broadcast_matmul(&self.dense.t()?)?)
     }
 }
 
-/// A GGUF file's tensors.
+/// A GGUF file's tensors, and where they go.
 struct Weights {
     content: gguf_file::Content,
     file: File,
+    device: Device,
+    dtype: DType,
 }
 
 impl Weights {
     fn widened(&mut self, name: &str) -> Result<Tensor> {
         let tensor = self.content.tensor(&mut self.file, name, &Device::Cpu)?;
-        Ok(tensor.dequantize(&Device::Cpu)?)
+        Ok(tensor.dequantize(&Device::Cpu)?.to_dtype(self.dtype)?.to_device(&self.device)?)
     }
 
     fn linear(&mut self, name: &str) -> Result<Linear> {
         let tensor = self.content.tensor(&mut self.file, name, &Device::Cpu)?;
         let dense = tensor.dequantize(&Device::Cpu)?;
-        let quantised = match tensor.dtype() {
-            GgmlDType::Q8_0 => tensor,
-            _ => QTensor::quantize(&dense, GgmlDType::Q8_0)?,
+        let quantised = match (&self.device, tensor.dtype()) {
+            (Device::Cpu, GgmlDType::Q8_0) => Some(tensor),
+            (Device::Cpu, _) => Some(QTensor::quantize(&dense, GgmlDType::Q8_0)?),
+            _ => None,
         };
-        Ok(Linear { quantised: QMatMul::from_qtensor(quantised)?, dense })
+        let quantised = quantised.map(QMatMul::from_qtensor).transpose()?;
+        Ok(Linear { quantised, dense: dense.to_dtype(self.dtype)?.to_device(&self.device)? })
     }
 
     fn number(&self, key: &str) -> Result<usize> {
@@ -111,12 +118,13 @@ impl Llama {
     /// Reads the model and its tokeniser.
     ///
     /// # Errors
-    /// When the file is not there, or not of this architecture.
-    pub fn load(path: &Path) -> Result<(Self, Tokenizer)> {
+    /// When the file is not there, or not of this architecture; when there is no such device.
+    pub fn load(path: &Path, place: Place) -> Result<(Self, Tokenizer)> {
+        let (device, dtype) = (place.open()?, place.dtype());
         let mut file = File::open(path).map_err(|error| format!("{}: {error}", path.display()))?;
         let content = gguf_file::Content::read(&mut file)?;
         let tokenizer = tokenizer(&content)?;
-        let mut weights = Weights { content, file };
+        let mut weights = Weights { content, file, device, dtype };
         let (heads, width) =
             (weights.number("llama.attention.head_count")?, weights.number("llama.embedding_length")?);
         let config = Config {
@@ -128,6 +136,8 @@ impl Llama {
             rms_eps: weights.real("llama.attention.layer_norm_rms_epsilon")?,
         };
         let (cos, sin) = rotations(&config, weights.real("llama.rope.freq_base")?)?;
+        let there = |tensor: Tensor| tensor.to_dtype(dtype)?.to_device(&weights.device);
+        let (cos, sin) = (there(cos)?, there(sin)?);
         let layers = (0..config.layers)
             .map(|layer| {
                 let name = |part: &str| format!("blk.{layer}.{part}.weight");
@@ -148,6 +158,8 @@ impl Llama {
         let output = weights.linear("token_embd.weight")?;
         let model = Llama {
             config,
+            device: weights.device.clone(),
+            dtype,
             embedding: output.dense.clone(),
             layers,
             output_norm: weights.widened("output_norm.weight")?,
@@ -161,6 +173,11 @@ impl Llama {
     /// Sizes of the model.
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// Where it is computed, and in which element type.
+    pub fn place(&self) -> (&Device, DType) {
+        (&self.device, self.dtype)
     }
 
     /// Hidden states `[seq, width]` of `tokens`, the first of which has position `start`; [`Llama::logits`] takes them.
@@ -178,7 +195,7 @@ impl Llama {
         let (cos, sin) = (self.cos.narrow(0, start, seq)?, self.sin.narrow(0, start, seq)?);
         let norm = |x: &Tensor, weight: &Tensor| candle_nn::ops::rms_norm(x, weight, rms_eps);
         let split = |x: &Tensor, heads: usize| x.reshape((1, seq, heads, head_dim))?.transpose(1, 2);
-        let mut x = self.embedding.index_select(&Tensor::new(tokens, &Device::Cpu)?, 0)?;
+        let mut x = self.embedding.index_select(&Tensor::new(tokens, &self.device)?, 0)?;
         for (at, layer) in self.layers.iter().enumerate() {
             let h = norm(&x, &layer.attention_norm)?;
             let q = rope_i(&split(&layer.q.forward(&h)?, heads)?.contiguous()?, &cos, &sin)?;
@@ -194,12 +211,12 @@ impl Llama {
         Ok(norm(&x, &self.output_norm)?)
     }
 
-    /// Scores of every next token, `[seq, vocabulary]`.
+    /// Scores of every next token, `[seq, vocabulary]`, in f32.
     ///
     /// # Errors
     /// When `hidden` is not of the model's width.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        self.output.forward(hidden)
+        Ok(self.output.forward(hidden)?.to_dtype(DType::F32)?)
     }
 }
 

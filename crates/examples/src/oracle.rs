@@ -1,6 +1,6 @@
 //! A scheme's attention as the oracle has it, for schemes that no CPU kernel computes.
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use rayon::prelude::*;
 use sage_core::{Alignment, Band, Call, Inputs, Lengths, Options, Scheme, oracle};
 
@@ -25,7 +25,10 @@ pub fn scheme(q: &Tensor, k: &Tensor, v: &Tensor, visible: &Visible, scheme: &Sc
 /// The query heads of one key head.
 fn one_group(q: &Tensor, k: &Tensor, v: &Tensor, visible: &Visible, scheme: &Scheme) -> Result<Tensor> {
     let plain = |tensor: &Tensor| -> Result<sage_core::Tensor> {
-        Ok(sage_core::Tensor::new(tensor.flatten_all()?.to_vec1::<f32>()?, tensor.dims())?)
+        Ok(sage_core::Tensor::new(
+            tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?,
+            tensor.dims(),
+        )?)
     };
     let (plain_q, k, v) = (plain(q)?, plain(k)?, plain(v)?);
     let lens: Vec<i32>;
@@ -39,5 +42,5 @@ fn one_group(q: &Tensor, k: &Tensor, v: &Tensor, visible: &Visible, scheme: &Sch
     let inputs = Inputs { lengths, ..Inputs::new(plain_q.view(), k.view(), v.view()) };
     let call = Call::check(&inputs, &Options { band, ..Options::default() })?;
     let out: Vec<f32> = oracle::scheme(&call, scheme).out.into_iter().map(|x| x as f32).collect();
-    Ok(Tensor::from_vec(out, q.dims(), q.device())?)
+    Ok(Tensor::from_vec(out, q.dims(), q.device())?.to_dtype(q.dtype())?)
 }

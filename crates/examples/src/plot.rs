@@ -1,153 +1,353 @@
-//! Plots as SVG files.
+//! What the programs draw: curves over context length, and maps of layers and heads.
 
 use std::fs;
 use std::path::Path;
 
-use plotters::coord::Shift;
+use plotters::coord::ranged1d::{AsRangedCoord, DefaultFormatting, KeyPointHint, Ranged};
 use plotters::prelude::*;
-use plotters::style::{FontStyle, register_font};
+use plotters::style::FontStyle;
+use plotters::style::text_anchor::{HPos, Pos, VPos};
+use sage_plot::{Area, COLOURS, DrawResult, FAINT, FONT, Figure, Format, INK, legend, text};
 
 use crate::Result;
-
-const FONT: &str = "sans-serif";
-const INK: RGBColor = RGBColor(45, 50, 60);
-const FAINT: RGBColor = RGBColor(225, 228, 233);
-
-/// Colours of series, told apart by people who see colours differently too (after Okabe and Ito).
-const COLOURS: [RGBColor; 6] = [
-    RGBColor(110, 110, 110),
-    RGBColor(0, 114, 178),
-    RGBColor(213, 94, 0),
-    RGBColor(0, 158, 115),
-    RGBColor(204, 121, 167),
-    RGBColor(230, 159, 0),
-];
-
-type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
 /// A value against the context length, for several contestants.
 #[derive(Clone, Debug)]
 pub struct Panel {
     /// What is shown.
     pub title: String,
+    /// The vertical axis.
+    pub axis: Axis,
     /// Contestants, with their points (context length, value).
     pub series: Vec<(String, Vec<(f64, f64)>)>,
-    /// Whether the vertical axis begins at 0, or near the smallest value.
-    pub from_zero: bool,
 }
 
-/// Panels side by side, each with lines over context lengths.
+/// A vertical axis.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Axis {
+    /// Begins at 0.
+    FromZero,
+    /// Begins near the smallest value.
+    Near,
+    /// A step up is a factor.
+    Logarithmic,
+}
+
+/// Panels side by side, each with curves over context lengths.
 ///
 /// # Errors
-/// When the file cannot be written.
+/// When the file has another ending than .png and .svg, or cannot be written.
 pub fn lines(path: &Path, title: &str, caption: &str, panels: &[Panel]) -> Result<()> {
-    draw(path, (470 * panels.len() as u32, 430), title, caption, |area| {
-        for (area, panel) in area.split_evenly((1, panels.len())).iter().zip(panels) {
-            panel_lines(area, panel)?;
-        }
-        Ok(())
-    })
+    write(path, &Lines { title, caption, panels })
 }
 
-fn panel_lines(area: &Area<'_>, panel: &Panel) -> Result<()> {
-    let points = || panel.series.iter().flat_map(|(_, points)| points.iter());
-    let bounds = |value: fn(&(f64, f64)) -> f64| {
-        points().map(value).fold((f64::MAX, f64::MIN), |(low, high), x| (low.min(x), high.max(x)))
-    };
-    let ((left, right), (low, high)) = (bounds(|point| point.0.log2()), bounds(|point| point.1));
-    let room = if panel.from_zero { high * 0.1 } else { (high - low).max(high.abs() * 0.01) * 0.15 };
-    let bottom = if panel.from_zero { 0.0 } else { low - room };
+/// A map for each contestant, one below another: a square for each layer and head, darker where the value is larger.
+///
+/// # Errors
+/// As [`lines`].
+pub fn heat_maps(path: &Path, title: &str, caption: &str, maps: &[(String, Vec<Vec<f32>>)]) -> Result<()> {
+    write(path, &HeatMaps { title, caption, maps })
+}
+
+fn write(path: &Path, figure: &impl Figure) -> Result<()> {
+    let bytes = Format::of(path).map_err(|reason| format!("--plot: {reason}"))?.render(figure);
+    let bytes = bytes.map_err(|error| format!("{}: cannot be drawn: {error}", path.display()))?;
+    fs::write(path, bytes).map_err(|error| format!("{}: {error}", path.display()).into())
+}
+
+/// Title and caption; what is below them is left.
+fn headed<'a, B: DrawingBackend>(
+    root: &Area<'a, B>,
+    scale: f64,
+    title: &str,
+    caption: &str,
+) -> std::result::Result<Area<'a, B>, Box<dyn std::error::Error>>
+where
+    B::ErrorType: 'static,
+{
+    text(root, scale, (20.0, 28.0), title, 21.0, FontStyle::Bold)?;
+    text(root, scale, (20.0, 55.0), caption, 14.0, FontStyle::Normal)?;
+    Ok(root.split_vertically((70.0 * scale) as i32).1)
+}
+
+struct Lines<'a> {
+    title: &'a str,
+    caption: &'a str,
+    panels: &'a [Panel],
+}
+
+impl Lines<'_> {
+    /// Every contestant of any panel, whose place here is its colour's everywhere.
+    fn names(&self) -> Vec<&str> {
+        let mut names = Vec::new();
+        for (name, _) in self.panels.iter().flat_map(|panel| &panel.series) {
+            if !names.contains(&name.as_str()) {
+                names.push(name);
+            }
+        }
+        names
+    }
+}
+
+impl Figure for Lines<'_> {
+    fn size(&self) -> (u32, u32) {
+        (440 * self.panels.len().max(1) as u32, 470)
+    }
+
+    fn draw<B: DrawingBackend>(&self, root: &Area<'_, B>, scale: f64) -> DrawResult
+    where
+        B::ErrorType: 'static,
+    {
+        let below = headed(root, scale, self.title, self.caption)?;
+        let names = self.names();
+        let colour = |name: &str| {
+            let place = names.iter().position(|known| *known == name).unwrap_or_default();
+            COLOURS[place % COLOURS.len()]
+        };
+        let entries: Vec<_> = names.iter().map(|name| ((*name).to_owned(), colour(name))).collect();
+        let height = legend(&below, scale, (20.0, 4.0), &entries)?;
+        let area = below.split_vertically(((height + 10.0) * scale) as i32).1;
+        for (area, panel) in area.split_evenly((1, self.panels.len())).iter().zip(self.panels) {
+            text(area, scale, (20.0, 12.0), &panel.title, 15.0, FontStyle::Normal)?;
+            let area = area.split_vertically((26.0 * scale) as i32).1;
+            let (low, high) = bounds(panel, |point| point.1);
+            let room = (high - low).max(high.abs() * 0.002) * 0.15;
+            match panel.axis {
+                Axis::FromZero => curves(&area, scale, panel, 0.0..high * 1.08, colour)?,
+                Axis::Near => curves(&area, scale, panel, low - room..high + room, colour)?,
+                Axis::Logarithmic => curves(&area, scale, panel, Factors(low / 1.3, high * 1.3), colour)?,
+            }
+        }
+        Ok(())
+    }
+}
+
+fn bounds(panel: &Panel, value: impl Fn(&(f64, f64)) -> f64) -> (f64, f64) {
+    let points = panel.series.iter().flat_map(|(_, points)| points);
+    points.map(value).fold((f64::MAX, f64::MIN), |(low, high), x| (low.min(x), high.max(x)))
+}
+
+fn curves<B: DrawingBackend, Y: AsRangedCoord<Value = f64>>(
+    area: &Area<'_, B>,
+    scale: f64,
+    panel: &Panel,
+    y: Y,
+    colour: impl Fn(&str) -> RGBColor,
+) -> DrawResult
+where
+    B::ErrorType: 'static,
+    Y::CoordDescType: Ranged<ValueType = f64> + plotters::coord::ranged1d::ValueFormatter<f64>,
+{
+    let (left, right) = bounds(panel, |point| point.0);
     let mut chart = ChartBuilder::on(area)
-        .margin(12)
-        .caption(&panel.title, (FONT, 16).into_font().color(&INK))
-        .x_label_area_size(40)
-        .y_label_area_size(64)
-        .build_cartesian_2d(left - 0.15..right + 0.15, bottom..high + room)?;
+        .margin_left((12.0 * scale) as i32)
+        .margin_right((16.0 * scale) as i32)
+        .margin_bottom((10.0 * scale) as i32)
+        .x_label_area_size((46.0 * scale) as u32)
+        .y_label_area_size((58.0 * scale) as u32)
+        .build_cartesian_2d(Factors(left / 1.12, right * 1.12), y)?;
     chart
         .configure_mesh()
-        .light_line_style(WHITE)
-        .bold_line_style(FAINT)
-        .axis_style(FAINT)
-        .label_style((FONT, 13).into_font().color(&INK))
-        .x_labels((right - left).round() as usize + 1)
-        .x_label_formatter(&|x| format!("{}", x.exp2().round()))
-        .y_label_formatter(&|y| format!("{y:.0}"))
+        .set_all_tick_mark_size((4.0 * scale) as i32)
+        .light_line_style(TRANSPARENT)
+        .bold_line_style(FAINT.stroke_width(scale as u32))
+        .axis_style(INK.stroke_width(scale as u32))
+        .label_style((FONT, 13.0 * scale).into_font().color(&INK))
+        .axis_desc_style((FONT, 13.0 * scale).into_font().color(&INK))
+        .x_label_formatter(&|x| format!("{x:.0}"))
+        .y_label_formatter(&|y| number(*y))
+        .y_labels(7)
         .x_desc("context length, tokens")
         .draw()?;
-    for ((name, points), colour) in panel.series.iter().zip(COLOURS.iter().cycle()) {
-        let at = || points.iter().map(|(x, y)| (x.log2(), *y));
-        chart
-            .draw_series(LineSeries::new(at(), colour.stroke_width(2)))?
-            .label(name)
-            .legend(|(x, y)| Circle::new((x + 8, y), 4, colour.filled()));
-        chart.draw_series(at().map(|point| Circle::new(point, 4, colour.filled())))?;
+    for (name, points) in &panel.series {
+        let colour = colour(name);
+        let line = colour.mix(0.7).stroke_width((2.0 * scale) as u32);
+        chart.draw_series(LineSeries::new(points.iter().copied(), line))?;
+        let dots = points.iter().map(|point| Circle::new(*point, (4.0 * scale) as i32, colour.filled()));
+        chart.draw_series(dots)?;
     }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::UpperRight)
-        .label_font((FONT, 13).into_font().color(&INK))
-        .background_style(WHITE.mix(0.8))
-        .draw()?;
     Ok(())
 }
 
-/// A square for each layer and head, darker where the value is larger; and the largest and the mean value in words.
-///
-/// # Errors
-/// When the file cannot be written.
-pub fn heat_map(path: &Path, title: &str, caption: &str, layers: &[Vec<f32>]) -> Result<()> {
-    let heads = layers.first().map_or(0, Vec::len);
-    let largest = layers.iter().flatten().fold(f32::MIN_POSITIVE, |largest, &x| largest.max(x));
-    // Layers from left to right: models have more of them than heads.
-    let size = ((90 + 26 * layers.len() as u32).max(560), 150 + 26 * heads as u32);
-    draw(path, size, title, caption, |area| {
-        let mut chart = ChartBuilder::on(area)
-            .margin(12)
-            .x_label_area_size(38)
-            .y_label_area_size(44)
-            .build_cartesian_2d(0f64..layers.len() as f64, heads as f64..0f64)?;
-        chart
-            .configure_mesh()
-            .disable_mesh()
-            .axis_style(FAINT)
-            .label_style((FONT, 13).into_font().color(&INK))
-            .x_desc("layer")
-            .y_desc("head")
-            .x_label_formatter(&|x| format!("{x:.0}"))
-            .y_label_formatter(&|y| format!("{y:.0}"))
-            .draw()?;
-        for (x, layer) in layers.iter().enumerate() {
-            chart.draw_series(layer.iter().enumerate().map(|(y, value)| {
-                let (x, y) = (x as f64, y as f64);
-                let shade = f64::from(value / largest).sqrt();
-                Rectangle::new([(x, y), (x + 0.96, y + 0.96)], COLOURS[1].mix(0.04 + 0.96 * shade).filled())
-            }))?;
-        }
-        Ok(())
-    })
+/// Thousands as such, and as many digits as three that say something.
+fn number(value: f64) -> String {
+    match value {
+        _ if value >= 1e4 => format!("{:.0}k", value / 1e3),
+        _ if value >= 100.0 || value == value.round() => format!("{value:.0}"),
+        _ => format!("{value:.1}"),
+    }
 }
 
-fn draw(
-    path: &Path,
-    (width, height): (u32, u32),
-    title: &str,
-    caption: &str,
-    content: impl FnOnce(&Area<'_>) -> Result<()>,
-) -> Result<()> {
-    for (style, bytes) in
-        [(FontStyle::Normal, dejavu::sans::regular()), (FontStyle::Bold, dejavu::sans::bold())]
-    {
-        register_font(FONT, style, bytes).map_err(|_| "the built-in font is damaged")?;
+/// A logarithmic axis with labels at powers of two, or of ten where the range is wide.
+struct Factors(f64, f64);
+
+impl Ranged for Factors {
+    type FormatOption = DefaultFormatting;
+    type ValueType = f64;
+
+    fn map(&self, value: &f64, limit: (i32, i32)) -> i32 {
+        let part = (value / self.0).ln() / (self.1 / self.0).ln();
+        limit.0 + (part * f64::from(limit.1 - limit.0)).round() as i32
     }
-    let mut text = String::new();
-    {
-        let root = SVGBackend::with_string(&mut text, (width, height)).into_drawing_area();
-        root.fill(&WHITE)?;
-        let bold = (FONT, 20, FontStyle::Bold).into_font().color(&INK);
-        root.draw(&Text::new(title, (16, 14), bold))?;
-        root.draw(&Text::new(caption, (16, 40), (FONT, 13).into_font().color(&INK)))?;
-        content(&root.split_vertically(58).1)?;
-        root.present()?;
+
+    fn key_points<Hint: KeyPointHint>(&self, _: Hint) -> Vec<f64> {
+        let base: f64 = if self.1 / self.0 > 64.0 { 10.0 } else { 2.0 };
+        let exponents = self.0.log(base).ceil() as i32..=self.1.log(base).floor() as i32;
+        exponents.map(|exponent| base.powi(exponent)).collect()
     }
-    fs::write(path, text).map_err(|error| format!("{}: {error}", path.display()).into())
+
+    fn range(&self) -> std::ops::Range<f64> {
+        self.0..self.1
+    }
+}
+
+struct HeatMaps<'a> {
+    title: &'a str,
+    caption: &'a str,
+    maps: &'a [(String, Vec<Vec<f32>>)],
+}
+
+impl HeatMaps<'_> {
+    /// Points of a square's side.
+    const SQUARE: u32 = 24;
+    /// Points around a map for its name and labels.
+    const FRAME: (u32, u32) = (84, 84);
+
+    fn layers(&self) -> usize {
+        self.maps.iter().map(|(_, layers)| layers.len()).max().unwrap_or(0)
+    }
+
+    fn heads(&self) -> usize {
+        self.maps.iter().flat_map(|(_, layers)| layers).map(Vec::len).max().unwrap_or(0)
+    }
+
+    fn map_height(&self) -> u32 {
+        Self::SQUARE * self.heads() as u32 + Self::FRAME.1
+    }
+}
+
+impl Figure for HeatMaps<'_> {
+    fn size(&self) -> (u32, u32) {
+        let width = Self::SQUARE * self.layers() as u32 + Self::FRAME.0;
+        (width.max(780), 116 + self.map_height() * self.maps.len() as u32)
+    }
+
+    fn draw<B: DrawingBackend>(&self, root: &Area<'_, B>, scale: f64) -> DrawResult
+    where
+        B::ErrorType: 'static,
+    {
+        let below = headed(root, scale, self.title, self.caption)?;
+        let values = self.maps.iter().flat_map(|(_, layers)| layers.iter().flatten());
+        let largest = values.fold(f32::MIN_POSITIVE, |largest, &x| largest.max(x));
+        key(&below, scale, largest)?;
+        let mut rest = below.split_vertically((36.0 * scale) as i32).1;
+        for (name, layers) in self.maps {
+            let (area, after) = rest.split_vertically((f64::from(self.map_height()) * scale) as i32);
+            rest = after;
+            let values = || layers.iter().flatten().copied();
+            let (mean, worst) =
+                (values().sum::<f32>() / values().count().max(1) as f32, values().fold(0f32, f32::max));
+            let heading = format!("{name}: mean {mean:.4}, worst head {worst:.4}");
+            text(&area, scale, (20.0, 16.0), &heading, 15.0, FontStyle::Normal)?;
+            self.map(&area.split_vertically((30.0 * scale) as i32).1, scale, layers, largest)?;
+        }
+        Ok(())
+    }
+}
+
+impl HeatMaps<'_> {
+    fn map<B: DrawingBackend>(
+        &self,
+        area: &Area<'_, B>,
+        scale: f64,
+        layers: &[Vec<f32>],
+        largest: f32,
+    ) -> DrawResult
+    where
+        B::ErrorType: 'static,
+    {
+        // Squares and labels are placed by hand: a label is the name of a square, not of its edge.
+        let side = f64::from(Self::SQUARE);
+        let (left, top) = (58.0, 0.0);
+        let at = |x: f64, y: f64| ((x * scale).round() as i32, (y * scale).round() as i32);
+        let label = |horizontal, vertical| {
+            let style = TextStyle::from((FONT, 12.0 * scale).into_font()).color(&INK);
+            style.pos(Pos::new(horizontal, vertical))
+        };
+        for (layer, heads) in layers.iter().enumerate() {
+            let x = left + side * layer as f64;
+            for (head, value) in heads.iter().enumerate() {
+                let y = top + side * head as f64;
+                let corners = [at(x, y), at(x + side - 1.0, y + side - 1.0)];
+                area.draw(&Rectangle::new(corners, shade(value / largest).filled()))?;
+            }
+            let bottom = top + side * heads.len() as f64 + 5.0;
+            let centre = at(x + side / 2.0, bottom);
+            area.draw(&Text::new(layer.to_string(), centre, label(HPos::Center, VPos::Top)))?;
+        }
+        for head in 0..self.heads() {
+            let beside = at(left - 7.0, top + side * (head as f64 + 0.5));
+            area.draw(&Text::new(head.to_string(), beside, label(HPos::Right, VPos::Center)))?;
+        }
+        let middle = at(left + side * layers.len() as f64 / 2.0, top + side * self.heads() as f64 + 24.0);
+        area.draw(&Text::new("layer", middle, label(HPos::Center, VPos::Top)))?;
+        let style = label(HPos::Center, VPos::Center).transform(FontTransform::Rotate270);
+        let beside = at(24.0, top + side * self.heads() as f64 / 2.0);
+        area.draw(&Text::new("head", beside, style))?;
+        Ok(())
+    }
+}
+
+/// White for 0, dark blue for 1.
+fn shade(part: f32) -> RGBColor {
+    const DARK: [f32; 3] = [8.0, 48.0, 107.0];
+    const MIDDLE: [f32; 3] = [66.0, 146.0, 198.0];
+    const LIGHT: [f32; 3] = [240.0, 246.0, 252.0];
+    let (from, to, part) =
+        if part < 0.5 { (LIGHT, MIDDLE, 2.0 * part) } else { (MIDDLE, DARK, 2.0 * part - 1.0) };
+    let mix = |i: usize| (from[i] + (to[i] - from[i]) * part.clamp(0.0, 1.0)).round() as u8;
+    RGBColor(mix(0), mix(1), mix(2))
+}
+
+/// What the shades mean.
+fn key<B: DrawingBackend>(area: &Area<'_, B>, scale: f64, largest: f32) -> DrawResult
+where
+    B::ErrorType: 'static,
+{
+    const STEPS: usize = 60;
+    let (left, width) = (58.0, 240.0);
+    text(area, scale, (42.0, 12.0), "0", 13.0, FontStyle::Normal)?;
+    for step in 0..STEPS {
+        let x = |step: usize| ((left + width * step as f64 / STEPS as f64) * scale).round() as i32;
+        let corners = [(x(step), (5.0 * scale) as i32), (x(step + 1), (19.0 * scale) as i32)];
+        area.draw(&Rectangle::new(corners, shade((step as f32 + 0.5) / STEPS as f32).filled()))?;
+    }
+    text(area, scale, (left + width + 8.0, 12.0), &format!("{largest:.3}"), 13.0, FontStyle::Normal)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn factors_are_equally_far_apart_and_labelled_at_powers() {
+        let axis = Factors(256.0, 1024.0);
+        let x = [256.0, 512.0, 1024.0].map(|value| axis.map(&value, (10, 110)));
+        assert_eq!(x, [10, 60, 110]);
+        assert_eq!(axis.key_points(5), [256.0, 512.0, 1024.0]);
+        assert_eq!(Factors(5.0, 2000.0).key_points(5), [10.0, 100.0, 1000.0]);
+    }
+
+    #[test]
+    fn numbers_are_short() {
+        let numbers = [0.5, 20.0, 15.84, 99.96, 512.4, 8160.0, 12_345.0].map(number);
+        assert_eq!(numbers, ["0.5", "20", "15.8", "100.0", "512", "8160", "12k"]);
+    }
+
+    #[test]
+    fn shades_darken_with_the_value() {
+        let light = |part: f32| shade(part).0;
+        assert_eq!([light(-1.0), light(0.0), light(1.0), light(2.0)], [240, 240, 8, 8]);
+        assert!((0..10).all(|i| light(i as f32 / 10.0) > light((i + 1) as f32 / 10.0)));
+    }
 }

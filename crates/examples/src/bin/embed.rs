@@ -14,8 +14,10 @@ use sage_core::{Granularity, IntQuantizer, Preset, Qk, Scheme, SmoothK, Smoothin
 use sage_examples::attend::{Attend, Method, Recorded, Stateless, Visible, relative_l1_by_head};
 use sage_examples::bert::{Batch, MiniLm};
 use sage_examples::files::Files;
+use sage_examples::place::Place;
 use sage_examples::timing::Rounds;
 use sage_examples::{Result, plot, progress, table};
+use sageattention_candle::Choice;
 
 /// Searches a text by meaning, with exact attention and with SageAttention, and compares the embeddings.
 #[derive(Debug, Parser)]
@@ -35,14 +37,18 @@ struct Args {
     /// Passages in a batch, padded to the longest.
     #[arg(long, default_value_t = 16)]
     batch: usize,
-    /// What is compared with exact attention. Left open, attention with fewer than 128 queries is not quantised.
-    #[arg(long, default_value = "int8-per-token")]
-    method: Method,
+    /// What is compared with exact attention. Left out, INT8 per token, or a GPU's own choice; `sage` leaves the choice
+    /// open, and then a CPU does not quantise fewer than 128 queries.
+    #[arg(long)]
+    method: Option<Method>,
+    /// cpu, or cuda:NUMBER in a build with --features cuda: there the model is in bf16.
+    #[arg(long, default_value = "cpu", value_name = "DEVICE")]
+    device: Place,
     /// Compares many schemes: smoothing, granularity, values, rotation.
     #[arg(long)]
     ablation: bool,
     /// Draws the error of attention, layer by layer and head by head.
-    #[arg(long, value_name = "FILE.svg")]
+    #[arg(long, value_name = "FILE.png")]
     plot: Option<PathBuf>,
     /// Smallest cosine of an embedding and the exact one, or the program fails; so it does when passages change places
     /// whose exact scores are more than 0.002 apart.
@@ -79,7 +85,11 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<()> {
-    let model = MiniLm::load(&args.files.minilm()?)?;
+    let model = MiniLm::load(&args.files.minilm()?, args.device)?;
+    let method = args.method.unwrap_or(Method::Sage(match args.device {
+        Place::Cpu => Preset::INT8_PER_TOKEN.into(),
+        Place::Cuda(_) => Choice::Automatic,
+    }));
     let text = args.files.text(args.text.as_deref())?;
     let words: Vec<&str> = text.split_whitespace().collect();
     // Of different lengths, so that batches are padded.
@@ -95,10 +105,10 @@ fn run(args: &Args) -> Result<()> {
         passages.chunks(args.batch.max(1)).map(|batch| model.tokenize(batch)).collect::<Result<_>>()?;
     let questions = model.tokenize(&args.questions)?;
 
-    let exact = embed_all(&model, &batches, Method::Candle)?;
-    let ours = embed_all(&model, &batches, args.method)?;
-    let exact_questions = model.embed(&questions, &mut Stateless(Method::Candle))?;
-    let our_questions = model.embed(&questions, &mut Stateless(args.method))?;
+    let exact = embed_all(&model, &batches, Method::Exact)?;
+    let ours = embed_all(&model, &batches, method)?;
+    let exact_questions = model.embed(&questions, &mut Stateless(Method::Exact))?;
+    let our_questions = model.embed(&questions, &mut Stateless(method))?;
 
     let rankings = (rank(&exact_questions, &exact)?, rank(&our_questions, &ours)?);
     for (at, question) in args.questions.iter().enumerate() {
@@ -125,15 +135,15 @@ fn run(args: &Args) -> Result<()> {
          order; passages that changed places anywhere were at most {swapped:.5} apart.",
         passages.len(),
         args.batch,
-        args.method,
+        method,
         args.questions.len(),
     );
-    speed(&model, &batches, args.method)?;
+    speed(&model, &batches, method)?;
     if args.ablation {
         ablation(&model, &batches, &exact)?;
     }
     if let Some(path) = &args.plot {
-        errors(&model, &batches[0], args.method, path)?;
+        errors(&model, &batches[0], method, path)?;
     }
     match args.min_cosine {
         Some(limit) if smallest < limit => {
@@ -210,9 +220,12 @@ fn speed(model: &MiniLm, batches: &[Batch], method: Method) -> Result<()> {
     let visible = Visible::Padded(batch.lens.clone());
     let run = |method: Method| {
         let (layers, visible) = (&recorded.layers, &visible);
-        move || layers.iter().try_for_each(|[q, k, v]| method.compute(q, k, v, visible).map(drop))
+        move || {
+            layers.iter().try_for_each(|[q, k, v]| method.compute(q, k, v, visible).map(drop))?;
+            Ok(batch.ids.device().synchronize()?)
+        }
     };
-    let rounds = Rounds::of(5, &mut [Box::new(run(Method::Candle)), Box::new(run(method))])?;
+    let rounds = Rounds::of(5, &mut [Box::new(run(Method::Exact)), Box::new(run(method))])?;
     let [ratio, low, high] = rounds.speedup(1, 0);
     println!(
         "Attention of {:?} tokens, 6 layers: exact {:.1} ms, {method} {:.1} ms: {ratio:.2}× ({low:.2}–{high:.2}).",
@@ -265,16 +278,12 @@ fn errors(model: &MiniLm, batch: &Batch, method: Method, path: &std::path::Path)
     let visible = Visible::Padded(batch.lens.clone());
     let mut layers = Vec::new();
     for [q, k, v] in &record(model, batch)?.layers {
-        let exact = Method::Candle.compute(q, k, v, &visible)?;
+        let exact = Method::Exact.compute(q, k, v, &visible)?;
         layers.push(relative_l1_by_head(&Stateless(method).attend(0, q, k, v, &visible)?, &exact)?);
     }
-    let caption = format!("all-MiniLM-L6-v2, {:?} tokens, {method}", batch.ids.dims());
-    plot::heat_map(
-        path,
-        "Relative L1 error of attention, layer by layer and head by head",
-        &caption,
-        &layers,
-    )?;
+    let caption = format!("all-MiniLM-L6-v2 on {:?} tokens, against exact attention", batch.ids.dims());
+    let title = "Relative L1 error of attention, layer by layer and head by head";
+    plot::heat_maps(path, title, &caption, &[(method.to_string(), layers)])?;
     println!("Drawn in {}.", path.display());
     Ok(())
 }

@@ -2,12 +2,13 @@
 
 use std::path::PathBuf;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::Tensor;
 use sage_core::{
     Accumulator, Granularity, IntBits, IntQuantizer, Preset, Pv, Qk, ScaleRows, Scheme, SmoothK, SmoothQ,
     Smoothing,
 };
 use sage_examples::attend::{Method, Recorded, Visible, relative_l1_by_head};
+use sage_examples::llama::Llama;
 use sage_examples::{Result, progress, table};
 use sageattention_candle::{Options, sage_attention};
 
@@ -16,7 +17,7 @@ use crate::evaluate::evaluate;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Tokens of the text. Schemes without a CPU kernel are computed by the oracle, number by number.
+    /// Tokens of the text. Schemes without a kernel are computed by the oracle, number by number.
     #[arg(long, default_value_t = 1024)]
     tokens: usize,
     /// Tokens of a window.
@@ -35,8 +36,7 @@ pub fn run(args: &Args, at_hand: &AtHand) -> Result<()> {
     let context = args.context.max(2);
     let model = &at_hand.model;
     let schemes = schemes(model.config().head_dim);
-    let methods: Vec<Method> =
-        schemes.iter().map(|scheme| method(*scheme, model.config().head_dim)).collect::<Result<_>>()?;
+    let methods: Vec<Method> = schemes.iter().map(|scheme| method(*scheme, model)).collect::<Result<_>>()?;
     let methods: Vec<Method> = methods
         .into_iter()
         .filter(|method| !args.kernels_only || matches!(method, Method::Sage(_)))
@@ -47,7 +47,7 @@ pub fn run(args: &Args, at_hand: &AtHand) -> Result<()> {
     let exact: Vec<Tensor> = recorded
         .layers
         .iter()
-        .map(|[q, k, v]| Method::Candle.compute(q, k, v, &Visible::Causal))
+        .map(|[q, k, v]| Method::Exact.compute(q, k, v, &Visible::Causal))
         .collect::<Result<_>>()?;
 
     let windows = tokens.len().div_ceil(context);
@@ -76,7 +76,7 @@ pub fn run(args: &Args, at_hand: &AtHand) -> Result<()> {
                 format!("{:+.3}%", 100.0 * (score.perplexity() / scores[0].perplexity() - 1.0)),
                 format!("{:.2}%", 100.0 * score.same_best()),
                 format!("{:.1e}", score.divergence()),
-                if matches!(method, Method::Sage(_)) { "cpu kernel" } else { "oracle" }.to_owned(),
+                if matches!(method, Method::Sage(_)) { "kernel" } else { "oracle" }.to_owned(),
             ]
         })
         .collect();
@@ -92,9 +92,10 @@ pub fn run(args: &Args, at_hand: &AtHand) -> Result<()> {
     Ok(())
 }
 
-/// A CPU kernel where there is one.
-fn method(scheme: Scheme, head_dim: usize) -> Result<Method> {
-    let small = Tensor::zeros((1, 1, 1, head_dim), DType::F32, &Device::Cpu)?;
+/// A kernel of the model's device where there is one.
+fn method(scheme: Scheme, model: &Llama) -> Result<Method> {
+    let (device, dtype) = model.place();
+    let small = Tensor::zeros((1, 1, 1, model.config().head_dim), dtype, device)?;
     let planned = sage_attention(&small, &small, &small, &Options::new().scheme(scheme));
     Ok(if planned.is_ok() { Method::Sage(scheme.into()) } else { Method::Oracle(scheme) })
 }

@@ -6,7 +6,7 @@ use candle_core::{D, IndexOp, Tensor};
 use sage_examples::attend::{Attend, CandleCache, Method, SageCache};
 use sage_examples::llama::{Llama, chat_prompt};
 use sage_examples::{Result, progress};
-use sageattention_candle::{KvCacheOptions, ValueFormat};
+use sageattention_candle::{Choice, KvCacheOptions, ValueFormat};
 
 use crate::AtHand;
 
@@ -29,14 +29,22 @@ pub fn run(args: &Args, at_hand: &AtHand) -> Result<()> {
     let prompt = tokenizer.encode(chat_prompt(&args.question), false)?.get_ids().to_vec();
     let end = tokenizer.token_to_id("<|im_end|>").ok_or("the model lacks <|im_end|>")?;
 
-    let mut exact = CandleCache::new(Method::Candle, config.layers, prompt.len() + args.tokens);
-    let options = KvCacheOptions::new(config.kv_heads, config.head_dim).values(ValueFormat::Int8);
-    let mut sage = SageCache::new(options, config.layers)?;
-    let exact = answer("exact attention", model, &prompt, args.tokens, end, &mut exact)?;
-    let sage = answer("SageAttention", model, &prompt, args.tokens, end, &mut sage)?;
+    let candles = |method| CandleCache::new(method, config.layers, prompt.len() + args.tokens);
+    let (device, dtype) = model.place();
+    // The quantised cache is in this process's memory.
+    let (mut sage, kept): (Box<dyn Attend>, &str) = if device.is_cpu() {
+        let options = KvCacheOptions::new(config.kv_heads, config.head_dim).values(ValueFormat::Int8);
+        (Box::new(SageCache::new(options, config.layers)?), "INT8")
+    } else {
+        (Box::new(candles(Method::Sage(Choice::Automatic))), dtype.as_str())
+    };
+    let exact = answer("exact attention", model, &prompt, args.tokens, end, &mut candles(Method::Exact))?;
+    let sage = answer("SageAttention", model, &prompt, args.tokens, end, &mut &mut *sage)?;
 
     println!("{}\n", args.question);
-    for (name, answer) in [("exact attention, f32 cache", &exact), ("SageAttention, INT8 cache", &sage)] {
+    let names =
+        [format!("exact attention, {} cache", dtype.as_str()), format!("SageAttention, {kept} cache")];
+    for (name, answer) in names.iter().zip([&exact, &sage]) {
         let text = tokenizer.decode(&answer.tokens, true)?;
         let rate = answer.tokens.len() as f64 / answer.decoding.as_secs_f64();
         println!("── {name} ── {rate:.1} tokens/s\n{}\n", text.trim());

@@ -16,8 +16,10 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use sage_examples::Result;
+use sage_examples::attend::Method;
 use sage_examples::files::Files;
 use sage_examples::llama::Llama;
+use sage_examples::place::Place;
 use tokenizers::Tokenizer;
 
 /// SmolLM2-135M-Instruct with exact attention and with SageAttention.
@@ -26,6 +28,9 @@ use tokenizers::Tokenizer;
 struct Args {
     #[command(flatten)]
     files: Files,
+    /// cpu, or cuda:NUMBER in a build with --features cuda: there the model is in bf16.
+    #[arg(long, default_value = "cpu", value_name = "DEVICE", global = true)]
+    device: Place,
     #[command(subcommand)]
     command: Command,
 }
@@ -55,7 +60,7 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<()> {
-    let (model, tokenizer) = Llama::load(&args.files.smollm2()?)?;
+    let (model, tokenizer) = Llama::load(&args.files.smollm2()?, args.device)?;
     let at_hand = AtHand { model, tokenizer, files: args.files.clone() };
     match &args.command {
         Command::Chat(args) => chat::run(args, &at_hand),
@@ -74,6 +79,14 @@ struct AtHand {
 }
 
 impl AtHand {
+    /// The methods given, or the one that suits the model.
+    fn methods(&self, given: &[Method]) -> Vec<Method> {
+        match given {
+            [] => vec![Method::of_language(self.model.place().0)],
+            given => given.to_vec(),
+        }
+    }
+
     /// The first `count` tokens of a text.
     fn tokens(&self, text: Option<&PathBuf>, count: usize) -> Result<Vec<u32>> {
         let text = self.files.text(text.map(PathBuf::as_path))?;

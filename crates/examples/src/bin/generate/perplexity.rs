@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use sage_core::Preset;
 use sage_examples::attend::Method;
-use sage_examples::plot::{self, Panel};
+use sage_examples::plot::{self, Axis, Panel};
 use sage_examples::{Result, progress, table};
 use sageattention_candle::Choice;
 
@@ -19,14 +19,15 @@ pub struct Args {
     /// Tokens of a window, whose later tokens are predicted from its earlier ones; several for a plot.
     #[arg(long, value_delimiter = ',', default_value = "2048")]
     context: Vec<usize>,
-    /// exact, sage, candle-flash or a scheme; several for a comparison.
-    #[arg(long, value_delimiter = ',', default_value = "sage")]
+    /// exact, sage, candle-flash or a scheme; several for a comparison. Left out, INT8 per token with rotation, or a GPU's
+    /// own choice.
+    #[arg(long, value_delimiter = ',')]
     method: Vec<Method>,
     /// Another text than the one that scripts/fetch_models.sh fetched.
     #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
     /// Draws perplexity and attention's speed against context length.
-    #[arg(long, value_name = "FILE.svg")]
+    #[arg(long, value_name = "FILE.png")]
     plot: Option<PathBuf>,
     /// Largest change of perplexity, in percent, or the program fails.
     #[arg(long, value_name = "PERCENT")]
@@ -38,15 +39,16 @@ pub struct Args {
 
 pub fn run(args: &Args, at_hand: &AtHand) -> Result<()> {
     let tokens = at_hand.tokens(args.text.as_ref(), args.tokens)?;
+    let methods = at_hand.methods(&args.method);
     let windows: usize = args.context.iter().map(|&context| tokens.len().div_ceil(context.max(2))).sum();
-    let bar = progress::bar(windows * (args.method.len() + 1), "");
+    let bar = progress::bar(windows * (methods.len() + 1), "");
     let names: Vec<String> =
-        std::iter::once(Method::Candle).chain(args.method.iter().copied()).map(|m| m.to_string()).collect();
+        std::iter::once(Method::Exact).chain(methods.iter().copied()).map(|m| m.to_string()).collect();
     let mut perplexities: Vec<_> = names.iter().map(|name| (name.clone(), Vec::new())).collect();
     let mut speeds = perplexities.clone();
     let (mut rows, mut failures) = (Vec::new(), Vec::new());
     for &context in &args.context {
-        let scores = evaluate(&at_hand.model, &tokens, context.max(2), &args.method, &bar)?;
+        let scores = evaluate(&at_hand.model, &tokens, context.max(2), &methods, &bar)?;
         let exact = scores[0].perplexity();
         for (at, (name, score)) in names.iter().zip(&scores).enumerate() {
             let change = 100.0 * (score.perplexity() / exact - 1.0);
@@ -77,17 +79,20 @@ pub fn run(args: &Args, at_hand: &AtHand) -> Result<()> {
         &["attention", "context", "predictions", "perplexity", "change", "same top-1", "KL", "attention s"],
         &rows,
     );
-    if args.method.contains(&Method::Sage(Choice::Automatic)) {
+    let on_cpu = at_hand.model.place().0.is_cpu();
+    if on_cpu && methods.contains(&Method::Sage(Choice::Automatic)) {
         println!("\nsage is {} where it has 128 queries or more.", Preset::INT8_PER_TOKEN.name());
     }
     if let Some(path) = &args.plot {
-        let panel = |title: &str, series, from_zero| Panel { title: title.into(), series, from_zero };
+        let panel = |title: &str, series, axis| Panel { title: title.into(), axis, series };
         let caption = format!(
-            "SmolLM2-135M-Instruct, {} tokens; attention of all 30 layers, whole windows",
+            "SmolLM2-135M-Instruct, {} tokens of prose in windows, each computed whole",
             tokens.len()
         );
-        let panels =
-            [panel("Perplexity", perplexities, false), panel("Attention, tokens a second", speeds, true)];
+        let panels = [
+            panel("Perplexity", perplexities, Axis::Near),
+            panel("Attention of all layers, tokens a second", speeds, Axis::Logarithmic),
+        ];
         plot::lines(path, "Perplexity and speed of attention against context length", &caption, &panels)?;
         println!("Drawn in {}.", path.display());
     }

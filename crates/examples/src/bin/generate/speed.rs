@@ -4,11 +4,12 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use candle_core::Tensor;
-use sage_examples::attend::{Attend, CandleCache, Method, SageCache, Stateless, Visible};
+use sage_examples::attend::{Attend, Cache, CandleCache, Method, SageCache, Stateless, Timed, Visible};
 use sage_examples::llama::Llama;
+use sage_examples::plot::{self, Axis, Panel};
 use sage_examples::timing::{Rounds, median};
 use sage_examples::{Result, progress, table};
-use sageattention_candle::{Choice, KvCacheOptions, ValueFormat};
+use sageattention_candle::{KvCacheOptions, ValueFormat};
 
 use crate::AtHand;
 
@@ -17,6 +18,9 @@ pub struct Args {
     /// Context lengths.
     #[arg(long, value_delimiter = ',', default_value = "512,2048,8192")]
     context: Vec<usize>,
+    /// What is compared with exact attention. Left out, INT8 per token with rotation, or a GPU's own choice.
+    #[arg(long)]
+    method: Option<Method>,
     /// Turns of each contestant.
     #[arg(long, default_value_t = 5)]
     rounds: usize,
@@ -26,23 +30,37 @@ pub struct Args {
     /// Longest context at which candle's own fused attention, which is slower, takes turns too.
     #[arg(long, default_value_t = 2048)]
     flash_up_to: usize,
-    /// Whether whole prompts are timed, which takes long.
-    #[arg(long)]
-    prompts: bool,
+    /// Longest context at which whole prompts are timed, which exact attention makes long.
+    #[arg(long, default_value_t = 2048)]
+    prompts_up_to: usize,
     /// Another text than the one that scripts/fetch_models.sh fetched.
     #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
+    /// Draws the speed of attention, of prompts if they are timed, and of decoding against context length.
+    #[arg(long, value_name = "FILE.png")]
+    plot: Option<PathBuf>,
 }
 
-const SAGE: Method = Method::Sage(Choice::Automatic);
+/// Tokens a second of each contestant, context by context.
+type Curves = Vec<(String, Vec<(f64, f64)>)>;
+
+#[derive(Default)]
+struct Tables {
+    attention: Vec<Vec<String>>,
+    prompts: Vec<Vec<String>>,
+    decoding: Vec<Vec<String>>,
+    memory: Vec<Vec<String>>,
+    curves: [Curves; 3],
+}
 
 pub fn run(args: &Args, at_hand: &AtHand) -> Result<()> {
     let model = &at_hand.model;
+    let sage = args.method.unwrap_or(Method::of_language(model.place().0));
     let longest = args.context.iter().copied().max().unwrap_or(0);
     let spare = (args.rounds + 1) * args.decode;
     let tokens = at_hand.tokens(args.text.as_ref(), (longest + spare).min(model.config().context))?;
-    let (mut attention, mut prompts, mut decoding, mut memory) = (vec![], vec![], vec![], vec![]);
-    let bar = progress::bar(args.context.len() * 3, "");
+    let mut tables = Tables::default();
+    let bar = progress::bar(args.context.len() * 4, "");
     for &context in &args.context {
         // The last tokens of the longest context are decoded.
         let context = context.min(tokens.len().saturating_sub(spare)).max(1);
@@ -51,144 +69,215 @@ pub fn run(args: &Args, at_hand: &AtHand) -> Result<()> {
             bar.inc(1);
         };
         step("filling caches");
-        let mut caches = Caches::new(model, context + spare)?;
-        model.forward(&tokens[..context], 0, &mut caches)?;
-        memory.push(caches.memory_row(model, context));
+        let mut filled = Filled {
+            sage,
+            caches: caches(model, sage, context + spare)?,
+            middle: model.config().layers / 2,
+            layer: None,
+        };
+        model.forward(&tokens[..context], 0, &mut filled)?;
+        let Filled { mut caches, layer, .. } = filled;
+        tables.memory(model, context, &caches);
         step("attention");
-        attention.extend(attention_rows(args, context, &caches.layer)?);
-        if args.prompts {
-            prompts.push(prompt_row(args, model, &tokens[..context])?);
+        tables.attention(args, sage, context, &layer.ok_or("the model has no layers")?)?;
+        step("prompts");
+        if context <= args.prompts_up_to {
+            tables.prompts(args, sage, model, &tokens[..context])?;
         }
         step("decoding");
-        decoding.push(decoding_row(args, model, &tokens[context..context + spare], context, &mut caches)?);
+        tables.decoding(args, model, &tokens[context..context + spare], context, &mut caches)?;
     }
     bar.finish_and_clear();
-    println!(
-        "Attention of one layer: milliseconds, and how many times as fast as exact attention (range of rounds)\n"
-    );
-    table::print(&["attention", "context", "ms", "speed-up", "range"], &attention);
-    if args.prompts {
-        println!("\nWhole prompts, tokens a second\n");
-        table::print(&["context", "exact", "sage", "speed-up", "range"], &prompts);
+    tables.print();
+    if let Some(path) = &args.plot {
+        let titles = ["Attention of one layer", "Whole prompts", "Decoding"];
+        let axes = [Axis::Logarithmic, Axis::FromZero, Axis::FromZero];
+        let panels: Vec<Panel> = titles
+            .into_iter()
+            .zip(axes)
+            .zip(tables.curves)
+            .filter(|(_, series)| !series.is_empty())
+            .map(|((title, axis), series)| Panel { title: format!("{title}, tokens a second"), axis, series })
+            .collect();
+        let (device, dtype) = model.place();
+        let caption = format!("SmolLM2-135M-Instruct, {}, {:?}", dtype.as_str(), device.location());
+        plot::lines(path, "Speed against context length", &caption, &panels)?;
+        println!("\nDrawn in {}.", path.display());
     }
-    println!("\nDecoding, tokens a second: candle's f32 cache and exact attention, our caches\n");
-    table::print(&["context", "exact, f32", "sage, f16", "sage, INT8", "attention INT8/exact"], &decoding);
-    println!("\nKV cache, MiB of all layers\n");
-    table::print(&["context", "f32", "f16", "INT8 + f16", "of f16", "INT8 + INT8", "of f16"], &memory);
     Ok(())
 }
 
-fn attention_rows(args: &Args, context: usize, [q, k, v]: &[Tensor; 3]) -> Result<Vec<Vec<String>>> {
-    let mut methods = vec![Method::Candle, SAGE];
-    if context <= args.flash_up_to {
-        methods.push(Method::CandleFlash);
+impl Tables {
+    /// Adds a point to a contestant's curve.
+    fn point(&mut self, curve: usize, name: &str, context: usize, rate: f64) {
+        let curves = &mut self.curves[curve];
+        let at = curves.iter().position(|(known, _)| known == name).unwrap_or(curves.len());
+        if at == curves.len() {
+            curves.push((name.to_owned(), Vec::new()));
+        }
+        curves[at].1.push((context as f64, rate));
     }
-    let mut contestants: Vec<Box<dyn FnMut() -> Result<()>>> = methods
-        .iter()
-        .map(|method| {
-            let run = move || method.compute(q, k, v, &Visible::Causal).map(drop);
-            Box::new(run) as Box<dyn FnMut() -> Result<()>>
-        })
-        .collect();
-    let rounds = Rounds::of(args.rounds, &mut contestants)?;
-    let row = |(at, method): (usize, &Method)| {
-        let [ratio, low, high] = rounds.speedup(at, 0);
-        vec![
-            method.to_string(),
-            context.to_string(),
-            format!("{:.2}", 1e3 * rounds.median(at)),
-            format!("{ratio:.2}×"),
-            format!("{low:.2}–{high:.2}"),
-        ]
-    };
-    Ok(methods.iter().enumerate().map(row).collect())
-}
 
-fn prompt_row(args: &Args, model: &Llama, tokens: &[u32]) -> Result<Vec<String>> {
-    let run = |method: Method| move || model.forward(tokens, 0, &mut Stateless(method)).map(drop);
-    let rounds = Rounds::of(args.rounds.min(3), &mut [Box::new(run(Method::Candle)), Box::new(run(SAGE))])?;
-    let [ratio, low, high] = rounds.speedup(1, 0);
-    let rate = |at: usize| format!("{:.0}", tokens.len() as f64 / rounds.median(at));
-    let range = format!("{low:.2}–{high:.2}");
-    Ok(vec![tokens.len().to_string(), rate(0), rate(1), format!("{ratio:.2}×"), range])
-}
+    fn attention(
+        &mut self,
+        args: &Args,
+        sage: Method,
+        context: usize,
+        [q, k, v]: &[Tensor; 3],
+    ) -> Result<()> {
+        let mut methods = vec![Method::Exact, sage];
+        if context <= args.flash_up_to && q.device().is_cpu() {
+            methods.push(Method::CandleFlash);
+        }
+        let mut contestants: Vec<Box<dyn FnMut() -> Result<()>>> = methods
+            .iter()
+            .map(|method| {
+                let run = move || {
+                    method.compute(q, k, v, &Visible::Causal)?;
+                    Ok(q.device().synchronize()?)
+                };
+                Box::new(run) as Box<dyn FnMut() -> Result<()>>
+            })
+            .collect();
+        let rounds = Rounds::of(args.rounds, &mut contestants)?;
+        for (at, method) in methods.iter().enumerate() {
+            let [ratio, low, high] = rounds.speedup(at, 0);
+            self.attention.push(vec![
+                method.to_string(),
+                context.to_string(),
+                format!("{:.2}", 1e3 * rounds.median(at)),
+                format!("{ratio:.2}×"),
+                format!("{low:.2}–{high:.2}"),
+            ]);
+            self.point(0, &method.to_string(), context, context as f64 / rounds.median(at));
+        }
+        Ok(())
+    }
 
-/// Each cache decodes the same tokens of the text, in turns.
-fn decoding_row(
-    args: &Args,
-    model: &Llama,
-    tokens: &[u32],
-    context: usize,
-    caches: &mut Caches,
-) -> Result<Vec<String>> {
-    let mut seconds = [const { Vec::new() }; 3];
-    let mut attention = [const { Vec::new() }; 3];
-    for (turn, tokens) in tokens.chunks(args.decode).enumerate() {
-        let start = context + turn * args.decode;
-        let mut decode = |at: usize, attend: &mut dyn Attend| -> Result<()> {
-            let mut attend = sage_examples::attend::Timed::new(attend);
-            let begin = Instant::now();
-            for (i, token) in tokens.iter().enumerate() {
-                let hidden = model.forward(&[*token], start + i, &mut attend)?;
-                model.logits(&hidden)?;
+    fn prompts(&mut self, args: &Args, sage: Method, model: &Llama, tokens: &[u32]) -> Result<()> {
+        let run = |method: Method| {
+            move || {
+                model.forward(tokens, 0, &mut Stateless(method))?;
+                Ok(model.place().0.synchronize()?)
             }
-            // The first turn warms up.
-            if turn > 0 {
-                seconds[at].push(begin.elapsed().as_secs_f64());
-                attention[at].push(attend.spent.as_secs_f64());
-            }
-            Ok(())
         };
-        decode(0, &mut caches.exact)?;
-        decode(1, &mut caches.half)?;
-        decode(2, &mut caches.int8)?;
-    }
-    let rate = |at: usize| format!("{:.1}", args.decode as f64 / median(seconds[at].clone()));
-    let ratios = attention[0].iter().zip(&attention[2]).map(|(exact, ours)| exact / ours).collect();
-    Ok(vec![context.to_string(), rate(0), rate(1), rate(2), format!("{:.2}×", median(ratios))])
-}
-
-/// The contestants' caches, filled with the same keys and values; and one layer's tensors.
-struct Caches {
-    exact: CandleCache,
-    half: SageCache,
-    int8: SageCache,
-    layer: [Tensor; 3],
-    layers: usize,
-}
-
-impl Caches {
-    fn new(model: &Llama, max_len: usize) -> Result<Self> {
-        let config = model.config();
-        let options = KvCacheOptions::new(config.kv_heads, config.head_dim);
-        let none = Tensor::zeros((1, 1, 1, 1), candle_core::DType::F32, &candle_core::Device::Cpu)?;
-        Ok(Caches {
-            exact: CandleCache::new(Method::Candle, config.layers, max_len),
-            half: SageCache::new(options.values(ValueFormat::F16), config.layers)?,
-            int8: SageCache::new(options.values(ValueFormat::Int8), config.layers)?,
-            layer: [none.clone(), none.clone(), none],
-            layers: config.layers,
-        })
+        let mut contestants: [Box<dyn FnMut() -> Result<()>>; 2] =
+            [Box::new(run(Method::Exact)), Box::new(run(sage))];
+        let rounds = Rounds::of(args.rounds.min(3), &mut contestants)?;
+        let [ratio, low, high] = rounds.speedup(1, 0);
+        let rate = |at: usize| tokens.len() as f64 / rounds.median(at);
+        let whole = |at: usize| format!("{:.0}", rate(at));
+        let range = format!("{low:.2}–{high:.2}");
+        self.prompts.push(vec![tokens.len().to_string(), whole(0), whole(1), format!("{ratio:.2}×"), range]);
+        self.point(1, "exact", tokens.len(), rate(0));
+        self.point(1, &sage.to_string(), tokens.len(), rate(1));
+        Ok(())
     }
 
-    fn memory_row(&self, model: &Llama, context: usize) -> Vec<String> {
+    /// Each cache decodes the same tokens of the text, in turns.
+    fn decoding(
+        &mut self,
+        args: &Args,
+        model: &Llama,
+        tokens: &[u32],
+        context: usize,
+        caches: &mut [Contestant],
+    ) -> Result<()> {
+        let mut seconds = vec![Vec::new(); caches.len()];
+        let mut attention = seconds.clone();
+        for (turn, tokens) in tokens.chunks(args.decode).enumerate() {
+            let start = context + turn * args.decode;
+            for (at, (_, cache)) in caches.iter_mut().enumerate() {
+                let mut attend = Timed::new(&mut **cache as &mut dyn Attend);
+                let begin = Instant::now();
+                for (i, token) in tokens.iter().enumerate() {
+                    let hidden = model.forward(&[*token], start + i, &mut attend)?;
+                    model.logits(&hidden)?;
+                }
+                model.place().0.synchronize()?;
+                // The first turn warms up.
+                if turn > 0 {
+                    seconds[at].push(begin.elapsed().as_secs_f64());
+                    attention[at].push(attend.spent.as_secs_f64());
+                }
+            }
+        }
+        let speedup = |times: &[Vec<f64>], at: usize| {
+            median(times[0].iter().zip(&times[at]).map(|(exact, ours)| exact / ours).collect())
+        };
+        for (at, (name, _)) in caches.iter().enumerate() {
+            let rate = args.decode as f64 / median(seconds[at].clone());
+            self.decoding.push(vec![
+                name.clone(),
+                context.to_string(),
+                format!("{rate:.1}"),
+                format!("{:.2}×", speedup(&seconds, at)),
+                format!("{:.2}×", speedup(&attention, at)),
+            ]);
+            self.point(2, name, context, rate);
+        }
+        Ok(())
+    }
+
+    fn memory(&mut self, model: &Llama, context: usize, caches: &[Contestant]) {
         let config = model.config();
         let numbers = 2 * config.layers * config.kv_heads * config.head_dim * context;
-        let mib = |bytes: usize| format!("{:.1}", bytes as f64 / (1 << 20) as f64);
-        let part = |cache: &SageCache| format!("{:.3}", cache.bytes() as f64 / (2 * numbers) as f64);
-        vec![
-            context.to_string(),
-            mib(4 * numbers),
-            mib(2 * numbers),
-            mib(self.half.bytes()),
-            part(&self.half),
-            mib(self.int8.bytes()),
-            part(&self.int8),
-        ]
+        let mib = |bytes: f64| format!("{:.1}", bytes / f64::from(1 << 20));
+        let half = 2.0 * numbers as f64;
+        self.memory.push(vec!["16 bits".into(), context.to_string(), mib(half), "1.000".into()]);
+        for (name, cache) in caches {
+            let bytes = cache.bytes() as f64;
+            let part = format!("{:.3}", bytes / half);
+            self.memory.push(vec![name.clone(), context.to_string(), mib(bytes), part]);
+        }
+    }
+
+    fn print(&self) {
+        println!(
+            "Attention of one layer: milliseconds, and how many times as fast as exact attention (range of rounds)\n"
+        );
+        table::print(&["attention", "context", "ms", "speed-up", "range"], &self.attention);
+        if !self.prompts.is_empty() {
+            println!("\nWhole prompts, tokens a second\n");
+            table::print(&["context", "exact", "ours", "speed-up", "range"], &self.prompts);
+        }
+        println!("\nDecoding: speed-ups are those of a token, and of its attention\n");
+        table::print(&["cache", "context", "tokens a second", "speed-up", "of attention"], &self.decoding);
+        println!("\nKV cache of all layers\n");
+        table::print(&["cache", "context", "MiB", "of 16 bits"], &self.memory);
     }
 }
 
-impl Attend for Caches {
+/// A cache and its name.
+type Contestant = (String, Box<dyn Cache>);
+
+/// Exact attention over candle's own cache, and ours: over quantised caches on a CPU, over candle's on a GPU.
+fn caches(model: &Llama, sage: Method, max_len: usize) -> Result<Vec<Contestant>> {
+    let config = model.config();
+    let candles = |name: &str, method| -> Contestant {
+        (name.to_owned(), Box::new(CandleCache::new(method, config.layers, max_len)))
+    };
+    let mut caches = vec![candles("exact", Method::Exact)];
+    if model.place().0.is_cpu() {
+        let options = KvCacheOptions::new(config.kv_heads, config.head_dim);
+        for (name, values) in [("INT8 + f16 cache", ValueFormat::F16), ("INT8 cache", ValueFormat::Int8)] {
+            caches.push((name.into(), Box::new(SageCache::new(options.values(values), config.layers)?)));
+        }
+    } else {
+        caches.push(candles(&sage.to_string(), sage));
+    }
+    Ok(caches)
+}
+
+/// Fills every contestant's cache with the same keys and values, and keeps the tensors of the layer in the middle.
+struct Filled {
+    sage: Method,
+    caches: Vec<Contestant>,
+    middle: usize,
+    layer: Option<[Tensor; 3]>,
+}
+
+impl Attend for Filled {
     fn attend(
         &mut self,
         layer: usize,
@@ -197,12 +286,12 @@ impl Attend for Caches {
         v: &Tensor,
         visible: &Visible,
     ) -> Result<Tensor> {
-        self.exact.append(layer, k, v)?;
-        self.half.append(layer, k, v)?;
-        self.int8.append(layer, k, v)?;
-        if layer == self.layers / 2 {
-            self.layer = [q.clone(), k.clone(), v.clone()];
+        for (_, cache) in &mut self.caches {
+            cache.append(layer, k, v)?;
         }
-        SAGE.compute(q, k, v, visible)
+        if layer == self.middle {
+            self.layer = Some([q.clone(), k.clone(), v.clone()]);
+        }
+        self.sage.compute(q, k, v, visible)
     }
 }
