@@ -22,8 +22,8 @@ const LIMITS: [(Preset, f64, f64); 2] =
 fn gpu(test: &str) -> Option<Device> {
     match Device::new_cuda(0) {
         Ok(device) => Some(device),
-        Err(reason) => {
-            eprintln!("{test}: skipped: {reason}");
+        refused => {
+            eprintln!("{test}: skipped: {}", message(refused));
             None
         }
     }
@@ -45,6 +45,13 @@ fn check(gpu: &Device, what: &str, [q, k, v]: [&Tensor; 3], options: &Options, q
         let accuracy = Accuracy::of(&lse, &expected_lse);
         assert!(accuracy.max_abs_error <= 0.06, "log-sum-exp of {what}: {accuracy}");
     }
+}
+
+/// On a machine without a driver too, as long as a stub of it lets the program start.
+#[test]
+fn a_gpu_that_is_not_there_is_an_error() {
+    let refused = message(Device::new_cuda(1 << 20));
+    assert!(refused.contains("CUDA_ERROR"), "{refused}");
 }
 
 #[test]
