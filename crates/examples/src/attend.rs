@@ -50,7 +50,10 @@ pub trait Cache: Attend {
     fn append(&mut self, layer: usize, k: &Tensor, v: &Tensor) -> Result<()>;
 
     /// Bytes of all layers' keys and values.
-    fn bytes(&self) -> usize;
+    ///
+    /// # Errors
+    /// When candle does not hand them out.
+    fn bytes(&self) -> Result<usize>;
 }
 
 /// Which keys a query sees.
@@ -259,11 +262,12 @@ impl Cache for CandleCache {
         Ok(())
     }
 
-    fn bytes(&self) -> usize {
-        let one = |tensor: candle_core::Result<Option<Tensor>>| {
-            tensor.ok().flatten().map_or(0, |tensor| tensor.elem_count() * tensor.dtype().size_in_bytes())
+    fn bytes(&self) -> Result<usize> {
+        let bytes = |tensor: Tensor| tensor.elem_count() * tensor.dtype().size_in_bytes();
+        let one = |layer: &candle_nn::kv_cache::KvCache| -> Result<usize> {
+            Ok(layer.k()?.map_or(0, bytes) + layer.v()?.map_or(0, bytes))
         };
-        self.layers.iter().map(|layer| one(layer.k()) + one(layer.v())).sum()
+        self.layers.iter().map(one).sum()
     }
 }
 
@@ -346,8 +350,8 @@ impl Cache for SageCache {
         Ok(self.layers[layer].append(k, v)?)
     }
 
-    fn bytes(&self) -> usize {
-        self.layers.iter().map(|layer| layer.plain().bytes()).sum()
+    fn bytes(&self) -> Result<usize> {
+        Ok(self.layers.iter().map(|layer| layer.plain().bytes()).sum())
     }
 }
 

@@ -18,8 +18,33 @@ pub struct Panel {
     pub title: String,
     /// The vertical axis.
     pub axis: Axis,
-    /// Contestants, with their points (context length, value).
-    pub series: Vec<(String, Vec<(f64, f64)>)>,
+    /// Contestants, with their points.
+    pub series: Vec<(String, Vec<Point>)>,
+}
+
+/// A value at a context length.
+#[derive(Clone, Copy, Debug)]
+pub struct Point {
+    /// Tokens.
+    pub context: usize,
+    /// What is shown.
+    pub value: f64,
+    /// How far rounds of measuring lie apart.
+    pub range: Option<(f64, f64)>,
+}
+
+impl Point {
+    fn context(&self) -> f64 {
+        self.context as f64
+    }
+
+    fn low(&self) -> f64 {
+        self.range.map_or(self.value, |range| range.0)
+    }
+
+    fn high(&self) -> f64 {
+        self.range.map_or(self.value, |range| range.1)
+    }
 }
 
 /// A vertical axis.
@@ -110,7 +135,7 @@ impl Figure for Lines<'_> {
         for (area, panel) in area.split_evenly((1, self.panels.len())).iter().zip(self.panels) {
             text(area, scale, (20.0, 12.0), &panel.title, 15.0, FontStyle::Normal)?;
             let area = area.split_vertically((26.0 * scale) as i32).1;
-            let (low, high) = bounds(panel, |point| point.1);
+            let (low, high) = bounds(panel, Point::low, Point::high);
             let room = (high - low).max(high.abs() * 0.002) * 0.15;
             match panel.axis {
                 Axis::FromZero => curves(&area, scale, panel, 0.0..high * 1.08, colour)?,
@@ -122,9 +147,9 @@ impl Figure for Lines<'_> {
     }
 }
 
-fn bounds(panel: &Panel, value: impl Fn(&(f64, f64)) -> f64) -> (f64, f64) {
+fn bounds(panel: &Panel, low: fn(&Point) -> f64, high: fn(&Point) -> f64) -> (f64, f64) {
     let points = panel.series.iter().flat_map(|(_, points)| points);
-    points.map(value).fold((f64::MAX, f64::MIN), |(low, high), x| (low.min(x), high.max(x)))
+    points.fold((f64::MAX, f64::MIN), |(l, h), point| (l.min(low(point)), h.max(high(point))))
 }
 
 fn curves<B: DrawingBackend, Y: AsRangedCoord<Value = f64>>(
@@ -138,7 +163,7 @@ where
     B::ErrorType: 'static,
     Y::CoordDescType: Ranged<ValueType = f64> + plotters::coord::ranged1d::ValueFormatter<f64>,
 {
-    let (left, right) = bounds(panel, |point| point.0);
+    let (left, right) = bounds(panel, Point::context, Point::context);
     let mut chart = ChartBuilder::on(area)
         .margin_left((12.0 * scale) as i32)
         .margin_right((16.0 * scale) as i32)
@@ -162,9 +187,14 @@ where
     for (name, points) in &panel.series {
         let colour = colour(name);
         let line = colour.mix(0.7).stroke_width((2.0 * scale) as u32);
-        chart.draw_series(LineSeries::new(points.iter().copied(), line))?;
-        let dots = points.iter().map(|point| Circle::new(*point, (4.0 * scale) as i32, colour.filled()));
-        chart.draw_series(dots)?;
+        let at = || points.iter().map(|point| (point.context(), point.value));
+        chart.draw_series(LineSeries::new(at(), line))?;
+        let whiskers = points.iter().map(|point| {
+            let ends = vec![(point.context(), point.low()), (point.context(), point.high())];
+            PathElement::new(ends, colour.stroke_width(scale as u32))
+        });
+        chart.draw_series(whiskers)?;
+        chart.draw_series(at().map(|point| Circle::new(point, (4.0 * scale) as i32, colour.filled())))?;
     }
     Ok(())
 }
@@ -191,7 +221,7 @@ impl Ranged for Factors {
     }
 
     fn key_points<Hint: KeyPointHint>(&self, _: Hint) -> Vec<f64> {
-        let base: f64 = if self.1 / self.0 > 64.0 { 10.0 } else { 2.0 };
+        let base: f64 = if self.1 / self.0 > 256.0 { 10.0 } else { 2.0 };
         let exponents = self.0.log(base).ceil() as i32..=self.1.log(base).floor() as i32;
         exponents.map(|exponent| base.powi(exponent)).collect()
     }
@@ -336,6 +366,7 @@ mod tests {
         assert_eq!(x, [10, 60, 110]);
         assert_eq!(axis.key_points(5), [256.0, 512.0, 1024.0]);
         assert_eq!(Factors(5.0, 2000.0).key_points(5), [10.0, 100.0, 1000.0]);
+        assert_eq!(Factors(0.4, 5.0).key_points(5), [0.5, 1.0, 2.0, 4.0]);
     }
 
     #[test]

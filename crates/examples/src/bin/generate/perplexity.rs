@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use sage_core::Preset;
 use sage_examples::attend::Method;
-use sage_examples::plot::{self, Axis, Panel};
+use sage_examples::plot::{self, Axis, Panel, Point};
 use sage_examples::{Result, progress, table};
 use sageattention_candle::Choice;
 
@@ -26,7 +26,7 @@ pub struct Args {
     /// Another text than the one that scripts/fetch_models.sh fetched.
     #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
-    /// Draws perplexity and attention's speed against context length.
+    /// Draws perplexity and agreement against context length.
     #[arg(long, value_name = "FILE.png")]
     plot: Option<PathBuf>,
     /// Largest change of perplexity, in percent, or the program fails.
@@ -45,7 +45,7 @@ pub fn run(args: &Args, at_hand: &AtHand) -> Result<()> {
     let names: Vec<String> =
         std::iter::once(Method::Exact).chain(methods.iter().copied()).map(|m| m.to_string()).collect();
     let mut perplexities: Vec<_> = names.iter().map(|name| (name.clone(), Vec::new())).collect();
-    let mut speeds = perplexities.clone();
+    let mut agreements = perplexities.clone();
     let (mut rows, mut failures) = (Vec::new(), Vec::new());
     for &context in &args.context {
         let scores = evaluate(&at_hand.model, &tokens, context.max(2), &methods, &bar)?;
@@ -53,7 +53,6 @@ pub fn run(args: &Args, at_hand: &AtHand) -> Result<()> {
         for (at, (name, score)) in names.iter().zip(&scores).enumerate() {
             let change = 100.0 * (score.perplexity() / exact - 1.0);
             let agreement = 100.0 * score.same_best();
-            let speed = score.predictions() as f64 / score.attention.as_secs_f64();
             rows.push(vec![
                 name.clone(),
                 context.to_string(),
@@ -64,8 +63,8 @@ pub fn run(args: &Args, at_hand: &AtHand) -> Result<()> {
                 format!("{:.2e}", score.divergence()),
                 format!("{:.1}", score.attention.as_secs_f64()),
             ]);
-            perplexities[at].1.push((context as f64, score.perplexity()));
-            speeds[at].1.push((context as f64, speed));
+            perplexities[at].1.push(Point { context, value: score.perplexity(), range: None });
+            agreements[at].1.push(Point { context, value: agreement, range: None });
             if args.max_change.is_some_and(|limit| change.abs() > limit) {
                 failures.push(format!("{name} at {context}: perplexity changes by {change:+.3}%"));
             }
@@ -91,9 +90,9 @@ pub fn run(args: &Args, at_hand: &AtHand) -> Result<()> {
         );
         let panels = [
             panel("Perplexity", perplexities, Axis::Near),
-            panel("Attention of all layers, tokens a second", speeds, Axis::Logarithmic),
+            panel("Most likely tokens that are the same, %", agreements, Axis::Near),
         ];
-        plot::lines(path, "Perplexity and speed of attention against context length", &caption, &panels)?;
+        plot::lines(path, "Quality against context length", &caption, &panels)?;
         println!("Drawn in {}.", path.display());
     }
     if failures.is_empty() { Ok(()) } else { Err(failures.join("; ").into()) }

@@ -6,8 +6,8 @@ use std::time::Instant;
 use candle_core::Tensor;
 use sage_examples::attend::{Attend, Cache, CandleCache, Method, SageCache, Stateless, Timed, Visible};
 use sage_examples::llama::Llama;
-use sage_examples::plot::{self, Axis, Panel};
-use sage_examples::timing::{Rounds, median};
+use sage_examples::plot::{self, Axis, Panel, Point};
+use sage_examples::timing::Rounds;
 use sage_examples::{Result, progress, table};
 use sageattention_candle::{KvCacheOptions, ValueFormat};
 
@@ -36,13 +36,13 @@ pub struct Args {
     /// Another text than the one that scripts/fetch_models.sh fetched.
     #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
-    /// Draws the speed of attention, of prompts if they are timed, and of decoding against context length.
+    /// Draws the speed-ups of attention, of prompts if they are timed, and of decoding against context length.
     #[arg(long, value_name = "FILE.png")]
     plot: Option<PathBuf>,
 }
 
-/// Tokens a second of each contestant, context by context.
-type Curves = Vec<(String, Vec<(f64, f64)>)>;
+/// How many times as fast as exact attention each contestant is, context by context.
+type Curves = Vec<(String, Vec<Point>)>;
 
 #[derive(Default)]
 struct Tables {
@@ -77,7 +77,7 @@ pub fn run(args: &Args, at_hand: &AtHand) -> Result<()> {
         };
         model.forward(&tokens[..context], 0, &mut filled)?;
         let Filled { mut caches, layer, .. } = filled;
-        tables.memory(model, context, &caches);
+        tables.memory(model, context, &caches)?;
         step("attention");
         tables.attention(args, sage, context, &layer.ok_or("the model has no layers")?)?;
         step("prompts");
@@ -97,11 +97,20 @@ pub fn run(args: &Args, at_hand: &AtHand) -> Result<()> {
             .zip(axes)
             .zip(tables.curves)
             .filter(|(_, series)| !series.is_empty())
-            .map(|((title, axis), series)| Panel { title: format!("{title}, tokens a second"), axis, series })
+            .map(|((title, axis), series)| Panel { title: title.into(), axis, series })
             .collect();
         let (device, dtype) = model.place();
-        let caption = format!("SmolLM2-135M-Instruct, {}, {:?}", dtype.as_str(), device.location());
-        plot::lines(path, "Speed against context length", &caption, &panels)?;
+        let place = if device.is_cpu() { "CPU" } else { "GPU" };
+        let caption = format!(
+            "SmolLM2-135M-Instruct, {} on a {place}; medians of rounds in which contestants take turns, and their range",
+            dtype.as_str()
+        );
+        plot::lines(
+            path,
+            "Times as fast as exact attention, by candle's matmul and softmax",
+            &caption,
+            &panels,
+        )?;
         println!("\nDrawn in {}.", path.display());
     }
     Ok(())
@@ -109,13 +118,13 @@ pub fn run(args: &Args, at_hand: &AtHand) -> Result<()> {
 
 impl Tables {
     /// Adds a point to a contestant's curve.
-    fn point(&mut self, curve: usize, name: &str, context: usize, rate: f64) {
+    fn point(&mut self, curve: usize, name: &str, context: usize, [value, low, high]: [f64; 3]) {
         let curves = &mut self.curves[curve];
         let at = curves.iter().position(|(known, _)| known == name).unwrap_or(curves.len());
         if at == curves.len() {
             curves.push((name.to_owned(), Vec::new()));
         }
-        curves[at].1.push((context as f64, rate));
+        curves[at].1.push(Point { context, value, range: Some((low, high)) });
     }
 
     fn attention(
@@ -149,7 +158,7 @@ impl Tables {
                 format!("{ratio:.2}×"),
                 format!("{low:.2}–{high:.2}"),
             ]);
-            self.point(0, &method.to_string(), context, context as f64 / rounds.median(at));
+            self.point(0, &method.to_string(), context, [ratio, low, high]);
         }
         Ok(())
     }
@@ -165,12 +174,11 @@ impl Tables {
             [Box::new(run(Method::Exact)), Box::new(run(sage))];
         let rounds = Rounds::of(args.rounds.min(3), &mut contestants)?;
         let [ratio, low, high] = rounds.speedup(1, 0);
-        let rate = |at: usize| tokens.len() as f64 / rounds.median(at);
-        let whole = |at: usize| format!("{:.0}", rate(at));
+        let whole = |at: usize| format!("{:.0}", tokens.len() as f64 / rounds.median(at));
         let range = format!("{low:.2}–{high:.2}");
         self.prompts.push(vec![tokens.len().to_string(), whole(0), whole(1), format!("{ratio:.2}×"), range]);
-        self.point(1, "exact", tokens.len(), rate(0));
-        self.point(1, &sage.to_string(), tokens.len(), rate(1));
+        self.point(1, &Method::Exact.to_string(), tokens.len(), [1.0; 3]);
+        self.point(1, &sage.to_string(), tokens.len(), [ratio, low, high]);
         Ok(())
     }
 
@@ -202,34 +210,36 @@ impl Tables {
                 }
             }
         }
-        let speedup = |times: &[Vec<f64>], at: usize| {
-            median(times[0].iter().zip(&times[at]).map(|(exact, ours)| exact / ours).collect())
-        };
+        let (seconds, attention) = (Rounds(seconds), Rounds(attention));
         for (at, (name, _)) in caches.iter().enumerate() {
-            let rate = args.decode as f64 / median(seconds[at].clone());
+            let [ratio, low, high] = seconds.speedup(at, 0);
+            let [of_attention, least, most] = attention.speedup(at, 0);
             self.decoding.push(vec![
                 name.clone(),
                 context.to_string(),
-                format!("{rate:.1}"),
-                format!("{:.2}×", speedup(&seconds, at)),
-                format!("{:.2}×", speedup(&attention, at)),
+                format!("{:.1}", args.decode as f64 / seconds.median(at)),
+                format!("{ratio:.2}×"),
+                format!("{low:.2}–{high:.2}"),
+                format!("{of_attention:.2}×"),
+                format!("{least:.2}–{most:.2}"),
             ]);
-            self.point(2, name, context, rate);
+            self.point(2, name, context, [ratio, low, high]);
         }
         Ok(())
     }
 
-    fn memory(&mut self, model: &Llama, context: usize, caches: &[Contestant]) {
+    fn memory(&mut self, model: &Llama, context: usize, caches: &[Contestant]) -> Result<()> {
         let config = model.config();
         let numbers = 2 * config.layers * config.kv_heads * config.head_dim * context;
         let mib = |bytes: f64| format!("{:.1}", bytes / f64::from(1 << 20));
         let half = 2.0 * numbers as f64;
         self.memory.push(vec!["16 bits".into(), context.to_string(), mib(half), "1.000".into()]);
         for (name, cache) in caches {
-            let bytes = cache.bytes() as f64;
+            let bytes = cache.bytes()? as f64;
             let part = format!("{:.3}", bytes / half);
             self.memory.push(vec![name.clone(), context.to_string(), mib(bytes), part]);
         }
+        Ok(())
     }
 
     fn print(&self) {
@@ -242,7 +252,10 @@ impl Tables {
             table::print(&["context", "exact", "ours", "speed-up", "range"], &self.prompts);
         }
         println!("\nDecoding: speed-ups are those of a token, and of its attention\n");
-        table::print(&["cache", "context", "tokens a second", "speed-up", "of attention"], &self.decoding);
+        table::print(
+            &["cache", "context", "tokens a second", "speed-up", "range", "of attention", "range"],
+            &self.decoding,
+        );
         println!("\nKV cache of all layers\n");
         table::print(&["cache", "context", "MiB", "of 16 bits"], &self.memory);
     }
