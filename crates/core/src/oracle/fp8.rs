@@ -170,7 +170,7 @@ mod tests {
         let v = matrix(1, &[1.0, 7.0, -0.5, 2.0]);
         let sampled = Fp8Channels::quantize(&v, 56.0, ScaleRows::Sampled(2));
         assert_eq!(sampled.scales, [1.0 / 56.0]);
-        assert_eq!(sampled.dequantize().column(0).collect::<Vec<_>>()[1], 384.0 / 56.0);
+        assert_eq!(sampled.dequantize().column(0).collect::<Vec<_>>()[1], 384.0 * f64::from(1f32 / 56.0));
         // 9 would become 504, in one of two channels: both take all rows.
         for beyond in [9.0, f32::INFINITY, f32::NAN] {
             let v = matrix(2, &[1.0, 1.0, 7.0, beyond, -0.5, 1.0, 2.0, 1.0]);

@@ -93,13 +93,13 @@ fn maximum<'k, T: Scalar>(values: &[Val<'k, T>]) -> Option<Val<'k, T>> {
     chains.reduce(Val::max)
 }
 
-/// Sums of P over the keys so far.
-enum RowSums<'k> {
-    /// This lane's part of each row slot's, of P before it is rounded.
-    Lane(Vec<Var<'k, f32>>),
-    /// Of P as rounded to 16 bits: products with ones, which leave the other units to the exponentials. `[m]`.
-    Product(Vec<Accumulator<'k, f32>>),
-    /// The same of a warpgroup, whose products are in flight: they are rescaled with the output's.
+/// Sums of P as rounded, by products with ones, which leave the other units to the exponentials.
+enum ProductSums<'k> {
+    /// None.
+    None,
+    /// A warp's, `[m]`.
+    Done(Vec<Accumulator<'k, f32>>),
+    /// A warpgroup's, whose products are in flight: they are rescaled with the output's.
     InFlight(Accumulator<'k, f32>),
 }
 
@@ -107,7 +107,10 @@ enum RowSums<'k> {
 pub(super) struct Softmax<'k> {
     /// What is subtracted from scores, in base 2: `exponent` less than the largest so far, or than one up to `lazy` smaller.
     reference: Vec<Var<'k, f32>>,
-    sums: RowSums<'k>,
+    /// Sums of P before it is rounded, of this lane's keys, for each row slot: where there are no products, and where
+    /// log-sum-exps would show what rounding to E4M3 does to sums.
+    lane_sums: Vec<Var<'k, f32>>,
+    product_sums: ProductSums<'k>,
     /// The largest logarithm of P, but for `lazy`.
     exponent: f32,
     lazy: f32,
@@ -118,17 +121,20 @@ impl<'k> Softmax<'k> {
         let slots = config.tiling.rows_per_warp / 8;
         let fp8 = matches!(config.values, Values::Fp8(_));
         let lazy = config.tiling.lazy_rescale as f32;
-        let sums = if config.sums_by_ones() {
-            RowSums::InFlight(Accumulator::filled(code, 0.0))
+        let product_sums = if config.sums_by_ones() {
+            ProductSums::InFlight(Accumulator::filled(code, 0.0))
         } else if fp8 || config.tiling.engine == Engine::Warpgroups {
-            RowSums::Lane((0..slots).map(|_| code.var(0.0).named("row_sum")).collect())
+            ProductSums::None
         } else {
-            RowSums::Product((0..slots / 2).map(|_| Accumulator::filled(code, 0.0)).collect())
+            ProductSums::Done((0..slots / 2).map(|_| Accumulator::filled(code, 0.0)).collect())
         };
+        let by_lanes = matches!(product_sums, ProductSums::None) || fp8 && config.lse;
+        let lane_sums = (0..slots * usize::from(by_lanes)).map(|_| code.var(0.0).named("row_sum")).collect();
         Softmax {
             // Finite, so that differences with it are numbers also before the first visible key.
             reference: (0..slots).map(|_| code.var(f32::MIN).named("row_reference")).collect(),
-            sums,
+            lane_sums,
+            product_sums,
             // E4M3 has no room above its largest value: what P may rise by is left free.
             exponent: if fp8 { E4M3_P_EXPONENT - lazy } else { 0.0 },
             lazy,
@@ -180,18 +186,13 @@ impl<'k> Softmax<'k> {
                     (old - new).exp2().named("alpha")
                 })
                 .collect();
-            match &self.sums {
-                RowSums::Lane(sums) => {
-                    sums.iter().zip(&alphas).for_each(|(sum, &alpha)| sum.set(sum.get() * alpha));
-                }
-                RowSums::Product(sums) => {
-                    for (m, sum) in sums.iter().enumerate() {
-                        for (i, var) in sum.registers().iter().enumerate() {
-                            var.set(var.get() * alphas[2 * m + i / 2]);
-                        }
+            self.lane_sums.iter().zip(&alphas).for_each(|(sum, &alpha)| sum.set(sum.get() * alpha));
+            if let ProductSums::Done(sums) = &self.product_sums {
+                for (m, sum) in sums.iter().enumerate() {
+                    for (i, var) in sum.registers().iter().enumerate() {
+                        var.set(var.get() * alphas[2 * m + i / 2]);
                     }
                 }
-                RowSums::InFlight(_) => {}
             }
             rescale(&alphas);
         };
@@ -229,12 +230,10 @@ impl<'k> Softmax<'k> {
                 })
             };
             let p: Vec<[Val<'k, f32>; 4]> = tiles[columns.clone()].iter().map(exponential).collect();
-            if let RowSums::Lane(sums) = &self.sums {
-                for half in 0..2 {
-                    let pairs = p.iter().map(|tile| tile[2 * half] + tile[2 * half + 1]);
-                    if let Some(sum) = pairs.reduce(|a, b| a + b) {
-                        sums[2 * m + half].set(sums[2 * m + half].get() + sum);
-                    }
+            for (half, sum) in self.lane_sums.iter().skip(2 * m).take(2).enumerate() {
+                let pairs = p.iter().map(|tile| tile[2 * half] + tile[2 * half + 1]);
+                if let Some(of_tile) = pairs.reduce(|a, b| a + b) {
+                    sum.set(sum.get() + of_tile);
                 }
             }
             p
@@ -244,15 +243,15 @@ impl<'k> Softmax<'k> {
 
     /// Sums that products with V's ones are added to.
     pub fn sums_in_flight(&self) -> &[Var<'k, f32>] {
-        match &self.sums {
-            RowSums::InFlight(sum) => sum.registers(),
+        match &self.product_sums {
+            ProductSums::InFlight(sum) => sum.registers(),
             _ => &[],
         }
     }
 
     /// Takes rounded P's sums in, where they are those of rounded P.
     pub fn add_sums<W: Half + MmaElement>(&self, p: &[FragmentA<'k, W>]) {
-        if let (RowSums::Product(sums), Some(first)) = (&self.sums, p.first()) {
+        if let (ProductSums::Done(sums), Some(first)) = (&self.product_sums, p.first()) {
             let one = first.code().constant(1.0).pack::<W>(first.code().constant(1.0)).reinterpret();
             for (sum, &p) in sums.iter().zip(p) {
                 sum.add_product(p, FragmentB::new([one, one]));
@@ -263,14 +262,18 @@ impl<'k> Softmax<'k> {
     /// Each row slot's sum over all keys, and its log-sum-exp in base 2; −∞ for a row that sees no key.
     pub fn finish(&self) -> Vec<RowSum<'k>> {
         let rows = self.reference.iter().enumerate().map(|(slot, reference)| {
-            let sum = match &self.sums {
-                RowSums::Lane(sums) => sums[slot].get().reduce_lanes(3, |a, b| a + b),
-                RowSums::Product(sums) => sums[slot / 2].register(2 * (slot % 2)).get(),
-                RowSums::InFlight(sum) => sum.register(2 * slot).get(),
+            let lanes = self.lane_sums.get(slot).map(|sum| sum.get().reduce_lanes(3, |a, b| a + b));
+            let products = match &self.product_sums {
+                ProductSums::None => None,
+                ProductSums::Done(sums) => Some(sums[slot / 2].register(2 * (slot % 2)).get()),
+                ProductSums::InFlight(sum) => Some(sum.register(2 * slot).get()),
             };
-            let empty = sum.eq(0.0);
+            // What multiplied V is divided by its own sum; the log-sum-exp is of what was not rounded.
+            let (divisor, sum) = (products.or(lanes), lanes.or(products));
+            let [divisor, sum] = [divisor, sum].map(|sum| sum.expect("P is summed somehow"));
+            let empty = divisor.eq(0.0);
             RowSum {
-                inverse: empty.select(0.0, sum.recip()).named("inverse_sum"),
+                inverse: empty.select(0.0, divisor.recip()).named("inverse_sum"),
                 lse2: empty.select(f32::NEG_INFINITY, sum.log2() + reference.get()),
             }
         });
