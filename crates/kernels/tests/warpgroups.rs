@@ -166,3 +166,16 @@ fn schedules() {
         }
     }
 }
+
+#[test]
+fn log_sum_exps_change_no_bit_of_the_output() {
+    for head_dim in [64, 72, 128] {
+        for preset in [Preset::INT8_FP8, Preset::SAGE2_INT8_FP8_PER_THREAD, Preset::SAGE2_INT8_FP16_PER_WARP]
+        {
+            let scheme = Some(preset.scheme(head_dim));
+            let [with, without] =
+                [true, false].map(|lse| Case { head_dim, scheme, lse, ..hopper() }.run().0.out);
+            assert!(with == without, "{preset}, head_dim {head_dim}");
+        }
+    }
+}

@@ -33,7 +33,7 @@ impl std::fmt::Display for Unsupported {
 
 impl std::error::Error for Unsupported {}
 
-/// What every kernel for GPUs from [`EARLY_START`] on begins with. Where it is launched so that its blocks may take their places
+/// What every kernel for sm_90 and newer begins with. Where it is launched so that its blocks may take their places
 /// while the last blocks of the launch before are still at work, it waits until that is over and its writes are visible.
 pub const WAIT_FOR_LAUNCHES_BEFORE: &str = "griddepcontrol.wait";
 
