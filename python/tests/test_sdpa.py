@@ -120,7 +120,8 @@ def test_autocast_casts_as_torch_does(device):
 
 def test_patches_nest_and_name_schemes(device):
     q, k, v = qkv(1, 2, 2, 200, 200, 64, dtype=torch.float16, device=device)
-    int8 = "sage1-int8-fp16"  # by name: left open, so few keys are not quantised on every GPU
+    # By name: left open, so few keys are not quantised on every GPU.
+    int8 = "sage2-int8-fp16-per-warp" if device == "cuda" else "int8"
     with sageattention.patched(int8):
         quantised = F.scaled_dot_product_attention(q, k, v)
         with sageattention.patched("full"):
