@@ -75,13 +75,7 @@ const TIE: f32 = 0.002;
 const WORDS: usize = 150;
 
 fn main() -> ExitCode {
-    match run(&Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    sage_examples::finish(run(&Args::parse()))
 }
 
 fn run(args: &Args) -> Result<()> {

@@ -20,7 +20,7 @@ pub(super) struct Pieces<'k, 'c, 'p> {
     code: &'k Code,
     config: &'c AttentionConfig,
     params: &'p AttentionParams<'k>,
-    /// The piece in each slot: see [`Pieces::place`].
+    /// The piece in each slot: see [`Pieces::indices`].
     slots: Shared<'k, i32>,
     /// Of each slot: whether it is full, then of each whether it is empty.
     barriers: Mbarriers<'k>,

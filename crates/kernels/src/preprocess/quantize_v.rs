@@ -4,7 +4,7 @@ use sage_core::oracle::E4M3_MAX;
 use sage_ptx::{Code, Program, Val, kernel};
 
 use super::ahead::{self, Work};
-use super::statistics::{ColumnStatistics, Meeting, Outputs};
+use super::statistics::{ColumnStatistics, Meeting, Outputs, Part};
 use super::tile_load::{CHUNK, Head, ROWS, RowOrder, Rows, Source, input, tile_grid};
 use crate::params::kernel_params;
 use crate::sequence::KEY_TILE;
@@ -179,10 +179,9 @@ impl QuantizeVConfig {
         code.note("E4M3, four tokens of a channel to a register");
         let factor = head.channels(p.factor);
         if meeting.is_none() {
-            let [low, high] =
-                [false, true].map(|largest| self.source.widen_chunk(rows.extremes(largest, true)));
+            let magnitudes = Part::Magnitude.of_rows(&rows);
             let exceeds = |channel: usize| {
-                let (magnitude, factor) = (high[channel].abs().max_nan(low[channel].abs()), factor[channel]);
+                let (magnitude, factor) = (magnitudes[channel], factor[channel]);
                 // NaN compares as false.
                 !(magnitude * factor).le(E4M3_MAX) | (factor.eq(0.0) & magnitude.ne(0.0))
             };

@@ -50,13 +50,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    match run(&Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    sage_examples::finish(run(&Args::parse()))
 }
 
 fn run(args: &Args) -> Result<()> {
