@@ -1,6 +1,7 @@
 //! Shape, strides and offset: where each element of a tensor lies, in 64-bit arithmetic.
 
 use std::fmt;
+use std::ops::Range;
 
 use crate::{Error, Result};
 
@@ -167,6 +168,19 @@ impl Geometry {
         for (to, &from) in order.iter().enumerate() {
             out.shape[base + to] = self.shape[base + from];
             out.strides[base + to] = self.strides[base + from];
+        }
+        out
+    }
+
+    /// Elements `range` of dimension `dimension`, which must have them.
+    pub(crate) fn narrowed(&self, dimension: usize, range: Range<usize>) -> Self {
+        let at = MAX_RANK - self.rank + dimension;
+        debug_assert!(range.start <= range.end && range.end <= self.shape[at]);
+        let mut out = *self;
+        out.shape[at] = range.len();
+        // Of no element there is no first one, and its index might not fit.
+        if !range.is_empty() {
+            out.offset += range.start as i64 * self.strides[at];
         }
         out
     }

@@ -26,7 +26,7 @@ pub use cache::{BlockTables, CacheLayout, CachedInputs, PageCopy, ValueFormat};
 pub use dtype::{DType, Element};
 pub use error::{Error, Result};
 pub use geometry::{Geometry, MAX_RANK};
-pub use mask::{Alignment, Band, BlockMask, Mask};
+pub use mask::{Alignment, Band, BlockMask, Mask, padding_bias};
 pub use preset::Preset;
 pub use problem::{
     Call, Inputs, Layout, Lengths, MAX_HEAD_DIM, MAX_HEADS, Operand, Options, Problem, Sequence, Strided,

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::{Geometry, TensorView, View};
+use crate::{DType, Geometry, TensorView, View};
 
 /// How the rows of a band mask line up when `q_len != kv_len`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -63,6 +63,30 @@ impl Band {
         let end = self.right.map_or(kv_len, |right| clamp(diagonal + right as i128 + 1));
         start..end.max(start)
     }
+
+    /// The keys that some query of `q_len` sees among `kv_len`; none where there is no query.
+    ///
+    /// A band that is aligned top-left leaves out keys at the end only, one that is aligned bottom-right only keys at the
+    /// start. So the same band on these keys alone is the same mask, and what comes before and after them need not be
+    /// read at all.
+    ///
+    /// ```
+    /// use sage_core::{Alignment, Band};
+    ///
+    /// assert_eq!(Band::causal(Alignment::TopLeft).seen(2, 5), 0..2);
+    /// let window = Band { left: Some(1), ..Band::causal(Alignment::BottomRight) };
+    /// assert_eq!(window.seen(2, 5), 2..5);
+    /// ```
+    pub fn seen(&self, q_len: usize, kv_len: usize) -> Range<usize> {
+        match q_len {
+            0 => 0..0,
+            // Rows begin and end further to the right from one to the next, without a gap between them.
+            _ => {
+                let start = self.keys(0, q_len, kv_len).start;
+                start..self.keys(q_len - 1, q_len, kv_len).end.max(start)
+            }
+        }
+    }
 }
 
 /// An explicit mask, broadcastable to `[batch, num_q_heads, q_len, kv_len]`, on top of the band.
@@ -83,11 +107,31 @@ impl Mask<'_> {
         }
     }
 
+    /// The largest bias that programs write for padding: half the lowest finite value of the mask's element type. Softmax
+    /// takes such a bias as it is, but a key that has no larger one in any row does not enter means and scales.
+    /// −∞ for a boolean mask, which needs no such word.
+    pub fn padding_bias(&self) -> f32 {
+        match self {
+            Mask::Bool(_) => f32::NEG_INFINITY,
+            Mask::Additive(view) => padding_bias(view.dtype()),
+        }
+    }
+
     pub(crate) fn with_geometry(&self, geometry: Geometry) -> Self {
         match self {
             Mask::Bool(view) => Mask::Bool(view.with_geometry(geometry)),
             Mask::Additive(view) => Mask::Additive(view.with_geometry(geometry)),
         }
+    }
+}
+
+/// [`Mask::padding_bias`] of an additive mask of this element type.
+pub const fn padding_bias(dtype: DType) -> f32 {
+    match dtype {
+        DType::F32 => f32::MIN / 2.0,
+        DType::F16 => -32_752.0,
+        // Half of −0x1.fep127.
+        DType::BF16 => f32::from_bits(0xfeff_0000),
     }
 }
 
@@ -131,6 +175,28 @@ mod tests {
                         let expected: Vec<usize> =
                             (0..kv_len).filter(|&j| visible(&band, i, j, q_len, kv_len)).collect();
                         assert_eq!(keys, expected, "{band:?} row {i} of {q_len}×{kv_len}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_band_on_the_keys_it_sees_is_the_same_mask() {
+        let limits = [None, Some(0), Some(1), Some(3), Some(100)];
+        for (q_len, kv_len) in [(1, 1), (4, 4), (3, 8), (8, 3), (5, 0), (2, 30), (0, 3)] {
+            for alignment in [Alignment::BottomRight, Alignment::TopLeft] {
+                for (left, right) in limits.iter().flat_map(|&l| limits.iter().map(move |&r| (l, r))) {
+                    let band = Band { left, right, alignment };
+                    let seen = band.seen(q_len, kv_len);
+                    let of_rows = |j: &usize| (0..q_len).any(|i| band.keys(i, q_len, kv_len).contains(j));
+                    let some: Vec<usize> = (0..kv_len).filter(of_rows).collect();
+                    assert_eq!(seen.clone().collect::<Vec<_>>(), some, "{band:?} of {q_len}×{kv_len}");
+                    for i in 0..q_len {
+                        let keys = band.keys(i, q_len, seen.len());
+                        let shifted: Vec<usize> = keys.map(|j| j + seen.start).collect();
+                        let expected: Vec<usize> = band.keys(i, q_len, kv_len).collect();
+                        assert_eq!(shifted, expected, "{band:?} row {i} of {q_len}×{kv_len}");
                     }
                 }
             }

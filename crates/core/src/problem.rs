@@ -178,7 +178,7 @@ pub struct Problem {
     pub num_kv_heads: usize,
     /// Queries of the longest sequence.
     pub q_len: usize,
-    /// Keys of the longest sequence.
+    /// Keys of the longest sequence; of those that some query may see, see [`Call`].
     pub kv_len: usize,
     /// Channels of a head.
     pub head_dim: usize,
@@ -222,6 +222,9 @@ pub struct Sequence {
 /// Q `[batch, num_q_heads, seq, head_dim]`, K and V `[batch, num_kv_heads, seq, head_dim]` (packed tensors have a
 /// batch dimension of 1), mask `[batch, num_q_heads, q_len, kv_len]`,
 /// block mask `[batch, num_q_heads, blocks, blocks]`.
+///
+/// Keys before the first and after the last that the band lets some query see are no part of it: [`Band::seen`] says why
+/// nothing else changes. Where there is an explicit mask, whose keys are counted from the tensors' first, they are left.
 #[derive(Clone, Debug)]
 pub struct Call<'a, T = TensorView<'a>, M = Mask<'a>> {
     /// Shapes and options.
@@ -249,6 +252,12 @@ impl<'a, T: Operand, M: Strided> Call<'a, T, M> {
     /// # Errors
     /// Names the first tensor, option or list entry that is wrong, the value found and the value wanted.
     pub fn check(inputs: &Inputs<'a, T, M>, options: &Options) -> Result<Self> {
+        // Explicit masks count keys from the tensors' first one.
+        Self::check_keys(inputs, options, inputs.mask.is_none() && inputs.block_mask.is_none())
+    }
+
+    /// [`Call::check`], where `narrows` says whether keys that the band hides from every query are left out.
+    pub(crate) fn check_keys(inputs: &Inputs<'a, T, M>, options: &Options, narrows: bool) -> Result<Self> {
         let packed = inputs.lengths.packed();
         let layout = options.layout;
         let q = canonical("q", inputs.q, layout, packed)?;
@@ -307,7 +316,20 @@ impl<'a, T: Operand, M: Strided> Call<'a, T, M> {
             return Err(Error::value("logit_softcap", cap, "a finite number above 0"));
         }
 
-        let sequences = sequences(&inputs.lengths, q_batch, q_rows, kv_rows)?;
+        let mut sequences = sequences(&inputs.lengths, q_batch, q_rows, kv_rows)?;
+        let (mut k, mut v, mut kv_rows) = (k, v, kv_rows);
+        if narrows {
+            for sequence in &mut sequences {
+                let seen = options.band.seen(sequence.q_len, sequence.kv_len);
+                (sequence.kv_start, sequence.kv_len) = (sequence.kv_start + seen.start, seen.len());
+            }
+            if matches!(inputs.lengths, Lengths::Dense) {
+                let seen = options.band.seen(q_rows, kv_rows);
+                let narrowed = |tensor: T| tensor.with_geometry(tensor.geometry().narrowed(2, seen.clone()));
+                (k, v, kv_rows) = (narrowed(k), narrowed(v), seen.len());
+                sequences.iter_mut().for_each(|sequence| sequence.kv_start = 0);
+            }
+        }
         let longest = |len: fn(&Sequence) -> usize| sequences.iter().map(len).max().unwrap_or(0);
         let (batch, q_len, kv_len) = match inputs.lengths {
             Lengths::DeviceKvLens(_) | Lengths::DevicePacked { .. } if !T::ON_DEVICE => {

@@ -75,7 +75,7 @@ pub enum ScaleRows {
 }
 
 impl ScaleRows {
-    /// Which of `len` rows the scales are taken from.
+    /// Which of `len` rows, those that count, the scales are taken from.
     pub fn of(self, len: usize) -> impl ExactSizeIterator<Item = usize> {
         let rows = match self {
             ScaleRows::All => len,

@@ -5,7 +5,7 @@ use half::{bf16, f16};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
-use sage_core::oracle::{Fixed12Blocks, Matrix, hadamard};
+use sage_core::oracle::{Fixed12Blocks, Matrix, SeenKeys, hadamard};
 use sage_core::{Element, IntQuantizer, Preset, Qk};
 
 use crate::InstructionSet;
@@ -728,7 +728,7 @@ fn packed_keys_and_values_are_the_oracles_in_every_word_layout() {
 
                     // The tile begins a group of every granularity, so the oracle may count from 0.
                     let rows = if rotate { hadamard(&padded) } else { padded };
-                    let oracle = quantizer.quantize_k(&rows);
+                    let oracle = quantizer.quantize_k(&rows, &SeenKeys::all(rows.rows()));
                     let mut ints = Vec::new();
                     for key in 0..TILE_KEYS {
                         let panel = &parts.k[key / width * layout.k_panel..][..layout.k_panel];
@@ -757,7 +757,8 @@ fn packed_keys_and_values_are_the_oracles_in_every_word_layout() {
                     let expected: Vec<i32> = oracle.values.as_slice().iter().map(|x| i32::from(*x)).collect();
                     nearly_equal(&ints, &expected, &what);
 
-                    let blocks = Fixed12Blocks::quantize(&matrix(keys, head_dim, &v), TILE_KEYS);
+                    let blocks =
+                        Fixed12Blocks::quantize(&matrix(keys, head_dim, &v), TILE_KEYS, &SeenKeys::all(keys));
                     for c in 0..layout.padded_dim() {
                         let panel = &parts.v[c / width * layout.v_panel..][..layout.v_panel];
                         let seen = c < head_dim;
@@ -856,7 +857,7 @@ fn packed_queries_are_the_oracles_and_their_products_with_keys_exact() {
                     v: &v,
                     tile: &mut tile,
                 });
-                let k_ints = quantizer.quantize_k(&matrix(keys, head_dim, &k)).values;
+                let k_ints = quantizer.quantize_k(&matrix(keys, head_dim, &k), &SeenKeys::all(keys)).values;
                 k.clear();
                 let panel = layout.parts(&tile).k;
                 for i in 0..rows {

@@ -1,6 +1,6 @@
 //! 12-bit fixed point: V in blocks of keys.
 
-use super::{Matrix, absmax};
+use super::{Matrix, SeenKeys, absmax};
 
 /// Largest magnitude of a 12-bit value here; the sign is extra.
 pub const FIXED12_MAX: f32 = 4095.0;
@@ -25,14 +25,18 @@ impl Fixed12Blocks {
     ///
     /// # Panics
     /// When `block` is 0.
-    pub fn quantize(v: &Matrix<f32>, block: usize) -> Self {
-        let maxima = Matrix::from_fn(v.rows().div_ceil(block), v.width(), |b, c| {
-            absmax((b * block..v.rows().min((b + 1) * block)).map(|j| v.row(j)[c]))
+    pub fn quantize(v: &Matrix<f32>, block: usize, keys: &SeenKeys) -> Self {
+        let measured: Vec<Vec<usize>> = (0..v.rows().div_ceil(block))
+            .map(|b| keys.measured(b * block..v.rows().min((b + 1) * block)))
+            .collect();
+        let maxima = Matrix::from_fn(measured.len(), v.width(), |b, c| {
+            absmax(measured[b].iter().map(|&j| v.row(j)[c]))
         });
         let factor = |a: f32| Some(FIXED12_MAX / a).filter(|f| f.is_finite());
         let values = Matrix::from_fn(v.rows(), v.width(), |j, c| {
-            factor(maxima.row(j / block)[c])
-                .map_or(0, |factor| (v.row(j)[c] * factor).round_ties_even() as i16)
+            factor(maxima.row(j / block)[c]).map_or(0, |factor| {
+                (v.row(j)[c] * factor).round_ties_even().clamp(-FIXED12_MAX, FIXED12_MAX) as i16
+            })
         });
         let scales = maxima.map(|a| if a.is_nan() || factor(a).is_some() { a / FIXED12_MAX } else { 0.0 });
         Fixed12Blocks { values, scales, block }
@@ -54,7 +58,8 @@ mod tests {
     #[test]
     fn numbers_worked_out_by_hand() {
         // Two keys a block. First block: a = 4095, scale 1; second: a = 8190, scale 2, 3/2 ties to 2.
-        let blocks = Fixed12Blocks::quantize(&matrix(1, &[4095.0, -1.4, -8190.0, 3.0, 0.5]), 2);
+        let blocks =
+            Fixed12Blocks::quantize(&matrix(1, &[4095.0, -1.4, -8190.0, 3.0, 0.5]), 2, &SeenKeys::all(5));
         assert_eq!(blocks.values.as_slice(), [4095, -1, -4095, 2, 4095]);
         assert_eq!(blocks.scales.as_slice(), [1.0, 2.0, 0.5 / 4095.0]);
     }
@@ -62,7 +67,7 @@ mod tests {
     #[test]
     fn the_error_is_at_most_half_a_step() {
         let v = normal_matrix(1, 300, 8);
-        let blocks = Fixed12Blocks::quantize(&v, 128);
+        let blocks = Fixed12Blocks::quantize(&v, 128, &SeenKeys::all(300));
         assert_eq!(blocks.scales.rows(), 3);
         assert!(blocks.values.as_slice().iter().all(|x| x.abs() <= 4095));
         for (j, row) in blocks.dequantize().iter().enumerate() {
@@ -76,8 +81,8 @@ mod tests {
 
     #[test]
     fn blocks_of_zeros_are_zeros_and_bad_ones_nan() {
-        let back =
-            Fixed12Blocks::quantize(&matrix(1, &[0.0, -0.0, 1.0, f32::NAN, 1e-42, 0.0]), 2).dequantize();
+        let v = matrix(1, &[0.0, -0.0, 1.0, f32::NAN, 1e-42, 0.0]);
+        let back = Fixed12Blocks::quantize(&v, 2, &SeenKeys::all(6)).dequantize();
         let back = back.as_slice();
         assert_eq!((&back[..2], &back[4..]), (&[0.0; 2][..], &[0.0; 2][..]));
         assert!(back[2].is_nan() && back[3].is_nan());

@@ -2,7 +2,7 @@
 
 use float8::F8E4M3;
 
-use super::{Matrix, absmax};
+use super::{Matrix, SeenKeys, absmax};
 use crate::ScaleRows;
 
 /// Largest finite E4M3 value.
@@ -37,10 +37,11 @@ impl Fp8Channels {
     /// from, the codes are `e4m3(V · (v_max / a))` and the scale is `a / v_max`.
     ///
     /// A channel so small that `v_max / a` overflows counts as one of zeros.
-    pub fn quantize(v: &Matrix<f32>, v_max: f32, rows: ScaleRows) -> Self {
+    pub fn quantize(v: &Matrix<f32>, v_max: f32, rows: ScaleRows, keys: &SeenKeys) -> Self {
         let factor = |a: f32| Some(v_max / a).filter(|f| f.is_finite());
+        let measured = keys.measured(0..v.rows());
         let maxima = |rows: ScaleRows| -> Vec<f32> {
-            let magnitude = |c: usize| absmax(rows.of(v.rows()).map(|i| v.row(i)[c]));
+            let magnitude = |c: usize| absmax(rows.of(measured.len()).map(|i| v.row(measured[i])[c]));
             (0..v.width()).map(magnitude).collect()
         };
         let fits = |(&a, &sampled): (&f32, &f32)| match factor(sampled) {
@@ -132,7 +133,8 @@ mod tests {
     #[test]
     fn numbers_worked_out_by_hand() {
         // The channel's maximum 2 maps to 448, so 1 to 224 and −0.01 to −2.24, whose neighbours are −2.25 and −2.
-        let channels = Fp8Channels::quantize(&matrix(1, &[2.0, 1.0, -0.01]), 448.0, ScaleRows::All);
+        let channels =
+            Fp8Channels::quantize(&matrix(1, &[2.0, 1.0, -0.01]), 448.0, ScaleRows::All, &SeenKeys::all(3));
         assert_eq!(channels.scales, [2.0 / 448.0]);
         let values: Vec<f32> =
             channels.codes.column(0).map(|code| F8E4M3::from_bits(code).to_f32()).collect();
@@ -143,7 +145,7 @@ mod tests {
     fn each_channel_fills_its_range() {
         for v_max in [448.0, 2.25] {
             let v = normal_matrix(2, 200, 16);
-            let channels = Fp8Channels::quantize(&v, v_max, ScaleRows::All);
+            let channels = Fp8Channels::quantize(&v, v_max, ScaleRows::All, &SeenKeys::all(v.rows()));
             for c in 0..16 {
                 let largest = absmax(channels.codes.column(c).map(|code| F8E4M3::from_bits(code).to_f32()));
                 assert_eq!(largest, v_max);
@@ -160,7 +162,7 @@ mod tests {
     #[test]
     fn channels_of_zeros_are_zeros_and_bad_ones_nan() {
         let v = matrix(4, &[0.0, 1e-39, f32::NAN, 1.0, 0.0, -1e-39, 1.0, f32::INFINITY]);
-        let back = Fp8Channels::quantize(&v, 448.0, ScaleRows::All).dequantize();
+        let back = Fp8Channels::quantize(&v, 448.0, ScaleRows::All, &SeenKeys::all(v.rows())).dequantize();
         assert!(back.iter().all(|row| row[0] == 0.0 && row[1] == 0.0 && row[2].is_nan() && row[3].is_nan()));
     }
 
@@ -168,19 +170,22 @@ mod tests {
     fn sampled_scales_leave_room_or_take_all_rows() {
         // Rows 0 and 2 of four are sampled: 1 becomes 56, and 7, the largest of all, 392, which is nearest to 384.
         let v = matrix(1, &[1.0, 7.0, -0.5, 2.0]);
-        let sampled = Fp8Channels::quantize(&v, 56.0, ScaleRows::Sampled(2));
+        let sampled = Fp8Channels::quantize(&v, 56.0, ScaleRows::Sampled(2), &SeenKeys::all(v.rows()));
         assert_eq!(sampled.scales, [1.0 / 56.0]);
         assert_eq!(sampled.dequantize().column(0).collect::<Vec<_>>()[1], 384.0 * f64::from(1f32 / 56.0));
         // 9 would become 504, in one of two channels: both take all rows.
         for beyond in [9.0, f32::INFINITY, f32::NAN] {
             let v = matrix(2, &[1.0, 1.0, 7.0, beyond, -0.5, 1.0, 2.0, 1.0]);
-            let [sampled, all] =
-                [ScaleRows::Sampled(2), ScaleRows::All].map(|rows| Fp8Channels::quantize(&v, 56.0, rows));
+            let [sampled, all] = [ScaleRows::Sampled(2), ScaleRows::All]
+                .map(|rows| Fp8Channels::quantize(&v, 56.0, rows, &SeenKeys::all(v.rows())));
             assert_eq!(sampled.codes, all.codes);
             assert_eq!(sampled.scales[0], 0.125);
         }
         // So does a channel that is zero where it is sampled.
         let v = matrix(1, &[0.0, 3.0, 0.0, 0.0]);
-        assert_eq!(Fp8Channels::quantize(&v, 56.0, ScaleRows::Sampled(2)).scales, [3.0 / 56.0]);
+        assert_eq!(
+            Fp8Channels::quantize(&v, 56.0, ScaleRows::Sampled(2), &SeenKeys::all(v.rows())).scales,
+            [3.0 / 56.0]
+        );
     }
 }

@@ -2,7 +2,7 @@
 
 use std::f32::consts::LOG2_E;
 
-use super::{Matrix, absmax};
+use super::{Matrix, SeenKeys, absmax};
 use crate::{Granularity, IntQuantizer, Rounding, ZeroGroup};
 
 /// What the original adds to, or puts under, a scale to keep it above zero.
@@ -102,26 +102,35 @@ impl IntQuantizer {
         let groups = (0..q.rows()).map(|i| self.q_group(i)).collect();
         if self.scale_q_first {
             let factor = sm_scale * LOG2_E;
-            self.quantize(&q.map(|x| x * factor), groups, self.q_groups(q.rows()))
+            self.quantize(&q.map(|x| x * factor), groups, self.q_groups(q.rows()), None)
         } else {
-            self.quantize(q, groups, self.q_groups(q.rows()))
+            self.quantize(q, groups, self.q_groups(q.rows()), None)
         }
     }
 
-    /// Quantises keys.
+    /// Quantises keys, which are smoothed and zeros where no query sees them.
     ///
     /// # Panics
     /// When the tile has no rows, or its blocks are not whole warps.
-    pub fn quantize_k(&self, k: &Matrix<f32>) -> IntRows {
+    pub fn quantize_k(&self, k: &Matrix<f32>, keys: &SeenKeys) -> IntRows {
         let groups = (0..k.rows()).map(|j| self.k_group(j)).collect();
-        self.quantize(k, groups, self.k_groups(k.rows()))
+        self.quantize(k, groups, self.k_groups(k.rows()), Some(keys))
     }
 
-    fn quantize(&self, rows: &Matrix<f32>, groups: Vec<usize>, num_groups: usize) -> IntRows {
-        let mut maxima = vec![0f32; num_groups];
-        for (row, &group) in rows.iter().zip(&groups) {
-            maxima[group] = absmax(row.iter().copied().chain([maxima[group]]));
-        }
+    fn quantize(
+        &self,
+        rows: &Matrix<f32>,
+        groups: Vec<usize>,
+        num_groups: usize,
+        keys: Option<&SeenKeys>,
+    ) -> IntRows {
+        let mut members = vec![Vec::new(); num_groups];
+        groups.iter().enumerate().for_each(|(row, &group)| members[group].push(row));
+        let maximum = |members: Vec<usize>| {
+            let measured = keys.map_or(members.clone(), |keys| keys.measured(members.iter().copied()));
+            absmax(measured.iter().flat_map(|&i| rows.row(i)).copied())
+        };
+        let maxima: Vec<f32> = members.into_iter().map(maximum).collect();
         let scales: Vec<f32> = maxima.iter().map(|&max| self.scale(max)).collect();
         let values =
             Matrix::from_fn(rows.rows(), rows.width(), |i, c| self.round(rows.row(i)[c], maxima[groups[i]]));
@@ -187,13 +196,16 @@ mod tests {
     fn numbers_worked_out_by_hand() {
         // Scale 254/127 = 2: 1 is half a step, 3 one and a half.
         let rows = matrix(4, &[254.0, 1.0, 3.0, -5.0]);
-        let with = |rounding| IntQuantizer { rounding, ..quantizer(Granularity::PerToken) }.quantize_k(&rows);
+        let with = |rounding| {
+            IntQuantizer { rounding, ..quantizer(Granularity::PerToken) }
+                .quantize_k(&rows, &SeenKeys::all(rows.rows()))
+        };
         assert_eq!(with(Rounding::NearestEven).scales, [2.0]);
         assert_eq!(with(Rounding::NearestEven).values.row(0), [127, 0, 2, -2]);
         assert_eq!(with(Rounding::HalfAwayFromZero).values.row(0), [127, 1, 2, -3]);
         // Four bits: scale 7/7 = 1.
         let four = IntQuantizer { bits: IntBits::Four, ..quantizer(Granularity::PerToken) };
-        let rows = four.quantize_k(&matrix(3, &[-7.0, 2.4, 0.6]));
+        let rows = four.quantize_k(&matrix(3, &[-7.0, 2.4, 0.6]), &SeenKeys::all(1));
         assert_eq!((rows.values.row(0), rows.scales[0]), (&[-7, 2, 1][..], 1.0));
     }
 
@@ -202,7 +214,7 @@ mod tests {
         let q = matrix(2, &[1.0, -0.5]);
         let first = IntQuantizer { scale_q_first: true, ..quantizer(Granularity::PerToken) };
         assert_eq!(first.quantize_q(&q, 0.125).scales, [0.125 * LOG2_E / 127.0]);
-        assert_eq!(first.quantize_k(&q).scales, [1.0 / 127.0]);
+        assert_eq!(first.quantize_k(&q, &SeenKeys::all(1)).scales, [1.0 / 127.0]);
         assert_eq!(quantizer(Granularity::PerToken).quantize_q(&q, 0.125).scales, [1.0 / 127.0]);
     }
 
@@ -218,7 +230,10 @@ mod tests {
             let quantizer = quantizer(granularity);
             assert_eq!((quantizer.q_groups(130), quantizer.k_groups(129)), (of_q, of_k), "{granularity:?}");
             assert_eq!(quantizer.quantize_q(&normal_matrix(1, 130, 8), 1.0).scales.len(), of_q);
-            assert_eq!(quantizer.quantize_k(&normal_matrix(1, 129, 8)).scales.len(), of_k);
+            assert_eq!(
+                quantizer.quantize_k(&normal_matrix(1, 129, 8), &SeenKeys::all(129)).scales.len(),
+                of_k
+            );
         }
     }
 
@@ -269,7 +284,7 @@ mod tests {
             (ZeroGroup::ClampMaximum, EPSILON / 127.0),
         ] {
             let quantizer = IntQuantizer { zero_group, ..quantizer(Granularity::PerToken) };
-            let rows = quantizer.quantize_k(&matrix(2, &[0.0, -0.0, 1.0, 2.0]));
+            let rows = quantizer.quantize_k(&matrix(2, &[0.0, -0.0, 1.0, 2.0]), &SeenKeys::all(2));
             assert_eq!((rows.values.row(0), rows.scales[0]), (&[0, 0][..], scale));
             assert!(rows.dequantize().row(0).iter().all(|&x| x == 0.0));
         }
@@ -280,7 +295,8 @@ mod tests {
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             for zero_group in [ZeroGroup::Guard, ZeroGroup::AddToScale, ZeroGroup::ClampMaximum] {
                 let quantizer = IntQuantizer { zero_group, ..quantizer(Granularity::PerToken) };
-                let rows = quantizer.quantize_k(&matrix(2, &[1.0, bad, 1.0, 2.0])).dequantize();
+                let rows = matrix(2, &[1.0, bad, 1.0, 2.0]);
+                let rows = quantizer.quantize_k(&rows, &SeenKeys::all(2)).dequantize();
                 assert!(rows.row(0).iter().all(|x| x.is_nan()));
                 assert!(rows.row(1).iter().all(|x| x.is_finite()));
             }
@@ -309,7 +325,7 @@ mod tests {
             exponent in -20i32..20,
         ) {
             let row: Vec<f32> = row.iter().map(|x| x * (exponent as f32).exp2()).collect();
-            let rows = quantizer.quantize_k(&matrix(row.len(), &row));
+            let rows = quantizer.quantize_k(&matrix(row.len(), &row), &SeenKeys::all(1));
             let levels = quantizer.bits.max();
             prop_assert!(rows.values.as_slice().iter().all(|&x| i32::from(x).abs() <= levels));
             // Beside half a step, the quotient is off by three single-precision roundings of at most 127.

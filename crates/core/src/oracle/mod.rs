@@ -36,6 +36,6 @@ pub use output::Output;
 pub use probabilities::{Weights, quantize_p, quantize_p_per_token};
 pub use rotation::hadamard;
 pub use scheme::scheme;
-pub use smoothing::{block_means, key_mean, mean, subtract, subtract_block_means};
+pub use smoothing::{block_means, key_mean, mean, mean_of_counted, subtract, subtract_block_means};
 pub use values::{Int8Channels, quantize_v};
-pub use visibility::visible_keys;
+pub use visibility::{SeenKeys, visible_keys};

@@ -5,8 +5,8 @@ use std::f64::consts::LN_2;
 use super::exact::{maximum, softcap, weighted_sum};
 use super::matrix::dot;
 use super::{
-    Matrix, Nvfp4Rows, Output, Score, block_means, hadamard, key_mean, mean, quantize_p, quantize_v,
-    subtract, subtract_block_means, visible_keys,
+    Matrix, Nvfp4Rows, Output, Score, SeenKeys, block_means, hadamard, key_mean, mean_of_counted, quantize_p,
+    quantize_v, subtract, subtract_block_means, visible_keys,
 };
 use crate::{Call, Qk, Scheme, SmoothQ};
 
@@ -16,9 +16,9 @@ use crate::{Call, Qk, Scheme, SmoothQ};
 /// - [`crate::Accumulator`]: sums are exact, in whatever precision a kernel sums;
 /// - the running maximum: P is quantised relative to the row's final maximum (see [`quantize_p`]).
 ///
-/// Visibility, capping and rows without keys are as in [`super::exact()`]. A non-finite value makes its whole
-/// quantisation group NaN (with smoothing: everything that its mean is subtracted from), whether or not a mask hides
-/// it, and so every row that uses the group.
+/// Visibility, capping and rows without keys are as in [`super::exact()`]. A non-finite value of a key that counts (see
+/// [`SeenKeys`]) makes its whole quantisation group NaN, with smoothing everything that its mean is subtracted from, and
+/// so every row that uses the group.
 ///
 /// # Panics
 /// When a block or tile of the scheme has no rows; [`Scheme::check`] finds that.
@@ -30,8 +30,9 @@ pub fn scheme(call: &Call<'_>, scheme: &Scheme) -> Output {
             let read = |tensor, head| {
                 Matrix::of_head(tensor, sequence.batch, head, sequence.kv_start, sequence.kv_len)
             };
-            let keys = Keys::new(&read(&call.k, kv_head), scheme);
-            let values = Values::new(&read(&call.v, kv_head), scheme);
+            let seen = SeenKeys::of(call, sequence, kv_head);
+            let keys = Keys::new(&read(&call.k, kv_head), &seen, scheme);
+            let values = Values::new(&read(&call.v, kv_head), &seen, scheme);
             for head in kv_head * problem.group_size()..(kv_head + 1) * problem.group_size() {
                 let q = Matrix::of_head(&call.q, sequence.batch, head, sequence.q_start, sequence.q_len);
                 let queries = Queries::new(&q, &keys, problem.sm_scale, scheme);
@@ -75,13 +76,13 @@ struct Keys {
 }
 
 impl Keys {
-    fn new(k: &Matrix<f32>, scheme: &Scheme) -> Self {
-        let mean = key_mean(k, scheme.smooth.k);
-        let smoothed = subtract(k, &mean);
+    fn new(k: &Matrix<f32>, seen: &SeenKeys, scheme: &Scheme) -> Self {
+        let mean = key_mean(k, scheme.smooth.k, seen);
+        let smoothed = visible(subtract(k, &mean), seen);
         let rotated = if scheme.rotate { hadamard(&smoothed) } else { smoothed.clone() };
         let quantised = match &scheme.qk {
             Qk::Full => rotated.map(f64::from),
-            Qk::Int(quantizer) => quantizer.quantize_k(&rotated).dequantize(),
+            Qk::Int(quantizer) => quantizer.quantize_k(&rotated, seen).dequantize(),
             Qk::Nvfp4 => Nvfp4Rows::quantize(&rotated).dequantize(),
         };
         Keys { mean: mean.into_iter().map(f64::from).collect(), smoothed: smoothed.map(f64::from), quantised }
@@ -156,11 +157,16 @@ struct Values {
 }
 
 impl Values {
-    fn new(v: &Matrix<f32>, scheme: &Scheme) -> Self {
-        let mean = if scheme.smooth.v { mean(v) } else { vec![0.0; v.width()] };
-        let quantised = quantize_v(&subtract(v, &mean), &scheme.pv);
+    fn new(v: &Matrix<f32>, seen: &SeenKeys, scheme: &Scheme) -> Self {
+        let mean = if scheme.smooth.v { mean_of_counted(v, seen) } else { vec![0.0; v.width()] };
+        let quantised = quantize_v(&visible(subtract(v, &mean), seen), &scheme.pv, seen);
         Values { mean: mean.into_iter().map(f64::from).collect(), quantised }
     }
+}
+
+/// The rows of keys that some query sees, and zeros.
+fn visible(rows: Matrix<f32>, seen: &SeenKeys) -> Matrix<f32> {
+    Matrix::from_fn(rows.rows(), rows.width(), |j, c| if seen.is_visible(j) { rows.row(j)[c] } else { 0.0 })
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! Means that are subtracted before quantising.
 
-use super::Matrix;
+use super::{Matrix, SeenKeys};
 use crate::SmoothK;
 
 /// The mean of each channel over all rows, `[width]`; zeros when there is no row.
@@ -11,10 +11,17 @@ pub fn mean(rows: &Matrix<f32>) -> Vec<f32> {
     mean_of(rows, 0..rows.rows())
 }
 
-/// What smoothing subtracts from every row of K, `[width]`: zeros where it is off.
-pub fn key_mean(rows: &Matrix<f32>, smooth: SmoothK) -> Vec<f32> {
-    let len = rows.rows();
-    mean_of(rows, (0..smooth.rows(len)).map(|index| smooth.row(index, len)))
+/// The mean of each channel over the keys that count, `[width]`; zeros when there is none.
+pub fn mean_of_counted(rows: &Matrix<f32>, keys: &SeenKeys) -> Vec<f32> {
+    mean_of(rows, keys.counted().into_iter())
+}
+
+/// What smoothing subtracts from every row of K, `[width]`: zeros where it is off. Rows are sampled evenly from those that
+/// count.
+pub fn key_mean(rows: &Matrix<f32>, smooth: SmoothK, keys: &SeenKeys) -> Vec<f32> {
+    let counted = keys.counted();
+    let len = counted.len();
+    mean_of(rows, (0..smooth.rows(len)).map(|index| counted[smooth.row(index, len)]))
 }
 
 /// The mean of each channel over each block of `block` rows, `[⌈rows / block⌉, width]`. The last block may be
@@ -63,9 +70,10 @@ mod tests {
         let rows = matrix(2, &[1.0, 10.0, 3.0, 20.0, 8.0, -6.0]);
         assert_eq!(mean(&rows), [4.0, 8.0]);
         assert_eq!(mean(&matrix(2, &[])), [0.0, 0.0]);
-        assert_eq!(key_mean(&rows, SmoothK::Sampled(2)), [2.0, 15.0], "of rows 0 and 1");
-        assert_eq!(key_mean(&rows, SmoothK::Sampled(9)), mean(&rows));
-        assert_eq!(key_mean(&rows, SmoothK::Off), [0.0, 0.0]);
+        let all = SeenKeys::all(3);
+        assert_eq!(key_mean(&rows, SmoothK::Sampled(2), &all), [2.0, 15.0], "of rows 0 and 1");
+        assert_eq!(key_mean(&rows, SmoothK::Sampled(9), &all), mean(&rows));
+        assert_eq!(key_mean(&rows, SmoothK::Off, &all), [0.0, 0.0]);
         let means = block_means(&rows, 2);
         assert_eq!(means.as_slice(), [2.0, 15.0, 8.0, -6.0]);
         assert_eq!(subtract(&rows, &mean(&rows)).as_slice(), [-3.0, 2.0, -1.0, 12.0, 4.0, -14.0]);

@@ -1,6 +1,6 @@
 //! K's integers and scales, and means of columns.
 
-use sage_core::oracle::{Matrix, subtract};
+use sage_core::oracle::{Matrix, SeenKeys, subtract};
 use sage_core::{DType, Granularity, IntBits, Rounding, SmoothK, ZeroGroup};
 use sage_kernels::KEY_TILE;
 use sage_kernels::preprocess::{
@@ -104,7 +104,7 @@ fn check_with_lead(tensor: &Tensor, config: &QuantizeKConfig, seed: u64, lead: u
                 (0..k.width()).for_each(|c| assert_mean(mean[c], rows.iter().map(|&row| k.row(row)[c])));
                 assert!(mean[k.width()..].iter().all(|&x| x == 0.0), "channels beyond the head's have means");
             }
-            let expected = config.quantizer().quantize_k(&smoothed);
+            let expected = config.quantizer().quantize_k(&smoothed, &SeenKeys::all(smoothed.rows()));
             for tile in 0..sequence.len.div_ceil(KEY_TILE) {
                 let of_tile = head * tiles + sequence.first_tile + tile;
                 for group in 0..groups {

@@ -1,7 +1,7 @@
 //! V's E4M3 codes and scales, and its 16-bit tiles.
 
 use half::{bf16, f16};
-use sage_core::oracle::{Fp8Channels, subtract, v_token_slot};
+use sage_core::oracle::{Fp8Channels, SeenKeys, subtract, v_token_slot};
 use sage_core::{DType, ScaleRows};
 use sage_kernels::KEY_TILE;
 use sage_kernels::preprocess::{
@@ -104,7 +104,8 @@ fn check_scales(tensor: &Tensor, smooth: bool, v_max: f32, scale_rows: ScaleRows
             } else {
                 v.clone()
             };
-            let expected = Fp8Channels::quantize(&smoothed, v_max, scale_rows);
+            let expected =
+                Fp8Channels::quantize(&smoothed, v_max, scale_rows, &SeenKeys::all(smoothed.rows()));
             for c in 0..width {
                 let wanted = expected.scales.get(c).copied().unwrap_or(0.0);
                 let scale = scale[at + c];

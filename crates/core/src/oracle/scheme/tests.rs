@@ -272,3 +272,82 @@ fn sequences_are_smoothed_each_by_itself() {
         assert_eq!(output.out, [&alone[0].out[..], &alone[1].out[..]].concat(), "{preset}");
     }
 }
+
+/// The presets of each form of K, V and smoothing.
+const FORMS: [Preset; 6] = [
+    Preset::INT8,
+    Preset::INT8_PER_TOKEN_ROTATED,
+    Preset::INT8_FP8,
+    Preset::SAGE2_INT8_FP16_F16_SMOOTH_V_PER_WARP,
+    Preset::SAGE2PP_INT4_FP8,
+    Preset::SAGE3_NVFP4,
+];
+
+/// `sample` with `slots` keys instead of its own: those behind its own hold `filler`.
+fn in_slots(sample: &Sample, slots: usize, filler: f32) -> Sample {
+    let longer = |tensor: &crate::Tensor| {
+        let [batch, heads, len, head_dim] = [0, 1, 2, 3].map(|d| tensor.view().shape()[d]);
+        let given = tensor.to_f32_vec();
+        let rows = given.chunks(len * head_dim).flat_map(|head| {
+            head.iter().copied().chain(std::iter::repeat_n(filler, (slots - len) * head_dim))
+        });
+        crate::Tensor::new(rows.collect::<Vec<f32>>(), &[batch, heads, slots, head_dim]).unwrap()
+    };
+    Sample { q: sample.q.clone(), k: longer(&sample.k), v: longer(&sample.v) }
+}
+
+/// A static KV cache: what its empty slots hold behind a mask changes nothing at all, not even that they are there.
+#[test]
+fn keys_that_no_query_sees_do_not_count() {
+    let sizes = Sizes { batch: 1, num_q_heads: 2, num_kv_heads: 1, q_len: 5, kv_len: 70, head_dim: 16 };
+    let sample = Sample::normal_with_k_bias(11, sizes, 10.0);
+    let options = Options::default();
+    let visible: Vec<bool> = (0..200).map(|j| j < 70).collect();
+    let bias: Vec<f32> = visible.iter().map(|&seen| if seen { 0.0 } else { f32::NEG_INFINITY }).collect();
+    let visible = View::contiguous("mask", &visible, &[200]).unwrap();
+    let bias = View::contiguous("mask", &bias, &[200]).unwrap();
+    for preset in FORMS {
+        let wanted = scheme(&sample.call(&options), &preset.scheme(16));
+        for filler in [0.0, 1e4, 1e30, f32::NAN, f32::INFINITY] {
+            let cache = in_slots(&sample, 200, filler);
+            for mask in [Mask::Bool(visible), Mask::Additive(bias.into())] {
+                let inputs = Inputs { mask: Some(mask), ..cache.inputs() };
+                let output = scheme(&Call::check(&inputs, &options).unwrap(), &preset.scheme(16));
+                assert_eq!(output, wanted, "{preset}, {filler} in empty slots");
+            }
+            // PyTorch's causal mask: the first query sees the first key, and the last the fifth.
+            let band = Band::causal(Alignment::TopLeft);
+            let sees =
+                |sample: &Sample| scheme(&sample.call(&Options { band, ..options }), &preset.scheme(16));
+            assert_eq!(sees(&cache), sees(&sample), "{preset}, {filler} behind the band");
+        }
+    }
+}
+
+/// Rows of padding in a padded batch, as transformers write their mask: the least finite value throughout.
+#[test]
+fn a_row_of_padding_is_the_mean_of_all_values_and_other_rows_do_not_see_it() {
+    let sample = in_slots(&Sample::normal(12, Sizes::one_head(2, 40, 16)), 64, 3.0);
+    let options = Options::default();
+    let mask: Vec<f32> = (0..2 * 64).map(|at| if at >= 40 { f32::MIN } else { 0.0 }).collect();
+    let mask = View::contiguous("mask", &mask, &[2, 64]).unwrap();
+    let call = Inputs { mask: Some(Mask::Additive(mask.into())), ..sample.inputs() };
+    let call = Call::check(&call, &options).unwrap();
+    let lens = Inputs { lengths: Lengths::KvLens(&[40]), ..sample.inputs() };
+    let lens = Call::check(&lens, &options).unwrap();
+    let v = sample.v.to_f32_vec();
+    for preset in FORMS {
+        let output = scheme(&call, &preset.scheme(16));
+        let wanted = scheme(&lens, &preset.scheme(16));
+        assert_eq!(output.out[..16], wanted.out[..16], "{preset}");
+        for channel in 0..16 {
+            let column = || v.iter().skip(channel).step_by(16).map(|&x| f64::from(x));
+            let (mean, magnitude) =
+                (column().sum::<f64>() / 64.0, column().map(f64::abs).sum::<f64>() / 64.0);
+            // E2M1 is off by a fifth at most; and V saturates at the largest value of keys that count, where 24 rows hold 3.
+            let largest = column().take(40).fold(0.0, |max: f64, x| max.max(x.abs()));
+            let bound = magnitude / 5.0 + 24.0 / 64.0 * (3.0 - largest).max(0.0);
+            assert!((output.out[16 + channel] - mean).abs() <= bound, "{preset}, channel {channel}");
+        }
+    }
+}
