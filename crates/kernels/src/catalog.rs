@@ -110,6 +110,8 @@ impl Entry {
             Kernel::Cache(kernel) => return kernel.head_dim(),
         };
         match step {
+            // Of every head.
+            Step::SeenKeys(_) | Step::RankKeys(_) => 0,
             Step::QueryMeans(config) => config.source.head_dim,
             Step::SampleK(config) | Step::SampleV(config) => config.source.head_dim,
             Step::QuantizeK(config) => config.source.head_dim,

@@ -1,9 +1,11 @@
-//! Merges the outputs of parts of the keys: `O = Σ wₛ Oₛ / Σ wₛ` with `wₛ = exp(lseₛ − max lse)` (flash decoding).
+//! Merges the outputs of parts of the keys (flash decoding): `O = Σ wₛ Oₛ / Σ wₛ` with `wₛ = ℓₛ · 2^(mₛ − max m)`, where a
+//! part's exponentials are relative to `2^mₛ` and sum to `ℓₛ`.
 
 use half::{bf16, f16};
 use sage_core::DType;
 use sage_ptx::{Code, Half, Program, Stored, Val, kernel};
 
+use crate::attention::least_lse;
 use crate::params::kernel_params;
 
 /// Rows of a block: one for each warp.
@@ -25,8 +27,9 @@ kernel_params! {
     CombineParams, CombineArgs {
         /// Outputs of the parts, `[splits, rows, head_dim]`.
         partial: [f32],
-        /// Their log-sum-exps, `[splits, rows]`.
-        partial_lse: [f32],
+        /// Of each part and row, `[splits, rows, 2]`: the base-2 score that exponentials are relative to, and their sum, 0 where
+        /// the row sees no key of the part.
+        partial_sums: [f32],
         /// Output.
         out: [u16],
         /// Log-sum-exp, `[rows]`.
@@ -71,15 +74,21 @@ impl CombineConfig {
         let p = CombineParams::declare(k);
         let row = k.block_index()[0] * ROWS as i32 + k.warp_index();
         k.exit_when(row.ge(p.total_rows));
-        let part = |split: Val<'k, i32>| p.partial_lse.at(split.mul_wide(p.total_rows) + row.widen());
+        let part = |split: Val<'k, i32>| {
+            let at = split.mul_wide(p.total_rows) + row.widen();
+            p.partial_sums.at(at * 2).load_vector::<2>()
+        };
 
         let max = k.var(f32::NEG_INFINITY).named("max");
-        k.range(0, p.splits, |split| max.set(max.get().max(part(split).load())));
-        // A row without a visible key has no part above −∞; every weight is then 0.
+        k.range(0, p.splits, |split| {
+            let [reference, sum] = part(split);
+            max.set(sum.eq(0.0).select(max.get(), max.get().max(reference)));
+        });
+        // A row without a visible key has no part that sums to anything.
         let empty = max.get().eq(f32::NEG_INFINITY);
         let weight = |split: Val<'k, i32>| {
-            let lse = part(split).load();
-            empty.select(0.0, ((lse - max.get()) * std::f32::consts::LOG2_E).exp2())
+            let [reference, sum] = part(split);
+            sum.eq(0.0).select(0.0, sum * (reference - max.get()).exp2())
         };
 
         let lanes = self.head_dim.div_ceil(32);
@@ -111,7 +120,7 @@ impl CombineConfig {
         }
         if self.lse {
             k.when(k.lane_index().eq(0), || {
-                let lse = weights.get().log2().mul_add(std::f32::consts::LN_2, max.get());
+                let lse = least_lse(max.get(), (weights.get().log2() + max.get()) * std::f32::consts::LN_2);
                 p.lse.at(row).store(empty.select(f32::NEG_INFINITY, lse));
             });
         }

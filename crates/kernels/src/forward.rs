@@ -15,7 +15,8 @@ pub use crate::choice::int8_scheme;
 use crate::choice::{choose, with_own_values};
 use crate::combine::CombineConfig;
 use crate::preprocess::{
-    ConvertVConfig, DeltaSConfig, QuantizeKConfig, QuantizeVConfig, QueryMeansConfig, SampleConfig,
+    ConvertVConfig, DeltaSConfig, QuantizeKConfig, QuantizeVConfig, QueryMeansConfig, RankKeysConfig,
+    SampleConfig, SeenKeysConfig,
 };
 use crate::sequence::Lengths;
 use crate::tuning::Shape;
@@ -130,6 +131,8 @@ pub trait Launcher {
 /// A launch, before its arguments are known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Step {
+    SeenKeys(SeenKeysConfig),
+    RankKeys(RankKeysConfig),
     QueryMeans(QueryMeansConfig),
     SampleK(SampleConfig),
     QuantizeK(QuantizeKConfig),
@@ -270,6 +273,8 @@ fn total_rows(problem: &Problem, request: &Request) -> usize {
 impl Step {
     pub(crate) fn program(&self) -> Program {
         match self {
+            Step::SeenKeys(config) => config.program(),
+            Step::RankKeys(config) => config.program(),
             Step::QueryMeans(config) => config.program(),
             Step::SampleK(config) | Step::SampleV(config) => config.program(),
             Step::QuantizeK(config) => config.program(),
@@ -283,6 +288,8 @@ impl Step {
 
     pub(crate) fn name(&self) -> String {
         match self {
+            Step::SeenKeys(config) => config.name(),
+            Step::RankKeys(config) => config.name(),
             Step::QueryMeans(config) => config.name(),
             Step::SampleK(config) | Step::SampleV(config) => config.name(),
             Step::QuantizeK(config) => config.name(),

@@ -3,7 +3,8 @@
 /// Declares a kernel's parameters as two structs with the same fields: the values inside the kernel, and the numbers
 /// that a launch passes.
 ///
-/// Field kinds: `[T]` is an array of `T` in device memory (an address for the host), `i32`, `i64` and `f32` are numbers.
+/// Field kinds: `[T]` is an array of `T` in device memory (an address for the host), `i32`, `i64` and `f32` are numbers, and
+/// `input` is a tensor whose rows are sequences': the fields of [`InputParams`](crate::preprocess::InputParams).
 macro_rules! kernel_params {
     (
         $(#[$doc:meta])*
@@ -33,22 +34,34 @@ macro_rules! kernel_params {
 
         impl $outside {
             /// Number of parameters.
-            pub const COUNT: usize = [$(stringify!($field)),*].len();
+            pub const COUNT: usize = 0 $(+ $crate::params::count!($kind))*;
 
             /// The values in the kernel's order.
             pub fn args(&self) -> [sage_ptx::Arg; Self::COUNT] {
-                [$($crate::params::arg!($kind, self.$field),)*]
+                let mut args = [sage_ptx::Arg::I32(0); Self::COUNT];
+                let mut rest = args.as_mut_slice();
+                $(
+                    let (own, after) = rest.split_at_mut($crate::params::count!($kind));
+                    own.copy_from_slice(&$crate::params::arg!($kind, self.$field));
+                    rest = after;
+                )*
+                debug_assert!(rest.is_empty());
+                args
             }
         }
     };
 }
 
 macro_rules! inside {
+    (input) => { $crate::preprocess::InputParams<'k> };
     ([$element:ty]) => { sage_ptx::Global<'k, $element> };
     ($scalar:ty) => { sage_ptx::Val<'k, $scalar> };
 }
 
 macro_rules! outside {
+    (input) => {
+        $crate::preprocess::InputArgs
+    };
     ([$element:ty]) => {
         u64
     };
@@ -58,6 +71,9 @@ macro_rules! outside {
 }
 
 macro_rules! declare {
+    ($code:ident, input, $name:expr) => {
+        $crate::preprocess::InputParams::declare($code)
+    };
     ($code:ident, [$element:ty], $name:expr) => {
         $code.global::<$element>($name)
     };
@@ -66,19 +82,31 @@ macro_rules! declare {
     };
 }
 
-macro_rules! arg {
-    ([$element:ty], $value:expr) => {
-        sage_ptx::Arg::Pointer($value)
+macro_rules! count {
+    (input) => {
+        $crate::preprocess::InputArgs::COUNT
     };
-    (i32, $value:expr) => {
-        sage_ptx::Arg::I32($value)
-    };
-    (i64, $value:expr) => {
-        sage_ptx::Arg::I64($value)
-    };
-    (f32, $value:expr) => {
-        sage_ptx::Arg::F32($value)
+    ($kind:tt) => {
+        1
     };
 }
 
-pub(crate) use {arg, declare, inside, kernel_params, outside};
+macro_rules! arg {
+    (input, $value:expr) => {
+        $value.args()
+    };
+    ([$element:ty], $value:expr) => {
+        [sage_ptx::Arg::Pointer($value)]
+    };
+    (i32, $value:expr) => {
+        [sage_ptx::Arg::I32($value)]
+    };
+    (i64, $value:expr) => {
+        [sage_ptx::Arg::I64($value)]
+    };
+    (f32, $value:expr) => {
+        [sage_ptx::Arg::F32($value)]
+    };
+}
+
+pub(crate) use {arg, count, declare, inside, kernel_params, outside};

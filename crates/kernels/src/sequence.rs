@@ -48,7 +48,8 @@ pub(crate) struct Sequence<'k> {
     pub q_len: Val<'k, i32>,
     /// First key row.
     pub kv_start: Val<'k, i32>,
-    /// Valid key rows.
+    /// Valid key rows, but where no explicit mask counts keys from the first: from `kv_start` on, those that the band lets
+    /// some query see. (Of dense tensors the host has left out the others.)
     pub kv_len: Val<'k, i32>,
     /// First key tile in the workspace.
     pub first_tile: Val<'k, i32>,
@@ -65,11 +66,44 @@ pub(crate) struct LengthParams<'k> {
     pub cu_seqlens_q: Global<'k, i32>,
     /// Boundaries of packed keys, or the valid keys of each batch entry.
     pub cu_seqlens_k: Global<'k, i32>,
+    /// Keys visible before the diagonal; [`NO_LIMIT`] for all.
+    pub window_left: Val<'k, i32>,
+    /// Keys visible after the diagonal; [`NO_LIMIT`] for all.
+    pub window_right: Val<'k, i32>,
+    /// Whether the last query sees the last key at the diagonal (1), or the first the first (0).
+    pub bottom_right: Val<'k, i32>,
 }
 
+/// "No limit" of a window: far beyond any key, and far from overflow.
+pub(crate) const NO_LIMIT: i32 = 1 << 30;
+
 impl<'k> Sequence<'k> {
-    /// Sequence `index` of the call.
-    pub fn new(code: &'k Code, lengths: Lengths, params: &LengthParams<'k>, index: Val<'k, i32>) -> Self {
+    /// Sequence `index` of the call, which has an explicit mask or not.
+    pub fn new(
+        code: &'k Code,
+        lengths: Lengths,
+        masked: bool,
+        params: &LengthParams<'k>,
+        index: Val<'k, i32>,
+    ) -> Self {
+        let sequence = Sequence::given(code, lengths, params, index);
+        if masked || lengths == Lengths::Dense { sequence } else { sequence.seen(params) }
+    }
+
+    /// The sequence with the keys that its band lets some query see: core's `Band::seen`.
+    fn seen(self, params: &LengthParams<'k>) -> Self {
+        let diagonal = params.bottom_right.ne(0).select(self.kv_len - self.q_len, 0);
+        let start = (diagonal - params.window_left).max(0).min(self.kv_len);
+        let end = (self.q_len + diagonal + params.window_right).min(self.kv_len).max(start);
+        Sequence {
+            kv_start: (self.kv_start + start).named("kv_start"),
+            kv_len: (end - start).named("kv_len"),
+            ..self
+        }
+    }
+
+    /// The sequence with all keys that the lengths give it.
+    fn given(code: &'k Code, lengths: Lengths, params: &LengthParams<'k>, index: Val<'k, i32>) -> Self {
         let zero = code.constant(0);
         let dense_tile = index * params.kv_rows.div_ceil(KEY_TILE);
         match lengths {

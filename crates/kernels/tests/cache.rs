@@ -190,7 +190,7 @@ impl Case {
         let total_rows = 2 * q_heads * self.q_len;
         let emulator = &mut cache.emulator;
         let partial = emulator.uninitialized("partial", 4 * splits * total_rows * head_dim);
-        let partial_lse = emulator.uninitialized("partial_lse", 4 * splits * total_rows);
+        let partial_sums = emulator.uninitialized("partial_sums", 8 * splits * total_rows);
         let limit = |side: Option<usize>| side.map_or(1 << 30, |n| n.min(1 << 30) as i32);
         let row = head_dim as i64;
         let args = CacheAttendArgs {
@@ -206,7 +206,7 @@ impl Case {
             values: cache.values.address(),
             value_scales: cache.value_scales.address(),
             partial: partial.address(),
-            partial_lse: partial_lse.address(),
+            partial_sums: partial_sums.address(),
             table_stride: cache.table_stride as i32,
             kv_heads: num_kv_heads as i32,
             group: self.group as i32,
@@ -227,7 +227,7 @@ impl Case {
         let lse = emulator.uninitialized("lse", 4 * total_rows);
         let args = CombineArgs {
             partial: partial.address(),
-            partial_lse: partial_lse.address(),
+            partial_sums: partial_sums.address(),
             out: out.address(),
             lse: lse.address(),
             out_stride_batch: (q_heads * self.q_len) as i64 * row,

@@ -332,6 +332,12 @@ impl Code {
         self.value(Warp::Vote(Vote::All), &[cond.in_register_operand()])
     }
 
+    /// In which lanes of the warp `cond` holds, a bit for each.
+    #[track_caller]
+    pub fn ballot<'k>(&'k self, cond: Val<'k, bool>) -> Val<'k, u32> {
+        self.value(Warp::Vote(Vote::Ballot), &[cond.in_register_operand()])
+    }
+
     /// Sleeps about `nanoseconds`.
     #[track_caller]
     pub fn sleep(&self, nanoseconds: i32) {

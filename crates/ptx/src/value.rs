@@ -381,6 +381,12 @@ impl<'k> Val<'k, u32> {
         self.code.lane(Lane::Permute, &src)
     }
 
+    /// Number of ones.
+    #[track_caller]
+    pub fn count_ones(self) -> Val<'k, i32> {
+        self.unary::<u32>(Lane::PopCount).reinterpret()
+    }
+
     /// `addend` plus the products of the four signed bytes of both.
     #[track_caller]
     pub fn dot_bytes(self, other: impl Use<'k, u32>, addend: impl Use<'k, i32>) -> Val<'k, i32> {

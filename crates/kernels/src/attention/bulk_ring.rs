@@ -275,20 +275,21 @@ impl<'k, 'c> BulkRing<'k, 'c> {
         });
     }
 
-    /// Zeros in the rows of V behind the sequence's end, which may hold anything, as products with zeros must be zeros. All
-    /// threads that compute call it, and only for a tile of V as given that has such rows.
-    pub fn clear_values(&self, rows: Val<'k, i32>, cursor: &Cursor<'k>) {
+    /// Zeros in the rows of V for which `hides` holds, of their index in the tile: they may hold anything, and products with
+    /// zeros must be zeros. All threads that compute call it, and only for a tile of V as given that has such rows.
+    pub fn clear_values(&self, hides: impl Fn(Val<'k, i32>) -> Val<'k, bool>, cursor: &Cursor<'k>) {
         let (code, form) = (self.code, self.values.form);
         let row_words = form.row_bytes / 16;
         let panel = form.panel_bytes() as i32;
         let zero = code.constant(0u32);
         let stage = self.values.memory.at(cursor.stage.get() * form.stage_bytes() as i32);
-        let first = rows * row_words as i32 + code.thread();
         let last = (form.rows * row_words) as i32;
-        code.range_by(first, last, self.config.threads() as i32, |chunk| {
-            for index in 0..form.panels as i32 {
-                stage.at(chunk * 16).plus(index * panel).cast::<u32>().store_vector([zero; 4]);
-            }
+        code.range_by(code.thread(), last, self.config.threads() as i32, |chunk| {
+            code.when(hides(chunk.split_index(row_words).0), || {
+                for index in 0..form.panels as i32 {
+                    stage.at(chunk * 16).plus(index * panel).cast::<u32>().store_vector([zero; 4]);
+                }
+            });
         });
         code.fence_async_proxy();
         self.config.barrier(code);

@@ -94,6 +94,17 @@ pub enum MaskForm {
     Bias(DType),
 }
 
+impl MaskForm {
+    /// Part of a kernel's name.
+    pub fn name(self) -> String {
+        match self {
+            MaskForm::None => "none".to_owned(),
+            MaskForm::Bool => "mask".to_owned(),
+            MaskForm::Bias(dtype) => format!("bias_{dtype}"),
+        }
+    }
+}
+
 /// Which instructions multiply, and who copies.
 #[derive(Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Engine {
@@ -232,10 +243,8 @@ impl AttentionConfig {
             Values::Fp8(a) => format!("fp8_{}", accumulator(a)),
         };
         let mut name = format!("attention_{}_{scores}_{values}_d{}", self.dtype, self.head_dim);
-        match self.mask {
-            MaskForm::None => {}
-            MaskForm::Bool => name += "_mask",
-            MaskForm::Bias(dtype) => name += &format!("_bias_{dtype}"),
+        if self.mask != MaskForm::None {
+            name += &format!("_{}", self.mask.name());
         }
         for (on, part) in [
             (self.softcap, "_softcap"),
@@ -274,7 +283,8 @@ kernel_params! {
         v: [u8],
         /// Output.
         out: [u16],
-        /// Log-sum-exp, `[sequences, q_heads, q_rows]`, or `[q_heads, total]` when packed. Of a split: `[splits]` such.
+        /// Log-sum-exp, `[sequences, q_heads, q_rows]`, or `[q_heads, total]` when packed. Of a split: pairs for
+        /// [`CombineConfig`](crate::combine::CombineConfig), `[splits]` such.
         lse: [f32],
         /// Of a split: unrounded outputs `[splits, sequences, q_heads, q_rows, head_dim]`.
         partial: [f32],
@@ -292,6 +302,12 @@ kernel_params! {
         delta_s: [f32],
         /// Explicit mask.
         mask: [u8],
+        /// Of a mask: which keys of a tile some query sees, [`SeenKeysConfig`](crate::preprocess::SeenKeysConfig).
+        seen: [u32],
+        /// Of a mask: tiles from one sequence's words to the next.
+        seen_stride_sequence: i32,
+        /// Of a mask: tiles from one key head's words to the next.
+        seen_stride_head: i32,
         /// Boundaries of packed queries.
         cu_seqlens_q: [i32],
         /// Boundaries of packed keys, or valid keys of each batch entry.

@@ -32,6 +32,7 @@ pub use config::{
     AttentionArgs, AttentionConfig, Engine, MaskForm, Scores, Tiling, ValueSource, Values, padded_dim,
 };
 use output::Output;
+pub(crate) use output::least_lse;
 use place::Place;
 use queries::Queries;
 use ring::Ring;

@@ -1,5 +1,7 @@
 //! P·V: sums of the warp's rows, and how they become the output.
 
+use std::f32::consts::{LN_2, LOG2_E};
+
 use half::f16;
 use sage_core::Accumulator as Precision;
 use sage_ptx::{
@@ -7,8 +9,9 @@ use sage_ptx::{
     MmaElement, SharedTile, Stored, Val, Var,
 };
 
-use super::config::{AttentionConfig, AttentionParams, Values};
+use super::config::{AttentionConfig, AttentionParams, MaskForm, Values};
 use super::place::Place;
+use super::scores::LEAST_REFERENCE;
 use super::softmax::{RowSum, ScoreTile, Softmax};
 
 /// Sums of P·V over the keys so far, `[m][column]` tiles of 16×8.
@@ -157,7 +160,7 @@ impl<'k, 'c> Output<'k, 'c> {
         let first_row = (place.sequence.batch * heads + place.head).mul_wide(p.q_rows)
             + place.sequence.q_start.widen()
             + place.split.widen() * p.total_rows;
-        if config.lse {
+        if config.lse || config.split {
             code.note("log-sum-exp");
             code.when((place.lane & 3).eq(0), || {
                 for (slot, sum) in rows.iter().enumerate() {
@@ -165,8 +168,13 @@ impl<'k, 'c> Output<'k, 'c> {
                     // With a cap, what smoothing took was added back before it.
                     let taken = if config.softcap { code.constant(0.0) } else { taken[slot] };
                     code.when(row.lt(place.sequence.q_len), || {
-                        let lse = sum.lse2.mul_add(std::f32::consts::LN_2, taken);
-                        p.lse.at(first_row + row.widen()).store(lse);
+                        let at = first_row + row.widen();
+                        if config.split {
+                            let reference = taken.mul_add(LOG2_E, sum.reference);
+                            p.lse.at(at * 2).store_vector([reference, sum.sum]);
+                        } else {
+                            p.lse.at(at).store(self.log_sum_exp(sum, taken));
+                        }
                     });
                 }
             });
@@ -224,6 +232,15 @@ impl<'k, 'c> Output<'k, 'c> {
                 self.store_rows::<H>(p, place, tile);
             }
             None => self.store_columns::<H>(p, place, words),
+        }
+    }
+
+    /// A row's log-sum-exp, of whose scores smoothing has taken `taken`.
+    fn log_sum_exp(&self, sum: &RowSum<'k>, taken: Val<'k, f32>) -> Val<'k, f32> {
+        let lse = sum.lse2().mul_add(LN_2, taken);
+        match self.config.mask {
+            MaskForm::Bias(_) => least_lse(sum.reference, lse),
+            _ => lse,
         }
     }
 
@@ -317,6 +334,12 @@ impl<'k, 'c> Output<'k, 'c> {
             });
         }
     }
+}
+
+/// `lse`, or the least finite number where a bias of about that much was on every key of the row: in base 2, where
+/// `reference` is, it did not fit.
+pub(crate) fn least_lse<'k>(reference: Val<'k, f32>, lse: Val<'k, f32>) -> Val<'k, f32> {
+    reference.le(-LEAST_REFERENCE / 2.0).select(reference.eq(f32::MIN).select(lse, f32::MIN), lse)
 }
 
 /// Four words of each lane of a quad: afterwards lane `i` has what was word `i` of each.

@@ -2,7 +2,8 @@
 
 use sage_ptx::{Code, Val};
 
-use super::config::{AttentionConfig, AttentionParams, Engine};
+use super::config::{AttentionConfig, AttentionParams, Engine, MaskForm};
+use crate::preprocess::SeenKeys;
 use crate::sequence::{LengthParams, Sequence};
 
 /// A block's queries, and the tiles of keys that they see. Warpgroups share tiles, of which each computes those that its own
@@ -31,6 +32,8 @@ pub(super) struct Place<'k> {
     /// Tiles from `inner_start` to `inner_end` are wholly visible to every row of the group.
     pub inner_start: Val<'k, i32>,
     pub inner_end: Val<'k, i32>,
+    /// Where a mask hides keys: those that some query sees.
+    pub seen: Option<SeenKeys<'k>>,
     /// Index of the part of the keys, where they are split.
     pub split: Val<'k, i32>,
     /// Whether the sequence has no such queries.
@@ -68,8 +71,12 @@ impl<'k> Place<'k> {
             kv_rows: p.kv_rows,
             cu_seqlens_q: p.cu_seqlens_q,
             cu_seqlens_k: p.cu_seqlens_k,
+            window_left: p.window_left,
+            window_right: p.window_right,
+            bottom_right: p.bottom_right,
         };
-        let sequence = Sequence::new(code, config.lengths, &lengths, sequence_index);
+        let masked = config.mask != MaskForm::None;
+        let sequence = Sequence::new(code, config.lengths, masked, &lengths, sequence_index);
 
         let (block_q, tile_keys) = (config.block_q() as i32, config.tiling.tile_keys);
         let first_row = (q_tile * block_q).named("first_row");
@@ -104,7 +111,12 @@ impl<'k> Place<'k> {
         // The first row sees the least at the end, the last row at the start.
         let inner_start = start_of(last_row).div_ceil(tile_keys).max(first_tile).min(end_tile);
         let inner_end = (end_of(group_row) >> tile_keys.ilog2() as i32).min(end_tile).max(inner_start);
+        let seen = masked.then(|| {
+            let first = sequence_index * p.seen_stride_sequence + kv_head * p.seen_stride_head;
+            SeenKeys::new(p.seen, first)
+        });
         Place {
+            seen,
             sequence,
             sequence_index,
             head,

@@ -5,6 +5,7 @@ use sage_ptx::{CHUNK_BYTES, Code, FragmentSource, Global, Shared, SharedTile, Va
 
 use super::config::{AttentionConfig, AttentionParams, Scores, ValueSource, Values};
 use super::place::Place;
+use crate::preprocess::SeenKeys;
 
 /// The ring of both operands.
 pub(super) struct Ring<'k, 'c> {
@@ -26,6 +27,9 @@ struct Tiles<'k> {
     rows: usize,
     chunks: usize,
     source: Source<'k>,
+    /// Of values as given, where a mask hides keys: rows that no query sees are zeros, as they may hold anything and products
+    /// with zeros must be zeros.
+    seen: Option<SeenKeys<'k>>,
 }
 
 enum Source<'k> {
@@ -79,7 +83,7 @@ impl<'k, 'c> Ring<'k, 'c> {
         };
         let rows_of_values =
             |chunks| TileShape { depth_in_rows: true, ..shape(first_value, 2 * padded, tile_keys, chunks) };
-        let values = match (config.values, config.value_source) {
+        let mut values = match (config.values, config.value_source) {
             (Values::Fp8(_), _) => {
                 shape(first_value, tile_keys, padded, tile_keys / CHUNK_BYTES).of_workspace(place, p.v)
             }
@@ -91,6 +95,9 @@ impl<'k, 'c> Ring<'k, 'c> {
                 [p.v_stride_batch, p.v_stride_head, p.v_stride_row],
             ),
         };
+        if config.value_source == ValueSource::Given {
+            values.seen = place.seen;
+        }
         let stage = code.var(0).named("stage");
         let ring = Ring { code, config, keys, values, shared, stage };
         ring.clear_unused_chunks();
@@ -216,9 +223,22 @@ impl<'k> Tiles<'k> {
                 let rows = remaining.get();
                 let round_bytes = *stride * i64::from(rows_a_round);
                 let mut from = chunk.get();
+                // Words of a mask are all asked for before the first of them is waited for.
+                let visible = self.seen.map(|seen| {
+                    let key = tile * self.rows as i32 + first_row;
+                    let of_round = |round: i32| {
+                        let there = rows.gt(round * rows_a_round);
+                        there & seen.is_visible(there.select(key + round * rows_a_round, 0))
+                    };
+                    (0..rounds as i32).map(of_round).collect::<Vec<_>>()
+                });
                 for round in 0..rounds {
                     // A copy of no bytes reads nothing, so that its address may lie anywhere.
-                    let valid = rows.gt(round as i32 * rows_a_round).select(16, 0);
+                    let valid = match &visible {
+                        Some(visible) => visible[round],
+                        None => rows.gt(round as i32 * rows_a_round),
+                    };
+                    let valid = valid.select(16, 0);
                     target(round).copy_async(Global::<u8>::at_address(from), 16, valid);
                     from = from + round_bytes.reinterpret::<u64>();
                 }
@@ -230,7 +250,9 @@ impl<'k> Tiles<'k> {
                     whole(round, &|| {
                         let (row, chunk) = (thread + (round * threads) as i32).split_index(self.chunks);
                         let key = tile * self.rows as i32 + row;
-                        let valid = key.lt(*len);
+                        let there = key.lt(*len);
+                        let valid =
+                            self.seen.map_or(there, |seen| there & seen.is_visible(there.select(key, 0)));
                         let from = base.at(valid.select(key, 0).widen() * *stride).at(chunk * 8);
                         if config.aligned {
                             target(round).copy_async(from, 16, valid.select(16, 0));
@@ -248,7 +270,7 @@ impl<'k> TileShape<'k> {
     fn from(self, source: Source<'k>) -> Tiles<'k> {
         let TileShape { stages, rows, chunks, depth_in_rows } = self;
         let fragments = if depth_in_rows { stages.rows_of_b(0) } else { stages.columns_of_b(0) };
-        Tiles { stages, fragments, rows, chunks, source }
+        Tiles { stages, fragments, rows, chunks, source, seen: None }
     }
 
     /// Tiles of the workspace.

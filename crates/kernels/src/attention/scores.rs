@@ -16,6 +16,12 @@ use crate::sequence::KEY_TILE;
 
 use std::f32::consts::LOG2_E;
 
+/// The least bias that is finite in base 2, where the least finite reference still lies below it: `-2¹²⁷`, in natural units.
+const LEAST_BIAS: f32 = -LEAST_REFERENCE / LOG2_E;
+
+/// `2¹²⁷`: rows whose scores are all biased by less have this reference, negative.
+pub(super) const LEAST_REFERENCE: f32 = f32::from_bits(254 << 23);
+
 /// How a warp's scores are computed.
 pub(super) struct Scoring<'k, 'c> {
     pub code: &'k Code,
@@ -259,8 +265,11 @@ impl<'k> ScoreTile<'k> {
     ) {
         self.first_key.code().note("scores: additive mask");
         self.for_each_of_mask::<B>(p, place, |value, bias| {
-            // A score of −∞ stays so whatever is added.
-            value.set(to_f32(bias).mul_add(LOG2_E, value.get()));
+            let bias = to_f32(bias);
+            // A bias of −∞ hides the key whatever its score is, and no other bias does: in base 2 the least finite ones would
+            // overflow. A score of −∞ stays so whatever is added.
+            let biased = bias.max_nan(LEAST_BIAS).mul_add(LOG2_E, value.get());
+            value.set(bias.eq(f32::NEG_INFINITY).select(f32::NEG_INFINITY, biased));
         });
     }
 

@@ -259,7 +259,7 @@ impl<'k> Softmax<'k> {
         }
     }
 
-    /// Each row slot's sum over all keys, and its log-sum-exp in base 2; −∞ for a row that sees no key.
+    /// Each row slot's sum over all keys.
     pub fn finish(&self) -> Vec<RowSum<'k>> {
         let rows = self.reference.iter().enumerate().map(|(slot, reference)| {
             let lanes = self.lane_sums.get(slot).map(|sum| sum.get().reduce_lanes(3, |a, b| a + b));
@@ -271,10 +271,10 @@ impl<'k> Softmax<'k> {
             // What multiplied V is divided by its own sum; the log-sum-exp is of what was not rounded.
             let (divisor, sum) = (products.or(lanes), lanes.or(products));
             let [divisor, sum] = [divisor, sum].map(|sum| sum.expect("P is summed somehow"));
-            let empty = divisor.eq(0.0);
             RowSum {
-                inverse: empty.select(0.0, divisor.recip()).named("inverse_sum"),
-                lse2: empty.select(f32::NEG_INFINITY, sum.log2() + reference.get()),
+                inverse: divisor.eq(0.0).select(0.0, divisor.recip()).named("inverse_sum"),
+                reference: reference.get(),
+                sum,
             }
         });
         rows.collect()
@@ -286,8 +286,18 @@ impl<'k> Softmax<'k> {
 pub(super) struct RowSum<'k> {
     /// `1 / Σ P`, or 0 where no key is visible.
     pub inverse: Val<'k, f32>,
-    /// Logarithm of the sum of exponentials, base 2.
-    pub lse2: Val<'k, f32>,
+    /// What exponentials are relative to, in base 2.
+    pub reference: Val<'k, f32>,
+    /// Sum of the exponentials; 0 where no key is visible.
+    pub sum: Val<'k, f32>,
+}
+
+impl<'k> RowSum<'k> {
+    /// The log-sum-exp in base 2; −∞ where no key is visible.
+    #[track_caller]
+    pub fn lse2(&self) -> Val<'k, f32> {
+        self.sum.eq(0.0).select(f32::NEG_INFINITY, self.sum.log2() + self.reference)
+    }
 }
 
 /// The bits that integer scores start from are those of the float that is taken back.

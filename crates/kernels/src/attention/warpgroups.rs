@@ -340,14 +340,35 @@ impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
         }
     }
 
-    /// Clears what lies behind the end of a sequence in its last tile of V as given: all groups meet there.
+    /// Clears what no query sees in a tile of V as given, whether a mask hides it or it lies behind the end of the sequence: all
+    /// groups meet there.
     fn clear_values(&self, tile: Val<'k, i32>, cursor: &Cursor<'k>) {
-        let config = self.config;
-        if config.lengths != Lengths::Dense && config.value_source == ValueSource::Given {
-            let rows = self.scoring.place.sequence.kv_len - tile * config.tiling.tile_keys as i32;
-            self.code.when(rows.lt(config.tiling.tile_keys as i32), || {
-                self.ring.clear_values(rows, cursor);
+        let (k, config, place) = (self.code, self.config, &self.scoring.place);
+        let tile_keys = config.tiling.tile_keys as i32;
+        if config.value_source != ValueSource::Given {
+            return;
+        }
+        if let Some(seen) = place.seen {
+            let parts = tile_keys / KEY_TILE as i32;
+            let first = tile * parts;
+            // Only the first of several parts always has keys, and words.
+            let words = |part: i32| {
+                let last = place.sequence.kv_len.div_ceil(KEY_TILE) - 1;
+                seen.tile(if part == 0 { first } else { (first + part).min(last) })
+            };
+            let all = (0..parts).map(|part| words(part).all_visible());
+            let all = all.reduce(|a, b| a & b).unwrap_or(k.constant(true));
+            k.when(!all, || {
+                let hides = |row: Val<'k, i32>| {
+                    let key = tile * tile_keys + row;
+                    let there = key.lt(place.sequence.kv_len);
+                    !(there & seen.is_visible(there.select(key, 0)))
+                };
+                self.ring.clear_values(hides, cursor);
             });
+        } else if config.lengths != Lengths::Dense {
+            let rows = place.sequence.kv_len - tile * tile_keys;
+            k.when(rows.lt(tile_keys), || self.ring.clear_values(|row| row.ge(rows), cursor));
         }
     }
 

@@ -66,8 +66,8 @@ kernel_params! {
         value_scales: [f32],
         /// Outputs of the parts, `[splits, batch · q_heads · q_len, head_dim]`.
         partial: [f32],
-        /// Their log-sum-exps, `[splits, batch · q_heads · q_len]`.
-        partial_lse: [f32],
+        /// Of each, `[.., 2]`: the base-2 score that exponentials are relative to, and their sum.
+        partial_sums: [f32],
         /// Pages in a row of the tables.
         table_stride: i32,
         /// Key heads.
@@ -448,8 +448,7 @@ impl CacheAttendConfig {
                 .iter()
                 .enumerate()
                 .fold(zero, |sum, (w, weight)| sums.plus(at(w)).load().mul_add(*weight, sum));
-            let empty = sum.eq(0.0);
-            let inverse = empty.select(0.0, sum.recip());
+            let inverse = sum.eq(0.0).select(0.0, sum.recip());
             let line = split.mul_wide(total_rows) + row.index.widen();
             code.when(row.exists, || {
                 code.range_by(code.thread(), self.storage.head_dim as i32, THREADS as i32, |c| {
@@ -460,8 +459,7 @@ impl CacheAttendConfig {
                     to.store(out * inverse);
                 });
                 code.when(code.thread().eq(0), || {
-                    let lse = (max + sum.log2()) * std::f32::consts::LN_2;
-                    p.partial_lse.at(line).store(empty.select(f32::NEG_INFINITY, lse));
+                    p.partial_sums.at(line * 2).store_vector([max, sum]);
                 });
             });
         }

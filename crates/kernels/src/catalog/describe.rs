@@ -10,9 +10,14 @@ pub(super) fn describe(step: &Step) -> String {
     let of = |source: &Source| {
         let lengths = lengths(source.lengths);
         let unaligned = if source.aligned { "" } else { ", unaligned rows" };
-        format!("{}, head_dim {}{lengths}{unaligned}", source.dtype, source.head_dim)
+        let masked = if source.masked { ", masked" } else { "" };
+        format!("{}, head_dim {}{lengths}{unaligned}{masked}", source.dtype, source.head_dim)
     };
     match step {
+        Step::SeenKeys(config) => {
+            format!("keys that some query sees; {}{}", config.mask.name(), lengths(config.lengths))
+        }
+        Step::RankKeys(_) => "how many keys before each tile count, behind a mask".to_owned(),
         Step::QueryMeans(config) => {
             format!("Q: means of {} rows; {}", config.block, of(&config.source))
         }

@@ -3,17 +3,17 @@
 use sage_core::{Alignment, Problem};
 use sage_ptx::{Arg, BoxedTensor};
 
-use super::layout::Layout;
-use super::{Launcher, Request, Step, Tensors, total_rows};
+use super::layout::{Layout, seen_tiles};
+use super::{Launcher, Request, Step, TensorArg, Tensors, total_rows};
 use crate::attention::{
     AttentionArgs, AttentionConfig, Engine, Scores, ValueSource, boxed_tensors, stage_bytes,
 };
 use crate::combine::CombineArgs;
-use crate::preprocess::{ConvertVArgs, DeltaSArgs, QuantizeKArgs, QuantizeVArgs, QueryMeansArgs, SampleArgs};
-use crate::sequence::{KEY_TILE, Lengths, total_key_tiles};
-
-/// "No limit" of a window: far beyond any key, and far from overflow.
-const NO_LIMIT: i32 = 1 << 30;
+use crate::preprocess::{
+    ConvertVArgs, DeltaSArgs, InputArgs, QuantizeKArgs, QuantizeVArgs, QueryMeansArgs, RankKeysArgs,
+    SampleArgs, SeenKeysArgs,
+};
+use crate::sequence::{KEY_TILE, Lengths, NO_LIMIT, total_key_tiles};
 
 /// Bytes of K or V by which their statistics run ahead of quantising. At 16 KiB a tile these are more blocks than a GPU
 /// holds at once, so that none waits; and a quarter of the L2 cache of the large GPUs, which is cut in halves that may
@@ -53,36 +53,45 @@ impl Arguments<'_> {
         let at = |offset: u64| self.workspace + offset;
         let layout = self.layout;
         let key_tiles = total_key_tiles(request.lengths, batch, request.kv_rows) as i32;
-        let rows = request.kv_rows as i32;
         let lead = lead(problem);
         match step {
-            Step::QueryMeans(config) => {
-                let [stride_batch, stride_head, stride_row] = t.q.strides;
-                let args = QueryMeansArgs {
-                    x: t.q.address,
-                    mean: at(layout.q_mean),
-                    cu_seqlens: t.cu_seqlens_q,
-                    stride_batch,
+            Step::SeenKeys(config) => {
+                let args = self.seen_keys();
+                let (heads, sequences) = self.seen_heads();
+                launch(config.grid(kv_len, heads, sequences), &args.args())
+            }
+            Step::RankKeys(config) => {
+                let [stride_sequence, stride_head] = self.seen_strides();
+                let args = RankKeysArgs {
+                    seen: at(layout.seen),
+                    ranks: at(layout.ranks),
+                    tiles: kv_len.div_ceil(KEY_TILE) as i32,
+                    stride_sequence,
                     stride_head,
-                    stride_row,
-                    rows: request.q_rows as i32,
+                };
+                let (heads, sequences) = self.seen_heads();
+                launch(config.grid(heads, sequences), &args.args())
+            }
+            Step::QueryMeans(config) => {
+                let queries = InputArgs::unmasked(t.q.address, t.q.strides, request.q_rows);
+                let args = QueryMeansArgs {
+                    input: InputArgs {
+                        cu_seqlens: t.cu_seqlens_q,
+                        cu_seqlens_q: t.cu_seqlens_q,
+                        q_rows: request.q_rows as i32,
+                        ..queries
+                    },
+                    mean: at(layout.q_mean),
                 };
                 launch(config.grid(problem.q_len, problem.num_q_heads, batch), &args.args())
             }
             Step::SampleK(config) | Step::SampleV(config) => {
                 let of_keys = matches!(step, Step::SampleK(_));
-                let tensor = if of_keys { &t.k } else { &t.v };
-                let [stride_batch, stride_head, stride_row] = tensor.strides;
                 let args = SampleArgs {
-                    x: tensor.address,
+                    input: self.keys(if of_keys { &t.k } else { &t.v }),
                     mean: at(layout.k_mean),
                     scale: at(layout.v_scale),
                     factor: at(layout.v_factor),
-                    cu_seqlens: t.cu_seqlens_k,
-                    stride_batch,
-                    stride_head,
-                    stride_row,
-                    rows,
                     v_max: self.v_max,
                     counters: self.workspace,
                     counter_count: if of_keys { (layout.counters / 4) as i32 } else { 0 },
@@ -90,19 +99,13 @@ impl Arguments<'_> {
                 launch(config.grid(heads, batch), &args.args())
             }
             Step::QuantizeK(config) => {
-                let [stride_batch, stride_head, stride_row] = t.k.strides;
                 let args = QuantizeKArgs {
-                    x: t.k.address,
+                    input: self.keys(&t.k),
                     out: at(layout.k),
                     scale: at(layout.k_scale),
                     mean: at(layout.k_mean),
                     partials: at(layout.k_partials),
                     arrivals: at(layout.k_arrivals),
-                    cu_seqlens: t.cu_seqlens_k,
-                    stride_batch,
-                    stride_head,
-                    stride_row,
-                    rows,
                     key_tiles,
                     kv_heads: heads as i32,
                     sequences: batch as i32,
@@ -111,19 +114,11 @@ impl Arguments<'_> {
                 launch(config.grid(kv_len, heads, batch, lead), &args.args())
             }
             Step::DeltaS(config) => {
-                let [stride_batch, stride_head, stride_row] = t.k.strides;
                 let args = DeltaSArgs {
-                    x: t.k.address,
+                    input: self.keys(&t.k),
                     k_mean: at(layout.k_mean),
                     q_mean: at(layout.q_mean),
                     delta_s: at(layout.delta_s),
-                    cu_seqlens: t.cu_seqlens_k,
-                    cu_seqlens_q: t.cu_seqlens_q,
-                    stride_batch,
-                    stride_head,
-                    stride_row,
-                    rows,
-                    q_rows: request.q_rows as i32,
                     group_size: problem.group_size() as i32,
                     q_blocks: self.q_blocks as i32,
                     block_rows: self.q_block as i32,
@@ -131,9 +126,8 @@ impl Arguments<'_> {
                 launch(config.grid(kv_len, heads, batch), &args.args())
             }
             Step::QuantizeV(config) => {
-                let [stride_batch, stride_head, stride_row] = t.v.strides;
                 let args = QuantizeVArgs {
-                    x: t.v.address,
+                    input: self.keys(&t.v),
                     out: at(layout.v),
                     mean: at(layout.v_mean),
                     scale: at(layout.v_scale),
@@ -141,11 +135,6 @@ impl Arguments<'_> {
                     partials: at(layout.v_partials),
                     arrivals: at(layout.v_arrivals),
                     marked: at(layout.v_marked),
-                    cu_seqlens: t.cu_seqlens_k,
-                    stride_batch,
-                    stride_head,
-                    stride_row,
-                    rows,
                     key_tiles,
                     v_max: self.v_max,
                     kv_heads: heads as i32,
@@ -155,17 +144,7 @@ impl Arguments<'_> {
                 launch(config.grid(kv_len, heads, batch, lead), &args.args())
             }
             Step::ConvertV(config) => {
-                let [stride_batch, stride_head, stride_row] = t.v.strides;
-                let args = ConvertVArgs {
-                    x: t.v.address,
-                    out: at(layout.v),
-                    cu_seqlens: t.cu_seqlens_k,
-                    stride_batch,
-                    stride_head,
-                    stride_row,
-                    rows,
-                    key_tiles,
-                };
+                let args = ConvertVArgs { input: self.keys(&t.v), out: at(layout.v), key_tiles };
                 launch(config.grid(kv_len, heads, batch), &args.args())
             }
             Step::Attention(config) => {
@@ -187,7 +166,7 @@ impl Arguments<'_> {
                 let total_rows = total_rows(problem, request);
                 let args = CombineArgs {
                     partial: at(layout.partial),
-                    partial_lse: at(layout.partial_lse),
+                    partial_sums: at(layout.partial_sums),
                     out: t.out.address,
                     lse: t.lse,
                     out_stride_batch,
@@ -201,6 +180,79 @@ impl Arguments<'_> {
                 launch(config.grid(total_rows), &args.args())
             }
         }
+    }
+
+    /// K or V, with what says which of its rows count.
+    fn keys(&self, tensor: &TensorArg) -> InputArgs {
+        let (request, t) = (self.request, self.tensors);
+        let [window_left, window_right] = self.window();
+        let [seen_stride_sequence, seen_stride_head] = self.seen_strides();
+        InputArgs {
+            cu_seqlens: t.cu_seqlens_k,
+            q_rows: request.q_rows as i32,
+            cu_seqlens_q: t.cu_seqlens_q,
+            window_left,
+            window_right,
+            bottom_right: self.bottom_right(),
+            seen: self.workspace + self.layout.seen,
+            ranks: self.workspace + self.layout.ranks,
+            seen_stride_sequence,
+            seen_stride_head,
+            ..InputArgs::unmasked(tensor.address, tensor.strides, request.kv_rows)
+        }
+    }
+
+    fn seen_keys(&self) -> SeenKeysArgs {
+        let (problem, request, t) = (self.problem, self.request, self.tensors);
+        let (mask, [batch, head, row, key]) = t.mask;
+        let [window_left, window_right] = self.window();
+        let [stride_sequence, stride_head] = self.seen_strides();
+        let alike = row == 0 && problem.band.is_full();
+        SeenKeysArgs {
+            mask,
+            mask_stride_batch: batch,
+            mask_stride_head: head,
+            mask_stride_row: row,
+            mask_stride_key: key,
+            heads: if head == 0 { 1 } else { problem.group_size() as i32 },
+            rows: if alike { 1 } else { request.q_rows as i32 },
+            q_rows: request.q_rows as i32,
+            kv_rows: request.kv_rows as i32,
+            cu_seqlens: t.cu_seqlens_k,
+            window_left,
+            window_right,
+            bottom_right: self.bottom_right(),
+            seen: self.workspace + self.layout.seen,
+            stride_sequence,
+            stride_head,
+        }
+    }
+
+    /// Key heads and sequences with a mask of their own.
+    fn seen_heads(&self) -> (usize, usize) {
+        let [stride_sequence, stride_head] = self.seen_strides();
+        let of = |stride: i32, all: usize| if stride == 0 { 1 } else { all };
+        (of(stride_head, self.problem.num_kv_heads), of(stride_sequence, self.problem.batch))
+    }
+
+    /// Tiles from one sequence's words of keys that are seen to the next, and from one head's: 0 where the mask is the same.
+    fn seen_strides(&self) -> [i32; 2] {
+        let (_, [batch, head, ..]) = self.tensors.mask;
+        let tiles = seen_tiles(self.problem);
+        let of_head = if head == 0 { 0 } else { tiles };
+        let heads = if head == 0 { 1 } else { self.problem.num_kv_heads };
+        let alike = batch == 0 && self.request.lengths == Lengths::Dense;
+        [if alike { 0 } else { heads * tiles }, of_head].map(|stride| stride as i32)
+    }
+
+    /// Keys visible before and after the diagonal.
+    fn window(&self) -> [i32; 2] {
+        let band = self.problem.band;
+        [band.left, band.right].map(|side| side.map_or(NO_LIMIT, |reach| reach.min(NO_LIMIT as usize) as i32))
+    }
+
+    fn bottom_right(&self) -> i32 {
+        i32::from(self.problem.band.alignment == Alignment::BottomRight)
     }
 
     /// Tiles of queries, heads and sequences of the attention kernel.
@@ -240,7 +292,8 @@ impl Arguments<'_> {
     fn attention(&self, config: &AttentionConfig, key_tiles: i32) -> AttentionArgs {
         let (problem, request, t, layout) = (self.problem, self.request, self.tensors, self.layout);
         let at = |offset: u64| self.workspace + offset;
-        let limit = |side: Option<usize>| side.map_or(NO_LIMIT, |n| n.min(NO_LIMIT as usize) as i32);
+        let [window_left, window_right] = self.window();
+        let [seen_stride_sequence, seen_stride_head] = self.seen_strides();
         let quantised = matches!(config.scores, Scores::Int(_));
         let workspace_v = config.value_source == ValueSource::Workspace;
         let [q_tiles, heads, sequences] = self.pieces(config);
@@ -249,7 +302,7 @@ impl Arguments<'_> {
             k: if quantised { at(layout.k) } else { t.k.address },
             v: if workspace_v { at(layout.v) } else { t.v.address },
             out: t.out.address,
-            lse: if config.split { at(layout.partial_lse) } else { t.lse },
+            lse: if config.split { at(layout.partial_sums) } else { t.lse },
             partial: at(layout.partial),
             k_scale: at(layout.k_scale),
             k_mean: at(layout.k_mean),
@@ -258,6 +311,9 @@ impl Arguments<'_> {
             q_mean: at(layout.q_mean),
             delta_s: at(layout.delta_s),
             mask: t.mask.0,
+            seen: at(layout.seen),
+            seen_stride_sequence,
+            seen_stride_head,
             cu_seqlens_q: t.cu_seqlens_q,
             cu_seqlens_k: t.cu_seqlens_k,
             q_stride_batch: t.q.strides[0],
@@ -283,9 +339,9 @@ impl Arguments<'_> {
             key_tiles,
             q_blocks: self.q_blocks as i32,
             max_tiles: problem.kv_len.div_ceil(KEY_TILE).max(1) as i32,
-            window_left: limit(problem.band.left),
-            window_right: limit(problem.band.right),
-            bottom_right: i32::from(problem.band.alignment == Alignment::BottomRight),
+            window_left,
+            window_right,
+            bottom_right: self.bottom_right(),
             splits: self.splits as i32,
             taken: layout.pieces_taken.map_or(0, at),
             q_tiles: q_tiles as i32,

@@ -4,7 +4,9 @@ use sage_core::Problem;
 
 use super::{Request, Step, total_rows};
 use crate::attention::{Engine, padded_dim};
-use crate::preprocess::{ColumnStatistics, KeyMean, QuantizeKConfig, QuantizeVConfig, ValueScales};
+use crate::preprocess::{
+    ColumnStatistics, KeyMean, QuantizeKConfig, QuantizeVConfig, SEEN_WORDS, ValueScales,
+};
 use crate::sequence::{KEY_TILE, total_key_tiles};
 
 /// Offsets in the workspace.
@@ -16,6 +18,8 @@ pub(super) struct Layout {
     pub v_marked: u64,
     /// End of the counters, which the first launch that samples K, or who runs the pass, sets to zero.
     pub counters: u64,
+    pub seen: u64,
+    pub ranks: u64,
     pub k: u64,
     pub k_scale: u64,
     pub k_mean: u64,
@@ -28,7 +32,7 @@ pub(super) struct Layout {
     pub q_mean: u64,
     pub delta_s: u64,
     pub partial: u64,
-    pub partial_lse: u64,
+    pub partial_sums: u64,
     pub bytes: u64,
 }
 
@@ -67,8 +71,11 @@ impl Layout {
             }
         }
         layout.counters = take(0);
+        let seen_tiles = problem.batch * heads * seen_tiles(problem);
         for step in steps {
             match step {
+                Step::SeenKeys(_) => layout.seen = take(4 * SEEN_WORDS * seen_tiles),
+                Step::RankKeys(_) => layout.ranks = take(4 * seen_tiles),
                 Step::QueryMeans(_) => {
                     let blocks = query_blocks(problem, steps);
                     layout.q_mean = take(4 * problem.batch * problem.num_q_heads * blocks * padded);
@@ -103,7 +110,7 @@ impl Layout {
                 Step::Combine(_) => {
                     let rows = splits * total_rows(problem, request);
                     layout.partial = take(4 * rows * problem.head_dim);
-                    layout.partial_lse = take(4 * rows);
+                    layout.partial_sums = take(8 * rows);
                 }
                 Step::SampleK(_) | Step::SampleV(_) | Step::Attention(_) => {}
             }
@@ -111,6 +118,11 @@ impl Layout {
         layout.bytes = take(0);
         layout
     }
+}
+
+/// Tiles of a head's words of keys that are seen, and one more for the number of all that count.
+pub(super) fn seen_tiles(problem: &Problem) -> usize {
+    problem.kv_len.div_ceil(KEY_TILE).max(1) + 1
 }
 
 /// Query rows that share a mean; 0 where none is subtracted.

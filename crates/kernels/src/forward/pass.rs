@@ -12,7 +12,7 @@ use crate::choice::FEW_QUERIES;
 use crate::combine::CombineConfig;
 use crate::preprocess::{
     ColumnStatistics, ConvertVConfig, DeltaSConfig, KeyMean, QuantizeKConfig, QuantizeVConfig,
-    QueryMeansConfig, SampleConfig, Source, ValueScales,
+    QueryMeansConfig, RankKeysConfig, SampleConfig, SeenKeysConfig, Source, ValueScales,
 };
 use crate::sequence::{KEY_TILE, Lengths};
 use crate::tuning::{Shape, Tuned, tiling};
@@ -32,6 +32,7 @@ impl Pass<'_> {
             head_dim: self.problem.head_dim,
             aligned: self.request.aligned,
             lengths: self.request.lengths,
+            masked: self.request.mask != MaskForm::None,
         }
     }
 
@@ -52,6 +53,13 @@ impl Pass<'_> {
         let (values, convert) = self.values()?;
         let source = self.source();
         let mut steps = Vec::new();
+        if source.masked {
+            steps.push(Step::SeenKeys(SeenKeysConfig { mask: request.mask, lengths: request.lengths }));
+            // Only means and scales ask which keys count.
+            if quantised || convert.is_some() || matches!(values, Values::Fp8(_)) {
+                steps.push(Step::RankKeys(RankKeysConfig));
+            }
+        }
 
         let smooth_q = match scheme.smooth.q {
             SmoothQ::Off => None,
@@ -63,7 +71,10 @@ impl Pass<'_> {
         };
         if let Some(block) = smooth_q {
             let lengths = if request.lengths == Lengths::Packed { Lengths::Packed } else { Lengths::Dense };
-            steps.push(Step::QueryMeans(QueryMeansConfig { source: Source { lengths, ..source }, block }));
+            steps.push(Step::QueryMeans(QueryMeansConfig {
+                source: Source { lengths, masked: false, ..source },
+                block,
+            }));
         }
         if quantised {
             if let Scores::Int(quantizer) = scores {
@@ -169,7 +180,6 @@ impl Pass<'_> {
         if splits > 1 {
             reasons.push(format!("keys in {splits} parts: the query blocks alone would leave the GPU idle"));
             attention.split = true;
-            attention.lse = true;
         }
         steps.push(Step::Attention(attention));
         if splits > 1 {

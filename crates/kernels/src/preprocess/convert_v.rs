@@ -4,7 +4,7 @@ use half::{bf16, f16};
 use sage_core::DType;
 use sage_ptx::{Code, Half, Program, Scalar, Val, kernel};
 
-use super::tile_load::{Head, ROWS, RowOrder, Source, input, tile_grid};
+use super::tile_load::{Head, ROWS, RowOrder, Source, tile_grid};
 use crate::params::kernel_params;
 use crate::sequence::KEY_TILE;
 
@@ -22,19 +22,9 @@ kernel_params! {
     /// What a launch of [`ConvertVConfig`] passes. Strides are in elements.
     ConvertVParams, ConvertVArgs {
         /// V as given.
-        x: [u16],
+        input: input,
         /// Tiles.
         out: [u16],
-        /// Boundaries of packed sequences, or the valid keys of each batch entry.
-        cu_seqlens: [i32],
-        /// Stride of the batch.
-        stride_batch: i64,
-        /// Stride of the heads.
-        stride_head: i64,
-        /// Stride of the rows.
-        stride_row: i64,
-        /// Rows of the tensor.
-        rows: i32,
         /// Tiles of the workspace, all sequences together.
         key_tiles: i32,
     }
@@ -64,7 +54,7 @@ impl ConvertVConfig {
     fn write(&self, code: &Code) {
         self.source.bound_registers(code, 1024);
         let p = ConvertVParams::declare(code);
-        let head = Head::new(code, &self.source, &input!(p));
+        let head = Head::new(code, &self.source, &p.input);
         let [tile, ..] = code.block_index();
         code.exit_when((tile * KEY_TILE as i32).ge(head.len()));
 

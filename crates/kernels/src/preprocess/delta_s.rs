@@ -2,9 +2,9 @@
 
 use sage_ptx::{Code, Global, Program, Shared, Val, Var, kernel};
 
-use super::tile_load::{CHUNK, Head, ROWS, RowOrder, Source, input, tile_grid};
+use super::tile_load::{CHUNK, Head, ROWS, RowOrder, Source, tile_grid};
 use crate::params::kernel_params;
-use crate::sequence::{KEY_TILE, LengthParams, Sequence};
+use crate::sequence::KEY_TILE;
 
 /// Computes `ΔS = ⟨q̄, K − k̄⟩` for each block of queries and each key, in single precision and not scaled: a block for
 /// each tile of K, which it reads once for all query heads that share it.
@@ -20,7 +20,7 @@ kernel_params! {
     /// What a launch of [`DeltaSConfig`] passes. Strides are in elements.
     DeltaSParams, DeltaSArgs {
         /// K as given.
-        x: [u16],
+        input: input,
         /// Means of K, `[sequences][kv_heads][padded_dim]`.
         k_mean: [f32],
         /// Means of query blocks, `[sequences][q_heads][q_blocks][padded_dim]`.
@@ -28,20 +28,6 @@ kernel_params! {
         /// ΔS, `[sequences][q_heads][q_blocks][max_tiles · 64]`, with the grid's blocks along x. Keys beyond the end of
         /// a tile's sequence have zeros; tiles beyond it are not written.
         delta_s: [f32],
-        /// Boundaries of packed sequences, or the valid keys of each batch entry.
-        cu_seqlens: [i32],
-        /// Boundaries of packed queries.
-        cu_seqlens_q: [i32],
-        /// Stride of the batch.
-        stride_batch: i64,
-        /// Stride of the heads.
-        stride_head: i64,
-        /// Stride of the rows.
-        stride_row: i64,
-        /// Rows of the tensor.
-        rows: i32,
-        /// Query rows of the tensors.
-        q_rows: i32,
         /// Query heads that share a key head.
         group_size: i32,
         /// Blocks of query means of a sequence.
@@ -92,15 +78,9 @@ impl DeltaSConfig {
 
     fn write(&self, code: &Code) {
         let p = DeltaSParams::declare(code);
-        let head = Head::new(code, &self.source, &input!(p));
+        let head = Head::new(code, &self.source, &p.input);
         let ([tile, _, index], [tiles, kv_heads, _]) = (code.block_index(), code.grid());
-        let lengths = LengthParams {
-            q_rows: p.q_rows,
-            kv_rows: p.rows,
-            cu_seqlens_q: p.cu_seqlens_q,
-            cu_seqlens_k: p.cu_seqlens,
-        };
-        let q_len = Sequence::new(code, self.source.lengths, &lengths, index).q_len;
+        let q_len = head.sequence.q_len;
         code.exit_when((tile * KEY_TILE as i32).ge(head.len()) | q_len.le(0));
 
         let keys = code.shared::<f32>("keys", KEY_TILE * self.pitch() as usize);

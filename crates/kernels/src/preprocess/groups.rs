@@ -21,16 +21,16 @@ pub(crate) const fn groups_of_tile(granularity: Granularity) -> usize {
 /// the tile.
 pub(super) type Group<'k> = (Val<'k, i32>, Val<'k, i32>);
 
-/// The group that all the thread's rows belong to; `max` is their largest magnitude.
+/// The group that all the thread's rows belong to; `max` is their largest magnitude, as bits.
 #[track_caller]
-pub(super) fn group_maximum<'k>(head: &Head<'k>, granularity: Granularity, max: Val<'k, f32>) -> Group<'k> {
+pub(super) fn group_maximum<'k>(head: &Head<'k>, granularity: Granularity, max: Val<'k, i32>) -> Group<'k> {
     let of_row = head.source.padded_dim() / CHUNK;
     let (threads, group) = match granularity {
         // Two rows of every eight: neighbouring threads.
         Granularity::PerThread => (2 * of_row, head.part >> 1),
         _ => (ROWS * of_row, head.code.constant(0)),
     };
-    (among_neighbours(head, max.reinterpret(), threads), group)
+    (among_neighbours(head, max, threads), group)
 }
 
 /// Each of the thread's rows by itself.

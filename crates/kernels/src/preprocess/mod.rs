@@ -11,9 +11,11 @@
 //! | E4M3 V | `[kv_heads][T][P][64]`, tokens in the order of `sage_core::oracle::v_token_slot` |
 //! | 16-bit V | `[kv_heads][T][64][P]` |
 //! | means, scales and factors of channels | f32 `[sequences][heads][P]` |
+//! | keys that count and keys that are visible | u32 `[sequences][kv_heads][tiles + 1][4]`, [`SeenKeysConfig`] |
+//! | how many keys before a tile count | i32 `[sequences][kv_heads][tiles + 1]`, [`RankKeysConfig`] |
 //!
 //! Every byte of a tile that belongs to a sequence is written: zeros where the sequence has no row or the head no
-//! channel.
+//! channel, and in rows that an explicit mask hides from every query.
 //!
 //! A kernel that needs statistics of whole columns computes them itself: in its launch they run a few heads ahead
 //! of the blocks that need them, so that hardly any block waits, and tiles are read again from the L2 cache. Statistics of a few
@@ -23,19 +25,25 @@ mod ahead;
 mod convert_v;
 mod delta_s;
 mod groups;
+mod input;
 mod quantize_k;
 mod quantize_v;
 mod query_means;
 mod sample;
+mod seen;
 mod statistics;
 mod tile_load;
 
 pub use convert_v::{ConvertVArgs, ConvertVConfig};
 pub use delta_s::{DeltaSArgs, DeltaSConfig};
 pub(crate) use groups::groups_of_tile;
+pub use input::InputArgs;
+pub(crate) use input::InputParams;
 pub use quantize_k::{KeyMean, QuantizeKArgs, QuantizeKConfig};
 pub use quantize_v::{QuantizeVArgs, QuantizeVConfig, ValueScales};
 pub use query_means::{QueryMeansArgs, QueryMeansConfig};
 pub use sample::{SampleArgs, SampleConfig};
+pub(crate) use seen::SeenKeys;
+pub use seen::{RankKeysArgs, RankKeysConfig, SEEN_WORDS, SeenKeysArgs, SeenKeysConfig};
 pub use statistics::ColumnStatistics;
 pub use tile_load::Source;

@@ -6,8 +6,8 @@ use sage_ptx::{Code, Program, Val, Var, kernel};
 use super::ahead::{self, Work};
 use super::groups::{Group, group_maxima_per_token, group_maximum, groups_of_tile};
 use super::statistics::{ColumnStatistics, Meeting, Outputs};
-use super::tile_load::{CHUNK, Head, ROWS, RowOrder, Rows, Source, input, tile_grid};
-use crate::integer::Step;
+use super::tile_load::{CHUNK, Head, ROWS, RowOrder, Rows, Source, tile_grid};
+use crate::integer::{Step, magnitude_bits};
 use crate::params::kernel_params;
 use crate::sequence::KEY_TILE;
 
@@ -43,7 +43,7 @@ kernel_params! {
     /// What a launch of [`QuantizeKConfig`] passes. Strides are in elements.
     QuantizeKParams, QuantizeKArgs {
         /// K as given.
-        x: [u16],
+        input: input,
         /// Integer tiles.
         out: [u8],
         /// Scales, `[kv_heads][key_tiles][groups]`.
@@ -54,16 +54,6 @@ kernel_params! {
         partials: [f32],
         /// Where it is collected: `[sequences][kv_heads]`, zeros before every launch.
         arrivals: [u32],
-        /// Boundaries of packed sequences, or the valid keys of each batch entry.
-        cu_seqlens: [i32],
-        /// Stride of the batch.
-        stride_batch: i64,
-        /// Stride of the heads.
-        stride_head: i64,
-        /// Stride of the rows.
-        stride_row: i64,
-        /// Rows of the tensor.
-        rows: i32,
         /// Tiles of the workspace, all sequences together.
         key_tiles: i32,
         /// Where it is collected: heads of a sequence.
@@ -162,7 +152,7 @@ impl QuantizeKConfig {
         };
         let [_, heads, _] = code.grid();
         let heads = if collected { p.kv_heads } else { heads };
-        let head = Head::at(code, &self.source, &input!(p), [work.sequence, work.head], heads);
+        let head = Head::at(code, &self.source, &p.input, [work.sequence, work.head], heads);
         let first_tile = head.head * p.key_tiles + head.sequence.first_tile;
         let mean = ColumnStatistics::Mean;
         let meeting =
@@ -222,7 +212,8 @@ impl QuantizeKConfig {
 
         code.note("integers");
         let ordinary = (0..of_tile).map(|i| step(i).is_ordinary()).reduce(|a, b| a & b);
-        let ordinary = ordinary.unwrap_or(code.constant(true)) & rows.whole();
+        // A row that does not count may exceed its group's scale.
+        let ordinary = ordinary.unwrap_or(code.constant(true)) & rows.all_count();
         let row_bytes = self.row_bytes() as i32;
         let tile_start = workspace_tile.widen() * i64::from(self.tile_bytes() as i32);
         let thread_start =
@@ -265,7 +256,19 @@ impl QuantizeKConfig {
         };
         let maxima = || -> [Val<'k, f32>; ROWS] { std::array::from_fn(of_row) };
         if self.granularity == Granularity::PerToken {
+            // A row that does not count is alone in its group, and so is measured all the same.
             return group_maxima_per_token(head, &maxima());
+        }
+        if self.source.masked {
+            let maxima = maxima();
+            let of_rows = |enters: &dyn Fn(usize) -> Val<'k, bool>| {
+                // Below the bits of every magnitude: of no row.
+                let bits = (0..ROWS).map(|i| enters(i).select(magnitude_bits(maxima[i]), -1));
+                group_maximum(head, self.granularity, bits.reduce(Val::max).unwrap_or(code.constant(-1)))
+            };
+            let (counted, group) = of_rows(&|i| rows.counts(i));
+            let (visible, _) = of_rows(&|i| rows.valid(i));
+            return vec![(counted.lt(0).select(visible, counted).max(0), group); ROWS];
         }
         let max = Var::new(code);
         let whole = || {
@@ -277,7 +280,7 @@ impl QuantizeKConfig {
             max.set(of_extremes(true).max_nan(of_extremes(false)));
         };
         code.if_else(rows.whole(), whole, || max.set(magnitude(maxima())));
-        vec![group_maximum(head, self.granularity, max.get()); ROWS]
+        vec![group_maximum(head, self.granularity, max.get().reinterpret()); ROWS]
     }
 
     /// The thread's part of a row, packed.

@@ -5,7 +5,7 @@ use sage_ptx::{Code, Program, Val, kernel};
 
 use super::ahead::{self, Work};
 use super::statistics::{ColumnStatistics, Meeting, Outputs, Part};
-use super::tile_load::{CHUNK, Head, ROWS, RowOrder, Rows, Source, input, tile_grid};
+use super::tile_load::{CHUNK, Head, ROWS, RowOrder, Rows, Source, tile_grid};
 use crate::params::kernel_params;
 use crate::sequence::KEY_TILE;
 
@@ -39,7 +39,7 @@ kernel_params! {
     /// What a launch of [`QuantizeVConfig`] passes. Strides are in elements.
     QuantizeVParams, QuantizeVArgs {
         /// V as given.
-        x: [u16],
+        input: input,
         /// E4M3 tiles.
         out: [u8],
         /// Means, `[sequences][kv_heads][padded_dim]`, where smoothing.
@@ -55,16 +55,6 @@ kernel_params! {
         /// Heads in which a value exceeds what E4M3 holds, where scales are from some rows: `[sequences][kv_heads]`, not zero
         /// for such a head. Zeros before the launch that marks them.
         marked: [u32],
-        /// Boundaries of packed sequences, or the valid keys of each batch entry.
-        cu_seqlens: [i32],
-        /// Stride of the batch.
-        stride_batch: i64,
-        /// Stride of the heads.
-        stride_head: i64,
-        /// Stride of the rows.
-        stride_row: i64,
-        /// Rows of the tensor.
-        rows: i32,
         /// Tiles of the workspace, all sequences together.
         key_tiles: i32,
         /// Largest magnitude of quantised values: 448, or 2.25 where fp16 accumulates.
@@ -135,7 +125,7 @@ impl QuantizeVConfig {
             ValueScales::Collected => Work::new(code, p.kv_heads, p.sequences, p.lead),
             _ => Work::quantise_only(code),
         };
-        let head = Head::at(code, &self.source, &input!(p), [work.sequence, work.head], p.kv_heads);
+        let head = Head::at(code, &self.source, &p.input, [work.sequence, work.head], p.kv_heads);
         let statistics = self.statistics();
         let first_tile = head.head * p.key_tiles + head.sequence.first_tile;
         let meeting = |tile| Meeting::new(&head, statistics, first_tile, tile, p.partials, p.arrivals);
@@ -179,7 +169,7 @@ impl QuantizeVConfig {
         code.note("E4M3, four tokens of a channel to a register");
         let factor = head.channels(p.factor);
         if meeting.is_none() {
-            let magnitudes = Part::Magnitude.of_rows(&rows);
+            let magnitudes = Part::Magnitude.of_rows(&rows.only_counted());
             let exceeds = |channel: usize| {
                 let (magnitude, factor) = (magnitudes[channel], factor[channel]);
                 // NaN compares as false.

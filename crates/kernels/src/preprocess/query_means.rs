@@ -3,7 +3,7 @@
 use sage_ptx::{Code, Program, kernel};
 
 use super::statistics::{Part, across_block, of_tiles};
-use super::tile_load::{Head, Source, input};
+use super::tile_load::{Head, Source};
 use crate::params::kernel_params;
 use crate::sequence::KEY_TILE;
 
@@ -20,20 +20,10 @@ kernel_params! {
     /// What a launch of [`QueryMeansConfig`] passes. Strides are in elements.
     QueryMeansParams, QueryMeansArgs {
         /// Q as given.
-        x: [u16],
+        input: input,
         /// Means, `[sequences][q_heads][q_blocks][padded_dim]`, with the grid's blocks along x. Those of blocks without
         /// rows are not written.
         mean: [f32],
-        /// Boundaries of packed queries.
-        cu_seqlens: [i32],
-        /// Stride of the batch.
-        stride_batch: i64,
-        /// Stride of the heads.
-        stride_head: i64,
-        /// Stride of the rows.
-        stride_row: i64,
-        /// Rows of the tensor.
-        rows: i32,
     }
 }
 
@@ -61,7 +51,7 @@ impl QueryMeansConfig {
     fn write(&self, code: &Code) {
         self.source.bound_registers(code, 896);
         let p = QueryMeansParams::declare(code);
-        let head = Head::new(code, &self.source, &input!(p));
+        let head = Head::new(code, &self.source, &p.input);
         let ([block, ..], [blocks, ..]) = (code.block_index(), code.grid());
         let rows = (head.len() - block * self.block as i32).min(self.block as i32);
         code.exit_when(rows.le(0));

@@ -3,7 +3,7 @@
 use sage_ptx::{Code, Program, kernel};
 
 use super::statistics::{Collector, ColumnStatistics, Outputs, across_block};
-use super::tile_load::{CHUNK, Head, Source, input};
+use super::tile_load::{CHUNK, Head, Source};
 use crate::params::kernel_params;
 use crate::sequence::KEY_TILE;
 
@@ -13,7 +13,7 @@ use crate::sequence::KEY_TILE;
 pub struct SampleConfig {
     /// K or V as given.
     pub source: Source,
-    /// Rows that are reduced; all of a sequence that has no more.
+    /// Rows that are reduced, of those that count; all where there are no more.
     pub rows: usize,
     /// What of them: means or scales.
     pub statistics: ColumnStatistics,
@@ -23,23 +23,13 @@ kernel_params! {
     /// What a launch of [`SampleConfig`] passes. Strides are in elements.
     SampleParams, SampleArgs {
         /// K or V as given.
-        x: [u16],
+        input: input,
         /// Means, `[sequences][kv_heads][padded_dim]`; zeros of a sequence without rows.
         mean: [f32],
         /// Scales, likewise.
         scale: [f32],
         /// What channels are multiplied by, likewise.
         factor: [f32],
-        /// Boundaries of packed sequences, or the valid keys of each batch entry.
-        cu_seqlens: [i32],
-        /// Stride of the batch.
-        stride_batch: i64,
-        /// Stride of the heads.
-        stride_head: i64,
-        /// Stride of the rows.
-        stride_row: i64,
-        /// Rows of the tensor.
-        rows: i32,
         /// Largest magnitude of a sampled value once quantised.
         v_max: f32,
         /// Counters of the launches that follow, which the first block sets to zero.
@@ -78,7 +68,7 @@ impl SampleConfig {
     fn write(&self, code: &Code) {
         self.source.bound_registers(code, 512);
         let p = SampleParams::declare(code);
-        let head = Head::new(code, &self.source, &input!(p));
+        let head = Head::new(code, &self.source, &p.input);
         let first = code.block_index().map(|index| index.eq(0)).into_iter().reduce(|a, b| a & b);
         code.when(first.unwrap_or(code.constant(true)), || {
             code.range_by(head.thread, p.counter_count, self.threads() as i32, |index| {
@@ -100,6 +90,6 @@ impl SampleConfig {
             .map(|(&part, collectors)| across_block(&head, part, collectors.map(|collector| collector.get())))
             .collect();
         let outputs = Outputs { mean: p.mean, scale: p.scale, factor: p.factor, v_max: p.v_max };
-        outputs.write(&head, self.statistics, &totals, head.len().min(self.rows as i32));
+        outputs.write(&head, self.statistics, &totals, head.counted_len().min(self.rows as i32));
     }
 }

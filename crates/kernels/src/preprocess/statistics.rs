@@ -315,11 +315,13 @@ impl<'k> Outputs<'k> {
         let code = head.code;
         code.when(tile.eq(0) & head.len().le(0), || self.write_empty(head, statistics));
         code.exit_when((tile * KEY_TILE as i32).ge(head.len()));
-        let rows = head.load(tile, order);
+        let rows = head.load(tile, order).only_counted();
         let parts = statistics.parts();
         let columns: Vec<_> =
             parts.iter().map(|&part| across_block(head, part, part.of_rows(&rows))).collect();
-        meeting.arrive(head, parts, &columns, |totals| self.write(head, statistics, totals, head.len()));
+        meeting.arrive(head, parts, &columns, |totals| {
+            self.write(head, statistics, totals, head.counted_len());
+        });
     }
 
     /// Writes the statistics of column `thread` from what was collected of its `rows` rows.
@@ -347,7 +349,7 @@ impl<'k> Outputs<'k> {
                 let mean = mean();
                 // Rounding is monotonic: the largest rounded difference is that of the largest or least value.
                 let largest = (totals[2] - mean).abs().max_nan((mean - totals[1]).abs());
-                head.len().gt(0).select(largest, 0.0)
+                rows.gt(0).select(largest, 0.0)
             }
         };
         let factor = self.v_max / magnitude;

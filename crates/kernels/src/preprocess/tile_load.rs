@@ -4,7 +4,9 @@ use half::{bf16, f16};
 use sage_core::DType;
 use sage_ptx::{BF16x2, Code, F16x2, Global, Scalar, Val, Var};
 
-use crate::sequence::{KEY_TILE, LengthParams, Lengths, Sequence};
+use super::input::InputParams;
+use super::seen::{RankedKeys, SeenTile};
+use crate::sequence::{KEY_TILE, Lengths, Sequence};
 
 /// Channels of a thread: 16 bytes.
 pub(super) const CHUNK: usize = 8;
@@ -24,6 +26,8 @@ pub struct Source {
     pub aligned: bool,
     /// Where the lengths of sequences come from.
     pub lengths: Lengths,
+    /// Whether an explicit mask hides rows, which are keys or their values.
+    pub masked: bool,
 }
 
 impl Source {
@@ -52,7 +56,8 @@ impl Source {
     /// Part of a kernel's name.
     pub(super) fn suffix(&self) -> String {
         let unaligned = if self.aligned { "" } else { "_unaligned" };
-        format!("{}_d{}{unaligned}{}", self.dtype, self.head_dim, self.lengths.suffix())
+        let masked = if self.masked { "_masked" } else { "" };
+        format!("{}_d{}{unaligned}{}{masked}", self.dtype, self.head_dim, self.lengths.suffix())
     }
 
     /// Two infinities, below or above every element.
@@ -87,32 +92,6 @@ impl Source {
 pub(super) fn tile_grid(max_rows: usize, heads: usize, sequences: usize) -> [u32; 3] {
     [max_rows.div_ceil(KEY_TILE).max(1) as u32, heads as u32, sequences as u32]
 }
-
-/// The parameters that describe the tensor read.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Input<'k> {
-    pub x: Global<'k, u16>,
-    pub stride_batch: Val<'k, i64>,
-    pub stride_head: Val<'k, i64>,
-    pub stride_row: Val<'k, i64>,
-    pub rows: Val<'k, i32>,
-    pub cu_seqlens: Global<'k, i32>,
-}
-
-/// The [`Input`] among a kernel's parameters, which all kernels name alike.
-macro_rules! input {
-    ($params:expr) => {
-        $crate::preprocess::tile_load::Input {
-            x: $params.x,
-            stride_batch: $params.stride_batch,
-            stride_head: $params.stride_head,
-            stride_row: $params.stride_row,
-            rows: $params.rows,
-            cu_seqlens: $params.cu_seqlens,
-        }
-    };
-}
-pub(super) use input;
 
 /// Which rows of a tile a thread holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -158,11 +137,13 @@ pub(super) struct Head<'k> {
     pub part: Val<'k, i32>,
     rows: Global<'k, u16>,
     stride: Val<'k, i64>,
+    /// Where rows are masked.
+    ranked: Option<RankedKeys<'k>>,
 }
 
 impl<'k> Head<'k> {
     /// The head and sequence that the block's indices along y and z name.
-    pub fn new(code: &'k Code, source: &Source, input: &Input<'k>) -> Self {
+    pub fn new(code: &'k Code, source: &Source, input: &InputParams<'k>) -> Self {
         let [_, head, index] = code.block_index();
         let [_, heads, _] = code.grid();
         Head::at(code, source, input, [index, head], heads)
@@ -172,17 +153,15 @@ impl<'k> Head<'k> {
     pub fn at(
         code: &'k Code,
         source: &Source,
-        input: &Input<'k>,
+        input: &InputParams<'k>,
         [index, head]: [Val<'k, i32>; 2],
         heads: Val<'k, i32>,
     ) -> Self {
-        let lengths = LengthParams {
-            q_rows: input.rows,
-            kv_rows: input.rows,
-            cu_seqlens_q: input.cu_seqlens,
-            cu_seqlens_k: input.cu_seqlens,
-        };
-        let sequence = Sequence::new(code, source.lengths, &lengths, index);
+        let sequence = Sequence::new(code, source.lengths, source.masked, &input.lengths(), index);
+        let ranked = source.masked.then(|| {
+            let first = index * input.seen_stride_sequence + head * input.seen_stride_head;
+            RankedKeys::new(input.seen, input.ranks, first)
+        });
         let start = sequence.batch.widen() * input.stride_batch
             + head.widen() * input.stride_head
             + sequence.kv_start.widen() * input.stride_row;
@@ -199,12 +178,19 @@ impl<'k> Head<'k> {
             part: (thread >> chunks.ilog2() as i32).named("part"),
             rows: input.x.at(start),
             stride: input.stride_row,
+            ranked,
         }
     }
 
     /// Rows of the sequence.
     pub fn len(&self) -> Val<'k, i32> {
         self.sequence.kv_len
+    }
+
+    /// Rows of the sequence that enter means and scales.
+    #[track_caller]
+    pub fn counted_len(&self) -> Val<'k, i32> {
+        self.ranked.map_or(self.len(), |ranked| ranked.rank(self.len().div_ceil(KEY_TILE)))
     }
 
     /// What an array `[sequences][heads][padded_dim]` holds for the thread's channels.
@@ -216,8 +202,8 @@ impl<'k> Head<'k> {
         [a, b, c, d, e, f, g, h]
     }
 
-    /// Starts loading the thread's rows of a tile that has at least one row. Rows beyond the sequence's end and channels
-    /// beyond the head's are zeros.
+    /// Starts loading the thread's rows of a tile that has at least one row. Rows beyond the sequence's end, rows that no query
+    /// sees, and channels beyond the head's are zeros.
     #[track_caller]
     pub fn load(&self, tile: Val<'k, i32>, order: RowOrder) -> Rows<'k> {
         let offsets = order.offsets();
@@ -228,13 +214,14 @@ impl<'k> Head<'k> {
             offsets,
             base: self.rows.at((tile * KEY_TILE as i32).widen() * self.stride),
             left: (self.len() - tile * KEY_TILE as i32).named("rows_left"),
+            seen: self.ranked.map(|ranked| ranked.seen.tile(tile)),
         };
         self.start(&rows);
         rows
     }
 
-    /// Loads rows `first` to `first + 63` of `count` that lie evenly in the sequence; zeros beyond the last, and in place of
-    /// rows that the sequence does not have.
+    /// Loads rows `first` to `first + 63` of `count` that lie evenly among those that count; zeros beyond the last, and in place
+    /// of rows that there are not.
     #[track_caller]
     pub fn load_sample(&self, first: usize, count: usize) -> Rows<'k> {
         let offsets = RowOrder::Modulo8.offsets();
@@ -244,16 +231,26 @@ impl<'k> Head<'k> {
             first: self.part + first as i32,
             offsets,
             base: self.rows,
-            left: self.len().min(count as i32),
+            left: self.counted_len().min(count as i32),
+            seen: None,
         };
         self.code.note("load sampled rows");
-        let few = self.len().le(count as i32);
+        let len = self.counted_len();
+        let few = len.le(count as i32);
         // index · len / count, of which no part exceeds 32 bits.
-        let (step, rest) = self.len().split_index(count);
-        for i in 0..ROWS {
+        let (step, rest) = len.split_index(count);
+        let place = |i: usize| {
             let index = rows.index(i);
             let spread = index * step + (index * rest).split_index(count).0;
-            let row = few.select(index, spread);
+            few.select(index, spread)
+        };
+        let places: [Val<'k, i32>; ROWS] = std::array::from_fn(place);
+        let sampled = match self.ranked {
+            // Ranks beyond the last are no row's, and none is loaded for them.
+            Some(ranked) => ranked.of_ranks(places, self.len().div_ceil(KEY_TILE)),
+            None => places,
+        };
+        for (i, row) in sampled.into_iter().enumerate() {
             self.code.when(rows.valid(i), || {
                 let loaded = self.load_chunk(self.rows.at(row.widen() * self.stride));
                 rows.words[i].iter().zip(loaded).for_each(|(word, loaded)| word.set(loaded));
@@ -273,7 +270,7 @@ impl<'k> Head<'k> {
         let clamped = || {
             for (i, offset) in offsets.into_iter().enumerate() {
                 let row = first + offset;
-                let valid = row.lt(left);
+                let valid = rows.valid(i);
                 let row = base.at(row.min(left - 1).widen() * self.stride);
                 set(i, self.load_chunk(row).map(|word| valid.select(word, 0u32)));
             }
@@ -325,6 +322,8 @@ pub(super) struct Rows<'k> {
     base: Global<'k, u16>,
     /// Rows from the tile's first on that the sequence has.
     pub left: Val<'k, i32>,
+    /// Where rows are masked.
+    pub seen: Option<SeenTile<'k>>,
 }
 
 impl<'k> Rows<'k> {
@@ -369,16 +368,42 @@ impl<'k> Rows<'k> {
         self.first + self.offsets[i]
     }
 
-    /// Whether the sequence has the `i`-th row.
+    /// Whether the sequence has the `i`-th row, and some query sees it.
     #[track_caller]
     pub fn valid(&self, i: usize) -> Val<'k, bool> {
-        self.index(i).lt(self.left)
+        let there = self.index(i).lt(self.left);
+        self.seen.map_or(there, |seen| there & seen.is_visible(self.index(i)))
     }
 
-    /// Whether the sequence has all rows of the tile.
+    /// Whether the `i`-th row enters means and scales.
+    #[track_caller]
+    pub fn counts(&self, i: usize) -> Val<'k, bool> {
+        self.seen.map_or(self.valid(i), |seen| self.valid(i) & seen.counts(self.index(i)))
+    }
+
+    /// Whether the sequence has all rows of the tile, and queries see them.
     #[track_caller]
     pub fn whole(&self) -> Val<'k, bool> {
-        self.left.ge(KEY_TILE as i32)
+        let there = self.left.ge(KEY_TILE as i32);
+        self.seen.map_or(there, |seen| there & seen.all_visible())
+    }
+
+    /// Whether the tile is whole, and all of its rows enter means and scales.
+    #[track_caller]
+    pub fn all_count(&self) -> Val<'k, bool> {
+        self.seen.map_or(self.whole(), |seen| self.whole() & seen.all_count())
+    }
+
+    /// The rows that enter means and scales; zeros in place of others, which are not valid then.
+    #[track_caller]
+    pub fn only_counted(&self) -> Self {
+        let Some(seen) = self.seen else { return *self };
+        let code = self.left.code();
+        let words = std::array::from_fn(|i| {
+            let counts = self.counts(i);
+            self.words(i).map(|word| code.var(counts.select(word, 0u32)))
+        });
+        Rows { words, seen: Some(seen.only_counted()), ..*self }
     }
 }
 

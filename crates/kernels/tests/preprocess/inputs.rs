@@ -4,7 +4,7 @@ use half::{bf16, f16};
 use sage_core::DType;
 use sage_core::oracle::Matrix;
 use sage_emulator::{Buffer, Emulator, EmulatorOptions, Report};
-use sage_kernels::preprocess::Source;
+use sage_kernels::preprocess::{InputArgs, Source};
 use sage_kernels::{KEY_TILE, Lengths, total_key_tiles};
 use sage_ptx::{Arg, Program};
 
@@ -138,7 +138,7 @@ pub struct Tensor {
 
 impl Tensor {
     pub fn new(dtype: DType, head_dim: usize, aligned: bool, batch: Batch, heads: usize, fill: Fill) -> Self {
-        let source = Source { dtype, head_dim, aligned, lengths: batch.lengths() };
+        let source = Source { dtype, head_dim, aligned, lengths: batch.lengths(), masked: false };
         let gap = if aligned { 8 } else { 3 };
         let row = heads * head_dim + gap;
         let rows = batch.rows();
@@ -191,14 +191,24 @@ impl Tensor {
         })
     }
 
-    /// In the emulator: begins at an odd place where it is not aligned.
-    pub fn upload(&self, emulator: &mut Emulator) -> u64 {
-        emulator.buffer_at("x", &self.data, if self.source.aligned { 16 } else { 2 }).address()
+    /// Fills row `row` of a head of a sequence.
+    pub fn fill_row(&mut self, sequence: &Sequence, head: usize, row: usize, with: f32) {
+        let [batch, heads, rows] = self.strides.map(|stride| stride as usize);
+        let first = sequence.batch * batch + head * heads + (sequence.start + row) * rows;
+        let bits = match self.source.dtype {
+            DType::F16 => f16::from_f32(with).to_bits(),
+            _ => bf16::from_f32(with).to_bits(),
+        };
+        self.data[first..first + self.source.head_dim].fill(bits);
     }
 
-    /// The lengths, in the emulator.
-    pub fn upload_lengths(&self, emulator: &mut Emulator) -> u64 {
-        emulator.buffer("cu_seqlens", &self.batch.cu_seqlens()).address()
+    /// In the emulator, with its lengths: begins at an odd place where it is not aligned.
+    pub fn input(&self, emulator: &mut Emulator) -> InputArgs {
+        let x = emulator.buffer_at("x", &self.data, if self.source.aligned { 16 } else { 2 }).address();
+        let cu_seqlens = emulator.buffer("cu_seqlens", &self.batch.cu_seqlens()).address();
+        let rows = InputArgs::unmasked(x, self.strides, self.batch.rows());
+        // As many queries as keys.
+        InputArgs { cu_seqlens, cu_seqlens_q: cu_seqlens, q_rows: rows.rows, ..rows }
     }
 
     /// Floats of `[sequences][heads][padded_dim]`.

@@ -32,11 +32,10 @@ fn check_with_lead(tensor: &Tensor, config: &QuantizeKConfig, seed: u64, lead: u
     let (heads, tiles, width) = (tensor.heads, tensor.batch.tiles(), tensor.source.padded_dim());
     let (groups, sequences) = (config.groups(), tensor.batch.sequences());
     let mut emulator = emulator(seed);
-    let (x, cu_seqlens) = (tensor.upload(&mut emulator), tensor.upload_lengths(&mut emulator));
+    let input = tensor.input(&mut emulator);
     let out = poisoned(&mut emulator, "out", heads * tiles * config.tile_bytes());
     let scale = poisoned(&mut emulator, "scale", heads * tiles * groups * 4);
     let mean = emulator.uninitialized("mean", tensor.statistics() * 4);
-    let [stride_batch, stride_head, stride_row] = tensor.strides;
     let sampled = SampleConfig {
         source: tensor.source,
         rows: 64 + 64 * (seed as usize % 2),
@@ -44,15 +43,10 @@ fn check_with_lead(tensor: &Tensor, config: &QuantizeKConfig, seed: u64, lead: u
     };
     if config.mean == KeyMean::Given {
         let args = SampleArgs {
-            x,
+            input,
             mean: mean.address(),
             scale: 0,
             factor: 0,
-            cu_seqlens,
-            stride_batch,
-            stride_head,
-            stride_row,
-            rows: tensor.batch.rows() as i32,
             v_max: 0.0,
             counters: 0,
             counter_count: 0,
@@ -62,17 +56,12 @@ fn check_with_lead(tensor: &Tensor, config: &QuantizeKConfig, seed: u64, lead: u
     let partials = emulator.uninitialized("partials", heads * tiles * width * 4);
     let arrivals = emulator.buffer("arrivals", &vec![0u32; sequences.len() * heads]);
     let args = QuantizeKArgs {
-        x,
+        input,
         out: out.address(),
         scale: scale.address(),
         mean: mean.address(),
         partials: partials.address(),
         arrivals: arrivals.address(),
-        cu_seqlens,
-        stride_batch,
-        stride_head,
-        stride_row,
-        rows: tensor.batch.rows() as i32,
         key_tiles: tiles as i32,
         kv_heads: heads as i32,
         sequences: sequences.len() as i32,

@@ -2,5 +2,6 @@
 
 mod inputs;
 mod keys;
+mod masked;
 mod queries;
 mod values;

@@ -3,7 +3,7 @@
 use sage_core::DType;
 use sage_core::oracle::{block_means, mean, subtract};
 use sage_kernels::KEY_TILE;
-use sage_kernels::preprocess::{DeltaSArgs, DeltaSConfig, QueryMeansArgs, QueryMeansConfig};
+use sage_kernels::preprocess::{DeltaSArgs, DeltaSConfig, InputArgs, QueryMeansArgs, QueryMeansConfig};
 
 use crate::inputs::{Batch, Fill, Tensor, assert_mean, emulator, launch};
 
@@ -17,17 +17,8 @@ fn check(q: &Tensor, k: &Tensor, block: usize, smooth_k: bool) {
     let grid = means_config.grid(q.batch.max_len(), q.heads, queries.len());
     let q_blocks = grid[0] as usize;
     let means = emulator.uninitialized("q_mean", queries.len() * q.heads * q_blocks * width * 4);
-    let cu_seqlens_q = q.upload_lengths(&mut emulator);
-    let [stride_batch, stride_head, stride_row] = q.strides;
-    let args = QueryMeansArgs {
-        x: q.upload(&mut emulator),
-        mean: means.address(),
-        cu_seqlens: cu_seqlens_q,
-        stride_batch,
-        stride_head,
-        stride_row,
-        rows: q.batch.rows() as i32,
-    };
+    let of_q = q.input(&mut emulator);
+    let args = QueryMeansArgs { input: of_q, mean: means.address() };
     launch(&emulator, &means_config.program(), grid, &args.args());
     let written: Vec<f32> = emulator.read(means);
 
@@ -43,20 +34,13 @@ fn check(q: &Tensor, k: &Tensor, block: usize, smooth_k: bool) {
     let grid = config.grid(k.batch.max_len(), k.heads, keys.len());
     let row_len = grid[0] as usize * KEY_TILE;
     let delta_s = emulator.uninitialized("delta_s", queries.len() * q.heads * q_blocks * row_len * 4);
-    let [stride_batch, stride_head, stride_row] = k.strides;
     let group_size = q.heads / k.heads;
+    let of_k = k.input(&mut emulator);
     let args = DeltaSArgs {
-        x: k.upload(&mut emulator),
+        input: InputArgs { q_rows: of_q.rows, cu_seqlens_q: of_q.cu_seqlens, ..of_k },
         k_mean: emulator.buffer("k_mean", &k_means).address(),
         q_mean: means.address(),
         delta_s: delta_s.address(),
-        cu_seqlens: k.upload_lengths(&mut emulator),
-        cu_seqlens_q,
-        stride_batch,
-        stride_head,
-        stride_row,
-        rows: k.batch.rows() as i32,
-        q_rows: q.batch.rows() as i32,
         group_size: group_size as i32,
         q_blocks: q_blocks as i32,
         block_rows: block as i32,

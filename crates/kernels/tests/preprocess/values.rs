@@ -35,18 +35,16 @@ fn check_scales(tensor: &Tensor, smooth: bool, v_max: f32, scale_rows: ScaleRows
     let (heads, tiles, width) = (tensor.heads, tensor.batch.tiles(), tensor.source.padded_dim());
     let sequences = tensor.batch.sequences();
     let mut emulator = emulator(seed);
-    let (x, cu_seqlens) = (tensor.upload(&mut emulator), tensor.upload_lengths(&mut emulator));
+    let input = tensor.input(&mut emulator);
     let out = poisoned(&mut emulator, "out", heads * tiles * config.tile_bytes());
     let [mean, scale, factor] =
         ["mean", "scale", "factor"].map(|name| emulator.uninitialized(name, tensor.statistics() * 4));
     let arrivals = emulator.buffer("arrivals", &vec![0u32; sequences.len() * heads]);
     let marked = emulator.uninitialized("marked", sequences.len() * heads * 4);
-    let [stride_batch, stride_head, stride_row] = tensor.strides;
-    let rows = tensor.batch.rows() as i32;
     let parts = config.statistics().partials();
     let partials = emulator.uninitialized("partials", heads * tiles * width * parts * 4);
     let args = QuantizeVArgs {
-        x,
+        input,
         out: out.address(),
         mean: mean.address(),
         scale: scale.address(),
@@ -54,11 +52,6 @@ fn check_scales(tensor: &Tensor, smooth: bool, v_max: f32, scale_rows: ScaleRows
         partials: partials.address(),
         arrivals: arrivals.address(),
         marked: marked.address(),
-        cu_seqlens,
-        stride_batch,
-        stride_head,
-        stride_row,
-        rows,
         key_tiles: tiles as i32,
         v_max,
         kv_heads: heads as i32,
@@ -68,15 +61,10 @@ fn check_scales(tensor: &Tensor, smooth: bool, v_max: f32, scale_rows: ScaleRows
     if let ScaleRows::Sampled(count) = scale_rows {
         let sample = SampleConfig { source: tensor.source, rows: count, statistics: ColumnStatistics::Scale };
         let args = SampleArgs {
-            x,
+            input,
             mean: 0,
             scale: scale.address(),
             factor: factor.address(),
-            cu_seqlens,
-            stride_batch,
-            stride_head,
-            stride_row,
-            rows,
             v_max,
             counters: marked.address(),
             counter_count: (sequences.len() * heads) as i32,
@@ -246,17 +234,8 @@ fn check_converted(tensor: &Tensor, to: DType) {
     let sequences = tensor.batch.sequences();
     let mut emulator = emulator(1);
     let out = poisoned(&mut emulator, "out", heads * tiles * KEY_TILE * width * 2);
-    let [stride_batch, stride_head, stride_row] = tensor.strides;
-    let args = ConvertVArgs {
-        x: tensor.upload(&mut emulator),
-        out: out.address(),
-        cu_seqlens: tensor.upload_lengths(&mut emulator),
-        stride_batch,
-        stride_head,
-        stride_row,
-        rows: tensor.batch.rows() as i32,
-        key_tiles: tiles as i32,
-    };
+    let input = tensor.input(&mut emulator);
+    let args = ConvertVArgs { input, out: out.address(), key_tiles: tiles as i32 };
     launch(
         &emulator,
         &config.program(),

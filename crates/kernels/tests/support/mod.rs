@@ -35,6 +35,12 @@ pub struct Case {
     pub softcap: Option<f32>,
     pub sm_scale: Option<f32>,
     pub mask: MaskKind,
+    /// The bias at `[batch, head, query, key]`, −∞ where a boolean mask hides; random where there is none.
+    pub pattern: Option<fn([usize; 4]) -> f32>,
+    /// Which dimensions the mask repeats.
+    pub repeats: [bool; 4],
+    /// What K and V hold where no query sees a key.
+    pub spoil: Option<f32>,
     pub kv_lens: Option<Vec<i32>>,
     pub packed: Option<(Vec<i32>, Vec<i32>)>,
     pub scheme: Option<Scheme>,
@@ -69,6 +75,9 @@ impl Default for Case {
             softcap: None,
             sm_scale: None,
             mask: MaskKind::None,
+            pattern: None,
+            repeats: [false; 4],
+            spoil: None,
             kv_lens: None,
             packed: None,
             scheme: None,
@@ -154,16 +163,22 @@ impl Case {
         Data { bits: bits_of_rows, tensor, strides }
     }
 
-    /// Runs the case and returns what came out, and the accuracy against `oracle` of it.
+    /// Runs the case and returns what came out, and what its scheme's oracle says.
     pub fn run(&self) -> (Computed, sage_core::oracle::Output) {
+        let (computed, of_scheme, _) = self.run_beside_exact();
+        (computed, of_scheme)
+    }
+
+    /// Runs the case and returns what came out, what its scheme's oracle says, and exact attention.
+    pub fn run_beside_exact(&self) -> (Computed, oracle::Output, oracle::Output) {
         let total = |cu: &[i32]| *cu.last().unwrap() as usize;
         let (q_rows, kv_rows) = match &self.packed {
             Some((q, k)) => (total(q), total(k)),
             None => (self.q_len, self.kv_len),
         };
         let q = self.data(1, self.q_heads, q_rows, 0.0);
-        let k = self.data(2, self.kv_heads, kv_rows, self.k_bias);
-        let v = self.data(3, self.kv_heads, kv_rows, self.v_bias);
+        let mut k = self.data(2, self.kv_heads, kv_rows, self.k_bias);
+        let mut v = self.data(3, self.kv_heads, kv_rows, self.v_bias);
 
         // The oracle takes packed tensors as [total, heads, head_dim]: views with the strides of ours.
         fn packed(tensor: &Tensor) -> TensorView<'_> {
@@ -182,10 +197,22 @@ impl Case {
             None => [q.tensor.view(), k.tensor.view(), v.tensor.view()],
         };
 
-        let mask_shape = [self.batch, self.q_heads, self.q_len, self.kv_len];
+        let mut mask_shape = [self.batch, self.q_heads, self.q_len, self.kv_len];
+        for (size, repeats) in mask_shape.iter_mut().zip(self.repeats) {
+            *size = if repeats { 1 } else { *size };
+        }
         let mask_len: usize = mask_shape.iter().product();
-        let visible: Vec<bool> = normal(4, mask_len).into_iter().map(|x| x < 0.8).collect();
-        let bias = Tensor::new(normal(5, mask_len), &mask_shape).unwrap();
+        let at = |index: usize| {
+            let [_, heads, rows, keys] = mask_shape;
+            [index / (heads * rows * keys), index / (rows * keys) % heads, index / keys % rows, index % keys]
+        };
+        let (visible, bias): (Vec<bool>, Vec<f32>) = match self.pattern {
+            Some(pattern) => {
+                (0..mask_len).map(|i| pattern(at(i))).map(|x| (x > f32::NEG_INFINITY, x)).unzip()
+            }
+            None => (normal(4, mask_len).into_iter().map(|x| x < 0.8).collect(), normal(5, mask_len)),
+        };
+        let bias = Tensor::new(bias, &mask_shape).unwrap();
         let bias = match self.mask {
             MaskKind::Bias(dtype) => bias.to_dtype(dtype),
             _ => bias,
@@ -214,6 +241,29 @@ impl Case {
         };
         let call = Call::check(&inputs, &options).unwrap();
 
+        // Of dense tensors the call holds those keys alone that the band lets some query see.
+        let kept = match (&self.packed, &self.kv_lens, self.mask) {
+            (None, None, MaskKind::None) => self.band.seen(self.q_len, self.kv_len),
+            _ => 0..kv_rows,
+        };
+        if let Some(value) = self.spoil {
+            let mut seen = vec![false; k.bits.len() / k.strides[2] as usize];
+            let [batch, head, row] = k.strides.map(|stride| (stride / k.strides[2]) as usize);
+            for sequence in &call.sequences {
+                for kv_head in 0..self.kv_heads {
+                    let keys = oracle::SeenKeys::of(&call, sequence, kv_head);
+                    let first =
+                        sequence.batch * batch + kv_head * head + (sequence.kv_start + kept.start) * row;
+                    (0..keys.len()).for_each(|j| seen[first + j] = keys.is_visible(j));
+                }
+            }
+            let pitch = k.strides[2] as usize;
+            for bits_of_rows in [&mut k.bits, &mut v.bits] {
+                let rows = bits_of_rows.chunks_mut(pitch).zip(&seen);
+                rows.filter(|(_, seen)| !**seen).for_each(|(row, _)| row.fill(bits(self.dtype, value)));
+            }
+        }
+
         let aligned = self.misaligned == 0 && self.head_dim.is_multiple_of(8) && self.gap.is_multiple_of(8);
         let request = Request {
             scheme: self.scheme,
@@ -229,7 +279,7 @@ impl Case {
                 (None, None) => sage_kernels::Lengths::Dense,
             },
             q_rows,
-            kv_rows,
+            kv_rows: kept.len(),
             aligned,
             boxed: aligned,
             lse: self.lse,
@@ -243,8 +293,11 @@ impl Case {
             address: emulator.buffer_at(name, &data.bits, self.misaligned).address(),
             strides: data.strides,
         };
-        let arguments =
+        let mut arguments =
             [("q", &q), ("k", &k), ("v", &v)].map(|(name, data)| tensor(&mut emulator, name, data));
+        for keys in &mut arguments[1..] {
+            keys.address += 2 * kept.start as u64 * keys.strides[2] as u64;
+        }
         let out_buffer = emulator.uninitialized_at("out", 2 * q.bits.len(), self.misaligned);
         let lse_rows = q.bits.len() / (self.head_dim + self.gap);
         let lse_buffer = emulator.uninitialized("lse", 4 * lse_rows);
@@ -267,13 +320,17 @@ impl Case {
         let cu_k = self.packed.as_ref().map(|packed| &packed.1).or(self.kv_lens.as_ref());
         let cu_k = list(&mut emulator, "cu_seqlens_k", cu_k);
         let [_, heads, rows, keys] = mask_shape.map(|n| n as i64);
+        let mut mask_strides = [heads * rows * keys, rows * keys, keys, 1];
+        for (stride, repeats) in mask_strides.iter_mut().zip(self.repeats) {
+            *stride = if repeats { 0 } else { *stride };
+        }
         let tensors = Tensors {
             q: arguments[0],
             k: arguments[1],
             v: arguments[2],
             out: TensorArg { address: out_buffer.address(), strides: q.strides },
             lse: lse_buffer.address(),
-            mask: (mask_address, [heads * rows * keys, rows * keys, keys, 1]),
+            mask: (mask_address, mask_strides),
             cu_seqlens_q: cu_q,
             cu_seqlens_k: cu_k,
         };
@@ -295,7 +352,7 @@ impl Case {
         let lse = if self.lse { emulator.read(lse_buffer) } else { Vec::new() };
         let computed = Computed { out, lse, kernels };
         let scheme = *forward.scheme();
-        (computed, oracle::scheme(&call, &scheme))
+        (computed, oracle::scheme(&call, &scheme), oracle::exact(&call))
     }
 
     /// Runs the case and compares it with the oracle of its scheme.

@@ -295,7 +295,7 @@ impl KvCache {
 
         let partial =
             Buffer::new(&self.stream, 4 * splits * total_rows * problem.head_dim).map_err(driver)?;
-        let partial_lse = Buffer::new(&self.stream, 4 * splits * total_rows).map_err(driver)?;
+        let partial_sums = Buffer::new(&self.stream, 8 * splits * total_rows).map_err(driver)?;
         let log2e = std::f32::consts::LOG2_E;
         let reach = |side: Option<usize>| side.map_or(REACH_MAX, |n| n.min(REACH_MAX)) as i32;
         let strides = call.q.strides();
@@ -312,7 +312,7 @@ impl KvCache {
             values: self.values.address(),
             value_scales: self.value_scales.address(),
             partial: partial.address(),
-            partial_lse: partial_lse.address(),
+            partial_sums: partial_sums.address(),
             table_stride: self.max_pages as i32,
             kv_heads: heads as i32,
             group: group as i32,
@@ -327,7 +327,7 @@ impl KvCache {
         let strides = out.strides();
         let args = CombineArgs {
             partial: partial.address(),
-            partial_lse: partial_lse.address(),
+            partial_sums: partial_sums.address(),
             out: out.first_element(),
             lse: lse.unwrap_or(0),
             out_stride_batch: strides[0],

@@ -1,0 +1,71 @@
+//! A tensor that a kernel reads, and which of its rows belong to a sequence.
+
+use crate::params::kernel_params;
+use crate::sequence::{LengthParams, NO_LIMIT};
+
+kernel_params! {
+    /// A tensor `[batch, heads, rows, head_dim]` whose rows are those of sequences. Strides are in elements.
+    InputParams, InputArgs {
+        /// The tensor.
+        x: [u16],
+        /// Stride of the batch.
+        stride_batch: i64,
+        /// Stride of the heads.
+        stride_head: i64,
+        /// Stride of the rows.
+        stride_row: i64,
+        /// Rows of the tensor.
+        rows: i32,
+        /// Boundaries of packed sequences, or the valid rows of each batch entry.
+        cu_seqlens: [i32],
+        /// Of keys: query rows of the tensors.
+        q_rows: i32,
+        /// Of keys: boundaries of packed queries.
+        cu_seqlens_q: [i32],
+        /// Of keys: those visible before the diagonal; 2³⁰ for all.
+        window_left: i32,
+        /// Of keys: those visible after the diagonal; 2³⁰ for all.
+        window_right: i32,
+        /// Of keys: whether the last query sees the last key at the diagonal (1), or the first the first (0).
+        bottom_right: i32,
+        /// Of masked keys: which of a tile some query sees, [`SeenKeysConfig`](super::SeenKeysConfig).
+        seen: [u32],
+        /// Of masked keys: how many before a tile count.
+        ranks: [i32],
+        /// Of masked keys: tiles from one sequence's to the next; 0 where all have the same mask.
+        seen_stride_sequence: i32,
+        /// Of masked keys: tiles from one head's to the next; 0 where all have the same mask.
+        seen_stride_head: i32,
+    }
+}
+
+impl InputArgs {
+    /// Rows of which none is hidden.
+    pub fn unmasked(address: u64, [stride_batch, stride_head, stride_row]: [i64; 3], rows: usize) -> Self {
+        InputArgs {
+            x: address,
+            stride_batch,
+            stride_head,
+            stride_row,
+            rows: rows as i32,
+            window_left: NO_LIMIT,
+            window_right: NO_LIMIT,
+            ..InputArgs::default()
+        }
+    }
+}
+
+impl<'k> InputParams<'k> {
+    /// What says which rows are a sequence's.
+    pub fn lengths(&self) -> LengthParams<'k> {
+        LengthParams {
+            q_rows: self.q_rows,
+            kv_rows: self.rows,
+            cu_seqlens_q: self.cu_seqlens_q,
+            cu_seqlens_k: self.cu_seqlens,
+            window_left: self.window_left,
+            window_right: self.window_right,
+            bottom_right: self.bottom_right,
+        }
+    }
+}
