@@ -7,7 +7,7 @@ mod arguments;
 mod layout;
 mod pass;
 
-use sage_core::{DType, Error, Problem, Pv, Result, Scheme};
+use sage_core::{DType, Error, MAX_HEADS, Problem, Pv, Result, Scheme};
 use sage_ptx::{Arg, BoxedTensor, Program, Target};
 
 use crate::attention::{AttentionConfig, MaskForm, Tiling, attention};
@@ -157,6 +157,7 @@ impl Forward {
         if problem.block_masked {
             return Err(Error::unsupported("block_mask", "not on a GPU yet"));
         }
+        check_sizes(problem, request)?;
         let mut reasons = Vec::new();
         let scheme = match request.scheme {
             Some(scheme) => scheme,
@@ -168,7 +169,11 @@ impl Forward {
         };
         let scheme = with_own_values(scheme, problem.dtype, &mut reasons);
         let pass = Pass { problem, request, gpu, scheme: &scheme };
-        let (steps, shape, splits) = pass.steps(&mut reasons)?;
+        let (mut steps, shape, splits) = pass.steps(&mut reasons)?;
+        if problem.batch * problem.num_q_heads == 0 || problem.q_len == 0 {
+            steps.clear();
+            reasons.push("nothing to launch: there is no query".into());
+        }
         let layout = Layout::new(problem, request, &steps, splits);
         Ok(Forward {
             problem: *problem,
@@ -259,6 +264,28 @@ impl Forward {
         }
         Ok(())
     }
+}
+
+/// Most rows of a tensor: sums with the "no limit" of a window and the rows of a tile fit 32 bits.
+const MAX_ROWS: usize = (1 << 30) - 1024;
+
+/// Sizes that tensors with strides of 0, or very many packed sequences, can have, but not the kernels' numbers.
+fn check_sizes(problem: &Problem, request: &Request) -> Result<()> {
+    for (name, rows) in [("q", request.q_rows), ("k", request.kv_rows)] {
+        if rows > MAX_ROWS {
+            return Err(Error::value(
+                format!("rows of {name}"),
+                rows,
+                format!("at most {MAX_ROWS} on a GPU"),
+            ));
+        }
+    }
+    if problem.batch.saturating_mul(problem.num_q_heads) > MAX_HEADS {
+        let found = format!("boundaries of {} sequences of {} heads", problem.batch, problem.num_q_heads);
+        let wanted = format!("at most {MAX_HEADS} heads, all sequences together");
+        return Err(Error::value("cu_seqlens_q", found, wanted));
+    }
+    Ok(())
 }
 
 /// Query rows of all heads: rows of the log-sum-exp.

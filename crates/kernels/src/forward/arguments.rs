@@ -9,6 +9,7 @@ use crate::attention::{
     AttentionArgs, AttentionConfig, Engine, Scores, ValueSource, boxed_tensors, stage_bytes,
 };
 use crate::combine::CombineArgs;
+use crate::grid::grid;
 use crate::preprocess::{ConvertVArgs, DeltaSArgs, QuantizeKArgs, QuantizeVArgs, QueryMeansArgs, SampleArgs};
 use crate::sequence::{KEY_TILE, Lengths, total_key_tiles};
 
@@ -66,6 +67,8 @@ impl Arguments<'_> {
                     stride_head,
                     stride_row,
                     rows: request.q_rows as i32,
+                    q_heads: problem.num_q_heads as i32,
+                    sequences: batch as i32,
                 };
                 launch(config.grid(problem.q_len, problem.num_q_heads, batch), &args.args())
             }
@@ -83,6 +86,8 @@ impl Arguments<'_> {
                     stride_head,
                     stride_row,
                     rows,
+                    kv_heads: heads as i32,
+                    sequences: batch as i32,
                     v_max: self.v_max,
                     counters: self.workspace,
                     counter_count: if of_keys { (layout.counters / 4) as i32 } else { 0 },
@@ -124,6 +129,8 @@ impl Arguments<'_> {
                     stride_row,
                     rows,
                     q_rows: request.q_rows as i32,
+                    kv_heads: heads as i32,
+                    sequences: batch as i32,
                     group_size: problem.group_size() as i32,
                     q_blocks: self.q_blocks as i32,
                     block_rows: self.q_block as i32,
@@ -165,6 +172,8 @@ impl Arguments<'_> {
                     stride_row,
                     rows,
                     key_tiles,
+                    kv_heads: heads as i32,
+                    sequences: batch as i32,
                 };
                 launch(config.grid(kv_len, heads, batch), &args.args())
             }
@@ -172,15 +181,15 @@ impl Arguments<'_> {
                 let args = self.attention(config, key_tiles);
                 let pieces = self.pieces(config);
                 if config.tiling.engine == Engine::Warps {
-                    return launch(pieces, &args.args());
+                    return launch(grid(pieces[0], pieces[1]), &args.args());
                 }
                 let [k_map, v_map] = self.boxed_tensors(config, &args, key_tiles);
                 let maps = [launcher.tensor_map(&k_map)?, launcher.tensor_map(&v_map)?];
                 let mut all = [maps[0]; AttentionArgs::COUNT + 2];
                 all[..AttentionArgs::COUNT].copy_from_slice(&args.args());
                 all[AttentionArgs::COUNT..].copy_from_slice(&maps);
-                let blocks = pieces.iter().product::<u32>().min(self.multiprocessors);
-                launcher.launch(index, [blocks, 1, 1], &all)
+                let blocks = pieces.iter().product::<usize>().min(self.multiprocessors as usize);
+                launcher.launch(index, [blocks as u32, 1, 1], &all)
             }
             Step::Combine(config) => {
                 let [out_stride_batch, out_stride_head, out_stride_row] = t.out.strides;
@@ -203,22 +212,22 @@ impl Arguments<'_> {
         }
     }
 
-    /// Tiles of queries, heads and sequences of the attention kernel.
-    fn pieces(&self, config: &AttentionConfig) -> [u32; 3] {
+    /// Tiles of queries and heads of the attention kernel.
+    fn pieces(&self, config: &AttentionConfig) -> [usize; 2] {
         let problem = self.problem;
         config.pieces(problem.batch, problem.num_q_heads, problem.q_len, self.splits)
     }
 
     /// Heads whose pieces of work are handed out together. Where pieces differ in length there must be many to even out, but
     /// their keys and values must stay in cache.
-    fn heads_together(&self, config: &AttentionConfig, all_heads: u32) -> i32 {
+    fn heads_together(&self, config: &AttentionConfig, all_heads: usize) -> i32 {
         let problem = self.problem;
         if self.request.pieces_alike(problem) {
             return 1;
         }
         let bytes = stage_bytes(config) / config.tiling.tile_keys * problem.kv_len;
-        let most = (CACHED_BYTES * problem.group_size() / bytes.max(1)).clamp(1, all_heads as usize);
-        let divisor = (1..=most).rev().find(|&heads| (all_heads as usize).is_multiple_of(heads));
+        let most = (CACHED_BYTES * problem.group_size() / bytes.max(1)).clamp(1, all_heads);
+        let divisor = (1..=most).rev().find(|&heads| all_heads.is_multiple_of(heads));
         divisor.unwrap_or(1) as i32
     }
 
@@ -243,7 +252,7 @@ impl Arguments<'_> {
         let limit = |side: Option<usize>| side.map_or(NO_LIMIT, |n| n.min(NO_LIMIT as usize) as i32);
         let quantised = matches!(config.scores, Scores::Int(_));
         let workspace_v = config.value_source == ValueSource::Workspace;
-        let [q_tiles, heads, sequences] = self.pieces(config);
+        let [q_tiles, all_heads] = self.pieces(config);
         AttentionArgs {
             q: t.q.address,
             k: if quantised { at(layout.k) } else { t.k.address },
@@ -289,8 +298,8 @@ impl Arguments<'_> {
             splits: self.splits as i32,
             taken: layout.pieces_taken.map_or(0, at),
             q_tiles: q_tiles as i32,
-            all_heads: (heads * sequences) as i32,
-            heads_together: self.heads_together(config, heads * sequences),
+            all_heads: all_heads as i32,
+            heads_together: self.heads_together(config, all_heads),
             total_rows: total_rows(problem, request) as i64,
             sm_scale: problem.sm_scale,
             softcap: problem.logit_softcap.unwrap_or(0.0),

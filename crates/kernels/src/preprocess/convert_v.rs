@@ -37,6 +37,10 @@ kernel_params! {
         rows: i32,
         /// Tiles of the workspace, all sequences together.
         key_tiles: i32,
+        /// Heads of a sequence.
+        kv_heads: i32,
+        /// Sequences.
+        sequences: i32,
     }
 }
 

@@ -42,6 +42,10 @@ kernel_params! {
         rows: i32,
         /// Query rows of the tensors.
         q_rows: i32,
+        /// Heads of a sequence.
+        kv_heads: i32,
+        /// Sequences.
+        sequences: i32,
         /// Query heads that share a key head.
         group_size: i32,
         /// Blocks of query means of a sequence.
@@ -93,14 +97,14 @@ impl DeltaSConfig {
     fn write(&self, code: &Code) {
         let p = DeltaSParams::declare(code);
         let head = Head::new(code, &self.source, &input!(p));
-        let ([tile, _, index], [tiles, kv_heads, _]) = (code.block_index(), code.grid());
+        let ([tile, ..], [tiles, ..]) = (code.block_index(), code.grid());
         let lengths = LengthParams {
             q_rows: p.q_rows,
             kv_rows: p.rows,
             cu_seqlens_q: p.cu_seqlens_q,
             cu_seqlens_k: p.cu_seqlens,
         };
-        let q_len = Sequence::new(code, self.source.lengths, &lengths, index).q_len;
+        let q_len = Sequence::new(code, self.source.lengths, &lengths, head.sequence_index).q_len;
         code.exit_when((tile * KEY_TILE as i32).ge(head.len()) | q_len.le(0));
 
         let keys = code.shared::<f32>("keys", KEY_TILE * self.pitch() as usize);
@@ -108,7 +112,7 @@ impl DeltaSConfig {
 
         // The query heads that share a key head are neighbours, so all their blocks are rows of one matrix.
         let rows = p.group_size * p.q_blocks;
-        let first_row = (index * kv_heads + head.head).widen() * rows.widen();
+        let first_row = head.index.mul_wide(rows);
         let width = self.source.padded_dim() as i32;
         let means = p.q_mean.at(first_row * i64::from(width));
         let row_len = tiles * KEY_TILE as i32;

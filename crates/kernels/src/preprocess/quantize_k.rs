@@ -66,9 +66,9 @@ kernel_params! {
         rows: i32,
         /// Tiles of the workspace, all sequences together.
         key_tiles: i32,
-        /// Where it is collected: heads of a sequence.
+        /// Heads of a sequence.
         kv_heads: i32,
-        /// Where it is collected: sequences.
+        /// Sequences.
         sequences: i32,
         /// Where it is collected: heads that statistics are ahead by, at least 1, as in the grid.
         lead: i32,
@@ -158,11 +158,9 @@ impl QuantizeKConfig {
         let work = if collected {
             Work::new(code, p.kv_heads, p.sequences, p.lead)
         } else {
-            Work::quantise_only(code)
+            Work::quantise_only(code, p.kv_heads, p.sequences)
         };
-        let [_, heads, _] = code.grid();
-        let heads = if collected { p.kv_heads } else { heads };
-        let head = Head::at(code, &self.source, &input!(p), [work.sequence, work.head], heads);
+        let head = Head::at(code, &self.source, &input!(p), [work.sequence, work.head]);
         let first_tile = head.head * p.key_tiles + head.sequence.first_tile;
         let mean = ColumnStatistics::Mean;
         let meeting =

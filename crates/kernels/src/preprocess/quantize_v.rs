@@ -6,6 +6,7 @@ use sage_ptx::{Code, Program, Val, kernel};
 use super::ahead::{self, Work};
 use super::statistics::{ColumnStatistics, Meeting, Outputs, Part};
 use super::tile_load::{CHUNK, Head, ROWS, RowOrder, Rows, Source, input, tile_grid};
+use crate::grid::grid;
 use crate::params::kernel_params;
 use crate::sequence::KEY_TILE;
 
@@ -115,9 +116,7 @@ impl QuantizeVConfig {
         match self.scales {
             ValueScales::Collected => ahead::grid(max_kv_len, kv_heads, sequences, lead),
             ValueScales::Given => tile_grid(max_kv_len, kv_heads, sequences),
-            ValueScales::CollectedWhereMarked => {
-                [2 * MARKED_BLOCKS as u32, kv_heads as u32, sequences as u32]
-            }
+            ValueScales::CollectedWhereMarked => grid(2 * MARKED_BLOCKS as usize, kv_heads * sequences),
         }
     }
 
@@ -133,9 +132,9 @@ impl QuantizeVConfig {
         let p = QuantizeVParams::declare(code);
         let work = match self.scales {
             ValueScales::Collected => Work::new(code, p.kv_heads, p.sequences, p.lead),
-            _ => Work::quantise_only(code),
+            _ => Work::quantise_only(code, p.kv_heads, p.sequences),
         };
-        let head = Head::at(code, &self.source, &input!(p), [work.sequence, work.head], p.kv_heads);
+        let head = Head::at(code, &self.source, &input!(p), [work.sequence, work.head]);
         let statistics = self.statistics();
         let first_tile = head.head * p.key_tiles + head.sequence.first_tile;
         let meeting = |tile| Meeting::new(&head, statistics, first_tile, tile, p.partials, p.arrivals);

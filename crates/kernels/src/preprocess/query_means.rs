@@ -4,6 +4,7 @@ use sage_ptx::{Code, Program, kernel};
 
 use super::statistics::{Part, across_block, of_tiles};
 use super::tile_load::{Head, Source, input};
+use crate::grid::grid;
 use crate::params::kernel_params;
 use crate::sequence::KEY_TILE;
 
@@ -34,6 +35,10 @@ kernel_params! {
         stride_row: i64,
         /// Rows of the tensor.
         rows: i32,
+        /// Query heads of a sequence.
+        q_heads: i32,
+        /// Sequences.
+        sequences: i32,
     }
 }
 
@@ -50,7 +55,7 @@ impl QueryMeansConfig {
 
     /// Blocks along x, y and z, where the longest sequence has `max_q_len` queries.
     pub fn grid(&self, max_q_len: usize, q_heads: usize, sequences: usize) -> [u32; 3] {
-        [max_q_len.div_ceil(self.block).max(1) as u32, q_heads as u32, sequences as u32]
+        grid(max_q_len.div_ceil(self.block), q_heads * sequences)
     }
 
     /// The kernel.
@@ -61,7 +66,7 @@ impl QueryMeansConfig {
     fn write(&self, code: &Code) {
         self.source.bound_registers(code, 896);
         let p = QueryMeansParams::declare(code);
-        let head = Head::new(code, &self.source, &input!(p));
+        let head = Head::new(code, &self.source, &input!(p, q_heads));
         let ([block, ..], [blocks, ..]) = (code.block_index(), code.grid());
         let rows = (head.len() - block * self.block as i32).min(self.block as i32);
         code.exit_when(rows.le(0));

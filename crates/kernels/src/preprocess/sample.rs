@@ -4,6 +4,7 @@ use sage_ptx::{Code, Program, kernel};
 
 use super::statistics::{Collector, ColumnStatistics, Outputs, across_block};
 use super::tile_load::{CHUNK, Head, Source, input};
+use crate::grid::grid;
 use crate::params::kernel_params;
 use crate::sequence::KEY_TILE;
 
@@ -40,6 +41,10 @@ kernel_params! {
         stride_row: i64,
         /// Rows of the tensor.
         rows: i32,
+        /// Heads of a sequence.
+        kv_heads: i32,
+        /// Sequences.
+        sequences: i32,
         /// Largest magnitude of a sampled value once quantised.
         v_max: f32,
         /// Counters of the launches that follow, which the first block sets to zero.
@@ -67,7 +72,7 @@ impl SampleConfig {
 
     /// Blocks along x, y and z.
     pub fn grid(&self, kv_heads: usize, sequences: usize) -> [u32; 3] {
-        [1, kv_heads as u32, sequences as u32]
+        grid(1, kv_heads * sequences)
     }
 
     /// The kernel.

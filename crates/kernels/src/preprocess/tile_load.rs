@@ -4,6 +4,7 @@ use half::{bf16, f16};
 use sage_core::DType;
 use sage_ptx::{BF16x2, Code, F16x2, Global, Scalar, Val, Var};
 
+use crate::grid::{BlockHead, grid};
 use crate::sequence::{KEY_TILE, LengthParams, Lengths, Sequence};
 
 /// Channels of a thread: 16 bytes.
@@ -83,9 +84,9 @@ impl Source {
     }
 }
 
-/// A block of the grid for each tile of 64 rows: tiles along x, so that the blocks of a head start together.
+/// A block for each tile of 64 rows: tiles along x, so that the blocks of a head start together.
 pub(super) fn tile_grid(max_rows: usize, heads: usize, sequences: usize) -> [u32; 3] {
-    [max_rows.div_ceil(KEY_TILE).max(1) as u32, heads as u32, sequences as u32]
+    grid(max_rows.div_ceil(KEY_TILE), heads * sequences)
 }
 
 /// The parameters that describe the tensor read.
@@ -97,11 +98,17 @@ pub(super) struct Input<'k> {
     pub stride_row: Val<'k, i64>,
     pub rows: Val<'k, i32>,
     pub cu_seqlens: Global<'k, i32>,
+    /// Heads of a sequence.
+    pub heads: Val<'k, i32>,
+    pub sequences: Val<'k, i32>,
 }
 
-/// The [`Input`] among a kernel's parameters, which all kernels name alike.
+/// The [`Input`] among a kernel's parameters, which all kernels name alike but for the number of heads.
 macro_rules! input {
     ($params:expr) => {
+        $crate::preprocess::tile_load::input!($params, kv_heads)
+    };
+    ($params:expr, $heads:ident) => {
         $crate::preprocess::tile_load::Input {
             x: $params.x,
             stride_batch: $params.stride_batch,
@@ -109,6 +116,8 @@ macro_rules! input {
             stride_row: $params.stride_row,
             rows: $params.rows,
             cu_seqlens: $params.cu_seqlens,
+            heads: $params.$heads,
+            sequences: $params.sequences,
         }
     };
 }
@@ -147,6 +156,8 @@ pub(super) struct Head<'k> {
     pub code: &'k Code,
     pub source: Source,
     pub sequence: Sequence<'k>,
+    /// Index of the sequence.
+    pub sequence_index: Val<'k, i32>,
     /// Index of the head.
     pub head: Val<'k, i32>,
     /// Index of the sequence and head in statistics: `sequence · heads + head`.
@@ -161,21 +172,15 @@ pub(super) struct Head<'k> {
 }
 
 impl<'k> Head<'k> {
-    /// The head and sequence that the block's indices along y and z name.
+    /// The block's head in a [`grid`] of all heads of all sequences.
+    #[track_caller]
     pub fn new(code: &'k Code, source: &Source, input: &Input<'k>) -> Self {
-        let [_, head, index] = code.block_index();
-        let [_, heads, _] = code.grid();
-        Head::at(code, source, input, [index, head], heads)
+        let block = BlockHead::new(code, input.heads, input.heads * input.sequences);
+        Head::at(code, source, input, [block.sequence, block.head])
     }
 
-    /// The head of a sequence with those indices, of `heads` that a sequence has.
-    pub fn at(
-        code: &'k Code,
-        source: &Source,
-        input: &Input<'k>,
-        [index, head]: [Val<'k, i32>; 2],
-        heads: Val<'k, i32>,
-    ) -> Self {
+    /// The head of a sequence with those indices.
+    pub fn at(code: &'k Code, source: &Source, input: &Input<'k>, [index, head]: [Val<'k, i32>; 2]) -> Self {
         let lengths = LengthParams {
             q_rows: input.rows,
             kv_rows: input.rows,
@@ -192,8 +197,9 @@ impl<'k> Head<'k> {
             code,
             source: *source,
             sequence,
+            sequence_index: index,
             head,
-            index: (index * heads + head).named("statistic"),
+            index: (index * input.heads + head).named("statistic"),
             thread,
             chunk: (thread & (chunks - 1)).named("chunk"),
             part: (thread >> chunks.ilog2() as i32).named("part"),

@@ -5,7 +5,7 @@ use sage_core::oracle::{block_means, mean, subtract};
 use sage_kernels::KEY_TILE;
 use sage_kernels::preprocess::{DeltaSArgs, DeltaSConfig, QueryMeansArgs, QueryMeansConfig};
 
-use crate::inputs::{Batch, Fill, Tensor, assert_mean, emulator, launch};
+use crate::inputs::{Batch, Fill, Tensor, assert_mean, emulator, folded, launch};
 
 /// Runs both kernels and compares them with double precision.
 #[track_caller]
@@ -27,8 +27,10 @@ fn check(q: &Tensor, k: &Tensor, block: usize, smooth_k: bool) {
         stride_head,
         stride_row,
         rows: q.batch.rows() as i32,
+        q_heads: q.heads as i32,
+        sequences: queries.len() as i32,
     };
-    launch(&emulator, &means_config.program(), grid, &args.args());
+    launch(&emulator, &means_config.program(), folded(grid), &args.args());
     let written: Vec<f32> = emulator.read(means);
 
     let mut k_means = vec![0f32; k.statistics()];
@@ -57,11 +59,13 @@ fn check(q: &Tensor, k: &Tensor, block: usize, smooth_k: bool) {
         stride_row,
         rows: k.batch.rows() as i32,
         q_rows: q.batch.rows() as i32,
+        kv_heads: k.heads as i32,
+        sequences: keys.len() as i32,
         group_size: group_size as i32,
         q_blocks: q_blocks as i32,
         block_rows: block as i32,
     };
-    launch(&emulator, &config.program(), grid, &args.args());
+    launch(&emulator, &config.program(), folded(grid), &args.args());
     let delta_s: Vec<f32> = emulator.read(delta_s);
 
     for (s, (of_q, of_k)) in queries.iter().zip(&keys).enumerate() {

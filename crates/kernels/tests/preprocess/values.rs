@@ -77,15 +77,18 @@ fn check_scales(tensor: &Tensor, smooth: bool, v_max: f32, scale_rows: ScaleRows
             stride_head,
             stride_row,
             rows,
+            kv_heads: heads as i32,
+            sequences: sequences.len() as i32,
             v_max,
             counters: marked.address(),
             counter_count: (sequences.len() * heads) as i32,
         };
-        launch(&emulator, &sample.program(), sample.grid(heads, sequences.len()), &args.args());
+        let grid = folded(sample.grid(heads, sequences.len()));
+        launch(&emulator, &sample.program(), grid, &args.args());
     }
     for pass in passes {
         let mut grid = pass.grid(tensor.batch.max_len(), heads, sequences.len(), lead);
-        if pass.scales == ValueScales::Collected && seed % 2 == 1 {
+        if seed % 2 == 1 {
             grid = folded(grid);
         }
         launch(&emulator, &pass.program(), grid, &args.args());
@@ -255,13 +258,11 @@ fn check_converted(tensor: &Tensor, to: DType) {
         stride_row,
         rows: tensor.batch.rows() as i32,
         key_tiles: tiles as i32,
+        kv_heads: heads as i32,
+        sequences: sequences.len() as i32,
     };
-    launch(
-        &emulator,
-        &config.program(),
-        config.grid(tensor.batch.max_len(), heads, sequences.len()),
-        &args.args(),
-    );
+    let grid = folded(config.grid(tensor.batch.max_len(), heads, sequences.len()));
+    launch(&emulator, &config.program(), grid, &args.args());
     let out: Vec<u16> = emulator.read(out);
     for sequence in &sequences {
         for head in 0..heads {
