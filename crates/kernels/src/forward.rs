@@ -73,6 +73,15 @@ pub struct TensorArg {
     pub strides: [i64; 3],
 }
 
+impl TensorArg {
+    /// Whether a tensor map can describe this tensor of `[batch, heads, rows, …]`, whose rows are aligned: it knows
+    /// neither repeated nor backward dimensions, nor strides of a terabyte.
+    pub fn has_map(&self, shape: &[usize]) -> bool {
+        let valid = |(&size, &stride): (&usize, &i64)| size == 1 || (1..1 << 39).contains(&stride);
+        shape.iter().zip(&self.strides).all(valid)
+    }
+}
+
 /// What a pass reads and writes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Tensors {
@@ -92,6 +101,16 @@ pub struct Tensors {
     pub cu_seqlens_q: u64,
     /// Boundaries of packed keys, or valid keys of each batch entry.
     pub cu_seqlens_k: u64,
+}
+
+impl Tensors {
+    /// Whether every row of Q, K, V and the output starts at a multiple of 16 bytes and is whole such chunks.
+    pub fn aligned(&self, head_dim: usize) -> bool {
+        let aligned = |tensor: &TensorArg| {
+            tensor.address.is_multiple_of(16) && tensor.strides.iter().all(|stride| stride % 8 == 0)
+        };
+        head_dim.is_multiple_of(8) && [self.q, self.k, self.v, self.out].iter().all(aligned)
+    }
 }
 
 /// How a problem is computed on a GPU.
