@@ -20,7 +20,8 @@ build() {
     mkdir -p "$1"
     {
         cargo test --no-run --message-format=json -p sage-cuda --test gpu
-        cargo test --no-run --message-format=json -p sageattention --test gpu --test gpu_kv_cache
+        cargo test --no-run --message-format=json -p sageattention --test gpu --test gpu_kv_cache \
+            --test gpu_random --test gpu_edges
         cargo build --message-format=json -p sageattention --example bench_gpu --example bench_gpu_kv_cache
         cargo build --message-format=json -p sageattn
     } | python3 -c '
@@ -32,7 +33,7 @@ for line in sys.stdin:
     name = message["target"]["name"]
     if name == "gpu":
         name = "test_cuda" if "/cuda/" in message["target"]["src_path"] else "test_attention"
-    name = name.replace("gpu_kv_cache", "test_kv_cache") if name.startswith("gpu") else name
+    name = name.replace("gpu_", "test_") if name.startswith("gpu_") else name
     shutil.copy(message["executable"], f"{sys.argv[1]}/{name}")
 ' "$1"
     ls "$1"
@@ -50,12 +51,16 @@ schemes=${SCHEMES:-auto,int8-fp8,sage2-int8-fp8-per-thread,full}
 heading() { printf '\n== %s\n' "$1"; }
 
 tests() {
+    export SAGE_REQUIRE_GPU=1
     heading "CUDA layer"
     "$bin/test_cuda" --test-threads=1 --nocapture
     heading "attention against the oracle"
     "$bin/test_attention" --test-threads=1 --nocapture
     heading "KV cache against the oracle"
     "$bin/test_kv_cache" --test-threads=1 --nocapture
+    heading "edges and random calls against the oracle"
+    "$bin/test_edges" --test-threads=1 --nocapture
+    "$bin/test_random" --nocapture
 }
 
 # A representative set under the checkers, which make kernels some hundred times slower.

@@ -15,10 +15,10 @@ pub struct CallOptions {
     #[arg(long, value_name = "L,R", allow_hyphen_values = true)]
     pub window: Option<Window>,
     /// Factor on Q·Kᵀ [default: 1 / √head_dim]
-    #[arg(long, value_name = "X", allow_hyphen_values = true)]
+    #[arg(long, value_name = "X", allow_hyphen_values = true, value_parser = single)]
     pub sm_scale: Option<f32>,
     /// Scaled scores s become X·tanh(s / X)
-    #[arg(long, value_name = "X", allow_hyphen_values = true)]
+    #[arg(long, value_name = "X", allow_hyphen_values = true, value_parser = single)]
     pub softcap: Option<f32>,
     /// What computes: cpu, or cuda:N for an NVIDIA GPU (f16 and bf16)
     #[arg(long, default_value_t)]
@@ -43,6 +43,19 @@ impl CallOptions {
         }
         attention
     }
+}
+
+/// A number in single precision, unless that would make 0 or infinity of another number: whoever reads of those in an
+/// error would not know them.
+fn single(text: &str) -> Result<f32, String> {
+    let x: f32 = text.parse().map_err(|error: std::num::ParseFloatError| error.to_string())?;
+    let mantissa = text.split(['e', 'E']).next().unwrap_or(text);
+    let vanishes = x == 0.0 && mantissa.contains(|digit: char| matches!(digit, '1'..='9'));
+    let overflows = x.is_infinite() && text.contains(|digit: char| digit.is_ascii_digit());
+    if vanishes || overflows {
+        return Err(format!("single precision makes {} of it, expected 1e-45 to 3.4e38", x.abs()));
+    }
+    Ok(x)
 }
 
 /// Where the diagonal of a causal mask lies.

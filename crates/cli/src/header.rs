@@ -122,19 +122,20 @@ fn entry(name: String, info: Info, start: usize, len: usize) -> Result<Entry> {
     if info.shape.len() > MAX_DIMENSIONS {
         return wrong(format!("{} dimensions", info.shape.len()), format!("at most {MAX_DIMENSIONS}"));
     }
-    let size = info
-        .shape
-        .iter()
-        .try_fold(bits, |bits, &n| bits.checked_mul(usize::try_from(n).ok()?))
-        .filter(|bits| bits.is_multiple_of(8))
-        .map(|bits| bits / 8);
-    if size != Some(last - first) {
-        let wanted = size.map_or("whole bytes, fewer than 2⁶⁴ bits".to_owned(), |size| {
-            format!("{size} for {} {:?}", info.dtype, info.shape)
-        });
+    let shape: Option<Vec<usize>> = info.shape.iter().map(|&n| usize::try_from(n).ok()).collect();
+    let size = |shape: &[usize]| match shape.contains(&0) {
+        true => Some(0),
+        false => shape.iter().try_fold(bits, |bits, &n| bits.checked_mul(n)),
+    };
+    let whole = |shape: Vec<usize>| Some((size(&shape).filter(|bits| bits.is_multiple_of(8))? / 8, shape));
+    let Some((size, shape)) = shape.and_then(whole) else {
+        let found = format!("{} {:?}", info.dtype, info.shape);
+        return wrong(found, "whole bytes, fewer than 2⁶⁴ bits".into());
+    };
+    if size != last - first {
+        let wanted = format!("{size} for {} {shape:?}", info.dtype);
         return wrong(format!("{} bytes of data", last - first), wanted);
     }
-    let shape = info.shape.iter().map(|&n| n as usize).collect();
     Ok(Entry { name, dtype: info.dtype, shape, bytes: start + first..start + last })
 }
 

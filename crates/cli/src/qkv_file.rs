@@ -1,7 +1,9 @@
 //! Files of queries, keys and values: safetensors with tensors `q`, `k` and `v` behind any number of prefixes.
 
+use std::borrow::Cow;
+
 use half::{bf16, f16};
-use sage_core::Tensor;
+use sage_core::{Error, Tensor};
 
 use crate::header::{self, Entry};
 
@@ -46,7 +48,7 @@ pub enum FileError {
         /// What it is.
         found: String,
         /// What would do.
-        wanted: &'static str,
+        wanted: Cow<'static, str>,
     },
 }
 
@@ -139,7 +141,7 @@ impl QkvFile<'_> {
             name: printable(name),
             what: "dtype",
             found: entry.dtype.clone(),
-            wanted: "F32, F16 or BF16",
+            wanted: "F32, F16 or BF16".into(),
         })
     }
 
@@ -157,7 +159,7 @@ impl QkvFile<'_> {
             name: printable(name),
             what: "dtype",
             found: entry.dtype.clone(),
-            wanted: "BOOL, U8, F32, F16 or BF16 for a mask",
+            wanted: "BOOL, U8, F32, F16 or BF16 for a mask".into(),
         })
     }
 
@@ -200,11 +202,14 @@ impl QkvFile<'_> {
             }
             _ => return Ok(None),
         };
-        tensor.map(Some).map_err(|_| FileError::Unusable {
+        tensor.map(Some).map_err(|error| FileError::Unusable {
             name: printable(&entry.name),
             what: "shape",
             found: format!("{:?}", entry.shape),
-            wanted: "at most 4 dimensions",
+            wanted: match error {
+                Error::Shape { wanted, .. } => wanted.into(),
+                other => other.to_string().into(),
+            },
         })
     }
 }

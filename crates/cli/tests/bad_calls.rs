@@ -134,11 +134,15 @@ fn broken_files() {
         ),
         (
             q(r#"{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,8]}"#),
-            "tensor \"q\": found 8 bytes of data, expected whole bytes, fewer than 2⁶⁴ bits",
+            "tensor \"q\": found F32 [4294967296, 4294967296], expected whole bytes, fewer than 2⁶⁴ bits",
         ),
         (
             q(r#"{"dtype":"F4","shape":[3],"data_offsets":[0,8]}"#),
-            "tensor \"q\": found 8 bytes of data, expected whole bytes, fewer than 2⁶⁴ bits",
+            "tensor \"q\": found F4 [3], expected whole bytes, fewer than 2⁶⁴ bits",
+        ),
+        (
+            q(r#"{"dtype":"F32","shape":[4611686018427387904,8,0],"data_offsets":[0,8]}"#),
+            "tensor \"q\": found 8 bytes of data, expected 0 for F32 [4611686018427387904, 8, 0]",
         ),
         (
             q(r#"{"dtype":"U8","shape":[8,1,1,1,1,1,1,1,1],"data_offsets":[0,8]}"#),
@@ -185,6 +189,11 @@ fn tensors_that_do_not_serve() {
             replaced(f32s("v", &[1, 1, 2, 40, 16], 1)),
             "",
             "tensor \"v\": shape is [1, 1, 2, 40, 16], expected at most 4 dimensions",
+        ),
+        (
+            replaced(("q", Dtype::F32, vec![0, 1 << 62, 1, 8], vec![])),
+            "",
+            "tensor \"q\": shape is [0, 4611686018427387904, 1, 8], expected less than 2⁶³ elements, where a size of 0 counts as 1",
         ),
         (
             replaced(f32s("q", &[33, 16], 1)),
@@ -328,6 +337,18 @@ fn command_lines() {
             "invalid value 'x' for '--sm-scale <X>': invalid float literal (see --help)",
         ),
         (
+            "run in.safetensors -o out --sm-scale 1e-46",
+            "invalid value '1e-46' for '--sm-scale <X>': single precision makes 0 of it, expected 1e-45 to 3.4e38 (see --help)",
+        ),
+        (
+            "run in.safetensors -o out --sm-scale 0.1e-400",
+            "invalid value '0.1e-400' for '--sm-scale <X>': single precision makes 0 of it, expected 1e-45 to 3.4e38 (see --help)",
+        ),
+        (
+            "accuracy in.safetensors --softcap 1e39",
+            "invalid value '1e39' for '--softcap <X>': single precision makes inf of it, expected 1e-45 to 3.4e38 (see --help)",
+        ),
+        (
             "run in.safetensors -o out --kv-lens 1,x",
             "invalid value 'x' for '--kv-lens <N,…>': invalid digit found in string (see --help)",
         ),
@@ -383,7 +404,7 @@ fn problems_that_cannot_be() {
         ),
         (
             "explain --heads 8 --seq 18446744073709551615 --head-dim 64",
-            "q: shape is [1, 8, 18446744073709551615, 64], expected indices of all elements within 63 bits",
+            "q: shape is [1, 8, 18446744073709551615, 64], expected less than 2⁶³ elements, where a size of 0 counts as 1",
         ),
         (
             "explain --heads 8 --seq 64 --head-dim 64 --softcap inf",
@@ -396,7 +417,7 @@ fn problems_that_cannot_be() {
         ),
         (
             "bench --shapes 4294967296,4294967296,64,64",
-            "shape 4294967296,4294967296,64,64: tensor: shape is [4294967296, 4294967296, 64, 64], expected indices of all elements within 63 bits",
+            "shape 4294967296,4294967296,64,64: tensor: shape is [4294967296, 4294967296, 64, 64], expected less than 2⁶³ elements, where a size of 0 counts as 1",
         ),
         (
             "bench --shapes 1048576,1048576,64,64",

@@ -45,7 +45,7 @@ impl Geometry {
             stride = i64::try_from(shape[d])
                 .ok()
                 .and_then(|n| stride.checked_mul(n.max(1)))
-                .ok_or_else(|| too_large(name, shape))?;
+                .ok_or_else(|| too_many(name, shape))?;
         }
         Self::strided(name, shape, &strides[..shape.len().min(MAX_RANK)], 0)
     }
@@ -74,8 +74,8 @@ impl Geometry {
         let (mut low, mut high) = (offset, offset);
         let mut count: i64 = 1;
         for (&size, &stride) in shape.iter().zip(strides) {
-            let size = i64::try_from(size).map_err(|_| too_large(name, shape))?;
-            count = count.checked_mul(size.max(1)).ok_or_else(|| too_large(name, shape))?;
+            let size = i64::try_from(size).map_err(|_| too_many(name, shape))?;
+            count = count.checked_mul(size.max(1)).ok_or_else(|| too_many(name, shape))?;
             let reach = (size - 1).max(0).checked_mul(stride);
             let end = if stride < 0 { &mut low } else { &mut high };
             *end = reach.and_then(|r| end.checked_add(r)).ok_or_else(|| too_large(name, shape))?;
@@ -212,6 +212,11 @@ impl fmt::Debug for Geometry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:?} strides {:?} offset {}", self.shape(), self.strides(), self.offset)
     }
+}
+
+/// Strides and products of sizes are formed for a tensor without elements too.
+fn too_many(name: &str, shape: &[usize]) -> Error {
+    Error::shape(name.to_owned(), shape, "less than 2⁶³ elements, where a size of 0 counts as 1")
 }
 
 fn too_large(name: &str, shape: &[usize]) -> Error {

@@ -20,6 +20,7 @@ pub mod oracle;
 mod preset;
 mod problem;
 mod scheme;
+mod single;
 mod tensor;
 
 pub use cache::{BlockTables, CacheLayout, CachedInputs, PageCopy, ValueFormat};
@@ -35,4 +36,5 @@ pub use scheme::{
     Accumulator, Granularity, IntBits, IntQuantizer, Pv, Qk, Rounding, ScaleRows, Scheme, SmoothK, SmoothQ,
     Smoothing, Tile, ZeroGroup,
 };
+pub use single::single;
 pub use tensor::{Elements, Tensor, TensorView, TensorViewMut, View, ViewMut};

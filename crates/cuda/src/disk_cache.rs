@@ -142,6 +142,9 @@ impl DiskCache {
         let mut file = temporary(&self.folder)?;
         file.write_all(&header(key, bytes))?;
         file.write_all(bytes)?;
+        if let Ok(replaced) = fs::metadata(path) {
+            file.as_file().set_permissions(replaced.permissions())?;
+        }
         // Without this, a crash of the machine could leave the name in place and the content not.
         file.as_file().sync_all()?;
         file.persist(path)?;
@@ -182,8 +185,10 @@ impl DiskCache {
     }
 }
 
-fn temporary(folder: &Path) -> io::Result<tempfile::NamedTempFile> {
-    tempfile::Builder::new().prefix(TEMPORARY).tempfile_in(folder)
+/// A new file that everybody may read whom the process's umask lets: others may share the folder.
+fn temporary(folder: &Path) -> io::Result<tempfile::NamedTempFile<File>> {
+    let create = |path: &Path| File::options().write(true).create_new(true).open(path);
+    tempfile::Builder::new().prefix(TEMPORARY).make_in(folder, create)
 }
 
 fn is_temporary(path: &Path) -> bool {

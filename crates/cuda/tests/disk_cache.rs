@@ -81,6 +81,23 @@ fn what_was_stored_comes_back() {
     assert_eq!(files(&cache), 3, "no temporary files are left");
 }
 
+/// Others may share the folder: entries are as private as the umask makes new files, and replaced ones as before.
+#[cfg(unix)]
+#[test]
+fn entries_have_ordinary_permissions() {
+    use std::os::unix::fs::PermissionsExt;
+
+    let mode = |path: &PathBuf| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    let (folder, cache) = cache(LIMIT);
+    cache.put(&key("a"), b"compiled");
+    let (entry, other) = (path(&cache, &key("a")), folder.path().join("other"));
+    fs::write(&other, b"").unwrap();
+    assert_eq!(mode(&entry), mode(&other));
+    fs::set_permissions(&entry, fs::Permissions::from_mode(0o640)).unwrap();
+    cache.put(&key("a"), b"compiled again");
+    assert_eq!((cache.get(&key("a")).as_deref(), mode(&entry)), (Some(&b"compiled again"[..]), 0o640));
+}
+
 #[test]
 fn another_process_finds_it() {
     let (folder, cache) = cache(LIMIT);

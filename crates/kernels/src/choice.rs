@@ -59,7 +59,8 @@ pub(crate) fn choose(problem: &Problem, request: &Request, gpu: &Gpu) -> Result<
     let seen = (if band.right == Some(0) { problem.kv_len / 2 } else { problem.kv_len })
         .min(band.left.map_or(usize::MAX, |left| left + band.right.unwrap_or(left)));
     let keys = seen * problem.group_size();
-    let hopper = gpu.target == Target::SM_90A && request.boxed;
+    // Not a matter of how the tensors lie in memory: the same values must give the same result.
+    let hopper = gpu.target == Target::SM_90A;
     if hopper && (keys <= FULL_SEEN_KEYS || problem.kv_len * problem.group_size() <= FULL_KEYS) {
         let reason = format!("full precision: {keys} keys for each query are too few to repay quantising K");
         return Ok((full(), reason));

@@ -7,7 +7,7 @@ mod arguments;
 mod layout;
 mod pass;
 
-use sage_core::{DType, Error, Problem, Pv, Result, Scheme};
+use sage_core::{DType, Error, MAX_HEADS, Problem, Pv, Result, Scheme};
 use sage_ptx::{Arg, BoxedTensor, Program, Target};
 
 use crate::attention::{AttentionConfig, MaskForm, Tiling, attention};
@@ -74,6 +74,15 @@ pub struct TensorArg {
     pub strides: [i64; 3],
 }
 
+impl TensorArg {
+    /// Whether a tensor map can describe this tensor of `[batch, heads, rows, …]`, whose rows are aligned: it knows
+    /// neither repeated nor backward dimensions, nor strides of a terabyte.
+    pub fn has_map(&self, shape: &[usize]) -> bool {
+        let valid = |(&size, &stride): (&usize, &i64)| size == 1 || (1..1 << 39).contains(&stride);
+        shape.iter().zip(&self.strides).all(valid)
+    }
+}
+
 /// What a pass reads and writes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Tensors {
@@ -93,6 +102,16 @@ pub struct Tensors {
     pub cu_seqlens_q: u64,
     /// Boundaries of packed keys, or valid keys of each batch entry.
     pub cu_seqlens_k: u64,
+}
+
+impl Tensors {
+    /// Whether every row of Q, K, V and the output starts at a multiple of 16 bytes and is whole such chunks.
+    pub fn aligned(&self, head_dim: usize) -> bool {
+        let aligned = |tensor: &TensorArg| {
+            tensor.address.is_multiple_of(16) && tensor.strides.iter().all(|stride| stride % 8 == 0)
+        };
+        head_dim.is_multiple_of(8) && [self.q, self.k, self.v, self.out].iter().all(aligned)
+    }
 }
 
 /// How a problem is computed on a GPU.
@@ -160,6 +179,7 @@ impl Forward {
         if problem.block_masked {
             return Err(Error::unsupported("block_mask", "not on a GPU yet"));
         }
+        check_sizes(problem, request)?;
         let mut reasons = Vec::new();
         let scheme = match request.scheme {
             Some(scheme) => scheme,
@@ -171,7 +191,11 @@ impl Forward {
         };
         let scheme = with_own_values(scheme, problem.dtype, &mut reasons);
         let pass = Pass { problem, request, gpu, scheme: &scheme };
-        let (steps, shape, splits) = pass.steps(&mut reasons)?;
+        let (mut steps, shape, splits) = pass.steps(&mut reasons)?;
+        if problem.batch * problem.num_q_heads == 0 || problem.q_len == 0 {
+            steps.clear();
+            reasons.push("nothing to launch: there is no query".into());
+        }
         let layout = Layout::new(problem, request, &steps, splits);
         Ok(Forward {
             problem: *problem,
@@ -262,6 +286,28 @@ impl Forward {
         }
         Ok(())
     }
+}
+
+/// Most rows of a tensor: sums with the "no limit" of a window and the rows of a tile fit 32 bits.
+const MAX_ROWS: usize = (1 << 30) - 1024;
+
+/// Sizes that tensors with strides of 0, or very many packed sequences, can have, but not the kernels' numbers.
+fn check_sizes(problem: &Problem, request: &Request) -> Result<()> {
+    for (name, rows) in [("q", request.q_rows), ("k", request.kv_rows)] {
+        if rows > MAX_ROWS {
+            return Err(Error::value(
+                format!("rows of {name}"),
+                rows,
+                format!("at most {MAX_ROWS} on a GPU"),
+            ));
+        }
+    }
+    if problem.batch.saturating_mul(problem.num_q_heads) > MAX_HEADS {
+        let found = format!("boundaries of {} sequences of {} heads", problem.batch, problem.num_q_heads);
+        let wanted = format!("at most {MAX_HEADS} heads, all sequences together");
+        return Err(Error::value("cu_seqlens_q", found, wanted));
+    }
+    Ok(())
 }
 
 /// Query rows of all heads: rows of the log-sum-exp.

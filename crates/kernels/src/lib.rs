@@ -8,6 +8,7 @@ pub mod catalog;
 mod choice;
 pub mod combine;
 pub mod forward;
+mod grid;
 mod integer;
 mod params;
 pub mod preprocess;

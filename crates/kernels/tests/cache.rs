@@ -47,6 +47,11 @@ fn case() -> Case {
     }
 }
 
+/// A grid with few blocks along y, as one of very many heads, and some left over.
+fn folded([x, y, z]: [u32; 3]) -> [u32; 3] {
+    [x, 3, (y * z).div_ceil(3)]
+}
+
 fn normal(seed: u64, len: usize) -> Vec<f32> {
     let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
     (0..len).map(|_| StandardNormal.sample(&mut rng)).collect()
@@ -138,8 +143,10 @@ impl Case {
             value_scales: cache.value_scales.address(),
             table_stride: cache.table_stride as i32,
             tokens: tokens as i32,
+            kv_heads: num_kv_heads as i32,
+            sequences: 1,
         };
-        let grid = config.grid(tokens, num_kv_heads, 1);
+        let grid = folded(config.grid(tokens, num_kv_heads, 1));
         emulator
             .launch(&config.program(), grid, &args.args())
             .unwrap_or_else(|failure| panic!("{self:?}\n{failure}"));
@@ -211,13 +218,14 @@ impl Case {
             kv_heads: num_kv_heads as i32,
             group: self.group as i32,
             q_len: self.q_len as i32,
+            sequences: 2,
             split: self.split as i32,
             scale: call.problem.sm_scale * log2e,
             cap: self.options.logit_softcap.unwrap_or(0.0) * log2e,
             left: limit(self.options.band.left),
             right: limit(self.options.band.right),
         };
-        let grid = config.grid(splits, num_kv_heads, self.q_len, self.group, 2);
+        let grid = folded(config.grid(splits, num_kv_heads, self.q_len, self.group, 2));
         emulator
             .launch(&config.program(), grid, &args.args())
             .unwrap_or_else(|failure| panic!("{self:?}\n{failure}"));

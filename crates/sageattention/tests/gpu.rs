@@ -4,33 +4,21 @@
 #![cfg(feature = "cuda")]
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+mod common;
+
 use std::time::Instant;
 
+use common::gpu;
 use half::f16;
 use rand::SeedableRng;
 use rand_distr::{Distribution, StandardNormal};
 use sage_core::metrics::Accuracy;
 use sage_core::oracle;
-use sageattention::cuda::{Cuda, CudaTensor, Stream, devices};
+use sageattention::cuda::{Cuda, CudaTensor, Stream};
 use sageattention::{
     Alignment, Attention, DType, Device, Geometry, Inputs, Mask, Options, Preset, Scheme, Tensor, TensorView,
     View,
 };
-
-/// The GPU, or none with the reason printed.
-fn gpu(test: &str) -> Option<Cuda> {
-    match devices() {
-        Ok(found) if !found.is_empty() => Some(Cuda::new(0).unwrap()),
-        Ok(_) => {
-            eprintln!("{test}: skipped: the driver finds no GPU");
-            None
-        }
-        Err(reason) => {
-            eprintln!("{test}: skipped: {reason}");
-            None
-        }
-    }
-}
 
 fn normal(seed: u64, len: usize) -> Vec<f32> {
     let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);

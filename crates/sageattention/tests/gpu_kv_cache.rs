@@ -4,28 +4,20 @@
 #![cfg(feature = "cuda")]
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+mod common;
+
 use std::sync::Arc;
 
 use half::f16;
 use rand::SeedableRng;
 use rand_distr::{Distribution, StandardNormal};
 use sage_core::metrics::Accuracy;
-use sageattention::cuda::{Buffer, Cuda, CudaTensor, devices};
+use sageattention::cuda::{Buffer, Cuda, CudaTensor};
 use sageattention::{Attention, DType, Error, KvCacheOptions, Tensor, TensorView, ValueFormat};
 
 /// The GPU, or none with the reason printed.
 fn gpu(test: &str) -> Option<Arc<Cuda>> {
-    match devices() {
-        Ok(found) if !found.is_empty() => Some(Arc::new(Cuda::new(0).unwrap())),
-        Ok(_) => {
-            eprintln!("{test}: skipped: the driver finds no GPU");
-            None
-        }
-        Err(reason) => {
-            eprintln!("{test}: skipped: {reason}");
-            None
-        }
-    }
+    common::gpu(test).map(Arc::new)
 }
 
 /// N(0, 1), every fourth channel shifted by `bias`.

@@ -9,12 +9,15 @@ macro_rules! say {
     }};
 }
 
-/// Ends the test, aloud, where there is no driver. A driver without a GPU, or a GPU that fails, fails the test.
+/// Ends the test, aloud, where there is no driver, or fails it with `SAGE_REQUIRE_GPU=1`. A driver without a GPU, or a
+/// GPU that fails, fails the test.
 macro_rules! device {
     () => {
         match Driver::get() {
             Ok(_) => alone(),
             Err(error) => {
+                let required = std::env::var_os("SAGE_REQUIRE_GPU").is_some_and(|wanted| wanted == "1");
+                assert!(!required, "no CUDA driver ({error})");
                 say!("skipped: no CUDA driver ({error})");
                 return;
             }

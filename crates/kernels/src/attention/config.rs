@@ -208,10 +208,10 @@ impl AttentionConfig {
         padded_dim(self.head_dim)
     }
 
-    /// Tiles of queries along x, heads along y and sequences along z, for `splits` parts of the keys: each is a block, or
-    /// with warpgroups a piece of work that blocks share out among themselves.
-    pub fn pieces(&self, sequences: usize, q_heads: usize, q_len: usize, splits: usize) -> [u32; 3] {
-        [q_len.div_ceil(self.block_q()) as u32, q_heads as u32, (sequences * splits) as u32]
+    /// Tiles of queries, and heads of all sequences and `splits` parts of the keys: each tile of each head is a block,
+    /// or with warpgroups a piece of work that blocks share out among themselves.
+    pub fn pieces(&self, sequences: usize, q_heads: usize, q_len: usize, splits: usize) -> [usize; 2] {
+        [q_len.div_ceil(self.block_q()), q_heads * sequences * splits]
     }
 
     /// Name of the kernel, unique for the configuration.
@@ -370,7 +370,7 @@ kernel_params! {
         taken: [u32],
         /// Of warpgroups: tiles of queries of the longest sequence.
         q_tiles: i32,
-        /// Of warpgroups: heads of all sequences and parts of the keys.
+        /// Heads of all sequences and parts of the keys.
         all_heads: i32,
         /// Of warpgroups: heads whose pieces are handed out together, a divisor of `all_heads`.
         heads_together: i32,

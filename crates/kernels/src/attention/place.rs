@@ -3,6 +3,7 @@
 use sage_ptx::{Code, Val};
 
 use super::config::{AttentionConfig, AttentionParams, Engine, MaskForm};
+use crate::grid::BlockHead;
 use crate::preprocess::SeenKeys;
 use crate::sequence::{LengthParams, Sequence};
 
@@ -43,12 +44,15 @@ pub(super) struct Place<'k> {
 }
 
 impl<'k> Place<'k> {
-    /// Of the block's indices. The longest rows of a causal mask come first, so that the last blocks to start are short.
+    /// Of the block, in the grid of [`AttentionConfig::pieces`]. The longest rows of a causal mask come first, so that
+    /// the last blocks to start are short.
     pub fn of_block(code: &'k Code, config: &AttentionConfig, p: &AttentionParams<'k>) -> Self {
-        let [x, head, z] = code.block_index();
-        let [tiles, _, sequences] = code.grid();
+        let ([x, ..], [tiles, ..]) = (code.block_index(), code.grid());
+        let heads = p.group_size * p.kv_heads;
+        let BlockHead { sequence, head } = BlockHead::new(code, heads, p.all_heads);
         let thread = [code.warp_index(), code.lane_index()];
-        Place::new(config, p, thread, [tiles - 1 - x, head, z, head / p.group_size], || sequences)
+        let indices = [tiles - 1 - x, head, sequence, head / p.group_size];
+        Place::new(config, p, thread, indices, || p.all_heads / heads)
     }
 
     /// Of a tile of queries, a head, one of `sequences`, which are those of all parts of the keys, and a key head.

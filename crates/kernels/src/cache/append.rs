@@ -5,6 +5,7 @@ use sage_core::{DType, ValueFormat};
 use sage_ptx::{Code, Global, Half, Program, Shared, Stored, Val, kernel};
 
 use super::{Pool, Quads, Storage, THREADS, WARPS, pack_bytes};
+use crate::grid::{BlockHead, grid};
 use crate::integer::magnitude_bits;
 use crate::params::kernel_params;
 
@@ -54,6 +55,10 @@ kernel_params! {
         table_stride: i32,
         /// New tokens of each sequence.
         tokens: i32,
+        /// Key heads.
+        kv_heads: i32,
+        /// Sequences that get new tokens.
+        sequences: i32,
     }
 }
 
@@ -101,7 +106,7 @@ impl CacheAppendConfig {
     pub fn grid(&self, tokens: usize, kv_heads: usize, sequences: usize) -> [u32; 3] {
         // They may begin anywhere in a page.
         let pages = tokens.div_ceil(self.storage.page_size) + 1;
-        [pages as u32, kv_heads as u32, sequences as u32]
+        grid(pages, kv_heads * sequences)
     }
 
     /// The kernel.
@@ -116,7 +121,8 @@ impl CacheAppendConfig {
         let p = CacheAppendParams::declare(code);
         let storage = self.storage;
         let (pitch, page_size) = (storage.pitch(), storage.page_size as i32);
-        let [block, head, batch] = code.block_index();
+        let [block, ..] = code.block_index();
+        let BlockHead { sequence: batch, head } = BlockHead::new(code, p.kv_heads, p.kv_heads * p.sequences);
         let len = p.kv_lens.at(batch).load().named("len");
         let index = (len >> storage.page_bits()) + block;
         let begin = len.max(index * page_size).named("begin");
@@ -125,7 +131,7 @@ impl CacheAppendConfig {
 
         let pool = Pool {
             storage,
-            kv_heads: code.grid()[1],
+            kv_heads: p.kv_heads,
             keys: p.keys,
             key_scales: p.key_scales,
             constants: p.constants,

@@ -11,6 +11,7 @@ use sage_core::{DType, ValueFormat};
 use sage_ptx::{Code, Half, Program, Shared, Stored, Val, Var, kernel};
 
 use super::{CHUNK, Pool, Quads, Storage, THREADS, WARPS, pack_bytes};
+use crate::grid::{BlockHead, grid};
 use crate::integer::magnitude_bits;
 use crate::params::kernel_params;
 
@@ -76,6 +77,8 @@ kernel_params! {
         group: i32,
         /// Queries of each sequence.
         q_len: i32,
+        /// Sequences.
+        sequences: i32,
         /// Tokens of a part: whole pages, at most [`MAX_SPLIT_PAGES`].
         split: i32,
         /// `sm_scale · log₂e`.
@@ -149,7 +152,7 @@ impl CacheAttendConfig {
 
     /// Blocks along x, y and z.
     pub fn grid(&self, splits: usize, kv_heads: usize, q_len: usize, group: usize, batch: usize) -> [u32; 3] {
-        [splits as u32, (kv_heads * self.row_blocks(q_len, group)) as u32, batch as u32]
+        grid(splits, kv_heads * self.row_blocks(q_len, group) * batch)
     }
 
     /// The kernel.
@@ -169,9 +172,12 @@ impl CacheAttendConfig {
         let p = CacheAttendParams::declare(code);
         let storage = self.storage;
         let (pitch, bits) = (storage.pitch(), storage.page_bits());
-        let [split, y, batch] = code.block_index();
-        let row_blocks = code.grid()[1] / p.kv_heads;
-        let (head, block) = (y / row_blocks, y % row_blocks);
+        let [split, ..] = code.block_index();
+        let row_blocks = (p.q_len * p.group).div_ceil(self.rows);
+        let heads_and_blocks = p.kv_heads * row_blocks;
+        let number = BlockHead::new(code, heads_and_blocks, heads_and_blocks * p.sequences);
+        let batch = number.sequence;
+        let (head, block) = (number.head / row_blocks, number.head % row_blocks);
         let len = p.kv_lens.at(batch).load().named("len");
         let pool = Pool {
             storage,
@@ -437,7 +443,7 @@ impl CacheAttendConfig {
         code.barrier();
 
         code.note("merge: the warps");
-        let total_rows = p.kv_heads * p.group * p.q_len * code.grid()[2];
+        let total_rows = p.kv_heads * p.group * p.q_len * p.sequences;
         for (r, row) in rows.iter().enumerate() {
             let at = |warp: usize| (r * WARPS + warp) as i32;
             let warps: Vec<_> = (0..WARPS).map(|w| maxima.plus(at(w)).load()).collect();

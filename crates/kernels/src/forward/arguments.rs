@@ -9,6 +9,7 @@ use crate::attention::{
     AttentionArgs, AttentionConfig, Engine, Scores, ValueSource, boxed_tensors, stage_bytes,
 };
 use crate::combine::CombineArgs;
+use crate::grid::grid;
 use crate::preprocess::{
     ConvertVArgs, DeltaSArgs, InputArgs, QuantizeKArgs, QuantizeVArgs, QueryMeansArgs, RankKeysArgs,
     SampleArgs, SeenKeysArgs,
@@ -56,24 +57,26 @@ impl Arguments<'_> {
         let lead = lead(problem);
         match step {
             Step::SeenKeys(config) => {
-                let args = self.seen_keys();
                 let (heads, sequences) = self.seen_heads();
-                launch(config.grid(kv_len, heads, sequences), &args.args())
+                launch(config.grid(kv_len, heads, sequences), &self.seen_keys().args())
             }
             Step::RankKeys(config) => {
                 let [stride_sequence, stride_head] = self.seen_strides();
+                let (heads, sequences) = self.seen_heads();
                 let args = RankKeysArgs {
                     seen: at(layout.seen),
                     ranks: at(layout.ranks),
                     tiles: kv_len.div_ceil(KEY_TILE) as i32,
+                    heads: heads as i32,
+                    sequences: sequences as i32,
                     stride_sequence,
                     stride_head,
                 };
-                let (heads, sequences) = self.seen_heads();
                 launch(config.grid(heads, sequences), &args.args())
             }
             Step::QueryMeans(config) => {
-                let queries = InputArgs::unmasked(t.q.address, t.q.strides, request.q_rows);
+                let of = [problem.num_q_heads, batch];
+                let queries = InputArgs::unmasked(t.q.address, t.q.strides, request.q_rows, of);
                 let args = QueryMeansArgs {
                     input: InputArgs {
                         cu_seqlens: t.cu_seqlens_q,
@@ -107,8 +110,6 @@ impl Arguments<'_> {
                     partials: at(layout.k_partials),
                     arrivals: at(layout.k_arrivals),
                     key_tiles,
-                    kv_heads: heads as i32,
-                    sequences: batch as i32,
                     lead: lead as i32,
                 };
                 launch(config.grid(kv_len, heads, batch, lead), &args.args())
@@ -137,8 +138,6 @@ impl Arguments<'_> {
                     marked: at(layout.v_marked),
                     key_tiles,
                     v_max: self.v_max,
-                    kv_heads: heads as i32,
-                    sequences: batch as i32,
                     lead: lead as i32,
                 };
                 launch(config.grid(kv_len, heads, batch, lead), &args.args())
@@ -151,15 +150,15 @@ impl Arguments<'_> {
                 let args = self.attention(config, key_tiles);
                 let pieces = self.pieces(config);
                 if config.tiling.engine == Engine::Warps {
-                    return launch(pieces, &args.args());
+                    return launch(grid(pieces[0], pieces[1]), &args.args());
                 }
                 let [k_map, v_map] = self.boxed_tensors(config, &args, key_tiles);
                 let maps = [launcher.tensor_map(&k_map)?, launcher.tensor_map(&v_map)?];
                 let mut all = [maps[0]; AttentionArgs::COUNT + 2];
                 all[..AttentionArgs::COUNT].copy_from_slice(&args.args());
                 all[AttentionArgs::COUNT..].copy_from_slice(&maps);
-                let blocks = pieces.iter().product::<u32>().min(self.multiprocessors);
-                launcher.launch(index, [blocks, 1, 1], &all)
+                let blocks = pieces.iter().product::<usize>().min(self.multiprocessors as usize);
+                launcher.launch(index, [blocks as u32, 1, 1], &all)
             }
             Step::Combine(config) => {
                 let [out_stride_batch, out_stride_head, out_stride_row] = t.out.strides;
@@ -184,7 +183,8 @@ impl Arguments<'_> {
 
     /// K or V, with what says which of its rows count.
     fn keys(&self, tensor: &TensorArg) -> InputArgs {
-        let (request, t) = (self.request, self.tensors);
+        let (problem, request, t) = (self.problem, self.request, self.tensors);
+        let of = [problem.num_kv_heads, problem.batch];
         let [window_left, window_right] = self.window();
         let [seen_stride_sequence, seen_stride_head] = self.seen_strides();
         InputArgs {
@@ -198,7 +198,7 @@ impl Arguments<'_> {
             ranks: self.workspace + self.layout.ranks,
             seen_stride_sequence,
             seen_stride_head,
-            ..InputArgs::unmasked(tensor.address, tensor.strides, request.kv_rows)
+            ..InputArgs::unmasked(tensor.address, tensor.strides, request.kv_rows, of)
         }
     }
 
@@ -207,6 +207,7 @@ impl Arguments<'_> {
         let (mask, [batch, head, row, key]) = t.mask;
         let [window_left, window_right] = self.window();
         let [stride_sequence, stride_head] = self.seen_strides();
+        let (heads, sequences) = self.seen_heads();
         let alike = row == 0 && problem.band.is_full();
         SeenKeysArgs {
             mask,
@@ -214,7 +215,9 @@ impl Arguments<'_> {
             mask_stride_head: head,
             mask_stride_row: row,
             mask_stride_key: key,
-            heads: if head == 0 { 1 } else { problem.group_size() as i32 },
+            group: if head == 0 { 1 } else { problem.group_size() as i32 },
+            heads: heads as i32,
+            sequences: sequences as i32,
             rows: if alike { 1 } else { request.q_rows as i32 },
             q_rows: request.q_rows as i32,
             kv_rows: request.kv_rows as i32,
@@ -255,22 +258,22 @@ impl Arguments<'_> {
         i32::from(self.problem.band.alignment == Alignment::BottomRight)
     }
 
-    /// Tiles of queries, heads and sequences of the attention kernel.
-    fn pieces(&self, config: &AttentionConfig) -> [u32; 3] {
+    /// Tiles of queries and heads of the attention kernel.
+    fn pieces(&self, config: &AttentionConfig) -> [usize; 2] {
         let problem = self.problem;
         config.pieces(problem.batch, problem.num_q_heads, problem.q_len, self.splits)
     }
 
     /// Heads whose pieces of work are handed out together. Where pieces differ in length there must be many to even out, but
     /// their keys and values must stay in cache.
-    fn heads_together(&self, config: &AttentionConfig, all_heads: u32) -> i32 {
+    fn heads_together(&self, config: &AttentionConfig, all_heads: usize) -> i32 {
         let problem = self.problem;
         if self.request.pieces_alike(problem) {
             return 1;
         }
         let bytes = stage_bytes(config) / config.tiling.tile_keys * problem.kv_len;
-        let most = (CACHED_BYTES * problem.group_size() / bytes.max(1)).clamp(1, all_heads as usize);
-        let divisor = (1..=most).rev().find(|&heads| (all_heads as usize).is_multiple_of(heads));
+        let most = (CACHED_BYTES * problem.group_size() / bytes.max(1)).clamp(1, all_heads);
+        let divisor = (1..=most).rev().find(|&heads| all_heads.is_multiple_of(heads));
         divisor.unwrap_or(1) as i32
     }
 
@@ -296,7 +299,7 @@ impl Arguments<'_> {
         let [seen_stride_sequence, seen_stride_head] = self.seen_strides();
         let quantised = matches!(config.scores, Scores::Int(_));
         let workspace_v = config.value_source == ValueSource::Workspace;
-        let [q_tiles, heads, sequences] = self.pieces(config);
+        let [q_tiles, all_heads] = self.pieces(config);
         AttentionArgs {
             q: t.q.address,
             k: if quantised { at(layout.k) } else { t.k.address },
@@ -345,8 +348,8 @@ impl Arguments<'_> {
             splits: self.splits as i32,
             taken: layout.pieces_taken.map_or(0, at),
             q_tiles: q_tiles as i32,
-            all_heads: (heads * sequences) as i32,
-            heads_together: self.heads_together(config, heads * sequences),
+            all_heads: all_heads as i32,
+            heads_together: self.heads_together(config, all_heads),
             total_rows: total_rows(problem, request) as i64,
             sm_scale: problem.sm_scale,
             softcap: problem.logit_softcap.unwrap_or(0.0),

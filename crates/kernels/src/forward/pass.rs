@@ -189,7 +189,8 @@ impl Pass<'_> {
         Ok((steps, shape, splits))
     }
 
-    /// Whether there is a kernel of warpgroups for such operands, and work for it: it takes 128 query rows and more at once.
+    /// Whether there is a kernel of warpgroups for such operands, and work for it: it takes 128 query rows and more at
+    /// once, and keys.
     fn suits_warpgroups(&self, scores: &Scores, values: &Values) -> bool {
         let scores = match scores {
             Scores::Full => true,
@@ -202,7 +203,16 @@ impl Pass<'_> {
             _ => false,
         };
         let hopper = self.gpu.target == Target::SM_90A;
-        hopper && scores && values && self.request.boxed && self.problem.q_len > FEW_QUERIES
+        // There is no tensor map of nothing, and the other kernels need none to write zeros.
+        let work = self.problem.q_len > FEW_QUERIES && self.problem.kv_len > 0;
+        hopper && scores && values && self.request.boxed && work && self.counts_pieces()
+    }
+
+    /// Whether a counter of 32 bits holds the pieces of work of all warpgroups, of which the least has 64 query rows:
+    /// not with very many packed sequences of which one is long.
+    fn counts_pieces(&self) -> bool {
+        let heads = self.problem.batch * self.problem.num_q_heads;
+        heads.checked_mul(self.problem.q_len.div_ceil(64)).is_some_and(|count| i32::try_from(count).is_ok())
     }
 
     /// P·V's form, and what V must be converted to first.
@@ -236,8 +246,8 @@ impl Pass<'_> {
     /// Parts of the keys that give every multiprocessor a block, where the queries alone do not.
     fn splits(&self, attention: &AttentionConfig) -> usize {
         let problem = self.problem;
-        let [x, y, z] = attention.pieces(problem.batch, problem.num_q_heads, problem.q_len, 1);
-        let blocks = x as usize * y as usize * z as usize;
+        let pieces = attention.pieces(problem.batch, problem.num_q_heads, problem.q_len, 1);
+        let blocks = pieces.iter().product::<usize>();
         let wanted = 2 * self.gpu.multiprocessors;
         let tiles = problem.kv_len.div_ceil(attention.tiling.tile_keys);
         // Fewer than four tiles a part cost more to merge than they save.

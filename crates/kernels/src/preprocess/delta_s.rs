@@ -79,7 +79,7 @@ impl DeltaSConfig {
     fn write(&self, code: &Code) {
         let p = DeltaSParams::declare(code);
         let head = Head::new(code, &self.source, &p.input);
-        let ([tile, _, index], [tiles, kv_heads, _]) = (code.block_index(), code.grid());
+        let ([tile, ..], [tiles, ..]) = (code.block_index(), code.grid());
         let q_len = head.sequence.q_len;
         code.exit_when((tile * KEY_TILE as i32).ge(head.len()) | q_len.le(0));
 
@@ -88,7 +88,7 @@ impl DeltaSConfig {
 
         // The query heads that share a key head are neighbours, so all their blocks are rows of one matrix.
         let rows = p.group_size * p.q_blocks;
-        let first_row = (index * kv_heads + head.head).widen() * rows.widen();
+        let first_row = head.index.mul_wide(rows);
         let width = self.source.padded_dim() as i32;
         let means = p.q_mean.at(first_row * i64::from(width));
         let row_len = tiles * KEY_TILE as i32;

@@ -16,6 +16,10 @@ kernel_params! {
         stride_row: i64,
         /// Rows of the tensor.
         rows: i32,
+        /// Heads of a sequence.
+        heads: i32,
+        /// Sequences.
+        sequences: i32,
         /// Boundaries of packed sequences, or the valid rows of each batch entry.
         cu_seqlens: [i32],
         /// Of keys: query rows of the tensors.
@@ -40,14 +44,21 @@ kernel_params! {
 }
 
 impl InputArgs {
-    /// Rows of which none is hidden.
-    pub fn unmasked(address: u64, [stride_batch, stride_head, stride_row]: [i64; 3], rows: usize) -> Self {
+    /// Rows of which none is hidden, in `heads` heads of each of `sequences` sequences.
+    pub fn unmasked(
+        address: u64,
+        [stride_batch, stride_head, stride_row]: [i64; 3],
+        rows: usize,
+        [heads, sequences]: [usize; 2],
+    ) -> Self {
         InputArgs {
             x: address,
             stride_batch,
             stride_head,
             stride_row,
             rows: rows as i32,
+            heads: heads as i32,
+            sequences: sequences as i32,
             window_left: NO_LIMIT,
             window_right: NO_LIMIT,
             ..InputArgs::default()

@@ -56,10 +56,6 @@ kernel_params! {
         arrivals: [u32],
         /// Tiles of the workspace, all sequences together.
         key_tiles: i32,
-        /// Where it is collected: heads of a sequence.
-        kv_heads: i32,
-        /// Where it is collected: sequences.
-        sequences: i32,
         /// Where it is collected: heads that statistics are ahead by, at least 1, as in the grid.
         lead: i32,
     }
@@ -146,13 +142,11 @@ impl QuantizeKConfig {
         let p = QuantizeKParams::declare(code);
         let collected = self.mean == KeyMean::Collected;
         let work = if collected {
-            Work::new(code, p.kv_heads, p.sequences, p.lead)
+            Work::new(code, p.input.heads, p.input.sequences, p.lead)
         } else {
-            Work::quantise_only(code)
+            Work::quantise_only(code, p.input.heads, p.input.sequences)
         };
-        let [_, heads, _] = code.grid();
-        let heads = if collected { p.kv_heads } else { heads };
-        let head = Head::at(code, &self.source, &p.input, [work.sequence, work.head], heads);
+        let head = Head::at(code, &self.source, &p.input, [work.sequence, work.head]);
         let first_tile = head.head * p.key_tiles + head.sequence.first_tile;
         let mean = ColumnStatistics::Mean;
         let meeting =

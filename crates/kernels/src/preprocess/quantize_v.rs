@@ -6,6 +6,7 @@ use sage_ptx::{Code, Program, Val, kernel};
 use super::ahead::{self, Work};
 use super::statistics::{ColumnStatistics, Meeting, Outputs, Part};
 use super::tile_load::{CHUNK, Head, ROWS, RowOrder, Rows, Source, tile_grid};
+use crate::grid::grid;
 use crate::params::kernel_params;
 use crate::sequence::KEY_TILE;
 
@@ -59,10 +60,6 @@ kernel_params! {
         key_tiles: i32,
         /// Largest magnitude of quantised values: 448, or 2.25 where fp16 accumulates.
         v_max: f32,
-        /// Heads of a sequence.
-        kv_heads: i32,
-        /// Sequences.
-        sequences: i32,
         /// Heads that statistics are ahead by, at least 1, as in the grid.
         lead: i32,
     }
@@ -105,9 +102,7 @@ impl QuantizeVConfig {
         match self.scales {
             ValueScales::Collected => ahead::grid(max_kv_len, kv_heads, sequences, lead),
             ValueScales::Given => tile_grid(max_kv_len, kv_heads, sequences),
-            ValueScales::CollectedWhereMarked => {
-                [2 * MARKED_BLOCKS as u32, kv_heads as u32, sequences as u32]
-            }
+            ValueScales::CollectedWhereMarked => grid(2 * MARKED_BLOCKS as usize, kv_heads * sequences),
         }
     }
 
@@ -122,10 +117,10 @@ impl QuantizeVConfig {
         self.source.bound_registers(code, threads);
         let p = QuantizeVParams::declare(code);
         let work = match self.scales {
-            ValueScales::Collected => Work::new(code, p.kv_heads, p.sequences, p.lead),
-            _ => Work::quantise_only(code),
+            ValueScales::Collected => Work::new(code, p.input.heads, p.input.sequences, p.lead),
+            _ => Work::quantise_only(code, p.input.heads, p.input.sequences),
         };
-        let head = Head::at(code, &self.source, &p.input, [work.sequence, work.head], p.kv_heads);
+        let head = Head::at(code, &self.source, &p.input, [work.sequence, work.head]);
         let statistics = self.statistics();
         let first_tile = head.head * p.key_tiles + head.sequence.first_tile;
         let meeting = |tile| Meeting::new(&head, statistics, first_tile, tile, p.partials, p.arrivals);

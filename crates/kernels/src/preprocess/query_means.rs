@@ -4,6 +4,7 @@ use sage_ptx::{Code, Program, kernel};
 
 use super::statistics::{Part, across_block, of_tiles};
 use super::tile_load::{Head, Source};
+use crate::grid::grid;
 use crate::params::kernel_params;
 use crate::sequence::KEY_TILE;
 
@@ -40,7 +41,7 @@ impl QueryMeansConfig {
 
     /// Blocks along x, y and z, where the longest sequence has `max_q_len` queries.
     pub fn grid(&self, max_q_len: usize, q_heads: usize, sequences: usize) -> [u32; 3] {
-        [max_q_len.div_ceil(self.block).max(1) as u32, q_heads as u32, sequences as u32]
+        grid(max_q_len.div_ceil(self.block), q_heads * sequences)
     }
 
     /// The kernel.

@@ -4,6 +4,7 @@ use sage_ptx::{Code, Program, kernel};
 
 use super::statistics::{Collector, ColumnStatistics, Outputs, across_block};
 use super::tile_load::{CHUNK, Head, Source};
+use crate::grid::grid;
 use crate::params::kernel_params;
 use crate::sequence::KEY_TILE;
 
@@ -57,7 +58,7 @@ impl SampleConfig {
 
     /// Blocks along x, y and z.
     pub fn grid(&self, kv_heads: usize, sequences: usize) -> [u32; 3] {
-        [1, kv_heads as u32, sequences as u32]
+        grid(1, kv_heads * sequences)
     }
 
     /// The kernel.

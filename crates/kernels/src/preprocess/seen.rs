@@ -9,6 +9,7 @@ use sage_core::{DType, padding_bias};
 use sage_ptx::{Code, Global, Program, Stored, Val, Var, kernel};
 
 use crate::attention::MaskForm;
+use crate::grid::{BlockHead, grid};
 use crate::params::kernel_params;
 use crate::sequence::{KEY_TILE, LengthParams, Lengths, Sequence};
 
@@ -46,8 +47,12 @@ kernel_params! {
         mask_stride_row: i64,
         /// Stride of the mask's keys.
         mask_stride_key: i64,
-        /// Query heads whose rows are looked at for each position along y.
+        /// Query heads whose rows are looked at together: those of a key head, or one where all have the same mask.
+        group: i32,
+        /// Such groups of a sequence with a mask of their own.
         heads: i32,
+        /// Sequences with a mask of their own.
+        sequences: i32,
         /// Query rows that are looked at: one where all have the same mask.
         rows: i32,
         /// Query rows of the tensors.
@@ -79,7 +84,7 @@ impl SeenKeysConfig {
 
     /// Blocks along x, y and z, where the longest sequence has `max_kv_len` keys.
     pub fn grid(&self, max_kv_len: usize, heads: usize, sequences: usize) -> [u32; 3] {
-        [max_kv_len.div_ceil(KEY_TILE).max(1) as u32, heads as u32, sequences as u32]
+        grid(max_kv_len.div_ceil(KEY_TILE), heads * sequences)
     }
 
     /// The kernel.
@@ -102,7 +107,8 @@ impl SeenKeysConfig {
         counts_and_visible: impl Fn(Val<'k, B::Value>) -> [Val<'k, bool>; 2],
     ) {
         let p = SeenKeysParams::declare(code);
-        let [tile, head, index] = code.block_index();
+        let [tile, ..] = code.block_index();
+        let BlockHead { sequence: index, head } = BlockHead::new(code, p.heads, p.heads * p.sequences);
         let lengths = LengthParams {
             q_rows: p.q_rows,
             kv_rows: p.kv_rows,
@@ -124,7 +130,7 @@ impl SeenKeysConfig {
         let found = keys.map(|_| [(); 2].map(|()| code.var(0i32)));
         let settled = |half: usize| found[half][0].get().ne(0) | keys[half].ge(sequence.kv_len);
         // From the last row on: a causal mask shows it all keys.
-        let row = code.var(p.heads * p.rows - 1 - warp).named("row");
+        let row = code.var(p.group * p.rows - 1 - warp).named("row");
         code.while_loop(
             || row.get().ge(0) & !code.all(settled(0) & settled(1)),
             || {
@@ -133,7 +139,7 @@ impl SeenKeysConfig {
                     .iter()
                     .map(|&row| {
                         let row = row.max(0);
-                        let (head, row) = (head * p.heads + row / p.rows, row % p.rows);
+                        let (head, row) = (head * p.group + row / p.rows, row % p.rows);
                         let of_row =
                             mask.at(head.widen() * p.mask_stride_head + row.widen() * p.mask_stride_row);
                         of_keys.map(|key| of_row.at(key).load())
@@ -192,6 +198,10 @@ kernel_params! {
         ranks: [i32],
         /// Tiles of a head.
         tiles: i32,
+        /// Heads of a sequence with a mask of their own.
+        heads: i32,
+        /// Sequences with a mask of their own.
+        sequences: i32,
         /// Tiles from one sequence's words to the next.
         stride_sequence: i32,
         /// Tiles from one head's words to the next.
@@ -207,7 +217,7 @@ impl RankKeysConfig {
 
     /// Blocks along x, y and z.
     pub fn grid(&self, heads: usize, sequences: usize) -> [u32; 3] {
-        [1, heads as u32, sequences as u32]
+        grid(1, heads * sequences)
     }
 
     /// The kernel.
@@ -217,7 +227,7 @@ impl RankKeysConfig {
 
     fn write<'k>(&self, code: &'k Code) {
         let p = RankKeysParams::declare(code);
-        let [_, head, index] = code.block_index();
+        let BlockHead { sequence: index, head } = BlockHead::new(code, p.heads, p.heads * p.sequences);
         let first = index * p.stride_sequence + head * p.stride_head;
         let seen = p.seen.at(first.mul_wide(SEEN_WORDS as i32));
         let ranks = p.ranks.at(first);

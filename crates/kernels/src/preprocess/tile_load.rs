@@ -6,6 +6,7 @@ use sage_ptx::{BF16x2, Code, F16x2, Global, Scalar, Val, Var};
 
 use super::input::InputParams;
 use super::seen::{RankedKeys, SeenTile};
+use crate::grid::{BlockHead, grid};
 use crate::sequence::{KEY_TILE, Lengths, Sequence};
 
 /// Channels of a thread: 16 bytes.
@@ -88,9 +89,9 @@ impl Source {
     }
 }
 
-/// A block of the grid for each tile of 64 rows: tiles along x, so that the blocks of a head start together.
+/// A block for each tile of 64 rows: tiles along x, so that the blocks of a head start together.
 pub(super) fn tile_grid(max_rows: usize, heads: usize, sequences: usize) -> [u32; 3] {
-    [max_rows.div_ceil(KEY_TILE).max(1) as u32, heads as u32, sequences as u32]
+    grid(max_rows.div_ceil(KEY_TILE), heads * sequences)
 }
 
 /// Which rows of a tile a thread holds.
@@ -142,20 +143,19 @@ pub(super) struct Head<'k> {
 }
 
 impl<'k> Head<'k> {
-    /// The head and sequence that the block's indices along y and z name.
+    /// The block's head in a [`grid`] of all heads of all sequences.
+    #[track_caller]
     pub fn new(code: &'k Code, source: &Source, input: &InputParams<'k>) -> Self {
-        let [_, head, index] = code.block_index();
-        let [_, heads, _] = code.grid();
-        Head::at(code, source, input, [index, head], heads)
+        let block = BlockHead::new(code, input.heads, input.heads * input.sequences);
+        Head::at(code, source, input, [block.sequence, block.head])
     }
 
-    /// The head of a sequence with those indices, of `heads` that a sequence has.
+    /// The head of a sequence with those indices.
     pub fn at(
         code: &'k Code,
         source: &Source,
         input: &InputParams<'k>,
         [index, head]: [Val<'k, i32>; 2],
-        heads: Val<'k, i32>,
     ) -> Self {
         let sequence = Sequence::new(code, source.lengths, source.masked, &input.lengths(), index);
         let ranked = source.masked.then(|| {
@@ -172,7 +172,7 @@ impl<'k> Head<'k> {
             source: *source,
             sequence,
             head,
-            index: (index * heads + head).named("statistic"),
+            index: (index * input.heads + head).named("statistic"),
             thread,
             chunk: (thread & (chunks - 1)).named("chunk"),
             part: (thread >> chunks.ilog2() as i32).named("part"),

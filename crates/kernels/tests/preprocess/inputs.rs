@@ -206,7 +206,8 @@ impl Tensor {
     pub fn input(&self, emulator: &mut Emulator) -> InputArgs {
         let x = emulator.buffer_at("x", &self.data, if self.source.aligned { 16 } else { 2 }).address();
         let cu_seqlens = emulator.buffer("cu_seqlens", &self.batch.cu_seqlens()).address();
-        let rows = InputArgs::unmasked(x, self.strides, self.batch.rows());
+        let of = [self.heads, self.batch.sequences().len()];
+        let rows = InputArgs::unmasked(x, self.strides, self.batch.rows(), of);
         // As many queries as keys.
         InputArgs { cu_seqlens, cu_seqlens_q: cu_seqlens, q_rows: rows.rows, ..rows }
     }

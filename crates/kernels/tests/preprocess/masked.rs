@@ -94,7 +94,9 @@ impl Masked {
             mask_stride_head: rows,
             mask_stride_row: self.kv_len as i64,
             mask_stride_key: 1,
+            group: 2,
             heads: 2,
+            sequences: 2,
             rows: self.q_len as i32,
             q_rows: self.q_len as i32,
             kv_rows: self.kv_len as i32,
@@ -112,6 +114,8 @@ impl Masked {
             seen: words.address(),
             ranks: ranks.address(),
             tiles: tiles as i32,
+            heads: 2,
+            sequences: 2,
             stride_sequence: 2 * (tiles as i32 + 1),
             stride_head: tiles as i32 + 1,
         };
@@ -263,8 +267,6 @@ fn check_keys(
         partials: partials.address(),
         arrivals: arrivals.address(),
         key_tiles: tiles as i32,
-        kv_heads: heads as i32,
-        sequences: 2,
         lead: 1,
     };
     launch(&emulator, &config.program(), config.grid(mask.kv_len, heads, 2, 1), &args.args());
@@ -366,8 +368,6 @@ fn check_values(
         marked: marked.address(),
         key_tiles: tiles as i32,
         v_max,
-        kv_heads: heads as i32,
-        sequences: 2,
         lead: 1,
     };
     for pass in passes {

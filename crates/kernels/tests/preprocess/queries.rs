@@ -5,7 +5,7 @@ use sage_core::oracle::{block_means, mean, subtract};
 use sage_kernels::KEY_TILE;
 use sage_kernels::preprocess::{DeltaSArgs, DeltaSConfig, InputArgs, QueryMeansArgs, QueryMeansConfig};
 
-use crate::inputs::{Batch, Fill, Tensor, assert_mean, emulator, launch};
+use crate::inputs::{Batch, Fill, Tensor, assert_mean, emulator, folded, launch};
 
 /// Runs both kernels and compares them with double precision.
 #[track_caller]
@@ -45,7 +45,7 @@ fn check(q: &Tensor, k: &Tensor, block: usize, smooth_k: bool) {
         q_blocks: q_blocks as i32,
         block_rows: block as i32,
     };
-    launch(&emulator, &config.program(), grid, &args.args());
+    launch(&emulator, &config.program(), folded(grid), &args.args());
     let delta_s: Vec<f32> = emulator.read(delta_s);
 
     for (s, (of_q, of_k)) in queries.iter().zip(&keys).enumerate() {

@@ -54,8 +54,6 @@ fn check_scales(tensor: &Tensor, smooth: bool, v_max: f32, scale_rows: ScaleRows
         marked: marked.address(),
         key_tiles: tiles as i32,
         v_max,
-        kv_heads: heads as i32,
-        sequences: sequences.len() as i32,
         lead: lead as i32,
     };
     if let ScaleRows::Sampled(count) = scale_rows {
@@ -69,11 +67,12 @@ fn check_scales(tensor: &Tensor, smooth: bool, v_max: f32, scale_rows: ScaleRows
             counters: marked.address(),
             counter_count: (sequences.len() * heads) as i32,
         };
-        launch(&emulator, &sample.program(), sample.grid(heads, sequences.len()), &args.args());
+        let grid = folded(sample.grid(heads, sequences.len()));
+        launch(&emulator, &sample.program(), grid, &args.args());
     }
     for pass in passes {
         let mut grid = pass.grid(tensor.batch.max_len(), heads, sequences.len(), lead);
-        if pass.scales == ValueScales::Collected && seed % 2 == 1 {
+        if seed % 2 == 1 {
             grid = folded(grid);
         }
         launch(&emulator, &pass.program(), grid, &args.args());

@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use sage_core::{
-    Alignment, BlockTables, CacheLayout, CachedInputs, Call, DType, Error, Layout, Operand, Options, Result,
-    Strided,
+    Alignment, BlockTables, CacheLayout, CachedInputs, Call, DType, Error, Layout, MAX_HEADS, Operand,
+    Options, Result, Strided,
 };
 use sage_cuda::{Buffer, Kernel, KernelSource, Stream};
 use sage_kernels::cache::{
@@ -17,9 +17,6 @@ use sage_ptx::Program;
 
 use super::{Cuda, DeviceMask, DeviceTensor, driver};
 use crate::kv_cache::KvCacheOptions;
-
-/// Most blocks of a grid along y and z.
-const GRID_MAX: usize = 65_535;
 
 /// Tokens that a band may reach, so that sums with them fit 32 bits.
 const REACH_MAX: usize = 1 << 30;
@@ -68,8 +65,9 @@ impl KvCacheOptions {
             return Err(Error::value("max_pages", max_pages, wanted));
         }
         let entries = self.sequences.checked_mul(max_pages).filter(|&n| i32::try_from(n).is_ok());
-        let Some(entries) = entries.filter(|_| (1..=GRID_MAX).contains(&self.sequences)) else {
-            let wanted = format!("1 to {GRID_MAX}, and tables of less than 2³¹ pages");
+        let most = MAX_HEADS / layout.num_kv_heads.max(1);
+        let Some(entries) = entries.filter(|_| (1..=most).contains(&self.sequences)) else {
+            let wanted = format!("1 to {most}, and tables of less than 2³¹ pages");
             return Err(Error::value("sequences", self.sequences, wanted));
         };
         let storage = Storage::new(&layout);
@@ -178,7 +176,6 @@ impl KvCache {
         let append = self.kernel(&config.name(), || config.program())?;
         let advance = self.kernel(&CacheAdvanceConfig.name(), || CacheAdvanceConfig.program())?;
         let grid = config.grid(tokens, self.layout.num_kv_heads, count);
-        check_grid("num_kv_heads", grid[1])?;
         let sequences: Vec<usize> = (first..first + count).collect();
         let before = self.tables.clone();
         self.tables.reserve(&sequences, tokens)?;
@@ -231,6 +228,8 @@ impl KvCache {
             value_scales: self.value_scales.address(),
             table_stride: self.max_pages as i32,
             tokens: tokens as i32,
+            kv_heads: self.layout.num_kv_heads as i32,
+            sequences: count as i32,
         };
         append.launch(&self.stream, grid, &args.args()).map_err(driver)?;
         let args = CacheAdvanceArgs { kv_lens, sequences: count as i32, tokens: tokens as i32 };
@@ -288,7 +287,6 @@ impl KvCache {
         );
         let splits = problem.kv_len.div_ceil(split).max(1);
         let grid = config.grid(splits, heads, q_len, group, problem.batch);
-        check_grid("q_len", grid[1])?;
         let combine = CombineConfig { dtype, head_dim: problem.head_dim, lse: lse.is_some() };
         let attend = self.kernel(&config.name(), || config.program())?;
         let merge = self.kernel(&combine.name(), || combine.program())?;
@@ -317,6 +315,7 @@ impl KvCache {
             kv_heads: heads as i32,
             group: group as i32,
             q_len: q_len as i32,
+            sequences: problem.batch as i32,
             split: split as i32,
             scale: problem.sm_scale * log2e,
             cap: problem.logit_softcap.map_or(0.0, |cap| (cap * log2e).min(f32::MAX)),
@@ -408,12 +407,4 @@ fn sixteen_bits(name: &'static str, dtype: DType) -> Result<DType> {
             wanted: "f16 or bf16, of which the GPU's kernels are".into(),
         }),
     }
-}
-
-fn check_grid(name: &'static str, blocks: u32) -> Result<()> {
-    if blocks as usize <= GRID_MAX {
-        return Ok(());
-    }
-    let wanted = format!("at most {GRID_MAX} blocks of query rows; append and attend in smaller chunks");
-    Err(Error::value(name, format!("one that makes {blocks} blocks"), wanted))
 }

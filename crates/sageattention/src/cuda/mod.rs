@@ -214,9 +214,9 @@ impl Cuda {
         };
         let mut request = request(&call, choice, lse.is_some());
         request.tiling = tiling;
-        request.aligned = aligned(&tensors, call.problem.head_dim);
-        request.boxed = request.aligned
-            && [call.k.shape(), call.v.shape()].into_iter().zip([tensors.k, tensors.v]).all(boxed);
+        request.aligned = tensors.aligned(call.problem.head_dim);
+        request.boxed =
+            request.aligned && tensors.k.has_map(call.k.shape()) && tensors.v.has_map(call.v.shape());
         let plan = self.plan(&call.problem, &request)?;
         Ok(Some(Prepared { plan, tensors, _lists: lists }))
     }
@@ -325,21 +325,6 @@ pub(crate) fn driver(error: sage_cuda::Error) -> Error {
 
 fn argument(tensor: &DeviceTensor<'_>) -> TensorArg {
     TensorArg { address: tensor.first_element(), strides: tensor.strides() }
-}
-
-/// Whether every row starts at a multiple of 16 bytes and is whole such chunks.
-fn aligned(tensors: &Tensors, head_dim: usize) -> bool {
-    head_dim.is_multiple_of(8)
-        && [tensors.q, tensors.k, tensors.v, tensors.out].iter().all(|tensor| {
-            tensor.address.is_multiple_of(16) && tensor.strides.iter().all(|stride| stride % 8 == 0)
-        })
-}
-
-/// Whether a tensor map can describe an aligned tensor: it knows neither repeated nor backward dimensions.
-fn boxed((shape, tensor): (&[usize], TensorArg)) -> bool {
-    let [batch, heads, rows] = tensor.strides;
-    let sizes = [shape[0], shape[1], shape[2]];
-    sizes.into_iter().zip([batch, heads, rows]).all(|(size, stride)| size == 1 || stride > 0)
 }
 
 /// What is asked for, before the tensors are looked at.

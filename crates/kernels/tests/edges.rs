@@ -1,0 +1,260 @@
+//! Whole passes at the edges of what a call may be: no keys, no queries, very many heads, tensors anywhere in memory.
+
+#[allow(dead_code, reason = "other tests use other parts")]
+mod support;
+
+use sage_core::{Alignment, Band, DType, MAX_HEADS, Preset, Problem, Scheme, SmoothQ};
+use sage_kernels::Lengths;
+use sage_kernels::attention::MaskForm;
+use sage_kernels::forward::{Forward, Gpu, Launcher, Request, Tensors, int8_scheme};
+use sage_ptx::{Arg, BoxedTensor, Target};
+use support::{Case, MaskKind};
+
+const CAUSAL: Band = Band { left: None, right: Some(0), alignment: Alignment::BottomRight };
+
+/// The kinds of kernels: as given, INT8, INT4, FP8 with scales of all rows, of some, and with smoothed V; Q smoothed.
+fn schemes(target: Target) -> Vec<Option<Scheme>> {
+    let mut smooth_q = int8_scheme(DType::F16);
+    smooth_q.smooth.q = SmoothQ::Block(64);
+    let mut schemes = vec![None, Some(int8_scheme(DType::F16)), Some(smooth_q)];
+    let presets = [
+        Preset::FULL,
+        Preset::SAGE1_INT8_FP16,
+        Preset::SAGE2_INT8_FP16_F16F32_PER_WARP,
+        Preset::INT8_FP8,
+        Preset::SAGE2_INT8_FP8_PER_THREAD,
+        Preset::SAGE2_INT8_FP8_F32_SMOOTH_V_PER_THREAD,
+        Preset::SAGE2_INT4_FP8,
+    ];
+    let fp8 = target.sm() >= 89;
+    let computed = presets.into_iter().filter(|preset| fp8 || !preset.name().contains("fp8"));
+    schemes.extend(computed.map(|preset| Some(preset.scheme(64))));
+    schemes
+}
+
+/// Every row is zeros with a log-sum-exp of −∞.
+fn check_empty(case: &Case, rows: usize) {
+    let (computed, _) = case.run();
+    assert_eq!((computed.out.len(), computed.lse.len()), (rows * case.head_dim, rows), "{case:?}");
+    assert!(computed.out.iter().all(|&x| x.to_bits() == 0), "{case:?}: {:?}", computed.kernels);
+    assert!(computed.lse.iter().all(|&x| x == f32::NEG_INFINITY), "{case:?}: {:?}", computed.kernels);
+}
+
+#[test]
+fn no_keys_at_all() {
+    for target in [Target::SM_80, Target::SM_89, Target::SM_90A] {
+        for scheme in schemes(target) {
+            for (q_len, band) in [(1, CAUSAL), (3, Band::FULL), (150, Band::FULL), (70, CAUSAL)] {
+                let case =
+                    Case { target, scheme, q_len, kv_len: 0, band, q_heads: 2, batch: 2, ..Case::default() };
+                check_empty(&case, 4 * q_len);
+                let unaligned = Case { misaligned: 2, multiprocessors: 40, ..case.clone() };
+                check_empty(&unaligned, 4 * q_len);
+                // Keys that are all cut off.
+                check_empty(&Case { kv_len: 70, kv_lens: Some(vec![0, 0]), ..case.clone() }, 4 * q_len);
+                check_empty(&Case { kv_lens: Some(vec![0, 0]), ..case.clone() }, 4 * q_len);
+                let packed = Some((vec![0, q_len as i32, q_len as i32], vec![0, 0, 0]));
+                check_empty(&Case { packed, ..case.clone() }, 2 * q_len);
+            }
+            let case = Case { target, scheme, q_len: 130, kv_len: 0, ..Case::default() };
+            check_empty(&Case { mask: MaskKind::Bool, ..case.clone() }, 130);
+            check_empty(&Case { mask: MaskKind::Bias(DType::F32), ..case }, 130);
+        }
+    }
+}
+
+#[test]
+fn no_queries_at_all() {
+    for target in [Target::SM_80, Target::SM_90A] {
+        for scheme in schemes(target) {
+            let case = Case { target, scheme, ..Case::default() };
+            let packed = |q: [i32; 3], k: [i32; 3]| Some((q.to_vec(), k.to_vec()));
+            for case in [
+                Case { q_len: 0, ..case.clone() },
+                Case { q_len: 0, kv_len: 0, ..case.clone() },
+                Case { batch: 0, q_len: 130, ..case.clone() },
+                Case { batch: 2, packed: packed([0; 3], [0; 3]), ..case.clone() },
+                Case { batch: 2, packed: packed([0; 3], [0, 70, 100]), ..case.clone() },
+                Case { batch: 0, packed: Some((vec![0], vec![0])), ..case.clone() },
+            ] {
+                let (computed, _) = case.run();
+                assert!(computed.out.is_empty() && computed.kernels.is_empty(), "{case:?}");
+            }
+        }
+    }
+}
+
+/// Tolerances are those of tests/attention.rs and tests/warpgroups.rs.
+#[test]
+fn grids_of_many_heads_are_folded() {
+    for target in [Target::SM_80, Target::SM_90A] {
+        for scheme in schemes(target) {
+            let case = Case {
+                target,
+                scheme,
+                folded: true,
+                batch: 7,
+                q_heads: 4,
+                kv_heads: 2,
+                q_len: 70,
+                kv_len: 90,
+                head_dim: 40,
+                k_bias: 2.0,
+                band: CAUSAL,
+                ..Case::default()
+            };
+            case.check(4e-2);
+            let packed = Some((vec![0, 3, 3, 70, 71, 100], vec![0, 64, 130, 130, 227, 228]));
+            case_of_five(&case, packed).check(4e-2);
+        }
+    }
+    // Few queries, whose keys are in parts.
+    let case = Case { batch: 5, q_heads: 2, q_len: 2, kv_len: 700, multiprocessors: 60, ..Case::default() };
+    let kernels = Case { folded: true, ..case }.check(1e-3);
+    assert!(kernels.last().is_some_and(|name| name.starts_with("combine")), "{kernels:?}");
+}
+
+fn case_of_five(case: &Case, packed: Option<(Vec<i32>, Vec<i32>)>) -> Case {
+    Case { batch: 5, packed, ..case.clone() }
+}
+
+/// Collects the grids of a pass.
+struct Grids(Vec<[u32; 3]>);
+
+impl Launcher for Grids {
+    type Error = std::convert::Infallible;
+
+    fn tensor_map(&mut self, _: &BoxedTensor) -> Result<Arg, Self::Error> {
+        Ok(Arg::Pointer(0))
+    }
+
+    fn launch(&mut self, _: usize, grid: [u32; 3], _: &[Arg]) -> Result<(), Self::Error> {
+        self.0.push(grid);
+        Ok(())
+    }
+}
+
+/// `[batch, q_heads, kv_heads, q_len, kv_len]` of dimension 64.
+fn problem([batch, num_q_heads, num_kv_heads, q_len, kv_len]: [usize; 5]) -> Problem {
+    Problem {
+        dtype: DType::F16,
+        batch,
+        num_q_heads,
+        num_kv_heads,
+        q_len,
+        kv_len,
+        head_dim: 64,
+        sm_scale: 0.125,
+        band: Band::FULL,
+        logit_softcap: None,
+        packed: false,
+        masked: false,
+        block_masked: false,
+    }
+}
+
+fn request(problem: &Problem, scheme: Option<Scheme>) -> Request {
+    Request {
+        scheme,
+        accuracy: None,
+        mask: MaskForm::None,
+        lengths: Lengths::Dense,
+        q_rows: problem.q_len,
+        kv_rows: problem.kv_len,
+        aligned: true,
+        boxed: true,
+        lse: true,
+        tiling: None,
+    }
+}
+
+#[test]
+fn launches_of_all_heads_that_a_call_may_have() {
+    for target in [Target::SM_80, Target::SM_90A] {
+        let gpu = Gpu { target, multiprocessors: 132 };
+        for scheme in schemes(target) {
+            for sizes in [
+                [65_541, 1, 1, 1, 3],
+                [65_541, 1, 1, 70, 70],
+                [1, 65_541, 65_541, 70, 70],
+                [MAX_HEADS / 32, 32, 4, 100, 300],
+                [MAX_HEADS, 1, 1, 2, 1],
+            ] {
+                let problem = problem(sizes);
+                let forward = Forward::new(&problem, &request(&problem, scheme), &gpu).unwrap();
+                let mut grids = Grids(Vec::new());
+                let Ok(()) = forward.run(&Tensors::default(), 0, &mut grids);
+                assert!(!grids.0.is_empty());
+                for (grid, kernel) in grids.0.iter().zip(forward.kernel_names()) {
+                    let [x, y, z] = *grid;
+                    let fits = (1..1 << 31).contains(&x) && [y, z].iter().all(|n| (1..65_536).contains(n));
+                    assert!(fits, "{sizes:?} {kernel}: {grid:?}");
+                    // Warpgroups stay, and take one piece of work after another.
+                    let heads = sizes[0] * sizes[2];
+                    assert!(kernel.contains("_wg") || y as usize * z as usize >= heads, "{sizes:?} {kernel}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn what_does_not_fit_the_kernels_numbers_is_refused_or_left_to_others() {
+    let gpu = Gpu { target: Target::SM_90A, multiprocessors: 132 };
+    let message = |sizes, rows: [usize; 2]| {
+        let problem = problem(sizes);
+        let request = Request {
+            lengths: Lengths::Packed,
+            q_rows: rows[0],
+            kv_rows: rows[1],
+            ..request(&problem, None)
+        };
+        Forward::new(&problem, &request, &gpu).map(|forward| forward.kernel_names().join(" "))
+    };
+    assert_eq!(
+        message([1 << 20, 32, 4, 1, 1], [100, 100]).unwrap_err().to_string(),
+        "cu_seqlens_q: value is boundaries of 1048576 sequences of 32 heads, expected at most 16777216 heads, all \
+         sequences together"
+    );
+    assert_eq!(
+        message([1, 1, 1, 1, 1 << 33], [1, 1 << 33]).unwrap_err().to_string(),
+        "rows of k: value is 8589934592, expected at most 1073740800 on a GPU"
+    );
+    // One long sequence among a million without rows: more tiles than a counter of pieces holds.
+    assert!(!message([1 << 20, 1, 1, 1 << 20, 300], [1 << 20, 300]).unwrap().contains("_wg"));
+    assert!(message([1 << 10, 1, 1, 1 << 20, 300], [1 << 20, 300]).unwrap().contains("_wg"));
+}
+
+#[test]
+fn a_scheme_does_not_depend_on_how_tensors_lie_in_memory() {
+    let mut schemes_seen = Vec::new();
+    for target in [Target::SM_80, Target::SM_89, Target::SM_90A, Target::SM_120A] {
+        let gpu = Gpu { target, multiprocessors: 132 };
+        for accuracy in [None, Some(0.005), Some(0.02), Some(0.05)] {
+            for (q_len, kv_len) in [
+                (1, 5000),
+                (64, 100),
+                (65, 0),
+                (65, 100),
+                (300, 513),
+                (2000, 1024),
+                (700, 2048),
+                (4096, 9000),
+            ] {
+                for (heads, band) in [([1, 1], Band::FULL), ([8, 2], CAUSAL)] {
+                    let problem = Problem { band, ..problem([2, heads[0], heads[1], q_len, kv_len]) };
+                    let schemes = [(true, true), (true, false), (false, false)].map(|(aligned, boxed)| {
+                        let request = Request { accuracy, aligned, boxed, ..request(&problem, None) };
+                        *Forward::new(&problem, &request, &gpu).unwrap().scheme()
+                    });
+                    assert_eq!(schemes[0], schemes[1], "{problem:?}");
+                    assert_eq!(schemes[0], schemes[2], "{problem:?}");
+                    schemes_seen.push(schemes[0].to_string());
+                }
+            }
+        }
+    }
+    schemes_seen.sort();
+    schemes_seen.dedup();
+    assert!(schemes_seen.len() >= 3, "{schemes_seen:?}");
+}
