@@ -327,3 +327,28 @@ fn a_closed_pipe_is_no_error() {
         );
     }
 }
+
+/// A file that is written anew stays as private as it was, also behind a link.
+#[cfg(unix)]
+#[test]
+fn written_files_keep_their_permissions() {
+    use std::fs::{self, Permissions};
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    let place = place_with(&file(&qkv()));
+    symlink("secret.safetensors", place.path("link")).unwrap();
+    for (name, words) in [
+        ("secret.safetensors", "run in.safetensors -o link"),
+        ("a.svg", "accuracy in.safetensors --scheme int8 --plot a.svg"),
+        ("b.png", "bench --shapes 1,1,16,8 --reps 1 --json --plot b.png"),
+    ] {
+        place.write(name, b"before");
+        fs::set_permissions(place.path(name), Permissions::from_mode(0o600)).unwrap();
+        place.succeed(words);
+        assert_ne!(place.read(name), b"before", "{words}");
+        let mode = fs::metadata(place.path(name)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600, "{words}");
+    }
+    assert!(fs::symlink_metadata(place.path("link")).unwrap().is_symlink());
+    assert_eq!(place.names(), ["a.svg", "b.png", "in.safetensors", "link", "secret.safetensors"]);
+}

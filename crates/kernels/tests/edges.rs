@@ -258,3 +258,18 @@ fn a_scheme_does_not_depend_on_how_tensors_lie_in_memory() {
     schemes_seen.dedup();
     assert!(schemes_seen.len() >= 3, "{schemes_seen:?}");
 }
+
+/// The kernels of warpgroups need maps of what they read: of the workspace's tiles there always are some.
+#[test]
+fn repeated_keys_are_quantised_for_warpgroups_too() {
+    let gpu = Gpu { target: Target::SM_90A, multiprocessors: 132 };
+    let kernels = |preset: Preset, aligned| {
+        let problem = problem([2, 4, 4, 300, 300]);
+        let request = Request { aligned, boxed: false, ..request(&problem, Some(preset.scheme(64))) };
+        Forward::new(&problem, &request, &gpu).unwrap().kernel_names().join(" ")
+    };
+    assert!(kernels(Preset::INT8_FP8, true).contains("_wg"));
+    assert!(!kernels(Preset::INT8_FP8, false).contains("_wg"));
+    assert!(!kernels(Preset::SAGE2_INT8_FP16_PER_WARP, true).contains("_wg"));
+    assert!(!kernels(Preset::FULL, true).contains("_wg"));
+}

@@ -25,6 +25,10 @@ const LEAD_BYTES: usize = 12 << 20;
 /// half of which may hold a copy.
 const CACHED_BYTES: usize = 25 << 20;
 
+/// Most heads that attention works on at once: their pieces are many times a GPU's multiprocessors, and the search
+/// for a divisor is short.
+const MOST_TOGETHER: usize = 4096;
+
 /// What arguments are made of.
 pub(super) struct Arguments<'a> {
     pub problem: &'a Problem,
@@ -272,7 +276,8 @@ impl Arguments<'_> {
             return 1;
         }
         let bytes = stage_bytes(config) / config.tiling.tile_keys * problem.kv_len;
-        let most = (CACHED_BYTES * problem.group_size() / bytes.max(1)).clamp(1, all_heads);
+        let most = CACHED_BYTES * problem.group_size() / bytes.max(1);
+        let most = most.clamp(1, all_heads.min(MOST_TOGETHER));
         let divisor = (1..=most).rev().find(|&heads| all_heads.is_multiple_of(heads));
         divisor.unwrap_or(1) as i32
     }

@@ -144,7 +144,7 @@ impl Pass<'_> {
                 || matches!(scores, Scores::Int(q) if q.granularity == Granularity::PerToken),
             unaligned: !request.aligned,
             max_rows_per_warp: max_rows_per_warp(&scores),
-            warpgroups: self.suits_warpgroups(&scores, &values),
+            warpgroups: self.suits_warpgroups(&scores, &values, convert.is_some()),
             per_block: matches!(scores, Scores::Int(q) if q.granularity == Granularity::PerBlock),
             few_rows: problem.q_len <= 128,
         };
@@ -191,7 +191,10 @@ impl Pass<'_> {
 
     /// Whether there is a kernel of warpgroups for such operands, and work for it: it takes 128 query rows and more at
     /// once, and keys.
-    fn suits_warpgroups(&self, scores: &Scores, values: &Values) -> bool {
+    fn suits_warpgroups(&self, scores: &Scores, values: &Values, convert: bool) -> bool {
+        // Tiles of the workspace always have a map, wherever they came from.
+        let in_workspace = *scores != Scores::Full && (convert || matches!(values, Values::Fp8(_)));
+        let mapped = if in_workspace { self.request.aligned } else { self.request.boxed };
         let scores = match scores {
             Scores::Full => true,
             Scores::Int(quantizer) => quantizer.bits == IntBits::Eight,
@@ -205,7 +208,7 @@ impl Pass<'_> {
         let hopper = self.gpu.target == Target::SM_90A;
         // There is no tensor map of nothing, and the other kernels need none to write zeros.
         let work = self.problem.q_len > FEW_QUERIES && self.problem.kv_len > 0;
-        hopper && scores && values && self.request.boxed && work && self.counts_pieces()
+        hopper && scores && values && mapped && work && self.counts_pieces()
     }
 
     /// Whether a counter of 32 bits holds the pieces of work of all warpgroups, of which the least has 64 query rows:

@@ -18,7 +18,7 @@ pub struct Memory {
     pub geometry: Geometry,
 }
 
-/// Which strides a tensor may have.
+/// What a tensor is for.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Use {
     Input,
@@ -26,10 +26,33 @@ pub enum Use {
     Output,
 }
 
+/// Which strides the tensors of a call may have: most calls have ordinary ones, as other kernels compute the others.
+#[derive(Clone, Copy, Debug)]
+pub struct Strides {
+    /// Rows need not start at multiples of 16 bytes.
+    odd: bool,
+    /// Dimensions may be repeated.
+    repeated: bool,
+    /// Dimensions may run backwards.
+    backward: bool,
+}
+
+impl Strides {
+    pub fn new(rng: &mut ChaCha8Rng) -> Self {
+        Strides { odd: rng.random_bool(0.2), repeated: rng.random_bool(0.25), backward: rng.random_bool(0.2) }
+    }
+}
+
 impl Memory {
     /// Memory for `shape`, of which the last dimension is contiguous: gaps between rows, dimensions in any order,
     /// backwards or, of an input, repeated, and a first element anywhere.
-    pub fn new(rng: &mut ChaCha8Rng, dtype: DType, shape: &[usize], as_what: Use) -> Self {
+    pub fn new(
+        rng: &mut ChaCha8Rng,
+        dtype: DType,
+        shape: &[usize],
+        strides_of: Strides,
+        as_what: Use,
+    ) -> Self {
         let leading = shape.len() - 1;
         let mut order: Vec<usize> = (0..leading).collect();
         if rng.random_bool(0.4) {
@@ -37,9 +60,10 @@ impl Memory {
             order.swap(a, b);
         }
         let gap = |rng: &mut ChaCha8Rng| match rng.random_range(0..10) {
-            0..=6 => 0,
-            7 | 8 => 8 * rng.random_range(1..=2),
-            _ => rng.random_range(1..=9),
+            0..=5 => 0,
+            6 | 7 => 8 * rng.random_range(1..=2),
+            _ if strides_of.odd => rng.random_range(1..=9),
+            _ => 8,
         };
         let mut strides = vec![1i64; shape.len()];
         let mut next = shape[leading] + gap(rng);
@@ -47,11 +71,11 @@ impl Memory {
             strides[dimension] = next as i64;
             next = next * shape[dimension].max(1) + if rng.random_bool(0.2) { gap(rng) } else { 0 };
         }
-        if as_what == Use::Input && rng.random_bool(0.2) {
+        if as_what == Use::Input && strides_of.repeated && rng.random_bool(0.5) {
             strides[rng.random_range(0..leading)] = 0;
         }
         let mut first = gap(rng) as i64;
-        if rng.random_bool(0.15) {
+        if strides_of.backward && rng.random_bool(0.5) {
             let backward = rng.random_range(0..leading);
             first += strides[backward] * (shape[backward] as i64 - 1).max(0);
             strides[backward] = -strides[backward];

@@ -19,7 +19,8 @@ use sage_core::{
 use sage_kernels::forward::{Forward, Gpu, Request};
 
 pub use check::{Computed, check};
-pub use memory::{Memory, UNTOUCHED, Use};
+pub use memory::{Memory, UNTOUCHED};
+use memory::{Strides, Use};
 
 /// Calls that share what kernels are specialised for, so that not every call compiles new ones.
 const CALLS_OF_A_KERNEL: usize = 4;
@@ -127,7 +128,7 @@ impl Kind {
             dtype: *pick(rng, &[DType::F16, DType::BF16]),
             head_dim: *pick(
                 rng,
-                &[1, 8, 31, 32, 40, 64, 64, 64, 72, 80, 96, 100, 128, 128, 128, 160, 192, 256],
+                &[1, 8, 31, 40, 64, 64, 64, 64, 64, 72, 80, 96, 128, 128, 128, 128, 160, 192, 256, 100],
             ),
             preset: rng.random_bool(0.75).then(|| *pick(rng, presets)),
             mask: masked.then(|| *pick(rng, &masks)),
@@ -147,7 +148,7 @@ fn random_len(rng: &mut ChaCha8Rng, most: usize) -> usize {
     match rng.random_range(0..20) {
         0..=3 => rng.random_range(0..=3),
         4..=9 => rng.random_range(1..=70),
-        _ => rng.random_range(most / 5..=most),
+        _ => rng.random_range(most / 2..=most),
     }
 }
 
@@ -199,7 +200,9 @@ impl RandomCall {
             }
         };
 
-        let mut memory = |heads, rows, as_what| Memory::new(rng, kind.dtype, &shape(heads, rows), as_what);
+        let strides = Strides::new(rng);
+        let mut memory =
+            |heads, rows, as_what| Memory::new(rng, kind.dtype, &shape(heads, rows), strides, as_what);
         let (mut q, mut k) = (memory(q_heads, q_rows, Use::Input), memory(kv_heads, kv_rows, Use::Input));
         let (mut v, out) = (memory(kv_heads, kv_rows, Use::Input), memory(q_heads, q_rows, Use::Output));
         // Rows behind a sequence's valid ones hold what is in memory, such as NaN.
