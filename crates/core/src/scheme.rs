@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::{Error, Result};
+use crate::{Error, Preset, Result};
 
 /// How Q·Kᵀ and P·V are computed, and what is subtracted or rotated beforehand.
 ///
@@ -328,6 +328,16 @@ impl Scheme {
         match self.smooth.q {
             SmoothQ::Block(0) => Err(Error::value("smooth.q block", 0, "at least 1")),
             _ => Ok(()),
+        }
+    }
+}
+
+impl Scheme {
+    /// The scheme in a line, after its name where it is a preset for heads of `head_dim` channels: for messages.
+    pub fn named(&self, head_dim: usize) -> String {
+        match Preset::ALL.iter().find(|preset| preset.scheme(head_dim) == *self) {
+            Some(preset) => format!("`{preset}`, {self}"),
+            None => self.to_string(),
         }
     }
 }

@@ -11,6 +11,7 @@ pub mod forward;
 mod integer;
 mod params;
 pub mod preprocess;
+mod rotation;
 mod sequence;
 pub mod tuning;
 
