@@ -333,11 +333,12 @@ impl Scheme {
 }
 
 impl Scheme {
-    /// The scheme in a line, after its name where it is a preset for heads of `head_dim` channels: for messages.
-    pub fn named(&self, head_dim: usize) -> String {
+    /// The scheme in a line, with its name where it is a preset for heads of `head_dim` channels, and else with that of
+    /// another that is as accurate: for messages.
+    pub fn named_or(&self, head_dim: usize, other: Preset) -> String {
         match Preset::ALL.iter().find(|preset| preset.scheme(head_dim) == *self) {
             Some(preset) => format!("`{preset}`, {self}"),
-            None => self.to_string(),
+            None => format!("{self}, or by name `{other}`"),
         }
     }
 }

@@ -9,6 +9,7 @@
 //! | P·V in FP8 summed in f16; 16-bit P·V summed in forms that it lacks | summed in f32 | the caller |
 //! | smoothed V with 16-bit P·V; with sampled scales | V as it is, summed in f32; scales of all rows | the caller |
 //! | NVFP4 | INT8 scores per thread, P·V in FP8 | the caller |
+//! | smoothed Q in blocks that are no multiple of 64 rows | in blocks of fewer rows, but of 64 at least | the caller |
 //! | smoothing or rotation of full-precision scores | left out: it changes nothing there | the caller |
 //!
 //! What the plan decides has the same operands, with scales of fewer rows or wider sums. Where an operand's format changes, the
@@ -22,6 +23,9 @@ use sage_ptx::Target;
 
 use crate::choice::with_own_values;
 use crate::sequence::KEY_TILE;
+
+/// What a message offers by name where the nearest scheme is no preset: of the integer schemes the most accurate.
+const BY_NAME: Preset = Preset::INT8_PER_TOKEN;
 
 /// The scheme of kernels for `target` that is nearest to `scheme` and at least as accurate; `scheme` itself where there is no
 /// reason to leave it. P·V in f32 stands for the inputs' 16 bits.
@@ -124,7 +128,7 @@ fn with_groups_of_tiles(quantizer: IntQuantizer) -> IntQuantizer {
 
 /// `error` of a scheme that a GPU has no kernels for, with the `nearest` that it has.
 pub(super) fn naming_nearest(error: Error, nearest: &Scheme, head_dim: usize) -> Error {
-    let nearest = format!("the nearest that this GPU computes is {}", nearest.named(head_dim));
+    let nearest = format!("the nearest that this GPU computes is {}", nearest.named_or(head_dim, BY_NAME));
     match error {
         Error::Unsupported { what, instead } => Error::unsupported(what, format!("{instead}; {nearest}")),
         Error::Value { name, found, wanted } => Error::value(name, found, format!("{wanted}; {nearest}")),
