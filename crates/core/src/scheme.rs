@@ -35,7 +35,7 @@ pub enum Qk {
 /// Operands of P·V.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Pv {
-    /// P and V in single precision.
+    /// P and V in single precision; on a GPU in the inputs' 16 bits, summed in single precision.
     F32,
     /// P and V in half precision.
     F16(Accumulator),
@@ -54,7 +54,7 @@ pub enum Pv {
     /// INT8 P with the static scale 1/127, INT8 V with a scale for each channel (SageAttention1 "-v").
     Int8,
     /// 12-bit fixed point: for each `block` of keys, P has a scale for each row and V one for each channel.
-    /// Exact integer sums; the CPU backend's fast form.
+    /// Exact integer sums; the CPU backend's fast form. On a GPU as [`Pv::F32`].
     Fixed12 {
         /// Keys that share a scale.
         block: usize,

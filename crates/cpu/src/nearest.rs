@@ -7,8 +7,8 @@ use crate::kernels::TILE_KEYS;
 /// What a message offers by name where the nearest scheme is no preset: of the CPU's integer schemes the most accurate.
 pub(crate) const BY_NAME: Preset = Preset::INT8_PER_TOKEN;
 
-/// The scheme of the CPU's kernels that is nearest to `scheme` and at least as accurate; `scheme` itself where there is no reason
-/// to leave it.
+/// The scheme of the CPU's kernels that is nearest to `scheme` and at least as accurate; `scheme` itself where there
+/// is no reason to leave it.
 ///
 /// | in the scheme | on the CPU |
 /// | --- | --- |

@@ -262,7 +262,8 @@ impl List {
             let scheme = Some(preset.scheme(head_dim));
             self.add(&Call { head_dim, scheme, ..Call::default() }, false, |_| true);
         }
-        // Both kinds of 16-bit values that are not the inputs' own, FP8 beside bfloat16, K as it is, and our own with a rotation.
+        // Both kinds of 16-bit values that are not the inputs' own, FP8 beside bfloat16, K as it is, and our own with
+        // a rotation.
         let int8 = |pv| Scheme { pv, ..int8_scheme(DType::F16) };
         let mut rough = int8_scheme(DType::F16);
         rough.smooth.k = SmoothK::Off;

@@ -148,7 +148,8 @@ impl Forward {
     /// The pass for a problem.
     ///
     /// # Errors
-    /// When no kernel computes the scheme, or not with such options or on such a GPU; names the nearest scheme that has kernels.
+    /// When no kernel computes the scheme, or not with such options or on such a GPU; names the nearest scheme that has
+    /// kernels.
     pub fn new(problem: &Problem, request: &Request, gpu: &Gpu) -> Result<Self> {
         if problem.dtype == DType::F32 {
             return Err(Error::DType {

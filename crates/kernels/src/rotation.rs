@@ -1,10 +1,10 @@
-//! Hadamard rotation of rows in registers: core's `oracle::hadamard` inside a kernel. The sums are the same and come in the same
-//! order, so that rows are the oracle's bits.
+//! Hadamard rotation of rows in registers: core's `oracle::hadamard` inside a kernel. The sums are the same and come
+//! in the same order, so that rows are the oracle's bits.
 
 use sage_ptx::Val;
 
-/// How the channels of a row lie in the registers of neighbouring lanes: each lane has `per` neighbouring channels, then the
-/// next lane, and so on for `lanes` lanes, after which the first has the next `per`.
+/// How the channels of a row lie in the registers of neighbouring lanes: each lane has `per` neighbouring channels,
+/// then the next lane, and so on for `lanes` lanes, after which the first has the next `per`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RowLayout<'k> {
     /// Neighbouring channels of a lane, a power of two.
@@ -20,8 +20,8 @@ pub(crate) const fn rotated_dim(head_dim: usize) -> usize {
     head_dim.next_power_of_two()
 }
 
-/// Multiplies a row by the orthonormal Hadamard matrix of [`rotated_dim`]: `values` are the lane's channels in order, zeros
-/// beyond the head's. All lanes of the row must take part.
+/// Multiplies a row by the orthonormal Hadamard matrix of [`rotated_dim`]: `values` are the lane's channels in order,
+/// zeros beyond the head's. All lanes of the row must take part.
 #[track_caller]
 pub(crate) fn rotate<'k>(values: &mut [Val<'k, f32>], layout: &RowLayout<'k>, head_dim: usize) {
     let size = rotated_dim(head_dim);

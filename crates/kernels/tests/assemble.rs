@@ -2,10 +2,11 @@
 //! as many bytes as `registers.txt` says. Spills that stand there are known: the assembler fills registers with loads in
 //! flight and spills loop bounds for them, and every arrangement without was slower (docs/performance.md). New ones fail.
 //!
-//! Needs no GPU, but `ptxas`: the one that the variable `PTXAS` names, or the one that `scripts/fetch_ptxas.sh` fetched.
-//! Without it the test says that it is skipped; with `SAGE_REQUIRE_PTXAS=1` it fails. `SAGE_UPDATE_REGISTERS=1` rewrites
-//! `registers.txt`, which shows what a change to a kernel did to every other. `SAGE_KERNELS=_rot,_lse` looks at the kernels alone
-//! whose names contain one of these texts, and leaves the other lines as they are.
+//! Needs no GPU, but `ptxas`: the one that the variable `PTXAS` names, or the one that `scripts/fetch_ptxas.sh`
+//! fetched. Without it the test says that it is skipped; with `SAGE_REQUIRE_PTXAS=1` it fails.
+//! `SAGE_UPDATE_REGISTERS=1` rewrites `registers.txt`, which shows what a change to a kernel did to every other.
+//! `SAGE_KERNELS=_rot,_lse` looks at the kernels alone whose names contain one of these texts, and leaves the other
+//! lines as they are.
 
 #![allow(clippy::unwrap_used)] // the helpers of tests are tests too
 

@@ -1,5 +1,5 @@
-//! Every preset by its name: a GPU plans it, or names the nearest that it plans; and what it plans is the oracle's in the
-//! emulator. Tolerances are those of the tests of whole passes: see there.
+//! Every preset by its name: a GPU plans it, or names the nearest that it plans; and what it plans is the oracle's in
+//! the emulator. Tolerances are those of the tests of whole passes: see there.
 
 #[allow(dead_code, reason = "other tests use other parts")]
 mod support;

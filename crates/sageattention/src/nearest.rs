@@ -21,9 +21,9 @@ use crate::backend::Device;
 /// | scales of 128 keys (Hopper's tiles) | as it is | scales of 64 keys; the plan takes them, and says so |
 /// | NVFP4 scores and P·V | INT8 scores per token, 12-bit P·V | INT8 scores per thread, P·V as FP8 |
 ///
-/// A call with a scheme that the device lacks is refused with an error that names this one, except where the plan takes it by
-/// itself: there the operands are the same, and only scales are finer or sums wider. The other rules for schemes of one's own
-/// stand beside the backends' plans.
+/// A call with a scheme that the device lacks is refused with an error that names this one, except where the plan
+/// takes it by itself: there the operands are the same, and only scales are finer or sums wider. The other rules for
+/// schemes of one's own stand beside the backends' plans.
 ///
 /// A GPU is looked for: where there is none of that number, rules are those of sm_90.
 pub fn nearest_scheme(scheme: Scheme, device: Device) -> Scheme {

@@ -2,7 +2,7 @@
 //!
 //! | in the scheme | on a GPU | who decides |
 //! | --- | --- | --- |
-//! | scales of more query rows or keys than the kernels' groups have | scales of parts of those rows | the plan, which says so |
+//! | scales of more query rows or keys than kernels have | scales of parts of those rows | the plan, which says so |
 //! | P·V in f32 or 12 bits, the CPU's forms | P·V in the inputs' 16 bits, summed in f32 | the plan, which says so |
 //! | scales per tensor | scales per block | the caller |
 //! | P·V in INT8; in FP8 before sm_89 | P·V in the inputs' 16 bits | the caller |
@@ -12,8 +12,9 @@
 //! | smoothed Q in blocks that are no multiple of 64 rows | in blocks of fewer rows, but of 64 at least | the caller |
 //! | smoothing or rotation of full-precision scores | left out: it changes nothing there | the caller |
 //!
-//! What the plan decides has the same operands, with scales of fewer rows or wider sums. Where an operand's format changes, the
-//! speed does, and so the caller decides: the plan is refused with an error that names the nearest scheme.
+//! What the plan decides has the same operands, with scales of fewer rows or wider sums. Where an operand's format
+//! changes, the speed does, and so the caller decides: the plan is refused with an error that names the nearest
+//! scheme.
 
 use sage_core::{
     Accumulator, DType, Error, Granularity, IntQuantizer, Preset, Pv, Qk, ScaleRows, Scheme, SmoothK,
@@ -27,8 +28,8 @@ use crate::sequence::KEY_TILE;
 /// What a message offers by name where the nearest scheme is no preset: of the integer schemes the most accurate.
 const BY_NAME: Preset = Preset::INT8_PER_TOKEN;
 
-/// The scheme of kernels for `target` that is nearest to `scheme` and at least as accurate; `scheme` itself where there is no
-/// reason to leave it. P·V in f32 stands for the inputs' 16 bits.
+/// The scheme of kernels for `target` that is nearest to `scheme` and at least as accurate; `scheme` itself where
+/// there is no reason to leave it. P·V in f32 stands for the inputs' 16 bits.
 pub fn nearest_scheme(mut scheme: Scheme, target: Target) -> Scheme {
     if scheme.qk == Qk::Nvfp4 {
         let int8 = Preset::SAGE2_INT8_FP8_PER_THREAD.scheme(64);
@@ -90,8 +91,8 @@ pub(super) fn computed(scheme: Scheme, dtype: DType, reasons: &mut Vec<String>) 
                     };
                     let ((q, k), (given_q, given_k)) = (of(quantizer), of(&given));
                     format!(
-                        "scales {name} of {q} queries and {k} keys, where the scheme has them of {given_q} and {given_k}: finer ones \
-                         lose no accuracy"
+                        "scales {name} of {q} queries and {k} keys, where the scheme has them of {given_q} and {given_k}: \
+                         finer ones lose no accuracy"
                     )
                 }
                 finer => format!("scales {}: no kernel's tiles are made of the scheme's groups {name}", finer.name()),

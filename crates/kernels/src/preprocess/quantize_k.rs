@@ -157,7 +157,8 @@ impl QuantizeKConfig {
     }
 
     fn write(&self, code: &Code) {
-        // Steps of eight rows of their own take registers, and so do rotated rows: in single precision, as they are needed twice.
+        // Steps of eight rows of their own take registers, and so do rotated rows: in single precision, as they are
+        // needed twice.
         let threads = match self.granularity {
             _ if self.rotate => 512,
             Granularity::PerToken => 768,
