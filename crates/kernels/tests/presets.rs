@@ -93,7 +93,7 @@ fn random(seed: u64, rows: usize) -> Tensor {
     let mut normal = || -> f32 { StandardNormal.sample(&mut rng) };
     let shift: Vec<f32> = (0..64).map(|_| 2.0 * normal()).collect();
     let elements: Vec<f32> = (0..rows * 64).map(|i| normal() + shift[i % 64]).collect();
-    Tensor::new(elements, &[1, 1, rows, 64]).unwrap().to_dtype(DType::F16)
+    Tensor::new(elements, &[1, 1, rows, 64]).expect("as many elements as the shape has").to_dtype(DType::F16)
 }
 
 #[test]
