@@ -8,7 +8,7 @@ use candle_core::cuda_backend::{CudaDType, CudaStorageSlice};
 use candle_core::{CudaDevice, CudaStorage, Layout, Result, Storage};
 use half::{bf16, f16};
 use sageattention::cuda::{Cuda, DeviceBytes, DeviceMask, DeviceTensor, Stream};
-use sageattention::{DType, Error, Geometry, Inputs, Lengths as CoreLengths, MAX_RANK};
+use sageattention::{DType, Error, Geometry, Inputs, Lengths as CoreLengths};
 
 use crate::Options;
 use crate::options::Lengths;
@@ -176,7 +176,7 @@ impl<'a> Memory<'a> {
 
     /// Address of a list's first entry.
     fn first_entry(&self) -> u64 {
-        self.address.wrapping_add_signed(self.geometry.index([0; MAX_RANK]) * size_of::<i32>() as i64)
+        self.address.wrapping_add_signed(self.geometry.offset() * size_of::<i32>() as i64)
     }
 
     /// # Safety

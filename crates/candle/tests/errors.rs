@@ -76,10 +76,9 @@ fn options() {
         refused(Options::new().kv_lens(&large)),
         "kv_lens: value is 1099511627776, expected 0 to 2147483647"
     );
-    assert!(
-        refused(Options::new().scheme(Preset::SAGE3_NVFP4))
-            .starts_with("NVFP4 Q·Kᵀ in the CPU kernels is not supported")
-    );
+    let unsupported = refused(Options::new().scheme(Preset::SAGE3_NVFP4));
+    assert!(unsupported.starts_with("NVFP4 Q·Kᵀ in the CPU kernels is not supported"), "{unsupported}");
+    assert!(unsupported.contains("; the nearest that they compute is `int8-per-token`"), "{unsupported}");
 }
 
 #[test]

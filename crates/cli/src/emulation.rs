@@ -111,8 +111,7 @@ pub fn run(call: &Call<'_>, forward: Forward, mut launched: impl FnMut()) -> Res
         let geometry = view.geometry();
         let [batch, heads, rows] = std::array::from_fn(|i| geometry.strides()[i]);
         // A call leaves out keys that no query sees.
-        let first = if geometry.is_empty() { 0 } else { geometry.index([0; 4]) as u64 };
-        let address = buffer.address() + first * view.dtype().bytes() as u64;
+        let address = buffer.address() + geometry.offset() as u64 * view.dtype().bytes() as u64;
         TensorArg { address, strides: [batch, heads, rows] }
     };
     let (q, k, v) = (tensor("q", &call.q), tensor("k", &call.k), tensor("v", &call.v));

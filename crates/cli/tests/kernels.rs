@@ -183,7 +183,9 @@ fn bad_calls() {
         (
             "emulate --scheme sage2-int8-fp8-per-thread --target sm_86",
             1,
-            "FP8 P·V on sm_86 is not supported: FP8 needs sm_89 or later; use FP16 P·V".into(),
+            "FP8 P·V on sm_86 is not supported: FP8 needs sm_89 or later; use FP16 P·V; the nearest that this GPU computes is \
+             `sage2-int8-fp16-per-thread`, INT8 QK per-thread · smooth K · FP16 PV (f32)"
+                .into(),
         ),
         (
             "emulate --heads 4096 --q-len 65536",
@@ -193,7 +195,9 @@ fn bad_calls() {
         (
             "emulate --scheme sage3-nvfp4",
             1,
-            "scheme with NVFP4 scores is not supported: no GPU kernel computes it yet".into(),
+            "scheme with NVFP4 scores is not supported: no GPU kernel computes it yet; the nearest that this GPU computes is \
+             `sage2-int8-fp8-per-thread`, INT8 QK per-thread · smooth K · FP8 PV (448, f32+f32)"
+                .into(),
         ),
     ];
     for (words, code, line) in rows {

@@ -98,6 +98,11 @@ impl Geometry {
         self.rank
     }
 
+    /// Index of the first element, also where there is none.
+    pub fn offset(&self) -> i64 {
+        self.offset
+    }
+
     /// Number of elements.
     pub fn len(&self) -> usize {
         self.shape.iter().product()

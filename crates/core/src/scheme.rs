@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::{Error, Result};
+use crate::{Error, Preset, Result};
 
 /// How Q·Kᵀ and P·V are computed, and what is subtracted or rotated beforehand.
 ///
@@ -35,7 +35,7 @@ pub enum Qk {
 /// Operands of P·V.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Pv {
-    /// P and V in single precision.
+    /// P and V in single precision; on a GPU in the inputs' 16 bits, summed in single precision.
     F32,
     /// P and V in half precision.
     F16(Accumulator),
@@ -54,7 +54,7 @@ pub enum Pv {
     /// INT8 P with the static scale 1/127, INT8 V with a scale for each channel (SageAttention1 "-v").
     Int8,
     /// 12-bit fixed point: for each `block` of keys, P has a scale for each row and V one for each channel.
-    /// Exact integer sums; the CPU backend's fast form.
+    /// Exact integer sums; the CPU backend's fast form. On a GPU as [`Pv::F32`].
     Fixed12 {
         /// Keys that share a scale.
         block: usize,
@@ -328,6 +328,17 @@ impl Scheme {
         match self.smooth.q {
             SmoothQ::Block(0) => Err(Error::value("smooth.q block", 0, "at least 1")),
             _ => Ok(()),
+        }
+    }
+}
+
+impl Scheme {
+    /// The scheme in a line, with its name where it is a preset for heads of `head_dim` channels, and else with that of
+    /// another that is as accurate: for messages.
+    pub fn named_or(&self, head_dim: usize, other: Preset) -> String {
+        match Preset::ALL.iter().find(|preset| preset.scheme(head_dim) == *self) {
+            Some(preset) => format!("`{preset}`, {self}"),
+            None => format!("{self}, or by name `{other}`"),
         }
     }
 }

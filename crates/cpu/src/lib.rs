@@ -30,6 +30,7 @@ mod forward;
 mod isa;
 mod kernels;
 mod machine;
+mod nearest;
 mod plan;
 mod rows;
 mod split;
@@ -52,6 +53,7 @@ use crate::rows::OutputRows;
 pub use crate::cache::CachePages;
 pub use crate::isa::InstructionSet;
 pub use crate::machine::{Caches, Machine};
+pub use crate::nearest::nearest_scheme;
 pub use crate::plan::CpuPlan;
 
 /// Attention on this machine's processor.

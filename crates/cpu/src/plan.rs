@@ -7,6 +7,7 @@ use sage_core::{Error, Granularity, Preset, Problem, Pv, Qk, Result, Scheme, Smo
 use crate::isa::InstructionSet;
 use crate::kernels::{Kernels, TILE_KEYS};
 use crate::machine::Machine;
+use crate::nearest::{BY_NAME, nearest_scheme};
 use crate::tile::{PvForm, QkForm, TileLayout};
 
 /// Query rows that share a key head up to which keys are read as they lie in memory: packing them would cost more
@@ -66,7 +67,7 @@ impl CpuPlan {
                 preset.scheme(problem.head_dim)
             }
         };
-        let (qk, pv) = forms(&scheme)?;
+        let (qk, pv) = forms(&scheme, problem.head_dim)?;
         let strategy = if few_rows && (qk, pv) == (QkForm::Float, PvForm::Float) {
             reasons.push(format!(
                 "split over keys: {rows_per_head} query rows for each key head leave nothing to reuse, so keys and \
@@ -146,14 +147,17 @@ fn choose(problem: &Problem, instruction_set: InstructionSet, few_rows: bool) ->
     }
 }
 
-/// The kernels that compute a scheme.
-fn forms(scheme: &Scheme) -> Result<(QkForm, PvForm)> {
+/// The kernels that compute a scheme, which is for heads of `head_dim` channels.
+fn forms(scheme: &Scheme, head_dim: usize) -> Result<(QkForm, PvForm)> {
     scheme.check()?;
     let unsupported = |what: &str| {
         Err(Error::unsupported(
             format!("{what} in the CPU kernels"),
-            "they compute full precision, and INT8 or INT4 Q·Kᵀ per block, warp, thread or token with smooth-K and \
-             P·V in f32 or 12 bits",
+            format!(
+                "they compute full precision, and INT8 or INT4 Q·Kᵀ per block, warp, thread or token with smooth-K \
+                 and P·V in f32 or 12 bits; the nearest that they compute is {}",
+                nearest_scheme(*scheme).named_or(head_dim, BY_NAME)
+            ),
         ))
     };
     let qk = match scheme.qk {

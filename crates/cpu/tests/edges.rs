@@ -10,7 +10,7 @@ use sage_core::{
     Accumulator, Alignment, Band, DType, Error, Granularity, IntQuantizer, Layout, Preset, Pv, Qk, Scheme,
     SmoothQ, Smoothing, Tensor, Tile, oracle,
 };
-use sage_cpu::{Cpu, InstructionSet};
+use sage_cpu::{Cpu, InstructionSet, nearest_scheme};
 
 /// Queries: few enough to be split over keys, and more.
 const Q_LENS: [usize; 2] = [4, 45];
@@ -187,11 +187,15 @@ fn schemes_without_kernels_are_refused_and_say_what_would_do() {
     ] {
         let problem = Case::default().build().call().problem;
         let error: Error = Cpu::detect().plan(&problem, Some(scheme)).unwrap_err();
+        let nearest = nearest_scheme(scheme);
+        assert!(Cpu::detect().plan(&problem, Some(nearest)).is_ok(), "{nearest:?}");
         assert_eq!(
             error.to_string(),
             format!(
                 "{what} in the CPU kernels is not supported: they compute full precision, and INT8 or INT4 Q·Kᵀ per \
-                 block, warp, thread or token with smooth-K and P·V in f32 or 12 bits"
+                 block, warp, thread or token with smooth-K and P·V in f32 or 12 bits; the nearest that they compute \
+                 is {}",
+                nearest.named_or(problem.head_dim, Preset::INT8_PER_TOKEN)
             )
         );
     }

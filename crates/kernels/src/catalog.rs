@@ -264,7 +264,8 @@ impl List {
             let scheme = Some(preset.scheme(head_dim));
             self.add(&Call { head_dim, scheme, ..Call::default() }, false, |_| true);
         }
-        // Both kinds of 16-bit values that are not the inputs' own, FP8 beside bfloat16, and K as it is.
+        // Both kinds of 16-bit values that are not the inputs' own, FP8 beside bfloat16, K as it is, and our own with
+        // a rotation.
         let int8 = |pv| Scheme { pv, ..int8_scheme(DType::F16) };
         let mut rough = int8_scheme(DType::F16);
         rough.smooth.k = SmoothK::Off;
@@ -274,6 +275,7 @@ impl List {
             (DType::BF16, Preset::SAGE2_INT8_FP8_PER_THREAD.scheme(head_dim)),
             (DType::BF16, Preset::FULL.scheme(head_dim)),
             (DType::F16, rough),
+            (DType::F16, Scheme { rotate: true, ..int8_scheme(DType::F16) }),
             (DType::BF16, Preset::INT8_FP8.scheme(head_dim)),
         ] {
             self.add(&Call { dtype, head_dim, scheme: Some(scheme), ..Call::default() }, false, |_| true);
@@ -388,6 +390,7 @@ mod tests {
             has("LSE", &|config| config.lse && !config.split);
             has("smooth V", &|config| config.smooth_v);
             has("a rough K", &|config| !config.smooth_k);
+            has("a rotation", &|config| config.rotate);
             has("unaligned rows", &|config| !config.aligned);
             has("split keys", &|config| config.split);
         }

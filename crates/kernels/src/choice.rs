@@ -72,12 +72,15 @@ pub(crate) fn choose(problem: &Problem, request: &Request, gpu: &Gpu) -> Result<
     Ok((int8, "INT8 scores with 16-bit P·V: V needs no pass of its own, and sums are exact".into()))
 }
 
-/// Full precision on tensor cores rounds P to the inputs' 16 bits, as every 16-bit attention does.
+/// P·V in single precision on tensor cores rounds P to the inputs' 16 bits, as every 16-bit attention does; and so
+/// does the CPU's own form of 12 bits, which serves integer units.
 pub(crate) fn with_own_values(scheme: Scheme, dtype: DType, reasons: &mut Vec<String>) -> Scheme {
-    if scheme.pv != Pv::F32 {
-        return scheme;
-    }
-    reasons.push(format!("P·V in {dtype} with f32 sums: tensor cores take 16-bit operands"));
+    let given = match scheme.pv {
+        Pv::F32 => "single precision",
+        Pv::Fixed12 { .. } => "12 bits",
+        _ => return scheme,
+    };
+    reasons.push(format!("P·V in {dtype} with f32 sums, not in {given}: tensor cores take 16-bit operands"));
     Scheme { pv: int8_scheme(dtype).pv, ..scheme }
 }
 

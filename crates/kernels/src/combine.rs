@@ -8,6 +8,9 @@ use sage_ptx::{Code, Half, Program, Stored, Val, kernel};
 use crate::attention::least_lse;
 use crate::params::kernel_params;
 
+/// Floats that a part of the keys hands over for each row, beside its output.
+pub const PART: usize = 4;
+
 /// Rows of a block: one for each warp.
 const ROWS: u32 = 4;
 
@@ -27,8 +30,9 @@ kernel_params! {
     CombineParams, CombineArgs {
         /// Outputs of the parts, `[splits, rows, head_dim]`.
         partial: [f32],
-        /// Of each part and row, `[splits, rows, 2]`: the base-2 score that exponentials are relative to, and their sum, 0 where
-        /// the row sees no key of the part.
+        /// Of each part and row, `[splits, rows, `[`PART`]`]`: the base-2 score that exponentials are relative to; their sum as
+        /// they were multiplied with V, 0 where the row sees no key of the part; where the log-sum-exp is wanted their sum
+        /// before they were rounded, and what smoothing K took from the row's scores in natural units.
         partial_sums: [f32],
         /// Output.
         out: [u16],
@@ -76,28 +80,31 @@ impl CombineConfig {
         k.exit_when(row.ge(p.total_rows));
         let part = |split: Val<'k, i32>| {
             let at = split.mul_wide(p.total_rows) + row.widen();
-            p.partial_sums.at(at * 2).load_vector::<2>()
+            p.partial_sums.at(at * PART as i64).load_vector::<PART>()
         };
 
         let max = k.var(f32::NEG_INFINITY).named("max");
         k.range(0, p.splits, |split| {
-            let [reference, sum] = part(split);
-            max.set(sum.eq(0.0).select(max.get(), max.get().max(reference)));
+            let [reference, divisor, ..] = part(split);
+            max.set(divisor.eq(0.0).select(max.get(), max.get().max(reference)));
         });
         // A row without a visible key has no part that sums to anything.
         let empty = max.get().eq(f32::NEG_INFINITY);
-        let weight = |split: Val<'k, i32>| {
-            let [reference, sum] = part(split);
-            sum.eq(0.0).select(0.0, sum * (reference - max.get()).exp2())
-        };
 
         let lanes = self.head_dim.div_ceil(32);
         let sums: Vec<_> = (0..lanes).map(|_| k.var(0.0)).collect();
-        let weights = k.var(0.0).named("weights");
+        let (weights, unrounded) = (k.var(0.0).named("weights"), k.var(0.0).named("unrounded"));
+        let taken = k.var(0.0).named("taken");
         let channel = |i: usize| k.lane_index() + 32 * i as i32;
         k.range(0, p.splits, |split| {
-            let w = weight(split).named("weight");
+            let [reference, divisor, sum, of_part] = part(split);
+            let rise = divisor.eq(0.0).select(0.0, (reference - max.get()).exp2());
+            let w = (divisor * rise).named("weight");
             weights.set(weights.get() + w);
+            if self.lse {
+                unrounded.set(sum.mul_add(rise, unrounded.get()));
+                taken.set(of_part);
+            }
             let line = split.mul_wide(p.total_rows) + row.widen();
             let line = p.partial.at(line * self.head_dim as i64);
             for (i, sum) in sums.iter().enumerate() {
@@ -120,7 +127,8 @@ impl CombineConfig {
         }
         if self.lse {
             k.when(k.lane_index().eq(0), || {
-                let lse = least_lse(max.get(), (weights.get().log2() + max.get()) * std::f32::consts::LN_2);
+                let lse = (unrounded.get().log2() + max.get()).mul_add(std::f32::consts::LN_2, taken.get());
+                let lse = least_lse(max.get(), lse);
                 p.lse.at(row).store(empty.select(f32::NEG_INFINITY, lse));
             });
         }

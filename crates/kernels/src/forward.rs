@@ -5,14 +5,15 @@
 
 mod arguments;
 mod layout;
+mod nearest;
 mod pass;
 
 use sage_core::{DType, Error, MAX_HEADS, Problem, Pv, Result, Scheme};
 use sage_ptx::{Arg, BoxedTensor, Program, Target};
 
 use crate::attention::{AttentionConfig, MaskForm, Tiling, attention};
+use crate::choice::choose;
 pub use crate::choice::int8_scheme;
-use crate::choice::{choose, with_own_values};
 use crate::combine::CombineConfig;
 use crate::preprocess::{
     ConvertVConfig, DeltaSConfig, QuantizeKConfig, QuantizeVConfig, QueryMeansConfig, RankKeysConfig,
@@ -22,6 +23,8 @@ use crate::sequence::Lengths;
 use crate::tuning::Shape;
 use arguments::Arguments;
 use layout::{Layout, query_block, query_blocks};
+pub use nearest::nearest_scheme;
+use nearest::{computed, naming_nearest};
 use pass::Pass;
 
 /// The GPU that a plan is for.
@@ -167,7 +170,8 @@ impl Forward {
     /// The pass for a problem.
     ///
     /// # Errors
-    /// When no kernel computes the scheme, or not with such options or on such a GPU.
+    /// When no kernel computes the scheme, or not with such options or on such a GPU; names the nearest scheme that has
+    /// kernels.
     pub fn new(problem: &Problem, request: &Request, gpu: &Gpu) -> Result<Self> {
         if problem.dtype == DType::F32 {
             return Err(Error::DType {
@@ -189,9 +193,20 @@ impl Forward {
                 scheme
             }
         };
-        let scheme = with_own_values(scheme, problem.dtype, &mut reasons);
-        let pass = Pass { problem, request, gpu, scheme: &scheme };
-        let (mut steps, shape, splits) = pass.steps(&mut reasons)?;
+        scheme.check()?;
+        let given = scheme;
+        let scheme = computed(given, problem.dtype, &mut reasons);
+        let steps = |scheme: &Scheme, reasons: &mut Vec<String>| {
+            Pass { problem, request, gpu, scheme }.steps(reasons)
+        };
+        let (mut steps, shape, splits) = steps(&scheme, &mut reasons).map_err(|error| {
+            let mut unused = Vec::new();
+            let nearest = computed(nearest_scheme(given, gpu.target), problem.dtype, &mut unused);
+            match steps(&nearest, &mut unused) {
+                Ok(_) => naming_nearest(error, &nearest, problem.head_dim),
+                Err(_) => error,
+            }
+        })?;
         if problem.batch * problem.num_q_heads == 0 || problem.q_len == 0 {
             steps.clear();
             reasons.push("nothing to launch: there is no query".into());

@@ -12,6 +12,7 @@ mod grid;
 mod integer;
 mod params;
 pub mod preprocess;
+mod rotation;
 mod sequence;
 pub mod tuning;
 

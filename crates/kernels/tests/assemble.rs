@@ -2,9 +2,11 @@
 //! as many bytes as `registers.txt` says. Spills that stand there are known: the assembler fills registers with loads in
 //! flight and spills loop bounds for them, and every arrangement without was slower (docs/performance.md). New ones fail.
 //!
-//! Needs no GPU, but `ptxas`: the one that the variable `PTXAS` names, or the one that `scripts/fetch_ptxas.sh` fetched.
-//! Without it the test says that it is skipped; with `SAGE_REQUIRE_PTXAS=1` it fails. `SAGE_UPDATE_REGISTERS=1` rewrites
-//! `registers.txt`, which shows what a change to a kernel did to every other.
+//! Needs no GPU, but `ptxas`: the one that the variable `PTXAS` names, or the one that `scripts/fetch_ptxas.sh`
+//! fetched. Without it the test says that it is skipped; with `SAGE_REQUIRE_PTXAS=1` it fails.
+//! `SAGE_UPDATE_REGISTERS=1` rewrites `registers.txt`, which shows what a change to a kernel did to every other.
+//! `SAGE_KERNELS=_rot,_lse` looks at the kernels alone whose names contain one of these texts, and leaves the other
+//! lines as they are.
 
 #![allow(clippy::unwrap_used)] // the helpers of tests are tests too
 
@@ -84,15 +86,22 @@ fn ptxas() -> Result<PathBuf, String> {
 
 /// What is assembled, the largest heads first: they take longest, and nothing should wait for one of them at the end.
 fn jobs() -> Vec<Job> {
-    let mut jobs = Vec::new();
+    let mut jobs: Vec<Job> = Vec::new();
     for target in WHOLE {
         jobs.extend(catalog(target).into_iter().map(|entry| Job { entry, target }));
     }
     for target in PART {
         jobs.extend(representatives(target).into_iter().map(|entry| Job { entry, target }));
     }
+    jobs.retain(|job| is_asked_for(&job.entry.name()));
     jobs.sort_by_key(|job| std::cmp::Reverse(job.entry.head_dim()));
     jobs
+}
+
+/// Whether `SAGE_KERNELS` is not set, or has a part of the kernel's name.
+fn is_asked_for(kernel: &str) -> bool {
+    let Ok(parts) = env::var("SAGE_KERNELS") else { return true };
+    parts.split(',').any(|part| kernel.contains(part))
 }
 
 /// The planner's own choices for head dimensions that fill their tiles, and as many others as bring an instruction that
@@ -250,15 +259,21 @@ fn registers_that_changed(done: &[Assembled]) -> Option<String> {
         format!("{} {} {}{spilled}", one.kernel, one.target, one.registers)
     };
     let found: Vec<String> = done.iter().map(line).collect();
+    let text = fs::read_to_string(&path).unwrap_or_default();
+    let kernel_of = |line: &str| line.split(' ').next().unwrap_or_default().to_owned();
+    let (looked_at, others): (Vec<&str>, Vec<&str>) =
+        text.lines().partition(|line| is_asked_for(&kernel_of(line)));
     if env::var_os("SAGE_UPDATE_REGISTERS").is_some_and(|value| value == "1") {
-        fs::write(&path, found.join("\n") + "\n").unwrap();
+        let mut lines: Vec<&str> = found.iter().map(String::as_str).chain(others).collect();
+        let target_of = |line: &str| line.split(' ').nth(1).and_then(|target| target.parse::<Target>().ok());
+        lines.sort_by_key(|line| (kernel_of(line), target_of(line)));
+        fs::write(&path, lines.join("\n") + "\n").unwrap();
         return None;
     }
-    let text = fs::read_to_string(&path).unwrap_or_default();
-    let known: HashSet<&str> = text.lines().collect();
+    let known: HashSet<&str> = looked_at.iter().copied().collect();
     let new: HashSet<&str> = found.iter().map(String::as_str).collect();
     let mut message = String::new();
-    for gone in text.lines().filter(|line| !new.contains(line)) {
+    for gone in looked_at.iter().filter(|line| !new.contains(*line)) {
         _ = writeln!(message, "  - {gone}");
     }
     for come in found.iter().filter(|line| !known.contains(line.as_str())) {

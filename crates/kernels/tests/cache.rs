@@ -15,7 +15,7 @@ use sage_kernels::cache::{
     CacheAdvanceArgs, CacheAdvanceConfig, CacheAppendArgs, CacheAppendConfig, CacheAttendArgs,
     CacheAttendConfig, Storage,
 };
-use sage_kernels::combine::{CombineArgs, CombineConfig};
+use sage_kernels::combine::{CombineArgs, CombineConfig, PART};
 
 #[derive(Clone, Debug)]
 struct Case {
@@ -197,7 +197,7 @@ impl Case {
         let total_rows = 2 * q_heads * self.q_len;
         let emulator = &mut cache.emulator;
         let partial = emulator.uninitialized("partial", 4 * splits * total_rows * head_dim);
-        let partial_sums = emulator.uninitialized("partial_sums", 8 * splits * total_rows);
+        let partial_sums = emulator.uninitialized("partial_sums", 4 * PART * splits * total_rows);
         let limit = |side: Option<usize>| side.map_or(1 << 30, |n| n.min(1 << 30) as i32);
         let row = head_dim as i64;
         let args = CacheAttendArgs {

@@ -16,11 +16,13 @@ const FP8: f64 = 4e-2;
 
 const TOP_LEFT: Band = Band { left: None, right: Some(0), alignment: Alignment::TopLeft };
 
-/// Schemes that read K and V as they are, that quantise K, that quantise both from all rows or from some, and that convert V.
-fn schemes() -> [Scheme; 5] {
+/// Schemes that read K and V as they are, that quantise K, that rotate it first, that quantise both from all rows or from some,
+/// and that convert V.
+fn schemes() -> [Scheme; 6] {
     [
         Preset::FULL.scheme(64),
         int8_scheme(DType::F16),
+        Scheme { rotate: true, ..int8_scheme(DType::F16) },
         Preset::SAGE2_INT8_FP8_PER_THREAD.scheme(64),
         Preset::INT8_FP8.scheme(64),
         int8_scheme(DType::BF16),

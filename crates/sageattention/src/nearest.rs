@@ -1,13 +1,8 @@
-//! What computes a scheme of the original where a backend lacks its kernels.
+//! What computes a scheme where a backend lacks its kernels.
 
-use sage_core::{Accumulator, Granularity, IntBits, Pv, Qk, Scheme, SmoothQ};
+use sage_core::Scheme;
 
 use crate::backend::Device;
-
-/// Keys of a tile of the GPU kernels, whose scales are never of more keys.
-const GPU_KEY_TILE: usize = 64;
-/// Keys that share a scale in the CPU's 12-bit P·V.
-const CPU_KEY_TILE: usize = 128;
 
 /// The scheme of a kernel that `device` has and that is at least as accurate as `scheme`; `scheme` itself where there is
 /// no reason to leave it.
@@ -17,52 +12,32 @@ const CPU_KEY_TILE: usize = 128;
 ///
 /// | in `scheme` | on the CPU | on a GPU |
 /// | --- | --- | --- |
-/// | P·V in FP8 or INT8 | 12-bit P·V with exact sums | as it is |
+/// | P·V in FP8 | 12-bit P·V with exact sums | as it is; before sm_89 in the tensors' 16 bits |
+/// | P·V in INT8 | 12-bit P·V with exact sums | P·V in the tensors' 16 bits |
 /// | P·V in 16 bits | P·V in f32 | as it is |
+/// | P·V in f32 or 12 bits | as it is | the plan takes the tensors' 16 bits, and says so |
 /// | smoothed V | left out: it serves narrow sums alone | of 16 bits: left out, summed in f32 |
 /// | smoothed Q with INT4 scores | INT8 scores | as it is |
-/// | scales of 128 keys (Hopper's tiles) | as it is | scales of 64 keys |
+/// | scales of 128 keys (Hopper's tiles) | as it is | scales of 64 keys; the plan takes them, and says so |
+/// | NVFP4 scores and P·V | INT8 scores per token, 12-bit P·V | INT8 scores per thread, P·V as FP8 |
 ///
-/// FP4 scores are left as they are: a backend that lacks them says so.
+/// A call with a scheme that the device lacks is refused with an error that names this one, except where the plan
+/// takes it by itself: there the operands are the same, and only scales are finer or sums wider. The other rules for
+/// schemes of one's own stand beside the backends' plans.
+///
+/// A GPU is looked for: where there is none of that number, rules are those of sm_90.
 pub fn nearest_scheme(scheme: Scheme, device: Device) -> Scheme {
     match device {
-        Device::Cpu => on_cpu(scheme),
-        Device::Cuda(_) => on_gpu(scheme),
-    }
-}
-
-fn on_cpu(mut scheme: Scheme) -> Scheme {
-    if matches!(scheme.qk, Qk::Nvfp4) {
-        return scheme;
-    }
-    if scheme.smooth.q != SmoothQ::Off {
-        scheme.smooth.q = SmoothQ::Off;
-        if let Qk::Int(quantizer) = &mut scheme.qk {
-            quantizer.bits = IntBits::Eight;
+        Device::Cpu => sage_cpu::nearest_scheme(scheme),
+        #[cfg(feature = "cuda")]
+        Device::Cuda(ordinal) => {
+            let target = crate::backend::cuda(ordinal)
+                .map_or(sage_ptx::Target::SM_90A, |cuda| cuda.device().info().target());
+            sage_kernels::forward::nearest_scheme(scheme, target)
         }
+        #[cfg(not(feature = "cuda"))]
+        Device::Cuda(_) => scheme,
     }
-    scheme.smooth.v = false;
-    scheme.pv = match scheme.pv {
-        Pv::F16(_) | Pv::BF16(_) => Pv::F32,
-        Pv::Fp8 { .. } | Pv::Int8 => Pv::Fixed12 { block: CPU_KEY_TILE },
-        as_it_is @ (Pv::F32 | Pv::Fixed12 { .. } | Pv::Nvfp4) => as_it_is,
-    };
-    scheme
-}
-
-fn on_gpu(mut scheme: Scheme) -> Scheme {
-    if let Qk::Int(quantizer) = &mut scheme.qk
-        && quantizer.granularity != Granularity::PerTensor
-    {
-        let tile = &mut quantizer.tile;
-        tile.block_k = tile.block_k.min(GPU_KEY_TILE);
-        tile.warp_k = tile.warp_k.min(GPU_KEY_TILE);
-    }
-    if scheme.smooth.v && matches!(scheme.pv, Pv::F16(_)) {
-        scheme.smooth.v = false;
-        scheme.pv = Pv::F16(Accumulator::F32);
-    }
-    scheme
 }
 
 #[cfg(test)]
@@ -84,23 +59,24 @@ mod tests {
         Tensor::new(elements, &[1, 1, rows, 64]).unwrap()
     }
 
-    /// The presets that the original's functions for integer scores stand for.
-    fn presets() -> impl Iterator<Item = Preset> {
-        Preset::ALL
-            .iter()
-            .copied()
-            .filter(|preset| preset.original().is_some() && matches!(preset.scheme(64).qk, Qk::Int(_)))
-    }
-
     #[test]
-    fn the_cpu_has_kernels_for_the_nearest_of_every_integer_scheme() {
+    fn every_preset_plans_on_the_cpu_or_names_the_nearest_that_does() {
         let (q, k) = (random(1, 130), random(2, 200));
         let call = Call::check(&Inputs::new(q.view(), k.view(), k.view()), &Options::default()).unwrap();
-        for preset in presets() {
-            let scheme = nearest_scheme(preset.scheme(64), Device::Cpu);
-            Cpu::detect()
-                .plan(&call.problem, Some(scheme))
-                .unwrap_or_else(|error| panic!("{preset}: {error}"));
+        for preset in Preset::ALL {
+            let (scheme, nearest) = (preset.scheme(64), nearest_scheme(preset.scheme(64), Device::Cpu));
+            let plan = |scheme| Cpu::detect().plan(&call.problem, Some(scheme));
+            plan(nearest).unwrap_or_else(|error| panic!("{preset}: {error}"));
+            match plan(scheme) {
+                Ok(_) => {
+                    assert_eq!(nearest, scheme, "{preset}: a scheme that has kernels is its own nearest")
+                }
+                Err(error) => {
+                    let named = nearest.named_or(64, Preset::INT8_PER_TOKEN);
+                    let wanted = format!("; the nearest that they compute is {named}");
+                    assert!(error.to_string().ends_with(&wanted), "{preset}: {error}");
+                }
+            }
         }
     }
 
@@ -113,7 +89,7 @@ mod tests {
             let out: Vec<f32> = oracle::scheme(&call, scheme).out.iter().map(|&x| x as f32).collect();
             Accuracy::of(&out, &exact.out).relative_l1
         };
-        for preset in presets() {
+        for preset in Preset::ALL {
             let scheme = preset.scheme(64);
             let (given, nearest) = (error(&scheme), error(&nearest_scheme(scheme, Device::Cpu)));
             // Quantising Q·Kᵀ alike leaves the same error there; 2 % is for P·V's errors that happen to cancel some of it.
@@ -122,11 +98,11 @@ mod tests {
     }
 
     #[test]
+    #[cfg(feature = "cuda")]
     fn hopper_tiles_get_finer_scales_on_the_gpu_kernels() {
         let scheme = nearest_scheme(Preset::SAGE2_INT8_FP8_SM90_PER_THREAD.scheme(128), Device::Cuda(0));
-        let Qk::Int(quantizer) = scheme.qk else { unreachable!("an integer scheme") };
+        let sage_core::Qk::Int(quantizer) = scheme.qk else { unreachable!("an integer scheme") };
         assert_eq!((quantizer.tile.warp_q, quantizer.tile.block_k, quantizer.tile.warp_k), (16, 64, 64));
-        assert_eq!(scheme.pv, Preset::SAGE2_INT8_FP8_SM90_PER_THREAD.scheme(128).pv);
     }
 
     #[test]
@@ -134,7 +110,7 @@ mod tests {
         for (preset, device) in [
             (Preset::INT8, Device::Cpu),
             (Preset::FULL, Device::Cpu),
-            (Preset::SAGE2_INT8_FP8_PER_THREAD, Device::Cuda(0)),
+            (Preset::SAGE2_INT8_FP16_PER_THREAD, Device::Cuda(0)),
             (Preset::SAGE1_INT8_FP16, Device::Cuda(0)),
         ] {
             assert_eq!(nearest_scheme(preset.scheme(64), device), preset.scheme(64), "{preset} on {device}");

@@ -166,6 +166,8 @@ fn schemes_without_kernels_are_unsupported() {
         let error = well_formed(&attention).unwrap_err();
         assert!(matches!(error, Error::Unsupported { .. }), "{error}");
         assert!(error.to_string().starts_with("NVFP4 Q·Kᵀ in the CPU kernels is not supported: "), "{error}");
+        let nearest = "; the nearest that they compute is `int8-per-token`, INT8 QK per-token · smooth K · 12-bit PV (128)";
+        assert!(error.to_string().ends_with(nearest), "{error}");
     }
 }
 

@@ -44,8 +44,9 @@ fn run(call: &RandomCall, gpu: &Gpu) -> Result<Computed, Error> {
     let mut tensor = |name: &str, memory: &Memory, geometry: &Geometry| {
         let buffer = (!memory.bits.is_empty()).then(|| emulator.buffer(name, &memory.bits));
         // What is empty has no memory.
-        let address =
-            buffer.map_or(0, |buffer| buffer.address().wrapping_add_signed(2 * geometry.index([0; 4])));
+        let address = buffer
+            .filter(|_| !geometry.is_empty())
+            .map_or(0, |buffer| buffer.address().wrapping_add_signed(2 * geometry.index([0; 4])));
         let strides = std::array::from_fn(|i| geometry.strides()[i]);
         (buffer, TensorArg { address, strides })
     };

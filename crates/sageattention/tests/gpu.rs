@@ -63,8 +63,8 @@ fn check(label: &str, attention: &Attention<'_>, inputs: Inputs<'_>, scheme: Sch
     assert!(accuracy.relative_l1 <= tolerance, "{label}: {accuracy:?}");
     let lse = found.lse.unwrap().to_f32_vec();
     for (row, (&found, &wanted)) in lse.iter().zip(&wanted.lse).enumerate() {
-        // Sums of P are of rounded P: to 2⁻⁹ of its values in bf16, relative to another maximum than the oracle's.
-        let near = (f64::from(found) - wanted).abs() <= 5e-3 * wanted.abs().max(1.0);
+        // Twice that of the emulated kernels (crates/kernels/tests/log_sum_exp.rs), as with outputs.
+        let near = (f64::from(found) - wanted).abs() <= 1e-3 * wanted.abs().max(1.0);
         assert!(
             near || f64::from(found) == wanted,
             "{label}: lse of row {row} is {found}, expected {wanted}"
@@ -117,7 +117,11 @@ fn every_scheme() {
                     );
                     computed += 1;
                 }
-                Err(error) => eprintln!("{preset} d{head_dim} {dtype}: not on this GPU: {error}"),
+                Err(error) => {
+                    let error = error.to_string();
+                    assert!(error.contains("; the nearest that this GPU computes is "), "{preset}: {error}");
+                    eprintln!("{preset} d{head_dim} {dtype}: not on this GPU: {error}");
+                }
             }
         }
     }

@@ -28,7 +28,8 @@ gradients included), RuntimeError (the driver). Each names the tensor or option,
 Keywords that are unknown are ignored, unless they would change the result: then they raise NotImplementedError.
 
 **Without the kernel's GPU**: functions that name a GPU kernel compute on the CPU too, with a scheme that is at least as
-accurate: the same integers for Q and K, and values in float32 (for FP16) or in 12 bits with exact sums (for FP8).
+accurate: the same integers for Q and K, and values in float32 (for FP16) or in 12 bits with exact sums (for FP8). So do
+GPUs that lack the kernel: scales of fewer keys where it has tiles of its own, and before sm_89 values in 16 bits (for FP8).
 """
 
 from __future__ import annotations

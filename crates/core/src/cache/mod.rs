@@ -190,8 +190,8 @@ impl<'a, T: Operand, M: Strided> Call<'a, T, M> {
             Layout::Nhd => [0, 2, 1, 3].map(|at| canonical[at]),
         };
         // Every row of the stand-in is q's first.
-        let first = if q.geometry().is_empty() { 0 } else { q.geometry().index([0; 4]) };
-        let stand_in = inputs.q.with_geometry(Geometry::strided("k", &shape, &[0, 0, 0, 1], first)?);
+        let stand_in =
+            inputs.q.with_geometry(Geometry::strided("k", &shape, &[0, 0, 0, 1], q.geometry().offset())?);
         let inputs = Inputs {
             mask: inputs.mask,
             block_mask: inputs.block_mask,

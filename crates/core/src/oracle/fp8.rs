@@ -12,6 +12,9 @@ pub const E4M3_MAX: f32 = 448.0;
 /// that the row maximum itself does not saturate (`2^8.807 = 447.89`).
 pub const E4M3_P_EXPONENT: f32 = 8.807;
 
+/// The largest number that a channel is multiplied by before it becomes E4M3: `2¹²⁶`, whose inverse is the least normal one.
+pub const LARGEST_FACTOR: f32 = f32::from_bits((127 + 126) << 23);
+
 /// The nearest E4M3 value, ties to even, magnitudes above 448 to 448; NaN stays NaN.
 pub fn round_e4m3(x: f32) -> f32 {
     F8E4M3::from_f32(x).to_f32()
@@ -36,9 +39,9 @@ impl Fp8Channels {
     /// Quantises V, which is a head of a sequence: with `a` the channel's largest magnitude in the rows that scales are taken
     /// from, the codes are `e4m3(V · (v_max / a))` and the scale is `a / v_max`.
     ///
-    /// A channel so small that `v_max / a` overflows counts as one of zeros.
+    /// Where `v_max / a` would exceed [`LARGEST_FACTOR`], that is the factor, and its inverse the scale.
     pub fn quantize(v: &Matrix<f32>, v_max: f32, rows: ScaleRows, keys: &SeenKeys) -> Self {
-        let factor = |a: f32| Some(v_max / a).filter(|f| f.is_finite());
+        let factor = |a: f32| (a > 0.0).then(|| (v_max / a).min(LARGEST_FACTOR));
         let measured = keys.measured(0..v.rows());
         let maxima = |rows: ScaleRows| -> Vec<f32> {
             let magnitude = |c: usize| absmax(rows.of(measured.len()).map(|i| v.row(measured[i])[c]));
@@ -56,7 +59,7 @@ impl Fp8Channels {
             }),
             scales: maxima
                 .iter()
-                .map(|&a| if a.is_nan() || factor(a).is_some() { a / v_max } else { 0.0 })
+                .map(|&a| if factor(a) == Some(LARGEST_FACTOR) { 1.0 / LARGEST_FACTOR } else { a / v_max })
                 .collect(),
         }
     }
@@ -161,9 +164,22 @@ mod tests {
 
     #[test]
     fn channels_of_zeros_are_zeros_and_bad_ones_nan() {
-        let v = matrix(4, &[0.0, 1e-39, f32::NAN, 1.0, 0.0, -1e-39, 1.0, f32::INFINITY]);
+        let v = matrix(3, &[0.0, f32::NAN, 1.0, 0.0, 1.0, f32::INFINITY]);
         let back = Fp8Channels::quantize(&v, 448.0, ScaleRows::All, &SeenKeys::all(v.rows())).dequantize();
-        assert!(back.iter().all(|row| row[0] == 0.0 && row[1] == 0.0 && row[2].is_nan() && row[3].is_nan()));
+        assert!(back.iter().all(|row| row[0] == 0.0 && row[1].is_nan() && row[2].is_nan()));
+    }
+
+    #[test]
+    fn channels_of_tiny_values_do_not_vanish() {
+        for largest in [1e-30, 1e-36, 1e-38] {
+            let v = matrix(1, &[largest, -0.3 * largest, 0.07 * largest]);
+            let channels = Fp8Channels::quantize(&v, 448.0, ScaleRows::All, &SeenKeys::all(3));
+            for (x, y) in v.as_slice().iter().zip(channels.dequantize().as_slice()) {
+                // Half a unit of 3 mantissa bits, and single precision's own below its normal numbers.
+                let bound = f64::from(x.abs()) / 15.9;
+                assert!((f64::from(*x) - y).abs() <= bound, "{x:e} became {y:e}");
+            }
+        }
     }
 
     #[test]

@@ -29,7 +29,7 @@ pub use fp4::{
     E2M1_MAX, NVFP4_GROUP, Nvfp4Rows, e2m1_code, e2m1_value, k_token_of_row, nvfp4_code, nvfp4_scale,
     scale_offset,
 };
-pub use fp8::{E4M3_MAX, E4M3_P_EXPONENT, Fp8Channels, round_e4m3, v_token_slot};
+pub use fp8::{E4M3_MAX, E4M3_P_EXPONENT, Fp8Channels, LARGEST_FACTOR, round_e4m3, v_token_slot};
 pub use integer::IntRows;
 pub use matrix::{Matrix, absmax};
 pub use output::Output;

@@ -16,6 +16,8 @@ pub struct Weights {
     pub p: Vec<f64>,
     /// The row sum ℓ that the output is divided by.
     pub sum: f64,
+    /// The row sum that the log-sum-exp is of.
+    pub lse_sum: f64,
 }
 
 /// Quantises one row of `P = exp(score − max)`.
@@ -23,20 +25,21 @@ pub struct Weights {
 /// `max` is the row's largest score. A kernel that goes through the keys once has only the largest so far; P then
 /// differs by a factor that the later rescaling takes back, so only its rounding differs.
 ///
-/// | P | quantised to | row sum of |
-/// |---|---|---|
-/// | `F32`, `F16`, `BF16` | the nearest value | quantised P |
-/// | `Fp8` | `e4m3(2^8.807 · P) / 2^8.807` | unrounded P |
-/// | `Int8` | `round(127 · P) / 127`, ties to even | unrounded P |
-/// | `Fixed12` | within each block of keys, `round(4095 · P / P_max) / 4095 · P_max`, ties to even | quantised P |
-/// | `Nvfp4` | `2688 · P` in groups of 16 keys, each with scale `σ = e4m3(largest / 6)`: `σ · e2m1(2688 · P / σ) / 2688` | unrounded P |
+/// | P | quantised to | row sum of | log-sum-exp of |
+/// |---|---|---|---|
+/// | `F32`, `F16`, `BF16` | the nearest value | quantised P | unrounded P |
+/// | `Fp8` | `e4m3(2^8.807 · P) / 2^8.807` | unrounded P | unrounded P |
+/// | `Int8` | `round(127 · P) / 127`, ties to even | unrounded P | unrounded P |
+/// | `Fixed12` | within each block of keys, `round(4095 · P / P_max) / 4095 · P_max`, ties to even | quantised P | quantised P |
+/// | `Nvfp4` | `2688 · P` in groups of 16 keys, each with scale `σ = e4m3(largest / 6)`: `σ · e2m1(2688 · P / σ) / 2688` | unrounded P | unrounded P |
 ///
 /// # Panics
 /// When [`Pv::Fixed12`]'s block is 0.
 pub fn quantize_p(scores: &[Score], max: f64, pv: &Pv) -> Weights {
     let exact: Vec<f64> = scores.iter().map(|s| (s.value - max).exp()).collect();
-    let unrounded = |p: Vec<f64>| Weights { p, sum: exact.iter().sum() };
-    let quantised = |p: Vec<f64>| Weights { sum: p.iter().sum(), p };
+    let exact_sum: f64 = exact.iter().sum();
+    let unrounded = |p: Vec<f64>| Weights { p, sum: exact_sum, lse_sum: exact_sum };
+    let quantised = |p: Vec<f64>| Weights { sum: p.iter().sum(), p, lse_sum: exact_sum };
     let each = |round: &dyn Fn(f32) -> f64| exact.iter().map(|&p| round(p as f32)).collect();
     match *pv {
         Pv::F32 => quantised(each(&|p| f64::from(p))),
@@ -47,7 +50,10 @@ pub fn quantize_p(scores: &[Score], max: f64, pv: &Pv) -> Weights {
             unrounded(each(&|p| f64::from(round_e4m3(p * factor)) / f64::from(factor)))
         }
         Pv::Int8 => unrounded(each(&|p| f64::from((p * 127.0).round_ties_even()) / 127.0)),
-        Pv::Fixed12 { block } => quantised(fixed12(scores, max, block)),
+        Pv::Fixed12 { block } => {
+            let weights = quantised(fixed12(scores, max, block));
+            Weights { lse_sum: weights.sum, ..weights }
+        }
         Pv::Nvfp4 => unrounded(nvfp4(scores, &exact)),
     }
 }
@@ -125,7 +131,10 @@ mod tests {
         let p = |pv: Pv| quantize_p(&row, 0.0, &pv);
         // 0.3·127 = 38.1.
         close(&p(Pv::Int8).p, &[1.0, 38.0 / 127.0]);
-        close(&[p(Pv::Int8).sum], &[1.3]);
+        close(&[p(Pv::Int8).sum, p(Pv::Int8).lse_sum], &[1.3, 1.3]);
+        // Of bfloat16's eight bits the last is 1/512 there, and 0.3 is 153.6 of them.
+        let bf16 = p(Pv::BF16(Accumulator::F32));
+        close(&[bf16.sum, bf16.lse_sum], &[1.0 + 154.0 / 512.0, 1.3]);
         // 447.89 rounds to 448; 134.37 lies between 128 and 144.
         let factor = f64::from(8.807f32.exp2());
         close(

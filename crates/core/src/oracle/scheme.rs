@@ -57,7 +57,7 @@ pub fn scheme(call: &Call<'_>, scheme: &Scheme) -> Output {
                     let sum = weighted_sum(&scores, &weights.p, &values.quantised);
                     let out: Vec<f64> =
                         sum.iter().zip(&values.mean).map(|(o, mean)| o / weights.sum + mean).collect();
-                    output.set(call.lse_index(sequence, head, i), &out, max + weights.sum.ln() + after);
+                    output.set(call.lse_index(sequence, head, i), &out, max + weights.lse_sum.ln() + after);
                 }
             }
         }

@@ -8,6 +8,7 @@ use sage_ptx::{Code, Val};
 use serde::{Deserialize, Serialize};
 
 use crate::params::kernel_params;
+use crate::rotation::rotated_dim;
 use crate::sequence::Lengths;
 
 /// Threads of a warpgroup.
@@ -44,6 +45,8 @@ pub struct AttentionConfig {
     pub smooth_q: Option<usize>,
     /// Whether V's mean was subtracted, and is added to the output.
     pub smooth_v: bool,
+    /// Whether quantised K was multiplied by a Hadamard matrix, as Q then is here.
+    pub rotate: bool,
     /// Where the lengths of sequences come from.
     pub lengths: Lengths,
     /// Whether rows of Q, K, V and the output start at multiples of 16 bytes and are whole such chunks.
@@ -208,6 +211,11 @@ impl AttentionConfig {
         padded_dim(self.head_dim)
     }
 
+    /// Channels of Q and K as they are multiplied.
+    pub(super) fn depth(&self) -> usize {
+        if self.rotate { rotated_dim(self.head_dim) } else { self.head_dim }
+    }
+
     /// Tiles of queries, and heads of all sequences and `splits` parts of the keys: each tile of each head is a block,
     /// or with warpgroups a piece of work that blocks share out among themselves.
     pub fn pieces(&self, sequences: usize, q_heads: usize, q_len: usize, splits: usize) -> [usize; 2] {
@@ -225,7 +233,9 @@ impl AttentionConfig {
                 };
                 let granularity = match quantizer.granularity {
                     Granularity::PerTensor => "tensor".to_owned(),
-                    Granularity::PerBlock => "block".to_owned(),
+                    // Of the queries' blocks only one of 128 rows has no number.
+                    Granularity::PerBlock if quantizer.tile.block_q == 128 => "block".to_owned(),
+                    Granularity::PerBlock => format!("block{}", quantizer.tile.block_q),
                     Granularity::PerWarp => format!("warp{}", quantizer.tile.warp_q),
                     Granularity::PerThread => format!("thread{}", quantizer.tile.warp_q),
                     Granularity::PerToken => "token".to_owned(),
@@ -251,6 +261,7 @@ impl AttentionConfig {
             (self.lse, "_lse"),
             (self.smooth_k, "_sk"),
             (self.smooth_v, "_sv"),
+            (self.rotate, "_rot"),
             (self.value_source == ValueSource::Workspace, "_vws"),
             (!self.aligned, "_unaligned"),
             (self.split, "_split"),

@@ -1,6 +1,6 @@
 //! P·V: sums of the warp's rows, and how they become the output.
 
-use std::f32::consts::{LN_2, LOG2_E};
+use std::f32::consts::LN_2;
 
 use half::f16;
 use sage_core::Accumulator as Precision;
@@ -13,6 +13,7 @@ use super::config::{AttentionConfig, AttentionParams, MaskForm, Values};
 use super::place::Place;
 use super::scores::LEAST_REFERENCE;
 use super::softmax::{RowSum, ScoreTile, Softmax};
+use crate::combine::PART;
 
 /// Sums of P·V over the keys so far, `[m][column]` tiles of 16×8.
 pub(super) struct Output<'k, 'c> {
@@ -170,8 +171,8 @@ impl<'k, 'c> Output<'k, 'c> {
                     code.when(row.lt(place.sequence.q_len), || {
                         let at = first_row + row.widen();
                         if config.split {
-                            let reference = taken.mul_add(LOG2_E, sum.reference);
-                            p.lse.at(at * 2).store_vector([reference, sum.sum]);
+                            let part = [sum.reference, sum.divisor, sum.sum, taken];
+                            p.lse.at(at * PART as i64).store_vector(part);
                         } else {
                             p.lse.at(at).store(self.log_sum_exp(sum, taken));
                         }

@@ -9,6 +9,7 @@ use super::config::{AttentionConfig, AttentionParams, Engine, Scores};
 use super::place::Place;
 use super::scores::nonzero;
 use crate::integer::{Step, magnitude_bits};
+use crate::rotation::{RowLayout, rotate};
 
 /// Queries as operands: each lane's own registers, `[m][step]`.
 pub(super) struct Queries<'k> {
@@ -31,7 +32,7 @@ enum Fragments<'k> {
 
 /// How many 32-byte steps the depth of Q·Kᵀ takes.
 pub(super) fn depth_steps(config: &AttentionConfig) -> usize {
-    config.head_dim.div_ceil(8 * elements_per_word(config))
+    config.depth().div_ceil(8 * elements_per_word(config))
 }
 
 /// Elements of a 32-bit register of the operands of Q·Kᵀ.
@@ -101,6 +102,16 @@ impl<'k> Queries<'k> {
             }
         }
 
+        if config.rotate {
+            code.note("queries: rotation");
+            let layout = RowLayout { per, lanes: 4, lane: quad };
+            for registers in &mut rows {
+                let mut row = registers.concat();
+                rotate(&mut row, &layout, config.head_dim);
+                *registers = row.chunks(per).map(<[_]>::to_vec).collect();
+            }
+        }
+
         let (words, scale) = match config.scores {
             Scores::Full => {
                 let words = pack_words(&loaded, steps, |_, words| words[0]);
@@ -111,7 +122,7 @@ impl<'k> Queries<'k> {
                     let factor = p.sm_scale * std::f32::consts::LOG2_E;
                     rows.iter_mut().flatten().flatten().for_each(|x| *x = *x * factor);
                 }
-                let as_loaded = config.smooth_q.is_none() && !quantizer.scale_q_first;
+                let as_loaded = config.smooth_q.is_none() && !config.rotate && !quantizer.scale_q_first;
                 let maximum = |slot: usize| {
                     let bits = if as_loaded {
                         let [low, high] = packed_maximum::<H>(loaded[slot].iter().flatten());
@@ -277,7 +288,7 @@ fn groups<'k>(
     };
     let rows_of_group = match quantizer.granularity {
         Granularity::PerThread | Granularity::PerWarp => quantizer.tile.warp_q,
-        _ => config.block_q(),
+        _ => quantizer.tile.block_q.min(config.block_q()),
     };
     let warps = rows_of_group / config.tiling.rows_per_warp;
     let shared = if warps == 1 {

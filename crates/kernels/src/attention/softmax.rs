@@ -107,8 +107,8 @@ enum ProductSums<'k> {
 pub(super) struct Softmax<'k> {
     /// What is subtracted from scores, in base 2: `exponent` less than the largest so far, or than one up to `lazy` smaller.
     reference: Vec<Var<'k, f32>>,
-    /// Sums of P before it is rounded, of this lane's keys, for each row slot: where there are no products, and where
-    /// log-sum-exps would show what rounding to E4M3 does to sums.
+    /// Sums of P before it is rounded, of this lane's keys, for each row slot: where there are no products, and for
+    /// log-sum-exps, which would show what rounding does to sums: bfloat16 shifts them by up to 2⁻⁹.
     lane_sums: Vec<Var<'k, f32>>,
     product_sums: ProductSums<'k>,
     /// The largest logarithm of P, but for `lazy`.
@@ -128,7 +128,7 @@ impl<'k> Softmax<'k> {
         } else {
             ProductSums::Done((0..slots / 2).map(|_| Accumulator::filled(code, 0.0)).collect())
         };
-        let by_lanes = matches!(product_sums, ProductSums::None) || fp8 && config.lse;
+        let by_lanes = matches!(product_sums, ProductSums::None) || config.lse;
         let lane_sums = (0..slots * usize::from(by_lanes)).map(|_| code.var(0.0).named("row_sum")).collect();
         Softmax {
             // Finite, so that differences with it are numbers also before the first visible key.
@@ -273,6 +273,7 @@ impl<'k> Softmax<'k> {
             let [divisor, sum] = [divisor, sum].map(|sum| sum.expect("P is summed somehow"));
             RowSum {
                 inverse: divisor.eq(0.0).select(0.0, divisor.recip()).named("inverse_sum"),
+                divisor,
                 reference: reference.get(),
                 sum,
             }
@@ -284,11 +285,13 @@ impl<'k> Softmax<'k> {
 /// What a row's output and log-sum-exp are made of.
 #[derive(Clone, Copy)]
 pub(super) struct RowSum<'k> {
-    /// `1 / Σ P`, or 0 where no key is visible.
+    /// Sum of the exponentials that V was multiplied with; 0 where no key is visible.
+    pub divisor: Val<'k, f32>,
+    /// `1 / divisor`, or 0 where no key is visible.
     pub inverse: Val<'k, f32>,
     /// What exponentials are relative to, in base 2.
     pub reference: Val<'k, f32>,
-    /// Sum of the exponentials; 0 where no key is visible.
+    /// Sum of the exponentials before they were rounded, where the log-sum-exp is asked for.
     pub sum: Val<'k, f32>,
 }
 

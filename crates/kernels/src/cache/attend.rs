@@ -11,6 +11,7 @@ use sage_core::{DType, ValueFormat};
 use sage_ptx::{Code, Half, Program, Shared, Stored, Val, Var, kernel};
 
 use super::{CHUNK, Pool, Quads, Storage, THREADS, WARPS, pack_bytes};
+use crate::combine::PART;
 use crate::grid::{BlockHead, grid};
 use crate::integer::magnitude_bits;
 use crate::params::kernel_params;
@@ -67,7 +68,7 @@ kernel_params! {
         value_scales: [f32],
         /// Outputs of the parts, `[splits, batch · q_heads · q_len, head_dim]`.
         partial: [f32],
-        /// Of each, `[.., 2]`: the base-2 score that exponentials are relative to, and their sum.
+        /// Of each, `[.., `[`PART`]`]`, as [`CombineArgs`](crate::combine::CombineArgs) has them.
         partial_sums: [f32],
         /// Pages in a row of the tables.
         table_stride: i32,
@@ -465,7 +466,7 @@ impl CacheAttendConfig {
                     to.store(out * inverse);
                 });
                 code.when(code.thread().eq(0), || {
-                    p.partial_sums.at(line * 2).store_vector([max, sum]);
+                    p.partial_sums.at(line * PART as i64).store_vector([max, sum, sum, zero]);
                 });
             });
         }

@@ -34,7 +34,8 @@ pub(super) fn describe(step: &Step) -> String {
                 KeyMean::Given => ", smoothed by a given mean",
             };
             let (bits, granularity) = (config.bits.name(), config.granularity.name());
-            format!("K to {bits} {granularity}{smooth}; {}", of(&config.source))
+            let rotated = if config.rotate { ", rotated" } else { "" };
+            format!("K to {bits} {granularity}{smooth}{rotated}; {}", of(&config.source))
         }
         Step::DeltaS(config) => format!("products of Q's means with K; {}", of(&config.source)),
         Step::QuantizeV(config) => {
@@ -76,6 +77,7 @@ fn describe_attention(config: &AttentionConfig) -> String {
         (config.lse && !config.split, ", with LSE"),
         (config.smooth_q.is_some(), ", smooth Q"),
         (config.smooth_v, ", smooth V"),
+        (config.rotate, ", rotated Q"),
         (config.split, ", keys split"),
     ] {
         if on {

@@ -4,6 +4,7 @@ use sage_core::Problem;
 
 use super::{Request, Step, total_rows};
 use crate::attention::{Engine, padded_dim};
+use crate::combine::PART;
 use crate::preprocess::{
     ColumnStatistics, KeyMean, QuantizeKConfig, QuantizeVConfig, SEEN_WORDS, ValueScales,
 };
@@ -110,7 +111,7 @@ impl Layout {
                 Step::Combine(_) => {
                     let rows = splits * total_rows(problem, request);
                     layout.partial = take(4 * rows * problem.head_dim);
-                    layout.partial_sums = take(8 * rows);
+                    layout.partial_sums = take(4 * PART * rows);
                 }
                 Step::SampleK(_) | Step::SampleV(_) | Step::Attention(_) => {}
             }

@@ -14,7 +14,7 @@ use crate::preprocess::{
     ColumnStatistics, ConvertVConfig, DeltaSConfig, KeyMean, QuantizeKConfig, QuantizeVConfig,
     QueryMeansConfig, RankKeysConfig, SampleConfig, SeenKeysConfig, Source, ValueScales,
 };
-use crate::sequence::{KEY_TILE, Lengths};
+use crate::sequence::Lengths;
 use crate::tuning::{Shape, Tuned, tiling};
 
 /// What the choice of kernels depends on.
@@ -39,12 +39,15 @@ impl Pass<'_> {
     /// The launches, what the attention kernel's tile shape is for, and the parts that keys are split into.
     pub fn steps(&self, reasons: &mut Vec<String>) -> Result<(Vec<Step>, Shape, usize)> {
         let (problem, request, scheme) = (self.problem, self.request, self.scheme);
-        if scheme.rotate {
-            return Err(Error::unsupported("scheme with rotation", "no GPU kernel rotates Q and K yet"));
-        }
         let scores = match scheme.qk {
             Qk::Full => Scores::Full,
-            Qk::Int(quantizer) => Scores::Int(checked(quantizer)?),
+            Qk::Int(quantizer) if quantizer.granularity == Granularity::PerTensor => {
+                return Err(Error::unsupported(
+                    "scales per tensor",
+                    "on a GPU scales are per block or finer",
+                ));
+            }
+            Qk::Int(quantizer) => Scores::Int(quantizer),
             Qk::Nvfp4 => {
                 return Err(Error::unsupported("scheme with NVFP4 scores", "no GPU kernel computes it yet"));
             }
@@ -95,10 +98,13 @@ impl Pass<'_> {
                     rounding,
                     zero_group,
                     mean,
+                    rotate: scheme.rotate,
                 }));
             }
         } else if scheme.smooth.k.is_on() || smooth_q.is_some() {
             return Err(Error::unsupported("smoothing of full-precision scores", "it changes nothing there"));
+        } else if scheme.rotate {
+            return Err(Error::unsupported("rotation of full-precision scores", "it changes nothing there"));
         }
         if smooth_q.is_some() {
             steps.push(Step::DeltaS(DeltaSConfig { source, smooth_k: scheme.smooth.k.is_on() }));
@@ -167,6 +173,7 @@ impl Pass<'_> {
             smooth_k: scheme.smooth.k.is_on(),
             smooth_q,
             smooth_v: scheme.smooth.v,
+            rotate: scheme.rotate,
             lengths: request.lengths,
             aligned: request.aligned,
             split: false,
@@ -256,33 +263,6 @@ impl Pass<'_> {
         // Fewer than four tiles a part cost more to merge than they save.
         if blocks == 0 || blocks * 2 > wanted { 1 } else { (wanted / blocks).min(tiles / 4).max(1) }
     }
-}
-
-/// The quantiser, if the kernels' tiles are the ones that its groups refer to.
-fn checked(quantizer: IntQuantizer) -> Result<IntQuantizer> {
-    let tile = quantizer.tile;
-    let wrong =
-        |name: &'static str, found: usize, wanted: &'static str| Err(Error::value(name, found, wanted));
-    match quantizer.granularity {
-        Granularity::PerTensor => {
-            return Err(Error::unsupported("scales per tensor", "on a GPU scales are per block or finer"));
-        }
-        Granularity::PerToken => {}
-        Granularity::PerBlock if tile.block_q != 128 => {
-            return wrong("tile.block_q", tile.block_q, "128 on a GPU");
-        }
-        Granularity::PerWarp | Granularity::PerThread if !matches!(tile.warp_q, 16 | 32) => {
-            return wrong("tile.warp_q", tile.warp_q, "16 or 32 on a GPU");
-        }
-        Granularity::PerBlock | Granularity::PerWarp if tile.block_k != KEY_TILE => {
-            return wrong("tile.block_k", tile.block_k, "64 on a GPU");
-        }
-        Granularity::PerThread if tile.warp_k != KEY_TILE => {
-            return wrong("tile.warp_k", tile.warp_k, "64 on a GPU");
-        }
-        _ => {}
-    }
-    Ok(quantizer)
 }
 
 /// Most query rows of a warp: the groups of smaller warps would be mixed in one lane.

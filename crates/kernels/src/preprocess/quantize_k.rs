@@ -1,4 +1,4 @@
-//! K to INT8 or INT4 tiles: `round((K − mean) / scale)`.
+//! K to INT8 or INT4 tiles: `round((K − mean) / scale)`, or of rotated rows `round((K − mean) · H / scale)`.
 
 use sage_core::{Granularity, IntBits, IntQuantizer, Rounding, Tile, ZeroGroup};
 use sage_ptx::{Code, Program, Val, Var, kernel};
@@ -9,6 +9,7 @@ use super::statistics::{ColumnStatistics, Meeting, Outputs};
 use super::tile_load::{CHUNK, Head, ROWS, RowOrder, Rows, Source, tile_grid};
 use crate::integer::{Step, magnitude_bits};
 use crate::params::kernel_params;
+use crate::rotation::{RowLayout, rotate};
 use crate::sequence::KEY_TILE;
 
 /// Quantises K into the workspace: a block for each tile, and where smoothing another that collects its columns.
@@ -26,6 +27,8 @@ pub struct QuantizeKConfig {
     pub zero_group: ZeroGroup,
     /// What is subtracted from each channel first.
     pub mean: KeyMean,
+    /// Whether rows are multiplied by a Hadamard matrix then.
+    pub rotate: bool,
 }
 
 /// What is subtracted from each of K's channels.
@@ -112,7 +115,11 @@ impl QuantizeKConfig {
             KeyMean::Collected => "_smooth",
             KeyMean::Given => "_mean",
         };
-        format!("quantize_k_{bits}_{granularity}_{rounding}_{zero_group}{smooth}_{}", self.source.suffix())
+        let rotated = if self.rotate { "_rotated" } else { "" };
+        format!(
+            "quantize_k_{bits}_{granularity}_{rounding}_{zero_group}{smooth}{rotated}_{}",
+            self.source.suffix()
+        )
     }
 
     /// Threads of a block.
@@ -136,8 +143,13 @@ impl QuantizeKConfig {
     }
 
     fn write(&self, code: &Code) {
-        // Steps of eight rows of their own take registers.
-        let threads = if self.granularity == Granularity::PerToken { 768 } else { 1024 };
+        // Steps of eight rows of their own take registers, and so do rotated rows: in single precision, as they are
+        // needed twice.
+        let threads = match self.granularity {
+            _ if self.rotate => 512,
+            Granularity::PerToken => 768,
+            _ => 1024,
+        };
         self.source.bound_registers(code, threads);
         let p = QuantizeKParams::declare(code);
         let collected = self.mean == KeyMean::Collected;
@@ -180,10 +192,14 @@ impl QuantizeKConfig {
             meeting.wait(head);
         }
         let mean = (self.mean != KeyMean::Zero).then(|| head.channels(p.mean));
-        let smoothed = |i: usize| subtract(rows.row(i), mean);
+        let rotated = self.rotate.then(|| self.rotated(head, &rows, mean));
+        let prepared = |i: usize| match &rotated {
+            Some(rotated) => rotated[i],
+            None => subtract(rows.row(i), mean),
+        };
 
         code.note("scales");
-        let groups = self.groups_of_rows(head, &rows, mean);
+        let groups = self.groups_of_rows(head, &rows, mean, prepared);
         // Steps of rows that have their own are computed where they are used: eight of them would not fit the registers.
         let shared = Step::of_group(&self.quantizer(), groups[0].0);
         let step = |i: usize| match self.granularity {
@@ -222,12 +238,12 @@ impl QuantizeKConfig {
         };
         code.if_else(
             ordinary,
-            || (0..ROWS).for_each(|i| store(i, &self.words(&step(i), smoothed(i)))),
+            || (0..ROWS).for_each(|i| store(i, &self.words(&step(i), prepared(i)))),
             || {
                 let careful = shared.careful();
                 for i in 0..ROWS {
                     let careful = if of_tile == 1 { careful } else { step(i).careful() };
-                    let words = self.words(&careful, smoothed(i));
+                    let words = self.words(&careful, prepared(i));
                     let words: Vec<_> = words.iter().map(|&word| rows.valid(i).select(word, 0u32)).collect();
                     store(i, &words);
                 }
@@ -235,17 +251,35 @@ impl QuantizeKConfig {
         );
     }
 
-    /// The group of each of the thread's rows: the same for all, but per token.
+    /// The thread's rows, smoothed and rotated.
+    fn rotated<'k>(
+        &self,
+        head: &Head<'k>,
+        rows: &Rows<'k>,
+        mean: Option<[Val<'k, f32>; CHUNK]>,
+    ) -> [[Val<'k, f32>; CHUNK]; ROWS] {
+        head.code.note("rotation");
+        let lanes = self.source.padded_dim() / CHUNK;
+        let layout = RowLayout { per: CHUNK, lanes, lane: head.chunk };
+        std::array::from_fn(|i| {
+            let mut row = subtract(rows.row(i), mean);
+            rotate(&mut row, &layout, self.source.head_dim);
+            row
+        })
+    }
+
+    /// The group of each of the thread's rows, which are as `prepared`: the same for all, but per token.
     fn groups_of_rows<'k>(
         &self,
         head: &Head<'k>,
         rows: &Rows<'k>,
         mean: Option<[Val<'k, f32>; CHUNK]>,
+        prepared: impl Fn(usize) -> [Val<'k, f32>; CHUNK],
     ) -> Vec<Group<'k>> {
         let code = head.code;
         // Rows that are missing differ from no mean, though their zeros may.
         let of_row = |i: usize| {
-            let max = magnitude(subtract(rows.row(i), mean));
+            let max = magnitude(prepared(i));
             if mean.is_some() { rows.valid(i).select(max, 0.0) } else { max }
         };
         let maxima = || -> [Val<'k, f32>; ROWS] { std::array::from_fn(of_row) };
@@ -263,6 +297,9 @@ impl QuantizeKConfig {
             let (counted, group) = of_rows(&|i| rows.counts(i));
             let (visible, _) = of_rows(&|i| rows.valid(i));
             return vec![(counted.lt(0).select(visible, counted).max(0), group); ROWS];
+        }
+        if self.rotate {
+            return vec![group_maximum(head, self.granularity, magnitude(maxima()).reinterpret()); ROWS];
         }
         let max = Var::new(code);
         let whole = || {

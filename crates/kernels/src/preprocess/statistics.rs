@@ -4,6 +4,7 @@
 //! Contributions are combined in the order of the rows, whichever block is last, so that results have the same bits in
 //! every run.
 
+use sage_core::oracle::LARGEST_FACTOR;
 use sage_ptx::{Code, Global, Shared, Val, Var};
 
 use super::tile_load::{CHUNK, Head, ROWS, RowOrder, Rows};
@@ -352,11 +353,11 @@ impl<'k> Outputs<'k> {
                 rows.gt(0).select(largest, 0.0)
             }
         };
-        let factor = self.v_max / magnitude;
+        let factor = (self.v_max / magnitude).min(LARGEST_FACTOR);
         let bad = magnitude.reinterpret::<i32>().ge(f32::INFINITY.to_bits() as i32);
-        // The factor of an infinite magnitude is zero, of a tiny one infinite.
-        let good = factor.abs().lt(f32::INFINITY) & !bad;
-        let scale = good.select(magnitude / self.v_max, 0.0);
+        let good = magnitude.ne(0.0) & !bad;
+        let scale = factor.eq(LARGEST_FACTOR).select(1.0 / LARGEST_FACTOR, magnitude / self.v_max);
+        let scale = good.select(scale, 0.0);
         self.scale.at(column).store(bad.select(f32::NAN, scale));
         self.factor.at(column).store(good.select(factor, 0.0));
     }

@@ -1,6 +1,6 @@
 //! K's integers and scales, and means of columns.
 
-use sage_core::oracle::{Matrix, SeenKeys, subtract};
+use sage_core::oracle::{Matrix, SeenKeys, hadamard, subtract};
 use sage_core::{DType, Granularity, IntBits, Rounding, SmoothK, ZeroGroup};
 use sage_kernels::KEY_TILE;
 use sage_kernels::preprocess::{
@@ -17,6 +17,7 @@ fn config(tensor: &Tensor, mean: KeyMean) -> QuantizeKConfig {
         rounding: Rounding::NearestEven,
         zero_group: ZeroGroup::Guard,
         mean,
+        rotate: false,
     }
 }
 
@@ -92,7 +93,8 @@ fn check_with_lead(tensor: &Tensor, config: &QuantizeKConfig, seed: u64, lead: u
                 (0..k.width()).for_each(|c| assert_mean(mean[c], rows.iter().map(|&row| k.row(row)[c])));
                 assert!(mean[k.width()..].iter().all(|&x| x == 0.0), "channels beyond the head's have means");
             }
-            let expected = config.quantizer().quantize_k(&smoothed, &SeenKeys::all(smoothed.rows()));
+            let rotated = if config.rotate { hadamard(&smoothed) } else { smoothed };
+            let expected = config.quantizer().quantize_k(&rotated, &SeenKeys::all(rotated.rows()));
             for tile in 0..sequence.len.div_ceil(KEY_TILE) {
                 let of_tile = head * tiles + sequence.first_tile + tile;
                 for group in 0..groups {
@@ -188,6 +190,32 @@ fn every_quantiser() {
             for mean in [KeyMean::Zero, KeyMean::Collected, KeyMean::Given] {
                 check(&tensor, &QuantizeKConfig { rounding, zero_group, ..config(&tensor, mean) }, 0);
             }
+        }
+    }
+}
+
+#[test]
+fn rotated_rows() {
+    for (len, head_dim) in
+        [(65, 64), (130, 128), (64, 256), (70, 40), (63, 96), (3, 8), (65, 31), (66, 1), (64, 160)]
+    {
+        let aligned = head_dim % 8 == 0;
+        let tensor = Tensor::new(DType::BF16, head_dim, aligned, Batch::one(len), 2, Fill::Bias);
+        for granularity in [Granularity::PerBlock, Granularity::PerThread, Granularity::PerToken] {
+            for mean in [KeyMean::Zero, KeyMean::Collected, KeyMean::Given] {
+                check(&tensor, &QuantizeKConfig { rotate: true, granularity, ..config(&tensor, mean) }, 1);
+            }
+        }
+        let four =
+            QuantizeKConfig { rotate: true, bits: IntBits::Four, ..config(&tensor, KeyMean::Collected) };
+        check(&tensor, &four, 0);
+    }
+    for fill in [Fill::Zeros, Fill::Constant, Fill::Nan, Fill::Infinity, Fill::Tiny, Fill::Mixed] {
+        let tensor =
+            Tensor::new(DType::F16, 64, true, Batch::KvLens { rows: 140, lens: vec![0, 140, 65] }, 1, fill);
+        for granularity in [Granularity::PerThread, Granularity::PerToken] {
+            let config = config(&tensor, KeyMean::Collected);
+            check(&tensor, &QuantizeKConfig { rotate: true, granularity, ..config }, 2);
         }
     }
 }

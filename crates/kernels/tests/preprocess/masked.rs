@@ -1,7 +1,7 @@
 //! Keys that a mask hides: which they are, and that they are in no mean, no scale and no tile.
 
 use half::f16;
-use sage_core::oracle::{Fp8Channels, Matrix, SeenKeys, key_mean, subtract, v_token_slot};
+use sage_core::oracle::{Fp8Channels, Matrix, SeenKeys, hadamard, key_mean, subtract, v_token_slot};
 use sage_core::{
     Alignment, Band, Call, DType, Granularity, Inputs, IntBits, Lengths, Mask, Options, Rounding, ScaleRows,
     SmoothK, View, ZeroGroup,
@@ -238,6 +238,7 @@ fn check_keys(
         rounding: Rounding::NearestEven,
         zero_group: ZeroGroup::Guard,
         mean,
+        rotate: granularity == Granularity::PerToken,
     };
     let (heads, tiles, width) = (tensor.heads, tensor.batch.tiles(), tensor.source.padded_dim());
     let mut emulator = emulator(seed);
@@ -287,7 +288,8 @@ fn check_keys(
             (0..k.width()).for_each(|c| assert_mean(mean[c], rows.iter().map(|&row| k.row(row)[c])));
             assert!(key_mean(&k, smooth, seen).iter().all(|x| x.is_finite()));
             let smoothed = visible(&subtract(&k, mean), seen);
-            let expected = config.quantizer().quantize_k(&smoothed, seen);
+            let rotated = if config.rotate { hadamard(&smoothed) } else { smoothed };
+            let expected = config.quantizer().quantize_k(&rotated, seen);
             for j in 0..mask.kv_len {
                 let tile = head * tiles + sequence.first_tile + j / KEY_TILE;
                 let written = &out[tile * config.tile_bytes() + j % KEY_TILE * width..][..k.width()];

@@ -31,6 +31,8 @@ pub struct Case {
     pub misaligned: u32,
     pub k_bias: f32,
     pub v_bias: f32,
+    /// Factor of channel 1 of queries and keys, or 0 for none.
+    pub outlier: f32,
     pub band: Band,
     pub softcap: Option<f32>,
     pub sm_scale: Option<f32>,
@@ -73,6 +75,7 @@ impl Default for Case {
             misaligned: 0,
             k_bias: 0.0,
             v_bias: 0.0,
+            outlier: 0.0,
             band: Band::FULL,
             softcap: None,
             sm_scale: None,
@@ -149,12 +152,14 @@ fn value(dtype: DType, bits: u16) -> f32 {
 }
 
 impl Case {
-    fn data(&self, seed: u64, heads: usize, rows: usize, bias: f32) -> Data {
+    fn data(&self, seed: u64, heads: usize, rows: usize, [bias, outlier]: [f32; 2]) -> Data {
         let batch = if self.packed.is_some() { 1 } else { self.batch };
         let (dim, pitch) = (self.head_dim, self.head_dim + self.gap);
         let channel = normal(seed + 1000, dim);
         let dense: Vec<f32> = normal(seed, batch * heads * rows * dim)
             .into_iter()
+            .enumerate()
+            .map(|(i, x)| if outlier != 0.0 && i % dim == 1 { outlier * x } else { x })
             .enumerate()
             .map(|(i, x)| value(self.dtype, bits(self.dtype, x + bias * channel[i % dim])))
             .collect();
@@ -172,22 +177,27 @@ impl Case {
         Data { bits: bits_of_rows, tensor, strides }
     }
 
-    /// Runs the case and returns what came out, and what its scheme's oracle says.
-    pub fn run(&self) -> (Computed, sage_core::oracle::Output) {
-        let (computed, of_scheme, _) = self.run_beside_exact();
+    /// Runs the case and returns what came out, and what the oracle of its scheme says.
+    pub fn run(&self) -> (Computed, oracle::Output) {
+        let (computed, of_scheme, _) = self.run_beside(false);
         (computed, of_scheme)
     }
 
-    /// Runs the case and returns what came out, what its scheme's oracle says, and exact attention.
+    /// The same, and exact attention.
     pub fn run_beside_exact(&self) -> (Computed, oracle::Output, oracle::Output) {
+        let (computed, of_scheme, exact) = self.run_beside(true);
+        (computed, of_scheme, exact.unwrap())
+    }
+
+    fn run_beside(&self, exact: bool) -> (Computed, oracle::Output, Option<oracle::Output>) {
         let total = |cu: &[i32]| *cu.last().unwrap() as usize;
         let (q_rows, kv_rows) = match &self.packed {
             Some((q, k)) => (total(q), total(k)),
             None => (self.q_len, self.kv_len),
         };
-        let q = self.data(1, self.q_heads, q_rows, 0.0);
-        let mut k = self.data(2, self.kv_heads, kv_rows, self.k_bias);
-        let mut v = self.data(3, self.kv_heads, kv_rows, self.v_bias);
+        let q = self.data(1, self.q_heads, q_rows, [0.0, self.outlier]);
+        let mut k = self.data(2, self.kv_heads, kv_rows, [self.k_bias, self.outlier]);
+        let mut v = self.data(3, self.kv_heads, kv_rows, [self.v_bias, 0.0]);
 
         // The oracle takes packed tensors as [total, heads, head_dim]: views with the strides of ours.
         fn packed(tensor: &Tensor) -> TensorView<'_> {
@@ -365,7 +375,7 @@ impl Case {
         let lse = if self.lse { emulator.read(lse_buffer) } else { Vec::new() };
         let computed = Computed { out, lse, kernels };
         let scheme = *forward.scheme();
-        (computed, oracle::scheme(&call, &scheme), oracle::exact(&call))
+        (computed, oracle::scheme(&call, &scheme), exact.then(|| oracle::exact(&call)))
     }
 
     /// Runs the case and compares it with the oracle of its scheme.
@@ -381,7 +391,7 @@ impl Case {
             return computed.kernels;
         }
         for (row, (&found, &wanted)) in computed.lse.iter().zip(&expected.lse).enumerate() {
-            let near = (f64::from(found) - wanted).abs() <= 2e-3 * wanted.abs().max(1.0);
+            let near = (f64::from(found) - wanted).abs() <= 5e-4 * wanted.abs().max(1.0);
             assert!(
                 near || f64::from(found) == wanted,
                 "{label}: lse of row {row} is {found}, expected {wanted}"

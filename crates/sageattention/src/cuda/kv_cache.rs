@@ -12,7 +12,7 @@ use sage_kernels::cache::{
     CacheAdvanceArgs, CacheAdvanceConfig, CacheAppendArgs, CacheAppendConfig, CacheAttendArgs,
     CacheAttendConfig, Storage, split_tokens,
 };
-use sage_kernels::combine::{CombineArgs, CombineConfig};
+use sage_kernels::combine::{CombineArgs, CombineConfig, PART};
 use sage_ptx::Program;
 
 use super::{Cuda, DeviceMask, DeviceTensor, driver};
@@ -293,7 +293,7 @@ impl KvCache {
 
         let partial =
             Buffer::new(&self.stream, 4 * splits * total_rows * problem.head_dim).map_err(driver)?;
-        let partial_sums = Buffer::new(&self.stream, 8 * splits * total_rows).map_err(driver)?;
+        let partial_sums = Buffer::new(&self.stream, 4 * PART * splits * total_rows).map_err(driver)?;
         let log2e = std::f32::consts::LOG2_E;
         let reach = |side: Option<usize>| side.map_or(REACH_MAX, |n| n.min(REACH_MAX)) as i32;
         let strides = call.q.strides();

@@ -85,7 +85,7 @@ impl DeviceTensor<'_> {
     /// Address of the first element.
     pub(super) fn first_element(&self) -> u64 {
         let bytes = self.dtype.bytes() as i64;
-        self.address.wrapping_add_signed(self.geometry.index([0; sage_core::MAX_RANK]) * bytes)
+        self.address.wrapping_add_signed(self.geometry.offset() * bytes)
     }
 
     /// Strides of batch, heads and rows of a tensor in a call's order, in elements.

@@ -1,0 +1,138 @@
+//! Which scheme a GPU computes in place of one that it has no kernels for.
+//!
+//! | in the scheme | on a GPU | who decides |
+//! | --- | --- | --- |
+//! | scales of more query rows or keys than kernels have | scales of parts of those rows | the plan, which says so |
+//! | P·V in f32 or 12 bits, the CPU's forms | P·V in the inputs' 16 bits, summed in f32 | the plan, which says so |
+//! | scales per tensor | scales per block | the caller |
+//! | P·V in INT8; in FP8 before sm_89 | P·V in the inputs' 16 bits | the caller |
+//! | P·V in FP8 summed in f16; 16-bit P·V summed in forms that it lacks | summed in f32 | the caller |
+//! | smoothed V with 16-bit P·V; with sampled scales | V as it is, summed in f32; scales of all rows | the caller |
+//! | NVFP4 | INT8 scores per thread, P·V in FP8 | the caller |
+//! | smoothed Q in blocks that are no multiple of 64 rows | in blocks of fewer rows, but of 64 at least | the caller |
+//! | smoothing or rotation of full-precision scores | left out: it changes nothing there | the caller |
+//!
+//! What the plan decides has the same operands, with scales of fewer rows or wider sums. Where an operand's format
+//! changes, the speed does, and so the caller decides: the plan is refused with an error that names the nearest
+//! scheme.
+
+use sage_core::{
+    Accumulator, DType, Error, Granularity, IntQuantizer, Preset, Pv, Qk, ScaleRows, Scheme, SmoothK,
+    SmoothQ, Smoothing,
+};
+use sage_ptx::Target;
+
+use crate::choice::with_own_values;
+use crate::sequence::KEY_TILE;
+
+/// What a message offers by name where the nearest scheme is no preset: of the integer schemes the most accurate.
+const BY_NAME: Preset = Preset::INT8_PER_TOKEN;
+
+/// The scheme of kernels for `target` that is nearest to `scheme` and at least as accurate; `scheme` itself where
+/// there is no reason to leave it. P·V in f32 stands for the inputs' 16 bits.
+pub fn nearest_scheme(mut scheme: Scheme, target: Target) -> Scheme {
+    if scheme.qk == Qk::Nvfp4 {
+        let int8 = Preset::SAGE2_INT8_FP8_PER_THREAD.scheme(64);
+        scheme.qk = int8.qk;
+        scheme.smooth.q = SmoothQ::Off;
+    }
+    match &mut scheme.qk {
+        Qk::Int(quantizer) => {
+            if quantizer.granularity == Granularity::PerTensor {
+                quantizer.granularity = Granularity::PerBlock;
+            }
+            *quantizer = with_groups_of_tiles(*quantizer);
+        }
+        Qk::Full => {
+            scheme.rotate = false;
+            scheme.smooth = Smoothing { q: SmoothQ::Off, k: SmoothK::Off, ..scheme.smooth };
+        }
+        Qk::Nvfp4 => {}
+    }
+    if let SmoothQ::Block(rows) = scheme.smooth.q {
+        // A mean of fewer rows is nearer to each of them.
+        scheme.smooth.q = SmoothQ::Block((rows / 64 * 64).max(64));
+    }
+    let has_fp8 = target.sm() >= 89;
+    scheme.pv = match scheme.pv {
+        Pv::F16(Accumulator::F32ThenF32) => Pv::F16(Accumulator::F32),
+        Pv::F16(_) if scheme.smooth.v => Pv::F16(Accumulator::F32),
+        Pv::BF16(_) => Pv::BF16(Accumulator::F32),
+        Pv::Fp8 { .. } | Pv::Nvfp4 if !has_fp8 => Pv::F32,
+        Pv::Fp8 { v_max, rows, accumulator: Accumulator::F16 } => {
+            Pv::Fp8 { v_max, rows, accumulator: Accumulator::F32 }
+        }
+        Pv::Nvfp4 => Preset::SAGE2_INT8_FP8_PER_THREAD.scheme(64).pv,
+        Pv::Int8 => Pv::F32,
+        as_it_is @ (Pv::F32 | Pv::Fixed12 { .. } | Pv::F16(_) | Pv::Fp8 { .. }) => as_it_is,
+    };
+    match &mut scheme.pv {
+        Pv::Fp8 { rows, .. } if scheme.smooth.v => *rows = ScaleRows::All,
+        Pv::Fp8 { .. } => {}
+        _ => scheme.smooth.v = false,
+    }
+    scheme
+}
+
+/// The scheme with scales of the kernels' groups of rows and 16-bit values, and why it is not as given.
+pub(super) fn computed(scheme: Scheme, dtype: DType, reasons: &mut Vec<String>) -> Scheme {
+    let mut scheme = with_own_values(scheme, dtype, reasons);
+    if let Qk::Int(quantizer) = &mut scheme.qk {
+        let given = *quantizer;
+        *quantizer = with_groups_of_tiles(given);
+        if *quantizer != given {
+            let name = given.granularity.name();
+            reasons.push(match quantizer.granularity {
+                same if same == given.granularity => {
+                    let of = |q: &IntQuantizer| match q.granularity {
+                        Granularity::PerBlock => (q.tile.block_q, q.tile.block_k),
+                        Granularity::PerWarp => (q.tile.warp_q, q.tile.block_k),
+                        _ => (q.tile.warp_q, q.tile.warp_k),
+                    };
+                    let ((q, k), (given_q, given_k)) = (of(quantizer), of(&given));
+                    format!(
+                        "scales {name} of {q} queries and {k} keys, where the scheme has them of {given_q} and {given_k}: \
+                         finer ones lose no accuracy"
+                    )
+                }
+                finer => format!("scales {}: no kernel's tiles are made of the scheme's groups {name}", finer.name()),
+            });
+        }
+    }
+    scheme
+}
+
+/// The quantiser with groups of rows that the kernels have, each a part of one of the given groups.
+fn with_groups_of_tiles(quantizer: IntQuantizer) -> IntQuantizer {
+    let mut finer = quantizer;
+    let tile = &mut finer.tile;
+    let divisor = |rows: usize, groups: [usize; 2]| groups.into_iter().find(|&n| rows.is_multiple_of(n));
+    let (q, k) = match quantizer.granularity {
+        Granularity::PerToken | Granularity::PerTensor => return quantizer,
+        Granularity::PerBlock => (divisor(tile.block_q, [128, 64]), divisor(tile.block_k, [KEY_TILE; 2])),
+        Granularity::PerWarp => (divisor(tile.warp_q, [32, 16]), divisor(tile.block_k, [KEY_TILE; 2])),
+        Granularity::PerThread => (divisor(tile.warp_q, [32, 16]), divisor(tile.warp_k, [KEY_TILE; 2])),
+    };
+    let (Some(q), Some(k)) = (q, k) else {
+        return IntQuantizer { granularity: Granularity::PerToken, ..quantizer };
+    };
+    match quantizer.granularity {
+        Granularity::PerBlock => tile.block_q = q,
+        _ => tile.warp_q = q,
+    }
+    (tile.block_k, tile.warp_k) = (k, k.min(tile.warp_k));
+    if !tile.block_q.is_multiple_of(tile.warp_q) {
+        tile.warp_q = tile.block_q;
+    }
+    finer
+}
+
+/// `error` of a scheme that a GPU has no kernels for, with the `nearest` that it has.
+pub(super) fn naming_nearest(error: Error, nearest: &Scheme, head_dim: usize) -> Error {
+    let nearest = format!("the nearest that this GPU computes is {}", nearest.named_or(head_dim, BY_NAME));
+    match error {
+        Error::Unsupported { what, instead } => Error::unsupported(what, format!("{instead}; {nearest}")),
+        Error::Value { name, found, wanted } => Error::value(name, found, format!("{wanted}; {nearest}")),
+        other => other,
+    }
+}
