@@ -56,15 +56,20 @@ def varlen(
     v: Any,
     cu_seqlens_q: Any,
     cu_seqlens_k: Any,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    max_seqlen_q: Optional[int],
+    max_seqlen_k: Optional[int],
     request: Request,
     return_lse: bool,
 ) -> Any:
     """See `_frameworks.varlen`."""
-    library = _library_of(q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    library = _library_of(q, k=k, v=v)
     if library.name not in ("numpy", "cupy"):
         raise NotImplementedError(f"cu_seqlens of {library.name} is not supported: use numpy, CuPy or torch")
+    cu_seqlens_q, cu_seqlens_k = (
+        sys.modules[library.name].asarray(given) if isinstance(given, (list, tuple)) else given
+        for given in (cu_seqlens_q, cu_seqlens_k)
+    )
+    _library_of(q, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     boundaries = []
     for name, given in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if given.dtype.name not in ("int32", "int64"):
@@ -78,10 +83,19 @@ def varlen(
         raise ValueError(
             f"cu_seqlens_k: shape is {list(cu_seqlens_k.shape)}, expected {list(cu_seqlens_q.shape)}, as cu_seqlens_q"
         )
+    if max_seqlen_q is None:
+        max_seqlen_q = _longest(boundaries[0])
+    if max_seqlen_k is None:
+        max_seqlen_k = _longest(boundaries[1])
     addresses = [library.raw("cu_seqlens", compact)[0] for compact in boundaries]
     packed = (*addresses, boundaries[0].size - 1, max_seqlen_q, max_seqlen_k)
     lse_shape = (q.shape[1], q.shape[0]) if len(q.shape) == 3 else ()
     return _forward(library, q, k, v, request, lse_shape if return_lse else None, packed=packed)
+
+
+def _longest(boundaries: Any) -> int:
+    """The longest sequence; a GPU is waited for."""
+    return max(0, int((boundaries[1:] - boundaries[:-1]).max())) if boundaries.size > 1 else 0
 
 
 def _forward(
@@ -105,6 +119,7 @@ def _forward(
 
 def _library_of(q: Any, **others: Any) -> _Library:
     root = _root(q)
+    _refuse_masked("q", q)
     if root == "numpy" and hasattr(q, "__array_interface__"):
         library = _NUMPY
     elif root == "cupy":
@@ -117,9 +132,18 @@ def _library_of(q: Any, **others: Any) -> _Library:
             "__dlpack__ and __array_namespace__"
         )
     for name, array in others.items():
-        if array is not None and _root(array) != root:
+        if array is None:
+            continue
+        _refuse_masked(name, array)
+        if _root(array) != root:
             raise TypeError(f"{name}: type is {type(array).__name__}, expected an array of {root}, as q")
     return library
+
+
+def _refuse_masked(name: str, array: Any) -> None:
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(array, numpy.ma.MaskedArray):
+        raise TypeError(f"{name}: type is MaskedArray, expected a plain array: hidden keys are attn_mask's to say")
 
 
 def _root(array: Any) -> str:

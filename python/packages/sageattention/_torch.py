@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import typing
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
-from sageattention import _native
+from sageattention import _flops, _native
 from sageattention._request import Request, native_options
+from sageattention._tally import tally
+from sageattention._torch_inputs import autocast, check_tensors, refuse_derivatives
 
 _OLDEST = (2, 4)
 if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _OLDEST:
@@ -21,10 +24,15 @@ _DTYPES = {
     torch.bool: "bool",
 }
 
-_OPTIONS = (
-    "str tensor_layout, str? causal, int? window_left, int? window_right, float? sm_scale, float? logit_softcap, "
-    "str? scheme, bool nearest, bool smooth_k"
-)
+_SCHEMA_TYPES = {
+    str: "str",
+    bool: "bool",
+    Optional[str]: "str?",
+    Optional[int]: "int?",
+    Optional[float]: "float?",
+}
+# The fields of a request, as arguments of an operator.
+_OPTIONS = ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in typing.get_type_hints(Request).items())
 _DENSE = f"Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? block_mask, int block_q, int block_k, {_OPTIONS}"
 _VARLEN = (
     "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
@@ -55,8 +63,9 @@ def dense(
 ) -> Any:
     """See `_frameworks.dense`."""
     blocks, block_q, block_k = block_mask if block_mask is not None else (None, 0, 0)
-    check_devices(q, k=k, v=v, attn_mask=attn_mask, block_mask=blocks)
-    refuse_gradients(q=q, k=k, v=v, attn_mask=attn_mask)
+    check_tensors(q, k=k, v=v, attn_mask=attn_mask, block_mask=blocks)
+    refuse_derivatives(q=q, k=k, v=v, attn_mask=attn_mask)
+    q, k, v, attn_mask = autocast(q, k, v, attn_mask)
     operator = _dense_lse_op if return_lse else _dense_op
     return operator(q, k, v, attn_mask, blocks, block_q, block_k, *request)
 
@@ -65,43 +74,43 @@ def varlen(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    max_seqlen_q: Optional[int],
+    max_seqlen_k: Optional[int],
     request: Request,
     return_lse: bool,
 ) -> Any:
     """See `_frameworks.varlen`."""
-    check_devices(q, k=k, v=v)
-    refuse_gradients(q=q, k=k, v=v)
+    check_tensors(q, k=k, v=v)
+    refuse_derivatives(q=q, k=k, v=v)
+    q, k, v = autocast(q, k, v)
+    cu_seqlens_q, cu_seqlens_k = _listed("cu_seqlens_q", cu_seqlens_q, q), _listed("cu_seqlens_k", cu_seqlens_k, q)
+    if max_seqlen_q is None:
+        max_seqlen_q = _longest(cu_seqlens_q, q)
+    if max_seqlen_k is None:
+        max_seqlen_k = _longest(cu_seqlens_k, k)
     operator = _varlen_lse_op if return_lse else _varlen_op
     return operator(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *request)
 
 
-def check_devices(q: Tensor, **others: Optional[Tensor]) -> None:
-    """Refuses devices that nothing here computes on, and tensors that are not where q is."""
-    if q.device.type not in ("cpu", "cuda", "meta"):
-        raise NotImplementedError(f"q: device is {q.device}, expected cpu or cuda")
-    for name, tensor in others.items():
-        if tensor is None:
-            continue
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name}: type is {type(tensor).__name__}, expected torch.Tensor, as q")
-        if tensor.device != q.device:
-            raise ValueError(f"{name}: device is {tensor.device}, expected {q.device}, as q")
+def _listed(name: str, cu_seqlens: Any, q: Tensor) -> Tensor:
+    """Boundaries as a tensor; a list of them is one."""
+    if isinstance(cu_seqlens, (list, tuple)):
+        return torch.tensor(cu_seqlens, device=q.device)
+    if not isinstance(cu_seqlens, torch.Tensor):
+        raise TypeError(f"{name}: type is {type(cu_seqlens).__name__}, expected torch.Tensor or a list of integers")
+    return cu_seqlens
 
 
-def refuse_gradients(**tensors: Optional[Tensor]) -> None:
-    """There is no backward pass yet, and a gradient that is silently missing would be worse than none."""
-    if not torch.is_grad_enabled():
-        return
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.requires_grad:
-            raise NotImplementedError(
-                f"{name}: requires_grad is True, expected False: there is no backward pass yet; "
-                "call under torch.no_grad() or torch.inference_mode()"
-            )
+def _longest(cu_seqlens: Tensor, packed: Tensor) -> int:
+    """The longest sequence; where that would stop a graph, or is not needed, all rows, which no sequence exceeds."""
+    rows = packed.shape[0]
+    if torch.compiler.is_compiling() or packed.device.type != "cuda" or cu_seqlens.numel() < 2:
+        return rows
+    if torch.cuda.is_current_stream_capturing():
+        return rows
+    return min(rows, max(0, int(cu_seqlens.diff().max())))
 
 
 def forward(
@@ -137,6 +146,7 @@ def forward(
         packed=packed,
         stream=_current_stream(q.device),
     )
+    tally.accelerated()
 
 
 def _with_neighbouring_channels(tensor: Tensor) -> Tensor:
@@ -229,3 +239,6 @@ _dense_op = define_operator("dense", f"({_DENSE}) -> Tensor", _dense, _out_like)
 _dense_lse_op = define_operator("dense_lse", f"({_DENSE}) -> (Tensor, Tensor)", _dense_lse, _dense_lse_fake)
 _varlen_op = define_operator("varlen", f"({_VARLEN}) -> Tensor", _varlen, _out_like)
 _varlen_lse_op = define_operator("varlen_lse", f"({_VARLEN}) -> (Tensor, Tensor)", _varlen_lse, _varlen_lse_fake)
+
+# Their seventh argument is the first of the request's, `tensor_layout`.
+_flops.register(layout_position=7)
