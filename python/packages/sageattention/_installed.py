@@ -29,7 +29,7 @@ def _owners(package: str) -> set[str]:
     """Names of the distributions whose list of files has the package."""
     owners = set()
     for distribution in importlib.metadata.distributions():
-        files = distribution.read_text("RECORD") or distribution.read_text("installed-files.txt") or ""
-        if f"\n{package}/__init__.py" in f"\n{files}" or f"/{package}/__init__.py\n" in files:
+        files = distribution.read_text("RECORD") or ""
+        if f"\n{package}/__init__.py" in f"\n{files}":
             owners.add(distribution.metadata["Name"].lower().replace("_", "-"))
     return owners

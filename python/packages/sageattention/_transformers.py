@@ -48,6 +48,10 @@ def attention_forward(
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
     mask = attention_mask if position_bias is None else _biased(position_bias, attention_mask)
 
+    if scaling is not None and scaling < 0.0:
+        # No kernel takes such a factor, and torch's for the CPU give NaN with a causal mask. Of q's sign nothing is lost.
+        query, scaling = -query, -scaling
+
     if s_aux is not None:
         reason: Optional[str] = "attention sinks (s_aux) are not computed"
     else:
