@@ -21,7 +21,6 @@ from sageattention import (  # noqa: F401 - diffusers imports these six at once
     sageattn_varlen,
 )
 
-
 RING = [
     partial(function, tensor_layout="NHD", return_lse=True)
     for function in (
@@ -68,7 +67,8 @@ def test_comfyui_sage3(device):
         partial(sageattn_qk_int8_pv_fp8_cuda, pv_accum_dtype="fp32+fp32"),
         partial(sageattn_qk_int8_pv_fp8_cuda, pv_accum_dtype="fp32+fp16"),
     ],
-    ids=str,
+    # Without addresses, which differ from process to process.
+    ids=["sageattn", "fp16_cuda", "fp16_triton", "fp8_cuda", "fp8_cuda_2pp"],
 )
 def test_kjnodes(device, function):
     if device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
@@ -181,7 +181,9 @@ def test_a_map_of_hopper_s_blocks(layout):
     causal = attention(q, k, v, mask=visible, layout=layout, causal="bottom_right")[0]
     assert_close(call(blocks, causal=True), causal, TOLERANCE["fp8"])
     for shape in ((1, 4, 3, 3), (1, 4, 5, 5)):
-        with pytest.raises(ValueError, match=r"mask_id: shape is .*, expected \[batch, heads, 3, 5\] \(blocks of 128 x 64\) or"):
+        with pytest.raises(
+            ValueError, match=r"mask_id: shape is .*, expected \[batch, heads, 3, 5\] \(blocks of 128 x 64\) or"
+        ):
             call(torch.ones(shape, dtype=torch.int8))
 
 

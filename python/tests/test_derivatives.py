@@ -39,7 +39,10 @@ def test_forward_mode_is_refused(function):
 
 @pytest.mark.parametrize("function", list(FUNCTIONS.values())[:4], ids=list(FUNCTIONS)[:4])
 def test_reverse_mode_through_functions_is_refused(function):
-    for derivative in (torch.func.grad(lambda q: function(q, K, V).sum()), torch.func.jacrev(lambda q: function(q, K, V))):
+    for derivative in (
+        torch.func.grad(lambda q: function(q, K, V).sum()),
+        torch.func.jacrev(lambda q: function(q, K, V)),
+    ):
         with pytest.raises(NotImplementedError, match="q: requires_grad is True"):
             derivative(Q)
 

@@ -134,13 +134,17 @@ def test_a_call_in_the_positions_of_torch_s_function_names_patch():
     taken = sageattention.sageattn(X, X, X, attn_mask=mask, dropout_p=0.0, is_causal=False, scale=0.1, enable_gqa=True)
     assert torch.equal(taken, sageattention.sageattn(X, X, X, attn_mask=mask, sm_scale=0.1))
     for positions in ((mask,), (mask, 0.0, False), (None, 0.0, True)):
-        with pytest.raises(TypeError, match=r"tensor_layout: value is .*, expected HND or NHD; .*sageattention\.patch\(\)"):
+        with pytest.raises(
+            TypeError, match=r"tensor_layout: value is .*, expected HND or NHD; .*sageattention\.patch\(\)"
+        ):
             sageattention.sageattn(X, X, X, *positions)
 
 
 def test_layouts_of_tensors_that_are_not_dense():
     nested = torch.nested.nested_tensor([random(5, 64, seed=0), random(7, 64, seed=1)], layout=torch.jagged)
-    with pytest.raises(TypeError, match="q: a nested tensor of layout torch.jagged, expected a dense one; sageattn_varlen"):
+    with pytest.raises(
+        TypeError, match="q: a nested tensor of layout torch.jagged, expected a dense one; sageattn_varlen"
+    ):
         sageattention.sageattn(nested, nested, nested)
     with pytest.raises(TypeError, match="k: layout is torch.sparse_coo, expected torch.strided"):
         sageattention.sageattn(X, X.to_sparse(), X)

@@ -109,6 +109,7 @@ def test_subclasses_see_the_call(device):
     assert sageattention.counts() == (0, {"a tensor is of a subclass of torch.Tensor": 1})
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
 def test_nested_tensors_are_left_to_torch(layout):
     rows = [random(5, 4, 64, seed=0), random(7, 4, 64, seed=1)]
@@ -142,6 +143,7 @@ def test_floating_point_operations_are_counted_as_torch_counts(device):
     assert flops(lambda: sageattention.sageattn_varlen(*packed, *lengths)) == 4 * 4 * 64 * (10 * 45 + 20 * 5)
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's, that both are deprecated, and a trace's, that it holds for one shape
 def test_scripts_have_torch_s_function_and_traces_ours(device):
     q, k, v = qkv(1, 2, 2, 20, 20, 64, dtype=half(device), device=device)
 

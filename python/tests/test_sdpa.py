@@ -6,7 +6,7 @@ import pytest
 import sageattention
 import torch
 import torch.nn.functional as F
-from exact import TOLERANCE, assert_close, attention, int8_scheme, qkv, random, relative_l1
+from exact import TOLERANCE, assert_close, int8_scheme, qkv, random, relative_l1
 
 torch_sdpa = F.scaled_dot_product_attention
 

@@ -79,7 +79,9 @@ def test_expanded_tensors(device, which, dimension):
 
 
 @pytest.mark.parametrize("kind", ["bool", "additive"])
-@pytest.mark.parametrize("shape", [(2, 4, 60, 90), (2, 1, 1, 90), (1, 4, 60, 1), (60, 1), (1, 90), (4, 1, 90), (1, 1, 1, 1)])
+@pytest.mark.parametrize(
+    "shape", [(2, 4, 60, 90), (2, 1, 1, 90), (1, 4, 60, 1), (60, 1), (1, 90), (4, 1, 90), (1, 1, 1, 1)]
+)
 def test_masks_of_any_strides(device, kind, shape):
     q, k, v = qkv(2, 4, 4, 60, 90, 64, dtype=torch.float16, device=device)
     mask = random(*shape, seed=5, dtype=torch.float16, device=device)
@@ -89,7 +91,10 @@ def test_masks_of_any_strides(device, kind, shape):
     full = mask.expand(*(2, 4, 60, 90)[-mask.ndim :])
     for seen in (mask, full, channels_apart(mask), every_second_channel(full)):
         with sageattention.patched():
-            for out in (F.scaled_dot_product_attention(q, k, v, attn_mask=seen), sageattention.sageattn(q, k, v, attn_mask=seen)):
+            for out in (
+                F.scaled_dot_product_attention(q, k, v, attn_mask=seen),
+                sageattention.sageattn(q, k, v, attn_mask=seen),
+            ):
                 assert_close(out, wanted, TOLERANCE["fp16"])
 
 

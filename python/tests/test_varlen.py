@@ -65,7 +65,9 @@ def test_wrong_boundaries_are_refused():
         call(x, x, x, cu, torch.tensor([0, 5, 10], dtype=torch.int32), 10, 10)
     with pytest.raises(ValueError, match=r"q: shape is \[1, 10, 2, 64\], expected \[total, heads, head_dim\]"):
         call(x[None], x, x, cu, cu, 10, 10)
-    with pytest.raises(NotImplementedError, match="attn_mask: value is Tensor, expected None: sageattn_varlen does not compute it"):
+    with pytest.raises(
+        NotImplementedError, match="attn_mask: value is Tensor, expected None: sageattn_varlen does not compute it"
+    ):
         call(x, x, x, cu, cu, 10, 10, attn_mask=torch.ones(10, 10, dtype=torch.bool))
 
 

@@ -6,7 +6,6 @@ taken, refused where it would change the result and nothing computes it, or igno
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 from collections.abc import Callable
@@ -138,9 +137,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 def callers_keywords(function: _Function) -> _Function:
     """The function, taking its callers' spellings; its own `**kwargs` stays empty."""
     signature = inspect.signature(function)
-    own = tuple(
-        name for name, parameter in signature.parameters.items() if parameter.kind is not parameter.VAR_KEYWORD
-    )
+    own = tuple(name for name, parameter in signature.parameters.items() if parameter.kind is not parameter.VAR_KEYWORD)
     known = frozenset(own)
 
     @functools.wraps(function)
@@ -195,6 +192,9 @@ def _check_left_over(function: str, own: tuple[str, ...], name: str, value: Any)
         )
     if name in _HARMLESS:
         return
+    # Imported where it is needed: reading it takes longer than all else here.
+    import difflib
+
     meant = difflib.get_close_matches(name, sorted({*own, *_SPELLINGS, *_NEUTRAL}), 1, _ALIKE)
     if meant:
         raise TypeError(f"{name}: {function} has no such keyword, expected {meant[0]}")

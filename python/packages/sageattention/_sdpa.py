@@ -49,9 +49,7 @@ def unpatch() -> None:
 
 def state() -> State:
     """What is in place."""
-    return State(
-        F.scaled_dot_product_attention, _scheme, _fast_path_before, torch.backends.mha.get_fastpath_enabled()
-    )
+    return State(F.scaled_dot_product_attention, _scheme, _fast_path_before, torch.backends.mha.get_fastpath_enabled())
 
 
 def restore(before: State) -> None:

@@ -49,7 +49,7 @@ def attention_forward(
     mask = attention_mask if position_bias is None else _biased(position_bias, attention_mask)
 
     if scaling is not None and scaling < 0.0:
-        # No kernel takes such a factor, and torch's for the CPU give NaN with a causal mask. Of q's sign nothing is lost.
+        # No kernel takes such a factor, and torch's for the CPU give NaN with a causal mask; q's sign costs nothing.
         query, scaling = -query, -scaling
 
     if s_aux is not None:

@@ -8,15 +8,16 @@ from typing import Optional
 
 from sageattention._tally import Counts, tally
 
+
 def patch(scheme: Optional[str] = None) -> None:
     """Replaces `torch.nn.functional.scaled_dot_product_attention`, for every model that looks it up there.
 
     All its arguments keep their meaning: `attn_mask` (bool or additive), `is_causal` (aligned top-left, as torch has
     it), `scale`, `enable_gqa`; under autocast q, k and v are cast, and tensor subclasses and `TorchFunctionMode`s see
-    the call first, as torch does. What cannot be computed here (dropout, gradients and tangents, float32 on a GPU, heads
-    of more than 256 channels, ...) goes to torch's function, with one line in the log `sageattention` for each reason,
-    and so does every call while some of torch's kernels are switched off (`torch.nn.attention.sdpa_kernel`). `counts()`
-    tells how many calls were accelerated.
+    the call first, as torch does. What cannot be computed here (dropout, gradients and tangents, float32 on a GPU,
+    heads of more than 256 channels, ...) goes to torch's function, with one line in the log `sageattention` for each
+    reason, and so does every call while some of torch's kernels are switched off (`torch.nn.attention.sdpa_kernel`).
+    `counts()` tells how many calls were accelerated.
 
     `torch.nn.MultiheadAttention` and `TransformerEncoderLayer` have a fast path of their own for inference, which never
     calls the function: it is switched off (`torch.backends.mha.set_fastpath_enabled`) until `unpatch`; who switches it

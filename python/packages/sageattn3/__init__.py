@@ -14,7 +14,7 @@ __all__ = ["sageattn3_blackwell"]
 _log = logging.getLogger("sageattention")
 _told = False
 
-warn_if_shared("sageattn3")
+warn_if_shared(__file__)
 
 
 @callers_keywords

@@ -25,7 +25,7 @@ __all__ = [
 # Queries and keys of a block in a map: on GPUs of compute capability 9, and elsewhere.
 _HOPPER, _ELSEWHERE = (64, 128), (128, 64)
 
-warn_if_shared("spas_sage_attn")
+warn_if_shared(__file__)
 
 
 @callers_keywords

@@ -17,8 +17,8 @@ __all__ = [
 
 def _no_tuning(name: str) -> NotImplementedError:
     return NotImplementedError(
-        f"spas_sage_attn.autotune.{name} is not supported: the prediction of blocks from Q and K, which it tunes, is not "
-        "built yet; sageattention.sageattn computes all blocks"
+        f"spas_sage_attn.autotune.{name} is not supported: the prediction of blocks from Q and K, which it tunes, "
+        "is not built yet; sageattention.sageattn computes all blocks"
     )
 
 
