@@ -24,6 +24,9 @@ def patch(scheme: Optional[str] = None) -> None:
     on again after `patch` keeps it, and those modules are not accelerated. Without it a `TransformerEncoder` computes
     padded positions too instead of returning zeros there.
 
+    diffusers' pipelines are served too, its models' masks included, whatever attention backend they have chosen that
+    calls torch's function ("native", which is the default).
+
     Modules that have imported the function itself (`from torch.nn.functional import ...`) before keep torch's, and
     models that `torch.jit.script` compiles are given it.
 
