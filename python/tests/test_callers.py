@@ -6,6 +6,7 @@ import subprocess
 import sys
 from functools import partial
 
+import numpy
 import pytest
 import sageattention
 import sageattn3
@@ -185,6 +186,17 @@ def test_a_map_of_hopper_s_blocks(layout):
             ValueError, match=r"mask_id: shape is .*, expected \[batch, heads, 3, 5\] \(blocks of 128 x 64\) or"
         ):
             call(torch.ones(shape, dtype=torch.int8))
+
+
+def test_maps_of_other_libraries_types_and_devices():
+    q = random(1, 2, 70, 64, seed=0).numpy()
+    blocks = numpy.ones((1, 2, 1, 2), dtype=bool)
+    assert spas_sage_attn.block_sparse_sage2_attn_cuda(q, q, q, blocks, output_dtype="float16").dtype == numpy.float16
+    with pytest.raises(TypeError, match="mask_id: type is list, expected a tensor"):
+        spas_sage_attn.block_sparse_sage2_attn_cuda(q, q, q, [[1, 1]])
+    x = torch.from_numpy(q)
+    with pytest.raises(ValueError, match="mask_id: device is meta, expected cpu, as q"):
+        spas_sage_attn.block_sparse_sage2_attn_cuda(x, x, x, torch.ones(1, 2, 1, 2, device="meta"))
 
 
 def test_a_map_that_fits_both_ways_is_read_by_architecture(device):

@@ -71,6 +71,7 @@ def test_what_is_left_to_torch(device, caplog):
         ("tensors are torch.float64", (q.double(), k.double(), v.double()), {}),
         ("scale is not a finite number above 0", (q, k, v), {"scale": -0.1}),
         ("scale is not a finite number above 0", (q, k, v), {"scale": 1e-46}),
+        ("attn_mask does not broadcast to the scores", (q, k, v), {"attn_mask": torch.ones(20, 19, device=device) > 0}),
         ("batches or heads are broadcast", (q.expand(2, 4, 20, 64), k, v), {}),
         ("a tensor has no element", (q, k[:, :, :0], v[:, :, :0]), {}),
     ]
@@ -141,3 +142,18 @@ def test_multi_head_attention_of_torch(device):
         found = layer(x, x, x, need_weights=False)[0]
     assert sageattention.counts().accelerated == 1
     assert relative_l1(found, wanted.double()) < 0.03
+
+
+def test_wrong_types_are_torch_s_errors():
+    q = random(1, 2, 20, 64, seed=0)
+    for arguments, options in [
+        ((None, q, q), {}),
+        ((q, q, [1]), {}),
+        ((q, q, q), {"attn_mask": [[True]]}),
+        ((q, q, q), {"scale": "half"}),
+    ]:
+        with pytest.raises(TypeError) as wanted:
+            torch_sdpa(*arguments, **options)
+        with sageattention.patched(), pytest.raises(TypeError) as found:
+            F.scaled_dot_product_attention(*arguments, **options)
+        assert str(found.value).splitlines()[0] == str(wanted.value).splitlines()[0]

@@ -125,7 +125,10 @@ def test_lists_of_boundaries_and_lengths_left_open(device):
         (ValueError, "max_seqlen_k: value is -1, expected 0 to", {"max_seqlen_k": -1}),
         (TypeError, "cu_seqlens_q: type is int, expected torch.Tensor or a list", {"cu_seqlens_q": 10}),
         (TypeError, "cu_seqlens_q: type is ndarray, expected torch.Tensor", {"cu_seqlens_q": numpy.array([0, 10])}),
-        (TypeError, "cu_seqlens_k: dtype is float32, expected int32 or int64", {"cu_seqlens_k": [0.0, 10.0]}),
+        (TypeError, r"cu_seqlens_k\[1\]: value is 10.0, of type float", {"cu_seqlens_k": [0, 10.0]}),
+        (TypeError, r"cu_seqlens_k\[1\]: value is \[10\], of type list", {"cu_seqlens_k": [0, [10]]}),
+        (ValueError, r"cu_seqlens_k: shape is \[0\], expected \[batch \+ 1\]", {"cu_seqlens_k": []}),
+        (ValueError, r"cu_seqlens_k\[1\]: value is 4294967306, expected at most", {"cu_seqlens_k": [0, 2**32 + 10]}),
         (NotImplementedError, "attn_mask: value is Tensor, expected None", {"attn_mask": torch.ones(10, 10)}),
     ],
 )
@@ -135,3 +138,11 @@ def test_messages_of_packed_calls(error, message, arguments):
     call = dict(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=10, max_seqlen_k=10)
     with pytest.raises(error, match=message):
         sageattention.sageattn_varlen(x, x, x, **{**call, **arguments})
+
+
+def test_wide_boundaries_are_not_taken_modulo_two_to_the_32():
+    x = random(10, 2, 64, seed=0).numpy()
+    wide, narrow = numpy.array([0, 2**32 + 10]), numpy.array([0, 10])
+    with pytest.raises(ValueError, match="cu_seqlens_q: value is 4294967306, expected at most 2147483647"):
+        sageattention.sageattn_varlen(x, x, x, wide, narrow, 10, 10)
+    assert sageattention.sageattn_varlen(x, x, x, narrow, narrow, 10, 10).shape == x.shape

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple, Optional
 
-from sageattention import _native
+from sageattention import _native, _values
 from sageattention._request import Request, native_options
 
 # Codes of the DLPack specification.
@@ -66,8 +66,10 @@ def varlen(
     if library.name not in ("numpy", "cupy"):
         raise NotImplementedError(f"cu_seqlens of {library.name} is not supported: use numpy, CuPy or torch")
     cu_seqlens_q, cu_seqlens_k = (
-        sys.modules[library.name].asarray(given) if isinstance(given, (list, tuple)) else given
-        for given in (cu_seqlens_q, cu_seqlens_k)
+        sys.modules[library.name].asarray(_values.boundaries(name, given), dtype="int64")
+        if isinstance(given, (list, tuple))
+        else given
+        for name, given in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k))
     )
     _library_of(q, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     boundaries = []
@@ -76,8 +78,11 @@ def varlen(
             raise TypeError(f"{name}: dtype is {given.dtype.name}, expected int32 or int64")
         if given.ndim != 1 or given.size == 0:
             raise ValueError(f"{name}: shape is {list(given.shape)}, expected [batch + 1]")
+        if library.name == "numpy" and given.dtype.name == "int64" and (abs(given) >= 2**31).any():
+            raise ValueError(f"{name}: value is {abs(given).max()}, expected at most {2**31 - 1}: int32")
         compact = library.empty(given, given.shape, "int32")
-        compact[...] = given
+        # On a GPU they are not looked at, but cut off rather than taken modulo 2**32.
+        compact[...] = given.clip(1 - 2**31, 2**31 - 1)
         boundaries.append(compact)
     if boundaries[0].size != boundaries[1].size:
         raise ValueError(

@@ -48,7 +48,7 @@ def why_not(
     if any(tensor.device != device for tensor in tensors):
         return "tensors are on several devices"
     return _why_not_dtypes(query, key, value) or _why_not_shapes(query, key, value, enable_gqa) or (
-        _why_not_options(query, attn_mask, is_causal, scale)
+        _why_not_options(query, key, attn_mask, is_causal, scale)
     )  # fmt: skip
 
 
@@ -84,8 +84,10 @@ def _why_not_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool)
 
 
 def _why_not_options(
-    query: Tensor, attn_mask: Optional[Tensor], is_causal: bool, scale: Optional[float]
+    query: Tensor, key: Tensor, attn_mask: Optional[Tensor], is_causal: bool, scale: Optional[float]
 ) -> Optional[str]:
+    if isinstance(scale, (str, bytes, complex)):
+        return "scale is no number"
     if scale is not None and not _SMALLEST_SCALE < scale < _LARGEST_SCALE:
         return "scale is not a finite number above 0"
     if attn_mask is not None:
@@ -95,6 +97,12 @@ def _why_not_options(
             return f"attn_mask is {attn_mask.dtype}"
         if attn_mask.ndim > query.ndim or attn_mask.ndim < 2:
             return "attn_mask has other than 2 to 4 dimensions"
+        # torch's own error, for programs that expect it; graphs with open shapes are not narrowed down for it.
+        scores = (*query.shape[:-1], key.shape[-2])
+        if not torch.compiler.is_compiling() and any(
+            size not in (1, wanted) for size, wanted in zip(reversed(attn_mask.shape), reversed(scores))
+        ):
+            return "attn_mask does not broadcast to the scores"
     return None
 
 

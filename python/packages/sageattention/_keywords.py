@@ -217,7 +217,7 @@ def _same(x: Any, y: Any) -> bool:
 
 def shown(value: Any) -> str:
     """A value in a message: what a person wrote, or the type of what is too long for a line."""
-    if isinstance(value, (bool, int, float, str, tuple, list)) and len(str(value)) <= 60:
+    if isinstance(value, (type(None), bool, int, float, complex, str, tuple, list)) and len(str(value)) <= 60:
         return str(value)
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
         return str(value.item())

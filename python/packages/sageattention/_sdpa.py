@@ -73,6 +73,11 @@ def scaled_dot_product_attention(
     tensors = (query, key, value, attn_mask)
     options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
     reason = None
+    if not all(isinstance(tensor, Tensor) for tensor in (query, key, value)) or (
+        attn_mask is not None and not isinstance(attn_mask, Tensor)
+    ):
+        # Torch says what is wrong with them.
+        return _torch_sdpa(query, key, value, attn_mask=attn_mask, **options)
     # (While a graph is compiled, has_torch_function does not see modes.)
     if has_torch_function(tensors) or torch._C._is_torch_function_mode_enabled():
         # As torch's functions begin: subclasses and modes see the call first, by the name that they look it up by.

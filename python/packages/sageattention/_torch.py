@@ -8,7 +8,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from sageattention import _flops, _native
+from sageattention import _flops, _native, _values
 from sageattention._request import Request, native_options
 from sageattention._tally import tally
 from sageattention._torch_inputs import autocast, check_tensors, refuse_derivatives
@@ -38,6 +38,9 @@ _VARLEN = (
     "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
     f"SymInt max_seqlen_k, {_OPTIONS}"
 )
+
+# What kernels read is int32.
+_LARGEST_BOUNDARY = 2**31 - 1
 
 # The registrations live as long as this object.
 _LIBRARY = torch.library.Library("sageattention", "DEF")
@@ -97,7 +100,7 @@ def varlen(
 def _listed(name: str, cu_seqlens: Any, q: Tensor) -> Tensor:
     """Boundaries as a tensor; a list of them is one."""
     if isinstance(cu_seqlens, (list, tuple)):
-        return torch.tensor(cu_seqlens, device=q.device)
+        return torch.tensor(_values.boundaries(name, cu_seqlens), dtype=torch.int64, device=q.device)
     if not isinstance(cu_seqlens, torch.Tensor):
         raise TypeError(f"{name}: type is {type(cu_seqlens).__name__}, expected torch.Tensor or a list of integers")
     return cu_seqlens
@@ -161,6 +164,15 @@ def _boundaries(name: str, cu_seqlens: Tensor, q: Tensor) -> Tensor:
         raise TypeError(f"{name}: dtype is {_name(cu_seqlens.dtype)}, expected int32 or int64")
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() == 0:
         raise ValueError(f"{name}: shape is {list(cu_seqlens.shape)}, expected [batch + 1]")
+    if cu_seqlens.dtype == torch.int64 and cu_seqlens.device.type == "cpu":
+        wide = (cu_seqlens.abs() > _LARGEST_BOUNDARY).nonzero().flatten().tolist()
+        if wide:
+            raise ValueError(
+                f"{name}[{wide[0]}]: value is {cu_seqlens[wide[0]]}, expected at most {_LARGEST_BOUNDARY}: int32"
+            )
+    elif cu_seqlens.dtype == torch.int64:
+        # Not looked at, but cut off rather than taken modulo 2**32.
+        cu_seqlens = cu_seqlens.clamp(-_LARGEST_BOUNDARY, _LARGEST_BOUNDARY)
     return cu_seqlens.to(device=q.device, dtype=torch.int32).contiguous()
 
 

@@ -54,7 +54,7 @@ def refuse_derivatives(**tensors: Optional[Tensor]) -> None:
 def has_tangent(tensor: Tensor) -> bool:
     """Whether a tensor carries a forward-mode derivative, which `torch.no_grad` does not switch off."""
     # Under torch.compile no tensor has one: it refuses such inputs itself.
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+    if forward_ad._current_level < 0 or torch.compiler.is_compiling():
         return False
     return forward_ad.unpack_dual(tensor).tangent is not None
 

@@ -51,6 +51,11 @@ def integer(name: str, value: Any) -> int:
     raise TypeError(f"{name}: value is {_described(value)}, expected an integer")
 
 
+def boundaries(name: str, values: Any) -> list[int]:
+    """A list of boundaries of packed sequences."""
+    return [integer(f"{name}[{index}]", value) for index, value in enumerate(values)]
+
+
 def length(name: str, value: Any) -> Optional[int]:
     """A number of rows, or None."""
     if value is None:
@@ -109,4 +114,6 @@ def _is_flag(value: Any) -> bool:
 
 
 def _described(value: Any) -> str:
+    if value is None:
+        return "None"
     return f"{shown(value)}, of type {type(value).__name__}" if shown(value) != type(value).__name__ else shown(value)

@@ -105,13 +105,19 @@ def block_sparse_sage2_attn_cuda(
     result = dense(q, k, v, asked, block_mask=block_mask, return_lse=return_lse)
     out, *lse = result if return_lse else (result,)
     if output_dtype is not None:
-        out = out.to(output_dtype)
+        out = out.to(output_dtype) if hasattr(out, "to") else out.astype(output_dtype)
     results = (out, *lse, *((sparsity,) if return_sparsity else ()))
     return results if len(results) > 1 else out
 
 
 def _block_sizes(q: Any, k: Any, mask_id: Any, tensor_layout: str) -> tuple[int, int]:
     """Queries and keys of a map's blocks."""
+    for name, tensor in (("q", q), ("k", k), ("mask_id", mask_id)):
+        if not hasattr(tensor, "shape"):
+            raise TypeError(f"{name}: type is {type(tensor).__name__}, expected a tensor")
+    devices = [getattr(tensor, "device", None) for tensor in (q, mask_id)]
+    if devices[0] != devices[1]:
+        raise ValueError(f"mask_id: device is {devices[1]}, expected {devices[0]}, as q")
     if len(q.shape) != 4 or len(k.shape) != 4:
         # The call itself says what is wrong with them.
         return _ELSEWHERE
