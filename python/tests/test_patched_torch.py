@@ -61,7 +61,8 @@ def test_torch_s_own_causal_biases(device, make):
     wanted = attention(q, k, v, causal=alignment)[0]
     call = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     assert_close(call(q, k, v), wanted, TOLERANCE["fp16"])
-    assert_close(compiled(call)(q, k, v), wanted, TOLERANCE["fp16"])
+    # Not one graph everywhere: torch's own code for GPUs may break it.
+    assert_close(torch.compile(call, backend="aot_eager")(q, k, v), wanted, TOLERANCE["fp16"])
 
 
 class Recording(TorchFunctionMode):
@@ -156,6 +157,19 @@ def test_scripts_have_torch_s_function_and_traces_ours(device):
     assert sageattention.counts() == (0, {})
     traced = torch.jit.trace(Attention(), (q, k, v))
     assert any(node.kind() == "sageattention::sdpa" for node in traced.graph.nodes())
+
+
+def test_symbolic_traces_call_ours(device):
+    q, k, v = qkv(1, 2, 2, 20, 20, 64, dtype=half(device), device=device)
+
+    class Attention(torch.nn.Module):
+        def forward(self, q, k, v):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    traced = torch.fx.symbolic_trace(Attention())
+    assert sageattention.counts(reset=True) == (0, {})
+    assert_close(traced(q, k, v), attention(q, k, v, causal="top_left")[0], TOLERANCE["fp16"])
+    assert sageattention.counts() == (1, {})
 
 
 def test_the_fast_path_of_multi_head_attention_is_off_while_patched(device):

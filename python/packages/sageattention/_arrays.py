@@ -124,7 +124,7 @@ def _forward(
 
 def _library_of(q: Any, **others: Any) -> _Library:
     root = _root(q)
-    _refuse_masked("q", q)
+    _check_plain("q", q)
     if root == "numpy" and hasattr(q, "__array_interface__"):
         library = _NUMPY
     elif root == "cupy":
@@ -139,14 +139,19 @@ def _library_of(q: Any, **others: Any) -> _Library:
     for name, array in others.items():
         if array is None:
             continue
-        _refuse_masked(name, array)
+        _check_plain(name, array)
         if _root(array) != root:
             raise TypeError(f"{name}: type is {type(array).__name__}, expected an array of {root}, as q")
     return library
 
 
-def _refuse_masked(name: str, array: Any) -> None:
-    numpy = sys.modules.get("numpy")
+def _check_plain(name: str, array: Any) -> None:
+    """Refuses what looks like an array and has no numbers, or numbers that do not count."""
+    jax, numpy = sys.modules.get("jax"), sys.modules.get("numpy")
+    if jax is not None and isinstance(array, jax.core.Tracer):
+        raise NotImplementedError(
+            f"{name}: traced by JAX (jit, grad, jvp, vmap), expected an array with values: call it outside"
+        )
     if numpy is not None and isinstance(array, numpy.ma.MaskedArray):
         raise TypeError(f"{name}: type is MaskedArray, expected a plain array: hidden keys are attn_mask's to say")
 

@@ -73,16 +73,11 @@ def scaled_dot_product_attention(
     tensors = (query, key, value, attn_mask)
     options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
     reason = None
-    if not all(isinstance(tensor, Tensor) for tensor in (query, key, value)) or (
-        attn_mask is not None and not isinstance(attn_mask, Tensor)
-    ):
-        # Torch says what is wrong with them.
-        return _torch_sdpa(query, key, value, attn_mask=attn_mask, **options)
     # (While a graph is compiled, has_torch_function does not see modes.)
     if has_torch_function(tensors) or torch._C._is_torch_function_mode_enabled():
         # As torch's functions begin: subclasses and modes see the call first, by the name that they look it up by.
         # Nested tensors know torch's own function, and while that is in place it is the one to call.
-        if any(tensor is not None and tensor.is_nested for tensor in tensors):
+        if any(isinstance(tensor, Tensor) and tensor.is_nested for tensor in tensors):
             reason = "a tensor is not strided"
         elif F.scaled_dot_product_attention is not scaled_dot_product_attention:
             reason = "torch's function is in place"
@@ -90,6 +85,11 @@ def scaled_dot_product_attention(
             return handle_torch_function(
                 scaled_dot_product_attention, tensors, query, key, value, attn_mask=attn_mask, **options
             )
+    elif not all(isinstance(tensor, Tensor) for tensor in (query, key, value)) or (
+        attn_mask is not None and not isinstance(attn_mask, Tensor)
+    ):
+        # torch says what is wrong with them.
+        return _torch_sdpa(query, key, value, attn_mask=attn_mask, **options)
     if reason is None and _backends_are_selected():
         reason = "backends of torch's own are selected (sdpa_kernel, or torch.backends.cuda.enable_..._sdp)"
     reason = reason or why_not(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
@@ -97,7 +97,7 @@ def scaled_dot_product_attention(
         fell_back(_NAME, reason)
         return _torch_sdpa(query, key, value, attn_mask=attn_mask, **options)
     query, key, value, attn_mask = autocast(query, key, value, attn_mask)
-    if scale is not None:
+    if scale is not None and not isinstance(scale, (float, torch.SymFloat)):
         scale = float(scale)
     if query.ndim == 3:
         if attn_mask is not None and attn_mask.ndim == 3:
