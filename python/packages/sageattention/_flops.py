@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import is_fake_tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
 
@@ -20,7 +20,7 @@ def _heads_first_or_not(q: Any, k: Any, tensor_layout: str) -> int:
 
 
 def _packed(q: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: int, max_seqlen_k: int) -> int:
-    if is_fake_tensor(cu_seqlens_q) or cu_seqlens_q.device.type == "meta":
+    if isinstance(cu_seqlens_q, FakeTensor) or cu_seqlens_q.device.type == "meta":
         # The lengths are not known: the longest, as torch counts its own.
         pairs = (cu_seqlens_q.shape[0] - 1) * max_seqlen_q * max_seqlen_k
     else:

@@ -82,8 +82,9 @@ def scaled_dot_product_attention(
         elif F.scaled_dot_product_attention is not scaled_dot_product_attention:
             reason = "torch's function is in place"
         else:
+            relevant = tuple(tensor for tensor in tensors if tensor is not None)
             return handle_torch_function(
-                scaled_dot_product_attention, tensors, query, key, value, attn_mask=attn_mask, **options
+                scaled_dot_product_attention, relevant, query, key, value, attn_mask=attn_mask, **options
             )
     elif not all(isinstance(tensor, Tensor) for tensor in (query, key, value)) or (
         attn_mask is not None and not isinstance(attn_mask, Tensor)
