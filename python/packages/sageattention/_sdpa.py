@@ -15,6 +15,8 @@ from sageattention._request import Request, check_scheme
 from sageattention._torch_inputs import autocast
 
 _NAME = "scaled_dot_product_attention"
+# Before, torch.compile cannot ask for them.
+_MODES_ARE_TRACED = _torch.version_is_at_least(2, 6)
 _torch_sdpa = F.scaled_dot_product_attention
 _scheme: Optional[str] = None
 # Whether torch's multi-head attention took its fast path before; None while torch's function is in place.
@@ -71,13 +73,15 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """torch's function, computed in 8 bits where that is possible; see `sageattention.patch`."""
     tensors = (query, key, value, attn_mask)
-    options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+    options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
+    if enable_gqa:
+        # torch 2.4 does not have it.
+        options["enable_gqa"] = enable_gqa
     reason = None
-    # (While a graph is compiled, has_torch_function does not see modes.)
-    if has_torch_function(tensors) or torch._C._is_torch_function_mode_enabled():
+    if has_torch_function(tensors) or _a_traced_mode_is_on():
         # As torch's functions begin: subclasses and modes see the call first, by the name that they look it up by.
         # Nested tensors know torch's own function, and while that is in place it is the one to call.
-        if any(isinstance(tensor, Tensor) and tensor.is_nested for tensor in tensors):
+        if any(isinstance(tensor, Tensor) and tensor.is_nested for tensor in (query, key, value)):
             reason = "a tensor is not strided"
         elif F.scaled_dot_product_attention is not scaled_dot_product_attention:
             reason = "torch's function is in place"
@@ -106,6 +110,11 @@ def scaled_dot_product_attention(
         query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
         return _sdpa_op(query, key, value, attn_mask, is_causal, scale, _scheme).squeeze(1)
     return _sdpa_op(query, key, value, attn_mask, is_causal, scale, _scheme)
+
+
+def _a_traced_mode_is_on() -> bool:
+    """Whether a `TorchFunctionMode` is on, which has_torch_function does not see while a graph is compiled."""
+    return _MODES_ARE_TRACED and torch._C._is_torch_function_mode_enabled()
 
 
 @torch.compiler.assume_constant_result

@@ -14,7 +14,14 @@ from sageattention._tally import tally
 from sageattention._torch_inputs import autocast, check_tensors, refuse_derivatives
 
 _OLDEST = (2, 4)
-if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _OLDEST:
+
+
+def version_is_at_least(*wanted: int) -> bool:
+    """Whether torch is of a version (major, minor), or later."""
+    return tuple(int(part) for part in torch.__version__.split(".")[:2]) >= wanted
+
+
+if not version_is_at_least(*_OLDEST):
     raise ImportError(f"torch: version is {torch.__version__}, expected {_OLDEST[0]}.{_OLDEST[1]} or later")
 
 _DTYPES = {
