@@ -75,6 +75,14 @@ def test_layout_scale_and_log_sum_exp_of_sage3():
     assert_lse_close(lse, wanted_lse)
 
 
+def test_a_position_left_open_takes_another_name_s_value():
+    wanted = sageattention.sageattn(X, X, X, "HND", True, 0.3)
+    assert torch.equal(sageattention.sageattn(X, X, X, "HND", True, None, softmax_scale=0.3), wanted)
+    assert torch.equal(sageattention.sageattn(X, X, X, "HND", True, 0.3, softmax_scale=0.3, causal=True), wanted)
+    with pytest.raises(TypeError, match="causal: value is True, expected False, as is_causal"):
+        sageattention.sageattn(X, X, X, "HND", False, causal=True)
+
+
 def test_smoothing_is_smooth_k_where_a_function_has_that():
     q, k, v = qkv(1, 2, 2, 256, 256, 64)
     k = k + 20

@@ -30,7 +30,10 @@ FUNCTIONS = [
     (sageattn3.sageattn3_blackwell, {}, "fp16"),
 ]
 # By name: what the automatic choice does not come to at these sizes.
-SCHEMES = {"cpu": [None, "full", "int8", "int8-per-token-rotated"], "cuda": [None, "full", "sage2-int8-fp16-per-warp"]}
+SCHEMES = {
+    "cpu": ["full", "int8", "int8-per-token", "int8-per-token-rotated", "int8-f32"],
+    "cuda": ["full", "sage1-int8-fp16", "sage2-int8-fp16-per-warp", "int8-fp8", "sage2-int8-fp8-per-thread"],
+}
 LENGTHS = [0, 1, 2, 15, 16, 17, 63, 64, 65, 100, 127, 128, 129, 200, 257]
 HEAD_DIMS = [1, 8, 20, 32, 40, 64, 64, 64, 72, 80, 96, 128, 128, 160, 256]
 
@@ -91,6 +94,10 @@ def call(seed, device):
         options["sm_scale"] = exact["scale"] = choose.choice([0.02, 0.1, 0.5]) / head_dim**0.25
     if function is sageattention.sageattn and choose.random() < 0.5:
         options["scheme"] = choose.choice(SCHEMES[device])
+        if "fp8" in options["scheme"]:
+            values = "fp8"
+            if torch.cuda.get_device_capability() < (8, 9):
+                options["scheme"] = "full"
     tensors = [seen_otherwise(choose, x) for x in (q, k, v)]
     shown = {name: list(x.shape) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
     words = f"{function.__name__} {layout} {dtype} {list(q.shape)} x {list(k.shape)} {shown}"

@@ -144,7 +144,8 @@ def callers_keywords(function: _Function) -> _Function:
     def call(*args: Any, **kwargs: Any) -> Any:
         for name in kwargs:
             if name not in known:
-                return function(*args, **_translated(function.__name__, own, args, kwargs))
+                args, kwargs = _translated(function.__name__, own, args, kwargs)
+                break
         return function(*args, **kwargs)
 
     # For programs that look at parameters without following `__wrapped__`.
@@ -152,8 +153,10 @@ def callers_keywords(function: _Function) -> _Function:
     return call  # type: ignore[return-value]
 
 
-def _translated(function: str, own: tuple[str, ...], args: tuple[Any, ...], given: dict[str, Any]) -> dict[str, Any]:
-    """Keywords by the function's own names."""
+def _translated(
+    function: str, own: tuple[str, ...], args: tuple[Any, ...], given: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments and keywords by the function's own names."""
     taken = {name: value for name, value in given.items() if name in own}
     said_by = dict.fromkeys(own, "")
     for name, value in given.items():
@@ -170,13 +173,12 @@ def _translated(function: str, own: tuple[str, ...], args: tuple[Any, ...], give
                 f"{name}: value is {shown(value)}, expected {shown(before)}, as {said_by[target] or target}: they are "
                 "names of one option"
             )
+        said_by[target] = name
         if position < len(args):
-            # None by position, and a value by another name.
-            if before is None:
-                raise TypeError(f"{name}: value is {shown(value)}, expected None, as {target} is None by position")
-            continue
-        taken[target], said_by[target] = value, name
-    return taken
+            args = (*args[:position], value, *args[position + 1 :])
+        else:
+            taken[target] = value
+    return args, taken
 
 
 def _check_left_over(function: str, own: tuple[str, ...], name: str, value: Any) -> None:
