@@ -69,6 +69,7 @@ def test_a_patched_function_leaves_derivatives_to_torch():
     assert sageattention.counts().accelerated == 0
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_vmap_computes_each(device):
     dtype = torch.float16 if device == "cuda" else torch.float32
     q, k, v = (x.to(device=device, dtype=dtype) for x in qkv(3, 2, 2, 20, 30, 64))

@@ -11,7 +11,7 @@ from torch import Tensor
 from sageattention import _flops, _native, _values
 from sageattention._request import Request, native_options
 from sageattention._tally import tally
-from sageattention._torch_inputs import autocast, check_tensors, refuse_derivatives
+from sageattention._torch_inputs import autocast, check_tensors, plain_mask, refuse_derivatives
 
 _OLDEST = (2, 4)
 
@@ -73,6 +73,7 @@ def dense(
 ) -> Any:
     """See `_frameworks.dense`."""
     blocks, block_q, block_k = block_mask if block_mask is not None else (None, 0, 0)
+    attn_mask = plain_mask(attn_mask, q.device)
     check_tensors(q, k=k, v=v, attn_mask=attn_mask, block_mask=blocks)
     refuse_derivatives(q=q, k=k, v=v, attn_mask=attn_mask)
     q, k, v, attn_mask = autocast(q, k, v, attn_mask)

@@ -7,6 +7,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.attention.bias import CausalBias, CausalVariant
 
 
 def check_tensors(q: Tensor, **others: Any) -> None:
@@ -32,6 +33,15 @@ def _check_layout(name: str, tensor: Tensor) -> None:
         )
     if tensor.layout is not torch.strided:
         raise TypeError(f"{name}: layout is {tensor.layout}, expected torch.strided: call to_dense()")
+
+
+def plain_mask(attn_mask: Any, device: torch.device) -> Any:
+    """A mask with numbers: torch's causal biases stand for some and hold none."""
+    if not isinstance(attn_mask, CausalBias):
+        return attn_mask
+    rows, keys = attn_mask.seq_len_q, attn_mask.seq_len_kv
+    diagonal = 0 if attn_mask.variant == CausalVariant.UPPER_LEFT else keys - rows
+    return torch.ones(rows, keys, dtype=torch.bool, device=device).tril(diagonal)
 
 
 def refuse_derivatives(**tensors: Optional[Tensor]) -> None:
