@@ -2,16 +2,17 @@
 # Everything that needs a real GPU, in one go: tests, NVIDIA's memory and race checkers, accuracy, use of the machine,
 # benchmarks beside the peers.
 #
-#     scripts/gpu.sh [tests] [sanitize] [accuracy] [bench-hopper] [profile]   # all by default
+#     scripts/gpu.sh [tests] [python] [sanitize] [accuracy] [bench-hopper] [profile]   # all by default
 #     scripts/gpu.sh bench-quick                                  # two lengths, one round
-#     scripts/gpu.sh build DIR                                    # only build the programs, to be carried to a machine
+#     scripts/gpu.sh build DIR                                    # only build programs and wheel, to be carried along
 #     GPU_BIN=DIR scripts/gpu.sh …                                # run such programs instead of building
 #     SCHEMES=auto,full scripts/gpu.sh …                          # measure these schemes
 #     GPU_OUT=DIR scripts/gpu.sh …                                # keep times and counters there as files
 #
-# Needs the driver. `sanitize` needs compute-sanitizer and `profile` ncu; accuracy and benchmarks need Python with torch
-# (and take the peers named in scripts/bench_gpu.py where they are installed). What is missing is said, not skipped
-# silently.
+# Needs the driver. `python` needs a Python with torch and pytest, installs the wheel into a folder of its own, and tests
+# numpy, JAX, CuPy, transformers and diffusers where they are installed. `sanitize` needs compute-sanitizer and `profile`
+# ncu; accuracy and benchmarks need Python with torch (and take the peers named in scripts/bench_gpu.py where they are
+# installed). What is missing is said, not skipped silently.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -41,6 +42,7 @@ for line in sys.stdin:
 
 if [[ ${1:-} == build ]]; then
     build "${2:?the folder to build into}"
+    scripts/test_python.sh wheel "$2"
     exit
 fi
 bin=${GPU_BIN:-target/gpu}
@@ -61,6 +63,38 @@ tests() {
     heading "edges and random calls against the oracle"
     "$bin/test_edges" --test-threads=1 --nocapture
     "$bin/test_random" --nocapture
+}
+
+# The Python suite, with what this machine has to import.
+python_suite() {
+    heading "Python"
+    python3 -c 'import torch, pytest' || { echo "left out: Python has no torch and pytest here"; return; }
+    local module wheels=("$bin"/sageattention-*.whl)
+    if [[ ! -f ${wheels[0]} ]]; then
+        if [[ -n ${GPU_BIN:-} ]]; then
+            echo "left out: there is no wheel in $bin; scripts/gpu.sh build puts one there"
+            return
+        fi
+        scripts/test_python.sh wheel "$bin"
+        wheels=("$bin"/sageattention-*.whl)
+    fi
+    for module in numpy jax cupy transformers diffusers; do
+        python3 -c "import $module" 2>/dev/null || echo "left out: tests of $module, which Python does not have here"
+    done
+    # Kernels are compiled, one a process at a time: several processes share that out.
+    local workers=()
+    if python3 -c 'import xdist' 2>/dev/null; then
+        workers=(-n "$(($(nproc) < 12 ? $(nproc) : 12))")
+    else
+        echo "one process: Python has no pytest-xdist here"
+    fi
+    local folder code=0
+    folder=$(mktemp -d)
+    python3 -m pip install --quiet --disable-pip-version-check --no-index --no-deps --target "$folder" "${wheels[0]}"
+    PYTHONPATH=$folder${PYTHONPATH:+:$PYTHONPATH} PYTHONDONTWRITEBYTECODE=1 \
+        python3 -m pytest python/tests -p no:cacheprovider -q "${workers[@]}" || code=$?
+    rm -rf "$folder"
+    return "$code"
 }
 
 # A representative set under the checkers, which make kernels some hundred times slower.
@@ -101,17 +135,19 @@ bench() {
     with_torch scripts/bench_gpu.py "$bin/bench_gpu" "$@" ${GPU_OUT:+--json "$GPU_OUT/bench.json"}
 }
 
-[[ $# -gt 0 ]] || set -- tests sanitize accuracy bench-hopper profile
+[[ $# -gt 0 ]] || set -- tests python sanitize accuracy bench-hopper profile
 for part in "$@"; do
     case $part in
         tests) tests ;;
+        python) python_suite ;;
         sanitize) sanitize ;;
         accuracy) accuracy ;;
         profile) profile ;;
         bench-hopper) bench ;;
         bench-quick) bench --rounds 1 --shapes grid --lengths 4096,8192 ;;
         *)
-            echo "gpu.sh: part is $part, expected tests, sanitize, accuracy, profile, bench-hopper or bench-quick" >&2
+            echo "gpu.sh: part is $part, expected tests, python, sanitize, accuracy, profile, bench-hopper or" \
+                "bench-quick" >&2
             exit 2
             ;;
     esac

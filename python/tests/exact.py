@@ -74,3 +74,8 @@ def assert_lse_close(found, wanted, label=""):
 # Relative L1 on N(0, 1) with biased K, by what P·V is computed in: INT8 of Q and K costs 0.011 to 0.014, FP8 of P and V
 # 0.037 (docs/performance.md, README); twice that.
 TOLERANCE = {"fp16": 0.028, "fp8": 0.075}
+
+
+def int8_scheme(device):
+    """A scheme that quantises however few keys there are; left open, a device computes few in full precision."""
+    return "sage2-int8-fp16-per-warp" if device == "cuda" else "int8"

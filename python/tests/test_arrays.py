@@ -74,6 +74,22 @@ def test_jax():
     assert all(numpy.array_equal(numpy.asarray(x), y) for x, y in zip(arrays, before))
 
 
+def test_what_jax_traces_is_refused():
+    """Neither a graph nor a derivative would have the call."""
+    jax = pytest.importorskip("jax")
+    q = jax.numpy.ones((1, 2, 8, 64))
+    call = lambda q: sageattention.sageattn(q, q, q)
+    for transformed in (
+        lambda: jax.jit(call)(q),
+        lambda: jax.grad(lambda q: call(q).sum())(q),
+        lambda: jax.jvp(call, (q,), (q,)),
+        lambda: jax.vmap(call)(q[None]),
+        lambda: jax.grad(lambda v: sageattention.sageattn(q, q, v).sum())(q),
+    ):
+        with pytest.raises(NotImplementedError, match="(q|v): traced by JAX .*, expected an array with values"):
+            transformed()
+
+
 def test_jax_on_a_gpu(cuda):
     jax = pytest.importorskip("jax")
     try:

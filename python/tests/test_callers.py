@@ -6,6 +6,7 @@ import subprocess
 import sys
 from functools import partial
 
+import numpy
 import pytest
 import sageattention
 import sageattn3
@@ -20,6 +21,18 @@ from sageattention import (  # noqa: F401 - diffusers imports these six at once
     sageattn_qk_int8_pv_fp16_triton,
     sageattn_varlen,
 )
+
+RING = [
+    partial(function, tensor_layout="NHD", return_lse=True)
+    for function in (
+        sageattn,
+        sageattn_qk_int8_pv_fp16_cuda,
+        sageattn_qk_int8_pv_fp16_triton,
+        sageattn_qk_int8_pv_fp8_cuda,
+        sageattn_qk_int8_pv_fp8_cuda_sm90,
+        sageattn3.sageattn3_blackwell,
+    )
+]
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -55,7 +68,8 @@ def test_comfyui_sage3(device):
         partial(sageattn_qk_int8_pv_fp8_cuda, pv_accum_dtype="fp32+fp32"),
         partial(sageattn_qk_int8_pv_fp8_cuda, pv_accum_dtype="fp32+fp16"),
     ],
-    ids=str,
+    # Without addresses, which differ from process to process.
+    ids=["sageattn", "fp16_cuda", "fp16_triton", "fp8_cuda", "fp8_cuda_2pp"],
 )
 def test_kjnodes(device, function):
     if device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
@@ -95,6 +109,28 @@ def test_yunchang_and_xdit(device, function):
     assert_lse_close(lse, wanted_lse)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("function", RING, ids=lambda function: function.func.__name__)
+def test_yunchang_s_ring(device, function, causal):
+    """Every keyword of flash-attention's forward, which the ring hands to whatever computes its steps."""
+    if device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("FP8 needs compute capability 8.9")
+    q, k, v = qkv(2, 4, 2, 100, 100, 64, layout="NHD", dtype=torch.float16, device=device)
+    for window in ((-1, -1), (30, 0)):
+        out, lse = function(
+            q, k, v, dropout_p=0.0, softmax_scale=0.11, causal=causal, window_size=window, softcap=0.0,
+            alibi_slopes=None, return_softmax=False,
+        )  # fmt: skip
+        wanted, wanted_lse = attention(
+            q, k, v, layout="NHD", scale=0.11, causal="bottom_right" if causal else None,
+            window=tuple(None if limit < 0 else limit for limit in window),
+        )  # fmt: skip
+        assert_close(out, wanted, TOLERANCE["fp8"])
+        assert_lse_close(lse, wanted_lse)
+    with pytest.raises(NotImplementedError, match="return_softmax: value is True"):
+        function(q, k, v, dropout_p=0.0, softmax_scale=None, causal=causal, return_softmax=True)
+
+
 def test_signatures_are_the_original_s():
     """Positions and defaults of SageAttention 2.2; what is ours comes after."""
     originals = {
@@ -130,6 +166,64 @@ def test_block_sparse(device):
     assert_close(call(attention_sink=True), attention(q, k, v, mask=visible)[0], TOLERANCE["fp8"])
     assert call(output_dtype=torch.bfloat16).dtype == torch.bfloat16
     assert not blocks[0, 0, 1].any(), "the caller's map was changed"
+
+
+@pytest.mark.parametrize("layout", ["HND", "NHD"])
+def test_a_map_of_hopper_s_blocks(layout):
+    q, k, v = qkv(1, 4, 2, 300, 260, 64, dtype=torch.float16, layout=layout)
+    blocks = (random(1, 4, 5, 3, seed=12) > 0).to(torch.int8)
+    visible = blocks.bool().repeat_interleave(64, 2).repeat_interleave(128, 3)[:, :, :300, :260]
+    call = partial(spas_sage_attn.block_sparse_sage2_attn_cuda, q, k, v, tensor_layout=layout)
+    out, lse, sparsity = call(blocks, return_lse=True, return_sparsity=True)
+    wanted, wanted_lse = attention(q, k, v, mask=visible, layout=layout)
+    assert_close(out, wanted, TOLERANCE["fp8"])
+    assert_lse_close(lse, wanted_lse)
+    assert sparsity == pytest.approx(1 - blocks.sum().item() / blocks.numel())
+    causal = attention(q, k, v, mask=visible, layout=layout, causal="bottom_right")[0]
+    assert_close(call(blocks, causal=True), causal, TOLERANCE["fp8"])
+    for shape in ((1, 4, 3, 3), (1, 4, 5, 5)):
+        with pytest.raises(
+            ValueError, match=r"mask_id: shape is .*, expected \[batch, heads, 3, 5\] \(blocks of 128 x 64\) or"
+        ):
+            call(torch.ones(shape, dtype=torch.int8))
+
+
+def test_maps_of_other_libraries_types_and_devices():
+    q = random(1, 2, 70, 64, seed=0).numpy()
+    blocks = numpy.ones((1, 2, 1, 2), dtype=bool)
+    assert spas_sage_attn.block_sparse_sage2_attn_cuda(q, q, q, blocks, output_dtype="float16").dtype == numpy.float16
+    with pytest.raises(TypeError, match="mask_id: type is list, expected a tensor"):
+        spas_sage_attn.block_sparse_sage2_attn_cuda(q, q, q, [[1, 1]])
+    x = torch.from_numpy(q)
+    with pytest.raises(ValueError, match="mask_id: device is meta, expected cpu, as q"):
+        spas_sage_attn.block_sparse_sage2_attn_cuda(x, x, x, torch.ones(1, 2, 1, 2, device="meta"))
+
+
+def test_a_map_that_fits_both_ways_is_read_by_architecture(device):
+    """64 queries and 64 keys: [1, 1] either way."""
+    from spas_sage_attn import _block_sizes
+
+    x = random(1, 2, 64, 64, seed=0, dtype=torch.float16, device=device)
+    hopper = device == "cuda" and torch.cuda.get_device_capability()[0] == 9
+    assert _block_sizes(x, x, torch.ones(1, 2, 1, 1), "HND") == ((64, 128) if hopper else (128, 64))
+
+
+def test_the_names_that_programs_look_for_in_spargeattn():
+    """yunchang and xfuser import them to find out whether it is there."""
+    from spas_sage_attn.autotune import (
+        SparseAttentionMeansim,
+        extract_sparse_attention_state_dict,
+        load_sparse_attention_state_dict,
+    )
+
+    assert not isinstance(torch.nn.Identity(), SparseAttentionMeansim)
+    for use in (
+        lambda: SparseAttentionMeansim(l1=0.07, pv_l1=0.08, tune_pv=True),
+        lambda: extract_sparse_attention_state_dict(torch.nn.Identity(), verbose=True),
+        lambda: load_sparse_attention_state_dict(torch.nn.Identity(), {}, multigpu=False),
+    ):
+        with pytest.raises(NotImplementedError, match="prediction of blocks from Q and K, .*, is not built yet"):
+            use()
 
 
 def test_vllm_omni_sparge_says_what_is_missing(device):

@@ -81,7 +81,7 @@ def test_export(device, function):
 def test_fake_and_real_outputs_agree(device):
     dtype = dtype_of(device)
     q, k, v = qkv(2, 4, 2, 40, 50, 64, layout="NHD", dtype=dtype, device=device)
-    request = Request(tensor_layout="NHD", causal="bottom_right")
+    request = Request(tensor_layout="NHD", is_causal=True)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     for operator in (_torch._dense_op, _torch._dense_lse_op):
         torch.library.opcheck(operator, (q, k, v, None, None, 0, 0, *request), test_utils=checks)

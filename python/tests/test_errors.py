@@ -48,11 +48,6 @@ X = random(1, 4, 70, 64, seed=0)
             "dropout_p: value is 0.1, expected None or 0: .* does not compute it",
             lambda f: f(X, X, X, dropout_p=0.1),
         ),
-        (
-            NotImplementedError,
-            r"window_size: value is \(5, 5\), expected None",
-            lambda f: f(X, X, X, window_size=(5, 5)),
-        ),
         (NotImplementedError, "alibi_slopes: value is Tensor, expected None", lambda f: f(X, X, X, alibi_slopes=X)),
         (TypeError, "k: type is list, expected torch.Tensor, as q", lambda f: f(X, [1], X)),
         (TypeError, "q: type is list, expected a tensor of torch, numpy, CuPy, JAX", lambda f: f([1], X, X)),
@@ -99,7 +94,7 @@ def test_harmless_keywords_are_ignored():
     wanted = sageattention.sageattn(X, X, X)
     found = sageattention.sageattn(
         X, X, X, dropout_p=0.0, window_size=(-1, -1), softcap=0, deterministic=True, smooth_k=False,
-        pv_accum_dtype="fp32", enable_gqa=True, attn_mask=None,
+        pv_accum_dtype="fp32", enable_gqa=True, attn_mask=None, return_softmax=False, alibi_slopes=None, unheard_of=1,
     )  # fmt: skip
     assert torch.equal(found, wanted)
 

@@ -6,7 +6,7 @@ import pytest
 import sageattention
 import torch
 import torch.nn.functional as F
-from exact import TOLERANCE, assert_close, qkv, random, relative_l1
+from exact import TOLERANCE, assert_close, int8_scheme, qkv, random, relative_l1
 
 torch_sdpa = F.scaled_dot_product_attention
 
@@ -70,6 +70,8 @@ def test_what_is_left_to_torch(device, caplog):
         ("head_dim is above 256, or not the same", (q, k, v[..., :32]), {}),
         ("tensors are torch.float64", (q.double(), k.double(), v.double()), {}),
         ("scale is not a finite number above 0", (q, k, v), {"scale": -0.1}),
+        ("scale is not a finite number above 0", (q, k, v), {"scale": 1e-46}),
+        ("attn_mask does not broadcast to the scores", (q, k, v), {"attn_mask": torch.ones(20, 19, device=device) > 0}),
         ("batches or heads are broadcast", (q.expand(2, 4, 20, 64), k, v), {}),
         ("a tensor has no element", (q, k[:, :, :0], v[:, :, :0]), {}),
     ]
@@ -112,17 +114,12 @@ def test_autocast_casts_as_torch_does(device):
         wanted = torch_sdpa(q, k.bfloat16(), v)
     assert out.dtype == wanted.dtype == torch.bfloat16 and sageattention.counts().accelerated == 1
     close(out, wanted)
-    with torch.autocast(device, dtype=torch.bfloat16):
-        # Our own functions take what they are given.
-        with pytest.raises(TypeError, match="k: dtype is bf16, expected"):
-            sageattention.sageattn(q, k.bfloat16(), v)
 
 
 def test_patches_nest_and_name_schemes(device):
     q, k, v = qkv(1, 2, 2, 200, 200, 64, dtype=torch.float16, device=device)
     # By name: left open, so few keys are not quantised on every GPU.
-    int8 = "sage2-int8-fp16-per-warp" if device == "cuda" else "int8"
-    with sageattention.patched(int8):
+    with sageattention.patched(int8_scheme(device)):
         quantised = F.scaled_dot_product_attention(q, k, v)
         with sageattention.patched("full"):
             full = F.scaled_dot_product_attention(q, k, v)
@@ -145,3 +142,18 @@ def test_multi_head_attention_of_torch(device):
         found = layer(x, x, x, need_weights=False)[0]
     assert sageattention.counts().accelerated == 1
     assert relative_l1(found, wanted.double()) < 0.03
+
+
+def test_wrong_types_are_torch_s_errors():
+    q = random(1, 2, 20, 64, seed=0)
+    for arguments, options in [
+        ((None, q, q), {}),
+        ((q, q, [1]), {}),
+        ((q, q, q), {"attn_mask": [[True]]}),
+        ((q, q, q), {"scale": "half"}),
+    ]:
+        with pytest.raises(TypeError) as wanted:
+            torch_sdpa(*arguments, **options)
+        with sageattention.patched(), pytest.raises(TypeError) as found:
+            F.scaled_dot_product_attention(*arguments, **options)
+        assert str(found.value).splitlines()[0] == str(wanted.value).splitlines()[0]

@@ -1,9 +1,11 @@
 """Hugging Face transformers: attn_implementation="sage"."""
 
+import logging
+
 import pytest
 import sageattention
 import torch
-from exact import relative_l1
+from exact import TOLERANCE, attention, int8_scheme, qkv, relative_l1
 
 transformers = pytest.importorskip("transformers")
 
@@ -95,7 +97,107 @@ def test_bert_sees_both_ways(device):
     assert relative_l1(found, wanted.double()) < (0.02 if device == "cpu" else 0.04)
 
 
-def test_training_is_refused():
-    sage = llama("sage", "cpu", torch.float32)
-    with torch.enable_grad(), pytest.raises(NotImplementedError, match="requires_grad is True"):
-        sage(torch.zeros(1, 10, dtype=torch.long))
+def gpt_oss(implementation, device, dtype):
+    config = transformers.GptOssConfig(
+        vocab_size=500, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, sliding_window=20, num_local_experts=2, num_experts_per_tok=1,
+        layer_types=["sliding_attention", "full_attention"], attn_implementation=implementation,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.GptOssForCausalLM(config).to(device=device, dtype=dtype).eval()
+
+
+def deepseek(implementation, device, dtype):
+    config = transformers.DeepseekV3Config(
+        vocab_size=500, hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, n_routed_experts=4, n_group=2, topk_group=1, num_experts_per_tok=2,
+        q_lora_rank=32, kv_lora_rank=32, qk_rope_head_dim=16, qk_nope_head_dim=32, v_head_dim=32, first_k_dense_replace=2,
+        attn_implementation=implementation,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.DeepseekV3ForCausalLM(config).to(device=device, dtype=dtype).eval()
+
+
+def wide(implementation, device, dtype):
+    config = transformers.LlamaConfig(
+        vocab_size=500, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=512, attn_implementation=implementation,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config).to(device=device, dtype=dtype).eval()
+
+
+SINKS = "attention sinks (s_aux) are not computed"
+WIDTHS = "head_dim is above 256, or not the same for query, key and value"
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    ("build", "other", "reason"),
+    [(gpt_oss, "eager", SINKS), (deepseek, "sdpa", WIDTHS), (wide, "sdpa", WIDTHS)],
+    ids=["gpt_oss", "deepseek", "wide"],
+)
+def test_what_is_not_computed_here_is_left_to_transformers(device, build, other, reason, padded, caplog):
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    theirs, sage = build(other, device, dtype), build("sage", device, dtype)
+    sage.load_state_dict(theirs.state_dict())
+    ids = torch.randint(0, 500, (2, 50), generator=torch.Generator().manual_seed(6)).to(device)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, :20] = 0
+    sageattention.counts(reset=True)
+    with caplog.at_level(logging.WARNING, "sageattention"):
+        wanted, found = (model(ids, attention_mask=mask).logits[mask.bool()] for model in (theirs, sage))
+    assert relative_l1(found, wanted.double()) < (1e-5 if device == "cpu" else 0.02)
+    assert sageattention.counts() == (0, {reason: 2})
+    lines = [record.getMessage() for record in caplog.records if record.name == "sageattention"]
+    assert lines == [f"transformers' attention is left to torch: {reason}"]
+    with sageattention.patched():
+        sage(ids, attention_mask=mask)
+    assert sageattention.counts().fallbacks == {reason: 4}, "each call counts once under patch() too"
+
+
+def test_training_is_left_to_transformers():
+    sdpa, sage = pair("cpu")
+    ids = torch.randint(0, 500, (1, 40), generator=torch.Generator().manual_seed(7))
+    sageattention.counts(reset=True)
+    with torch.enable_grad():
+        for model in (sdpa, sage):
+            model.train()
+            model(ids, labels=ids).loss.backward()
+    for x, y in zip(sdpa.parameters(), sage.parameters()):
+        assert torch.equal(x.grad, y.grad)
+    assert sageattention.counts() == (0, {"a tensor requires its gradient, and there is no backward pass yet": 3})
+
+
+def forward(q, k, v, mask=None, **options):
+    from sageattention._transformers import attention_forward
+
+    module = torch.nn.Module()
+    module.num_key_value_groups = q.shape[1] // k.shape[1]
+    return attention_forward(module, q, k, v, mask, **options)[0].transpose(1, 2)
+
+
+def test_dropout_and_negative_scales(device):
+    q, k, v = qkv(1, 4, 2, 50, 50, 64, dtype=torch.bfloat16, device=device)
+    sageattention.counts(reset=True)
+    found = forward(q, k, v, scaling=-0.1)
+    assert relative_l1(found, attention(q, k, v, scale=-0.1, causal="top_left")[0]) < TOLERANCE["fp16"]
+    dropped = forward(q, k, v, dropout=0.9)
+    assert relative_l1(dropped, attention(q, k, v, causal="top_left")[0]) > 0.3
+    assert sageattention.counts() == (1, {"dropout_p is above 0": 1})
+    with pytest.raises(NotImplementedError, match="has no eager_attention_forward"):
+        forward(q, k, v, dropout=0.1, softcap=5.0)
+
+
+def test_a_name_may_have_a_scheme(device):
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    sageattention.register_transformers("sage_full", scheme="full")
+    sageattention.register_transformers("sage_int8", scheme=int8_scheme(device))
+    sdpa, full, int8 = (llama(name, device, dtype) for name in ("sdpa", "sage_full", "sage_int8"))
+    ids = torch.randint(0, 500, (1, 100), generator=torch.Generator().manual_seed(8)).to(device)
+    wanted, precise, quantised = (model(ids).logits for model in (sdpa, full, int8))
+    assert not torch.equal(precise, quantised)
+    assert relative_l1(precise, wanted.double()) < (1e-5 if device == "cpu" else 0.02)
+    with pytest.raises(ValueError, match="scheme: value is sage9, expected one of full, int8"):
+        sageattention.register_transformers("sage", scheme="sage9")

@@ -9,10 +9,13 @@ accelerate a model without touching it:
 
     sageattention.patch()                      # torch.nn.functional.scaled_dot_product_attention
     sageattention.register_transformers()      # attn_implementation="sage"
+    sageattention.counts()                     # what was computed here, what was left to torch and why
 
-diffusers finds its `sage*` backends by itself. Importing this package imports no framework.
+diffusers finds its `sage*` backends by itself, but `patch` reaches more of its models: those that call torch's function
+themselves, and those that have masks. Importing this package imports no framework.
 """
 
+from sageattention._tally import Counts
 from sageattention.core import (
     sageattn,
     sageattn_qk_int8_pv_fp8_cuda,
@@ -21,7 +24,7 @@ from sageattention.core import (
     sageattn_qk_int8_pv_fp16_triton,
     sageattn_varlen,
 )
-from sageattention.plug_in import Counts, counts, patch, patched, register_transformers, unpatch
+from sageattention.plug_in import counts, patch, patched, register_transformers, unpatch
 
 __version__ = "3.0.0"
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple, Optional
 
-from sageattention import _native
+from sageattention import _native, _values
 from sageattention._request import Request, native_options
 
 # Codes of the DLPack specification.
@@ -56,32 +56,51 @@ def varlen(
     v: Any,
     cu_seqlens_q: Any,
     cu_seqlens_k: Any,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    max_seqlen_q: Optional[int],
+    max_seqlen_k: Optional[int],
     request: Request,
     return_lse: bool,
 ) -> Any:
     """See `_frameworks.varlen`."""
-    library = _library_of(q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    library = _library_of(q, k=k, v=v)
     if library.name not in ("numpy", "cupy"):
         raise NotImplementedError(f"cu_seqlens of {library.name} is not supported: use numpy, CuPy or torch")
+    cu_seqlens_q, cu_seqlens_k = (
+        sys.modules[library.name].asarray(_values.boundaries(name, given), dtype="int64")
+        if isinstance(given, (list, tuple))
+        else given
+        for name, given in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k))
+    )
+    _library_of(q, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     boundaries = []
     for name, given in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if given.dtype.name not in ("int32", "int64"):
             raise TypeError(f"{name}: dtype is {given.dtype.name}, expected int32 or int64")
         if given.ndim != 1 or given.size == 0:
             raise ValueError(f"{name}: shape is {list(given.shape)}, expected [batch + 1]")
+        if library.name == "numpy" and given.dtype.name == "int64" and (abs(given) >= 2**31).any():
+            raise ValueError(f"{name}: value is {abs(given).max()}, expected at most {2**31 - 1}: int32")
         compact = library.empty(given, given.shape, "int32")
-        compact[...] = given
+        # On a GPU they are not looked at, but cut off rather than taken modulo 2**32.
+        compact[...] = given.clip(1 - 2**31, 2**31 - 1)
         boundaries.append(compact)
     if boundaries[0].size != boundaries[1].size:
         raise ValueError(
             f"cu_seqlens_k: shape is {list(cu_seqlens_k.shape)}, expected {list(cu_seqlens_q.shape)}, as cu_seqlens_q"
         )
+    if max_seqlen_q is None:
+        max_seqlen_q = _longest(boundaries[0])
+    if max_seqlen_k is None:
+        max_seqlen_k = _longest(boundaries[1])
     addresses = [library.raw("cu_seqlens", compact)[0] for compact in boundaries]
     packed = (*addresses, boundaries[0].size - 1, max_seqlen_q, max_seqlen_k)
     lse_shape = (q.shape[1], q.shape[0]) if len(q.shape) == 3 else ()
     return _forward(library, q, k, v, request, lse_shape if return_lse else None, packed=packed)
+
+
+def _longest(boundaries: Any) -> int:
+    """The longest sequence; a GPU is waited for."""
+    return max(0, int((boundaries[1:] - boundaries[:-1]).max())) if boundaries.size > 1 else 0
 
 
 def _forward(
@@ -105,6 +124,7 @@ def _forward(
 
 def _library_of(q: Any, **others: Any) -> _Library:
     root = _root(q)
+    _check_plain("q", q)
     if root == "numpy" and hasattr(q, "__array_interface__"):
         library = _NUMPY
     elif root == "cupy":
@@ -117,9 +137,23 @@ def _library_of(q: Any, **others: Any) -> _Library:
             "__dlpack__ and __array_namespace__"
         )
     for name, array in others.items():
-        if array is not None and _root(array) != root:
+        if array is None:
+            continue
+        _check_plain(name, array)
+        if _root(array) != root:
             raise TypeError(f"{name}: type is {type(array).__name__}, expected an array of {root}, as q")
     return library
+
+
+def _check_plain(name: str, array: Any) -> None:
+    """Refuses what looks like an array and has no numbers, or numbers that do not count."""
+    jax, numpy = sys.modules.get("jax"), sys.modules.get("numpy")
+    if jax is not None and isinstance(array, jax.core.Tracer):
+        raise NotImplementedError(
+            f"{name}: traced by JAX (jit, grad, jvp, vmap), expected an array with values: call it outside"
+        )
+    if numpy is not None and isinstance(array, numpy.ma.MaskedArray):
+        raise TypeError(f"{name}: type is MaskedArray, expected a plain array: hidden keys are attn_mask's to say")
 
 
 def _root(array: Any) -> str:

@@ -14,6 +14,13 @@ def is_torch(x: Any) -> bool:
     return torch is not None and isinstance(x, torch.Tensor)
 
 
+def has_capability_9(x: Any) -> bool:
+    """Whether a tensor lies on a GPU of compute capability 9, Hopper."""
+    if not is_torch(x) or x.device.type != "cuda":
+        return False
+    return sys.modules["torch"].cuda.get_device_capability(x.device)[0] == 9
+
+
 def dense(
     q: Any,
     k: Any,
@@ -40,8 +47,8 @@ def varlen(
     v: Any,
     cu_seqlens_q: Any,
     cu_seqlens_k: Any,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    max_seqlen_q: Optional[int],
+    max_seqlen_k: Optional[int],
     request: Request,
     *,
     return_lse: bool = False,

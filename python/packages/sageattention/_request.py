@@ -1,21 +1,20 @@
-"""What a call asks for beside its tensors, and which keywords may be ignored."""
+"""What a call asks for beside its tensors."""
 
 from __future__ import annotations
 
 import functools
-import logging
 from typing import Any, NamedTuple, Optional
 
-from sageattention import _native
-
-_log = logging.getLogger("sageattention")
+from sageattention import _native, _values
+from sageattention._keywords import shown
 
 
 class Request(NamedTuple):
-    """What a call asks for beside its tensors."""
+    """What a call asks for beside its tensors. An option is a field here, and one of `_native.Options`."""
 
     tensor_layout: str = "HND"
-    causal: Optional[str] = None
+    is_causal: bool = False
+    causal_alignment: str = "bottom_right"
     window_left: Optional[int] = None
     window_right: Optional[int] = None
     sm_scale: Optional[float] = None
@@ -28,71 +27,52 @@ class Request(NamedTuple):
 @functools.lru_cache(maxsize=1024)
 def native_options(request: Request) -> _native.Options:
     """The request as the Rust module takes it."""
-    fields = request._asdict()
-    window = (fields.pop("window_left"), fields.pop("window_right"))
-    return _native.Options(window=window, **fields)
+    return _native.Options(**request._asdict())
 
 
 def request(
-    tensor_layout: str,
-    is_causal: bool,
-    sm_scale: Optional[float],
+    tensor_layout: Any,
+    is_causal: Any,
+    sm_scale: Any,
     *,
-    causal_alignment: str = "bottom_right",
-    window: Optional[tuple[Optional[int], Optional[int]]] = None,
-    logit_softcap: Optional[float] = None,
-    scheme: Optional[str] = None,
+    causal_alignment: Any = "bottom_right",
+    window: Any = None,
+    logit_softcap: Any = None,
+    scheme: Any = None,
     nearest: bool = False,
-    smooth_k: bool = True,
+    smooth_k: Any = True,
 ) -> Request:
     """A request from the public functions' arguments."""
-    left, right = window if window is not None else (None, None)
+    if not isinstance(tensor_layout, str):
+        raise TypeError(
+            f"tensor_layout: value is {shown(tensor_layout)}, expected HND or NHD; this function does not have the "
+            "positions of torch's scaled_dot_product_attention, for which there is sageattention.patch()"
+        )
+    if causal_alignment not in ("bottom_right", "top_left"):
+        raise ValueError(f"causal_alignment: value is {shown(causal_alignment)}, expected bottom_right or top_left")
+    if scheme is not None and not isinstance(scheme, str):
+        raise TypeError(f"scheme: value is {shown(scheme)}, expected the name of a scheme, or None")
+    left, right = _values.window("window", window)
     return Request(
         tensor_layout=tensor_layout,
-        causal=causal_alignment if is_causal else None,
+        is_causal=_values.flag("is_causal", is_causal),
+        causal_alignment=causal_alignment,
         window_left=left,
         window_right=right,
-        sm_scale=None if sm_scale is None else float(sm_scale),
-        logit_softcap=logit_softcap,
+        sm_scale=_values.number("sm_scale", sm_scale),
+        logit_softcap=_values.softcap("logit_softcap", logit_softcap),
         scheme=scheme,
         nearest=nearest,
-        smooth_k=smooth_k,
+        smooth_k=_values.flag("smooth_k", smooth_k),
     )
 
 
-# Keywords of the functions that ours stand in for, which would change the result, with the values that do not.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "alibi_slopes": (),
-    "attention_mask": (),
-    "attn_bias": (),
-    "bias": (),
-    "block_mask": (),
-    "dropout": (0,),
-    "dropout_p": (0,),
-    "key_padding_mask": (),
-    "mask": (),
-    "mask_id": (),
-    "q_descale": (),
-    "k_descale": (),
-    "v_descale": (),
-    "s_aux": (),
-    "scale": (),
-    "seqlens_k": (),
-    "sinks": (),
-    "softcap": (0,),
-    "softmax_scale": (),
-    "window_size": ((-1, -1), -1),
-}
+def check_scheme(scheme: Optional[str]) -> None:
+    """Refuses a name that no scheme has.
 
-
-def check_ignored(function: str, keywords: dict[str, Any]) -> None:
-    """Lets keywords pass that change nothing; refuses those that would be silently dropped."""
-    for name, value in keywords.items():
-        if name not in _NEUTRAL or value is None:
-            continue
-        neutral = _NEUTRAL[name]
-        if isinstance(value, (bool, int, float, tuple)) and value in neutral:
-            continue
-        wanted = " or ".join(str(value) for value in (None, *neutral))
-        found = value if isinstance(value, (bool, int, float, str, tuple)) else type(value).__name__
-        raise NotImplementedError(f"{name}: value is {found}, expected {wanted}: {function} does not compute it")
+    Raises:
+        ValueError: if there is no such scheme.
+    """
+    names = [name for name, _ in _native.schemes()]
+    if scheme is not None and scheme not in names:
+        raise ValueError(f"scheme: value is {shown(scheme)}, expected one of {', '.join(names)}")

@@ -2,47 +2,63 @@
 
 from __future__ import annotations
 
-import logging
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
-from sageattention import _native, _torch
-from sageattention._request import Request
-from sageattention.plug_in import tally
+from sageattention import _flops, _torch
+from sageattention._fallback import fell_back, why_not
+from sageattention._request import Request, check_scheme
+from sageattention._torch_inputs import autocast
 
-_log = logging.getLogger("sageattention")
-
+_NAME = "scaled_dot_product_attention"
+# Before, torch.compile cannot ask for them.
+_MODES_ARE_TRACED = _torch.version_is_at_least(2, 6)
 _torch_sdpa = F.scaled_dot_product_attention
 _scheme: Optional[str] = None
+# Whether torch's multi-head attention took its fast path before; None while torch's function is in place.
+_fast_path_before: Optional[bool] = None
+
+
+class State(NamedTuple):
+    """What is in place."""
+
+    function: Any
+    scheme: Optional[str]
+    fast_path_before: Optional[bool]
+    fast_path: bool
 
 
 def patch(scheme: Optional[str]) -> None:
     """See `plug_in.patch`."""
-    global _scheme
-    names = [name for name, _ in _native.schemes()]
-    if scheme is not None and scheme not in names:
-        raise ValueError(f"scheme: value is {scheme}, expected one of {', '.join(names)}")
+    global _scheme, _fast_path_before
+    check_scheme(scheme)
     _scheme = scheme
+    if _fast_path_before is None:
+        _fast_path_before = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
     F.scaled_dot_product_attention = scaled_dot_product_attention
 
 
 def unpatch() -> None:
     """See `plug_in.unpatch`."""
-    restore((_torch_sdpa, None))
+    if _fast_path_before is not None:
+        restore(State(_torch_sdpa, None, None, _fast_path_before))
 
 
-def state() -> tuple[Any, Optional[str]]:
+def state() -> State:
     """What is in place."""
-    return (F.scaled_dot_product_attention, _scheme)
+    return State(F.scaled_dot_product_attention, _scheme, _fast_path_before, torch.backends.mha.get_fastpath_enabled())
 
 
-def restore(before: tuple[Any, Optional[str]]) -> None:
+def restore(before: State) -> None:
     """Puts back what was in place."""
-    global _scheme
-    F.scaled_dot_product_attention, _scheme = before
+    global _scheme, _fast_path_before
+    F.scaled_dot_product_attention, _scheme, _fast_path_before, fast_path = before
+    torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
 def scaled_dot_product_attention(
@@ -56,18 +72,38 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """torch's function, computed in 8 bits where that is possible; see `sageattention.patch`."""
-    reason = _why_not(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    tensors = (query, key, value, attn_mask)
+    options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
+    if enable_gqa:
+        # torch 2.4 does not have it.
+        options["enable_gqa"] = enable_gqa
+    reason = None
+    if has_torch_function(tensors) or _a_traced_mode_is_on():
+        # As torch's functions begin: subclasses and modes see the call first, by the name that they look it up by.
+        # Nested tensors know torch's own function, and while that is in place it is the one to call.
+        if any(isinstance(tensor, Tensor) and tensor.is_nested for tensor in (query, key, value)):
+            reason = "a tensor is not strided"
+        elif F.scaled_dot_product_attention is not scaled_dot_product_attention:
+            reason = "torch's function is in place"
+        else:
+            relevant = tuple(tensor for tensor in tensors if tensor is not None)
+            return handle_torch_function(
+                scaled_dot_product_attention, relevant, query, key, value, attn_mask=attn_mask, **options
+            )
+    elif not all(isinstance(tensor, Tensor) for tensor in (query, key, value)) or (
+        attn_mask is not None and not isinstance(attn_mask, Tensor)
+    ):
+        # torch says what is wrong with them.
+        return _torch_sdpa(query, key, value, attn_mask=attn_mask, **options)
+    if reason is None and _backends_are_selected():
+        reason = "backends of torch's own are selected (sdpa_kernel, or torch.backends.cuda.enable_..._sdp)"
+    reason = reason or why_not(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if reason is not None:
-        _fell_back(reason)
-        return _torch_sdpa(
-            query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
-            enable_gqa=enable_gqa,
-        )  # fmt: skip
-    dtype = _autocast_dtype(query)
-    if dtype is not None:
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        if attn_mask is not None and attn_mask.is_floating_point():
-            attn_mask = attn_mask.to(dtype)
+        fell_back(_NAME, reason)
+        return _torch_sdpa(query, key, value, attn_mask=attn_mask, **options)
+    query, key, value, attn_mask = autocast(query, key, value, attn_mask)
+    if scale is not None and not isinstance(scale, (float, torch.SymFloat)):
+        scale = float(scale)
     if query.ndim == 3:
         if attn_mask is not None and attn_mask.ndim == 3:
             attn_mask = attn_mask.unsqueeze(1)
@@ -76,86 +112,51 @@ def scaled_dot_product_attention(
     return _sdpa_op(query, key, value, attn_mask, is_causal, scale, _scheme)
 
 
-def _why_not(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> Optional[str]:
-    """Why torch must compute a call, in words that are the same for all such calls."""
-    if dropout_p > 0.0:
-        return "dropout_p is above 0"
-    tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return "a tensor requires its gradient, and there is no backward pass yet"
-    if not torch.compiler.is_compiling() and any(
-        type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors
-    ):
-        return "a tensor is of a subclass of torch.Tensor"
-    if any(tensor.layout is not torch.strided for tensor in tensors):
-        return "a tensor is not strided"
-    device = query.device
-    if device.type not in ("cpu", "cuda") or torch.version.hip is not None:
-        return f"tensors are on {device.type}"
-    if any(tensor.device != device for tensor in tensors):
-        return "tensors are on several devices"
-    dtype = _autocast_dtype(query)
-    dtypes = (
-        (torch.float16, torch.bfloat16) if device.type == "cuda" else (torch.float16, torch.bfloat16, torch.float32)
-    )
-    if (dtype or query.dtype) not in dtypes:
-        return f"tensors are {query.dtype} on {device.type}"
-    if dtype is None and not query.dtype == key.dtype == value.dtype:
-        return "tensors are of several dtypes"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return "the GPU's compute capability is below 8.0"
-    if query.ndim not in (3, 4) or not query.ndim == key.ndim == value.ndim:
-        return "tensors have other than 3 or 4 dimensions"
-    if not 1 <= query.shape[-1] <= 256 or not query.shape[-1] == key.shape[-1] == value.shape[-1]:
-        return "head_dim is above 256, or not the same for query, key and value"
-    if key.shape != value.shape or query.shape[0] != key.shape[0]:
-        return "batches or heads are broadcast"
-    if query.ndim == 4 and query.shape[1] != key.shape[1]:
-        if not enable_gqa or key.shape[1] == 0 or query.shape[1] % key.shape[1] != 0:
-            return "heads are broadcast"
-    if query.numel() == 0 or key.numel() == 0:
-        return "a tensor has no element"
-    if scale is not None and not 0.0 < scale < float("inf"):
-        return "scale is not a finite number above 0"
-    if attn_mask is not None:
-        if is_causal:
-            return "attn_mask comes with is_causal"
-        if attn_mask.dtype not in (torch.bool, torch.float16, torch.bfloat16, torch.float32):
-            return f"attn_mask is {attn_mask.dtype}"
-        if attn_mask.ndim > query.ndim or attn_mask.ndim < 2:
-            return "attn_mask has other than 2 to 4 dimensions"
-    return None
-
-
-def _autocast_dtype(query: Tensor) -> Optional[torch.dtype]:
-    """The dtype that autocast casts to, if it is on: torch's function is on its list."""
-    kind = query.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+def _a_traced_mode_is_on() -> bool:
+    """Whether a `TorchFunctionMode` is on, which has_torch_function does not see while a graph is compiled."""
+    return _MODES_ARE_TRACED and torch._C._is_torch_function_mode_enabled()
 
 
 @torch.compiler.assume_constant_result
-def _fell_back(reason: str) -> None:
-    # Under torch.compile this runs once, while compiling.
-    if tally.fell_back(reason):
-        _log.warning("scaled_dot_product_attention is left to torch: %s", reason)
+def _backends_are_selected() -> bool:
+    """Whether the user has switched some of torch's kernels off. cuDNN's does not count: it is off on many machines."""
+    # Under torch.compile this is asked while compiling, as torch asks for its own function.
+    backends = torch.backends.cuda
+    return not (backends.flash_sdp_enabled() and backends.mem_efficient_sdp_enabled() and backends.math_sdp_enabled())
 
 
 def _sdpa(query, key, value, attn_mask, is_causal, scale, scheme):
-    tally.accelerated()
-    out = torch.empty_like(query)
-    request = Request(causal="top_left" if is_causal else None, sm_scale=scale, scheme=scheme)
+    out = _out_as(query)
+    request = Request(is_causal=is_causal, causal_alignment="top_left", sm_scale=scale, scheme=scheme)
     _torch.forward(query, key, value, out, request, attn_mask=attn_mask)
     return out
 
 
-def _sdpa_fake(query, *_):
+def _out_as(query, *_):
     # As q's heads lie in memory: for `[batch, seq, heads, head_dim]` seen as heads first, joining heads copies nothing.
-    return torch.empty_like(query)
+    out = torch.empty_like(query)
+    if out.stride(-1) == 1:
+        return out
+    # Where q's channels are no neighbours, the output's are all the same.
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
 
 
 _sdpa_op = _torch.define_operator(
     "sdpa",
     "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, float? scale, str? scheme) -> Tensor",
     _sdpa,
-    _sdpa_fake,
+    _out_as,
 )
+
+
+def _script_as_torch() -> None:
+    """torch.jit.script compiles what it finds in Python; in the stand-in's place it takes torch's own operator."""
+    try:
+        from torch.jit._builtins import _register_builtin
+    except ImportError:
+        return
+    _register_builtin(scaled_dot_product_attention, "aten::scaled_dot_product_attention")
+
+
+_script_as_torch()
+_flops.register_sdpa()

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import typing
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
-from sageattention import _native
+from sageattention import _flops, _native, _values
 from sageattention._request import Request, native_options
+from sageattention._tally import tally
+from sageattention._torch_inputs import autocast, check_tensors, plain_mask, refuse_derivatives
 
 _OLDEST = (2, 4)
-if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _OLDEST:
+
+
+def version_is_at_least(*wanted: int) -> bool:
+    """Whether torch is of a version (major, minor), or later."""
+    return tuple(int(part) for part in torch.__version__.split(".")[:2]) >= wanted
+
+
+if not version_is_at_least(*_OLDEST):
     raise ImportError(f"torch: version is {torch.__version__}, expected {_OLDEST[0]}.{_OLDEST[1]} or later")
 
 _DTYPES = {
@@ -21,15 +31,23 @@ _DTYPES = {
     torch.bool: "bool",
 }
 
-_OPTIONS = (
-    "str tensor_layout, str? causal, int? window_left, int? window_right, float? sm_scale, float? logit_softcap, "
-    "str? scheme, bool nearest, bool smooth_k"
-)
+_SCHEMA_TYPES = {
+    str: "str",
+    bool: "bool",
+    Optional[str]: "str?",
+    Optional[int]: "int?",
+    Optional[float]: "float?",
+}
+# The fields of a request, as arguments of an operator.
+_OPTIONS = ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in typing.get_type_hints(Request).items())
 _DENSE = f"Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? block_mask, int block_q, int block_k, {_OPTIONS}"
 _VARLEN = (
     "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
     f"SymInt max_seqlen_k, {_OPTIONS}"
 )
+
+# What kernels read is int32.
+_LARGEST_BOUNDARY = 2**31 - 1
 
 # The registrations live as long as this object.
 _LIBRARY = torch.library.Library("sageattention", "DEF")
@@ -55,8 +73,10 @@ def dense(
 ) -> Any:
     """See `_frameworks.dense`."""
     blocks, block_q, block_k = block_mask if block_mask is not None else (None, 0, 0)
-    check_devices(q, k=k, v=v, attn_mask=attn_mask, block_mask=blocks)
-    refuse_gradients(q=q, k=k, v=v, attn_mask=attn_mask)
+    attn_mask = plain_mask(attn_mask, q.device)
+    check_tensors(q, k=k, v=v, attn_mask=attn_mask, block_mask=blocks)
+    refuse_derivatives(q=q, k=k, v=v, attn_mask=attn_mask)
+    q, k, v, attn_mask = autocast(q, k, v, attn_mask)
     operator = _dense_lse_op if return_lse else _dense_op
     return operator(q, k, v, attn_mask, blocks, block_q, block_k, *request)
 
@@ -65,43 +85,43 @@ def varlen(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    max_seqlen_q: Optional[int],
+    max_seqlen_k: Optional[int],
     request: Request,
     return_lse: bool,
 ) -> Any:
     """See `_frameworks.varlen`."""
-    check_devices(q, k=k, v=v)
-    refuse_gradients(q=q, k=k, v=v)
+    check_tensors(q, k=k, v=v)
+    refuse_derivatives(q=q, k=k, v=v)
+    q, k, v = autocast(q, k, v)
+    cu_seqlens_q, cu_seqlens_k = _listed("cu_seqlens_q", cu_seqlens_q, q), _listed("cu_seqlens_k", cu_seqlens_k, q)
+    if max_seqlen_q is None:
+        max_seqlen_q = _longest(cu_seqlens_q, q)
+    if max_seqlen_k is None:
+        max_seqlen_k = _longest(cu_seqlens_k, k)
     operator = _varlen_lse_op if return_lse else _varlen_op
     return operator(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *request)
 
 
-def check_devices(q: Tensor, **others: Optional[Tensor]) -> None:
-    """Refuses devices that nothing here computes on, and tensors that are not where q is."""
-    if q.device.type not in ("cpu", "cuda", "meta"):
-        raise NotImplementedError(f"q: device is {q.device}, expected cpu or cuda")
-    for name, tensor in others.items():
-        if tensor is None:
-            continue
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name}: type is {type(tensor).__name__}, expected torch.Tensor, as q")
-        if tensor.device != q.device:
-            raise ValueError(f"{name}: device is {tensor.device}, expected {q.device}, as q")
+def _listed(name: str, cu_seqlens: Any, q: Tensor) -> Tensor:
+    """Boundaries as a tensor; a list of them is one."""
+    if isinstance(cu_seqlens, (list, tuple)):
+        return torch.tensor(_values.boundaries(name, cu_seqlens), dtype=torch.int64, device=q.device)
+    if not isinstance(cu_seqlens, torch.Tensor):
+        raise TypeError(f"{name}: type is {type(cu_seqlens).__name__}, expected torch.Tensor or a list of integers")
+    return cu_seqlens
 
 
-def refuse_gradients(**tensors: Optional[Tensor]) -> None:
-    """There is no backward pass yet, and a gradient that is silently missing would be worse than none."""
-    if not torch.is_grad_enabled():
-        return
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.requires_grad:
-            raise NotImplementedError(
-                f"{name}: requires_grad is True, expected False: there is no backward pass yet; "
-                "call under torch.no_grad() or torch.inference_mode()"
-            )
+def _longest(cu_seqlens: Tensor, packed: Tensor) -> int:
+    """The longest sequence; where that would stop a graph, or is not needed, all rows, which no sequence exceeds."""
+    rows = packed.shape[0]
+    if torch.compiler.is_compiling() or packed.device.type != "cuda" or cu_seqlens.numel() < 2:
+        return rows
+    if torch.cuda.is_current_stream_capturing():
+        return rows
+    return min(rows, max(0, int(cu_seqlens.diff().max())))
 
 
 def forward(
@@ -137,6 +157,7 @@ def forward(
         packed=packed,
         stream=_current_stream(q.device),
     )
+    tally.accelerated()
 
 
 def _with_neighbouring_channels(tensor: Tensor) -> Tensor:
@@ -151,6 +172,15 @@ def _boundaries(name: str, cu_seqlens: Tensor, q: Tensor) -> Tensor:
         raise TypeError(f"{name}: dtype is {_name(cu_seqlens.dtype)}, expected int32 or int64")
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() == 0:
         raise ValueError(f"{name}: shape is {list(cu_seqlens.shape)}, expected [batch + 1]")
+    if cu_seqlens.dtype == torch.int64 and cu_seqlens.device.type == "cpu":
+        wide = (cu_seqlens.abs() > _LARGEST_BOUNDARY).nonzero().flatten().tolist()
+        if wide:
+            raise ValueError(
+                f"{name}[{wide[0]}]: value is {cu_seqlens[wide[0]]}, expected at most {_LARGEST_BOUNDARY}: int32"
+            )
+    elif cu_seqlens.dtype == torch.int64:
+        # Not looked at, but cut off rather than taken modulo 2**32.
+        cu_seqlens = cu_seqlens.clamp(-_LARGEST_BOUNDARY, _LARGEST_BOUNDARY)
     return cu_seqlens.to(device=q.device, dtype=torch.int32).contiguous()
 
 
@@ -229,3 +259,6 @@ _dense_op = define_operator("dense", f"({_DENSE}) -> Tensor", _dense, _out_like)
 _dense_lse_op = define_operator("dense_lse", f"({_DENSE}) -> (Tensor, Tensor)", _dense_lse, _dense_lse_fake)
 _varlen_op = define_operator("varlen", f"({_VARLEN}) -> Tensor", _varlen, _out_like)
 _varlen_lse_op = define_operator("varlen_lse", f"({_VARLEN}) -> (Tensor, Tensor)", _varlen_lse, _varlen_lse_fake)
+
+# Their seventh argument is the first of the request's, `tensor_layout`.
+_flops.register(layout_position=7)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from typing import Any, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from sageattention._request import request
+from sageattention._fallback import fell_back, why_not
+from sageattention._request import check_scheme, request
 from sageattention._torch import dense
 
 
-def register(name: str) -> None:
+def register(name: str, scheme: Optional[str]) -> None:
     """See `plug_in.register_transformers`."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-    AttentionInterface.register(name, attention_forward)
+    check_scheme(scheme)
+    AttentionInterface.register(name, functools.partial(attention_forward, scheme=scheme))
     # Boolean masks, left out where a causal mask or none says the same.
     AttentionMaskInterface.register(name, sdpa_mask)
 
@@ -33,18 +38,33 @@ def attention_forward(
     position_bias: Optional[Tensor] = None,
     softcap: Optional[float] = None,
     s_aux: Optional[Tensor] = None,
+    *,
+    scheme: Optional[str] = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Any]:
     """Attention of `[batch, heads, seq, head_dim]`; the output is `[batch, seq, heads, head_dim]`."""
-    if dropout > 0.0:
-        raise NotImplementedError(f"dropout: value is {dropout}, expected 0: call model.eval()")
-    if s_aux is not None:
-        raise NotImplementedError("s_aux: attention sinks are not supported: use another attn_implementation")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     # A single query is the newest of its sequence, and sees all keys. A mask holds the causal one already.
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
-    if position_bias is not None:
-        attention_mask = _biased(position_bias, attention_mask)
+    mask = attention_mask if position_bias is None else _biased(position_bias, attention_mask)
+
+    if scaling is not None and scaling < 0.0:
+        # No kernel takes such a factor, and torch's for the CPU give NaN with a causal mask; q's sign costs nothing.
+        query, scaling = -query, -scaling
+
+    if s_aux is not None:
+        reason: Optional[str] = "attention sinks (s_aux) are not computed"
+    else:
+        # A bias goes on top of a causal mask here, so that only a mask of its own would be a reason.
+        reason = why_not(query, key, value, mask, dropout, False, scaling, enable_gqa=True)
+    if reason is not None:
+        options = dict(dropout=dropout, scaling=scaling, is_causal=is_causal, position_bias=position_bias)
+        if softcap is not None:
+            options["softcap"] = softcap
+        if s_aux is not None:
+            options["s_aux"] = s_aux
+        return _by_transformers(reason, module, query, key, value, attention_mask, causal, options, kwargs)
+
     asked = request(
         "NHD",
         causal,
@@ -52,9 +72,10 @@ def attention_forward(
         # transformers leaves its mask out where the first query sees the first key.
         causal_alignment="top_left",
         logit_softcap=softcap,
+        scheme=scheme,
     )
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    return dense(query, key, value, asked, attention_mask, None, False), None
+    return dense(query, key, value, asked, mask, None, False), None
 
 
 def _biased(position_bias: Tensor, attention_mask: Optional[Tensor]) -> Tensor:
@@ -63,3 +84,38 @@ def _biased(position_bias: Tensor, attention_mask: Optional[Tensor]) -> Tensor:
     if attention_mask.dtype == torch.bool:
         return torch.where(attention_mask, position_bias, float("-inf"))
     return position_bias + attention_mask
+
+
+def _by_transformers(
+    reason: str,
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Optional[Tensor],
+    causal: bool,
+    options: dict[str, Any],
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Any]:
+    """The call by transformers' own functions: "sdpa", or the model's "eager" for what SDPA has no argument for."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    # Under `patch` it is counted there.
+    if "s_aux" in options or "softcap" in options or F.scaled_dot_product_attention.__module__ != "sageattention._sdpa":
+        fell_back("transformers' attention", reason)
+    if "s_aux" not in options and "softcap" not in options:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options, **kwargs)
+
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if eager is None:
+        raise NotImplementedError(
+            f"attn_implementation: {reason}, and {type(module).__module__} has no eager_attention_forward: use another"
+        )
+    # It adds its mask, and has no other way to know that it is causal.
+    if attention_mask is None and causal:
+        rows, keys = query.shape[2], key.shape[2]
+        attention_mask = torch.ones(rows, keys, dtype=torch.bool, device=query.device).tril()[None, None]
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        hidden = torch.finfo(query.dtype).min
+        attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, hidden)
+    return eager(module, query, key, value, attention_mask, **options, **kwargs)

@@ -20,12 +20,23 @@ KV caches have it. A row that sees no key is zeros, with log-sum-exp -inf.
 **Masks** (`attn_mask`): bool (True: visible) or added to the scaled scores (float), broadcastable to
 `[batch, heads, q_len, kv_len]`, alone or on top of a causal mask.
 
-**GPUs**: work is put on the caller's current stream and not waited for. Under autocast nothing is cast: q, k and v
-are computed in the dtype that they have.
+**Windows and soft caps** (`window`, `logit_softcap`), dense and packed, alone or on top of the above. A window is
+(left, right): keys further before or after the diagonal are hidden. None or -1 is no limit, as in flash-attention; a
+single number is refused, because programs mean different things by it. A soft cap of 0 is none.
+
+**GPUs**: work is put on the caller's current stream and not waited for.
+
+**Autocast** (torch): q, k, v and an additive mask are cast as torch casts those of its own function, so that q and k
+in float32 after a normalisation go together with v in bfloat16. The output has autocast's dtype then.
 
 **Errors**: ValueError (shapes, strides, values), TypeError (dtypes), NotImplementedError (what no kernel here computes,
 gradients included), RuntimeError (the driver). Each names the tensor or option, the value found and the value wanted.
-Keywords that are unknown are ignored, unless they would change the result: then they raise NotImplementedError.
+Derivatives are not computed: tensors that require their gradient, or carry a tangent (`torch.func.jvp`), are refused.
+
+**Keywords**: callers' other names of an option are taken (`softmax_scale`, `scale` and `scaling` for `sm_scale`;
+`causal` for `is_causal`; `window_size` for `window`; `softcap` for `logit_softcap`); two names with different values
+are a TypeError. A keyword that would change the result and that nothing here computes (`dropout_p=0.1`, `alibi_slopes`,
+`out`, ...) raises NotImplementedError, a slip (`is_casual`) TypeError; hints to other kernels are ignored.
 
 **Without the kernel's GPU**: functions that name a GPU kernel compute on the CPU too, with a scheme that is at least as
 accurate: the same integers for Q and K, and values in float32 (for FP16) or in 12 bits with exact sums (for FP8). So do
@@ -37,10 +48,13 @@ from __future__ import annotations
 import warnings
 from typing import Any, Optional
 
+from sageattention import _values
 from sageattention._frameworks import dense, varlen
-from sageattention._request import check_ignored, request
+from sageattention._keywords import callers_keywords, shown
+from sageattention._request import request
 
 
+@callers_keywords
 def sageattn(
     q: Any,
     k: Any,
@@ -73,8 +87,8 @@ def sageattn(
             original ignores ComfyUI's `smooth_k=False` here, and so do we, because images come out worse with it.
         scheme: The name of a scheme, such as "full" or "sage2-int8-fp8-per-thread", in place of the device's choice.
         causal_alignment: "bottom_right" or "top_left": where the diagonal lies when q_len != kv_len.
-        window: (left, right): keys further before or after the diagonal are hidden; None is no limit.
-        logit_softcap: Scaled scores s become `softcap * tanh(s / softcap)`.
+        window: (left, right): keys further before or after the diagonal are hidden; None or -1 is no limit.
+        logit_softcap: Scaled scores s become `softcap * tanh(s / softcap)`; None or 0 leaves them.
 
     Returns:
         The output in q's shape and dtype; with `return_lse` a pair of it and float32 `[batch, heads, q_len]`.
@@ -84,7 +98,6 @@ def sageattn(
 
     Source: `sageattn` of SageAttention 2.2, https://arxiv.org/abs/2411.10958.
     """
-    check_ignored("sageattn", kwargs)
     asked = request(
         tensor_layout,
         is_causal,
@@ -93,25 +106,29 @@ def sageattn(
         window=window,
         logit_softcap=logit_softcap,
         scheme=scheme,
-        smooth_k=smoothing,
+        smooth_k=_values.flag("smoothing", smoothing),
     )
-    return dense(q, k, v, asked, attn_mask=attn_mask, return_lse=return_lse)
+    return dense(q, k, v, asked, attn_mask=attn_mask, return_lse=_values.flag("return_lse", return_lse))
 
 
+@callers_keywords
 def sageattn_varlen(
     q: Any,
     k: Any,
     v: Any,
     cu_seqlens_q: Any,
     cu_seqlens_k: Any,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    max_seqlen_q: Optional[int],
+    max_seqlen_k: Optional[int],
     is_causal: bool = False,
     sm_scale: Optional[float] = None,
     smooth_k: bool = True,
     *,
     return_lse: bool = False,
     scheme: Optional[str] = None,
+    causal_alignment: str = "bottom_right",
+    window: Optional[tuple[Optional[int], Optional[int]]] = None,
+    logit_softcap: Optional[float] = None,
     **kwargs: Any,
 ) -> Any:
     """Attention of packed sequences of different lengths.
@@ -121,14 +138,19 @@ def sageattn_varlen(
         k: `[total_k, kv_heads, head_dim]`, heads dividing q's.
         v: As k.
         cu_seqlens_q: int32 or int64 `[sequences + 1]`: sequence b is rows `cu_seqlens_q[b]` to `cu_seqlens_q[b + 1]`.
+            An array of q's library, or a list.
         cu_seqlens_k: Likewise for k and v.
         max_seqlen_q: The longest sequence of q, or more. On a GPU longer ones are cut off; the CPU looks for itself.
+            None finds it, for which a GPU is waited for; in graphs it is the number of rows.
         max_seqlen_k: Likewise for k and v.
-        is_causal: Whether a query sees no later key of its sequence; bottom-right.
+        is_causal: Whether a query sees no later key of its sequence.
         sm_scale: Factor on QKᵀ; `1 / sqrt(head_dim)` when None.
         smooth_k: Whether K's mean over each sequence (not over all, as in the original) is subtracted.
         return_lse: Ours: whether to return (out, float32 `[heads, total_q]`) as well.
         scheme: Ours: the name of a scheme, in place of the device's own choice.
+        causal_alignment: Ours: "bottom_right" or "top_left", where the diagonal of each sequence lies.
+        window: Ours: (left, right), as in `sageattn`, within each sequence.
+        logit_softcap: Ours: as in `sageattn`.
 
     Returns:
         `[total_q, heads, head_dim]`. On a GPU, rows that belong to no sequence are not written.
@@ -139,13 +161,23 @@ def sageattn_varlen(
 
     Source: `sageattn_varlen` of SageAttention 2.2.
     """
-    check_ignored("sageattn_varlen", {**kwargs, "attn_mask": None})
-    if kwargs.get("attn_mask") is not None:
-        raise NotImplementedError("attn_mask: expected None with cu_seqlens: an explicit mask needs dense tensors")
-    asked = request("HND", is_causal, sm_scale, scheme=scheme, smooth_k=smooth_k)
+    asked = request(
+        "HND",
+        is_causal,
+        sm_scale,
+        causal_alignment=causal_alignment,
+        window=window,
+        logit_softcap=logit_softcap,
+        scheme=scheme,
+        smooth_k=smooth_k,
+    )
+    max_seqlen_q = _values.length("max_seqlen_q", max_seqlen_q)
+    max_seqlen_k = _values.length("max_seqlen_k", max_seqlen_k)
+    return_lse = _values.flag("return_lse", return_lse)
     return varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, asked, return_lse=return_lse)
 
 
+@callers_keywords
 def sageattn_qk_int8_pv_fp16_triton(
     q: Any,
     k: Any,
@@ -157,6 +189,10 @@ def sageattn_qk_int8_pv_fp16_triton(
     sm_scale: Optional[float] = None,
     smooth_k: bool = True,
     return_lse: bool = False,
+    *,
+    causal_alignment: str = "bottom_right",
+    window: Optional[tuple[Optional[int], Optional[int]]] = None,
+    logit_softcap: Optional[float] = None,
     **kwargs: Any,
 ) -> Any:
     """SageAttention1: INT8 QKᵀ with a scale for each block, PV in FP16. No Triton is involved.
@@ -166,13 +202,23 @@ def sageattn_qk_int8_pv_fp16_triton(
 
     Source: the function of that name of SageAttention 2.2, https://arxiv.org/abs/2410.02367.
     """
-    check_ignored("sageattn_qk_int8_pv_fp16_triton", kwargs)
     schemes = {"triton": "sage1-int8-fp16", "cuda": "sage1-int8-fp16-cuda-quantiser"}
     scheme = _one_of("quantization_backend", quantization_backend, schemes)
-    asked = request(tensor_layout, is_causal, sm_scale, scheme=scheme, nearest=True, smooth_k=smooth_k)
-    return dense(q, k, v, asked, attn_mask=attn_mask, return_lse=return_lse)
+    asked = request(
+        tensor_layout,
+        is_causal,
+        sm_scale,
+        causal_alignment=causal_alignment,
+        window=window,
+        logit_softcap=logit_softcap,
+        scheme=scheme,
+        nearest=True,
+        smooth_k=smooth_k,
+    )
+    return dense(q, k, v, asked, attn_mask=attn_mask, return_lse=_values.flag("return_lse", return_lse))
 
 
+@callers_keywords
 def sageattn_qk_int8_pv_fp16_cuda(
     q: Any,
     k: Any,
@@ -186,6 +232,10 @@ def sageattn_qk_int8_pv_fp16_cuda(
     smooth_v: bool = False,
     return_lse: bool = False,
     attn_mask: Any = None,
+    *,
+    causal_alignment: str = "bottom_right",
+    window: Optional[tuple[Optional[int], Optional[int]]] = None,
+    logit_softcap: Optional[float] = None,
     **kwargs: Any,
 ) -> Any:
     """SageAttention2: INT8 QKᵀ, PV in FP16.
@@ -196,14 +246,24 @@ def sageattn_qk_int8_pv_fp16_cuda(
 
     Source: the function of that name of SageAttention 2.2, https://arxiv.org/abs/2411.10958.
     """
-    check_ignored("sageattn_qk_int8_pv_fp16_cuda", kwargs)
     sums = _one_of("pv_accum_dtype", pv_accum_dtype, {"fp32": "", "fp16": "-f16", "fp16+fp32": "-f16f32"})
     smooth = _smooth_v(smooth_v, pv_accum_dtype, "fp16")
     scheme = f"sage2-int8-fp16{sums}{smooth}{_granularity(qk_quant_gran)}"
-    asked = request(tensor_layout, is_causal, sm_scale, scheme=scheme, nearest=True, smooth_k=smooth_k)
-    return dense(q, k, v, asked, attn_mask=attn_mask, return_lse=return_lse)
+    asked = request(
+        tensor_layout,
+        is_causal,
+        sm_scale,
+        causal_alignment=causal_alignment,
+        window=window,
+        logit_softcap=logit_softcap,
+        scheme=scheme,
+        nearest=True,
+        smooth_k=smooth_k,
+    )
+    return dense(q, k, v, asked, attn_mask=attn_mask, return_lse=_values.flag("return_lse", return_lse))
 
 
+@callers_keywords
 def sageattn_qk_int8_pv_fp8_cuda(
     q: Any,
     k: Any,
@@ -217,6 +277,10 @@ def sageattn_qk_int8_pv_fp8_cuda(
     smooth_v: bool = False,
     return_lse: bool = False,
     attn_mask: Any = None,
+    *,
+    causal_alignment: str = "bottom_right",
+    window: Optional[tuple[Optional[int], Optional[int]]] = None,
+    logit_softcap: Optional[float] = None,
     **kwargs: Any,
 ) -> Any:
     """SageAttention2 and 2++: INT8 QKᵀ, PV in FP8. GPUs from compute capability 8.9 on.
@@ -226,14 +290,24 @@ def sageattn_qk_int8_pv_fp8_cuda(
 
     Source: the function of that name of SageAttention 2.2, https://arxiv.org/abs/2505.21136.
     """
-    check_ignored("sageattn_qk_int8_pv_fp8_cuda", kwargs)
     forms = {"fp32+fp16": "sage2pp-int8-fp8", "fp32+fp32": "sage2-int8-fp8", "fp32": "sage2-int8-fp8-f32"}
     form = _one_of("pv_accum_dtype", pv_accum_dtype, forms)
     scheme = f"{form}{_smooth_v(smooth_v, pv_accum_dtype, 'fp32')}{_granularity(qk_quant_gran)}"
-    asked = request(tensor_layout, is_causal, sm_scale, scheme=scheme, nearest=True, smooth_k=smooth_k)
-    return dense(q, k, v, asked, attn_mask=attn_mask, return_lse=return_lse)
+    asked = request(
+        tensor_layout,
+        is_causal,
+        sm_scale,
+        causal_alignment=causal_alignment,
+        window=window,
+        logit_softcap=logit_softcap,
+        scheme=scheme,
+        nearest=True,
+        smooth_k=smooth_k,
+    )
+    return dense(q, k, v, asked, attn_mask=attn_mask, return_lse=_values.flag("return_lse", return_lse))
 
 
+@callers_keywords
 def sageattn_qk_int8_pv_fp8_cuda_sm90(
     q: Any,
     k: Any,
@@ -246,6 +320,10 @@ def sageattn_qk_int8_pv_fp8_cuda_sm90(
     smooth_k: bool = True,
     return_lse: bool = False,
     attn_mask: Any = None,
+    *,
+    causal_alignment: str = "bottom_right",
+    window: Optional[tuple[Optional[int], Optional[int]]] = None,
+    logit_softcap: Optional[float] = None,
     **kwargs: Any,
 ) -> Any:
     """SageAttention2 on Hopper: INT8 QKᵀ, PV in FP8. Runs on any GPU from compute capability 8.9 on.
@@ -255,18 +333,27 @@ def sageattn_qk_int8_pv_fp8_cuda_sm90(
 
     Source: the function of that name of SageAttention 2.2.
     """
-    check_ignored("sageattn_qk_int8_pv_fp8_cuda_sm90", kwargs)
     if pv_accum_dtype == "fp32":
         raise NotImplementedError("pv_accum_dtype: value is fp32, expected fp32+fp32: one level is too coarse here")
     _one_of("pv_accum_dtype", pv_accum_dtype, {"fp32+fp32": ""})
     scheme = f"sage2-int8-fp8-sm90{_granularity(qk_quant_gran)}"
-    asked = request(tensor_layout, is_causal, sm_scale, scheme=scheme, nearest=True, smooth_k=smooth_k)
-    return dense(q, k, v, asked, attn_mask=attn_mask, return_lse=return_lse)
+    asked = request(
+        tensor_layout,
+        is_causal,
+        sm_scale,
+        causal_alignment=causal_alignment,
+        window=window,
+        logit_softcap=logit_softcap,
+        scheme=scheme,
+        nearest=True,
+        smooth_k=smooth_k,
+    )
+    return dense(q, k, v, asked, attn_mask=attn_mask, return_lse=_values.flag("return_lse", return_lse))
 
 
-def _one_of(name: str, value: str, names: dict[str, str]) -> str:
-    if value not in names:
-        raise ValueError(f"{name}: value is {value}, expected {' or '.join(names)}")
+def _one_of(name: str, value: Any, names: dict[str, str]) -> str:
+    if not isinstance(value, str) or value not in names:
+        raise ValueError(f"{name}: value is {shown(value)}, expected {' or '.join(names)}")
     return names[value]
 
 
@@ -276,7 +363,8 @@ def _granularity(qk_quant_gran: str) -> str:
 
 def _smooth_v(smooth_v: bool, pv_accum_dtype: str, narrow: str) -> str:
     """The part of a scheme's name that says V is smoothed, which only the narrow sums profit from."""
+    smooth_v = _values.flag("smooth_v", smooth_v)
     if smooth_v and pv_accum_dtype != narrow:
-        warnings.warn(f"pv_accum_dtype: value is {pv_accum_dtype}, and smooth_v is for {narrow}: ignored", stacklevel=3)
+        warnings.warn(f"pv_accum_dtype: value is {pv_accum_dtype}, and smooth_v is for {narrow}: ignored", stacklevel=4)
         return ""
     return "-smooth-v" if smooth_v else ""

@@ -3,58 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator
-from typing import NamedTuple, Optional
+from typing import Optional
 
-
-class Counts(NamedTuple):
-    """What became of the calls to the replaced function."""
-
-    accelerated: int
-    """Calls that were computed here, counted when they ran. A replayed CUDA graph counts once, at capture."""
-    fallbacks: dict[str, int]
-    """Calls that torch computed itself, for each reason. Under torch.compile they count when compiled."""
-
-
-class _Tally:
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._accelerated = 0
-        self._fallbacks: dict[str, int] = {}
-
-    def accelerated(self) -> None:
-        with self._lock:
-            self._accelerated += 1
-
-    def fell_back(self, reason: str) -> bool:
-        """Whether it is the first time for this reason."""
-        with self._lock:
-            self._fallbacks[reason] = self._fallbacks.get(reason, 0) + 1
-            return self._fallbacks[reason] == 1
-
-    def read(self) -> Counts:
-        with self._lock:
-            return Counts(self._accelerated, dict(self._fallbacks))
-
-    def reset(self) -> None:
-        with self._lock:
-            self._accelerated = 0
-            self._fallbacks.clear()
-
-
-tally = _Tally()
+from sageattention._tally import Counts, tally
 
 
 def patch(scheme: Optional[str] = None) -> None:
     """Replaces `torch.nn.functional.scaled_dot_product_attention`, for every model that looks it up there.
 
     All its arguments keep their meaning: `attn_mask` (bool or additive), `is_causal` (aligned top-left, as torch has
-    it), `scale`, `enable_gqa`; under autocast q, k and v are cast, as torch does. What cannot be computed here
-    (dropout, gradients, float32 on a GPU, heads of more than 256 channels, ...) goes to torch's function, with one line
-    in the log `sageattention` for each reason. `counts()` tells how many calls were accelerated.
+    it), `scale`, `enable_gqa`; under autocast q, k and v are cast, and tensor subclasses and `TorchFunctionMode`s see
+    the call first, as torch does. What cannot be computed here (dropout, gradients and tangents, float32 on a GPU,
+    heads of more than 256 channels, ...) goes to torch's function, with one line in the log `sageattention` for each
+    reason, and so does every call while some of torch's kernels are switched off (`torch.nn.attention.sdpa_kernel`).
+    `counts()` tells how many calls were accelerated.
 
-    Modules that have imported the function itself (`from torch.nn.functional import ...`) before keep torch's.
+    `torch.nn.MultiheadAttention` and `TransformerEncoderLayer` have a fast path of their own for inference, which never
+    calls the function: it is switched off (`torch.backends.mha.set_fastpath_enabled`) until `unpatch`; who switches it
+    on again after `patch` keeps it, and those modules are not accelerated. Without it a `TransformerEncoder` computes
+    padded positions too instead of returning zeros there.
+
+    diffusers' pipelines are served too, its models' masks included, whatever attention backend they have chosen that
+    calls torch's function ("native", which is the default).
+
+    Modules that have imported the function itself (`from torch.nn.functional import ...`) before keep torch's, and
+    models that `torch.jit.script` compiles are given it.
 
     Args:
         scheme: The name of a scheme, in place of the device's own choice.
@@ -88,19 +62,33 @@ def patched(scheme: Optional[str] = None) -> Iterator[None]:
 
 
 def counts(reset: bool = False) -> Counts:
-    """What became of the calls to the replaced function so far; `reset` then starts again from zero."""
+    """What became of calls so far: how many were computed here, how many were left to torch and why.
+
+    `reset` then starts again from zero. A count of zero after a model has run means that it did not come here: see
+    `patch` for the ways around it.
+    """
     read = tally.read()
     if reset:
         tally.reset()
     return read
 
 
-def register_transformers(name: str = "sage") -> None:
+def register_transformers(name: str = "sage", scheme: Optional[str] = None) -> None:
     """Teaches Hugging Face transformers `attn_implementation=name`.
 
     Causal and padding masks, sliding windows, grouped-query attention, KV caches, soft-capped logits and position
-    biases are computed here; attention sinks, dropout and gradients raise NotImplementedError.
+    biases are computed here. What is not goes to transformers' own "sdpa", or to the model's "eager" for what SDPA
+    cannot do: attention sinks, values of another width than the keys, heads of more than 256 channels, dropout and
+    gradients while training, float32 on a GPU. The log `sageattention` has a line for each reason, and `counts()` the
+    numbers.
+
+    Args:
+        name: What models are to call it. Several names may have several schemes.
+        scheme: The name of a scheme, in place of the device's own choice.
+
+    Raises:
+        ValueError: if there is no such scheme.
     """
     from sageattention import _transformers
 
-    _transformers.register(name)
+    _transformers.register(name, scheme)
