@@ -28,7 +28,8 @@ def patch(scheme: Optional[str] = None) -> None:
     calls torch's function ("native", which is the default).
 
     Modules that have imported the function itself (`from torch.nn.functional import ...`) before keep torch's, and
-    models that `torch.jit.script` compiles are given it.
+    models that `torch.jit.script` compiles are given it. Such a module must not be compiled while patched if it uses
+    `torch.nn.attention.bias`, which asks for the function by its name.
 
     Args:
         scheme: The name of a scheme, in place of the device's own choice.
