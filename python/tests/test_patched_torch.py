@@ -62,6 +62,8 @@ def test_torch_s_own_causal_biases(device, make):
     call = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     assert_close(call(q, k, v), wanted, TOLERANCE["fp16"])
     assert_close(sageattention.sageattn(q, k, v, attn_mask=bias), wanted, TOLERANCE["fp16"])
+    # As in a module that has imported the function before.
+    assert_close(torch_sdpa(q, k, v, attn_mask=bias), wanted, TOLERANCE["fp16"])
     # Not one graph everywhere: torch's own code for GPUs may break it.
     assert_close(torch.compile(call, backend="aot_eager")(q, k, v), wanted, TOLERANCE["fp16"])
 

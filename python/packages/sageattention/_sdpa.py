@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias
 from torch.overrides import handle_torch_function, has_torch_function
 
 from sageattention import _flops, _torch
@@ -159,4 +160,23 @@ def _script_as_torch() -> None:
 
 
 _script_as_torch()
+
+
+def _biases_know_both_functions() -> None:
+    """torch's causal biases look whether the function that got them is the one in place, and hold no numbers otherwise.
+
+    A module that imported torch's function before `patch` would get garbage with one. (What torch.compile makes of such
+    a call is out of reach here: it does not ask the class.)
+    """
+    theirs = CausalBias.__dict__["__torch_function__"].__func__
+
+    def torch_function(cls, func, types, args=(), kwargs=None):
+        if func is _torch_sdpa:
+            return cls._dispatch(*args, **(kwargs or {}))
+        return theirs(cls, func, types, args, kwargs)
+
+    CausalBias.__torch_function__ = classmethod(torch_function)
+
+
+_biases_know_both_functions()
 _flops.register_sdpa()

@@ -27,8 +27,9 @@ def patch(scheme: Optional[str] = None) -> None:
     diffusers' pipelines are served too, its models' masks included, whatever attention backend they have chosen that
     calls torch's function ("native", which is the default).
 
-    Modules that have imported the function itself (`from torch.nn.functional import ...`) before keep torch's, and
-    models that `torch.jit.script` compiles are given it.
+    Modules that have imported the function itself (`from torch.nn.functional import ...`) before keep torch's; those
+    of them that use `torch.nn.attention.bias`, which asks for the function by its name, must not be compiled while
+    patched. Models that `torch.jit.script` compiles are given torch's function.
 
     Args:
         scheme: The name of a scheme, in place of the device's own choice.
