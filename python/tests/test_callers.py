@@ -205,7 +205,7 @@ def test_a_map_that_fits_both_ways_is_read_by_architecture(device):
 
     x = random(1, 2, 64, 64, seed=0, dtype=torch.float16, device=device)
     hopper = device == "cuda" and torch.cuda.get_device_capability()[0] == 9
-    assert _block_sizes(x, x, torch.ones(1, 2, 1, 1), "HND") == ((64, 128) if hopper else (128, 64))
+    assert _block_sizes(x, x, torch.ones(1, 2, 1, 1, device=device), "HND") == ((64, 128) if hopper else (128, 64))
 
 
 def test_the_names_that_programs_look_for_in_spargeattn():

@@ -114,7 +114,9 @@ def test_lists_of_boundaries_and_lengths_left_open(device):
     def compiled(x, cu):
         return sageattention.sageattn_varlen(x, x, x, cu, cu, None, None, is_causal=True)
 
-    assert torch.equal(torch.compile(compiled, backend="aot_eager", fullgraph=True)(x, cu), wanted)
+    # What is traced has no values to look at: all rows bound the lengths then, for which a GPU may take another kernel.
+    found = torch.compile(compiled, backend="aot_eager", fullgraph=True)(x, cu)
+    assert (found - wanted).abs().max() <= 2e-3
 
 
 @pytest.mark.parametrize(
