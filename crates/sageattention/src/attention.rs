@@ -137,6 +137,11 @@ impl<'a> Attention<'a> {
     }
 
     /// An explicit mask, broadcastable to `[batch, num_q_heads, q_len, kv_len]`, on top of causal mask and window.
+    ///
+    /// A key that it hides from every query has no influence at all, whatever K and V hold there: padding and the empty
+    /// slots of a static cache cost no accuracy. In softmax only `false` and −∞ hide. A key whose bias is about the least
+    /// finite number of the mask's type in every row (how padding is often written) is seen where a row holds nothing
+    /// else, but enters no mean and no scale.
     pub fn mask(self, mask: Mask<'a>) -> Self {
         Attention { mask: Some(mask), ..self }
     }

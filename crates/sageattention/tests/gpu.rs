@@ -233,6 +233,8 @@ fn sanitized() {
         Preset::SAGE2_INT8_FP16_F16F32_PER_WARP,
         Preset::SAGE2_INT8_FP8_PER_THREAD,
         Preset::SAGE2PP_INT4_FP8,
+        Preset::INT8_FP8,
+        Preset::INT8_PER_TOKEN_ROTATED,
     ];
     for preset in schemes {
         for (head_dim, q_len, kv_len) in [(64, 130, 200), (72, 65, 100), (128, 70, 190), (40, 3, 600)] {
@@ -248,9 +250,12 @@ fn sanitized() {
             let bias = random(4, &[1, 1, q_len, kv_len], DType::F32, 0.0);
             let mask = Mask::Additive(bias.view());
             attention.clone().mask(mask).logit_softcap(30.0).forward(&q, &k, &v).unwrap();
+            let visible: Vec<bool> = (0..kv_len).map(|j| j % 5 != 0 && j + 40 < kv_len).collect();
+            let mask = Mask::Bool(View::contiguous("mask", &visible, &[kv_len]).unwrap());
+            attention.clone().mask(mask).forward(&q, &k, &v).unwrap();
             let kv_lens = [kv_len as i32 - 10];
             attention.kv_lens(&kv_lens).forward(&q, &k, &v).unwrap();
-            count += 2;
+            count += 3;
         }
     }
     eprintln!("{count} calls computed");
