@@ -6,12 +6,14 @@ use sage_core::{Call, Sequence, View};
 
 use crate::kernels::{Kernels, Load, RowState, SoftCap, TILE_KEYS};
 use crate::rows::{HeadRows, OutputRows};
+use crate::seen::SeenHeads;
 use crate::visibility::{Row, apply_masks};
 
 /// A call with its element type known.
 pub(crate) struct Attention<'a, E> {
     pub kernels: &'static Kernels,
     pub call: &'a Call<'a>,
+    pub seen: SeenHeads,
     pub q: View<'a, E>,
     pub k: View<'a, E>,
     pub v: View<'a, E>,
@@ -61,7 +63,7 @@ impl<E: Load> Attention<'_, E> {
         let sees_all = |row: &Row| row.keys.start <= first && first + columns <= row.keys.end;
         let masked = self.call.mask.is_some() || self.call.block_mask.is_some();
         if masked || !rows.iter().all(sees_all) {
-            apply_masks(self.call, index, rows, first, columns, scores);
+            apply_masks(self.kernels, self.call, index, rows, first, columns, scores);
         }
     }
 

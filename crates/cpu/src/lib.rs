@@ -19,8 +19,11 @@
 //! # Numbers that are not finite
 //! A score that is NaN, or +∞, makes its row of the output NaN, as in PyTorch. Under integer Q·Kᵀ a NaN or ±∞ in Q or
 //! K does so for every row that reads its group's scale, and under smooth-K one in K for the whole head: never a
-//! number that is silently wrong. Keys beyond `kv_lens` or `cu_seqlens` are never read. A value that is not finite
-//! reaches every row whose tile of 128 keys holds it, even where a mask hides it from the row.
+//! number that is silently wrong. A value that is not finite reaches every row whose tile of 128 keys holds it, even where
+//! a mask hides it from the row.
+//!
+//! What no query sees reaches nothing, whatever K and V hold there: keys beyond `kv_lens` or `cu_seqlens`, and keys that
+//! the band, the mask and the block mask hide from every query of all heads that share them.
 //!
 //! # Determinism
 //! The same call on the same machine gives the same bits: no sum's order depends on the number of threads.
@@ -32,6 +35,7 @@ mod kernels;
 mod machine;
 mod plan;
 mod rows;
+mod seen;
 mod split;
 mod tile;
 mod tiled;
@@ -48,6 +52,7 @@ use crate::forward::Attention;
 use crate::kernels::{Kernels, Load};
 use crate::plan::Strategy;
 use crate::rows::OutputRows;
+use crate::seen::SeenHeads;
 
 pub use crate::cache::CachePages;
 pub use crate::isa::InstructionSet;
@@ -148,6 +153,7 @@ impl Cpu {
         let attention = Attention {
             kernels: kernels(plan.instruction_set),
             call,
+            seen: SeenHeads::of(call, true),
             q,
             k,
             v,

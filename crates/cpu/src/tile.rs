@@ -5,6 +5,7 @@ use sage_core::{IntQuantizer, Rounding};
 
 use crate::isa::IntWord;
 use crate::kernels::{FIXED12_MAX, TILE_KEYS};
+use crate::seen::Seen;
 
 /// How Q·Kᵀ is computed.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -124,10 +125,12 @@ pub(crate) struct PackTile<'a> {
     pub first: usize,
     /// Keys, up to [`TILE_KEYS`].
     pub keys: usize,
+    /// What the queries see of each key; empty where all count. Keys that none sees have rows of zeros.
+    pub seen: &'a [Seen],
     /// Rows of `qk_dim` numbers, smoothed; rotated here.
     pub k: &'a mut [f32],
-    /// Rows of `head_dim` numbers.
-    pub v: &'a [f32],
+    /// Rows of `head_dim` numbers; those of padding are saturated here.
+    pub v: &'a mut [f32],
     /// [`TileLayout::words`] words.
     pub tile: &'a mut [u32],
 }
@@ -167,12 +170,12 @@ pub(crate) fn pack_tile(args: &mut PackTile<'_>) {
     }
     match layout.qk {
         QkForm::Float => float_keys(&layout, k_rows, k),
-        QkForm::Int(quantizer) => int_keys(&layout, &quantizer, args.first, k_rows, k, k_scale),
+        QkForm::Int(quantizer) => int_keys(&layout, &quantizer, (args.first, args.seen), k_rows, k, k_scale),
     }
-    let v_rows = &args.v[..args.keys * layout.head_dim];
+    let v_rows = &mut args.v[..args.keys * layout.head_dim];
     match layout.pv {
         PvForm::Float => float_values(&layout, v_rows, v),
-        PvForm::Fixed12 => fixed12_values(&layout, v_rows, v, v_scale),
+        PvForm::Fixed12 => fixed12_values(&layout, args.seen, v_rows, v, v_scale),
     }
 }
 
@@ -191,18 +194,32 @@ fn float_keys(layout: &TileLayout, rows: &[f32], out: &mut [u32]) {
 fn int_keys(
     layout: &TileLayout,
     quantizer: &IntQuantizer,
-    first: usize,
-    rows: &[f32],
+    (first, seen): (usize, &[Seen]),
+    rows: &mut [f32],
     out: &mut [u32],
     scales: &mut [u32],
 ) {
     // Groups lie within a tile, and are counted from the start of the sequence.
     let first_group = quantizer.k_group(first);
     let mut group_max = [0; TILE_KEYS];
+    let mut counts = [Seen::Hidden; TILE_KEYS];
     for (j, row) in rows.chunks_exact(layout.qk_dim).enumerate() {
-        let max = &mut group_max[quantizer.k_group(first + j) - first_group];
-        *max = absmax_bits(row).max(*max);
+        let group = quantizer.k_group(first + j) - first_group;
+        let (max, best) = (&mut group_max[group], &mut counts[group]);
+        // Padding is measured where a group has nothing else.
+        match seen.get(j).copied().unwrap_or(Seen::Counts) {
+            of if of > *best => (*max, *best) = (absmax_bits(row), of),
+            of if of == *best => *max = absmax_bits(row).max(*max),
+            _ => {}
+        }
     }
+    for (j, row) in rows.chunks_exact_mut(layout.qk_dim).enumerate().take(seen.len()) {
+        if seen[j] == Seen::Padding {
+            let max = f32::from_bits(group_max[quantizer.k_group(first + j) - first_group]);
+            row.iter_mut().for_each(|x| *x = saturated(*x, max));
+        }
+    }
+    let rows = &*rows;
     let mut ints = [0; 256];
     let ints = &mut ints[..layout.qk_dim];
     for (j, row) in rows.chunks_exact(layout.qk_dim).enumerate() {
@@ -228,12 +245,22 @@ fn float_values(layout: &TileLayout, rows: &[f32], out: &mut [u32]) {
 }
 
 #[inline(always)]
-fn fixed12_values(layout: &TileLayout, rows: &[f32], out: &mut [u32], scales: &mut [u32]) {
+fn fixed12_values(layout: &TileLayout, seen: &[Seen], rows: &mut [f32], out: &mut [u32], scales: &mut [u32]) {
     let mut max = [0u32; 256];
     let max = &mut max[..layout.head_dim];
-    for row in rows.chunks_exact(layout.head_dim) {
-        max.iter_mut().zip(row).for_each(|(max, x)| *max = (*max).max(magnitude_bits(*x)));
+    // Padding is measured where the tile has nothing else.
+    let best = seen.iter().max().copied().unwrap_or(Seen::Counts);
+    for (j, row) in rows.chunks_exact(layout.head_dim).enumerate() {
+        if seen.get(j).is_none_or(|seen| *seen == best) {
+            max.iter_mut().zip(row).for_each(|(max, x)| *max = (*max).max(magnitude_bits(*x)));
+        }
     }
+    for (row, _) in
+        rows.chunks_exact_mut(layout.head_dim).zip(seen).filter(|(_, seen)| **seen == Seen::Padding)
+    {
+        row.iter_mut().zip(&*max).for_each(|(x, max)| *x = saturated(*x, f32::from_bits(*max)));
+    }
+    let rows = &*rows;
     let mut inverse = [0f32; 256];
     for ((inverse, scale), &max) in inverse.iter_mut().zip(scales.iter_mut()).zip(max.iter()) {
         let max = f32::from_bits(max);
@@ -284,6 +311,12 @@ pub(crate) fn pack_queries(args: &mut PackQueries<'_>) {
         ints.iter_mut().for_each(|x| *x += layout.word.q_offset());
         layout.word.pack_row(ints, args.words[i * layout.depth..][..layout.depth].iter_mut());
     }
+}
+
+/// `x`, but of no magnitude above `max`, and 0 for NaN; anything where `max` is NaN.
+#[inline(always)]
+fn saturated(x: f32, max: f32) -> f32 {
+    if x.is_nan() { 0.0 } else { x.max(-max).min(max) }
 }
 
 /// Bits of `|x|`: as integers they order like the numbers, and NaN lies above infinity, so that a maximum over them

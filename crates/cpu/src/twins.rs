@@ -38,6 +38,7 @@ macro_rules! on_each_isa {
 }
 
 mod cached;
+mod masks;
 
 /// The tables of this machine.
 fn tables() -> impl Iterator<Item = (InstructionSet, &'static Kernels)> {
@@ -598,6 +599,7 @@ macro_rules! direct {
                         k: data,
                         stride,
                         keys,
+                        seen: &[],
                         head_dim,
                         scores: &mut scores,
                     });
@@ -622,6 +624,7 @@ macro_rules! direct {
                         v: data,
                         stride,
                         keys,
+                        seen: &[],
                         head_dim,
                         out: o,
                         state: state_ref,
@@ -723,7 +726,15 @@ fn packed_keys_and_values_are_the_oracles_in_every_word_layout() {
                     });
                     let mut k = padded.as_slice().to_vec();
                     let mut tile = vec![0xdead_beef; layout.words()];
-                    kernels.pack_tile(PackTile { layout, first, keys, k: &mut k, v: &v, tile: &mut tile });
+                    kernels.pack_tile(PackTile {
+                        layout,
+                        first,
+                        keys,
+                        seen: &[],
+                        k: &mut k,
+                        v: &mut v.clone(),
+                        tile: &mut tile,
+                    });
                     let parts = layout.parts(&tile);
 
                     // The tile begins a group of every granularity, so the oracle may count from 0.
@@ -853,8 +864,9 @@ fn packed_queries_are_the_oracles_and_their_products_with_keys_exact() {
                     layout,
                     first: 0,
                     keys,
+                    seen: &[],
                     k: &mut k.clone(),
-                    v: &v,
+                    v: &mut v.clone(),
                     tile: &mut tile,
                 });
                 let k_ints = quantizer.quantize_k(&matrix(keys, head_dim, &k), &SeenKeys::all(keys)).values;
@@ -910,8 +922,9 @@ fn a_group_that_is_not_finite_has_a_scale_of_nan() {
                         layout,
                         first: 0,
                         keys: TILE_KEYS,
+                        seen: &[],
                         k: &mut k,
-                        v: &v,
+                        v: &mut v.clone(),
                         tile: &mut tile,
                     });
                     let parts = layout.parts(&tile);

@@ -342,3 +342,51 @@ fn numbers_that_are_not_finite_are_never_silently_wrong() {
         }
     }
 }
+
+#[test]
+fn tokens_that_no_query_sees_reach_nothing() {
+    let causal = Band::causal(Alignment::BottomRight);
+    let window = Band { left: Some(60), ..causal };
+    let hidden = |token: usize| token < 100 || token % 7 == 3;
+    let bools: Vec<bool> = (0..300).map(|token| !hidden(token)).collect();
+    let biases: Vec<f32> = bools.iter().map(|&x| if x { 0.5 } else { f32::NEG_INFINITY }).collect();
+    let bools = View::contiguous("mask", &bools, &[300]).unwrap();
+    let biases = View::<f32>::contiguous("mask", &biases, &[300]).unwrap();
+    for (mask, band) in [
+        (Some(Mask::Bool(bools)), causal),
+        (Some(Mask::Additive(biases.into())), Band::FULL),
+        (Some(Mask::Bool(bools)), window),
+        (None, window),
+    ] {
+        for (values, q_len) in ValueFormat::ALL.into_iter().flat_map(|values| [(values, 1), (values, 5)]) {
+            let case = Case {
+                layout: CacheLayout { values, ..LAYOUT },
+                group_size: 2,
+                q_len,
+                options: Options { band, ..Options::default() },
+                ..case()
+            };
+            let spoilt = |token: usize| match mask {
+                Some(_) => hidden(token),
+                None => token < 300 - 60 - q_len,
+            };
+            let [k, v] = case.tensors(10, 300).map(|x| {
+                let mut values = x.to_f32_vec();
+                let rows = values.chunks_exact_mut(LAYOUT.head_dim).enumerate();
+                rows.filter(|(row, _)| spoilt(row % 300)).for_each(|(_, row)| row.fill(f32::NAN));
+                Tensor::new(values, x.shape()).unwrap()
+            });
+            for cpu in every_cpu() {
+                let mut filled = Case { chunks: vec![vec![]], ..case.clone() }.fill(&cpu);
+                filled.append(&cpu, 0, &k, &v);
+                let (q, lens) = (case.q(), filled.lens());
+                let inputs = CachedInputs { q: q.view(), mask, block_mask: None, kv_lens: &lens };
+                let call = Call::check_cached(&inputs, &case.layout, &case.options).unwrap();
+                let (out, lse) = filled.attend(&cpu, &call, case.dtype);
+                let what = format!("{} {values} {band:?} {q_len} queries", cpu.instruction_set());
+                assert!(out.iter().chain(&lse).all(|x| x.is_finite()), "{what}");
+                compare(&out, &lse, &cached(&call, &filled.heads), case.dtype, &what);
+            }
+        }
+    }
+}
