@@ -27,6 +27,10 @@
 //!
 //! # Determinism
 //! The same call on the same machine gives the same bits: no sum's order depends on the number of threads.
+//!
+//! # Threads
+//! Work is divided between the threads of the rayon pool that the caller is in, or of rayon's global one. A forked process,
+//! which has none of its parent's threads, starts as many of its own.
 
 mod cache;
 mod forward;
@@ -37,6 +41,7 @@ mod plan;
 mod rows;
 mod seen;
 mod split;
+mod threads;
 mod tile;
 mod tiled;
 #[cfg(test)]
@@ -123,6 +128,16 @@ impl Cpu {
             return Err(Error::unsupported("a plan of another problem", "plan the problem of this call"));
         }
         let geometry = call.check_output(out.dtype(), out.geometry())?;
+        threads::run(|| self.run_typed(plan, call, (out, geometry), lse))?
+    }
+
+    fn run_typed(
+        &self,
+        plan: &CpuPlan,
+        call: &Call<'_>,
+        (out, geometry): (TensorViewMut<'_>, Geometry),
+        lse: Option<&mut [f32]>,
+    ) -> Result<()> {
         match (call.q, call.k, call.v, out) {
             (TensorView::F32(q), TensorView::F32(k), TensorView::F32(v), TensorViewMut::F32(out)) => {
                 self.run(plan, call, [q, k, v], (out, geometry), lse)
@@ -171,15 +186,16 @@ impl Cpu {
         Ok(())
     }
 
+    // Nothing waits for the lock: in a forked process it may be held for ever.
     fn take_spare(&self) -> AVec<u32> {
-        let spare = self.spare.lock().ok().and_then(|mut spare| spare.pop());
+        let spare = self.spare.try_lock().ok().and_then(|mut spare| spare.pop());
         spare.unwrap_or_else(|| AVec::new(64))
     }
 
     fn return_spare(&self, packed: AVec<u32>) {
         // Larger ones are rare, and better given back.
         if packed.len() * 4 <= plan::PACKED_BYTES_MAX
-            && let Ok(mut spare) = self.spare.lock()
+            && let Ok(mut spare) = self.spare.try_lock()
         {
             spare.push(packed);
         }

@@ -17,7 +17,7 @@ use crate::plan::SPLIT_KEYS;
 use crate::seen::{Seen, SeenHeads, SeenKeys};
 use crate::split::Part;
 use crate::visibility::{Row, tile_is_hidden, union};
-use crate::{Cpu, OutputRows, kernels};
+use crate::{Cpu, OutputRows, kernels, threads};
 
 /// Query rows of a unit of work. Every row reads the unit's keys from the first-level cache; few rows keep their scores
 /// there too.
@@ -63,7 +63,7 @@ impl Cpu {
         let output = (out, geometry);
         typed!(&cache.pages, all => {
             let stored = StoredHeads { layout, pages: all, tables: pages };
-            self.attend_cached(&stored, call, output, lse)
+            threads::run(|| self.attend_cached(&stored, call, output, lse))?
         })
     }
 
