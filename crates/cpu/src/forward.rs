@@ -67,7 +67,7 @@ impl<E: Load> Attention<'_, E> {
         }
     }
 
-    /// Writes one row of the output from its unnormalised sum, and its log-sum-exp.
+    /// Writes one row of the output, and its log-sum-exp from the maximum and sum of its probabilities.
     ///
     /// `mean_score` is what smoothing K took from the row's scores, in base 2.
     ///
@@ -79,17 +79,15 @@ impl<E: Load> Attention<'_, E> {
         row: &Row,
         (max, sum): (f32, f32),
         mean_score: f32,
-        unnormalised: &mut [f32],
+        out: &[f32],
     ) {
-        let unnormalised = &mut unnormalised[..self.call.problem.head_dim];
-        // No visible key: zeros and −∞. A NaN sum stays NaN.
-        let inverse = if sum == 0.0 { 0.0 } else { 1.0 / sum };
-        unnormalised.iter_mut().for_each(|x| *x *= inverse);
+        let out = &out[..self.call.problem.head_dim];
         let index = sequence.q_start + row.index;
         // SAFETY: the caller's promise.
         unsafe {
-            E::narrow(unnormalised, self.out.row_mut(sequence.batch, row.head, index));
+            E::narrow(out, self.out.row_mut(sequence.batch, row.head, index));
             if let Some(lse) = &self.lse {
+                // No visible key: −∞.
                 let value =
                     if sum == 0.0 { f32::NEG_INFINITY } else { (max + sum.log2() + mean_score) * LN_2 };
                 lse.row_mut(sequence.batch, row.head, index)[0] = value;

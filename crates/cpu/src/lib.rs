@@ -25,6 +25,11 @@
 //! What no query sees reaches nothing, whatever K and V hold there: keys beyond `kv_lens` or `cu_seqlens`, and keys that
 //! the band, the mask and the block mask hide from every query of all heads that share them.
 //!
+//! # Numbers of any size
+//! Every form but those below takes numbers from the whole range of single precision, subnormal ones too, as long as the
+//! scaled scores are within it. The original's quantisers add 1e-7 to scales or take no maximum below it: what is much
+//! smaller is zero to them ([`sage_core::ZeroGroup`]).
+//!
 //! # Determinism
 //! The same call on the same machine gives the same bits: no sum's order depends on the number of threads.
 //!

@@ -22,7 +22,7 @@ struct Unit {
 
 /// What a run of keys adds to every row of its unit.
 pub(crate) struct Part {
-    /// Unnormalised rows, of `head_dim` numbers or more.
+    /// Rows of `head_dim` numbers or more.
     pub out: Vec<f32>,
     pub state: RowState,
 }
@@ -107,17 +107,20 @@ impl<E: Load> Attention<'_, E> {
         for (r, row) in rows.iter().enumerate() {
             let max = parts.iter().fold(f32::NEG_INFINITY, |max, part| max.max(part.state.max[r]));
             let shift = max.max(f32::MIN);
-            let mut sum = 0.0;
-            out.fill(0.0);
-            for part in parts {
+            let weight = |part: &Part| {
                 let (part_max, part_sum) = totals(&part.state, r);
-                let weight = (part_max - shift).exp2();
-                sum += weight * part_sum;
+                (part_max - shift).exp2() * part_sum
+            };
+            let sum: f32 = parts.iter().map(weight).sum();
+            out.fill(0.0);
+            // A row without keys stays zero.
+            for part in parts.iter().filter(|_| sum != 0.0) {
+                let weight = weight(part) / sum;
                 let part = &part.out[r * (part.out.len() / rows.len())..][..head_dim];
                 out.iter_mut().zip(part).for_each(|(out, x)| *out += weight * x);
             }
             // SAFETY: each row belongs to one unit, and each unit to one thread.
-            unsafe { self.write_row(sequence, row, (max, sum), 0.0, &mut out) }
+            unsafe { self.write_row(sequence, row, (max, sum), 0.0, &out) }
         }
     }
 }

@@ -1,6 +1,7 @@
 //! A tile of keys and values in the order that the kernels read it, a block of queries likewise, and how they are
 //! packed.
 
+use sage_core::oracle::{HADAMARD_LARGE, fixed12_scale};
 use sage_core::{IntQuantizer, Rounding};
 
 use crate::isa::IntWord;
@@ -26,7 +27,7 @@ pub(crate) enum PvForm {
 }
 
 /// Sizes of a packed tile, in 32-bit words. A tile is one contiguous run of memory:
-/// K panels, K scales, V panels, V scales.
+/// K panels, K scales, V panels, V scales (of numbers one, of the whole tile).
 ///
 /// A K panel holds `width` keys: for integers their start values, then for each word of depth the words of all keys.
 /// A V panel holds `width` channels: for each key (12-bit: pair of keys) the words of all channels.
@@ -113,7 +114,11 @@ impl TileLayout {
 
     fn lengths(&self) -> [usize; 4] {
         let k_scales = if self.qk == QkForm::Float { 0 } else { TILE_KEYS };
-        let v_scales = if self.pv == PvForm::Float { 0 } else { self.padded_dim() };
+        let v_scales = match self.pv {
+            // One, and room that keeps the next tile on a cache line.
+            PvForm::Float => 16,
+            PvForm::Fixed12 => self.padded_dim(),
+        };
         [self.k_panel * (TILE_KEYS / self.width), k_scales, self.v_panel * self.channel_panels, v_scales]
     }
 }
@@ -174,7 +179,7 @@ pub(crate) fn pack_tile(args: &mut PackTile<'_>) {
     }
     let v_rows = &mut args.v[..args.keys * layout.head_dim];
     match layout.pv {
-        PvForm::Float => float_values(&layout, v_rows, v),
+        PvForm::Float => v_scale[0] = float_values(&layout, v_rows, v).to_bits(),
         PvForm::Fixed12 => fixed12_values(&layout, args.seen, v_rows, v, v_scale),
     }
 }
@@ -220,13 +225,14 @@ fn int_keys(
         }
     }
     let rows = &*rows;
+    let levels = quantizer.bits.max() as f32;
     let mut ints = [0; 256];
     let ints = &mut ints[..layout.qk_dim];
     for (j, row) in rows.chunks_exact(layout.qk_dim).enumerate() {
         let max = f32::from_bits(group_max[quantizer.k_group(first + j) - first_group]);
         let scale = quantizer.scale(max);
         scales[j] = scale.to_bits();
-        quantize(row, scale, quantizer.rounding, ints);
+        quantize(row, scale, levels, quantizer.rounding, ints);
         let panel = &mut out[j / layout.width * layout.k_panel..][..layout.k_panel];
         let (start, words) = panel.split_at_mut(layout.width);
         let key = j % layout.width;
@@ -235,13 +241,20 @@ fn int_keys(
     }
 }
 
+/// Returns what the words must be multiplied by: 1, but where a sum of the tile's values might overflow.
 #[inline(always)]
-fn float_values(layout: &TileLayout, rows: &[f32], out: &mut [u32]) {
+fn float_values(layout: &TileLayout, rows: &mut [f32], out: &mut [u32]) -> f32 {
+    const LARGE: f32 = f32::MAX / TILE_KEYS as f32;
+    let large = f32::from_bits(absmax_bits(rows)) > LARGE;
+    if large {
+        rows.iter_mut().for_each(|x| *x /= TILE_KEYS as f32);
+    }
     for (panel, first) in out.chunks_exact_mut(layout.v_panel).zip((0..).step_by(layout.width)) {
         for (words, row) in panel.chunks_exact_mut(layout.width).zip(rows.chunks_exact(layout.head_dim)) {
             words.iter_mut().zip(&row[first..]).for_each(|(word, x)| *word = x.to_bits());
         }
     }
+    if large { TILE_KEYS as f32 } else { 1.0 }
 }
 
 #[inline(always)]
@@ -260,14 +273,33 @@ fn fixed12_values(layout: &TileLayout, seen: &[Seen], rows: &mut [f32], out: &mu
     {
         row.iter_mut().zip(&*max).for_each(|(x, max)| *x = saturated(*x, f32::from_bits(*max)));
     }
-    let rows = &*rows;
     let mut inverse = [0f32; 256];
+    let mut tiny = false;
     for ((inverse, scale), &max) in inverse.iter_mut().zip(scales.iter_mut()).zip(max.iter()) {
         let max = f32::from_bits(max);
-        // A maximum so small that its inverse is infinite counts as zero.
-        *inverse = if max > 0.0 && FIXED12_MAX / max < f32::INFINITY { FIXED12_MAX / max } else { 0.0 };
-        *scale = if max.is_finite() { max / FIXED12_MAX } else { f32::NAN }.to_bits();
+        *inverse = FIXED12_MAX / max;
+        tiny |= max > 0.0 && *inverse == f32::INFINITY;
+        // A channel of zeros; those of tiny values become integers below.
+        *inverse = if inverse.is_finite() { *inverse } else { 0.0 };
+        *scale = fixed12_scale(max).to_bits();
     }
+    if tiny {
+        // The integers themselves, for the inverses of such scales are not to be had.
+        for row in rows.chunks_exact_mut(layout.head_dim) {
+            for ((x, inverse), scale) in row.iter_mut().zip(&inverse).zip(&*scales) {
+                let scale = f32::from_bits(*scale);
+                if *inverse == 0.0 && scale > 0.0 {
+                    *x = (*x / scale).clamp(-FIXED12_MAX, FIXED12_MAX);
+                }
+            }
+        }
+        for (inverse, scale) in inverse.iter_mut().zip(&*scales) {
+            if *inverse == 0.0 && f32::from_bits(*scale) > 0.0 {
+                *inverse = 1.0;
+            }
+        }
+    }
+    let rows = &*rows;
     for (panel, first) in out.chunks_exact_mut(layout.v_panel).zip((0..).step_by(layout.width)) {
         let channels = first..(first + layout.width).min(layout.head_dim);
         let inverse = &inverse[channels.clone()];
@@ -300,6 +332,7 @@ pub(crate) fn pack_queries(args: &mut PackQueries<'_>) {
     };
     let (before, after) =
         if quantizer.scale_q_first { (args.score_scale, 1.0) } else { (1.0, args.score_scale) };
+    let levels = quantizer.bits.max() as f32;
     let mut ints = [0; 256];
     let ints = &mut ints[..layout.qk_dim];
     for (i, row) in rows.chunks_exact_mut(layout.qk_dim).enumerate() {
@@ -307,7 +340,7 @@ pub(crate) fn pack_queries(args: &mut PackQueries<'_>) {
         row.iter_mut().for_each(|x| *x *= before);
         let scale = quantizer.scale(max * before);
         args.scale[i] = scale * after;
-        quantize(row, scale, quantizer.rounding, ints);
+        quantize(row, scale, levels, quantizer.rounding, ints);
         ints.iter_mut().for_each(|x| *x += layout.word.q_offset());
         layout.word.pack_row(ints, args.words[i * layout.depth..][..layout.depth].iter_mut());
     }
@@ -332,22 +365,26 @@ pub(crate) fn absmax_bits(row: &[f32]) -> u32 {
     row.iter().fold(0, |max, x| max.max(magnitude_bits(*x)))
 }
 
-/// `row / scale`, rounded; zeros where the scale is NaN, or so small that its inverse is infinite.
+/// `row / scale`, rounded, of magnitudes up to `levels`; zeros where the scale is zero or NaN.
 #[inline(always)]
-fn quantize(row: &[f32], scale: f32, rounding: Rounding, out: &mut [i32]) {
+fn quantize(row: &[f32], scale: f32, levels: f32, rounding: Rounding, out: &mut [i32]) {
     let inverse = 1.0 / scale;
-    if !inverse.is_finite() {
-        return out.fill(0);
+    if inverse.is_finite() {
+        return integers(row.iter().map(|x| x * inverse), rounding, out);
     }
+    if scale > 0.0 {
+        // So small that it has no inverse, and coarse, so that a quotient may be too large.
+        return integers(row.iter().map(|x| (x / scale).clamp(-levels, levels)), rounding, out);
+    }
+    out.fill(0);
+}
+
+#[inline(always)]
+fn integers(quotients: impl Iterator<Item = f32>, rounding: Rounding, out: &mut [i32]) {
     match rounding {
-        Rounding::NearestEven => {
-            out.iter_mut().zip(row).for_each(|(out, x)| *out = nearest_even(x * inverse));
-        }
+        Rounding::NearestEven => out.iter_mut().zip(quotients).for_each(|(out, x)| *out = nearest_even(x)),
         Rounding::HalfAwayFromZero => {
-            for (out, x) in out.iter_mut().zip(row) {
-                let x = x * inverse;
-                *out = (x + 0.5f32.copysign(x)) as i32;
-            }
+            out.iter_mut().zip(quotients).for_each(|(out, x)| *out = (x + 0.5f32.copysign(x)) as i32);
         }
     }
 }
@@ -362,6 +399,12 @@ fn nearest_even(x: f32) -> i32 {
 /// Multiplies a row, whose length is a power of two, by the orthonormal Walsh–Hadamard matrix.
 #[inline(always)]
 pub(crate) fn hadamard(row: &mut [f32]) {
+    let norm = 1.0 / (row.len() as f32).sqrt();
+    // The product with it comes last, but where the sums would overflow before.
+    let large = absmax_bits(row) > HADAMARD_LARGE.to_bits();
+    if large {
+        row.iter_mut().for_each(|x| *x *= norm);
+    }
     let mut half = 1;
     while half < row.len() {
         for pair in row.chunks_exact_mut(2 * half) {
@@ -372,6 +415,7 @@ pub(crate) fn hadamard(row: &mut [f32]) {
         }
         half *= 2;
     }
-    let norm = 1.0 / (row.len() as f32).sqrt();
-    row.iter_mut().for_each(|x| *x *= norm);
+    if !large {
+        row.iter_mut().for_each(|x| *x *= norm);
+    }
 }

@@ -165,15 +165,26 @@ impl<E: Load> Attention<'_, E> {
             let (mut sum, mut wide) = (vec![0f32; head_dim], vec![0f32; head_dim]);
             let counted = unit.counted();
             let last = (first + MEAN_KEYS).min(smooth.rows(counted));
+            let key = |j: usize| {
+                let at = smooth.row(j, counted);
+                keys.row(unit.seen.map_or(at, |seen| seen.counted[at] as usize))
+            };
             for start in (first..last).step_by(TILE_KEYS) {
+                let rows = start..(start + TILE_KEYS).min(last);
                 sum.fill(0.0);
-                for j in start..(start + TILE_KEYS).min(last) {
-                    let row = smooth.row(j, counted);
-                    let row = unit.seen.map_or(row, |seen| seen.counted[row] as usize);
-                    E::widen(keys.row(row), &mut wide);
+                for j in rows.clone() {
+                    E::widen(key(j), &mut wide);
                     sum.iter_mut().zip(&wide).for_each(|(sum, x)| *sum += x);
                 }
-                total.iter_mut().zip(&sum).for_each(|(total, sum)| *total += f64::from(*sum));
+                if sum.iter().all(|sum| sum.is_finite()) {
+                    total.iter_mut().zip(&sum).for_each(|(total, sum)| *total += f64::from(*sum));
+                    continue;
+                }
+                // A sum of singles overflows where the mean need not.
+                for j in rows {
+                    E::widen(key(j), &mut wide);
+                    total.iter_mut().zip(&wide).for_each(|(total, x)| *total += f64::from(*x));
+                }
             }
             total
         };
@@ -337,7 +348,7 @@ impl<E: Load> Attention<'_, E> {
 
         // The cap acted on whole scores; without one, the log-sum-exp lacks the mean's part.
         let capped = self.call.problem.logit_softcap.is_some();
-        for (r, (row, out)) in row_list.iter().zip(out.chunks_exact_mut(padded_dim)).enumerate() {
+        for (r, (row, out)) in row_list.iter().zip(out.chunks_exact(padded_dim)).enumerate() {
             let mean_score = if capped { 0.0 } else { mean_score[r] };
             // SAFETY: each row belongs to one block, and each block to one thread.
             unsafe { self.write_row(sequence, row, totals(state, r), mean_score, out) }
@@ -366,8 +377,8 @@ impl<E: Load> Attention<'_, E> {
             E::widen(queries.row(first + i), head_row);
             padding.fill(0.0);
             if wants_mean_score {
-                let dot: f32 = head_row.iter().zip(mean).map(|(q, mean)| q * mean).sum();
-                mean_score[i] = dot * self.score_scale();
+                let products = head_row.iter().zip(mean).map(|(q, mean)| f64::from(*q) * f64::from(*mean));
+                mean_score[i] = (products.sum::<f64>() * f64::from(self.score_scale())) as f32;
             }
             if layout.rotate {
                 hadamard(row);

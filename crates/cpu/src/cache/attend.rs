@@ -245,6 +245,9 @@ impl<E: Load> Attention<'_, E> {
             wide.iter_mut().for_each(|x| *x *= self.score_scale());
             let max = sage_core::oracle::absmax(wide.iter().copied());
             let scale = max / QUERY_MAX;
+            // Where it is coarse, rather too large than integers that are.
+            let scale =
+                if scale * QUERY_MAX < max && scale < f32::MIN_POSITIVE { scale.next_up() } else { scale };
             queries.scales[r] = scale;
             // A scale that is zero or NaN leaves the integers zero.
             if scale > 0.0 {
