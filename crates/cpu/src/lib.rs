@@ -19,23 +19,23 @@
 //! # Numbers that are not finite
 //! A score that is NaN, or +∞, makes its row of the output NaN, as in PyTorch. Under integer Q·Kᵀ a NaN or ±∞ in Q or
 //! K does so for every row that reads its group's scale, and under smooth-K one in K for the whole head: never a
-//! number that is silently wrong. A value that is not finite reaches every row whose tile of 128 keys holds it, even where
-//! a mask hides it from the row.
+//! number that is silently wrong. A value that is not finite reaches every row whose tile of 128 keys holds it, even
+//! where a mask hides it from the row.
 //!
-//! What no query sees reaches nothing, whatever K and V hold there: keys beyond `kv_lens` or `cu_seqlens`, and keys that
-//! the band, the mask and the block mask hide from every query of all heads that share them.
+//! What no query sees reaches nothing, whatever K and V hold there: keys beyond `kv_lens` or `cu_seqlens`, and keys
+//! that the band, the mask and the block mask hide from every query of all heads that share them.
 //!
 //! # Numbers of any size
-//! Every form but those below takes numbers from the whole range of single precision, subnormal ones too, as long as the
-//! scaled scores are within it. The original's quantisers add 1e-7 to scales or take no maximum below it: what is much
-//! smaller is zero to them ([`sage_core::ZeroGroup`]).
+//! Every form but those below takes numbers from the whole range of single precision, subnormal ones too, as long as
+//! the scaled scores are within it. The original's quantisers add 1e-7 to scales or take no maximum below it: what is
+//! much smaller is zero to them ([`sage_core::ZeroGroup`]).
 //!
 //! # Determinism
 //! The same call on the same machine gives the same bits: no sum's order depends on the number of threads.
 //!
 //! # Threads
-//! Work is divided between the threads of the rayon pool that the caller is in, or of rayon's global one. A forked process,
-//! which has none of its parent's threads, starts as many of its own.
+//! Work is divided between the threads of the rayon pool that the caller is in, or of rayon's global one. A forked
+//! process, which has none of its parent's threads, starts as many of its own.
 
 mod cache;
 mod forward;

@@ -64,8 +64,8 @@ pub(crate) struct SeenHeads {
 const WORTH_A_THREAD: usize = 256;
 
 impl SeenHeads {
-    /// Looks at the masks of a call. `cut`: whether the call's sequences hold only keys that the band lets some query see,
-    /// as [`Call::check`] makes them where there is no other mask.
+    /// Looks at the masks of a call. `cut`: whether the call's sequences hold only keys that the band lets some query
+    /// see, as [`Call::check`] makes them where there is no other mask.
     pub fn of(call: &Call<'_>, cut: bool) -> Self {
         let masked = call.mask.is_some() || call.block_mask.is_some();
         if !masked && (cut || call.problem.band.is_full()) {

@@ -30,8 +30,8 @@ fn check(case: &Case, [q, k, v]: [f32; 3]) {
     let built = Built { q: times(&built.q, q), k: times(&built.k, k), v: times(&built.v, v), ..built };
     let exact = oracle::exact(&built.call());
     let magnitude = exact.out.iter().map(|x| x.abs()).sum::<f64>() / exact.out.len() as f64;
-    // The last place of the smallest numbers is 2⁻¹⁴⁹, by which each of many sums is rounded: measured 3 of them; doubled.
-    // Of bf16 it is 2⁻¹³³, by which the output is rounded.
+    // The last place of the smallest numbers is 2⁻¹⁴⁹, by which each of many sums is rounded: measured 3 of them;
+    // doubled. Of bf16 it is 2⁻¹³³, by which the output is rounded.
     let smallest = 6.0 * 2f64.powi(-149) / magnitude
         + if case.dtype == DType::BF16 { 2f64.powi(-134) / magnitude } else { 0.0 };
     for cpu in every_cpu() {

@@ -25,8 +25,8 @@ pub(crate) fn watch() {
     unsafe extern "C" fn forked() {
         FORKED.store(true, Ordering::Relaxed);
     }
-    // SAFETY: as POSIX declares it; the handler only sets a flag. It fails for want of memory alone: then the driver's own
-    // error has to do.
+    // SAFETY: as POSIX declares it; the handler only sets a flag. It fails for want of memory alone: then the
+    // driver's own error has to do.
     unsafe { pthread_atfork(None, None, Some(forked)) };
 }
 

@@ -7,8 +7,8 @@ pub const FIXED12_MAX: f32 = 4095.0;
 
 /// Scale of a block and channel whose largest magnitude is `a`: `a / 4095`, NaN where that is not finite.
 ///
-/// Subnormal quotients are rounded up, so that no integer exceeds 4095. However coarse such a scale is, the integers are
-/// quotients by the scale itself, and so the error is at most half a step as elsewhere.
+/// Subnormal quotients are rounded up, so that no integer exceeds 4095. However coarse such a scale is, the integers
+/// are quotients by the scale itself, and so the error is at most half a step as elsewhere.
 pub fn fixed12_scale(a: f32) -> f32 {
     let scale = if a.is_finite() { a / FIXED12_MAX } else { f32::NAN };
     if scale < f32::MIN_POSITIVE && scale * FIXED12_MAX < a { scale.next_up() } else { scale }

@@ -13,8 +13,8 @@ pub(crate) struct DirectScores<'a, E> {
     pub k: &'a [E],
     pub stride: usize,
     pub keys: usize,
-    /// What the queries see of each key, or empty: see [`crate::seen::SeenKeys`]. Keys that no query sees are not read, and
-    /// their scores are left as they are.
+    /// What the queries see of each key, or empty: see [`crate::seen::SeenKeys`]. Keys that no query sees are not
+    /// read, and their scores are left as they are.
     pub seen: &'a [Seen],
     pub head_dim: usize,
     /// Rows of [`TILE_KEYS`] scores.
