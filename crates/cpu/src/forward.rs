@@ -6,12 +6,14 @@ use sage_core::{Call, Sequence, View};
 
 use crate::kernels::{Kernels, Load, RowState, SoftCap, TILE_KEYS};
 use crate::rows::{HeadRows, OutputRows};
+use crate::seen::SeenHeads;
 use crate::visibility::{Row, apply_masks};
 
 /// A call with its element type known.
 pub(crate) struct Attention<'a, E> {
     pub kernels: &'static Kernels,
     pub call: &'a Call<'a>,
+    pub seen: SeenHeads,
     pub q: View<'a, E>,
     pub k: View<'a, E>,
     pub v: View<'a, E>,
@@ -61,11 +63,11 @@ impl<E: Load> Attention<'_, E> {
         let sees_all = |row: &Row| row.keys.start <= first && first + columns <= row.keys.end;
         let masked = self.call.mask.is_some() || self.call.block_mask.is_some();
         if masked || !rows.iter().all(sees_all) {
-            apply_masks(self.call, index, rows, first, columns, scores);
+            apply_masks(self.kernels, self.call, index, rows, first, columns, scores);
         }
     }
 
-    /// Writes one row of the output from its unnormalised sum, and its log-sum-exp.
+    /// Writes one row of the output, and its log-sum-exp from the maximum and sum of its probabilities.
     ///
     /// `mean_score` is what smoothing K took from the row's scores, in base 2.
     ///
@@ -77,17 +79,15 @@ impl<E: Load> Attention<'_, E> {
         row: &Row,
         (max, sum): (f32, f32),
         mean_score: f32,
-        unnormalised: &mut [f32],
+        out: &[f32],
     ) {
-        let unnormalised = &mut unnormalised[..self.call.problem.head_dim];
-        // No visible key: zeros and −∞. A NaN sum stays NaN.
-        let inverse = if sum == 0.0 { 0.0 } else { 1.0 / sum };
-        unnormalised.iter_mut().for_each(|x| *x *= inverse);
+        let out = &out[..self.call.problem.head_dim];
         let index = sequence.q_start + row.index;
         // SAFETY: the caller's promise.
         unsafe {
-            E::narrow(unnormalised, self.out.row_mut(sequence.batch, row.head, index));
+            E::narrow(out, self.out.row_mut(sequence.batch, row.head, index));
             if let Some(lse) = &self.lse {
+                // No visible key: −∞.
                 let value =
                     if sum == 0.0 { f32::NEG_INFINITY } else { (max + sum.log2() + mean_score) * LN_2 };
                 lse.row_mut(sequence.batch, row.head, index)[0] = value;

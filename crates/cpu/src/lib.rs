@@ -19,11 +19,23 @@
 //! # Numbers that are not finite
 //! A score that is NaN, or +∞, makes its row of the output NaN, as in PyTorch. Under integer Q·Kᵀ a NaN or ±∞ in Q or
 //! K does so for every row that reads its group's scale, and under smooth-K one in K for the whole head: never a
-//! number that is silently wrong. Keys beyond `kv_lens` or `cu_seqlens` are never read. A value that is not finite
-//! reaches every row whose tile of 128 keys holds it, even where a mask hides it from the row.
+//! number that is silently wrong. A value that is not finite reaches every row whose tile of 128 keys holds it, even
+//! where a mask hides it from the row.
+//!
+//! What no query sees reaches nothing, whatever K and V hold there: keys beyond `kv_lens` or `cu_seqlens`, and keys
+//! that the band, the mask and the block mask hide from every query of all heads that share them.
+//!
+//! # Numbers of any size
+//! Every form but those below takes numbers from the whole range of single precision, subnormal ones too, as long as
+//! the scaled scores are within it. The original's quantisers add 1e-7 to scales or take no maximum below it: what is
+//! much smaller is zero to them ([`sage_core::ZeroGroup`]).
 //!
 //! # Determinism
 //! The same call on the same machine gives the same bits: no sum's order depends on the number of threads.
+//!
+//! # Threads
+//! Work is divided between the threads of the rayon pool that the caller is in, or of rayon's global one. A forked
+//! process, which has none of its parent's threads, starts as many of its own.
 
 mod cache;
 mod forward;
@@ -33,7 +45,9 @@ mod machine;
 mod nearest;
 mod plan;
 mod rows;
+mod seen;
 mod split;
+mod threads;
 mod tile;
 mod tiled;
 #[cfg(test)]
@@ -49,6 +63,7 @@ use crate::forward::Attention;
 use crate::kernels::{Kernels, Load};
 use crate::plan::Strategy;
 use crate::rows::OutputRows;
+use crate::seen::SeenHeads;
 
 pub use crate::cache::CachePages;
 pub use crate::isa::InstructionSet;
@@ -120,6 +135,16 @@ impl Cpu {
             return Err(Error::unsupported("a plan of another problem", "plan the problem of this call"));
         }
         let geometry = call.check_output(out.dtype(), out.geometry())?;
+        threads::run(|| self.run_typed(plan, call, (out, geometry), lse))?
+    }
+
+    fn run_typed(
+        &self,
+        plan: &CpuPlan,
+        call: &Call<'_>,
+        (out, geometry): (TensorViewMut<'_>, Geometry),
+        lse: Option<&mut [f32]>,
+    ) -> Result<()> {
         match (call.q, call.k, call.v, out) {
             (TensorView::F32(q), TensorView::F32(k), TensorView::F32(v), TensorViewMut::F32(out)) => {
                 self.run(plan, call, [q, k, v], (out, geometry), lse)
@@ -150,6 +175,7 @@ impl Cpu {
         let attention = Attention {
             kernels: kernels(plan.instruction_set),
             call,
+            seen: SeenHeads::of(call, true),
             q,
             k,
             v,
@@ -167,15 +193,16 @@ impl Cpu {
         Ok(())
     }
 
+    // Nothing waits for the lock: in a forked process it may be held for ever.
     fn take_spare(&self) -> AVec<u32> {
-        let spare = self.spare.lock().ok().and_then(|mut spare| spare.pop());
+        let spare = self.spare.try_lock().ok().and_then(|mut spare| spare.pop());
         spare.unwrap_or_else(|| AVec::new(64))
     }
 
     fn return_spare(&self, packed: AVec<u32>) {
         // Larger ones are rare, and better given back.
         if packed.len() * 4 <= plan::PACKED_BYTES_MAX
-            && let Ok(mut spare) = self.spare.lock()
+            && let Ok(mut spare) = self.spare.try_lock()
         {
             spare.push(packed);
         }

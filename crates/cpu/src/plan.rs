@@ -55,7 +55,7 @@ impl CpuPlan {
         instruction_set: InstructionSet,
         kernels: &Kernels,
     ) -> Result<Self> {
-        let threads = rayon::current_num_threads();
+        let threads = crate::threads::count();
         let rows_per_head = problem.q_len.saturating_mul(problem.group_size());
         let few_rows = rows_per_head <= DIRECT_ROWS_MAX;
         let mut reasons = Vec::new();

@@ -22,7 +22,7 @@ struct Unit {
 
 /// What a run of keys adds to every row of its unit.
 pub(crate) struct Part {
-    /// Unnormalised rows, of `head_dim` numbers or more.
+    /// Rows of `head_dim` numbers or more.
     pub out: Vec<f32>,
     pub state: RowState,
 }
@@ -70,12 +70,15 @@ impl<E: Load> Attention<'_, E> {
         let mut part = Part { out: vec![0.0; rows * head_dim], state: RowState::default() };
         part.state.reset(rows);
         let mut scores = vec![0f32; rows * TILE_KEYS];
+        let seen = self.seen.head(unit.sequence_index, unit.kv_head);
         let mut copies = [Vec::new(), Vec::new()];
         for first in keys.clone().step_by(TILE_KEYS) {
             let tile = first..keys.end.min(first + TILE_KEYS);
-            if tile_is_hidden(self.call, unit.sequence_index, &unit.rows, &tile) {
+            let hidden = seen.is_some_and(|seen| seen.all_hidden(tile.clone()));
+            if hidden || tile_is_hidden(self.call, unit.sequence_index, &unit.rows, &tile) {
                 continue;
             }
+            let seen = seen.map_or(&[][..], |seen| seen.range(tile.clone()));
             let [k_copy, v_copy] = &mut copies;
             let (k, k_stride) = contiguous(&k, tile.clone(), k_copy);
             let (v, v_stride) = contiguous(&v, tile.clone(), v_copy);
@@ -84,14 +87,14 @@ impl<E: Load> Attention<'_, E> {
             let scores = &mut scores[..];
             E::scores(
                 self.kernels,
-                DirectScores { q: &q, rows, k, stride: k_stride, keys, head_dim, scores },
+                DirectScores { q: &q, rows, k, stride: k_stride, keys, seen, head_dim, scores },
             );
             self.finish_scores(unit.sequence_index, &unit.rows, first, columns, None, scores);
             self.kernels.softmax_float(Softmax { rows, columns, scores, pairs: &mut [], state });
             let p = &*scores;
             E::values(
                 self.kernels,
-                DirectValues { p, rows, v, stride: v_stride, keys, head_dim, out, state },
+                DirectValues { p, rows, v, stride: v_stride, keys, seen, head_dim, out, state },
             );
         }
         part
@@ -104,17 +107,20 @@ impl<E: Load> Attention<'_, E> {
         for (r, row) in rows.iter().enumerate() {
             let max = parts.iter().fold(f32::NEG_INFINITY, |max, part| max.max(part.state.max[r]));
             let shift = max.max(f32::MIN);
-            let mut sum = 0.0;
-            out.fill(0.0);
-            for part in parts {
+            let weight = |part: &Part| {
                 let (part_max, part_sum) = totals(&part.state, r);
-                let weight = (part_max - shift).exp2();
-                sum += weight * part_sum;
+                (part_max - shift).exp2() * part_sum
+            };
+            let sum: f32 = parts.iter().map(weight).sum();
+            out.fill(0.0);
+            // A row without keys stays zero.
+            for part in parts.iter().filter(|_| sum != 0.0) {
+                let weight = weight(part) / sum;
                 let part = &part.out[r * (part.out.len() / rows.len())..][..head_dim];
                 out.iter_mut().zip(part).for_each(|(out, x)| *out += weight * x);
             }
             // SAFETY: each row belongs to one unit, and each unit to one thread.
-            unsafe { self.write_row(sequence, row, (max, sum), 0.0, &mut out) }
+            unsafe { self.write_row(sequence, row, (max, sum), 0.0, &out) }
         }
     }
 }

@@ -1,10 +1,15 @@
 //! A tile of keys and values in the order that the kernels read it, a block of queries likewise, and how they are
 //! packed.
 
+mod values;
+
+use sage_core::oracle::HADAMARD_LARGE;
 use sage_core::{IntQuantizer, Rounding};
 
 use crate::isa::IntWord;
-use crate::kernels::{FIXED12_MAX, TILE_KEYS};
+use crate::kernels::TILE_KEYS;
+use crate::seen::Seen;
+use values::{fixed12_values, float_values};
 
 /// How Q·Kᵀ is computed.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -25,7 +30,7 @@ pub(crate) enum PvForm {
 }
 
 /// Sizes of a packed tile, in 32-bit words. A tile is one contiguous run of memory:
-/// K panels, K scales, V panels, V scales.
+/// K panels, K scales, V panels, V scales (of numbers one, of the whole tile).
 ///
 /// A K panel holds `width` keys: for integers their start values, then for each word of depth the words of all keys.
 /// A V panel holds `width` channels: for each key (12-bit: pair of keys) the words of all channels.
@@ -112,7 +117,11 @@ impl TileLayout {
 
     fn lengths(&self) -> [usize; 4] {
         let k_scales = if self.qk == QkForm::Float { 0 } else { TILE_KEYS };
-        let v_scales = if self.pv == PvForm::Float { 0 } else { self.padded_dim() };
+        let v_scales = match self.pv {
+            // One, and room that keeps the next tile on a cache line.
+            PvForm::Float => 16,
+            PvForm::Fixed12 => self.padded_dim(),
+        };
         [self.k_panel * (TILE_KEYS / self.width), k_scales, self.v_panel * self.channel_panels, v_scales]
     }
 }
@@ -124,10 +133,12 @@ pub(crate) struct PackTile<'a> {
     pub first: usize,
     /// Keys, up to [`TILE_KEYS`].
     pub keys: usize,
+    /// What the queries see of each key; empty where all count. Keys that none sees have rows of zeros.
+    pub seen: &'a [Seen],
     /// Rows of `qk_dim` numbers, smoothed; rotated here.
     pub k: &'a mut [f32],
-    /// Rows of `head_dim` numbers.
-    pub v: &'a [f32],
+    /// Rows of `head_dim` numbers; those of padding are saturated here.
+    pub v: &'a mut [f32],
     /// [`TileLayout::words`] words.
     pub tile: &'a mut [u32],
 }
@@ -167,12 +178,12 @@ pub(crate) fn pack_tile(args: &mut PackTile<'_>) {
     }
     match layout.qk {
         QkForm::Float => float_keys(&layout, k_rows, k),
-        QkForm::Int(quantizer) => int_keys(&layout, &quantizer, args.first, k_rows, k, k_scale),
+        QkForm::Int(quantizer) => int_keys(&layout, &quantizer, (args.first, args.seen), k_rows, k, k_scale),
     }
-    let v_rows = &args.v[..args.keys * layout.head_dim];
+    let v_rows = &mut args.v[..args.keys * layout.head_dim];
     match layout.pv {
-        PvForm::Float => float_values(&layout, v_rows, v),
-        PvForm::Fixed12 => fixed12_values(&layout, v_rows, v, v_scale),
+        PvForm::Float => v_scale[0] = float_values(&layout, v_rows, v).to_bits(),
+        PvForm::Fixed12 => fixed12_values(&layout, args.seen, v_rows, v, v_scale),
     }
 }
 
@@ -191,71 +202,45 @@ fn float_keys(layout: &TileLayout, rows: &[f32], out: &mut [u32]) {
 fn int_keys(
     layout: &TileLayout,
     quantizer: &IntQuantizer,
-    first: usize,
-    rows: &[f32],
+    (first, seen): (usize, &[Seen]),
+    rows: &mut [f32],
     out: &mut [u32],
     scales: &mut [u32],
 ) {
     // Groups lie within a tile, and are counted from the start of the sequence.
     let first_group = quantizer.k_group(first);
     let mut group_max = [0; TILE_KEYS];
+    let mut counts = [Seen::Hidden; TILE_KEYS];
     for (j, row) in rows.chunks_exact(layout.qk_dim).enumerate() {
-        let max = &mut group_max[quantizer.k_group(first + j) - first_group];
-        *max = absmax_bits(row).max(*max);
+        let group = quantizer.k_group(first + j) - first_group;
+        let (max, best) = (&mut group_max[group], &mut counts[group]);
+        // Padding is measured where a group has nothing else.
+        match seen.get(j).copied().unwrap_or(Seen::Counts) {
+            of if of > *best => (*max, *best) = (absmax_bits(row), of),
+            of if of == *best => *max = absmax_bits(row).max(*max),
+            _ => {}
+        }
     }
+    for (j, row) in rows.chunks_exact_mut(layout.qk_dim).enumerate().take(seen.len()) {
+        if seen[j] == Seen::Padding {
+            let max = f32::from_bits(group_max[quantizer.k_group(first + j) - first_group]);
+            row.iter_mut().for_each(|x| *x = saturated(*x, max));
+        }
+    }
+    let rows = &*rows;
+    let levels = quantizer.bits.max() as f32;
     let mut ints = [0; 256];
     let ints = &mut ints[..layout.qk_dim];
     for (j, row) in rows.chunks_exact(layout.qk_dim).enumerate() {
         let max = f32::from_bits(group_max[quantizer.k_group(first + j) - first_group]);
         let scale = quantizer.scale(max);
         scales[j] = scale.to_bits();
-        quantize(row, scale, quantizer.rounding, ints);
+        quantize(row, scale, levels, quantizer.rounding, ints);
         let panel = &mut out[j / layout.width * layout.k_panel..][..layout.k_panel];
         let (start, words) = panel.split_at_mut(layout.width);
         let key = j % layout.width;
         start[key] = (-layout.word.q_offset() * ints.iter().sum::<i32>()) as u32;
         layout.word.pack_row(ints, words[key..].iter_mut().step_by(layout.width));
-    }
-}
-
-#[inline(always)]
-fn float_values(layout: &TileLayout, rows: &[f32], out: &mut [u32]) {
-    for (panel, first) in out.chunks_exact_mut(layout.v_panel).zip((0..).step_by(layout.width)) {
-        for (words, row) in panel.chunks_exact_mut(layout.width).zip(rows.chunks_exact(layout.head_dim)) {
-            words.iter_mut().zip(&row[first..]).for_each(|(word, x)| *word = x.to_bits());
-        }
-    }
-}
-
-#[inline(always)]
-fn fixed12_values(layout: &TileLayout, rows: &[f32], out: &mut [u32], scales: &mut [u32]) {
-    let mut max = [0u32; 256];
-    let max = &mut max[..layout.head_dim];
-    for row in rows.chunks_exact(layout.head_dim) {
-        max.iter_mut().zip(row).for_each(|(max, x)| *max = (*max).max(magnitude_bits(*x)));
-    }
-    let mut inverse = [0f32; 256];
-    for ((inverse, scale), &max) in inverse.iter_mut().zip(scales.iter_mut()).zip(max.iter()) {
-        let max = f32::from_bits(max);
-        // A maximum so small that its inverse is infinite counts as zero.
-        *inverse = if max > 0.0 && FIXED12_MAX / max < f32::INFINITY { FIXED12_MAX / max } else { 0.0 };
-        *scale = if max.is_finite() { max / FIXED12_MAX } else { f32::NAN }.to_bits();
-    }
-    for (panel, first) in out.chunks_exact_mut(layout.v_panel).zip((0..).step_by(layout.width)) {
-        let channels = first..(first + layout.width).min(layout.head_dim);
-        let inverse = &inverse[channels.clone()];
-        let pairs = rows.chunks(2 * layout.head_dim);
-        for (words, pair) in panel.chunks_exact_mut(layout.width).zip(pairs) {
-            let (even, odd) = pair.split_at(layout.head_dim);
-            for ((word, x), inverse) in words.iter_mut().zip(&even[channels.clone()]).zip(inverse) {
-                *word = nearest_even(x * inverse) as u32 & 0xffff;
-            }
-            if !odd.is_empty() {
-                for ((word, x), inverse) in words.iter_mut().zip(&odd[channels.clone()]).zip(inverse) {
-                    *word |= (nearest_even(x * inverse) as u32) << 16;
-                }
-            }
-        }
     }
 }
 
@@ -273,6 +258,7 @@ pub(crate) fn pack_queries(args: &mut PackQueries<'_>) {
     };
     let (before, after) =
         if quantizer.scale_q_first { (args.score_scale, 1.0) } else { (1.0, args.score_scale) };
+    let levels = quantizer.bits.max() as f32;
     let mut ints = [0; 256];
     let ints = &mut ints[..layout.qk_dim];
     for (i, row) in rows.chunks_exact_mut(layout.qk_dim).enumerate() {
@@ -280,10 +266,16 @@ pub(crate) fn pack_queries(args: &mut PackQueries<'_>) {
         row.iter_mut().for_each(|x| *x *= before);
         let scale = quantizer.scale(max * before);
         args.scale[i] = scale * after;
-        quantize(row, scale, quantizer.rounding, ints);
+        quantize(row, scale, levels, quantizer.rounding, ints);
         ints.iter_mut().for_each(|x| *x += layout.word.q_offset());
         layout.word.pack_row(ints, args.words[i * layout.depth..][..layout.depth].iter_mut());
     }
+}
+
+/// `x`, but of no magnitude above `max`, and 0 for NaN; anything where `max` is NaN.
+#[inline(always)]
+fn saturated(x: f32, max: f32) -> f32 {
+    if x.is_nan() { 0.0 } else { x.max(-max).min(max) }
 }
 
 /// Bits of `|x|`: as integers they order like the numbers, and NaN lies above infinity, so that a maximum over them
@@ -299,22 +291,26 @@ pub(crate) fn absmax_bits(row: &[f32]) -> u32 {
     row.iter().fold(0, |max, x| max.max(magnitude_bits(*x)))
 }
 
-/// `row / scale`, rounded; zeros where the scale is NaN, or so small that its inverse is infinite.
+/// `row / scale`, rounded, of magnitudes up to `levels`; zeros where the scale is zero or NaN.
 #[inline(always)]
-fn quantize(row: &[f32], scale: f32, rounding: Rounding, out: &mut [i32]) {
+fn quantize(row: &[f32], scale: f32, levels: f32, rounding: Rounding, out: &mut [i32]) {
     let inverse = 1.0 / scale;
-    if !inverse.is_finite() {
-        return out.fill(0);
+    if inverse.is_finite() {
+        return integers(row.iter().map(|x| x * inverse), rounding, out);
     }
+    if scale > 0.0 {
+        // So small that it has no inverse, and coarse, so that a quotient may be too large.
+        return integers(row.iter().map(|x| (x / scale).clamp(-levels, levels)), rounding, out);
+    }
+    out.fill(0);
+}
+
+#[inline(always)]
+fn integers(quotients: impl Iterator<Item = f32>, rounding: Rounding, out: &mut [i32]) {
     match rounding {
-        Rounding::NearestEven => {
-            out.iter_mut().zip(row).for_each(|(out, x)| *out = nearest_even(x * inverse));
-        }
+        Rounding::NearestEven => out.iter_mut().zip(quotients).for_each(|(out, x)| *out = nearest_even(x)),
         Rounding::HalfAwayFromZero => {
-            for (out, x) in out.iter_mut().zip(row) {
-                let x = x * inverse;
-                *out = (x + 0.5f32.copysign(x)) as i32;
-            }
+            out.iter_mut().zip(quotients).for_each(|(out, x)| *out = (x + 0.5f32.copysign(x)) as i32);
         }
     }
 }
@@ -329,6 +325,12 @@ fn nearest_even(x: f32) -> i32 {
 /// Multiplies a row, whose length is a power of two, by the orthonormal Walsh–Hadamard matrix.
 #[inline(always)]
 pub(crate) fn hadamard(row: &mut [f32]) {
+    let norm = 1.0 / (row.len() as f32).sqrt();
+    // The product with it comes last, but where the sums would overflow before.
+    let large = absmax_bits(row) > HADAMARD_LARGE.to_bits();
+    if large {
+        row.iter_mut().for_each(|x| *x *= norm);
+    }
     let mut half = 1;
     while half < row.len() {
         for pair in row.chunks_exact_mut(2 * half) {
@@ -339,6 +341,7 @@ pub(crate) fn hadamard(row: &mut [f32]) {
         }
         half *= 2;
     }
-    let norm = 1.0 / (row.len() as f32).sqrt();
-    row.iter_mut().for_each(|x| *x *= norm);
+    if !large {
+        row.iter_mut().for_each(|x| *x *= norm);
+    }
 }

@@ -1,6 +1,9 @@
 //! Attention with packed keys and values: each block of queries passes over all tiles of its head.
 
+mod means;
+
 use std::cell::RefCell;
+use std::ops::Range;
 
 use aligned_vec::AVec;
 use rayon::prelude::*;
@@ -9,18 +12,18 @@ use sage_core::{Granularity, IntQuantizer, Sequence, SmoothK};
 use crate::forward::{Attention, totals};
 use crate::kernels::{Load, RowState, Scores, Softmax, TILE_KEYS, Values};
 use crate::plan::PACKED_BYTES_MAX;
+use crate::seen::{Seen, SeenKeys};
 use crate::tile::{PackQueries, PackTile, PvForm, QkForm, TileLayout, absmax_bits, hadamard};
 use crate::visibility::{Row, tile_is_hidden, union};
 
-/// Keys whose sum one thread takes. A constant, so that results do not depend on the threads.
-const MEAN_KEYS: usize = 2048;
-
 /// One key head of one sequence, and where its tiles lie among those packed together.
 #[derive(Clone, Copy)]
-struct Unit {
+struct Unit<'s> {
     sequence_index: usize,
     sequence: Sequence,
     kv_head: usize,
+    /// None where every key counts.
+    seen: Option<&'s SeenKeys>,
     first_tile: usize,
     tiles: usize,
 }
@@ -54,11 +57,28 @@ thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
+impl Unit<'_> {
+    /// How many keys enter the mean.
+    fn counted(&self) -> usize {
+        self.seen.map_or(self.sequence.kv_len, |seen| seen.counted.len())
+    }
+
+    /// The keys of a tile.
+    fn keys(&self, tile: usize) -> Range<usize> {
+        tile * TILE_KEYS..self.sequence.kv_len.min((tile + 1) * TILE_KEYS)
+    }
+
+    /// Whether no query sees any key of a tile.
+    fn hides(&self, tile: usize) -> bool {
+        self.seen.is_some_and(|seen| seen.all_hidden(self.keys(tile)))
+    }
+}
+
 impl<E: Load> Attention<'_, E> {
     /// Computes the call with blocks of `block_q` queries. `smooth_k`: subtract the mean of each head's keys.
     pub fn tiled(&self, layout: &TileLayout, block_q: usize, smooth_k: SmoothK, packed: &mut AVec<u32>) {
         let max_tiles = PACKED_BYTES_MAX / 4 / layout.words();
-        let mut wave: Vec<Unit> = Vec::new();
+        let mut wave: Vec<Unit<'_>> = Vec::new();
         let mut tiles = 0;
         for (sequence_index, sequence) in self.call.sequences.iter().enumerate() {
             let count = sequence.kv_len.div_ceil(TILE_KEYS);
@@ -72,6 +92,7 @@ impl<E: Load> Attention<'_, E> {
                     sequence_index,
                     sequence: *sequence,
                     kv_head,
+                    seen: self.seen.head(sequence_index, kv_head),
                     first_tile: tiles,
                     tiles: count,
                 });
@@ -87,7 +108,7 @@ impl<E: Load> Attention<'_, E> {
         layout: &TileLayout,
         block_q: usize,
         smooth_k: SmoothK,
-        units: &[Unit],
+        units: &[Unit<'_>],
         tiles: usize,
         packed: &mut AVec<u32>,
     ) {
@@ -99,7 +120,11 @@ impl<E: Load> Attention<'_, E> {
         let packed = &mut packed[..tiles * layout.words()];
         packed.par_chunks_exact_mut(layout.words()).enumerate().for_each(|(tile, words)| {
             let unit = units.partition_point(|unit| unit.first_tile + unit.tiles <= tile);
-            self.pack(layout, &units[unit], tile - units[unit].first_tile, &means[unit], words);
+            let (unit, mean) = (&units[unit], &means[unit]);
+            let tile = tile - unit.first_tile;
+            if !unit.hides(tile) {
+                self.pack(layout, unit, tile, mean, words);
+            }
         });
 
         let packed = &*packed;
@@ -121,54 +146,20 @@ impl<E: Load> Attention<'_, E> {
         });
     }
 
-    /// Mean of the keys of each unit.
-    fn key_means(&self, units: &[Unit], smooth: SmoothK) -> Vec<Vec<f32>> {
-        let head_dim = self.call.problem.head_dim;
-        let parts: Vec<(usize, usize)> = units
-            .iter()
-            .enumerate()
-            .flat_map(|(u, unit)| {
-                let rows = smooth.rows(unit.sequence.kv_len);
-                (0..rows).step_by(MEAN_KEYS).map(move |first| (u, first))
-            })
-            .collect();
-        let sum = |&(u, first): &(usize, usize)| {
-            let unit: &Unit = &units[u];
-            let keys = self.keys(&unit.sequence, unit.kv_head);
-            let mut total = vec![0f64; head_dim];
-            let (mut sum, mut wide) = (vec![0f32; head_dim], vec![0f32; head_dim]);
-            let kv_len = unit.sequence.kv_len;
-            let last = (first + MEAN_KEYS).min(smooth.rows(kv_len));
-            for start in (first..last).step_by(TILE_KEYS) {
-                sum.fill(0.0);
-                for j in start..(start + TILE_KEYS).min(last) {
-                    E::widen(keys.row(smooth.row(j, kv_len)), &mut wide);
-                    sum.iter_mut().zip(&wide).for_each(|(sum, x)| *sum += x);
-                }
-                total.iter_mut().zip(&sum).for_each(|(total, sum)| *total += f64::from(*sum));
-            }
-            total
-        };
-        let sums: Vec<Vec<f64>> = parts.par_iter().map(sum).collect();
-        let mut totals = vec![vec![0f64; head_dim]; units.len()];
-        for (&(unit, _), sum) in parts.iter().zip(&sums) {
-            totals[unit].iter_mut().zip(sum).for_each(|(total, sum)| *total += sum);
-        }
-        let mean = |(total, unit): (&Vec<f64>, &Unit)| {
-            let keys = smooth.rows(unit.sequence.kv_len).max(1) as f64;
-            total.iter().map(|total| (total / keys) as f32).collect()
-        };
-        totals.iter().zip(units).map(mean).collect()
-    }
-
     /// Packs one tile of a unit; `mean` is empty without smoothing.
-    fn pack(&self, layout: &TileLayout, unit: &Unit, tile: usize, mean: &[f32], words: &mut [u32]) {
-        let first = tile * TILE_KEYS;
-        let keys = TILE_KEYS.min(unit.sequence.kv_len - first);
+    fn pack(&self, layout: &TileLayout, unit: &Unit<'_>, tile: usize, mean: &[f32], words: &mut [u32]) {
+        let Range { start: first, end } = unit.keys(tile);
+        let keys = end - first;
+        let seen = unit.seen.map_or(&[][..], |seen| seen.range(first..end));
+        let hidden = |j: usize| seen.get(j) == Some(&Seen::Hidden);
         let (k, v) = (self.keys(&unit.sequence, unit.kv_head), self.values(&unit.sequence, unit.kv_head));
         SCRATCH.with_borrow_mut(|scratch| {
             let k_rows = resized(&mut scratch.q, keys * layout.qk_dim);
             for (j, row) in k_rows.chunks_exact_mut(layout.qk_dim).enumerate() {
+                if hidden(j) {
+                    row.fill(0.0);
+                    continue;
+                }
                 let (row, padding) = row.split_at_mut(layout.head_dim);
                 E::widen(k.row(first + j), row);
                 row.iter_mut().zip(mean).for_each(|(x, mean)| *x -= mean);
@@ -176,12 +167,13 @@ impl<E: Load> Attention<'_, E> {
             }
             let v_rows = resized(&mut scratch.wide, keys * layout.head_dim);
             for (j, row) in v_rows.chunks_exact_mut(layout.head_dim).enumerate() {
-                E::widen(v.row(first + j), row);
+                if hidden(j) { row.fill(0.0) } else { E::widen(v.row(first + j), row) }
             }
             self.kernels.pack_tile(PackTile {
                 layout: *layout,
                 first,
                 keys,
+                seen,
                 k: k_rows,
                 v: v_rows,
                 tile: words,
@@ -193,7 +185,7 @@ impl<E: Load> Attention<'_, E> {
     fn block(
         &self,
         layout: &TileLayout,
-        unit: &Unit,
+        unit: &Unit<'_>,
         block: &Block,
         tiles: &[u32],
         mean: &[f32],
@@ -219,7 +211,7 @@ impl<E: Load> Attention<'_, E> {
         for tile in visible.start / TILE_KEYS..visible.end.div_ceil(TILE_KEYS) {
             let first_key = tile * TILE_KEYS;
             let keys = first_key..visible.end.min(first_key + TILE_KEYS);
-            if tile_is_hidden(self.call, unit.sequence_index, row_list, &keys) {
+            if unit.hides(tile) || tile_is_hidden(self.call, unit.sequence_index, row_list, &keys) {
                 continue;
             }
             let panels = keys.len().div_ceil(self.kernels.width);
@@ -302,7 +294,7 @@ impl<E: Load> Attention<'_, E> {
 
         // The cap acted on whole scores; without one, the log-sum-exp lacks the mean's part.
         let capped = self.call.problem.logit_softcap.is_some();
-        for (r, (row, out)) in row_list.iter().zip(out.chunks_exact_mut(padded_dim)).enumerate() {
+        for (r, (row, out)) in row_list.iter().zip(out.chunks_exact(padded_dim)).enumerate() {
             let mean_score = if capped { 0.0 } else { mean_score[r] };
             // SAFETY: each row belongs to one block, and each block to one thread.
             unsafe { self.write_row(sequence, row, totals(state, r), mean_score, out) }
@@ -331,8 +323,8 @@ impl<E: Load> Attention<'_, E> {
             E::widen(queries.row(first + i), head_row);
             padding.fill(0.0);
             if wants_mean_score {
-                let dot: f32 = head_row.iter().zip(mean).map(|(q, mean)| q * mean).sum();
-                mean_score[i] = dot * self.score_scale();
+                let products = head_row.iter().zip(mean).map(|(q, mean)| f64::from(*q) * f64::from(*mean));
+                mean_score[i] = (products.sum::<f64>() * f64::from(self.score_scale())) as f32;
             }
             if layout.rotate {
                 hadamard(row);

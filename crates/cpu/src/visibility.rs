@@ -1,11 +1,11 @@
 //! Which scores of a tile are hidden, and what is added to the others.
 
-use std::f32::consts::LOG2_E;
 use std::ops::Range;
 
-use sage_core::{BlockMask, Call, Element, Geometry, Mask, Sequence, TensorView, View};
+use half::{bf16, f16};
+use sage_core::{BlockMask, Call, Mask, Sequence, TensorView, View};
 
-use crate::kernels::TILE_KEYS;
+use crate::kernels::{AddBias, HideKeys, Kernels, Load, TILE_KEYS};
 
 /// A query row of a block.
 #[derive(Clone, Debug)]
@@ -33,22 +33,89 @@ pub(crate) fn union(rows: &[Row]) -> Range<usize> {
     }
 }
 
-/// Whether the block mask hides a whole tile from all rows.
+/// Whether the block mask or the explicit mask hides a whole tile from all rows.
 pub(crate) fn tile_is_hidden(call: &Call<'_>, batch: usize, rows: &[Row], keys: &Range<usize>) -> bool {
+    block_mask_hides(call, batch, rows, keys) || mask_hides(call, batch, rows, keys)
+}
+
+fn block_mask_hides(call: &Call<'_>, batch: usize, rows: &[Row], keys: &Range<usize>) -> bool {
     let Some(mask) = &call.block_mask else { return false };
     let columns = keys.start / mask.block_k..keys.end.div_ceil(mask.block_k);
-    let hidden = |row: &Row| columns.clone().all(|column| !block_is_visible(mask, batch, row, column));
+    let hidden = |row: &Row| {
+        columns.clone().all(|column| !block_is_visible(mask, [batch, row.head, row.index], column))
+    };
     rows.chunk_by(|a, b| a.head == b.head && a.index / mask.block_q == b.index / mask.block_q)
         .all(|rows| hidden(&rows[0]))
 }
 
-fn block_is_visible(mask: &BlockMask<'_>, batch: usize, row: &Row, column: usize) -> bool {
-    mask.blocks.at([batch, row.head, row.index / mask.block_q, column])
+fn mask_hides(call: &Call<'_>, batch: usize, rows: &[Row], keys: &Range<usize>) -> bool {
+    match &call.mask {
+        None => false,
+        Some(Mask::Bool(mask)) => mask_hides_by(mask, batch, rows, keys, |visible| !visible),
+        Some(Mask::Additive(TensorView::F32(mask))) => {
+            mask_hides_by(mask, batch, rows, keys, |bias| bias == f32::NEG_INFINITY)
+        }
+        Some(Mask::Additive(TensorView::F16(mask))) => {
+            mask_hides_by(mask, batch, rows, keys, |bias| bias.to_bits() == f16::NEG_INFINITY.to_bits())
+        }
+        Some(Mask::Additive(TensorView::BF16(mask))) => {
+            mask_hides_by(mask, batch, rows, keys, |bias| bias.to_bits() == bf16::NEG_INFINITY.to_bits())
+        }
+    }
+}
+
+/// `hidden` must be cheap and free of branches: it is asked of many elements at once.
+fn mask_hides_by<T: Copy>(
+    mask: &View<'_, T>,
+    batch: usize,
+    rows: &[Row],
+    keys: &Range<usize>,
+    hidden: impl Fn(T) -> bool + Copy,
+) -> bool {
+    /// Elements that are looked at before asking whether one was visible.
+    const AT_ONCE: usize = 32;
+    let one_row = mask.geometry().strides()[2] == 0;
+    // Where all rows have the same biases, the first that sees the whole tile answers for the rest.
+    let mut answered = None;
+    rows.iter().all(|row| {
+        let seen = row.keys.start.max(keys.start)..row.keys.end.min(keys.end);
+        if seen.is_empty() || (one_row && answered == Some((row.head, seen.start, seen.end))) {
+            return true;
+        }
+        answered = Some((row.head, seen.start, seen.end));
+        with_row(mask, [batch, row.head, row.index, seen.start], seen.len(), |elements| {
+            elements.chunks(AT_ONCE).all(|some| some.iter().fold(true, |all, &x| all & hidden(x)))
+        })
+    })
+}
+
+fn block_is_visible(mask: &BlockMask<'_>, [batch, head, row]: [usize; 3], column: usize) -> bool {
+    mask.blocks.at([batch, head, row / mask.block_q, column])
+}
+
+/// Calls `each` for the runs of `keys` that the block mask lets a row see.
+pub(crate) fn visible_blocks(
+    call: &Call<'_>,
+    at: [usize; 3],
+    keys: Range<usize>,
+    mut each: impl FnMut(Range<usize>),
+) {
+    let Some(mask) = &call.block_mask else { return each(keys) };
+    let mut key = keys.start;
+    while key < keys.end {
+        let column = key / mask.block_k;
+        let next = ((column + 1) * mask.block_k).min(keys.end);
+        if block_is_visible(mask, at, column) {
+            each(key..next);
+        }
+        key = next;
+    }
 }
 
 /// Applies masks to base-2 scores: rows of [`TILE_KEYS`], the first `columns` of which belong to keys
 /// `first..first + columns`. Keys that a row does not see become −∞.
 pub(crate) fn apply_masks(
+    kernels: &Kernels,
     call: &Call<'_>,
     batch: usize,
     rows: &[Row],
@@ -69,60 +136,46 @@ pub(crate) fn apply_masks(
         }
         match &call.mask {
             None => {}
-            Some(Mask::Bool(mask)) => {
-                for_each_key(mask, at, visible, |score, &keep| {
-                    *score = if keep { *score } else { f32::NEG_INFINITY }
-                });
-            }
-            Some(Mask::Additive(TensorView::F32(mask))) => add_bias(mask, at, visible),
-            Some(Mask::Additive(TensorView::F16(mask))) => add_bias(mask, at, visible),
-            Some(Mask::Additive(TensorView::BF16(mask))) => add_bias(mask, at, visible),
+            Some(Mask::Bool(mask)) => with_row(mask, at, visible.len(), |flags| {
+                kernels.hide_keys(HideKeys { visible: flags, scores: visible });
+            }),
+            Some(Mask::Additive(TensorView::F32(mask))) => add_bias(kernels, mask, at, visible),
+            Some(Mask::Additive(TensorView::F16(mask))) => add_bias(kernels, mask, at, visible),
+            Some(Mask::Additive(TensorView::BF16(mask))) => add_bias(kernels, mask, at, visible),
         }
-        if let Some(mask) = &call.block_mask {
-            let mut key = first + start;
-            while key < first + end {
-                let column = key / mask.block_k;
-                let next = ((column + 1) * mask.block_k).min(first + end);
-                if !block_is_visible(mask, batch, row, column) {
-                    scores[key - first..next - first].fill(f32::NEG_INFINITY);
-                }
-                key = next;
-            }
+        if call.block_mask.is_some() {
+            let mut hidden = first + start;
+            visible_blocks(call, [batch, row.head, row.index], first + start..first + end, |keys| {
+                scores[hidden - first..keys.start - first].fill(f32::NEG_INFINITY);
+                hidden = keys.end;
+            });
+            scores[hidden - first..end].fill(f32::NEG_INFINITY);
         }
     }
 }
 
-fn add_bias<E: Element>(mask: &View<'_, E>, at: [usize; 4], scores: &mut [f32]) {
-    for_each_key(mask, at, scores, |score, bias| {
-        let bias = bias.to_f32();
-        // −∞ hides the key, whatever its score. A finite bias stays finite in base 2: padding with the lowest number hides
-        // keys from rows that see others, and is no bias in rows that see none.
-        *score = match bias {
-            f32::NEG_INFINITY => bias,
-            _ if bias.is_finite() => *score + (bias * LOG2_E).clamp(f32::MIN, f32::MAX),
-            _ => *score + bias,
-        };
-    });
+fn add_bias<E: Load>(kernels: &Kernels, mask: &View<'_, E>, at: [usize; 4], scores: &mut [f32]) {
+    with_row(mask, at, scores.len(), |bias| E::add_bias(kernels, AddBias { bias, scores }));
 }
 
-/// Calls `change` for each score with the mask's element, from the one at `at` on along the last dimension.
-fn for_each_key<T: Copy>(
+/// Hands over `len` elements of a mask, up to [`TILE_KEYS`], from the one at `at` on along the last dimension.
+pub(crate) fn with_row<T: Copy, R>(
     mask: &View<'_, T>,
     at: [usize; 4],
-    scores: &mut [f32],
-    change: impl Fn(&mut f32, &T),
-) {
-    let geometry: &Geometry = mask.geometry();
+    len: usize,
+    work: impl FnOnce(&[T]) -> R,
+) -> R {
+    let (data, geometry) = (mask.data(), mask.geometry());
     let start = geometry.index(at);
-    match geometry.strides()[3] {
-        1 => {
-            let row = &mask.data()[start as usize..][..scores.len()];
-            scores.iter_mut().zip(row).for_each(|(score, x)| change(score, x));
-        }
-        stride => {
-            for (score, j) in scores.iter_mut().zip(0i64..) {
-                change(score, &mask.data()[(start + j * stride) as usize]);
-            }
+    let stride = geometry.strides()[3];
+    if stride == 1 || len <= 1 {
+        return work(&data[start as usize..][..len]);
+    }
+    let mut copy = [data[start as usize]; TILE_KEYS];
+    if stride != 0 {
+        for (copy, j) in copy[..len].iter_mut().zip(0i64..) {
+            *copy = data[(start + j * stride) as usize];
         }
     }
+    work(&copy[..len])
 }

@@ -141,6 +141,8 @@ impl Device {
     ///
     /// While any clone lives, opening the same GPU again gives the same device with its loaded kernels.
     pub fn new(ordinal: u32) -> Result<Device> {
+        // First, so that a forked process does not wait for a lock that another thread held.
+        crate::check_not_forked()?;
         static OPEN: Mutex<Vec<(u32, Weak<Inner>)>> = Mutex::new(Vec::new());
         let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
         let known = open.iter().filter(|(of, _)| *of == ordinal).find_map(|(_, device)| device.upgrade());

@@ -10,6 +10,7 @@ use libloading::Library;
 
 use crate::device::DeviceInfo;
 use crate::error::{Error, Result};
+use crate::fork::{self, check_not_forked};
 
 /// Calls a driver function and turns its code into an [`Error`] that names the function.
 ///
@@ -17,7 +18,9 @@ use crate::error::{Error, Result};
 /// [`REQUIRED`], or be asked for by [`Driver::require`] first, because the bindings panic where a symbol is missing.
 macro_rules! cu {
     ($name:ident($($argument:expr),* $(,)?)) => {
-        $crate::driver::check(stringify!($name), ::cudarc::driver::sys::$name($($argument),*))
+        $crate::check_not_forked().and_then(|()| {
+            $crate::driver::check(stringify!($name), ::cudarc::driver::sys::$name($($argument),*))
+        })
     };
 }
 pub(crate) use cu;
@@ -113,7 +116,12 @@ pub struct Driver {
 
 impl Driver {
     /// Finds the driver at the first call and remembers the outcome, good or bad, for the life of the process.
+    ///
+    /// # Errors
+    /// When it cannot be used, or was started before this process was forked.
     pub fn get() -> Result<&'static Driver> {
+        // First, so that a forked process does not wait for a thread that it does not have.
+        check_not_forked()?;
         static DRIVER: OnceLock<Result<Driver>> = OnceLock::new();
         DRIVER.get_or_init(Driver::start).as_ref().map_err(Clone::clone)
     }
@@ -151,7 +159,12 @@ impl Driver {
         if started == CUresult::CUDA_ERROR_NO_DEVICE {
             return Ok(Driver { library, version, count: 0 });
         }
+        // What the driver says in a process that was forked after somebody else had started it.
+        if started == CUresult::CUDA_ERROR_NOT_INITIALIZED {
+            return Err(Error::Forked);
+        }
         check("cuInit", started).map_err(unusable)?;
+        fork::watch();
         let mut count = 0;
         // SAFETY: the driver is started, and the pointer is to a local.
         unsafe { cu!(cuDeviceGetCount(&mut count)) }?;
@@ -243,6 +256,8 @@ fn failure(call: &'static str, code: CUresult) -> Error {
 pub(crate) fn report(result: Result<()>) {
     match result {
         Ok(()) => {}
+        // A fork leaves the handles to the parent, whose they are.
+        Err(Error::Forked) => {}
         Err(Error::Driver { code, .. }) if code == "CUDA_ERROR_DEINITIALIZED" => {}
         Err(error) => tracing::warn!("{error}"),
     }

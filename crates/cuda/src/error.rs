@@ -33,6 +33,12 @@ pub enum Error {
         /// GPUs that the driver finds.
         count: u32,
     },
+    /// This process was forked from one that had started the driver.
+    #[error(
+        "CUDA: used in a process that was forked after CUDA had started, expected a process that was started anew \
+        (in Python, multiprocessing's start method \"spawn\")"
+    )]
+    Forked,
     /// The driver is too old to have a function.
     #[error("CUDA driver: version is {version}, expected a newer one, with `{symbol}`")]
     Symbol {

@@ -304,6 +304,47 @@ cases! {
         assert_eq!(ask("fake_open", 0), open - 2);
     }
 
+    a_forked_process_is_told_that_it_cannot_use_cuda, ["named", "whole"], "", {
+        unsafe extern "C" {
+            fn fork() -> i32;
+            fn waitpid(pid: i32, status: *mut i32, options: i32) -> i32;
+            fn _exit(code: i32) -> !;
+        }
+        let device = Device::new(0).unwrap();
+        let stream = Stream::new(&device).unwrap();
+        let buffer = Buffer::new(&stream, 100).unwrap();
+        let open = ask("fake_open", 0);
+        // SAFETY: the child runs nothing that waits for another thread, and leaves by `_exit`.
+        let pid = unsafe { fork() };
+        if pid == 0 {
+            let errors = [
+                Driver::get().err(),
+                devices().err(),
+                Device::new(0).err(),
+                Stream::new(&device).err(),
+                device.synchronize().err(),
+                Buffer::new(&stream, 100).err(),
+                buffer.to_vec::<u8>().err(),
+                sage_cuda::check_not_forked().err(),
+            ];
+            // Handles are the parent's: nothing is given back here.
+            drop((buffer, stream, device));
+            let good = errors.iter().all(|error| *error == Some(Error::Forked)) && ask("fake_open", 0) == open;
+            // SAFETY: ends the process and runs nothing of the parent's.
+            unsafe { _exit(if good { 0 } else { 1 }) }
+        }
+        let mut status = -1;
+        // SAFETY: waits for our own child; the pointer is to a local.
+        assert_eq!(unsafe { waitpid(pid, &mut status, 0) }, pid);
+        assert_eq!(status, 0, "the child found other errors, or none");
+        assert!(Error::Forked.to_string().contains("\"spawn\""));
+        assert!(sage_cuda::check_not_forked().is_ok() && buffer.to_vec::<u8>().is_ok());
+    }
+
+    cuda_that_somebody_else_started_before_a_fork_is_told_apart, ["named", "whole"], "forked", {
+        assert_eq!(Device::new(0).unwrap_err(), Error::Forked);
+    }
+
     opening_a_gpu_twice_gives_the_same_device, ["named", "whole"], "", {
         // SAFETY: this process has no other thread that reads the environment.
         unsafe { env::set_var("SAGEATTENTION_CACHE_DIR", "") };

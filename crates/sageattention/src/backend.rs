@@ -45,7 +45,14 @@ impl FromStr for Device {
 /// This machine's processor.
 pub(crate) fn cpu() -> &'static Cpu {
     static CPU: OnceLock<Cpu> = OnceLock::new();
-    CPU.get_or_init(Cpu::detect)
+    match CPU.get() {
+        Some(cpu) => cpu,
+        // Looked for outside of the lock, which a fork meanwhile would leave locked.
+        None => {
+            let detected = Cpu::detect();
+            CPU.get_or_init(|| detected)
+        }
+    }
 }
 
 /// What this build computes with on this machine, in words.
@@ -62,6 +69,8 @@ pub(crate) fn cuda(ordinal: u32) -> Result<std::sync::Arc<crate::cuda::Cuda>, Er
     use std::sync::{Arc, Mutex, PoisonError};
 
     static GPUS: Mutex<BTreeMap<u32, Arc<crate::cuda::Cuda>>> = Mutex::new(BTreeMap::new());
+    // A forked process must not wait for a lock that one of its parent's threads held.
+    sage_cuda::check_not_forked().map_err(crate::cuda::driver)?;
     let mut gpus = GPUS.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(gpu) = gpus.get(&ordinal) {
         return Ok(gpu.clone());

@@ -5,6 +5,15 @@ use super::{Matrix, SeenKeys, absmax};
 /// Largest magnitude of a 12-bit value here; the sign is extra.
 pub const FIXED12_MAX: f32 = 4095.0;
 
+/// Scale of a block and channel whose largest magnitude is `a`: `a / 4095`, NaN where that is not finite.
+///
+/// Subnormal quotients are rounded up, so that no integer exceeds 4095. However coarse such a scale is, the integers
+/// are quotients by the scale itself, and so the error is at most half a step as elsewhere.
+pub fn fixed12_scale(a: f32) -> f32 {
+    let scale = if a.is_finite() { a / FIXED12_MAX } else { f32::NAN };
+    if scale < f32::MIN_POSITIVE && scale * FIXED12_MAX < a { scale.next_up() } else { scale }
+}
+
 /// 12-bit integers, and a scale for each block of keys and channel.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Fixed12Blocks {
@@ -21,7 +30,8 @@ impl Fixed12Blocks {
     /// Quantises V: with `a` the largest magnitude of a block and channel, the integers are
     /// `round_ties_even(V · (4095 / a))` and the scale is `a / 4095`.
     ///
-    /// Where `a` is so small that `4095 / a` overflows, it counts as 0.
+    /// Where `a` is so small that `4095 / a` overflows, the integers are `round_ties_even(V / scale)`: see
+    /// [`fixed12_scale`].
     ///
     /// # Panics
     /// When `block` is 0.
@@ -32,13 +42,16 @@ impl Fixed12Blocks {
         let maxima = Matrix::from_fn(measured.len(), v.width(), |b, c| {
             absmax(measured[b].iter().map(|&j| v.row(j)[c]))
         });
-        let factor = |a: f32| Some(FIXED12_MAX / a).filter(|f| f.is_finite());
+        let scales = maxima.map(fixed12_scale);
         let values = Matrix::from_fn(v.rows(), v.width(), |j, c| {
-            factor(maxima.row(j / block)[c]).map_or(0, |factor| {
-                (v.row(j)[c] * factor).round_ties_even().clamp(-FIXED12_MAX, FIXED12_MAX) as i16
-            })
+            let (x, a) = (v.row(j)[c], maxima.row(j / block)[c]);
+            let quotient = match FIXED12_MAX / a {
+                _ if a == 0.0 => 0.0,
+                factor if factor.is_infinite() => x / scales.row(j / block)[c],
+                factor => x * factor,
+            };
+            quotient.round_ties_even().clamp(-FIXED12_MAX, FIXED12_MAX) as i16
         });
-        let scales = maxima.map(|a| if a.is_nan() || factor(a).is_some() { a / FIXED12_MAX } else { 0.0 });
         Fixed12Blocks { values, scales, block }
     }
 
@@ -81,10 +94,32 @@ mod tests {
 
     #[test]
     fn blocks_of_zeros_are_zeros_and_bad_ones_nan() {
-        let v = matrix(1, &[0.0, -0.0, 1.0, f32::NAN, 1e-42, 0.0]);
+        let v = matrix(1, &[0.0, -0.0, 1.0, f32::NAN, f32::INFINITY, 0.0]);
         let back = Fixed12Blocks::quantize(&v, 2, &SeenKeys::all(6)).dequantize();
         let back = back.as_slice();
-        assert_eq!((&back[..2], &back[4..]), (&[0.0; 2][..], &[0.0; 2][..]));
-        assert!(back[2].is_nan() && back[3].is_nan());
+        assert_eq!(back[..2], [0.0; 2]);
+        assert!(back[2..].iter().all(|x| x.is_nan()));
+    }
+
+    #[test]
+    fn values_of_any_size_are_within_half_a_step() {
+        let normal = normal_matrix(1, 128, 4);
+        for exponent in
+            [127, 120, 40, 0, -40, -110, -116, -117, -120, -126, -130, -137, -138, -140, -148, -160]
+        {
+            // 2^exponent in two factors, of which each is a number.
+            let [half, rest] = [exponent / 2, exponent - exponent / 2].map(|e| 2f32.powi(e));
+            let v = normal.map(|x| x / 4.0 * half * rest);
+            let blocks = Fixed12Blocks::quantize(&v, 128, &SeenKeys::all(128));
+            assert!(blocks.values.as_slice().iter().all(|x| x.abs() <= 4095));
+            for (j, row) in blocks.dequantize().iter().enumerate() {
+                for (c, x) in row.iter().enumerate() {
+                    // As above; and a subnormal scale may exceed its quotient by nearly 2⁻¹⁴⁹.
+                    let bound = f64::from(blocks.scales.row(0)[c]) * (0.5 + 4095.0 * 1.2e-7);
+                    let error = (x - f64::from(v.row(j)[c])).abs();
+                    assert!(error <= bound, "2^{exponent}: {} became {x}", v.row(j)[c]);
+                }
+            }
+        }
     }
 }

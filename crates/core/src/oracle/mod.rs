@@ -24,7 +24,7 @@ mod visibility;
 
 pub use cached::{CachedHead, cached};
 pub use exact::{Score, exact};
-pub use fixed::{FIXED12_MAX, Fixed12Blocks};
+pub use fixed::{FIXED12_MAX, Fixed12Blocks, fixed12_scale};
 pub use fp4::{
     E2M1_MAX, NVFP4_GROUP, Nvfp4Rows, e2m1_code, e2m1_value, k_token_of_row, nvfp4_code, nvfp4_scale,
     scale_offset,
@@ -34,7 +34,7 @@ pub use integer::IntRows;
 pub use matrix::{Matrix, absmax};
 pub use output::Output;
 pub use probabilities::{Weights, quantize_p, quantize_p_per_token};
-pub use rotation::hadamard;
+pub use rotation::{HADAMARD_LARGE, hadamard};
 pub use scheme::scheme;
 pub use smoothing::{block_means, key_mean, mean, mean_of_counted, subtract, subtract_block_means};
 pub use values::{Int8Channels, quantize_v};

@@ -1,12 +1,15 @@
 //! Hadamard rotation of Q and K.
 
-use super::Matrix;
+use super::{Matrix, absmax};
+
+/// Largest magnitude above which a row is multiplied by `1/√size` before the sums and not after: they might overflow.
+pub const HADAMARD_LARGE: f32 = f32::MAX / 512.0;
 
 /// Each row, padded with zeros to the next power of two, times the orthonormal Walsh–Hadamard matrix of that size.
 ///
 /// The matrix is its own inverse and keeps inner products: `⟨Hq, Hk⟩ = ⟨q, k⟩`. An outlier channel is spread over
 /// all channels, so that fewer levels are lost to it. Single precision: butterflies of sums and differences with
-/// strides 1, 2, 4 …, then one product with `1/√size`.
+/// strides 1, 2, 4 …, then one product with `1/√size` (first, in rows of magnitudes above [`HADAMARD_LARGE`]).
 pub fn hadamard(rows: &Matrix<f32>) -> Matrix<f32> {
     let size = rows.width().next_power_of_two();
     let normalise = 1.0 / (size as f32).sqrt();
@@ -15,8 +18,11 @@ pub fn hadamard(rows: &Matrix<f32>) -> Matrix<f32> {
         .map(|row| {
             let mut row = row.to_vec();
             row.resize(size, 0.0);
+            let large = absmax(row.iter().copied()) > HADAMARD_LARGE;
+            let (before, after) = if large { (normalise, 1.0) } else { (1.0, normalise) };
+            row.iter_mut().for_each(|x| *x *= before);
             walsh_hadamard(&mut row);
-            row.iter_mut().for_each(|x| *x *= normalise);
+            row.iter_mut().for_each(|x| *x *= after);
             row
         })
         .collect();
@@ -41,6 +47,16 @@ fn walsh_hadamard(row: &mut [f32]) {
 mod tests {
     use super::*;
     use crate::oracle::testing::{matrix, normal_matrix};
+
+    #[test]
+    fn large_rows_are_rotated_without_overflow() {
+        let normal = normal_matrix(1, 5, 32);
+        let large = hadamard(&normal.map(|x| x * 2f32.powi(125)));
+        for (x, wanted) in large.as_slice().iter().zip(hadamard(&normal).as_slice()) {
+            // The product with 1/√32 is rounded before the sums, not after.
+            assert!((x * 2f32.powi(-125) - wanted).abs() <= 2e-6, "{x}, expected {wanted} · 2^125");
+        }
+    }
 
     #[test]
     fn two_channels_worked_out_by_hand() {

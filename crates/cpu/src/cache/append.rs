@@ -6,7 +6,7 @@ use sage_core::{BlockTables, CacheLayout, Element, Error, Result, TensorView, Vi
 use super::{CachePages, Page, Pages, QuantizeRows, checked_table, typed, width};
 use crate::kernels::{Kernels, Load, Stored};
 use crate::rows::HeadRows;
-use crate::{Cpu, kernels};
+use crate::{Cpu, kernels, threads};
 
 impl Cpu {
     /// Writes the tokens of `k` and `v`, `[sequences.len(), num_kv_heads, tokens, head_dim]` of any strides, behind what
@@ -29,11 +29,13 @@ impl Cpu {
         }
         let jobs = jobs(&layout, tables, sequences, k.shape()[2], cache.len())?;
         let kernels = kernels(self.instruction_set);
-        typed!(&mut cache.pages, pages => match k {
-            TensorView::F32(k) => append(kernels, &layout, pages, jobs, tables, sequences, k, v),
-            TensorView::F16(k) => append(kernels, &layout, pages, jobs, tables, sequences, k, v),
-            TensorView::BF16(k) => append(kernels, &layout, pages, jobs, tables, sequences, k, v),
-        })
+        threads::run(|| {
+            typed!(&mut cache.pages, pages => match k {
+                TensorView::F32(k) => append(kernels, &layout, pages, jobs, tables, sequences, k, v),
+                TensorView::F16(k) => append(kernels, &layout, pages, jobs, tables, sequences, k, v),
+                TensorView::BF16(k) => append(kernels, &layout, pages, jobs, tables, sequences, k, v),
+            })
+        })?
     }
 }
 

@@ -14,9 +14,10 @@ use crate::kernels::{
     Ahead, CachedOutputs, CachedScores, Load, QUERY_MAX, RowState, Softmax, Stored, TILE_KEYS,
 };
 use crate::plan::SPLIT_KEYS;
+use crate::seen::{Seen, SeenHeads, SeenKeys};
 use crate::split::Part;
 use crate::visibility::{Row, tile_is_hidden, union};
-use crate::{Cpu, OutputRows, kernels};
+use crate::{Cpu, OutputRows, kernels, threads};
 
 /// Query rows of a unit of work. Every row reads the unit's keys from the first-level cache; few rows keep their scores
 /// there too.
@@ -62,7 +63,7 @@ impl Cpu {
         let output = (out, geometry);
         typed!(&cache.pages, all => {
             let stored = StoredHeads { layout, pages: all, tables: pages };
-            self.attend_cached(&stored, call, output, lse)
+            threads::run(|| self.attend_cached(&stored, call, output, lse))?
         })
     }
 
@@ -103,6 +104,7 @@ impl Cpu {
         let attention = Attention {
             kernels: kernels(self.instruction_set),
             call,
+            seen: SeenHeads::of(call, false),
             q,
             k,
             v,
@@ -131,6 +133,8 @@ struct Run<'a, T> {
     /// Of each token, or empty.
     v_scales: &'a [f32],
     tokens: usize,
+    /// Where its scores begin in a tile.
+    offset: usize,
 }
 
 impl<T: Stored> StoredHeads<'_, T> {
@@ -149,7 +153,21 @@ impl<T: Stored> StoredHeads<'_, T> {
             v: &page.v[first * head_dim..],
             v_scales: if page.v_scales.is_empty() { &[] } else { &page.v_scales[first..][..count] },
             tokens: count,
+            offset: 0,
         }
+    }
+}
+
+/// Calls `each` for the runs of `tokens` that some query sees.
+fn for_each_visible(seen: Option<&SeenKeys>, tokens: Range<usize>, mut each: impl FnMut(Range<usize>)) {
+    let Some(seen) = seen else { return each(tokens) };
+    let mut start = tokens.start;
+    for run in seen.range(tokens).chunk_by(|a, b| (*a == Seen::Hidden) == (*b == Seen::Hidden)) {
+        let end = start + run.len();
+        if run[0] != Seen::Hidden {
+            each(start..end);
+        }
+        start = end;
     }
 }
 
@@ -227,6 +245,9 @@ impl<E: Load> Attention<'_, E> {
             wide.iter_mut().for_each(|x| *x *= self.score_scale());
             let max = sage_core::oracle::absmax(wide.iter().copied());
             let scale = max / QUERY_MAX;
+            // Where it is coarse, rather too large than integers that are.
+            let scale =
+                if scale * QUERY_MAX < max && scale < f32::MIN_POSITIVE { scale.next_up() } else { scale };
             queries.scales[r] = scale;
             // A scale that is zero or NaN leaves the integers zero.
             if scale > 0.0 {
@@ -249,19 +270,23 @@ impl<E: Load> Attention<'_, E> {
         part.state.reset(rows);
         let mut scores = vec![0f32; rows * TILE_KEYS];
         let ones = vec![1f32; rows];
+        let seen = self.seen.head(unit.sequence_index, unit.kv_head);
         for first in tokens.clone().step_by(TILE_KEYS) {
             let tile = first..tokens.end.min(first + TILE_KEYS);
             if tile_is_hidden(self.call, unit.sequence_index, &unit.rows, &tile) {
                 continue;
             }
+            // Tokens that no query sees are left out: what they hold would show even with probabilities of 0.
             let mut runs = Vec::with_capacity(tile.len().div_ceil(stored.layout.page_size) + 1);
-            let mut next = tile.start;
-            while next < tile.end {
-                let run = stored.run(unit.sequence_index, unit.kv_head, &(next..tile.end));
-                next += run.tokens;
-                runs.push(run);
-            }
-            let mut offset = 0;
+            for_each_visible(seen, tile.clone(), |tokens| {
+                let mut next = tokens.start;
+                while next < tokens.end {
+                    let run = stored.run(unit.sequence_index, unit.kv_head, &(next..tokens.end));
+                    let offset = next - tile.start;
+                    next += run.tokens;
+                    runs.push(Run { offset, ..run });
+                }
+            });
             for run in &runs {
                 self.kernels.cached_scores(CachedScores {
                     q: &queries.integers,
@@ -273,17 +298,15 @@ impl<E: Load> Attention<'_, E> {
                     k: run.k,
                     k_scales: run.k_scales,
                     head_dim,
-                    offset,
+                    offset: run.offset,
                     scores: &mut scores,
                     ahead: Ahead::rows(run.v, head_dim),
                 });
-                offset += run.tokens;
             }
             let columns = tile.len().next_multiple_of(self.kernels.width);
             self.finish_scores(unit.sequence_index, &unit.rows, first, columns, None, &mut scores);
             let state = &mut part.state;
             self.kernels.softmax_float(Softmax { rows, columns, scores: &mut scores, pairs: &mut [], state });
-            let mut offset = 0;
             let mut following = tile.end;
             for (at, run) in runs.iter().enumerate() {
                 // What was summed up to now is rescaled once a tile.
@@ -300,7 +323,7 @@ impl<E: Load> Attention<'_, E> {
                     CachedOutputs {
                         p: &scores,
                         rows,
-                        offset,
+                        offset: run.offset,
                         v: run.v,
                         v_scales: run.v_scales,
                         keys: run.tokens,
@@ -312,7 +335,6 @@ impl<E: Load> Attention<'_, E> {
                         ahead,
                     },
                 );
-                offset += run.tokens;
             }
         }
         part

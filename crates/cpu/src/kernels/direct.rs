@@ -1,7 +1,8 @@
 //! Scores and outputs of a few queries, with keys and values read as they lie in memory.
 
-use super::{Kernels, RowState, TILE_KEYS};
+use super::{AddBias, Kernels, RowState, TILE_KEYS};
 use crate::isa::Isa;
+use crate::seen::Seen;
 
 /// Scores of a few queries and keys read as they lie in memory.
 pub(crate) struct DirectScores<'a, E> {
@@ -12,6 +13,9 @@ pub(crate) struct DirectScores<'a, E> {
     pub k: &'a [E],
     pub stride: usize,
     pub keys: usize,
+    /// What the queries see of each key, or empty: see [`crate::seen::SeenKeys`]. Keys that no query sees are not
+    /// read, and their scores are left as they are.
+    pub seen: &'a [Seen],
     pub head_dim: usize,
     /// Rows of [`TILE_KEYS`] scores.
     pub scores: &'a mut [f32],
@@ -26,6 +30,8 @@ pub(crate) struct DirectValues<'a, E> {
     pub v: &'a [E],
     pub stride: usize,
     pub keys: usize,
+    /// What the queries see of each key, or empty. Keys that no query sees are not read.
+    pub seen: &'a [Seen],
     pub head_dim: usize,
     /// Rows of `head_dim` numbers.
     pub out: &'a mut [f32],
@@ -40,10 +46,12 @@ pub(crate) trait Load: sage_core::Element {
     fn scores(kernels: &Kernels, args: DirectScores<'_, Self>);
     /// This type's values kernel.
     fn values(kernels: &Kernels, args: DirectValues<'_, Self>);
+    /// This type's kernel for masks.
+    fn add_bias(kernels: &Kernels, args: AddBias<'_, Self>);
 }
 
 macro_rules! load {
-    ($T:ty, $load:ident, $scores:ident, $values:ident) => {
+    ($T:ty, $load:ident, $scores:ident, $values:ident, $bias:ident) => {
         impl Load for $T {
             #[inline(always)]
             unsafe fn vector<I: Isa>(p: *const Self) -> I::F {
@@ -56,12 +64,15 @@ macro_rules! load {
             fn values(kernels: &Kernels, args: DirectValues<'_, Self>) {
                 kernels.$values(args)
             }
+            fn add_bias(kernels: &Kernels, args: AddBias<'_, Self>) {
+                kernels.$bias(args)
+            }
         }
     };
 }
-load!(f32, load, direct_scores_f32, direct_values_f32);
-load!(half::f16, load_f16, direct_scores_f16, direct_values_f16);
-load!(half::bf16, load_bf16, direct_scores_bf16, direct_values_bf16);
+load!(f32, load, direct_scores_f32, direct_values_f32, add_bias_f32);
+load!(half::f16, load_f16, direct_scores_f16, direct_values_f16, add_bias_f16);
+load!(half::bf16, load_bf16, direct_scores_bf16, direct_values_bf16, add_bias_bf16);
 
 /// How far ahead of what is being read cache lines are asked for: enough to cover the latency of memory at the rate at
 /// which one core reads.
@@ -90,13 +101,16 @@ fn check_direct(keys: usize, stride: usize, head_dim: usize, len: usize) {
 
 #[inline(always)]
 pub(super) unsafe fn direct_scores<I: Isa, E: Load>(args: &mut DirectScores<'_, E>) {
-    let DirectScores { q, rows, k, stride, keys, head_dim, ref mut scores } = *args;
+    let DirectScores { q, rows, k, stride, keys, seen, head_dim, ref mut scores } = *args;
     check_direct(keys, stride, head_dim, k.len());
     assert!(q.len() >= rows * head_dim && scores.len() >= rows * TILE_KEYS);
     let unrolled = head_dim / (SUMS * I::LANES) * (SUMS * I::LANES);
     let vectors = head_dim / I::LANES * I::LANES;
     // Keys in the order of memory: several side by side would be several streams for the processor to follow.
     for key in 0..keys {
+        if seen.get(key) == Some(&Seen::Hidden) {
+            continue;
+        }
         for row in 0..rows {
             // SAFETY: the assertions bound every index; the caller vouches for the instruction set.
             unsafe {
@@ -126,7 +140,7 @@ pub(super) unsafe fn direct_scores<I: Isa, E: Load>(args: &mut DirectScores<'_, 
 
 #[inline(always)]
 pub(super) unsafe fn direct_values<I: Isa, E: Load>(args: &mut DirectValues<'_, E>) {
-    let DirectValues { p, rows, v, stride, keys, head_dim, ref mut out, state } = *args;
+    let DirectValues { p, rows, v, stride, keys, seen, head_dim, ref mut out, state } = *args;
     check_direct(keys, stride, head_dim, v.len());
     assert!(p.len() >= rows * TILE_KEYS && out.len() >= rows * head_dim);
     assert!(state.alpha.len() >= rows && state.beta.len() >= rows);
@@ -135,6 +149,9 @@ pub(super) unsafe fn direct_values<I: Isa, E: Load>(args: &mut DirectValues<'_, 
         out.iter_mut().for_each(|x| *x *= alpha);
     }
     for key in 0..keys {
+        if seen.get(key) == Some(&Seen::Hidden) {
+            continue;
+        }
         for row in 0..rows {
             let weight = state.beta[row] * p[row * TILE_KEYS + key];
             // SAFETY: the assertions bound every index; the caller vouches for the instruction set.

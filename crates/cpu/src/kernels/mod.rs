@@ -2,11 +2,13 @@
 
 mod cached;
 mod direct;
+mod mask;
 mod product;
 mod softmax;
 
 pub(crate) use cached::{Ahead, CHANNELS, CachedOutputs, CachedScores, QUERY_MAX, Stored};
 pub(crate) use direct::{DirectScores, DirectValues, Load};
+pub(crate) use mask::{AddBias, HideKeys};
 pub(crate) use product::{Scores, Values};
 pub(crate) use softmax::{RowState, SoftCap, Softmax};
 
@@ -62,6 +64,14 @@ kernels! {
     scores_int: Scores<'_, u32>,
     /// Caps scores.
     soft_cap: SoftCap<'_>,
+    /// Hides the keys of a boolean mask's row.
+    hide_keys: HideKeys<'_>,
+    /// Adds a mask's row in f32.
+    add_bias_f32: AddBias<'_, f32>,
+    /// Adds a mask's row in f16.
+    add_bias_f16: AddBias<'_, f16>,
+    /// Adds a mask's row in bf16.
+    add_bias_bf16: AddBias<'_, bf16>,
     /// Softmax with probabilities in floating point, in place of the scores.
     softmax_float: Softmax<'_>,
     /// Softmax with probabilities in 12 bits.
@@ -126,6 +136,10 @@ macro_rules! table {
                 scores_float: kernel!(product::scores_float::<$Isa, $R, $V>, Scores<'_, f32>),
                 scores_int: kernel!(product::scores_int::<$Isa, $R, $V>, Scores<'_, u32>),
                 soft_cap: kernel!(softmax::soft_cap::<$Isa>, SoftCap<'_>),
+                hide_keys: kernel!(mask::hide_keys::<$Isa>, HideKeys<'_>),
+                add_bias_f32: kernel!(mask::add_bias::<$Isa, f32>, AddBias<'_, f32>),
+                add_bias_f16: kernel!(mask::add_bias::<$Isa, f16>, AddBias<'_, f16>),
+                add_bias_bf16: kernel!(mask::add_bias::<$Isa, bf16>, AddBias<'_, bf16>),
                 softmax_float: kernel!(softmax::softmax_float::<$Isa>, Softmax<'_>),
                 softmax_fixed12: kernel!(softmax::softmax_fixed12::<$Isa>, Softmax<'_>),
                 values_float: kernel!(product::values_float::<$Isa, $R, $V>, Values<'_, f32>),

@@ -35,7 +35,7 @@ pub(crate) struct Values<'a, P> {
     pub depth: usize,
     pub row_groups: usize,
     pub panels: usize,
-    /// For 12 bits: a factor for each channel, as the bits of an `f32`.
+    /// As the bits of an `f32`: for 12 bits a factor for each channel, for numbers one first of all.
     pub v_scale: &'a [u32],
     /// Rows of `panels · width` numbers.
     pub out: &'a mut [f32],
@@ -221,6 +221,7 @@ fn check_values<P>(args: &Values<'_, P>, rows: usize, width: usize) {
 pub(super) unsafe fn values_float<I: Isa, const R: usize, const VECS: usize>(args: &mut Values<'_, f32>) {
     let width = VECS * I::LANES;
     check_values(args, R, width);
+    let factor = f32::from_bits(args.v_scale[0]);
     for panel in 0..args.panels {
         for group in 0..args.row_groups {
             // SAFETY: the assertions bound every index; the caller vouches for the instruction set.
@@ -232,7 +233,7 @@ pub(super) unsafe fn values_float<I: Isa, const R: usize, const VECS: usize>(arg
                 for (r, acc) in acc.iter().enumerate() {
                     let row = group * R + r;
                     let alpha = I::splat(*args.state.alpha.get_unchecked(row));
-                    let beta = I::splat(*args.state.beta.get_unchecked(row));
+                    let beta = I::splat(*args.state.beta.get_unchecked(row) * factor);
                     let out = args.out.as_mut_ptr().add((row * args.panels + panel) * width);
                     for (c, &x) in acc.iter().enumerate() {
                         let out = out.add(c * I::LANES);
@@ -265,9 +266,10 @@ pub(super) unsafe fn values_fixed12<I: Isa, const R: usize, const VECS: usize>(a
                     let out = args.out.as_mut_ptr().add((row * args.panels + panel) * width);
                     for (c, &x) in acc.iter().enumerate() {
                         let out = out.add(c * I::LANES);
-                        let scale = I::mul(beta, I::load(v_scale.add(c * I::LANES)));
-                        let x = I::fma(I::int_to_float(x), scale, I::mul(I::load(out), alpha));
-                        I::store(out, x);
+                        // In this order nothing underflows: the product of both factors of tiny values might.
+                        let x = I::mul(I::int_to_float(x), beta);
+                        let scale = I::load(v_scale.add(c * I::LANES));
+                        I::store(out, I::fma(x, scale, I::mul(I::load(out), alpha)));
                     }
                 }
             }

@@ -17,6 +17,9 @@ pub(crate) struct Softmax<'a> {
 
 /// What online softmax remembers of each row, and what the last step asks of the output.
 ///
+/// The output is divided by the sum of probabilities after each tile and not at the end: so it is never larger than the
+/// largest value, where a sum over many keys would exceed what a single holds.
+///
 /// The vectors are padded to whole vectors of every instruction set.
 #[derive(Default)]
 pub(crate) struct RowState {
@@ -71,11 +74,14 @@ impl RowState {
                 let shift = finite_shift::<I>(new);
                 let alpha = exp2_or_zero::<I>(I::sub(old, shift));
                 let beta = I::mul(exp2_or_zero::<I>(I::sub(tile, shift)), I::splat(unit));
-                let sum = I::mul(I::load(self.sum.as_ptr().add(r)), alpha);
-                let sum = I::fma(I::load(self.tile_sum.as_ptr().add(r)), beta, sum);
+                let before = I::mul(I::load(self.sum.as_ptr().add(r)), alpha);
+                let sum = I::fma(I::load(self.tile_sum.as_ptr().add(r)), beta, before);
+                // A row that has seen no key has a sum of 0 and keeps its output of zeros; a sum of NaN stays one.
+                let some = I::splat(f32::MIN_POSITIVE);
+                let share = |part| I::zero_below(sum, some, I::div(part, sum));
                 I::store(self.max.as_mut_ptr().add(r), new);
-                I::store(self.alpha.as_mut_ptr().add(r), alpha);
-                I::store(self.beta.as_mut_ptr().add(r), beta);
+                I::store(self.alpha.as_mut_ptr().add(r), share(before));
+                I::store(self.beta.as_mut_ptr().add(r), share(beta));
                 I::store(self.sum.as_mut_ptr().add(r), sum);
             }
         }

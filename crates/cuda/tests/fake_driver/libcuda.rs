@@ -13,6 +13,7 @@ const SUCCESS: Code = 0;
 const INVALID_VALUE: Code = 1;
 const NO_DEVICE: Code = 100;
 const STUB_LIBRARY: Code = 34;
+const NOT_INITIALIZED: Code = 3;
 const INVALID_CONTEXT: Code = 201;
 const INVALID_PTX: Code = 218;
 
@@ -102,6 +103,7 @@ driver! {
         match std::env::var("FAKE_CUDA").as_deref() {
             Ok("no_gpu") => NO_DEVICE,
             Ok("stub") => STUB_LIBRARY,
+            Ok("forked") => NOT_INITIALIZED,
             _ => SUCCESS,
         }
     }

@@ -195,6 +195,7 @@ impl Cuda {
         (out, lse): (&DeviceTensor<'_>, Option<u64>),
         tiling: Option<Tiling>,
     ) -> Result<Option<Prepared>> {
+        sage_cuda::check_not_forked().map_err(driver)?;
         let call = Call::check(inputs, options)?;
         let out_geometry = call.check_output(out.dtype(), out.geometry())?;
         let out = out.with_geometry(out_geometry);

@@ -1,0 +1,90 @@
+//! Values as words.
+
+use sage_core::oracle::fixed12_scale;
+
+use super::{TileLayout, absmax_bits, magnitude_bits, nearest_even, saturated};
+use crate::kernels::{FIXED12_MAX, TILE_KEYS};
+use crate::seen::Seen;
+
+/// Returns what the words must be multiplied by: 1, but where a sum of the tile's values might overflow.
+#[inline(always)]
+pub(super) fn float_values(layout: &TileLayout, rows: &mut [f32], out: &mut [u32]) -> f32 {
+    const LARGE: f32 = f32::MAX / TILE_KEYS as f32;
+    let large = f32::from_bits(absmax_bits(rows)) > LARGE;
+    if large {
+        rows.iter_mut().for_each(|x| *x /= TILE_KEYS as f32);
+    }
+    for (panel, first) in out.chunks_exact_mut(layout.v_panel).zip((0..).step_by(layout.width)) {
+        for (words, row) in panel.chunks_exact_mut(layout.width).zip(rows.chunks_exact(layout.head_dim)) {
+            words.iter_mut().zip(&row[first..]).for_each(|(word, x)| *word = x.to_bits());
+        }
+    }
+    if large { TILE_KEYS as f32 } else { 1.0 }
+}
+
+#[inline(always)]
+pub(super) fn fixed12_values(
+    layout: &TileLayout,
+    seen: &[Seen],
+    rows: &mut [f32],
+    out: &mut [u32],
+    scales: &mut [u32],
+) {
+    let mut max = [0u32; 256];
+    let max = &mut max[..layout.head_dim];
+    // Padding is measured where the tile has nothing else.
+    let best = seen.iter().max().copied().unwrap_or(Seen::Counts);
+    for (j, row) in rows.chunks_exact(layout.head_dim).enumerate() {
+        if seen.get(j).is_none_or(|seen| *seen == best) {
+            max.iter_mut().zip(row).for_each(|(max, x)| *max = (*max).max(magnitude_bits(*x)));
+        }
+    }
+    for (row, _) in
+        rows.chunks_exact_mut(layout.head_dim).zip(seen).filter(|(_, seen)| **seen == Seen::Padding)
+    {
+        row.iter_mut().zip(&*max).for_each(|(x, max)| *x = saturated(*x, f32::from_bits(*max)));
+    }
+    let mut inverse = [0f32; 256];
+    let mut tiny = false;
+    for ((inverse, scale), &max) in inverse.iter_mut().zip(scales.iter_mut()).zip(max.iter()) {
+        let max = f32::from_bits(max);
+        *inverse = FIXED12_MAX / max;
+        tiny |= max > 0.0 && *inverse == f32::INFINITY;
+        // A channel of zeros; those of tiny values become integers below.
+        *inverse = if inverse.is_finite() { *inverse } else { 0.0 };
+        *scale = fixed12_scale(max).to_bits();
+    }
+    if tiny {
+        // The integers themselves, for the inverses of such scales are not to be had.
+        for row in rows.chunks_exact_mut(layout.head_dim) {
+            for ((x, inverse), scale) in row.iter_mut().zip(&inverse).zip(&*scales) {
+                let scale = f32::from_bits(*scale);
+                if *inverse == 0.0 && scale > 0.0 {
+                    *x = (*x / scale).clamp(-FIXED12_MAX, FIXED12_MAX);
+                }
+            }
+        }
+        for (inverse, scale) in inverse.iter_mut().zip(&*scales) {
+            if *inverse == 0.0 && f32::from_bits(*scale) > 0.0 {
+                *inverse = 1.0;
+            }
+        }
+    }
+    let rows = &*rows;
+    for (panel, first) in out.chunks_exact_mut(layout.v_panel).zip((0..).step_by(layout.width)) {
+        let channels = first..(first + layout.width).min(layout.head_dim);
+        let inverse = &inverse[channels.clone()];
+        let pairs = rows.chunks(2 * layout.head_dim);
+        for (words, pair) in panel.chunks_exact_mut(layout.width).zip(pairs) {
+            let (even, odd) = pair.split_at(layout.head_dim);
+            for ((word, x), inverse) in words.iter_mut().zip(&even[channels.clone()]).zip(inverse) {
+                *word = nearest_even(x * inverse) as u32 & 0xffff;
+            }
+            if !odd.is_empty() {
+                for ((word, x), inverse) in words.iter_mut().zip(&odd[channels.clone()]).zip(inverse) {
+                    *word |= (nearest_even(x * inverse) as u32) << 16;
+                }
+            }
+        }
+    }
+}
