@@ -1,5 +1,6 @@
 //! Views of tensors in this machine's memory.
 
+use std::borrow::Cow;
 use std::{ptr, slice};
 
 use half::{bf16, f16};
@@ -38,14 +39,23 @@ pub(crate) unsafe fn view_mut<'a>(name: &'static str, tensor: &RawTensor) -> Res
     }
 }
 
-/// The elements of a tensor of booleans, those that a stride of 0 repeats once, and where each lies among them.
-/// Copied, because a byte that is neither 0 nor 1 is no `bool` in Rust, and other libraries' tensors may hold some.
+/// The elements of a tensor of booleans, and where each lies among them. A byte that is neither 0 nor 1 is no `bool` in Rust,
+/// and other libraries' tensors may hold some: such a tensor is copied, elements that a stride of 0 repeats once.
 ///
 /// # Safety
 /// As for [`view`].
-pub(crate) unsafe fn flags(name: &'static str, tensor: &RawTensor) -> Result<(Vec<bool>, Geometry)> {
+pub(crate) unsafe fn flags<'a>(
+    name: &'static str,
+    tensor: &RawTensor,
+) -> Result<(Cow<'a, [bool]>, Geometry)> {
     // SAFETY: the caller's promise; any byte is a `u8`.
     let bytes = unsafe { typed::<u8>(name, tensor) }?;
+    if bytes.data().iter().fold(0, |all, byte| all | byte) <= 1 {
+        let data = bytes.data();
+        // SAFETY: `bool` has the layout of `u8`, and each of these bytes is 0 or 1.
+        let flags = unsafe { slice::from_raw_parts(data.as_ptr().cast::<bool>(), data.len()) };
+        return Ok((Cow::Borrowed(flags), *bytes.geometry()));
+    }
     let repeats = |(&size, &stride): (&usize, &i64)| if stride == 0 { size.min(1) } else { size };
     let shape: Vec<usize> = tensor.shape.iter().zip(&tensor.strides).map(repeats).collect();
     let compact = Geometry::contiguous(name, &shape)?;
@@ -65,7 +75,7 @@ pub(crate) unsafe fn flags(name: &'static str, tensor: &RawTensor) -> Result<(Ve
             }
         }
     }
-    Ok((flags, Geometry::strided(name, &tensor.shape, &strides, 0)?))
+    Ok((Cow::Owned(flags), Geometry::strided(name, &tensor.shape, &strides, 0)?))
 }
 
 /// A list of 32-bit integers without gaps.

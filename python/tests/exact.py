@@ -45,8 +45,9 @@ def attention(q, k, v, *, layout="HND", causal=None, scale=None, mask=None, soft
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.double()
     lse = torch.logsumexp(scores, dim=-1)
-    # A row that sees no key is zeros.
-    weights = torch.nan_to_num(torch.exp(scores - lse[..., None]), nan=0.0)
+    # A row that sees no key is zeros. (The exponential of scores minus `lse` is not the same where a row's biases are so low
+    # that the logarithm of the number of keys is lost beside them.)
+    weights = torch.nan_to_num(torch.softmax(scores, dim=-1), nan=0.0)
     out = weights @ v
     return (out.transpose(1, 2) if layout == "NHD" else out), lse
 
