@@ -87,9 +87,12 @@ impl<E: Load> Attention<'_, E> {
         unsafe {
             E::narrow(out, self.out.row_mut(sequence.batch, row.head, index));
             if let Some(lse) = &self.lse {
-                // No visible key: −∞.
-                let value =
-                    if sum == 0.0 { f32::NEG_INFINITY } else { (max + sum.log2() + mean_score) * LN_2 };
+                // No visible key: −∞. A bias of the least finite numbers on all of them does not fit base 2.
+                let value = match sum {
+                    0.0 => f32::NEG_INFINITY,
+                    _ if sum > 0.0 && max <= f32::MIN / 2.0 => f32::MIN,
+                    _ => (max + sum.log2() + mean_score) * LN_2,
+                };
                 lse.row_mut(sequence.batch, row.head, index)[0] = value;
             }
         }

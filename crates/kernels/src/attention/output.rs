@@ -340,7 +340,7 @@ impl<'k, 'c> Output<'k, 'c> {
 /// `lse`, or the least finite number where a bias of about that much was on every key of the row: in base 2, where
 /// `reference` is, it did not fit.
 pub(crate) fn least_lse<'k>(reference: Val<'k, f32>, lse: Val<'k, f32>) -> Val<'k, f32> {
-    reference.le(-LEAST_REFERENCE / 2.0).select(reference.eq(f32::MIN).select(lse, f32::MIN), lse)
+    (reference.le(-LEAST_REFERENCE / 2.0) & lse.gt(f32::NEG_INFINITY)).select(f32::MIN, lse)
 }
 
 /// Four words of each lane of a quad: afterwards lane `i` has what was word `i` of each.

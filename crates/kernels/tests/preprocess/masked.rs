@@ -1,5 +1,7 @@
 //! Keys that a mask hides: which they are, and that they are in no mean, no scale and no tile.
 
+#![allow(clippy::unwrap_used, reason = "the helpers of tests are tests too")]
+
 use half::f16;
 use sage_core::oracle::{Fp8Channels, Matrix, SeenKeys, hadamard, key_mean, subtract, v_token_slot};
 use sage_core::{

@@ -391,7 +391,9 @@ impl Case {
             return computed.kernels;
         }
         for (row, (&found, &wanted)) in computed.lse.iter().zip(&expected.lse).enumerate() {
-            let near = (f64::from(found) - wanted).abs() <= 5e-4 * wanted.abs().max(1.0);
+            // A row of biases that do not fit base 2 has the least finite number.
+            let near = (f64::from(found) - wanted).abs() <= 5e-4 * wanted.abs().max(1.0)
+                || wanted < -1e38 && found == f32::MIN;
             assert!(
                 near || f64::from(found) == wanted,
                 "{label}: lse of row {row} is {found}, expected {wanted}"
