@@ -133,6 +133,19 @@ impl Masked {
         (input, [emulator.read(words), emulator.read(ranks)])
     }
 
+    /// K or V in the emulator, with what its rows' mask says.
+    fn input(&self, emulator: &mut Emulator, tensor: &Tensor) -> InputArgs {
+        let (words, _) = self.seen(emulator, false);
+        let rows = tensor.input(emulator);
+        InputArgs {
+            seen: words.seen,
+            ranks: words.ranks,
+            seen_stride_sequence: words.seen_stride_sequence,
+            seen_stride_head: words.seen_stride_head,
+            ..rows
+        }
+    }
+
     /// Whether words and ranks are what the oracle says.
     #[track_caller]
     fn check(&self, boolean: bool) {
@@ -244,14 +257,7 @@ fn check_keys(
     };
     let (heads, tiles, width) = (tensor.heads, tensor.batch.tiles(), tensor.source.padded_dim());
     let mut emulator = emulator(seed);
-    let (words, _) = mask.seen(&mut emulator, false);
-    let of_k = tensor.input(&mut emulator);
-    let input = InputArgs { seen: words.seen, ranks: words.ranks, ..of_k };
-    let input = InputArgs {
-        seen_stride_sequence: words.seen_stride_sequence,
-        seen_stride_head: words.seen_stride_head,
-        ..input
-    };
+    let input = mask.input(&mut emulator, tensor);
     let out = poisoned(&mut emulator, "out", heads * tiles * config.tile_bytes());
     let scale = poisoned(&mut emulator, "scale", heads * tiles * config.groups() * 4);
     let means = emulator.uninitialized("mean", tensor.statistics() * 4);
@@ -334,14 +340,7 @@ fn check_values(
     let v_max = if scale_rows == ScaleRows::All { 448.0 } else { 56.0 };
     let (heads, tiles, width) = (tensor.heads, tensor.batch.tiles(), tensor.source.padded_dim());
     let mut emulator = emulator(seed);
-    let (words, _) = mask.seen(&mut emulator, false);
-    let of_v = tensor.input(&mut emulator);
-    let input = InputArgs { seen: words.seen, ranks: words.ranks, ..of_v };
-    let input = InputArgs {
-        seen_stride_sequence: words.seen_stride_sequence,
-        seen_stride_head: words.seen_stride_head,
-        ..input
-    };
+    let input = mask.input(&mut emulator, tensor);
     let statistics = tensor.statistics() * 4;
     let [mean, scale, factor] =
         ["mean", "scale", "factor"].map(|name| emulator.uninitialized(name, statistics));
