@@ -141,6 +141,7 @@ fn entry(name: String, info: Info, start: usize, len: usize) -> Result<Entry> {
 
 /// What the header says of a tensor.
 #[derive(serde::Deserialize)]
+#[serde(expecting = "an object with dtype, shape and data_offsets")]
 struct Info {
     dtype: String,
     shape: Vec<u64>,

@@ -92,7 +92,7 @@ fn broken_files() {
         ),
         (
             raw(r#"{"q":7}"#, &[]),
-            "header: found invalid JSON (invalid type: integer `7`, expected struct Info at line 1 column 6), expected a JSON object of tensors",
+            "header: found invalid JSON (invalid type: integer `7`, expected an object with dtype, shape and data_offsets at line 1 column 6), expected a JSON object of tensors",
         ),
         (
             raw(r#"{"q":{"dtype":"F32","shape":[2]}}"#, &[]),
