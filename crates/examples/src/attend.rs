@@ -113,7 +113,7 @@ impl FromStr for Method {
 
 impl Method {
     /// Ours, as a language model should have it. On CPUs rotation halves the error for a twentieth of attention's time
-    /// (docs/performance.md); on GPUs nobody has measured its speed yet, and the choice is their own.
+    /// (docs/performance/models.md#quality); on GPUs nobody has measured its speed yet, and the choice is their own.
     pub fn of_language(device: &Device) -> Self {
         match device {
             Device::Cpu => Method::Sage(Preset::INT8_PER_TOKEN_ROTATED.into()),
