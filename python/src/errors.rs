@@ -4,8 +4,8 @@ use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use pyo3::PyErr;
-use pyo3::exceptions::{PyNotImplementedError, PyRuntimeError, PyTypeError, PyValueError};
-use sageattention::{Error, Result};
+use pyo3::exceptions::{PyMemoryError, PyNotImplementedError, PyRuntimeError, PyTypeError, PyValueError};
+use sageattention::{BackendErrorKind, Error, Result};
 
 /// The exception of an error's kind.
 pub(crate) fn exception(error: Error) -> PyErr {
@@ -16,6 +16,7 @@ pub(crate) fn exception(error: Error) -> PyErr {
             PyValueError::new_err(message)
         }
         Error::Unsupported { .. } => PyNotImplementedError::new_err(message),
+        Error::Backend { kind: BackendErrorKind::OutOfMemory, .. } => PyMemoryError::new_err(message),
         // A backend's own words, and kinds that are yet to come.
         _ => PyRuntimeError::new_err(message),
     }
@@ -25,7 +26,7 @@ pub(crate) fn exception(error: Error) -> PyErr {
 pub(crate) fn guarded<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
     // What `work` was writing is the output of a call that fails: nobody reads it.
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
-        Err(Error::Backend { message: format!("internal error of sageattention: {}", words(&*panic)) })
+        Err(Error::backend(format!("internal error of sageattention: {}", words(&*panic))))
     })
 }
 

@@ -1,7 +1,7 @@
 //! The entry: a call on the CPU or a GPU.
 
 use pyo3::prelude::*;
-use sageattention::cuda::{Cuda, DeviceBytes, DeviceMask, DeviceTensor, Stream};
+use sageattention::cuda::{Cuda, DeviceBytes, DeviceLse, DeviceMask, DeviceTensor, Stream};
 use sageattention::{
     BlockMask, Call, Choice, DType, Device, Error, Inputs, Lengths, Mask, Plan, Result, TensorViewMut, View,
 };
@@ -151,7 +151,11 @@ fn on_gpu(tensors: &Tensors, options: &Options, ordinal: u32, stream: u64, wait:
     let core_options = options.attention().options();
     let call = Call::check(&inputs, &core_options)?;
     let lse = match &tensors.lse {
-        Some(lse) => Some(checked_lse(lse, &call.lse_shape())?),
+        Some(lse) => {
+            let rows = checked_lse(lse, &call.lse_shape())?;
+            // SAFETY: as above.
+            Some(unsafe { DeviceLse::from_raw(lse.address, rows) })
+        }
         None => None,
     };
     let device = Device::Cuda(ordinal);
@@ -159,7 +163,9 @@ fn on_gpu(tensors: &Tensors, options: &Options, ordinal: u32, stream: u64, wait:
     let choice = options.choice(device, head_dim(&tensors.q), automatic)?;
     gpu.forward_into(&stream, &inputs, &core_options, choice, &tensor("out", &tensors.out)?, lse)?;
     if wait {
-        stream.synchronize().map_err(|error| Error::Backend { message: error.to_string() })?;
+        stream
+            .synchronize()
+            .map_err(|error| Error::Backend { kind: error.kind(), message: error.to_string() })?;
     }
     Ok(())
 }
@@ -169,10 +175,10 @@ fn head_dim(q: &RawTensor) -> usize {
     q.shape.last().copied().unwrap_or(0)
 }
 
-/// The address of a log-sum-exp that fits the call.
-fn checked_lse(lse: &RawTensor, shape: &[usize]) -> Result<u64> {
+/// The rows of a log-sum-exp that fits the call.
+fn checked_lse(lse: &RawTensor, shape: &[usize]) -> Result<usize> {
     let fits = lse.dtype("lse")? == DType::F32 && lse.shape == shape && lse.geometry("lse")?.is_contiguous();
-    if fits { Ok(lse.address) } else { Err(wrong_lse(lse)) }
+    if fits { Ok(shape.iter().product()) } else { Err(wrong_lse(lse)) }
 }
 
 fn wrong_lse(lse: &RawTensor) -> Error {

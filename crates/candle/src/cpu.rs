@@ -5,8 +5,9 @@ use half::{bf16, f16};
 use sageattention::{Attention, DType, Element, Geometry, TensorViewMut, ViewMut};
 
 use crate::Options;
+use crate::error::wrap;
 use crate::options::Lengths;
-use crate::view::{self, HostMask, wrap};
+use crate::view::{self, HostMask};
 
 /// The output, and the log-sum-exp where `lse` asks for it.
 pub(crate) fn forward(

@@ -7,12 +7,13 @@ use candle_core::cuda_backend::cudarc::driver::{
 use candle_core::cuda_backend::{CudaDType, CudaStorageSlice};
 use candle_core::{CudaDevice, CudaStorage, Layout, Result, Storage};
 use half::{bf16, f16};
-use sageattention::cuda::{Cuda, DeviceBytes, DeviceMask, DeviceTensor, Stream};
+use sageattention::cuda::{Cuda, DeviceBytes, DeviceLse, DeviceMask, DeviceTensor, Stream};
 use sageattention::{DType, Error, Geometry, Inputs, Lengths as CoreLengths};
 
 use crate::Options;
+use crate::error::wrap;
 use crate::options::Lengths;
-use crate::view::{geometry, wrap, wrong_dtype};
+use crate::view::{geometry, wrong_dtype};
 
 /// The output, and the log-sum-exp where `lse` asks for it; the work for them is on the stream.
 pub(crate) fn forward(
@@ -65,25 +66,25 @@ fn run<T: CudaDType + DeviceRepr + sageattention::Element>(
     let out_geometry = Geometry::contiguous("out", shape).map_err(wrap)?;
     // SAFETY: attention writes every element, before anything later on the stream reads one.
     let mut out: CudaSlice<T> = unsafe { device.alloc(out_geometry.len()) }?;
-    let lse_rows = options.lse_shape(shape).iter().product();
+    let lse_rows: usize = options.lse_shape(shape).iter().product();
     // SAFETY: as above.
     let mut lse: Option<CudaSlice<f32>> = lse.then(|| unsafe { device.alloc(lse_rows) }).transpose()?;
     {
         let (address, _out_guard) = out.device_ptr_mut(&candle_stream);
-        let lse = lse.as_mut().map(|lse| lse.device_ptr_mut(&candle_stream));
+        let lse_guard = lse.as_mut().map(|lse| lse.device_ptr_mut(&candle_stream));
         // SAFETY: candle's storages hold every element that their layouts reach; the guards keep them, and let other
         // streams wait for this one.
-        let (inputs, out) = unsafe {
+        let (inputs, out, lse) = unsafe {
             let inputs = Inputs {
                 mask: mask.as_ref().map(|mask| mask.view()),
                 lengths,
                 ..Inputs::dense(q.view(dtype), k.view(k_dtype), v.view(v_dtype))
             };
-            (inputs, DeviceTensor::from_raw(T::DTYPE, out_geometry, address))
+            let lse = lse_guard.as_ref().map(|(address, _)| DeviceLse::from_raw(*address, lse_rows));
+            (inputs, DeviceTensor::from_raw(T::DTYPE, out_geometry, address), lse)
         };
-        let lse_address = lse.as_ref().map(|(address, _)| *address);
         let attention = options.attention().options();
-        gpu.forward_into(&stream, &inputs, &attention, options.scheme, &out, lse_address).map_err(wrap)?;
+        gpu.forward_into(&stream, &inputs, &attention, options.scheme, &out, lse).map_err(wrap)?;
     }
     let lse = lse.map(|lse| CudaStorage::wrap_cuda_slice(lse, device.clone()));
     Ok((CudaStorage::wrap_cuda_slice(out, device.clone()), lse))

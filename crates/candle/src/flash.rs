@@ -10,7 +10,8 @@
 use candle_core::{DType, Device, Result, Tensor};
 use sageattention::{Error, Layout};
 
-use crate::view::{wrap, wrong_dtype};
+use crate::error::wrap;
+use crate::view::wrong_dtype;
 use crate::{Options, sage_attention};
 
 /// The right limit that a causal mask is.

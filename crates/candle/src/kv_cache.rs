@@ -7,8 +7,9 @@ use sageattention::{Error, KvCacheOptions};
 
 use crate::Options;
 use crate::cpu::{output, with_attention};
+use crate::error::wrap;
 use crate::op::{dense_heads, no_backward};
-use crate::view::{self, wrap};
+use crate::view;
 
 /// Keys and values of past tokens, quantised, in this process's memory: see [`sageattention::KvCache`].
 ///

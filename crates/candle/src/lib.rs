@@ -26,18 +26,20 @@
 //! an error instead of a GPU.
 //!
 //! Everything that can be wrong with a call is an error that names the tensor or option, the value found and the value
-//! wanted. Attention here is for inference: a backward pass through it is an error.
+//! wanted; [`backend_error_kind`] tells a GPU's errors apart. Attention here is for inference: a backward pass through it is an error.
 
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod error;
 pub mod flash;
 mod kv_cache;
 mod op;
 mod options;
 mod view;
 
+pub use error::backend_error_kind;
 pub use kv_cache::KvCache;
 pub use op::{sage_attention, sage_attention_with_lse};
 pub use options::Options;
-pub use sageattention::{Alignment, Choice, KvCacheOptions, Layout, Preset, ValueFormat};
+pub use sageattention::{Alignment, BackendErrorKind, Choice, KvCacheOptions, Layout, Preset, ValueFormat};

@@ -3,6 +3,8 @@
 use candle_core::{CpuStorage, DType, Storage, Tensor};
 use sageattention::{Error, Geometry, Mask, Result, TensorView, View};
 
+use crate::error::wrap;
+
 /// Where the elements of a tensor lie in its storage.
 pub(crate) fn geometry(name: &str, layout: &candle_core::Layout) -> Result<Geometry> {
     let strides: Vec<i64> = layout.stride().iter().map(|&stride| stride as i64).collect();
@@ -91,9 +93,4 @@ pub(crate) fn lengths(name: &'static str, tensor: &Tensor) -> candle_core::Resul
         i32::try_from(value).map_err(|_| wrap(Error::value(name, value, format!("0 to {}", i32::MAX))))
     };
     values.into_iter().map(fits).collect()
-}
-
-/// One of our errors as one of candle's.
-pub(crate) fn wrap(error: Error) -> candle_core::Error {
-    candle_core::Error::wrap(error)
 }

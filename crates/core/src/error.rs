@@ -5,7 +5,25 @@ use std::borrow::Cow;
 /// Result of anything that checks its arguments.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// A call that cannot be carried out, found before any work began.
+/// Why a backend cannot work, as far as a caller would act on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum BackendErrorKind {
+    /// There is not enough memory: a smaller call, or one after other memory was freed, may do.
+    OutOfMemory,
+    /// There is no such device, or no driver that can use it.
+    NoDevice,
+    /// The device failed, or work on it did: this process cannot use it any more, a new one can.
+    Lost,
+    /// A kernel cannot be compiled, or the device cannot run it: other calls may do.
+    Kernel,
+    /// The process was forked from one that had used the device, so it can not: one that is started anew can.
+    Forked,
+    /// Anything else: the message says what.
+    Other,
+}
+
+/// A call that cannot be carried out.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -62,6 +80,8 @@ pub enum Error {
     /// A backend cannot work: there is no such device, or its driver refuses.
     #[error("{message}")]
     Backend {
+        /// What a caller can tell apart.
+        kind: BackendErrorKind,
         /// The backend's own words.
         message: String,
     },
@@ -91,6 +111,19 @@ impl Error {
         wanted: impl Into<String>,
     ) -> Self {
         Error::Value { name: name.into(), found: found.to_string(), wanted: wanted.into() }
+    }
+
+    /// A backend's `message`, where no other kind fits it than [`BackendErrorKind::Other`].
+    pub fn backend(message: impl Into<String>) -> Self {
+        Error::Backend { kind: BackendErrorKind::Other, message: message.into() }
+    }
+
+    /// Why the backend cannot work; none where the call itself is wrong.
+    pub fn backend_kind(&self) -> Option<BackendErrorKind> {
+        match self {
+            Error::Backend { kind, .. } => Some(*kind),
+            _ => None,
+        }
     }
 
     /// A combination `what` that nothing here can do, and what to do `instead`.

@@ -25,7 +25,7 @@ mod tensor;
 
 pub use cache::{BlockTables, CacheLayout, CachedInputs, PageCopy, ValueFormat};
 pub use dtype::{DType, Element};
-pub use error::{Error, Result};
+pub use error::{BackendErrorKind, Error, Result};
 pub use geometry::{Geometry, MAX_RANK};
 pub use mask::{Alignment, Band, BlockMask, Mask, padding_bias};
 pub use preset::Preset;

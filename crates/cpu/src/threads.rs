@@ -62,7 +62,7 @@ fn own_pool(forks: usize) -> Result<&'static ThreadPool> {
     // 0 lets rayon choose, as it does for its global pool.
     let pool =
         ThreadPoolBuilder::new().num_threads(THREADS.load(Ordering::Relaxed)).build().map_err(|error| {
-            Error::Backend { message: format!("threads of a forked process: cannot be started ({error})") }
+            Error::backend(format!("threads of a forked process: cannot be started ({error})"))
         })?;
     let new = Box::into_raw(Box::new(OwnPool { forks, pool }));
     match POOL.compare_exchange(known, new, Ordering::AcqRel, Ordering::Acquire) {

@@ -8,6 +8,7 @@ use std::time::Instant;
 use cudarc::driver::sys::{
     CUfunction, CUfunction_attribute, CUjit_option, CUjitInputType, CUlinkState, CUmodule,
 };
+use sage_core::BackendErrorKind;
 use sage_ptx::Param;
 
 use crate::context::Context;
@@ -71,7 +72,8 @@ pub(crate) fn load(
     Kernel::check_driver(Driver::get()?, source)?;
     let started = Instant::now();
     let entry = entry_name(source)?;
-    if compiles_as_whole(source) {
+    // The linker, whose results can be kept, compiles for programs of several parts.
+    if source.needs_whole_compilation {
         let module = Module::compile(source, context)?;
         let function = entry_of(&module, source, &entry)?;
         tracing::debug!(kernel = source.name, ms = milliseconds(started), "compiled as a whole program");
@@ -111,13 +113,6 @@ pub(crate) fn load(
     finish(source, gpu, context, module, function, Origin::Compiled)
 }
 
-/// Whether the text needs a compiler that sees the whole program. The linker, whose results can be kept, compiles for
-/// programs of several parts: it ignores `setmaxnreg`, so that registers spill, and waits for every `wgmma` at once
-/// (ptxas C7504, C7509): a third of the speed.
-fn compiles_as_whole(source: &KernelSource<'_>) -> bool {
-    source.ptx.contains("setmaxnreg") || source.ptx.contains("wgmma.")
-}
-
 fn entry_of(module: &Module, source: &KernelSource<'_>, entry: &CStr) -> Result<Function> {
     module.function(entry).map_err(|error| jit(source, error, "there is no such entry in the text"))
 }
@@ -132,12 +127,17 @@ fn entry_name(source: &KernelSource<'_>) -> Result<CString> {
 }
 
 fn jit(source: &KernelSource<'_>, error: Error, log: &str) -> Error {
+    // Whatever else the driver says here, such as an invalid value, it says of the kernel.
+    let kind = match error.kind() {
+        BackendErrorKind::Other => BackendErrorKind::Kernel,
+        kind => kind,
+    };
     let reason = match error {
         Error::Driver { code, description, .. } => format!("{code} ({description})"),
         other => other.to_string(),
     };
     let log = if log.is_empty() { reason } else { format!("{reason}\n{log}") };
-    Error::Jit { kernel: source.name.to_owned(), target: source.target, log }
+    Error::Jit { kernel: source.name.to_owned(), target: source.target, kind, log }
 }
 
 /// The compiler at work; freed with its result when dropped.
@@ -371,6 +371,8 @@ mod tests {
             block: [1, 1, 1],
             cluster: None,
             dynamic_shared_bytes: 0,
+            needs_whole_compilation: false,
+            waits_for_launches_before: false,
         };
         let error = Error::Driver {
             call: "cuLinkAddData_v2",

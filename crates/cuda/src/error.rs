@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 
+use sage_core::BackendErrorKind;
 use sage_ptx::Target;
 
 use crate::driver::DriverVersion;
@@ -64,6 +65,8 @@ pub enum Error {
         kernel: String,
         /// What its text was written for.
         target: Target,
+        /// Why: [`BackendErrorKind::Kernel`] unless there is another reason than the kernel.
+        kind: BackendErrorKind,
         /// Error code and compiler log.
         log: String,
     },
@@ -120,7 +123,90 @@ pub enum Error {
     },
 }
 
+/// What the driver's codes tell a caller. A code that is not listed is [`BackendErrorKind::Other`].
+///
+/// Codes are listed by their names: which of them the bindings know depends on the toolkit that they were made from, and a
+/// driver knows the name of each that it returns.
+const KINDS: &[(BackendErrorKind, &[&str])] = &[
+    (BackendErrorKind::OutOfMemory, &["CUDA_ERROR_OUT_OF_MEMORY"]),
+    (
+        BackendErrorKind::NoDevice,
+        &[
+            "CUDA_ERROR_CALL_REQUIRES_NEWER_DRIVER",
+            "CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE",
+            "CUDA_ERROR_DEVICE_NOT_LICENSED",
+            "CUDA_ERROR_DEVICE_UNAVAILABLE",
+            "CUDA_ERROR_INVALID_DEVICE",
+            "CUDA_ERROR_MPS_CONNECTION_FAILED",
+            "CUDA_ERROR_MPS_MAX_CLIENTS_REACHED",
+            "CUDA_ERROR_MPS_MAX_CONNECTIONS_REACHED",
+            "CUDA_ERROR_MPS_SERVER_NOT_READY",
+            "CUDA_ERROR_NO_DEVICE",
+            "CUDA_ERROR_STUB_LIBRARY",
+            "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH",
+            "CUDA_ERROR_SYSTEM_NOT_READY",
+        ],
+    ),
+    // Those of which CUDA's manual says that the context, or the process, cannot go on.
+    (
+        BackendErrorKind::Lost,
+        &[
+            "CUDA_ERROR_ASSERT",
+            "CUDA_ERROR_CONTAINED",
+            "CUDA_ERROR_CONTEXT_IS_DESTROYED",
+            "CUDA_ERROR_DEINITIALIZED",
+            "CUDA_ERROR_ECC_UNCORRECTABLE",
+            "CUDA_ERROR_EXTERNAL_DEVICE",
+            "CUDA_ERROR_HARDWARE_STACK_ERROR",
+            "CUDA_ERROR_ILLEGAL_ADDRESS",
+            "CUDA_ERROR_ILLEGAL_INSTRUCTION",
+            "CUDA_ERROR_INVALID_ADDRESS_SPACE",
+            "CUDA_ERROR_INVALID_PC",
+            "CUDA_ERROR_LAUNCH_FAILED",
+            "CUDA_ERROR_LAUNCH_TIMEOUT",
+            "CUDA_ERROR_MISALIGNED_ADDRESS",
+            "CUDA_ERROR_MPS_CLIENT_TERMINATED",
+            "CUDA_ERROR_MPS_RPC_FAILURE",
+            "CUDA_ERROR_NVLINK_UNCORRECTABLE",
+            "CUDA_ERROR_TENSOR_MEMORY_LEAK",
+        ],
+    ),
+    (
+        BackendErrorKind::Kernel,
+        &[
+            "CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE",
+            "CUDA_ERROR_FUNCTION_NOT_LOADED",
+            "CUDA_ERROR_INVALID_CLUSTER_SIZE",
+            "CUDA_ERROR_INVALID_IMAGE",
+            "CUDA_ERROR_INVALID_PTX",
+            "CUDA_ERROR_INVALID_SOURCE",
+            "CUDA_ERROR_JIT_COMPILATION_DISABLED",
+            "CUDA_ERROR_JIT_COMPILER_NOT_FOUND",
+            "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES",
+            "CUDA_ERROR_NO_BINARY_FOR_GPU",
+            "CUDA_ERROR_UNSUPPORTED_PTX_VERSION",
+        ],
+    ),
+];
+
 impl Error {
+    /// What a caller can tell apart.
+    pub fn kind(&self) -> BackendErrorKind {
+        match self {
+            Error::NoDriver { .. } | Error::NoDevice { .. } | Error::Symbol { .. } => {
+                BackendErrorKind::NoDevice
+            }
+            Error::Forked => BackendErrorKind::Forked,
+            Error::Driver { code, .. } => {
+                let found = KINDS.iter().find(|(_, codes)| codes.contains(&code.as_str()));
+                found.map_or(BackendErrorKind::Other, |(kind, _)| *kind)
+            }
+            Error::Jit { kind, .. } => *kind,
+            Error::Target { .. } | Error::Argument { .. } | Error::Limit { .. } => BackendErrorKind::Kernel,
+            Error::Value { .. } => BackendErrorKind::Other,
+        }
+    }
+
     pub(crate) fn value(
         name: impl Into<Cow<'static, str>>,
         found: impl ToString,
@@ -143,6 +229,23 @@ impl Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_code_of_the_driver_has_one_kind() {
+        let codes: Vec<&str> = KINDS.iter().flat_map(|(_, codes)| *codes).copied().collect();
+        for (i, code) in codes.iter().enumerate() {
+            assert!(code.starts_with("CUDA_ERROR_") && !codes[..i].contains(code), "{code}");
+        }
+        let kind = |code: &str| {
+            Error::Driver { call: "cuInit", code: code.into(), description: String::new() }.kind()
+        };
+        for (wanted, codes) in KINDS {
+            assert!(codes.iter().all(|code| kind(code) == *wanted), "{wanted:?}");
+        }
+        for code in ["CUDA_ERROR_UNKNOWN", "CUDA_ERROR_NOT_READY", "error 998", ""] {
+            assert_eq!(kind(code), BackendErrorKind::Other, "{code}");
+        }
+    }
 
     #[test]
     fn messages_name_the_thing_the_value_found_and_the_value_wanted() {

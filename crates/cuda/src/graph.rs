@@ -65,9 +65,17 @@ unsafe impl Sync for ExecutableGraph {}
 
 impl ExecutableGraph {
     /// Puts the recorded work on `stream`, without waiting for it.
-    pub fn launch(&self, stream: &Stream) -> Result<()> {
+    ///
+    /// # Errors
+    /// What the driver says.
+    ///
+    /// # Safety
+    /// Until the stream has passed the work, what was promised of each recorded launch holds; see
+    /// [`Kernel::launch`](crate::Kernel::launch).
+    pub unsafe fn launch(&self, stream: &Stream) -> Result<()> {
         let _entered = self.device.enter()?;
-        // SAFETY: graph and stream are alive; the driver refuses a stream of another context.
+        // SAFETY: graph and stream are alive; the driver refuses a stream of another context. The caller answers for
+        // the memory that the work uses.
         unsafe { cu!(cuGraphLaunch(self.raw, stream.raw())) }
     }
 }

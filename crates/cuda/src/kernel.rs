@@ -5,7 +5,7 @@ use std::ptr;
 use std::sync::Arc;
 
 use cudarc::driver::sys::{CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig};
-use sage_ptx::{Arg, Param, Target, WAIT_FOR_LAUNCHES_BEFORE};
+use sage_ptx::{Arg, Param, Target};
 
 use crate::arguments::{self, MAX_PARAM_BYTES, MAX_PARAMS};
 use crate::compile::Loaded;
@@ -38,6 +38,14 @@ pub struct KernelSource<'a> {
     pub cluster: Option<[u32; 3]>,
     /// Shared memory of a block beyond what the text declares, in bytes.
     pub dynamic_shared_bytes: u32,
+    /// Whether the text needs a compiler that sees the whole program, as
+    /// [`Program::needs_whole_compilation`](sage_ptx::Program::needs_whole_compilation) says. The driver keeps such code
+    /// in a cache of its own, in place of a [`DiskCache`](crate::DiskCache).
+    pub needs_whole_compilation: bool,
+    /// Whether the kernel itself waits for the end of the launches before, as
+    /// [`Program::waits_for_launches_before`](sage_ptx::Program::waits_for_launches_before) says. It is then launched
+    /// while they may still be at work, so a kernel that does not wait would read what they have not written yet.
+    pub waits_for_launches_before: bool,
 }
 
 impl KernelSource<'_> {
@@ -90,18 +98,36 @@ impl KernelSource<'_> {
         Ok(())
     }
 
-    /// Whether the kernel may start before the launch before it has ended: it waits for that end by itself, and the driver can
-    /// also capture such launches into a graph.
+    /// Whether the kernel may start before the launch before it has ended: it waits for that end by itself, and the
+    /// driver can also capture such launches into a graph.
     pub(crate) fn starts_early(&self, driver: DriverVersion) -> bool {
-        driver >= DriverVersion { major: 12, minor: 3 } && self.ptx.contains(WAIT_FOR_LAUNCHES_BEFORE)
+        driver >= DriverVersion { major: 12, minor: 3 } && self.waits_for_launches_before
     }
 
     /// Identity within a process: all that a [`Kernel`] depends on.
     pub(crate) fn memory_key(&self) -> CacheKey {
-        let shape =
-            format!("{:?}{:?}{:?}{}", self.target, self.block, self.cluster, self.dynamic_shared_bytes);
-        let params = format!("{:?}", self.params);
-        CacheKey::of(&[self.ptx.as_bytes(), self.name.as_bytes(), shape.as_bytes(), params.as_bytes()])
+        // A field that is added here or there must find its place in a key.
+        let KernelSource {
+            name,
+            ptx,
+            target,
+            params,
+            block,
+            cluster,
+            dynamic_shared_bytes,
+            needs_whole_compilation,
+            waits_for_launches_before,
+        } = self;
+        let shape = format!("{target:?}{block:?}{cluster:?}{dynamic_shared_bytes}");
+        let facts = format!("{needs_whole_compilation} {waits_for_launches_before}");
+        let params = format!("{params:?}");
+        CacheKey::of(&[
+            ptx.as_bytes(),
+            name.as_bytes(),
+            shape.as_bytes(),
+            facts.as_bytes(),
+            params.as_bytes(),
+        ])
     }
 
     /// Identity on disk: all that the compiled code depends on.
@@ -170,10 +196,17 @@ impl Kernel {
 
     /// Puts the kernel on `stream` with `grid` blocks, without waiting for it. A grid without blocks does nothing.
     ///
-    /// Checked are the grid, the device, and the arguments' count and types. What addresses point to is the caller's
-    /// business: the memory has to live until the stream has passed the launch, and a kernel that leaves it is a fault
-    /// that the next synchronisation reports and that no later call on the device survives.
-    pub fn launch(&self, stream: &Stream, grid: [u32; 3], args: &[Arg]) -> Result<()> {
+    /// Checked are the grid, the device, and the arguments' count and types.
+    ///
+    /// # Errors
+    /// Names what does not fit the kernel, or what the driver says. A kernel that left its memory is a fault that the next
+    /// synchronisation reports and that no later call on the device survives.
+    ///
+    /// # Safety
+    /// Until the stream has passed the launch, everything that the kernel reads or writes by the addresses and tensor maps
+    /// in `args` is memory of the device, of the type that the kernel takes it for, and nothing else writes what it reads
+    /// or touches what it writes. Where the stream is captured, this holds for every launch of the graph instead.
+    pub unsafe fn launch(&self, stream: &Stream, grid: [u32; 3], args: &[Arg]) -> Result<()> {
         let kernel = &*self.0;
         arguments::check(&kernel.name, &kernel.params, args)?;
         arguments::check_grid(&kernel.name, grid, kernel.cluster)?;
@@ -210,7 +243,8 @@ impl Kernel {
         }
         if count == 0 {
             // SAFETY: function and stream are alive and of the current context; `pointers` lead to as many values of
-            // the types that the kernel takes as it has parameters, which the driver copies before it returns.
+            // the types that the kernel takes as it has parameters, which the driver copies before it returns. The
+            // caller answers for what they point to.
             return unsafe {
                 cu!(cuLaunchKernel(
                     kernel.function(),
@@ -288,7 +322,20 @@ mod tests {
             block: [128, 1, 1],
             cluster: None,
             dynamic_shared_bytes: 0,
+            needs_whole_compilation: false,
+            waits_for_launches_before: false,
         }
+    }
+
+    #[test]
+    fn only_kernels_that_wait_start_early_and_only_on_drivers_that_can_capture_them() {
+        let waits = KernelSource { waits_for_launches_before: true, ..source(&[]) };
+        let driver = |major, minor| DriverVersion { major, minor };
+        assert!(waits.starts_early(driver(12, 3)) && waits.starts_early(driver(13, 0)));
+        assert!(!waits.starts_early(driver(12, 2)));
+        // The text has no say.
+        let silent = KernelSource { ptx: "griddepcontrol.wait;", ..source(&[]) };
+        assert!(!silent.starts_early(driver(13, 0)));
     }
 
     #[test]
@@ -346,6 +393,8 @@ mod tests {
             KernelSource { cluster: Some([1, 1, 1]), ..good },
             KernelSource { dynamic_shared_bytes: 1, ..good },
             KernelSource { target: Target::SM_90, ..good },
+            KernelSource { needs_whole_compilation: true, ..good },
+            KernelSource { waits_for_launches_before: true, ..good },
             source(&params),
         ]
         .map(|source| source.memory_key());

@@ -20,10 +20,13 @@
 //!     block: [128, 1, 1],
 //!     cluster: None,
 //!     dynamic_shared_bytes: 0,
+//!     needs_whole_compilation: false,
+//!     waits_for_launches_before: false,
 //! })?;
 //! let stream = Stream::new(&device)?;
 //! let x = Buffer::from_slice(&stream, &[1.0_f32; 1024])?;
-//! kernel.launch(&stream, [8, 1, 1], &[x.arg()])?;
+//! // SAFETY: the kernel doubles 8 times 128 floats at `x`, which has as many and is of the same stream.
+//! unsafe { kernel.launch(&stream, [8, 1, 1], &[x.arg()]) }?;
 //! let doubled: Vec<f32> = x.to_vec()?;
 //! # Ok(())
 //! # }

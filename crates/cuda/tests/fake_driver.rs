@@ -13,6 +13,7 @@ use std::sync::Barrier;
 use std::{env, ptr, thread};
 
 use cudarc::driver::sys;
+use sage_core::BackendErrorKind;
 use sage_cuda::{
     Buffer, Device, DiskCache, Driver, Error, Event, Kernel, KernelSource, LoadCounts, Origin, Stream,
     devices,
@@ -93,6 +94,8 @@ fn source<'a>(ptx: &'a str, params: &'a [Param]) -> KernelSource<'a> {
         block: [128, 1, 1],
         cluster: None,
         dynamic_shared_bytes: 100,
+        needs_whole_compilation: false,
+        waits_for_launches_before: false,
     }
 }
 
@@ -100,17 +103,26 @@ fn load(device: &Device) -> Kernel {
     device.load(&source("text", &params())).unwrap()
 }
 
+fn launch(kernel: &Kernel, stream: &Stream, grid: [u32; 3], args: &[Arg]) -> sage_cuda::Result<()> {
+    // SAFETY: the fake goes to none of the addresses.
+    unsafe { kernel.launch(stream, grid, args) }
+}
+
 const ARGS: [Arg; 4] = [Arg::Pointer(1 << 40), Arg::Pointer(5), Arg::F32(0.5), Arg::U32(7)];
 
 cases! {
     a_library_of_somebody_else_is_no_driver, [], "", {
-        let error = Driver::get().unwrap_err().to_string();
+        let error = Driver::get().unwrap_err();
+        assert_eq!(error.kind(), BackendErrorKind::NoDevice);
+        let error = error.to_string();
         let wanted = "CUDA driver: its library has no `cuGetErrorName`, expected libcuda, which the NVIDIA driver installs";
         assert_eq!(error, wanted);
     }
 
     an_old_driver_is_told_what_it_lacks, ["named"], "", {
-        let error = Device::new(0).unwrap_err().to_string();
+        let error = Device::new(0).unwrap_err();
+        assert_eq!(error.kind(), BackendErrorKind::NoDevice);
+        let error = error.to_string();
         let wanted = "CUDA driver: version is 11.2, expected a newer one, with `cuCtxGetCurrent`";
         assert_eq!(error, wanted);
     }
@@ -121,11 +133,14 @@ cases! {
             "CUDA driver: does not start (cuInit: CUDA_ERROR_STUB_LIBRARY (as the fake puts it)), expected libcuda, \
              which the NVIDIA driver installs"
         );
+        assert_eq!(Device::new(0).unwrap_err().kind(), BackendErrorKind::NoDevice);
     }
 
     a_driver_without_a_gpu_has_an_empty_list, ["named", "whole"], "no_gpu", {
         assert_eq!(devices().unwrap(), []);
-        assert_eq!(Device::new(0).unwrap_err(), Error::NoDevice { ordinal: 0, count: 0 });
+        let error = Device::new(0).unwrap_err();
+        assert_eq!(error, Error::NoDevice { ordinal: 0, count: 0 });
+        assert_eq!(error.kind(), BackendErrorKind::NoDevice);
     }
 
     ordinals_out_of_range_are_named, ["named", "whole"], "", {
@@ -149,14 +164,15 @@ cases! {
             let mut buffer = Buffer::from_slice(&stream, &[1_u32; 10]).unwrap();
             buffer.fill(1).unwrap();
             assert_eq!(buffer.to_vec::<u32>().unwrap(), [0x1111_1111; 10]);
-            kernel.launch(&stream, [1, 1, 1], &ARGS).unwrap();
+            launch(&kernel, &stream, [1, 1, 1], &ARGS).unwrap();
             let event = Event::new(&device, true).unwrap();
             stream.record(&event).unwrap();
             stream.wait_event(&event).unwrap();
             assert_eq!(event.elapsed_ms(&event).unwrap(), 1.5);
             stream.begin_capture().unwrap();
             let graph = stream.end_capture().unwrap().instantiate().unwrap();
-            graph.launch(&stream).unwrap();
+            // SAFETY: the graph is empty.
+            unsafe { graph.launch(&stream) }.unwrap();
             device.synchronize().unwrap();
             stream.synchronize().unwrap();
             drop((graph, event, buffer, kernel, stream));
@@ -177,22 +193,22 @@ cases! {
         let kernel = load(&device);
         // SAFETY: the fake takes any stream.
         let stream = unsafe { Stream::from_raw(&device, 0xabc0) };
-        kernel.launch(&stream, [3, 1, 1], &ARGS).unwrap();
+        launch(&kernel, &stream, [3, 1, 1], &ARGS).unwrap();
         let launched: Vec<u64> = (0..5).map(|which| ask("fake_launched", which)).collect();
         assert_eq!(launched, [0xabc0, 1 << 40, 5, 0.5_f32.to_bits().into(), 7]);
 
         let before = ALLOCATIONS.get();
         for _ in 0..10 {
-            kernel.launch(&stream, [3, 1, 1], &ARGS).unwrap();
+            launch(&kernel, &stream, [3, 1, 1], &ARGS).unwrap();
         }
         assert_eq!(ALLOCATIONS.get(), before, "a warm launch allocates");
         assert_eq!(ask("fake_launches", 0), 11);
-        kernel.launch(&stream, [0, 1, 1], &ARGS).unwrap();
-        kernel.launch(&stream, [1, 0, 1], &ARGS).unwrap();
-        assert!(kernel.launch(&stream, [1, 1, 1], &ARGS[..3]).is_err());
+        launch(&kernel, &stream, [0, 1, 1], &ARGS).unwrap();
+        launch(&kernel, &stream, [1, 0, 1], &ARGS).unwrap();
+        assert!(launch(&kernel, &stream, [1, 1, 1], &ARGS[..3]).is_err());
         let other = Device::with_cache(0, None).unwrap();
         assert_eq!(
-            kernel.launch(&Stream::new(&other).unwrap(), [1, 1, 1], &ARGS).unwrap_err().to_string(),
+            launch(&kernel, &Stream::new(&other).unwrap(), [1, 1, 1], &ARGS).unwrap_err().to_string(),
             "kernel `scale`: stream is of another GPU, expected one of the kernel's GPU"
         );
         assert_eq!(ask("fake_launches", 0), 11, "the driver sees neither empty nor wrong launches");
@@ -212,7 +228,7 @@ cases! {
         let device = Device::with_cache(0, None).unwrap();
         let (params, stream) = (params(), Stream::new(&device).unwrap());
         let clustered = KernelSource { cluster: Some([2, 1, 1]), ..source("text", &params) };
-        device.load(&clustered).unwrap().launch(&stream, [4, 1, 1], &ARGS).unwrap();
+        launch(&device.load(&clustered).unwrap(), &stream, [4, 1, 1], &ARGS).unwrap();
         assert_eq!(ask("fake_cluster", 0), 2);
     }
 
@@ -243,6 +259,47 @@ cases! {
         assert_eq!(current(), 0);
     }
 
+    errors_of_the_driver_keep_their_kind, ["named", "whole"], "", {
+        use BackendErrorKind::{Kernel as OfKernel, Lost, NoDevice, Other, OutOfMemory};
+        let device = Device::with_cache(0, None).unwrap();
+        let stream = Stream::new(&device).unwrap();
+        let (params, kernel) = (params(), load(&device));
+        for (code, name, kind) in [
+            (2, "CUDA_ERROR_OUT_OF_MEMORY", OutOfMemory),
+            (46, "CUDA_ERROR_DEVICE_UNAVAILABLE", NoDevice),
+            (700, "CUDA_ERROR_ILLEGAL_ADDRESS", Lost),
+            (719, "CUDA_ERROR_LAUNCH_FAILED", Lost),
+            (701, "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES", OfKernel),
+            (1, "CUDA_ERROR_INVALID_VALUE", Other),
+            (998, "error 998", Other),
+        ] {
+            ask("fake_fail", code);
+            let calls = [
+                ("cuMemAllocAsync", Buffer::new(&stream, 100).err()),
+                ("cuLaunchKernel", launch(&kernel, &stream, [1, 1, 1], &ARGS).err()),
+                ("cuStreamSynchronize", stream.synchronize().err()),
+            ];
+            for (call, error) in calls {
+                let error = error.unwrap();
+                assert_eq!(error.kind(), kind, "{error}");
+                assert_eq!(error.to_string(), format!("{call}: {name} (as the fake puts it)"));
+            }
+            // A compilation is the kernel's fault, unless the driver says that it is not.
+            let of_kernel = if kind == Other { OfKernel } else { kind };
+            for needs_whole_compilation in [false, true] {
+                let new = KernelSource { needs_whole_compilation, ..source("another text", &params) };
+                let error = device.load(&new).unwrap_err();
+                assert!(matches!(error, Error::Jit { .. }) && error.to_string().contains(name), "{error}");
+                assert_eq!(error.kind(), of_kernel, "{error}");
+            }
+        }
+        ask("fake_fail", 0);
+        assert_eq!(device.load(&source("wrong", &params)).unwrap_err().kind(), OfKernel);
+        assert_eq!(launch(&kernel, &stream, [1, 1, 1], &ARGS[..3]).unwrap_err().kind(), OfKernel);
+        let mut buffer = Buffer::new(&stream, 4).unwrap();
+        assert_eq!(buffer.copy_from_host(&[0_u8; 3]).unwrap_err().kind(), Other);
+    }
+
     a_kernel_is_compiled_once_per_process_and_once_per_cache, ["named", "whole"], "", {
         let folder = tempfile::tempdir().unwrap();
         let cache = DiskCache::open(folder.path(), 1 << 20).unwrap();
@@ -271,6 +328,32 @@ cases! {
         std::fs::write(&file, b"SAGECUBN").unwrap();
         assert_eq!((cold(), cold()), (Origin::Compiled, Origin::Disk));
         assert_eq!(ask("fake_compiled", 0), 3);
+    }
+
+    a_program_that_is_compiled_as_a_whole_is_left_to_the_drivers_cache, ["named", "whole"], "", {
+        let folder = tempfile::tempdir().unwrap();
+        let cache = DiskCache::open(folder.path(), 1 << 20).unwrap();
+        let params = params();
+        // What the text says is no matter.
+        let linked = KernelSource { ptx: "text with wgmma. and setmaxnreg", ..source("", &params) };
+        let whole = KernelSource { needs_whole_compilation: true, ..linked };
+        let origin = |source| Device::with_cache(0, Some(cache.clone())).unwrap().load(source).unwrap().origin();
+        assert_eq!([origin(&whole), origin(&whole)], [Origin::Compiled; 2]);
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+        assert_eq!([origin(&linked), origin(&linked)], [Origin::Compiled, Origin::Disk]);
+        assert_eq!(origin(&whole), Origin::Compiled, "linked code does not stand in for it");
+    }
+
+    a_kernel_that_waits_is_launched_early, ["named", "whole", "clusters"], "", {
+        let device = Device::with_cache(0, None).unwrap();
+        let (params, stream) = (params(), Stream::new(&device).unwrap());
+        let plain = source("text", &params);
+        let waits = KernelSource { waits_for_launches_before: true, ..plain };
+        let start = |source| launch(&device.load(source).unwrap(), &stream, [1, 1, 1], &ARGS).unwrap();
+        start(&plain);
+        assert_eq!((ask("fake_launches", 0), ask("fake_early", 0)), (1, 0));
+        start(&waits);
+        assert_eq!((ask("fake_launches", 0), ask("fake_early", 0)), (1, 1));
     }
 
     a_capture_frees_its_own_memory_and_later_what_is_older, ["named", "whole"], "", {
@@ -342,7 +425,9 @@ cases! {
     }
 
     cuda_that_somebody_else_started_before_a_fork_is_told_apart, ["named", "whole"], "forked", {
-        assert_eq!(Device::new(0).unwrap_err(), Error::Forked);
+        let error = Device::new(0).unwrap_err();
+        assert_eq!(error, Error::Forked);
+        assert_eq!(error.kind(), BackendErrorKind::Forked);
     }
 
     opening_a_gpu_twice_gives_the_same_device, ["named", "whole"], "", {

@@ -4,6 +4,7 @@
 
 use std::io::{self, Write as _};
 
+use sage_core::BackendErrorKind;
 use sage_cuda::{Device, Driver, Error, devices};
 
 /// Writes to stderr past the test harness, which would swallow the words of a test that passes.
@@ -21,6 +22,7 @@ fn without_a_driver_every_entrance_says_so() {
         return;
     };
     assert!(matches!(error, Error::NoDriver { .. }), "{error:?}");
+    assert_eq!(error.kind(), BackendErrorKind::NoDevice);
     let message = error.to_string();
     assert!(message.starts_with("CUDA driver: cannot be loaded ("), "{message}");
     assert!(message.contains("libcuda") || cfg!(windows), "{message}");

@@ -411,6 +411,22 @@ mod tests {
         }
     }
 
+    /// What the driver must be told of a kernel is what its text asks for.
+    #[test]
+    fn facts_of_programs_are_those_of_their_texts() {
+        let mut whole = [0, 0];
+        for entry in catalog_of_all_targets() {
+            let (program, target) = (entry.program(), entry.minimum_target());
+            let ptx = program.ptx(target).unwrap();
+            let needs = program.needs_whole_compilation();
+            assert_eq!(needs, ptx.contains("wgmma.") || ptx.contains("setmaxnreg"), "{}", entry.name());
+            let waits = ptx.contains("griddepcontrol.wait");
+            assert_eq!(program.waits_for_launches_before(target), waits, "{} on {target}", entry.name());
+            whole[usize::from(needs)] += 1;
+        }
+        assert!(whole.iter().all(|&count| count > 0), "one kind only: {whole:?}");
+    }
+
     #[test]
     fn nobody_is_offered_what_the_target_lacks() {
         for target in Target::ALL.into_iter().chain([Target::SM_75]) {

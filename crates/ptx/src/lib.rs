@@ -25,7 +25,7 @@ pub use fragment::{
 };
 pub use launch::{Arg, BoxedTensor, Param, ParamType, TensorMapBytes};
 pub use pointer::{AddressSpace, Global, GlobalSpace, Index, Pointer, Shared, SharedSpace, Stored};
-pub use printer::{Unsupported, WAIT_FOR_LAUNCHES_BEFORE};
+pub use printer::Unsupported;
 pub use program::Program;
 pub use target::{Needs, Target, Version};
 pub use value::{BF16x2, F16x2, Half, Scalar, Use, Val, Var};

@@ -35,7 +35,7 @@ impl std::error::Error for Unsupported {}
 
 /// What every kernel for sm_90 and newer begins with. Where it is launched so that its blocks may take their places
 /// while the last blocks of the launch before are still at work, it waits until that is over and its writes are visible.
-pub const WAIT_FOR_LAUNCHES_BEFORE: &str = "griddepcontrol.wait";
+const WAIT_FOR_LAUNCHES_BEFORE: &str = "griddepcontrol.wait";
 
 /// First architecture that starts launches early.
 const EARLY_START: u16 = 90;
@@ -45,6 +45,12 @@ impl Program {
     pub fn dynamic_shared_bytes(&self) -> u32 {
         let bytes = self.shared_bytes();
         if bytes > STATIC_SHARED_BYTES { bytes } else { 0 }
+    }
+
+    /// Whether the text for `target` begins with a wait for the end of the launches before, so that the kernel may be
+    /// launched while they are still at work.
+    pub fn waits_for_launches_before(&self, target: Target) -> bool {
+        target.sm() >= EARLY_START
     }
 
     /// PTX text for `target`, of the lowest version that knows its instructions.
@@ -96,7 +102,7 @@ impl Program {
             }
         }
         writeln!(out)?;
-        if target.sm() >= EARLY_START {
+        if self.waits_for_launches_before(target) {
             writeln!(out, "    {WAIT_FOR_LAUNCHES_BEFORE};")?;
         }
         let mut printer = Printer { names, out, labels: 0, source: None };
@@ -245,4 +251,27 @@ fn is_short(stmts: &[Stmt]) -> bool {
                 && !matches!(op, Op::Memory(Memory::Atomic { .. })))
     };
     stmts.len() <= 4 && stmts.iter().all(predicable)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::code::kernel;
+
+    #[test]
+    fn a_text_waits_where_its_program_says_so() {
+        let program = kernel("empty", 32, |_| {});
+        for (target, waits) in [
+            (Target::SM_75, false),
+            (Target::SM_80, false),
+            (Target::SM_89, false),
+            (Target::SM_90, true),
+            (Target::SM_90A, true),
+            (Target::SM_120A, true),
+        ] {
+            let ptx = program.ptx(target).unwrap();
+            assert_eq!(ptx.matches("griddepcontrol.wait").count(), usize::from(waits), "{ptx}");
+            assert_eq!(program.waits_for_launches_before(target), waits, "{target}");
+        }
+    }
 }

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::panic::Location;
 
-use crate::isa::Op;
+use crate::isa::{Control, Matrix, Op};
 use crate::launch::Param;
 use crate::target::{Needs, Target, Version};
 
@@ -207,6 +207,22 @@ impl Program {
         walk(&self.body, &mut visit);
     }
 
+    /// Whether the program needs a compiler that sees the whole of it, for its products of warpgroups or because it moves
+    /// registers between warpgroups. A linker, which compiles for programs of several parts, ignores the latter, so that
+    /// registers spill, and waits for each of the former at once (ptxas C7504, C7509): a third of the speed.
+    pub fn needs_whole_compilation(&self) -> bool {
+        let mut needs = false;
+        self.for_each_instr(|instr| {
+            needs |= matches!(
+                instr.op,
+                Op::Matrix(
+                    Matrix::Wgmma(_) | Matrix::WgmmaFence | Matrix::WgmmaCommit | Matrix::WgmmaWait(_)
+                ) | Op::Control(Control::RegistersIncrease(_) | Control::RegistersDecrease(_))
+            );
+        });
+        needs
+    }
+
     /// The first instruction that `target` does not have, with what it needs.
     pub fn missing_on(&self, target: Target) -> Option<(&Instr, Needs)> {
         let mut missing = None;
@@ -224,5 +240,58 @@ impl Program {
         let mut version = target.version();
         self.for_each_instr(|instr| version = version.max(instr.op.needs().version));
         version
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::code::{Code, kernel};
+    use crate::isa::{MmaTy, Wgmma};
+
+    #[test]
+    fn a_program_with_any_instruction_of_warpgroups_is_compiled_as_a_whole() {
+        let wgmma = Wgmma {
+            n: 8,
+            a: MmaTy::F16,
+            b: MmaTy::F16,
+            acc: MmaTy::F32,
+            a_in_registers: false,
+            b_transposed: false,
+        };
+        let product = |code: &Code| {
+            let registers: Vec<Reg> = (0..wgmma.acc_registers()).map(|_| code.register::<f32>()).collect();
+            let matrix = || code.thread().widen().operand();
+            code.emit(Matrix::Wgmma(wgmma), &registers, &[matrix(), matrix(), code.thread().eq(0).operand()]);
+        };
+        let write: [&dyn Fn(&Code); 6] = [
+            &product,
+            &|code| code.emit(Matrix::WgmmaFence, &[], &[]),
+            &|code| code.emit(Matrix::WgmmaCommit, &[], &[]),
+            &|code| code.emit(Matrix::WgmmaWait(1), &[], &[]),
+            &|code| code.more_registers(200),
+            &|code| code.fewer_registers(40),
+        ];
+        for write in write {
+            // An instruction counts wherever it stands.
+            let nested = kernel("nested", 128, |code| {
+                code.if_else(
+                    code.thread().eq(0),
+                    || code.barrier(),
+                    || code.while_loop(|| code.thread().eq(1), || write(code)),
+                );
+            });
+            for program in [kernel("flat", 128, |code| write(code)), nested] {
+                let ptx = program.ptx(Target::SM_90A).unwrap();
+                assert!(program.needs_whole_compilation(), "{ptx}");
+                assert!(ptx.contains("wgmma.") || ptx.contains("setmaxnreg"), "{ptx}");
+            }
+        }
+        let other = kernel("other", 128, |code| {
+            code.barrier();
+            code.commit_copies();
+            code.fence_async_proxy();
+        });
+        assert!(!other.needs_whole_compilation());
     }
 }

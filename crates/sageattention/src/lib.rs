@@ -34,7 +34,7 @@ pub use nearest::nearest_scheme;
 pub use plan::Plan;
 
 pub use sage_core::{
-    Alignment, Band, BlockMask, CacheLayout, Call, DType, Element, Error, Geometry, Inputs, Layout, Lengths,
-    MAX_HEAD_DIM, MAX_RANK, Mask, Options, Preset, Problem, Result, Scheme, SmoothK, Tensor, TensorView,
-    TensorViewMut, ValueFormat, View, ViewMut, single,
+    Alignment, BackendErrorKind, Band, BlockMask, CacheLayout, Call, DType, Element, Error, Geometry, Inputs,
+    Layout, Lengths, MAX_HEAD_DIM, MAX_RANK, Mask, Options, Preset, Problem, Result, Scheme, SmoothK, Tensor,
+    TensorView, TensorViewMut, ValueFormat, View, ViewMut, single,
 };

@@ -385,13 +385,15 @@ fn runs_are_identical_on_any_stream_thread_and_graph() {
     stream.begin_capture().unwrap();
     changed.run(&gpu, &stream);
     let graph = stream.end_capture().unwrap().instantiate().unwrap();
-    graph.launch(&stream).unwrap();
+    // SAFETY: `changed`, whose memory the graph uses, outlives its replays.
+    unsafe { graph.launch(&stream) }.unwrap();
     assert!(changed.result() == first, "the graph's first replay differs");
     for (input, new) in changed.inputs.iter_mut().zip(&other.inputs) {
         let new: Vec<u16> = new.buffer().to_vec().unwrap();
         input.buffer_mut().copy_from_host(&new).unwrap();
     }
-    graph.launch(&stream).unwrap();
+    // SAFETY: as above.
+    unsafe { graph.launch(&stream) }.unwrap();
     assert!(changed.result() == expected, "a replay with changed inputs differs");
 }
 

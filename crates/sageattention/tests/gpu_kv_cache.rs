@@ -12,7 +12,7 @@ use half::f16;
 use rand::SeedableRng;
 use rand_distr::{Distribution, StandardNormal};
 use sage_core::metrics::Accuracy;
-use sageattention::cuda::{Buffer, Cuda, CudaTensor};
+use sageattention::cuda::{Buffer, Cuda, CudaTensor, DeviceLse};
 use sageattention::{Attention, DType, Error, KvCacheOptions, Tensor, TensorView, ValueFormat};
 
 /// The GPU, or none with the reason printed.
@@ -66,7 +66,7 @@ fn decoding_and_chunks_are_those_of_the_cache_in_this_machine() {
                 let out = CudaTensor::uninitialized(&stream, dtype, q.shape()).unwrap();
                 let lse = Buffer::new(&stream, 4 * 2 * 2 * group * tokens).unwrap();
                 found
-                    .attend(&q_there.view(), &attention.options(), &out.view(), Some(lse.address()))
+                    .attend(&q_there.view(), &attention.options(), &out.view(), Some(DeviceLse::of(&lse)))
                     .unwrap();
                 let expected = expected.attend(&q, &attention).unwrap();
                 let bits: Vec<u16> = out.buffer().to_vec().unwrap();

@@ -17,7 +17,9 @@ use half::{bf16, f16};
 use random_calls::{Computed, Memory, RandomCall, RandomLengths, RandomMask, check, count, presets};
 use sage_core::{Call, DType};
 use sage_kernels::forward::{Forward, Gpu, Request};
-use sageattention::cuda::{Buffer, Cuda, CudaTensor, DeviceBytes, DeviceInputs, DeviceMask, Stream};
+use sageattention::cuda::{
+    Buffer, Cuda, CudaTensor, DeviceBytes, DeviceInputs, DeviceLse, DeviceMask, Stream,
+};
 use sageattention::{Choice, Error, Inputs, Lengths, Scheme, TensorView};
 
 /// Most rows of a sequence.
@@ -42,8 +44,8 @@ fn run(call: &RandomCall, cuda: &Cuda) -> Result<Computed, Error> {
     let rows: usize = Call::check(&inputs, &call.options)?.lse_shape().iter().product();
     let lse = call.lse.then(|| Buffer::new(&stream, 4 * rows).unwrap());
     let choice = call.preset.map_or(Choice::Automatic, Choice::Preset);
-    let address = lse.as_ref().map(Buffer::address);
-    cuda.forward_into(&stream, &inputs, &call.options, choice, &out.view(), address)?;
+    let rows = lse.as_ref().map(DeviceLse::of);
+    cuda.forward_into(&stream, &inputs, &call.options, choice, &out.view(), rows)?;
     Ok(Computed {
         scheme: scheme(call, cuda),
         out: match call.out.dtype {

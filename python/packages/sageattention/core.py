@@ -30,7 +30,8 @@ single number is refused, because programs mean different things by it. A soft c
 in float32 after a normalisation go together with v in bfloat16. The output has autocast's dtype then.
 
 **Errors**: ValueError (shapes, strides, values), TypeError (dtypes), NotImplementedError (what no kernel here computes,
-gradients included), RuntimeError (the driver). Each names the tensor or option, the value found and the value wanted.
+gradients included), MemoryError (a GPU's memory), RuntimeError (its driver otherwise). Each names the tensor or option,
+the value found and the value wanted.
 Derivatives are not computed: tensors that require their gradient, or carry a tangent (`torch.func.jvp`), are refused.
 
 **Keywords**: callers' other names of an option are taken (`softmax_scale`, `scale` and `scaling` for `sm_scale`;
@@ -94,7 +95,7 @@ def sageattn(
         The output in q's shape and dtype; with `return_lse` a pair of it and float32 `[batch, heads, q_len]`.
 
     Raises:
-        ValueError, TypeError, NotImplementedError, RuntimeError: as this module says.
+        ValueError, TypeError, NotImplementedError, MemoryError, RuntimeError: as this module says.
 
     Source: `sageattn` of SageAttention 2.2, https://arxiv.org/abs/2411.10958.
     """
@@ -156,8 +157,9 @@ def sageattn_varlen(
         `[total_q, heads, head_dim]`. On a GPU, rows that belong to no sequence are not written.
 
     Raises:
-        ValueError, TypeError, NotImplementedError, RuntimeError: as this module says. Boundaries are checked on the CPU
-        only: on a GPU that would mean waiting for it, and its kernels cut off what lies outside the tensors.
+        ValueError, TypeError, NotImplementedError, MemoryError, RuntimeError: as this module says. Boundaries are
+        checked on the CPU only: on a GPU that would mean waiting for it, and its kernels cut off what lies outside the
+        tensors.
 
     Source: `sageattn_varlen` of SageAttention 2.2.
     """

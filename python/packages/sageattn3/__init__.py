@@ -57,7 +57,7 @@ def sageattn3_blackwell(
         The output in q's shape and dtype; with `return_lse` a pair of it and float32 `[batch, heads, q_len]`.
 
     Raises:
-        ValueError, TypeError, NotImplementedError, RuntimeError: as `sageattention.core` says.
+        ValueError, TypeError, NotImplementedError, MemoryError, RuntimeError: as `sageattention.core` says.
 
     Source: `sageattn3_blackwell` of SageAttention3, https://arxiv.org/abs/2505.11594.
     """

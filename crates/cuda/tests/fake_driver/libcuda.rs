@@ -11,11 +11,16 @@ use std::sync::Mutex;
 type Code = u32;
 const SUCCESS: Code = 0;
 const INVALID_VALUE: Code = 1;
+const OUT_OF_MEMORY: Code = 2;
 const NO_DEVICE: Code = 100;
 const STUB_LIBRARY: Code = 34;
+const DEVICE_UNAVAILABLE: Code = 46;
 const NOT_INITIALIZED: Code = 3;
 const INVALID_CONTEXT: Code = 201;
 const INVALID_PTX: Code = 218;
+const ILLEGAL_ADDRESS: Code = 700;
+const LAUNCH_OUT_OF_RESOURCES: Code = 701;
+const LAUNCH_FAILED: Code = 719;
 
 #[derive(Default)]
 struct Books {
@@ -31,6 +36,9 @@ struct Books {
     launched: (u64, u64, f32, u32),
     stream: usize,
     cluster: u32,
+    early: u32,
+    /// What allocations, compilations, launches and waits fail with, unless it is success.
+    failure: Code,
 }
 
 static BOOKS: Mutex<Option<Books>> = Mutex::new(None);
@@ -46,6 +54,14 @@ fn books<T>(with: impl FnOnce(&mut Books) -> T) -> T {
 
 fn in_context(then: impl FnOnce() -> Code) -> Code {
     if CURRENT.with_borrow(|stack| stack.last().is_some_and(|&top| top != 0)) { then() } else { INVALID_CONTEXT }
+}
+
+/// As [`in_context`], of a function that the test may want to fail.
+fn fallible(then: impl FnOnce() -> Code) -> Code {
+    match books(|b| b.failure) {
+        SUCCESS => in_context(then),
+        failure => failure,
+    }
 }
 
 unsafe fn create(out: *mut usize, kind: &'static str) -> Code {
@@ -89,6 +105,11 @@ driver! {
     named: cuGetErrorName(code: Code, text: *mut *const u8) {
         *text = match code {
             INVALID_VALUE => c"CUDA_ERROR_INVALID_VALUE",
+            OUT_OF_MEMORY => c"CUDA_ERROR_OUT_OF_MEMORY",
+            DEVICE_UNAVAILABLE => c"CUDA_ERROR_DEVICE_UNAVAILABLE",
+            ILLEGAL_ADDRESS => c"CUDA_ERROR_ILLEGAL_ADDRESS",
+            LAUNCH_OUT_OF_RESOURCES => c"CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES",
+            LAUNCH_FAILED => c"CUDA_ERROR_LAUNCH_FAILED",
             STUB_LIBRARY => c"CUDA_ERROR_STUB_LIBRARY",
             INVALID_CONTEXT => c"CUDA_ERROR_INVALID_CONTEXT",
             INVALID_PTX => c"CUDA_ERROR_INVALID_PTX",
@@ -157,7 +178,7 @@ driver! {
 
     whole: cuStreamCreate(stream: *mut usize, flags: u32) { create(stream, "stream") }
     whole: cuStreamDestroy_v2(stream: usize) { destroy(stream, "stream") }
-    whole: cuStreamSynchronize(stream: usize) { in_context(|| SUCCESS) }
+    whole: cuStreamSynchronize(stream: usize) { fallible(|| SUCCESS) }
     whole: cuStreamWaitEvent(stream: usize, event: usize, flags: u32) { in_context(|| SUCCESS) }
     whole: cuStreamIsCapturing(stream: usize, status: *mut u32) {
         *status = books(|b| b.capturing).into();
@@ -182,7 +203,8 @@ driver! {
     whole: cuEventElapsedTime(milliseconds: *mut f32, start: usize, end: usize) { *milliseconds = 1.5; SUCCESS }
 
     whole: cuMemAllocAsync(address: *mut usize, bytes: usize, stream: usize) {
-        let code = create(address, "memory");
+        let code = fallible(|| create(address, "memory"));
+        if code != SUCCESS { return code }
         books(|b| if b.capturing { b.of_the_capture.push(*address) });
         code
     }
@@ -217,7 +239,7 @@ driver! {
         books(|b| b.compiled += 1);
         *cubin = CUBIN.as_ptr();
         *bytes = CUBIN.len();
-        in_context(|| SUCCESS)
+        fallible(|| SUCCESS)
     }
     whole: cuLinkDestroy(state: usize) { destroy(state, "link") }
     whole: cuModuleLoadData(module: *mut usize, image: *const u8) {
@@ -226,7 +248,7 @@ driver! {
     }
     whole: cuModuleLoadDataEx(module: *mut usize, text: *const u8, n: u32, o: usize, v: usize) {
         books(|b| b.compiled += 1);
-        create(module, "module")
+        fallible(|| create(module, "module"))
     }
     whole: cuModuleUnload(module: usize) { destroy(module, "module") }
     whole: cuModuleGetFunction(function: *mut usize, module: usize, name: *const std::ffi::c_char) {
@@ -257,7 +279,7 @@ driver! {
                 *(*values.add(3)).cast(),
             );
         });
-        in_context(|| SUCCESS)
+        fallible(|| SUCCESS)
     }
 }
 
@@ -265,10 +287,14 @@ driver! {
 #[cfg(all(whole, clusters))]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuLaunchKernelEx(config: *const u32, function: usize, values: usize, extra: usize) -> Code {
-    // Grid, block, shared bytes, padding, then the stream, the attributes and their count; id 4 is the cluster.
+    // Grid, block, shared bytes, padding, then the stream, the attributes and their count; id 4 is the cluster, and 6
+    // lets the launch start early.
     let attribute = unsafe { *config.add(10).cast::<*const u32>() };
     let (id, x, count) = unsafe { (*attribute, *attribute.add(2), *config.add(12)) };
-    books(|b| b.cluster = if id == 4 && count == 1 { x } else { 0 });
+    books(|b| {
+        b.cluster = if id == 4 && count == 1 { x } else { 0 };
+        b.early = if id == 6 && count == 1 { x } else { 0 };
+    });
     in_context(|| SUCCESS)
 }
 
@@ -294,6 +320,19 @@ pub extern "C" fn fake_launches() -> u64 {
 #[unsafe(no_mangle)]
 pub extern "C" fn fake_cluster() -> u64 {
     books(|b| b.cluster.into())
+}
+
+#[cfg(whole)]
+#[unsafe(no_mangle)]
+pub extern "C" fn fake_fail(code: u64) -> u64 {
+    books(|b| b.failure = code as Code);
+    0
+}
+
+#[cfg(whole)]
+#[unsafe(no_mangle)]
+pub extern "C" fn fake_early() -> u64 {
+    books(|b| b.early.into())
 }
 
 /// Stream, two pointers, a float's bits and an integer of the last launch.

@@ -5,6 +5,7 @@ use std::sync::Barrier;
 use std::time::{Duration, Instant};
 use std::{fs, thread};
 
+use sage_core::BackendErrorKind;
 use sage_cuda::{CacheKey, Device, DiskCache, Driver, Error, KernelSource, Origin, Stream, devices};
 use sage_ptx::Target;
 
@@ -15,10 +16,10 @@ fn what_the_driver_cannot_compile_comes_with_its_log() {
     let device = device!();
     let params = params();
     let wrong = AXPY.replace("fma.rn.f32 %f3", "fma.rn.f32 %nowhere");
-    let Err(Error::Jit { kernel, target, log }) = device.load(&source(&wrong, &params)) else {
+    let Err(Error::Jit { kernel, target, kind, log }) = device.load(&source(&wrong, &params)) else {
         panic!("a syntax error is not Error::Jit");
     };
-    assert_eq!((&*kernel, target), ("axpy", Target::SM_75));
+    assert_eq!((&*kernel, target, kind), ("axpy", Target::SM_75, BackendErrorKind::Kernel));
     assert!(log.contains("CUDA_ERROR_INVALID_PTX") && log.contains("nowhere"), "{log}");
     say!("syntax error: {log}");
 
@@ -48,7 +49,7 @@ fn the_disk_cache_is_faster_than_compiling_and_survives_damage() {
         let took = started.elapsed();
         let stream = Stream::new(&device).unwrap();
         let case = Case::new(&stream);
-        kernel.launch(&stream, grid(), &case.args()).unwrap();
+        case.launch(&kernel, &stream, grid()).unwrap();
         case.check(1.0, 0.5);
         (kernel.origin(), took)
     };
@@ -93,7 +94,7 @@ fn eight_threads_that_want_a_kernel_compile_it_once() {
                 let kernel = device.load(&source(&ptx, &params)).unwrap();
                 let stream = Stream::new(&device).unwrap();
                 let case = Case::new(&stream);
-                kernel.launch(&stream, grid(), &case.args()).unwrap();
+                case.launch(&kernel, &stream, grid()).unwrap();
                 case.check(1.0, 0.5);
             });
         }
@@ -121,16 +122,18 @@ fn code_for_this_chip_alone_compiles_and_comes_back() {
         .replace("    mov.u32 %r0, %ctaid.x;", own);
     let folder = tempfile::tempdir().unwrap();
     let cache = DiskCache::open(folder.path(), 1 << 20).unwrap();
-    // Programs with `wgmma` are the driver's alone to compile and keep: see `compiles_as_whole`.
-    let again = if target == Target::SM_90A { Origin::Compiled } else { Origin::Disk };
+    // Such programs are the driver's alone to compile and keep.
+    let needs_whole_compilation = target == Target::SM_90A;
+    let again = if needs_whole_compilation { Origin::Compiled } else { Origin::Disk };
     for origin in [Origin::Compiled, again] {
         let device = Device::with_cache(0, Some(cache.clone())).unwrap();
         let params = params();
-        let kernel = device.load(&KernelSource { target, ..source(&ptx, &params) }).unwrap();
+        let source = KernelSource { target, needs_whole_compilation, ..source(&ptx, &params) };
+        let kernel = device.load(&source).unwrap();
         assert_eq!(kernel.origin(), origin);
         let stream = Stream::new(&device).unwrap();
         let case = Case::new(&stream);
-        kernel.launch(&stream, grid(), &case.args()).unwrap();
+        case.launch(&kernel, &stream, grid()).unwrap();
         case.check(1.0, 0.5);
     }
 }

@@ -39,14 +39,16 @@ fn calls_leave_the_current_context_alone() {
         let kernel = load(&device);
         let stream = Stream::new(&device).unwrap();
         let case = Case::new(&stream);
-        kernel.launch(&stream, grid(), &case.args()).unwrap();
+        case.launch(&kernel, &stream, grid()).unwrap();
         let event = Event::new(&device, true).unwrap();
         stream.record(&event).unwrap();
         stream.wait_event(&event).unwrap();
         event.elapsed_ms(&event).unwrap();
         stream.begin_capture().unwrap();
-        kernel.launch(&stream, grid(), &case.args()).unwrap();
-        stream.end_capture().unwrap().instantiate().unwrap().launch(&stream).unwrap();
+        case.launch(&kernel, &stream, grid()).unwrap();
+        let graph = stream.end_capture().unwrap().instantiate().unwrap();
+        // SAFETY: what was launched above is launched again.
+        unsafe { graph.launch(&stream) }.unwrap();
         case.check(1.0, 0.5);
         assert!(device.load(&source("rubbish", &[])).is_err());
         let again = Device::with_cache(0, None).unwrap();
@@ -87,10 +89,10 @@ fn several_gpus_work_side_by_side() {
         all.iter().map(|device| (Stream::new(device).unwrap(), load(device))).collect();
     for (i, (stream, kernel)) in loaded.iter().enumerate() {
         let case = Case::new(stream);
-        kernel.launch(stream, grid(), &case.args()).unwrap();
+        case.launch(kernel, stream, grid()).unwrap();
         case.check(1.0, 0.5);
         for (j, (_, other)) in loaded.iter().enumerate().filter(|(j, _)| *j != i) {
-            let error = other.launch(stream, grid(), &case.args()).unwrap_err().to_string();
+            let error = case.launch(other, stream, grid()).unwrap_err().to_string();
             assert_eq!(
                 error, "kernel `axpy`: stream is of another GPU, expected one of the kernel's GPU",
                 "{i} {j}"

@@ -22,11 +22,11 @@ fn a_kernel_runs_on_own_borrowed_and_default_streams() {
     assert_eq!(borrowed.handle(), own.handle());
     for stream in [&own, &borrowed, &legacy, &legacy_too, &thread] {
         let case = Case::new(stream);
-        kernel.launch(stream, grid(), &case.args()).unwrap();
+        case.launch(&kernel, stream, grid()).unwrap();
         stream.synchronize().unwrap();
         case.check(1.0, 0.5);
         // A grid without blocks is no work and no error.
-        kernel.launch(stream, [0, 1, 1], &case.args()).unwrap();
+        case.launch(&kernel, stream, [0, 1, 1]).unwrap();
     }
     device.synchronize().unwrap();
 }
@@ -37,7 +37,8 @@ fn wrong_launches_are_refused_before_the_driver_sees_them() {
     let kernel = load(&device);
     let stream = Stream::new(&device).unwrap();
     let case = Case::new(&stream);
-    let message = |grid, args: &[Arg]| kernel.launch(&stream, grid, args).unwrap_err().to_string();
+    // SAFETY: nothing is launched, or it is what `Case::launch` would launch.
+    let message = |grid, args: &[Arg]| unsafe { kernel.launch(&stream, grid, args) }.unwrap_err().to_string();
     let mut args = case.args();
     assert_eq!(message(grid(), &args[..4]), "kernel `axpy`: argument 4 (`n`) is missing, expected a u32");
     args[3] = Arg::I64(2);
@@ -54,7 +55,7 @@ fn wrong_launches_are_refused_before_the_driver_sees_them() {
     let shared = device.info().shared_bytes_per_block;
     let most = device.load(&KernelSource { dynamic_shared_bytes: shared, ..good }).unwrap();
     assert_eq!(most.attributes().max_blocks_per_multiprocessor, 1);
-    most.launch(&stream, grid(), &case.args()).unwrap();
+    case.launch(&most, &stream, grid()).unwrap();
     case.check(1.0, 0.5);
     for wrong in [
         KernelSource { dynamic_shared_bytes: shared + 1, ..good },
@@ -77,7 +78,7 @@ fn events_measure_and_order() {
     let [start, end] = [(); 2].map(|()| Event::new(&device, true).unwrap());
     first.record(&start).unwrap();
     for _ in 0..1000 {
-        kernel.launch(&first, grid(), &case.args()).unwrap();
+        case.launch(&kernel, &first, grid()).unwrap();
     }
     first.record(&end).unwrap();
     let ms = start.elapsed_ms(&end).unwrap();
@@ -85,10 +86,10 @@ fn events_measure_and_order() {
     assert!(ms > 0.1 && ms < 1000.0, "{ms}");
 
     let order = Event::new(&device, false).unwrap();
-    kernel.launch(&first, grid(), &case.args()).unwrap();
+    case.launch(&kernel, &first, grid()).unwrap();
     first.record(&order).unwrap();
     second.wait_event(&order).unwrap();
-    kernel.launch(&second, grid(), &case.args()).unwrap();
+    case.launch(&kernel, &second, grid()).unwrap();
     second.synchronize().unwrap();
     case.check(1.0, 0.5);
     assert!(order.elapsed_ms(&end).is_err(), "an event without timing measures nothing");
@@ -111,9 +112,11 @@ fn a_warm_launch_costs_the_host_little() {
         });
         best.min().unwrap().as_secs_f64() * 1e6 / f64::from(rounds)
     };
-    let launch = time(&|| kernel.launch(&stream, grid(), &args).unwrap());
+    // SAFETY: as `Case::launch`, which would make its arguments anew each time.
+    let launch = time(&|| unsafe { kernel.launch(&stream, grid(), &args) }.unwrap());
     let memory = time(&|| drop(Buffer::new(&stream, 1 << 20).unwrap()));
-    let check = time(&|| drop(kernel.launch(&stream, [0, 1, 1], &args)));
+    // SAFETY: a grid without blocks goes to no address.
+    let check = time(&|| drop(unsafe { kernel.launch(&stream, [0, 1, 1], &args) }));
     say!(
         "warm launch {launch:.2} us, of it our checks {check:.3} us; allocate and free 1 MiB {memory:.2} us"
     );
@@ -140,8 +143,8 @@ fn clusters_launch_where_there_are_any() {
     let kernel = device.load(&clustered).unwrap();
     let stream = Stream::new(&device).unwrap();
     let case = Case::new(&stream);
-    kernel.launch(&stream, grid(), &case.args()).unwrap();
+    case.launch(&kernel, &stream, grid()).unwrap();
     case.check(1.0, 0.5);
-    let odd = kernel.launch(&stream, [7, 1, 1], &case.args()).unwrap_err().to_string();
+    let odd = case.launch(&kernel, &stream, [7, 1, 1]).unwrap_err().to_string();
     assert_eq!(odd, "kernel `axpy`: grid x is 7, expected a multiple of the cluster's 2");
 }

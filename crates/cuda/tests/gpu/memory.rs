@@ -43,10 +43,12 @@ fn a_captured_graph_replays_with_changed_inputs_and_memory_of_its_own() {
         let (mut first, mut second) = (case.args(), case.args());
         first[2] = between.arg();
         second[0] = between.arg();
-        kernel.launch(&stream, grid(), &first).unwrap();
+        // SAFETY: as `Case::launch`; the buffer between has as many elements, and the graph frees it afterwards.
+        unsafe { kernel.launch(&stream, grid(), &first) }.unwrap();
         // Loading a kernel is allowed, though the capture forbids what it does by default.
         let other = device.load(&source(&fresh(1), &params())).unwrap();
-        other.launch(&stream, grid(), &second).unwrap();
+        // SAFETY: as above.
+        unsafe { other.launch(&stream, grid(), &second) }.unwrap();
     }
     drop(older);
     let copy = case.x.copy_from_host(&values(1.0)).unwrap_err().to_string();
@@ -59,12 +61,14 @@ fn a_captured_graph_replays_with_changed_inputs_and_memory_of_its_own() {
         case.x.copy_from_host(&values(x)).unwrap();
         case.y.copy_from_host(&values(y)).unwrap();
         case.out.fill(0xff).unwrap();
-        graph.launch(&stream).unwrap();
+        // SAFETY: `case` outlives the replays.
+        unsafe { graph.launch(&stream) }.unwrap();
         case.check(x, 2.0 * y);
     }
     // Back to back, without a wait between: the graph's memory is free again each time.
     for _ in 0..10 {
-        graph.launch(&stream).unwrap();
+        // SAFETY: as above.
+        unsafe { graph.launch(&stream) }.unwrap();
     }
     case.check(0.5, 8.0);
     drop(graph);

@@ -78,6 +78,8 @@ pub(crate) fn source<'a>(ptx: &'a str, params: &'a [Param]) -> KernelSource<'a> 
         block: [128, 1, 1],
         cluster: None,
         dynamic_shared_bytes: 0,
+        needs_whole_compilation: false,
+        waits_for_launches_before: false,
     }
 }
 
@@ -120,6 +122,13 @@ impl Case {
 
     pub(crate) fn args(&self) -> [Arg; 5] {
         [self.x.arg(), self.y.arg(), self.out.arg(), Arg::F32(2.0), Arg::U32(N as u32)]
+    }
+
+    /// Launches `kernel`, which is `axpy` or does as much, on these data.
+    pub(crate) fn launch(&self, kernel: &Kernel, stream: &Stream, grid: [u32; 3]) -> sage_cuda::Result<()> {
+        // SAFETY: the kernel stays within `N` elements of each buffer; they are freed in the order of their stream, which
+        // is this one or has waited for this one before.
+        unsafe { kernel.launch(stream, grid, &self.args()) }
     }
 
     pub(crate) fn check(&self, x: f32, y: f32) {

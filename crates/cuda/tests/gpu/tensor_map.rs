@@ -81,9 +81,13 @@ fn a_tensor_map_leads_the_copy_engine() {
             block: [256, 1, 1],
             cluster: None,
             dynamic_shared_bytes: 0,
+            needs_whole_compilation: false,
+            waits_for_launches_before: false,
         })
         .unwrap();
-    kernel.launch(&stream, [1, 1, 1], &[map.encode(&device).unwrap(), out.arg()]).unwrap();
+    let args = [map.encode(&device).unwrap(), out.arg()];
+    // SAFETY: the map is of `tensor`, and the kernel writes the 512 values of `out`; both are of this stream.
+    unsafe { kernel.launch(&stream, [1, 1, 1], &args) }.unwrap();
     let found = out.to_vec::<u16>().unwrap();
     for row in 0..8 {
         for column in 0..64 {

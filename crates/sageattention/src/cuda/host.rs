@@ -3,7 +3,7 @@
 use sage_core::{Error, Geometry, Inputs, Mask, Options, Result, Tensor};
 use sage_cuda::{Buffer, Stream};
 
-use super::{Cuda, CudaTensor, DeviceBytes, DeviceMask, driver};
+use super::{Cuda, CudaTensor, DeviceBytes, DeviceLse, DeviceMask, driver};
 use crate::attention::{Choice, Output};
 
 impl Cuda {
@@ -35,8 +35,8 @@ impl Cuda {
             block_mask: None,
             lengths: inputs.lengths,
         };
-        let address = lse.as_ref().map(Buffer::address);
-        self.forward_into(&stream, &device_inputs, options, choice, &on_device.view(), address)?;
+        let rows = lse.as_ref().map(DeviceLse::of);
+        self.forward_into(&stream, &device_inputs, options, choice, &on_device.view(), rows)?;
 
         match out.view_mut() {
             sage_core::TensorViewMut::F32(mut view) => on_device.buffer().copy_to_host(view.data_mut()),

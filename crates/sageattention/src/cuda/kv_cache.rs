@@ -7,7 +7,7 @@ use sage_core::{
     Alignment, BlockTables, CacheLayout, CachedInputs, Call, DType, Error, Layout, MAX_HEADS, Operand,
     Options, Result, Strided,
 };
-use sage_cuda::{Buffer, Kernel, KernelSource, Stream};
+use sage_cuda::{Buffer, Kernel, Stream};
 use sage_kernels::cache::{
     CacheAdvanceArgs, CacheAdvanceConfig, CacheAppendArgs, CacheAppendConfig, CacheAttendArgs,
     CacheAttendConfig, Storage, split_tokens,
@@ -15,7 +15,8 @@ use sage_kernels::cache::{
 use sage_kernels::combine::{CombineArgs, CombineConfig, PART};
 use sage_ptx::Program;
 
-use super::{Cuda, DeviceMask, DeviceTensor, driver};
+use super::plan::load;
+use super::{Cuda, DeviceLse, DeviceMask, DeviceTensor, driver};
 use crate::kv_cache::KvCacheOptions;
 
 /// Tokens that a band may reach, so that sums with them fit 32 bits.
@@ -231,14 +232,19 @@ impl KvCache {
             kv_heads: self.layout.num_kv_heads as i32,
             sequences: count as i32,
         };
-        append.launch(&self.stream, grid, &args.args()).map_err(driver)?;
+        // SAFETY: k and v are as their makers promise and fit the cache's layout; the pool's buffers have room for every
+        // page that a table names, and the tables a place for each token; all of them live as long as the cache and are
+        // freed in the order of its stream.
+        unsafe { append.launch(&self.stream, grid, &args.args()) }.map_err(driver)?;
         let args = CacheAdvanceArgs { kv_lens, sequences: count as i32, tokens: tokens as i32 };
-        advance.launch(&self.stream, CacheAdvanceConfig.grid(count), &args.args()).map_err(driver)
+        let grid = CacheAdvanceConfig.grid(count);
+        // SAFETY: the kernel counts `count` lengths on, from the first on, which there are.
+        unsafe { advance.launch(&self.stream, grid, &args.args()) }.map_err(driver)
     }
 
     /// Attention of `q` over everything cached, `[sequences, num_q_heads, q_len, head_dim]` in f16 or bf16 and the
     /// options' layout, into `out` of the same shape and element type; the log-sum-exp of each row, f32 and row-major
-    /// `[sequences, num_q_heads, q_len]`, to the address `lse` where one is given. The last query is that of the last
+    /// `[sequences, num_q_heads, q_len]`, to `lse` where it is given. The last query is that of the last
     /// cached token. Returns when the work is on the stream.
     ///
     /// # Errors
@@ -248,7 +254,7 @@ impl KvCache {
         q: &DeviceTensor<'_>,
         options: &Options,
         out: &DeviceTensor<'_>,
-        lse: Option<u64>,
+        lse: Option<DeviceLse<'_>>,
     ) -> Result<()> {
         let lens: Vec<i32> = (0..self.sequences())
             .map(|sequence| self.len(sequence).map(|len| len as i32))
@@ -266,6 +272,9 @@ impl KvCache {
             ));
         }
         let total_rows = problem.batch * problem.num_q_heads * q_len;
+        if let Some(lse) = lse {
+            lse.check(total_rows)?;
+        }
         if total_rows == 0 {
             return Ok(());
         }
@@ -322,13 +331,15 @@ impl KvCache {
             left: reach(problem.band.left),
             right: reach(problem.band.right),
         };
-        attend.launch(&self.stream, grid, &args.args()).map_err(driver)?;
+        // SAFETY: q is as its maker promises and was checked; the cache's buffers are as in `write`, and the partial
+        // results have a place for each split of each row and are freed in the stream's order, after both kernels.
+        unsafe { attend.launch(&self.stream, grid, &args.args()) }.map_err(driver)?;
         let strides = out.strides();
         let args = CombineArgs {
             partial: partial.address(),
             partial_sums: partial_sums.address(),
             out: out.first_element(),
-            lse: lse.unwrap_or(0),
+            lse: lse.map_or(0, |lse| lse.address()),
             out_stride_batch: strides[0],
             out_stride_head: strides[1],
             out_stride_row: strides[2],
@@ -337,7 +348,8 @@ impl KvCache {
             q_heads: problem.num_q_heads as i32,
             splits: splits as i32,
         };
-        merge.launch(&self.stream, combine.grid(total_rows), &args.args()).map_err(driver)
+        // SAFETY: as above; `out` and `lse` are as their makers promise, and have a place for each row.
+        unsafe { merge.launch(&self.stream, combine.grid(total_rows), &args.args()) }.map_err(driver)
     }
 
     /// Forgets all but the first `len` tokens of a sequence; its pages are free for others. Waits for the stream.
@@ -378,20 +390,8 @@ impl KvCache {
         if let Some(kernel) = kernels.get(name) {
             return Ok(kernel.clone());
         }
-        let (program, target) = (program(), self.cuda.gpu.target);
-        let ptx = program.ptx(target).map_err(|missing| {
-            Error::unsupported(missing.to_string(), "store values in another form, such as INT8 or f16")
-        })?;
-        let source = KernelSource {
-            name: &program.name,
-            ptx: &ptx,
-            target,
-            params: &program.params,
-            block: program.block,
-            cluster: None,
-            dynamic_shared_bytes: program.dynamic_shared_bytes(),
-        };
-        let kernel = self.cuda.device().load(&source).map_err(driver)?;
+        let instead = "store values in another form, such as INT8 or f16";
+        let kernel = load(self.cuda.device(), self.cuda.gpu.target, &program(), instead)?;
         kernels.insert(name.to_owned(), kernel.clone());
         Ok(kernel)
     }

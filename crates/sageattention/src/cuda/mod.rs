@@ -22,7 +22,7 @@ pub use kv_cache::KvCache;
 pub use plan::CudaPlan;
 use sage_cuda::TensorMap;
 pub use sage_cuda::{Buffer, Device, DeviceInfo, Event, ExecutableGraph, Graph, Stream, devices};
-pub use tensor::{CudaTensor, DeviceBytes, DeviceMask, DeviceTensor};
+pub use tensor::{CudaTensor, DeviceBytes, DeviceLse, DeviceMask, DeviceTensor};
 pub use tuning::{Trial, TunedShape, TuningTable};
 
 use crate::attention::Choice;
@@ -98,10 +98,11 @@ impl Cuda {
         Event::new(&self.device, true).map_err(driver)
     }
 
-    /// Computes attention on `stream`: `out` in q's layout, shape and element type; `lse` f32, row-major in the shape of
+    /// Computes attention on `stream`: `out` in q's layout, shape and element type; `lse` row-major in the shape of
     /// [`Call::lse_shape`]. Returns when the work is on the stream. A first call of a shape compiles its kernels; later
     /// ones allocate nothing on the host, take their workspace from the stream's pool, and can be captured in a graph.
-    /// Lengths in host memory are copied to the GPU, which waits for the stream; in its memory they are read there.
+    /// Lengths in host memory are copied to the GPU, which waits for the stream; in its memory they are read there. Buffers
+    /// of another stream must outlive the work: see [`Buffer`].
     ///
     /// # Errors
     /// Names the first tensor or option that is wrong, or what no kernel computes, or what the driver says.
@@ -112,7 +113,7 @@ impl Cuda {
         options: &Options,
         choice: Choice,
         out: &DeviceTensor<'_>,
-        lse: Option<u64>,
+        lse: Option<DeviceLse<'_>>,
     ) -> Result<()> {
         let Some(prepared) = self.prepare(stream, inputs, options, choice, (out, lse), None)? else {
             return Ok(());
@@ -122,7 +123,8 @@ impl Cuda {
         let mut launcher = OnStream {
             device: &self.device,
             run: |kernel: usize, grid, args: &[Arg]| {
-                plan.kernels[kernel].launch(stream, grid, args).map_err(driver)
+                // SAFETY: see `OnStream`; the workspace is freed in the stream's order, after the launches.
+                unsafe { plan.kernels[kernel].launch(stream, grid, args) }.map_err(driver)
             },
         };
         plan.forward.run(&prepared.tensors, workspace.address(), &mut launcher)
@@ -162,7 +164,8 @@ impl Cuda {
             let timed = |index: usize, grid: [u32; 3], args: &[Arg]| {
                 let [start, end] = [self.event()?, self.event()?];
                 stream.record(&start).map_err(driver)?;
-                kernels[index].launch(stream, grid, args).map_err(driver)?;
+                // SAFETY: see `OnStream`; the workspace is freed in the stream's order, after the launches.
+                unsafe { kernels[index].launch(stream, grid, args) }.map_err(driver)?;
                 stream.record(&end).map_err(driver)?;
                 marks.push((index, start, end));
                 Ok(())
@@ -192,13 +195,16 @@ impl Cuda {
         inputs: &DeviceInputs<'_>,
         options: &Options,
         choice: Choice,
-        (out, lse): (&DeviceTensor<'_>, Option<u64>),
+        (out, lse): (&DeviceTensor<'_>, Option<DeviceLse<'_>>),
         tiling: Option<Tiling>,
     ) -> Result<Option<Prepared>> {
         sage_cuda::check_not_forked().map_err(driver)?;
         let call = Call::check(inputs, options)?;
         let out_geometry = call.check_output(out.dtype(), out.geometry())?;
         let out = out.with_geometry(out_geometry);
+        if let Some(lse) = lse {
+            lse.check(call.lse_shape().iter().product())?;
+        }
         if call.problem.q_len == 0 || call.problem.batch == 0 || call.problem.num_q_heads == 0 {
             return Ok(None);
         }
@@ -208,7 +214,7 @@ impl Cuda {
             k: argument(&call.k),
             v: argument(&call.v),
             out: argument(&out),
-            lse: lse.unwrap_or(0),
+            lse: lse.map_or(0, |lse| lse.address()),
             mask: call.mask.map_or((0, [0; 4]), |mask| mask.parts()),
             cu_seqlens_q: lists.q,
             cu_seqlens_k: lists.k,
@@ -280,6 +286,14 @@ impl Cuda {
 }
 
 /// Launches of a pass, which `run` puts on a stream.
+///
+/// What makes them sound: the pass gives each kernel the arguments that it was written for, in a grid that stays within
+/// the tensors' geometry, which the call was checked against. That there is memory behind a geometry is the promise of
+/// whoever made the tensor, mask or log-sum-exp ([`DeviceTensor::from_raw`] and its like), or a buffer's own size.
+///
+/// Two promises are the caller's in words alone, as no type holds them yet: that lengths at addresses of the device lie
+/// there ([`Lengths::DeviceKvLens`]), and that another stream whose buffers a call uses frees them after the call's stream
+/// has passed it ([`Buffer`]).
 struct OnStream<'a, F> {
     device: &'a Device,
     run: F,
@@ -319,9 +333,9 @@ fn workspace(stream: &Stream, plan: &CudaPlan) -> Result<Buffer> {
     Ok(workspace)
 }
 
-/// The driver's words as an error of a call.
+/// The driver's words and kind as an error of a call.
 pub(crate) fn driver(error: sage_cuda::Error) -> Error {
-    Error::Backend { message: error.to_string() }
+    Error::Backend { kind: error.kind(), message: error.to_string() }
 }
 
 fn argument(tensor: &DeviceTensor<'_>) -> TensorArg {
@@ -375,5 +389,31 @@ impl Lists {
             }
         };
         Ok(Lists { q: address(&copies[0]), k: address(&copies[1]), _copies: copies })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use sage_core::BackendErrorKind;
+
+    use super::*;
+
+    #[test]
+    fn an_error_of_the_driver_keeps_kind_and_words() {
+        let of_code = |code: &str| sage_cuda::Error::Driver {
+            call: "cuMemAllocAsync",
+            code: code.into(),
+            description: "words".into(),
+        };
+        for (error, kind) in [
+            (of_code("CUDA_ERROR_OUT_OF_MEMORY"), BackendErrorKind::OutOfMemory),
+            (of_code("CUDA_ERROR_ILLEGAL_ADDRESS"), BackendErrorKind::Lost),
+            (of_code("CUDA_ERROR_UNKNOWN"), BackendErrorKind::Other),
+            (sage_cuda::Error::NoDevice { ordinal: 3, count: 1 }, BackendErrorKind::NoDevice),
+            (sage_cuda::Error::Forked, BackendErrorKind::Forked),
+        ] {
+            let (found, words) = (driver(error.clone()), error.to_string());
+            assert_eq!((found.backend_kind(), found.to_string()), (Some(kind), words));
+        }
     }
 }

@@ -6,6 +6,7 @@ use std::thread;
 use sage_core::{Error, Problem, Result, Scheme};
 use sage_cuda::{Device, Kernel, KernelSource};
 use sage_kernels::forward::{Forward, Gpu, Request};
+use sage_ptx::{Program, Target};
 
 use super::driver;
 
@@ -32,21 +33,7 @@ impl CudaPlan {
     /// The plan with its kernels, compiled side by side.
     pub(super) fn compiled(mut self, device: &Device, gpu: &Gpu) -> Result<Self> {
         let programs = self.forward.programs();
-        let load = |program: &sage_ptx::Program| -> Result<Kernel> {
-            let ptx = program
-                .ptx(gpu.target)
-                .map_err(|missing| Error::unsupported(missing.to_string(), "choose another scheme"))?;
-            let source = KernelSource {
-                name: &program.name,
-                ptx: &ptx,
-                target: gpu.target,
-                params: &program.params,
-                block: program.block,
-                cluster: None,
-                dynamic_shared_bytes: program.dynamic_shared_bytes(),
-            };
-            device.load(&source).map_err(driver)
-        };
+        let load = |program: &Program| load(device, gpu.target, program, "choose another scheme");
         let kernels: Vec<Result<Kernel>> = thread::scope(|scope| {
             let threads: Vec<_> = programs.iter().map(|program| scope.spawn(|| load(program))).collect();
             let joined = threads.into_iter().map(|thread| match thread.join() {
@@ -68,6 +55,23 @@ impl CudaPlan {
     pub fn workspace_bytes(&self) -> usize {
         self.forward.workspace_bytes()
     }
+}
+
+/// The kernel of a program; `instead` is what would do where the GPU lacks an instruction.
+pub(super) fn load(device: &Device, target: Target, program: &Program, instead: &str) -> Result<Kernel> {
+    let ptx = program.ptx(target).map_err(|missing| Error::unsupported(missing.to_string(), instead))?;
+    let source = KernelSource {
+        name: &program.name,
+        ptx: &ptx,
+        target,
+        params: &program.params,
+        block: program.block,
+        cluster: None,
+        dynamic_shared_bytes: program.dynamic_shared_bytes(),
+        needs_whole_compilation: program.needs_whole_compilation(),
+        waits_for_launches_before: program.waits_for_launches_before(target),
+    };
+    device.load(&source).map_err(driver)
 }
 
 impl fmt::Display for CudaPlan {

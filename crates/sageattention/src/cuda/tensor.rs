@@ -3,7 +3,7 @@
 use std::marker::PhantomData;
 
 use half::{bf16, f16};
-use sage_core::{DType, Geometry, Operand, Result, Strided, TensorView};
+use sage_core::{DType, Error, Geometry, Operand, Result, Strided, TensorView};
 use sage_cuda::{Buffer, Stream};
 
 use super::driver;
@@ -113,6 +113,42 @@ impl Operand for DeviceTensor<'_> {
     }
 }
 
+/// Where the log-sum-exp of each row goes: f32 in a GPU's memory, without gaps.
+#[derive(Clone, Copy, Debug)]
+pub struct DeviceLse<'a> {
+    address: u64,
+    rows: usize,
+    memory: PhantomData<&'a Buffer>,
+}
+
+impl<'a> DeviceLse<'a> {
+    /// As many rows as `buffer` holds.
+    pub fn of(buffer: &'a Buffer) -> Self {
+        let rows = buffer.bytes() / size_of::<f32>();
+        DeviceLse { address: buffer.address(), rows, memory: PhantomData }
+    }
+
+    /// The `rows` values from `address` on, which is a multiple of 4.
+    ///
+    /// # Safety
+    /// As for [`DeviceTensor::from_raw`], of f32.
+    pub unsafe fn from_raw(address: u64, rows: usize) -> Self {
+        DeviceLse { address, rows, memory: PhantomData }
+    }
+
+    pub(super) fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// An error unless there is a place for each of `rows` rows.
+    pub(super) fn check(&self, rows: usize) -> Result<()> {
+        if self.rows >= rows {
+            return Ok(());
+        }
+        Err(Error::Memory { name: "lse".into(), found: self.rows, wanted: rows.to_string() })
+    }
+}
+
 /// An explicit mask in a GPU's memory, broadcastable to `[batch, num_q_heads, q_len, kv_len]`.
 #[derive(Clone, Copy, Debug)]
 pub enum DeviceMask<'a> {
@@ -168,5 +204,21 @@ impl Strided for DeviceMask<'_> {
             DeviceMask::Bool(bytes) => DeviceMask::Bool(DeviceBytes { geometry, ..*bytes }),
             DeviceMask::Additive(tensor) => DeviceMask::Additive(tensor.with_geometry(geometry)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_log_sum_exp_needs_a_place_for_each_row() {
+        // SAFETY: nothing uses it on a GPU.
+        let lse = unsafe { DeviceLse::from_raw(0x1000, 6) };
+        assert_eq!((lse.check(6), lse.check(0)), (Ok(()), Ok(())));
+        assert_eq!(
+            lse.check(7).map_err(|error| error.to_string()),
+            Err("lse: memory holds 6 elements, expected 7".into())
+        );
     }
 }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use std::{env, fs};
 
-use sage_core::{Error, Options, Result};
+use sage_core::{BackendErrorKind, Error, Options, Result};
 use sage_cuda::{Device, Stream};
 use sage_kernels::attention::Tiling;
 use sage_kernels::tuning::{Shape, candidates};
@@ -71,8 +71,7 @@ impl TuningTable {
     /// # Errors
     /// When it cannot be read, or is none.
     pub fn read(path: &Path) -> Result<Self> {
-        let wrong =
-            |error: String| Error::Backend { message: format!("tuning table {}: {error}", path.display()) };
+        let wrong = |error: String| Error::backend(format!("tuning table {}: {error}", path.display()));
         let text = fs::read_to_string(path).map_err(|error| wrong(error.to_string()))?;
         serde_json::from_str(&text).map_err(|error| wrong(error.to_string()))
     }
@@ -115,7 +114,7 @@ impl TuningTable {
     /// # Errors
     /// None that is known.
     pub fn to_json(&self) -> Result<String> {
-        serde_json::to_string_pretty(self).map_err(|error| Error::Backend { message: error.to_string() })
+        serde_json::to_string_pretty(self).map_err(|error| Error::backend(error.to_string()))
     }
 }
 
@@ -124,7 +123,8 @@ impl Cuda {
     /// kernel, and the trials. Calls `tried` after each. Waits for the GPU.
     ///
     /// # Errors
-    /// As [`Cuda::forward_into`]; a tile shape that does not compile is a trial with its error.
+    /// As [`Cuda::forward_into`]. A tile shape that does not compile is a trial with its error, but a GPU that is lost
+    /// ends the trials, all of which would fail from there on.
     pub fn tune(
         &self,
         stream: &Stream,
@@ -152,7 +152,13 @@ impl Cuda {
         };
         let mut trials = Vec::new();
         for (index, &tiling) in tilings.iter().enumerate() {
-            trials.push(Trial { tiling, time: time(tiling) });
+            let time = time(tiling);
+            if let Err(error) = &time
+                && matches!(error.backend_kind(), Some(BackendErrorKind::Lost | BackendErrorKind::Forked))
+            {
+                return Err(error.clone());
+            }
+            trials.push(Trial { tiling, time });
             tried(index + 1, tilings.len());
         }
         Ok(Some((shape, trials)))
