@@ -16,9 +16,9 @@ TIMEOUT_S = 120
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 
 
-def tensors(device="cpu"):
+def tensors(device="cpu", dtype=torch.float32):
     torch.manual_seed(0)
-    return [torch.randn(1, 4, 300, 64, device=device) for _ in range(3)]
+    return [torch.randn(1, 4, 300, 64).to(device, dtype) for _ in range(3)]
 
 
 def attend(qkv, **options):
@@ -121,7 +121,7 @@ def test_workers_of_a_data_loader(qkv):
 
 
 def test_cuda_in_a_fork_is_an_error_that_says_what_to_do(cuda, qkv):
-    on_gpu = tensors(cuda)
+    on_gpu = tensors(cuda, torch.float16)
     attend(on_gpu)
     wanted = attend(qkv)
 
