@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from sageattention import _flops, _native, _values
-from sageattention._dispatch import direct_where_unobserved
 from sageattention._request import Request, native_options
 from sageattention._tally import tally
 from sageattention._torch_inputs import autocast, check_tensors, plain_mask, refuse_derivatives
@@ -55,12 +54,12 @@ _LIBRARY = torch.library.Library("sageattention", "DEF")
 
 
 def define_operator(name: str, schema: str, compute: Any, fake: Any) -> Any:
-    """An operator of torch with what it computes, and what shapes it gives without computing: how to call it."""
+    """An operator of torch with what it computes, and what shapes it gives without computing."""
     _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     for device in ("CPU", "CUDA"):
         _LIBRARY.impl(name, compute, device)
     torch.library.register_fake(f"sageattention::{name}", fake, lib=_LIBRARY)
-    return direct_where_unobserved(getattr(torch.ops.sageattention, name).default, compute)
+    return getattr(torch.ops.sageattention, name).default
 
 
 def dense(

@@ -14,6 +14,12 @@ def check_tensors(q: Tensor, **others: Any) -> None:
     """Refuses devices that nothing here computes on, tensors that are not where q is, and layouts without strides."""
     if q.device.type not in ("cpu", "cuda", "meta"):
         raise NotImplementedError(f"q: device is {q.device}, expected cpu or cuda")
+    # Torch's own allocation of the output would only say that CUDA is not initialised.
+    if q.device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda._is_in_bad_fork():
+        raise RuntimeError(
+            f"q: device is {q.device} in a process that was forked from one that had used CUDA, expected cpu: start "
+            "processes by the spawn method (multiprocessing.get_context('spawn'))"
+        )
     _check_layout("q", q)
     for name, tensor in others.items():
         if tensor is None:
