@@ -99,7 +99,8 @@ pub enum Lengths<'a> {
     /// As [`Lengths::KvLens`], at an address of the tensors' device. Nothing checks them but the kernels, which cut what
     /// lies outside the tensors off.
     DeviceKvLens(u64),
-    /// As [`Lengths::Packed`], at addresses of the tensors' device, unchecked as [`Lengths::DeviceKvLens`].
+    /// As [`Lengths::Packed`], at addresses of the tensors' device, unchecked as [`Lengths::DeviceKvLens`]. Of a sequence
+    /// longer than it says here, no result is right, but nothing else is harmed.
     DevicePacked {
         /// Address of the boundaries of the query sequences.
         cu_seqlens_q: u64,

@@ -129,12 +129,15 @@ impl<'k> Sequence<'k> {
                 let (q, k) = (params.cu_seqlens_q.at(index), params.cu_seqlens_k.at(index));
                 let q_start = boundary(q, params.q_rows).named("q_start");
                 let kv_start = boundary(k, params.kv_rows).named("kv_start");
+                let q_len = (boundary(q.plus(1), params.q_rows) - q_start).named("q_len");
+                let kv_len = (boundary(k.plus(1), params.kv_rows) - kv_start).max(0);
                 Sequence {
                     batch: zero,
                     q_start,
-                    q_len: (boundary(q.plus(1), params.q_rows) - q_start).named("q_len"),
+                    q_len,
                     kv_start,
-                    kv_len: (boundary(k.plus(1), params.kv_rows) - kv_start).max(0).named("kv_len"),
+                    // Keys without a query are seen by none, and the host's grids have no blocks for them.
+                    kv_len: q_len.gt(0).select(kv_len, 0).named("kv_len"),
                     first_tile: kv_start.split_index(KEY_TILE).0 + index,
                 }
             }

@@ -3,6 +3,7 @@
 #[allow(dead_code, reason = "other tests use other parts")]
 mod support;
 
+use sage_core::metrics::Accuracy;
 use sage_core::{Alignment, Band, DType, MAX_HEADS, Preset, Problem, Scheme, SmoothQ};
 use sage_kernels::Lengths;
 use sage_kernels::attention::MaskForm;
@@ -10,6 +11,7 @@ use sage_kernels::forward::{Forward, Gpu, Launcher, Request, Tensors, int8_schem
 use sage_ptx::{Arg, BoxedTensor, Target};
 use support::{Case, MaskKind};
 
+const WINDOW: Band = Band { left: Some(20), right: Some(71), alignment: Alignment::TopLeft };
 const CAUSAL: Band = Band { left: None, right: Some(0), alignment: Alignment::BottomRight };
 
 /// The kinds of kernels: as given, INT8, INT4, FP8 with scales of all rows, of some, and with smoothed V; Q smoothed.
@@ -79,6 +81,59 @@ fn no_queries_at_all() {
             ] {
                 let (computed, _) = case.run();
                 assert!(computed.out.is_empty() && computed.kernels.is_empty(), "{case:?}");
+            }
+        }
+    }
+}
+
+/// The longest keys have no query, so that no grid has blocks for all of them.
+#[test]
+fn keys_without_queries() {
+    for target in [Target::SM_80, Target::SM_90A] {
+        for scheme in schemes(target) {
+            for band in [Band::FULL, CAUSAL, WINDOW] {
+                let packed = Some((vec![0, 0, 40, 40, 70], vec![0, 300, 390, 700, 800]));
+                let case = Case {
+                    target,
+                    scheme,
+                    band,
+                    packed,
+                    batch: 4,
+                    kv_heads: 2,
+                    q_heads: 2,
+                    ..Case::default()
+                };
+                case.check(0.05);
+            }
+        }
+    }
+}
+
+/// Lengths in device memory that exceed the longest that the caller spoke of: what is computed is nobody's concern, but
+/// no block waits for one that never comes, and none reads or writes what it must not. Sequences as long as they should
+/// be are right all the same.
+#[test]
+fn lengths_beyond_the_longest() {
+    for target in [Target::SM_80, Target::SM_90A] {
+        for scheme in schemes(target) {
+            for longest in [[200, 90], [30, 300], [30, 90]] {
+                let packed = Some((vec![0, 30, 230], vec![0, 90, 390]));
+                let case = Case {
+                    target,
+                    scheme,
+                    packed,
+                    batch: 2,
+                    kv_heads: 2,
+                    q_heads: 2,
+                    longest: Some(longest),
+                    ..Case::default()
+                };
+                let (computed, expected) = case.run();
+                for head in 0..2 {
+                    let rows = head * 230 * 64..(head * 230 + 30) * 64;
+                    let accuracy = Accuracy::of(&computed.out[rows.clone()], &expected.out[rows]);
+                    assert!(accuracy.relative_l1 <= 0.05, "{case:?}: {accuracy:?}");
+                }
             }
         }
     }

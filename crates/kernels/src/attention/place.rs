@@ -5,7 +5,7 @@ use sage_ptx::{Code, Val};
 use super::config::{AttentionConfig, AttentionParams, Engine, MaskForm};
 use crate::grid::BlockHead;
 use crate::preprocess::SeenKeys;
-use crate::sequence::{LengthParams, Sequence};
+use crate::sequence::{KEY_TILE, LengthParams, Lengths, Sequence};
 
 /// A block's queries, and the tiles of keys that they see. Warpgroups share tiles, of which each computes those that its own
 /// rows see: "group" is a warpgroup, or the whole block where there are none.
@@ -80,7 +80,11 @@ impl<'k> Place<'k> {
             bottom_right: p.bottom_right,
         };
         let masked = config.mask != MaskForm::None;
-        let sequence = Sequence::new(code, config.lengths, masked, &lengths, sequence_index);
+        let mut sequence = Sequence::new(code, config.lengths, masked, &lengths, sequence_index);
+        if config.lengths == Lengths::Packed {
+            // Lengths in device memory may exceed the longest that the caller spoke of: nobody has prepared such tiles.
+            sequence.kv_len = sequence.kv_len.min(p.max_tiles * KEY_TILE as i32).named("kv_len");
+        }
 
         let (block_q, tile_keys) = (config.block_q() as i32, config.tiling.tile_keys);
         let first_row = (q_tile * block_q).named("first_row");
@@ -146,6 +150,14 @@ impl<'k> Place<'k> {
     /// The row of the sequence that the lane holds in slot `slot`: 8 rows of the warp further for each slot.
     pub fn row(&self, slot: usize) -> Val<'k, i32> {
         self.warp_row + (self.lane >> 2) + 8 * slot as i32
+    }
+
+    /// Index of the row's block of `rows` queries among those of all heads: of the last one that has a mean, where
+    /// lengths in device memory exceed the longest that the caller spoke of.
+    pub fn query_block(&self, row: Val<'k, i32>, rows: usize, p: &AttentionParams<'k>) -> Val<'k, i32> {
+        let head = self.sequence_index * p.group_size * p.kv_heads + self.head;
+        let block = row.min(self.sequence.q_len - 1).split_index(rows).0;
+        head * p.q_blocks + block.min(p.q_blocks - 1)
     }
 
     /// First and one past the last key that a row sees.

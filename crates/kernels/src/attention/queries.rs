@@ -89,9 +89,7 @@ impl<'k> Queries<'k> {
             for (slot, registers) in rows.iter_mut().enumerate() {
                 let row = row_of(slot);
                 let valid = row.lt(place.sequence.q_len);
-                let head = (place.sequence_index * p.group_size * p.kv_heads + place.head) * p.q_blocks;
-                let mean = p.q_mean.at((head + row.min(place.sequence.q_len - 1).split_index(block).0)
-                    * config.padded_dim() as i32);
+                let mean = p.q_mean.at(place.query_block(row, block, p) * config.padded_dim() as i32);
                 let mean = mean.at(quad * per as i32);
                 for (word, channels) in registers.iter_mut().enumerate() {
                     for (i, x) in channels.iter_mut().enumerate() {

@@ -221,12 +221,10 @@ impl<'k> ScoreTile<'k> {
     }
 
     fn add_delta(&self, block: usize, p: &AttentionParams<'k>, place: &Place<'k>) {
-        let heads = p.group_size * p.kv_heads;
         let first_key = self.lane_key(place);
         let factor = p.sm_scale * LOG2_E;
         for slot in 0..self.factor.len() {
-            let row = place.row(slot).min(place.sequence.q_len - 1);
-            let line = (place.sequence_index * heads + place.head) * p.q_blocks + row.split_index(block).0;
+            let line = place.query_block(place.row(slot), block, p);
             let line = p.delta_s.at(line.mul_wide(p.max_tiles * KEY_TILE as i32)).at(first_key);
             self.for_each(|value, s, key| {
                 if s == slot {

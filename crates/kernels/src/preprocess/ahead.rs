@@ -16,8 +16,9 @@
 
 use sage_ptx::{Code, Val};
 
+use super::tile_load::Head;
 use crate::grid::{self, BlockHead};
-use crate::sequence::KEY_TILE;
+use crate::sequence::{KEY_TILE, Lengths};
 
 /// Blocks along x, y and z, with statistics `lead` heads ahead: the last heads are quantised when there is nothing left
 /// to collect.
@@ -34,6 +35,8 @@ pub(super) struct Work<'k> {
     pub sequence: Val<'k, i32>,
     pub head: Val<'k, i32>,
     pub tile: Val<'k, i32>,
+    /// Tiles of each head, where those that are collected have a block each.
+    in_grid: Option<Val<'k, i32>>,
 }
 
 impl<'k> Work<'k> {
@@ -46,7 +49,18 @@ impl<'k> Work<'k> {
         let position = (grid::number(code) - collects.select(0, lead)).named("position");
         code.exit_when(position.lt(0) | position.ge(kv_heads * sequences));
         let BlockHead { sequence, head } = BlockHead::of(position, kv_heads);
-        Work { collects, sequence, head, tile: collects.select(x, x - tiles).named("tile") }
+        let tile = collects.select(x, x - tiles).named("tile");
+        Work { collects, sequence, head, tile, in_grid: Some(tiles) }
+    }
+
+    /// The head's tiles that some block collects. Lengths in device memory may exceed the longest that the grid was made
+    /// for: what has no block never comes, and must not be waited for.
+    #[track_caller]
+    pub fn collected_tiles(&self, head: &Head<'k>) -> Val<'k, i32> {
+        match (head.source.lengths, self.in_grid) {
+            (Lengths::Packed, Some(in_grid)) => head.tiles().min(in_grid),
+            _ => head.tiles(),
+        }
     }
 
     /// A block for each tile of the grid, without statistics.
@@ -54,6 +68,6 @@ impl<'k> Work<'k> {
     pub fn quantise_only(code: &'k Code, kv_heads: Val<'k, i32>, sequences: Val<'k, i32>) -> Self {
         let [tile, ..] = code.block_index();
         let BlockHead { sequence, head } = BlockHead::new(code, kv_heads, kv_heads * sequences);
-        Work { collects: code.constant(false), sequence, head, tile }
+        Work { collects: code.constant(false), sequence, head, tile, in_grid: None }
     }
 }

@@ -161,8 +161,8 @@ impl QuantizeKConfig {
         let head = Head::at(code, &self.source, &p.input, [work.sequence, work.head]);
         let first_tile = head.head * p.key_tiles + head.sequence.first_tile;
         let mean = ColumnStatistics::Mean;
-        let meeting =
-            collected.then(|| Meeting::new(&head, mean, first_tile, work.tile, p.partials, p.arrivals));
+        let meeting = collected
+            .then(|| Meeting::new(&head, mean, first_tile, work.tile, &work, p.partials, p.arrivals));
         if let Some(meeting) = &meeting {
             let outputs =
                 Outputs { mean: p.mean, scale: p.scale, factor: p.scale, v_max: code.constant(0.0) };

@@ -123,7 +123,7 @@ impl QuantizeVConfig {
         let head = Head::at(code, &self.source, &p.input, [work.sequence, work.head]);
         let statistics = self.statistics();
         let first_tile = head.head * p.key_tiles + head.sequence.first_tile;
-        let meeting = |tile| Meeting::new(&head, statistics, first_tile, tile, p.partials, p.arrivals);
+        let meeting = |tile| Meeting::new(&head, statistics, first_tile, tile, &work, p.partials, p.arrivals);
         let outputs = Outputs { mean: p.mean, scale: p.scale, factor: p.factor, v_max: p.v_max };
         let collect = |tile| outputs.collect(&head, tile, statistics, RowOrder::Quads, &meeting(tile));
         let quantise = |tile| self.quantise(&head, &p, tile, first_tile, Some(&meeting(tile)));
@@ -134,7 +134,7 @@ impl QuantizeVConfig {
             ValueScales::Given => self.quantise(&head, &p, work.tile, first_tile, None),
             ValueScales::CollectedWhereMarked => {
                 code.exit_when(p.marked.at(head.index).load().eq(0));
-                let tiles = head.len().div_ceil(KEY_TILE);
+                let tiles = head.tiles();
                 // Blocks wait for earlier ones alone, so that none waits for one that cannot start.
                 code.if_else(
                     work.tile.lt(MARKED_BLOCKS),

@@ -7,6 +7,7 @@
 use sage_core::oracle::LARGEST_FACTOR;
 use sage_ptx::{Code, Global, Shared, Val, Var};
 
+use super::ahead::Work;
 use super::tile_load::{CHUNK, Head, ROWS, RowOrder, Rows};
 use crate::sequence::KEY_TILE;
 
@@ -193,6 +194,7 @@ impl<'k> Meeting<'k> {
         statistics: ColumnStatistics,
         first_tile: Val<'k, i32>,
         tile: Val<'k, i32>,
+        work: &Work<'k>,
         partials: Global<'k, f32>,
         arrivals: Global<'k, u32>,
     ) -> Self {
@@ -200,7 +202,7 @@ impl<'k> Meeting<'k> {
         Meeting {
             partials: partials.at(first_tile.widen() * of_tile),
             arrivals: arrivals.at(head.index),
-            blocks: head.len().div_ceil(KEY_TILE),
+            blocks: work.collected_tiles(head),
             block: tile,
         }
     }

@@ -187,10 +187,16 @@ impl<'k> Head<'k> {
         self.sequence.kv_len
     }
 
+    /// Tiles of the head.
+    #[track_caller]
+    pub fn tiles(&self) -> Val<'k, i32> {
+        self.len().div_ceil(KEY_TILE)
+    }
+
     /// Rows of the sequence that enter means and scales.
     #[track_caller]
     pub fn counted_len(&self) -> Val<'k, i32> {
-        self.ranked.map_or(self.len(), |ranked| ranked.rank(self.len().div_ceil(KEY_TILE)))
+        self.ranked.map_or(self.len(), |ranked| ranked.rank(self.tiles()))
     }
 
     /// What an array `[sequences][heads][padded_dim]` holds for the thread's channels.

@@ -7,8 +7,8 @@ use rand::SeedableRng;
 use rand_distr::{Distribution, StandardNormal};
 use sage_core::metrics::Accuracy;
 use sage_core::{
-    Band, BlockMask, Call, DType, Inputs, Layout, Lengths, Mask, Options, Scheme, Tensor, TensorView, View,
-    oracle,
+    Band, BlockMask, Call, DType, Inputs, Layout, Lengths, Mask, Options, Problem, Scheme, Tensor,
+    TensorView, View, oracle,
 };
 use sage_emulator::{Emulator, Failure};
 use sage_kernels::attention::{MaskForm, Tiling};
@@ -45,6 +45,8 @@ pub struct Case {
     pub spoil: Option<f32>,
     pub kv_lens: Option<Vec<i32>>,
     pub packed: Option<(Vec<i32>, Vec<i32>)>,
+    /// Of packed sequences: the most queries and keys that the caller speaks of, where lengths are in device memory.
+    pub longest: Option<[usize; 2]>,
     pub scheme: Option<Scheme>,
     pub target: Target,
     pub tiling: Option<Tiling>,
@@ -85,6 +87,7 @@ impl Default for Case {
             spoil: None,
             kv_lens: None,
             packed: None,
+            longest: None,
             scheme: None,
             target: Target::SM_80,
             tiling: None,
@@ -305,7 +308,9 @@ impl Case {
             tiling: self.tiling,
         };
         let gpu = Gpu { target: self.target, multiprocessors: self.multiprocessors };
-        let forward = Forward::new(&call.problem, &request, &gpu).unwrap();
+        let [q_len, kv_len] = self.longest.unwrap_or([call.problem.q_len, call.problem.kv_len]);
+        let problem = Problem { q_len, kv_len, ..call.problem };
+        let forward = Forward::new(&problem, &request, &gpu).unwrap();
 
         let mut emulator = Emulator::new();
         let tensor = |emulator: &mut Emulator, name: &str, data: &Data| TensorArg {
