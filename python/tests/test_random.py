@@ -59,6 +59,19 @@ def a_mask(choose, seed, batch, heads, q_len, kv_len, dtype, device):
     return mask > -0.7 if kind == "bool" else mask.to(choose.choice([dtype, torch.float32]))
 
 
+def band_and_softcap(choose, options, exact, chances):
+    """Gives `options` of a call, and `exact` of its reference, a causal mask, a window and a cap, by those chances."""
+    causal, window, softcap = chances
+    if choose.random() < causal:
+        exact["causal"] = choose.choice(["bottom_right", "bottom_right", "top_left"])
+        options.update(is_causal=True, causal_alignment=exact["causal"])
+    if choose.random() < window:
+        options["window"] = tuple(choose.choice([-1, 0, 5, 50]) for _ in range(2))
+        exact["window"] = tuple(None if limit < 0 else limit for limit in options["window"])
+    if choose.random() < softcap:
+        options["logit_softcap"] = exact["softcap"] = choose.choice([0.5, 5.0, 30.0])
+
+
 def call(seed, device):
     """A random call: what it is in words, the result, and the exact one."""
     choose = python_random.Random(seed)
@@ -82,14 +95,7 @@ def call(seed, device):
     mask = a_mask(choose, 4 * seed + 3, batch, heads, q_len, kv_len, dtype, device)
     if mask is not None:
         options["attn_mask"] = exact["mask"] = mask
-    if choose.random() < 0.3:
-        exact["causal"] = choose.choice(["bottom_right", "bottom_right", "top_left"])
-        options.update(is_causal=True, causal_alignment=exact["causal"])
-    if choose.random() < 0.2:
-        options["window"] = tuple(choose.choice([-1, 0, 5, 50]) for _ in range(2))
-        exact["window"] = tuple(None if limit < 0 else limit for limit in options["window"])
-    if choose.random() < 0.15:
-        options["logit_softcap"] = exact["softcap"] = choose.choice([0.5, 5.0, 30.0])
+    band_and_softcap(choose, options, exact, [0.3, 0.2, 0.15])
     if choose.random() < 0.3:
         options["sm_scale"] = exact["scale"] = choose.choice([0.02, 0.1, 0.5]) / head_dim**0.25
     if function is sageattention.sageattn and choose.random() < 0.5:
@@ -118,14 +124,7 @@ def packed_call(seed, device):
         for n, (rows, heads) in enumerate([(cu_q[-1], kv_heads * group), (cu_k[-1], kv_heads), (cu_k[-1], kv_heads)])
     )
     options, exact = {}, {"window": (None, None)}
-    if choose.random() < 0.4:
-        exact["causal"] = choose.choice(["bottom_right", "bottom_right", "top_left"])
-        options.update(is_causal=True, causal_alignment=exact["causal"])
-    if choose.random() < 0.3:
-        options["window"] = tuple(choose.choice([-1, 0, 5, 50]) for _ in range(2))
-        exact["window"] = tuple(None if limit < 0 else limit for limit in options["window"])
-    if choose.random() < 0.2:
-        options["logit_softcap"] = exact["softcap"] = choose.choice([0.5, 5.0, 30.0])
+    band_and_softcap(choose, options, exact, [0.4, 0.3, 0.2])
     longest = [choose.choice([None, max(pair[side] for pair in lengths)]) for side in (0, 1)]
     tensors = [seen_otherwise(choose, x) for x in (q, k, v)]
     out, lse = sageattention.sageattn_varlen(*tensors, cu_q, cu_k, *longest, return_lse=True, **options)
