@@ -11,6 +11,7 @@
 #![forbid(unsafe_code)]
 
 mod cache;
+mod choice;
 mod dtype;
 mod error;
 mod geometry;
@@ -24,6 +25,7 @@ mod single;
 mod tensor;
 
 pub use cache::{BlockTables, CacheLayout, CachedInputs, PageCopy, ValueFormat};
+pub use choice::Choice;
 pub use dtype::{DType, Element};
 pub use error::{BackendErrorKind, Error, Result};
 pub use geometry::{Geometry, MAX_RANK};

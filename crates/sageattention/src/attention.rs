@@ -1,8 +1,8 @@
 //! Attention with its options: what users write.
 
 use sage_core::{
-    Alignment, Band, BlockMask, Call, Error, Inputs, Layout, Lengths, Mask, Options, Preset, Result, Scheme,
-    Tensor, TensorView, TensorViewMut,
+    Alignment, Band, BlockMask, Call, Choice, Error, Inputs, Layout, Lengths, Mask, Options, Preset, Result,
+    Scheme, Tensor, TensorView, TensorViewMut,
 };
 
 use crate::backend::{self, Device};
@@ -10,63 +10,6 @@ use crate::plan::Plan;
 
 /// Relative L1 error of the processor's own choice, INT8 per token: the worst measured on N(0, 1) is 0.0093.
 const CPU_ERROR: f32 = 0.01;
-
-/// Which scheme computes attention.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub enum Choice {
-    /// The fastest that is accurate on the backend at hand.
-    #[default]
-    Automatic,
-    /// The fastest whose relative L1 error, Σ|O − O′| / Σ|O| against exact attention of N(0, 1) data, is at most this. The
-    /// measured errors are 0.002 of bf16 tensors in full precision, 0.014 of INT8 scores, and 0.04 with FP8 P·V besides.
-    Within(f32),
-    /// A scheme with a name: our own, or what a function of the original SageAttention stands for.
-    Preset(Preset),
-    /// This one.
-    Scheme(Scheme),
-}
-
-impl Choice {
-    /// The scheme that was chosen for heads of `head_dim` channels, or `None` where the backend chooses.
-    pub fn scheme(&self, head_dim: usize) -> Option<Scheme> {
-        match self {
-            Choice::Automatic | Choice::Within(_) => None,
-            Choice::Preset(preset) => Some(preset.scheme(head_dim)),
-            Choice::Scheme(scheme) => Some(*scheme),
-        }
-    }
-
-    /// The largest error allowed, where one was named.
-    pub fn accuracy(&self) -> Option<f32> {
-        match self {
-            Choice::Within(error) => Some(*error),
-            _ => None,
-        }
-    }
-
-    /// As [`Choice::scheme`], for the processor, whose own choice has the error [`CPU_ERROR`].
-    pub(crate) fn scheme_on_cpu(&self, head_dim: usize) -> Result<Option<Scheme>> {
-        match self.accuracy() {
-            Some(error) if error.is_nan() || error <= 0.0 => {
-                Err(Error::value("accuracy", error, "a relative error above 0"))
-            }
-            Some(error) if error < CPU_ERROR => Ok(Some(Preset::FULL.scheme(head_dim))),
-            _ => Ok(self.scheme(head_dim)),
-        }
-    }
-}
-
-impl From<Scheme> for Choice {
-    fn from(scheme: Scheme) -> Self {
-        Choice::Scheme(scheme)
-    }
-}
-
-impl From<Preset> for Choice {
-    fn from(preset: Preset) -> Self {
-        Choice::Preset(preset)
-    }
-}
 
 /// What attention returns.
 #[derive(Clone, Debug, PartialEq)]
@@ -209,7 +152,9 @@ impl<'a> Attention<'a> {
     #[cfg(feature = "cuda")]
     fn forward_on_gpu(&self, ordinal: u32, inputs: &Inputs<'_>, lse_rows: usize) -> Result<Output> {
         let lse_rows = self.return_lse.then_some(lse_rows);
-        backend::cuda(ordinal)?.forward_host(inputs, &self.options(), self.choice, lse_rows)
+        let gpu = sage_gpu::Cuda::shared(ordinal)?;
+        let (out, lse) = gpu.forward_host(inputs, &self.options(), self.choice, lse_rows)?;
+        Ok(Output { out, lse })
     }
 
     #[cfg(not(feature = "cuda"))]
@@ -265,7 +210,7 @@ impl<'a> Attention<'a> {
             }
         }
         let cpu = backend::cpu();
-        let plan = cpu.plan(&call.problem, self.choice.scheme_on_cpu(call.problem.head_dim)?)?;
+        let plan = cpu.plan(&call.problem, scheme_on_cpu(self.choice, call.problem.head_dim)?)?;
         cpu.forward(&plan, call, out, lse)
     }
 
@@ -311,5 +256,16 @@ impl<'a> Attention<'a> {
             band: Band { right, ..self.window },
             logit_softcap: self.logit_softcap,
         }
+    }
+}
+
+/// The scheme of a choice on the processor, whose own choice has the error [`CPU_ERROR`].
+pub(crate) fn scheme_on_cpu(choice: Choice, head_dim: usize) -> Result<Option<Scheme>> {
+    match choice.accuracy() {
+        Some(error) if error.is_nan() || error <= 0.0 => {
+            Err(Error::value("accuracy", error, "a relative error above 0"))
+        }
+        Some(error) if error < CPU_ERROR => Ok(Some(Preset::FULL.scheme(head_dim))),
+        _ => Ok(choice.scheme(head_dim)),
     }
 }

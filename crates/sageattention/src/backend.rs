@@ -62,24 +62,6 @@ pub fn backend_description() -> String {
     format!("cpu, kernels for {} (of {})", cpu.instruction_set(), sets.join(", "))
 }
 
-/// The NVIDIA GPU of that number, opened once.
-#[cfg(feature = "cuda")]
-pub(crate) fn cuda(ordinal: u32) -> Result<std::sync::Arc<crate::cuda::Cuda>, Error> {
-    use std::collections::BTreeMap;
-    use std::sync::{Arc, Mutex, PoisonError};
-
-    static GPUS: Mutex<BTreeMap<u32, Arc<crate::cuda::Cuda>>> = Mutex::new(BTreeMap::new());
-    // A forked process must not wait for a lock that one of its parent's threads held.
-    sage_cuda::check_not_forked().map_err(crate::cuda::driver)?;
-    let mut gpus = GPUS.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(gpu) = gpus.get(&ordinal) {
-        return Ok(gpu.clone());
-    }
-    let gpu = Arc::new(crate::cuda::Cuda::new(ordinal)?);
-    gpus.insert(ordinal, gpu.clone());
-    Ok(gpu)
-}
-
 /// That this build has no CUDA.
 #[cfg(not(feature = "cuda"))]
 pub(crate) fn no_cuda(ordinal: u32) -> Error {

@@ -16,13 +16,13 @@ const MAX_SEQUENCES: usize = 1 << 24;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use = "options make nothing until `build` is called"]
 pub struct KvCacheOptions {
-    pub(crate) sequences: usize,
+    sequences: usize,
     num_kv_heads: usize,
     head_dim: usize,
     values: ValueFormat,
     page_size: usize,
-    pub(crate) max_pages: Option<usize>,
-    pub(crate) layout: Layout,
+    max_pages: Option<usize>,
+    layout: Layout,
 }
 
 impl KvCacheOptions {
@@ -81,8 +81,26 @@ impl KvCacheOptions {
         })
     }
 
+    /// An empty cache in a GPU's memory, whose work is done on `stream`. [`KvCacheOptions::max_pages`] must be set: all
+    /// memory is taken now.
+    ///
+    /// # Errors
+    /// Names the option that is outside its range, or what the driver says.
+    #[cfg(feature = "cuda")]
+    pub fn build_on_gpu(
+        self,
+        cuda: &std::sync::Arc<sage_gpu::Cuda>,
+        stream: &sage_gpu::Stream,
+    ) -> Result<sage_gpu::KvCache> {
+        let Some(max_pages) = self.max_pages else {
+            return Err(Error::value("max_pages", "none", "a number: the pool of a GPU has a fixed size"));
+        };
+        let size = sage_gpu::PoolSize { sequences: self.sequences, max_pages };
+        sage_gpu::KvCache::new(cuda, stream, self.cache_layout(), size, self.layout)
+    }
+
     /// What a page is to hold.
-    pub(crate) fn cache_layout(&self) -> CacheLayout {
+    fn cache_layout(&self) -> CacheLayout {
         CacheLayout {
             num_kv_heads: self.num_kv_heads,
             head_dim: self.head_dim,

@@ -19,22 +19,26 @@
 //! caller's memory, and [`Attention::plan`] says what would be computed, how and why. Everything that can be wrong with
 //! a call is an [`Error`] that names the tensor or option, the value found and the value wanted.
 
+#![forbid(unsafe_code)]
+
 mod attention;
 mod backend;
+/// Attention on NVIDIA GPUs: tensors that lie in their memory, streams, measured tile shapes.
 #[cfg(feature = "cuda")]
-pub mod cuda;
+pub use sage_gpu as cuda;
+
 mod kv_cache;
 mod nearest;
 mod plan;
 
-pub use attention::{Attention, Choice, Output};
+pub use attention::{Attention, Output};
 pub use backend::{Device, backend_description};
 pub use kv_cache::{KvCache, KvCacheOptions};
 pub use nearest::nearest_scheme;
 pub use plan::Plan;
 
 pub use sage_core::{
-    Alignment, BackendErrorKind, Band, BlockMask, CacheLayout, Call, DType, Element, Error, Geometry, Inputs,
-    Layout, Lengths, MAX_HEAD_DIM, MAX_RANK, Mask, Options, Preset, Problem, Result, Scheme, SmoothK, Tensor,
-    TensorView, TensorViewMut, ValueFormat, View, ViewMut, single,
+    Alignment, BackendErrorKind, Band, BlockMask, CacheLayout, Call, Choice, DType, Element, Error, Geometry,
+    Inputs, Layout, Lengths, MAX_HEAD_DIM, MAX_RANK, Mask, Options, Preset, Problem, Result, Scheme, SmoothK,
+    Tensor, TensorView, TensorViewMut, ValueFormat, View, ViewMut, single,
 };

@@ -30,11 +30,7 @@ pub fn nearest_scheme(scheme: Scheme, device: Device) -> Scheme {
     match device {
         Device::Cpu => sage_cpu::nearest_scheme(scheme),
         #[cfg(feature = "cuda")]
-        Device::Cuda(ordinal) => {
-            let target = crate::backend::cuda(ordinal)
-                .map_or(sage_ptx::Target::SM_90A, |cuda| cuda.device().info().target());
-            sage_kernels::forward::nearest_scheme(scheme, target)
-        }
+        Device::Cuda(ordinal) => sage_gpu::nearest_scheme(scheme, ordinal),
         #[cfg(not(feature = "cuda"))]
         Device::Cuda(_) => scheme,
     }

@@ -2,10 +2,10 @@
 
 use std::fmt;
 
-use sage_core::{Alignment, Band, Problem, Result, Scheme};
+use sage_core::{Alignment, Band, Choice, Problem, Result, Scheme};
 use sage_cpu::CpuPlan;
 
-use crate::attention::Choice;
+use crate::attention::scheme_on_cpu;
 use crate::backend::{self, Device};
 
 /// How a call is carried out: the backend's kernels, tiles, threads and workspace, and why. Prints itself.
@@ -19,7 +19,7 @@ pub struct Plan {
 enum BackendPlan {
     Cpu(Box<CpuPlan>),
     #[cfg(feature = "cuda")]
-    Cuda(Box<crate::cuda::CudaPlan>),
+    Cuda(Box<sage_gpu::CudaPlan>),
 }
 
 impl Plan {
@@ -38,12 +38,12 @@ impl Plan {
     pub fn on(device: Device, problem: &Problem, choice: Choice) -> Result<Self> {
         let backend = match device {
             Device::Cpu => {
-                let scheme = choice.scheme_on_cpu(problem.head_dim)?;
+                let scheme = scheme_on_cpu(choice, problem.head_dim)?;
                 BackendPlan::Cpu(Box::new(backend::cpu().plan(problem, scheme)?))
             }
             #[cfg(feature = "cuda")]
             Device::Cuda(ordinal) => {
-                BackendPlan::Cuda(Box::new(backend::cuda(ordinal)?.explain(problem, choice)?))
+                BackendPlan::Cuda(Box::new(sage_gpu::Cuda::shared(ordinal)?.explain(problem, choice)?))
             }
             #[cfg(not(feature = "cuda"))]
             Device::Cuda(ordinal) => return Err(backend::no_cuda(ordinal)),

@@ -1,7 +1,8 @@
-//! Attention on NVIDIA GPUs, from sm_80 on. Needs the driver and nothing else: kernels are built here and compiled by it.
+//! SageAttention on NVIDIA GPUs, from sm_80 on. Needs the driver and nothing else: `sage_kernels` builds kernels, which
+//! the driver compiles.
 //!
 //! [`Cuda::forward_into`] takes tensors that lie in the GPU's memory, the caller's stream, and does not wait for the GPU.
-//! To compute host tensors on a GPU, use [`crate::Attention::device`].
+//! [`Cuda::forward_host`] copies host tensors there and the result back.
 
 mod host;
 mod kv_cache;
@@ -9,23 +10,22 @@ mod plan;
 mod tensor;
 mod tuning;
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use sage_core::{Call, Error, Inputs, Lengths, Operand, Options, Problem, Result, Strided};
+use sage_core::{Call, Choice, Error, Inputs, Lengths, Operand, Options, Problem, Result, Scheme, Strided};
 use sage_kernels::attention::MaskForm;
 pub use sage_kernels::attention::{Engine, Tiling};
 use sage_kernels::forward::{Gpu, Launcher, Request, TensorArg, Tensors};
-use sage_ptx::{Arg, BoxedTensor};
+use sage_ptx::{Arg, BoxedTensor, Target};
 
-pub use kv_cache::KvCache;
+pub use kv_cache::{KvCache, PoolSize};
 pub use plan::CudaPlan;
 use sage_cuda::TensorMap;
 pub use sage_cuda::{Buffer, Device, DeviceInfo, Event, ExecutableGraph, Graph, Stream, devices};
 pub use tensor::{CudaTensor, DeviceBytes, DeviceLse, DeviceMask, DeviceTensor};
 pub use tuning::{Trial, TunedShape, TuningTable};
-
-use crate::attention::Choice;
 
 /// Plans kept for each GPU: a model's layers and lengths are far fewer.
 const MAX_PLANS: usize = 128;
@@ -58,7 +58,16 @@ impl Cuda {
     /// # Errors
     /// When there is no driver, or no such GPU.
     pub fn shared(ordinal: u32) -> Result<Arc<Self>> {
-        crate::backend::cuda(ordinal)
+        static GPUS: Mutex<BTreeMap<u32, Arc<Cuda>>> = Mutex::new(BTreeMap::new());
+        // A forked process must not wait for a lock that one of its parent's threads held.
+        sage_cuda::check_not_forked().map_err(driver)?;
+        let mut gpus = GPUS.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(gpu) = gpus.get(&ordinal) {
+            return Ok(gpu.clone());
+        }
+        let gpu = Arc::new(Cuda::new(ordinal)?);
+        gpus.insert(ordinal, gpu.clone());
+        Ok(gpu)
     }
 
     /// A device that is open already.
@@ -265,7 +274,10 @@ impl Cuda {
     }
 
     /// What would be done, without compiling anything.
-    pub(crate) fn explain(&self, problem: &Problem, choice: Choice) -> Result<CudaPlan> {
+    ///
+    /// # Errors
+    /// When no kernel computes the scheme, or not with such options.
+    pub fn explain(&self, problem: &Problem, choice: Choice) -> Result<CudaPlan> {
         let request = Request {
             scheme: choice.scheme(problem.head_dim),
             accuracy: choice.accuracy(),
@@ -283,6 +295,13 @@ impl Cuda {
         };
         self.uncompiled(problem, &request)
     }
+}
+
+/// The scheme that GPU `ordinal` has kernels for and that is at least as accurate as `scheme`. Where there is none of that
+/// number, rules are those of sm_90.
+pub fn nearest_scheme(scheme: Scheme, ordinal: u32) -> Scheme {
+    let target = Cuda::shared(ordinal).map_or(Target::SM_90A, |cuda| cuda.gpu.target);
+    sage_kernels::forward::nearest_scheme(scheme, target)
 }
 
 /// Launches of a pass, which `run` puts on a stream.

@@ -8,7 +8,7 @@ use sage_cuda::{Device, Kernel, KernelSource};
 use sage_kernels::forward::{Forward, Gpu, Request};
 use sage_ptx::{Program, Target};
 
-use super::driver;
+use crate::driver;
 
 /// How a GPU carries out a problem. Prints itself.
 #[derive(Debug)]

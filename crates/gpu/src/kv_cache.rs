@@ -15,14 +15,13 @@ use sage_kernels::cache::{
 use sage_kernels::combine::{CombineArgs, CombineConfig, PART};
 use sage_ptx::Program;
 
-use super::plan::load;
-use super::{Cuda, DeviceLse, DeviceMask, DeviceTensor, driver};
-use crate::kv_cache::KvCacheOptions;
+use crate::plan::load;
+use crate::{Cuda, DeviceLse, DeviceMask, DeviceTensor, driver};
 
 /// Tokens that a band may reach, so that sums with them fit 32 bits.
 const REACH_MAX: usize = 1 << 30;
 
-/// [`crate::KvCache`] in a GPU's memory: a pool of fixed size, with kernels that append to it and attend to it on one
+/// A quantised KV cache in a GPU's memory: a pool of fixed size, with kernels that append to it and attend to it on one
 /// stream, the caller's.
 ///
 /// The lengths of sequences, which kernels read, lie on the GPU and are counted there; block tables are copied there when
@@ -48,41 +47,52 @@ pub struct KvCache {
     kernels: Mutex<HashMap<String, Kernel>>,
 }
 
-impl KvCacheOptions {
-    /// An empty cache in a GPU's memory, whose work is done on `stream`. [`KvCacheOptions::max_pages`] must be set: all
-    /// memory is taken now.
+/// Sizes of a [`KvCache`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PoolSize {
+    /// Sequences.
+    pub sequences: usize,
+    /// Pages of all sequences together.
+    pub max_pages: usize,
+}
+
+impl KvCache {
+    /// An empty cache, whose work is done on `stream`; keys and values are appended in `order`. All memory is taken now.
     ///
     /// # Errors
     /// Names the option that is outside its range, or what the driver says.
-    pub fn build_on_gpu(self, cuda: &Arc<Cuda>, stream: &Stream) -> Result<KvCache> {
-        let layout = self.cache_layout();
+    pub fn new(
+        cuda: &Arc<Cuda>,
+        stream: &Stream,
+        layout: CacheLayout,
+        size: PoolSize,
+        order: Layout,
+    ) -> Result<KvCache> {
         layout.check()?;
-        let Some(max_pages) = self.max_pages else {
-            return Err(Error::value("max_pages", "none", "a number: the pool of a GPU has a fixed size"));
-        };
+        let PoolSize { sequences, max_pages } = size;
         let rows = max_pages.checked_mul(layout.num_kv_heads).and_then(|n| n.checked_mul(layout.page_size));
         if rows.is_none_or(|rows| i32::try_from(rows).is_err()) {
             let wanted = "pages of less than 2³¹ tokens and heads together";
             return Err(Error::value("max_pages", max_pages, wanted));
         }
-        let entries = self.sequences.checked_mul(max_pages).filter(|&n| i32::try_from(n).is_ok());
+        let entries = sequences.checked_mul(max_pages).filter(|&n| i32::try_from(n).is_ok());
         let most = MAX_HEADS / layout.num_kv_heads.max(1);
-        let Some(entries) = entries.filter(|_| (1..=most).contains(&self.sequences)) else {
+        let Some(entries) = entries.filter(|_| (1..=most).contains(&sequences)) else {
             let wanted = format!("1 to {most}, and tables of less than 2³¹ pages");
-            return Err(Error::value("sequences", self.sequences, wanted));
+            return Err(Error::value("sequences", sequences, wanted));
         };
         let storage = Storage::new(&layout);
         let bytes = storage.pool(max_pages, layout.num_kv_heads);
         let buffer = |bytes| Buffer::new(stream, bytes).map_err(driver);
-        let mut device_lens = buffer(4 * self.sequences)?;
+        let mut device_lens = buffer(4 * sequences)?;
         device_lens.fill(0).map_err(driver)?;
         Ok(KvCache {
             cuda: cuda.clone(),
             stream: stream.clone(),
             layout,
             storage,
-            order: self.layout,
-            tables: BlockTables::new(self.sequences, layout.page_size, Some(max_pages)),
+            order,
+            tables: BlockTables::new(sequences, layout.page_size, Some(max_pages)),
             max_pages,
             keys: buffer(bytes.keys)?,
             key_scales: buffer(bytes.key_scales)?,
@@ -94,9 +104,7 @@ impl KvCacheOptions {
             kernels: Mutex::default(),
         })
     }
-}
 
-impl KvCache {
     /// Number of sequences.
     pub fn sequences(&self) -> usize {
         self.tables.sequences()
@@ -131,7 +139,7 @@ impl KvCache {
     }
 
     /// Appends new tokens to every sequence: `k` and `v` are `[sequences, num_kv_heads, tokens, head_dim]` in f16 or bf16
-    /// (or as [`KvCacheOptions::layout`] says).
+    /// (or as [`KvCache::new`] says).
     ///
     /// # Errors
     /// When a tensor does not fit the cache, the pool has too few pages, or what the driver says.

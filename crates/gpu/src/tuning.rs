@@ -4,14 +4,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use std::{env, fs};
 
-use sage_core::{BackendErrorKind, Error, Options, Result};
+use sage_core::{BackendErrorKind, Choice, Error, Options, Result};
 use sage_cuda::{Device, Stream};
 use sage_kernels::attention::Tiling;
 use sage_kernels::tuning::{Shape, candidates};
 use serde::{Deserialize, Serialize};
 
-use super::{Cuda, DeviceInputs, DeviceTensor};
-use crate::attention::Choice;
+use crate::{Cuda, DeviceInputs, DeviceTensor};
 
 /// Names a file with measured tile shapes.
 const VARIABLE: &str = "SAGEATTENTION_TUNING";

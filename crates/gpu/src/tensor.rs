@@ -6,7 +6,7 @@ use half::{bf16, f16};
 use sage_core::{DType, Error, Geometry, Operand, Result, Strided, TensorView};
 use sage_cuda::{Buffer, Stream};
 
-use super::driver;
+use crate::driver;
 
 /// A tensor with memory of its own on a GPU.
 #[derive(Debug)]
@@ -209,7 +209,7 @@ impl Strided for DeviceMask<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use crate::*;
 
     #[test]
     fn a_log_sum_exp_needs_a_place_for_each_row() {

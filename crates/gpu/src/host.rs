@@ -1,20 +1,22 @@
 //! Host tensors on a GPU: copied there, computed, copied back.
 
-use sage_core::{Error, Geometry, Inputs, Mask, Options, Result, Tensor};
+use sage_core::{Choice, Error, Geometry, Inputs, Mask, Options, Result, Tensor};
 use sage_cuda::{Buffer, Stream};
 
-use super::{Cuda, CudaTensor, DeviceBytes, DeviceLse, DeviceMask, driver};
-use crate::attention::{Choice, Output};
+use crate::{Cuda, CudaTensor, DeviceBytes, DeviceLse, DeviceMask, driver};
 
 impl Cuda {
-    /// Attention of host tensors. Waits for the result.
-    pub(crate) fn forward_host(
+    /// Attention of host tensors, and each row's log-sum-exp where there are `lse_rows`. Waits for the result.
+    ///
+    /// # Errors
+    /// As [`Cuda::forward_into`].
+    pub fn forward_host(
         &self,
         inputs: &Inputs<'_>,
         options: &Options,
         choice: Choice,
         lse_rows: Option<usize>,
-    ) -> Result<Output> {
+    ) -> Result<(Tensor, Option<Tensor>)> {
         if inputs.block_mask.is_some() {
             return Err(Error::unsupported("block_mask", "not on a GPU yet"));
         }
@@ -47,7 +49,7 @@ impl Cuda {
         let lse = lse.map(|lse| lse.to_vec::<f32>()).transpose().map_err(driver)?;
         let shape = sage_core::Call::check(&device_inputs, options)?.lse_shape();
         let lse = lse.map(|lse| Tensor::new(lse, &shape)).transpose()?;
-        Ok(Output { out, lse })
+        Ok((out, lse))
     }
 }
 
