@@ -6,7 +6,7 @@ use crate::code::{Code, Phantom};
 use crate::isa::{Matrix, Mma, MmaTy, Warp};
 use crate::pointer::{Pointer, Shared, Stored};
 use crate::program::Operand;
-use crate::value::{BF16x2, F16x2, Half, Scalar, Use, Val, Var};
+use crate::value::{BF16x2, F16x2, Scalar, Use, Val, Var};
 
 use std::marker::PhantomData;
 
@@ -42,19 +42,24 @@ pub trait MmaAccumulator: Scalar {
     const MMA: MmaTy;
     /// Registers of a tile in a lane.
     const REGISTERS: usize;
+    /// All elements of a register zero.
+    const ZERO: Self;
 }
 
 impl MmaAccumulator for f32 {
     const MMA: MmaTy = MmaTy::F32;
     const REGISTERS: usize = 4;
+    const ZERO: f32 = 0.0;
 }
 impl MmaAccumulator for i32 {
     const MMA: MmaTy = MmaTy::S32;
     const REGISTERS: usize = 4;
+    const ZERO: i32 = 0;
 }
 impl MmaAccumulator for F16x2 {
     const MMA: MmaTy = MmaTy::F16;
     const REGISTERS: usize = 2;
+    const ZERO: F16x2 = F16x2([f16::ZERO; 2]);
 }
 
 /// A warp's 16 rows of A, 32 bytes deep: lane `l` holds rows `l / 4` and `l / 4 + 8`.
@@ -85,7 +90,8 @@ impl<E> Clone for FragmentB<'_, E> {
 impl<E> Copy for FragmentB<'_, E> {}
 
 impl<'k, E: MmaElement> FragmentA<'k, E> {
-    /// From registers in the order of [`Mma::a_element`]: low depth of row `l / 4`, of row `l / 4 + 8`, then the high depth.
+    /// From registers in the order of [`Mma::a_element`]: low depth of row `l / 4`, of row `l / 4 + 8`, then the high
+    /// depth.
     pub fn new(words: [Val<'k, u32>; 4]) -> Self {
         FragmentA { words, ty: PhantomData }
     }
@@ -256,9 +262,9 @@ pub struct ChunkAddress<'k> {
 }
 
 impl<'k> ChunkAddress<'k> {
-    /// The chunk `chunks` further in the same row, and `rows` (a multiple of 8) further down. The chunk that the address
-    /// is of must have none of the bits of `chunks`: then the swizzle makes of a sum an exclusive or, and rows being
-    /// aligned to their length, of the address as well.
+    /// The chunk `chunks` further in the same row, and `rows` (a multiple of 8) further down. The chunk that the
+    /// address is of must have none of the bits of `chunks`: then the swizzle makes of a sum an exclusive or, and rows
+    /// being aligned to their length, of the address as well.
     #[track_caller]
     pub fn step(&self, rows: usize, chunks: usize) -> Shared<'k, u8> {
         Pointer::at_address(self.address ^ (chunks * CHUNK_BYTES) as u32).plus((rows * self.row_bytes) as i32)
@@ -312,34 +318,48 @@ impl<'k> FragmentSource<'k> {
     }
 }
 
-impl<'k, T: Half> FragmentA<'k, T>
-where
-    T: MmaElement,
-{
-    /// A's fragment from two neighbouring 16×8 tiles of accumulators, rounded to 16 bits: the layouts are the same.
-    #[track_caller]
-    pub fn from_accumulators(tiles: [[Val<'k, f32>; 4]; 2]) -> Self {
-        let [low, high] = tiles;
-        let pack = |a: Val<'k, f32>, b: Val<'k, f32>| a.pack::<T>(b).reinterpret::<u32>();
-        FragmentA::new([
-            pack(low[0], low[1]),
-            pack(low[2], low[3]),
-            pack(high[0], high[1]),
-            pack(high[2], high[3]),
-        ])
-    }
+/// Element types that sums are rounded to, to be an operand of the next product.
+pub trait RoundedElement: MmaElement {
+    /// Columns of sums that become a fragment, which is 32 bytes deep.
+    const DEPTH: usize;
+    /// A register of ones.
+    const ONES: u32;
+
+    /// A's fragment of a strip's sums, given by the lane's row slot, 0 or 1, and column. The lanes' elements are where
+    /// A's are, but for an order of the depth that B must be stored in.
+    fn round<'k>(sum: impl Fn(usize, usize) -> Val<'k, f32>) -> FragmentA<'k, Self>;
 }
 
-impl<'k> FragmentA<'k, E4M3> {
-    /// A's fragment from four neighbouring 16×8 tiles of accumulators, rounded to E4M3. Depth `4t..4t + 4` of each 16 is
-    /// columns `2t, 2t + 1, 2t + 8, 2t + 9`: B's rows must be stored in that order.
+macro_rules! rounded_half {
+    ($($half:ty: $one:literal;)*) => {$(
+        impl RoundedElement for $half {
+            const DEPTH: usize = 16;
+            const ONES: u32 = $one << 16 | $one;
+
+            #[track_caller]
+            fn round<'k>(sum: impl Fn(usize, usize) -> Val<'k, f32>) -> FragmentA<'k, Self> {
+                let pack = |slot: usize, column: usize| {
+                    sum(slot, column).pack::<$half>(sum(slot, column + 1)).reinterpret::<u32>()
+                };
+                FragmentA::new([pack(0, 0), pack(1, 0), pack(0, 8), pack(1, 8)])
+            }
+        }
+    )*};
+}
+
+rounded_half! { f16: 0x3c00; bf16: 0x3f80; }
+
+/// Depth `4t..4t + 4` of each 16 is columns `2t, 2t + 1, 2t + 8, 2t + 9`: B's rows must be stored in that order.
+impl RoundedElement for E4M3 {
+    const DEPTH: usize = 32;
+    const ONES: u32 = 0x3838_3838;
+
     #[track_caller]
-    pub fn from_accumulators(tiles: [[Val<'k, f32>; 4]; 4]) -> Self {
-        let pack = |pair: usize, half: usize| {
-            let (low, high) = (tiles[2 * pair], tiles[2 * pair + 1]);
-            Val::pack_e4m3([low[2 * half], low[2 * half + 1], high[2 * half], high[2 * half + 1]])
+    fn round<'k>(sum: impl Fn(usize, usize) -> Val<'k, f32>) -> FragmentA<'k, Self> {
+        let pack = |slot: usize, column: usize| {
+            Val::pack_e4m3([0, 1, 8, 9].map(|within| sum(slot, column + within)))
         };
-        FragmentA::new([pack(0, 0), pack(0, 1), pack(1, 0), pack(1, 1)])
+        FragmentA::new([pack(0, 0), pack(1, 0), pack(0, 16), pack(1, 16)])
     }
 }
 

@@ -10,10 +10,13 @@ mod code;
 mod fragment;
 pub mod isa;
 mod launch;
+mod operand;
 mod pointer;
 mod printer;
 pub mod program;
+mod rows;
 mod target;
+mod tile;
 mod value;
 mod warpgroup;
 
@@ -21,12 +24,15 @@ pub use bulk::{Mbarrier, Mbarriers};
 pub use code::{Code, ParamScalar, kernel};
 pub use fragment::{
     Accumulator, CHUNK_BYTES, ChunkAddress, E4M3, E5M2, FragmentA, FragmentB, FragmentSource, MmaAccumulator,
-    MmaElement, S4, SharedTile,
+    MmaElement, RoundedElement, S4, SharedTile,
 };
 pub use launch::{Arg, BoxedTensor, Param, ParamType, TensorMapBytes};
+pub use operand::{OperandTile, OperandVars};
 pub use pointer::{AddressSpace, Global, GlobalSpace, Index, Pointer, Shared, SharedSpace, Stored};
 pub use printer::Unsupported;
 pub use program::Program;
+pub use rows::{Rows, SLOT_ROWS, lane_column, lane_row};
 pub use target::{Needs, Target, Version};
+pub use tile::{FloatAccumulator, Tile};
 pub use value::{BF16x2, F16x2, Half, Scalar, Use, Val, Var};
 pub use warpgroup::{MatrixDescriptor, PanelMatrix, WarpgroupA, warpgroup_product};

@@ -85,8 +85,8 @@ impl Form {
         self.copied_bytes() + self.ones_bytes()
     }
 
-    /// Bytes of the ones: eight columns, as one more panel or, of transposed tiles, as further rows. Stages remain multiples of
-    /// what descriptors ask for.
+    /// Bytes of the ones: eight columns, as one more panel or, of transposed tiles, as further rows. Stages remain
+    /// multiples of what descriptors ask for.
     fn ones_bytes(&self) -> usize {
         match (self.ones, self.source) {
             (false, _) => 0,
@@ -118,8 +118,8 @@ pub fn stage_bytes(config: &AttentionConfig) -> usize {
     Form::of_keys(config).stage_bytes() + Form::of_values(config).stage_bytes()
 }
 
-/// What K's and V's tensor maps describe: `address` of K and V as given or in the workspace, `strides` of batch, heads and
-/// rows as given, in elements.
+/// What K's and V's tensor maps describe: `address` of K and V as given or in the workspace, `strides` of batch, heads
+/// and rows as given, in elements.
 pub fn boxed_tensors(
     config: &AttentionConfig,
     given: [([u64; 4], [i64; 3]); 2],
@@ -275,8 +275,9 @@ impl<'k, 'c> BulkRing<'k, 'c> {
         });
     }
 
-    /// Zeros in the rows of V for which `hides` holds, of their index in the tile: they may hold anything, and products with
-    /// zeros must be zeros. All threads that compute call it, and only for a tile of V as given that has such rows.
+    /// Zeros in the rows of V for which `hides` holds, of their index in the tile: they may hold anything, and products
+    /// with zeros must be zeros. All threads that compute call it, and only for a tile of V as given that has such
+    /// rows.
     pub fn clear_values(&self, hides: impl Fn(Val<'k, i32>) -> Val<'k, bool>, cursor: &Cursor<'k>) {
         let (code, form) = (self.code, self.values.form);
         let row_words = form.row_bytes / 16;
@@ -305,7 +306,8 @@ impl<'k> Stages<'k> {
         full.arrive_expecting(form.copied_bytes() as i32);
         let memory = self.memory.at(stage * form.stage_bytes() as i32);
         let parts = config.tiling.tile_keys / KEY_TILE;
-        // A tile of the workspace that is not the sequence's is another's: the last one stands in for it, hidden as it is.
+        // A tile of the workspace that is not the sequence's is another's: the last one stands in for it, hidden as it
+        // is.
         let in_workspace = |part: usize| {
             let own = tile * parts as i32 + part as i32;
             let last = place.sequence.kv_len.div_ceil(KEY_TILE) - 1;

@@ -198,8 +198,8 @@ impl AttentionConfig {
         }
     }
 
-    /// Whether P is summed by products with ones beside V, which leaves the other units to the exponentials: where asked for,
-    /// and heads fill their panels, and products and tiles have room for 8 columns more.
+    /// Whether P is summed by products with ones beside V, which leaves the other units to the exponentials: where
+    /// asked for, and heads fill their panels, and products and tiles have room for 8 columns more.
     pub(super) fn sums_by_ones(&self) -> bool {
         let tiling = &self.tiling;
         let room = self.head_dim == self.padded_dim() && self.head_dim <= 128 && tiling.tile_keys == 64;

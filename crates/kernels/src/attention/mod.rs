@@ -13,26 +13,29 @@
 
 mod bulk_ring;
 mod config;
+mod epilogue;
 mod output;
 mod pieces;
 mod place;
 mod queries;
 mod ring;
+mod score_tile;
 mod scores;
 mod softmax;
 mod warpgroups;
 
 use half::{bf16, f16};
 use sage_core::DType;
-use sage_ptx::{Half, MmaElement, Program, Stored, kernel};
+use sage_ptx::{E4M3, Half, MmaElement, Program, RoundedElement, Stored, kernel};
 
 pub use bulk_ring::{BULK_MAPS, boxed_tensors, stage_bytes};
 use config::AttentionParams;
 pub use config::{
     AttentionArgs, AttentionConfig, Engine, MaskForm, Scores, Tiling, ValueSource, Values, padded_dim,
 };
+use epilogue::Epilogue;
+pub(crate) use epilogue::least_lse;
 use output::Output;
-pub(crate) use output::least_lse;
 use place::Place;
 use queries::Queries;
 use ring::Ring;
@@ -43,23 +46,25 @@ use softmax::Softmax;
 pub fn attention(config: &AttentionConfig) -> Program {
     match (config.dtype, config.values) {
         (DType::BF16, Values::F16(_)) => write::<bf16, f16>(config),
-        (DType::BF16, _) => write::<bf16, bf16>(config),
+        (DType::BF16, Values::BF16) => write::<bf16, bf16>(config),
+        (DType::BF16, Values::Fp8(_)) => write::<bf16, E4M3>(config),
+        (_, Values::F16(_)) => write::<f16, f16>(config),
         (_, Values::BF16) => write::<f16, bf16>(config),
-        _ => write::<f16, f16>(config),
+        (_, Values::Fp8(_)) => write::<f16, E4M3>(config),
     }
 }
 
-/// `H` is the caller's element type, `W` that of P and V where they have 16 bits.
-fn write<H, W>(config: &AttentionConfig) -> Program
+/// `H` is the caller's element type, `E` that of P and V as they are multiplied.
+fn write<H, E>(config: &AttentionConfig) -> Program
 where
     H: Half + MmaElement + Stored<Value = H>,
-    W: Half + MmaElement,
+    E: RoundedElement,
 {
     kernel(&config.name(), config.block_threads(), |k| {
         k.min_blocks(config.tiling.min_blocks);
         let p = AttentionParams::declare(k);
         if config.tiling.engine == Engine::Warpgroups {
-            return warpgroups::write::<H, W>(k, config, &p);
+            return warpgroups::write::<H, E>(k, config, &p);
         }
         let place = Place::of_block(k, config, &p);
         k.exit_when(place.empty);
@@ -77,9 +82,9 @@ where
             let keys = KeyTile { index, fragments, scales: key_scales.of_tile(index), cut };
             for step in 0..config.tiling.tile_keys / config.tiling.step_keys {
                 let scores = scoring.scores::<H>(&keys, step);
-                let tile = std::slice::from_ref(&scores);
-                let shifts = softmax.advance(k, tile, |alphas| output.rescale(alphas)).remove(0);
-                output.add::<W>(&softmax, &scores, &shifts, &values, step);
+                for p in softmax.advance(k, &[scores], |alphas| output.mul_rows(alphas)) {
+                    output.add::<E>(&p, &values, step);
+                }
             }
         };
         // Tiles cut by a window's start, whole tiles, tiles cut by the diagonal or the end: whole ones pay for no mask.
@@ -93,6 +98,7 @@ where
         });
 
         let tile = ring.finish();
-        output.store::<H>(&p, &place, &softmax.finish(), &scoring.queries.taken, Some(&tile));
+        let sums = softmax.finish();
+        Epilogue::new(k, config, &p, &place).store::<H>(&output, &sums, &scoring.queries.taken, Some(&tile));
     })
 }

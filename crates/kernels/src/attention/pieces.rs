@@ -1,7 +1,8 @@
 //! How blocks of warpgroups share out the work: a block stays, and takes one tile of queries of one head after another,
 //! so that copies for the next are under way while the last is being written, and long and short pieces even out.
 //!
-//! The thread that copies takes pieces from a counter and hands them to the threads that compute, two pieces ahead at most.
+//! The thread that copies takes pieces from a counter and hands them to the threads that compute, two pieces ahead at
+//! most.
 
 use sage_ptx::{Code, Mbarriers, Shared, Val};
 
@@ -101,9 +102,9 @@ impl<'k, 'c, 'p> Pieces<'k, 'c, 'p> {
         );
     }
 
-    /// Which tile of queries, head, sequence and key head a piece is: found once, by the thread that copies. Heads are taken a few
-    /// at a time, whose keys and values stay in cache; of these the longest rows of a causal mask come first, so that the last
-    /// pieces are short.
+    /// Which tile of queries, head, sequence and key head a piece is: found once, by the thread that copies. Heads are
+    /// taken a few at a time, whose keys and values stay in cache; of these the longest rows of a causal mask come
+    /// first, so that the last pieces are short.
     fn indices(&self, piece: Val<'k, i32>) -> [Val<'k, i32>; 4] {
         let p = self.params;
         let together = p.heads_together * p.q_tiles;

@@ -1,14 +1,14 @@
 //! Which part of the problem a block computes.
 
-use sage_ptx::{Code, Val};
+use sage_ptx::{Code, SLOT_ROWS, Val, lane_row};
 
 use super::config::{AttentionConfig, AttentionParams, Engine, MaskForm};
 use crate::grid::BlockHead;
 use crate::preprocess::SeenKeys;
 use crate::sequence::{KEY_TILE, LengthParams, Lengths, Sequence};
 
-/// A block's queries, and the tiles of keys that they see. Warpgroups share tiles, of which each computes those that its own
-/// rows see: "group" is a warpgroup, or the whole block where there are none.
+/// A block's queries, and the tiles of keys that they see. Warpgroups share tiles, of which each computes those that
+/// its own rows see: "group" is a warpgroup, or the whole block where there are none.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Place<'k> {
     pub sequence: Sequence<'k>,
@@ -147,9 +147,9 @@ impl<'k> Place<'k> {
         }
     }
 
-    /// The row of the sequence that the lane holds in slot `slot`: 8 rows of the warp further for each slot.
+    /// The row of the sequence that the lane holds in slot `slot`.
     pub fn row(&self, slot: usize) -> Val<'k, i32> {
-        self.warp_row + (self.lane >> 2) + 8 * slot as i32
+        self.warp_row + lane_row(self.lane) + (SLOT_ROWS * slot) as i32
     }
 
     /// Index of the row's block of `rows` queries among those of all heads: of the last one that has a mean, where

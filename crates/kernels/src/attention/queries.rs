@@ -1,34 +1,36 @@
-//! A warp's query rows: read, smoothed, quantised, and kept in shared memory as operands of Q·Kᵀ.
+//! A warp's query rows: read, smoothed, quantised, and kept as the operand of Q·Kᵀ.
 
 use sage_core::{Granularity, IntBits, IntQuantizer};
 use sage_ptx::{
-    CHUNK_BYTES, Code, FragmentA, Half, MmaElement, PanelMatrix, Shared, SharedTile, Stored, Val, WarpgroupA,
+    Code, FragmentA, Global, Half, MmaElement, OperandTile, PanelMatrix, Rows, Stored, Val, WarpgroupA,
+    lane_row,
 };
 
 use super::config::{AttentionConfig, AttentionParams, Engine, Scores};
 use super::place::Place;
-use super::scores::nonzero;
+use super::score_tile::nonzero;
 use crate::integer::{Step, magnitude_bits};
 use crate::rotation::{RowLayout, rotate};
 
-/// Queries as operands: each lane's own registers, `[m][step]`.
+/// Queries as the operand A of Q·Kᵀ.
 pub(super) struct Queries<'k> {
-    fragments: Fragments<'k>,
-    steps: usize,
-    /// Factor of each row slot's scores, not zero.
-    pub scale: Vec<Val<'k, f32>>,
+    operand: Operand<'k>,
+    /// Factor of each row's scores, not zero.
+    pub scale: Rows<Val<'k, f32>>,
     /// What smoothing K took from each row's scaled scores, in the natural base.
-    pub taken: Vec<Val<'k, f32>>,
+    pub taken: Rows<Val<'k, f32>>,
 }
 
-/// Where operands stay between the tiles that they are multiplied with.
-enum Fragments<'k> {
-    Registers(Vec<[Val<'k, u32>; 4]>),
-    /// The lane's own words: no other lane reads them.
-    Memory(Shared<'k, u32>),
-    /// The warpgroup's rows.
+/// Where the operand stays between the tiles that it is multiplied with.
+enum Operand<'k> {
+    /// The warp's rows: the lane's own words.
+    Words(OperandTile<'k>),
+    /// The warpgroup's rows in shared memory.
     Panels(PanelMatrix<'k>),
 }
+
+/// Of each row, of each register of the operand, its channels: as packed in words, or one by one.
+type Registers<'k, T> = Rows<Vec<Vec<Val<'k, T>>>>;
 
 /// How many 32-byte steps the depth of Q·Kᵀ takes.
 pub(super) fn depth_steps(config: &AttentionConfig) -> usize {
@@ -52,157 +54,173 @@ impl<'k> Queries<'k> {
         place: &Place<'k>,
     ) -> Self {
         code.note("queries: read, smooth, quantise");
-        let slots = config.tiling.rows_per_warp / 8;
-        let (steps, per) = (depth_steps(config), elements_per_word(config));
         let batch = place.sequence.batch.widen() * p.q_stride_batch + place.head.widen() * p.q_stride_head;
-        let row_of = |slot: usize| place.row(slot);
         let quad = place.lane & 3;
-        // words[slot][register] are the neighbouring channels of a register, as loaded. The last row stands in for rows that the
-        // sequence does not have, which nobody reads.
-        let loaded: Vec<Vec<Vec<Val<'k, u32>>>> = (0..slots)
-            .map(|slot| {
-                let row = row_of(slot).min(place.sequence.q_len - 1) + place.sequence.q_start;
-                let base = p.q.cast::<H>().at(batch + row.widen() * p.q_stride_row);
-                let register = |word: usize| {
-                    load_channels::<H>(config, base, quad * per as i32, (word * 4 * per) as i32, per)
-                };
-                (0..2 * steps).map(register).collect()
-            })
-            .collect();
+        let loader = Loader { code, config, p, place, quad, per: elements_per_word(config) };
+        let loaded = loader.load::<H>(batch);
         let channels = |words: &Vec<Val<'k, u32>>| {
             words.iter().flat_map(|word| word.split::<H>()).map(|x| x.to_f32()).collect()
         };
         // The same in single precision.
-        let mut rows: Vec<Vec<Vec<Val<'k, f32>>>> =
-            loaded.iter().map(|registers| registers.iter().map(channels).collect()).collect();
-
-        // Scores of smoothed keys lack the same amount for all keys of a row: the product with the keys' mean.
-        let needs_taken = config.smooth_k && (config.lse || config.softcap);
-        let taken = if needs_taken {
-            let mean = p.k_mean.at(place.kv_index(p) * config.padded_dim() as i32).at(quad * per as i32);
-            rows.iter().map(|registers| product(registers, mean, per) * p.sm_scale).collect()
-        } else {
-            vec![code.constant(0.0); slots]
-        };
-
+        let mut rows: Registers<'k, f32> = loaded.map(|registers| registers.iter().map(channels).collect());
+        let taken = loader.taken(&rows);
         if let Some(block) = config.smooth_q {
-            for (slot, registers) in rows.iter_mut().enumerate() {
-                let row = row_of(slot);
-                let valid = row.lt(place.sequence.q_len);
-                let mean = p.q_mean.at(place.query_block(row, block, p) * config.padded_dim() as i32);
-                let mean = mean.at(quad * per as i32);
-                for (word, channels) in registers.iter_mut().enumerate() {
-                    for (i, x) in channels.iter_mut().enumerate() {
-                        let mean = mean.plus((word * 4 * per + i) as i32).load();
-                        *x = valid.select(*x - mean, 0.0);
-                    }
-                }
-            }
+            loader.smooth(&mut rows, block);
         }
-
         if config.rotate {
-            code.note("queries: rotation");
-            let layout = RowLayout { per, lanes: 4, lane: quad };
-            for registers in &mut rows {
-                let mut row = registers.concat();
-                rotate(&mut row, &layout, config.head_dim);
-                *registers = row.chunks(per).map(<[_]>::to_vec).collect();
-            }
+            loader.rotate(&mut rows);
         }
-
         let (words, scale) = match config.scores {
             Scores::Full => {
-                let words = pack_words(&loaded, steps, |_, words| words[0]);
-                (words, vec![p.sm_scale * std::f32::consts::LOG2_E; slots])
+                let words = OperandTile::of_rows(&loaded, |_, words| words[0]);
+                let scale = p.sm_scale * std::f32::consts::LOG2_E;
+                (words, loaded.map(|_| scale))
             }
-            Scores::Int(quantizer) => {
-                if quantizer.scale_q_first {
-                    let factor = p.sm_scale * std::f32::consts::LOG2_E;
-                    rows.iter_mut().flatten().flatten().for_each(|x| *x = *x * factor);
-                }
-                let as_loaded = config.smooth_q.is_none() && !config.rotate && !quantizer.scale_q_first;
-                let maximum = |slot: usize| {
-                    let bits = if as_loaded {
-                        let [low, high] = packed_maximum::<H>(loaded[slot].iter().flatten());
-                        magnitude_bits(low).max(magnitude_bits(high))
-                    } else {
-                        let bits = rows[slot].iter().flatten().map(|&x| magnitude_bits(x));
-                        bits.reduce(Val::max).unwrap_or(code.constant(0))
-                    };
-                    row_of(slot).lt(place.sequence.q_len).select(bits, 0)
-                };
-                let maxima = (0..slots).map(maximum).collect();
-                let steps_of_rows = groups(code, config, &quantizer, place, maxima);
-                let words = pack_words(&rows, steps, |slot, x| steps_of_rows[slot].round_word(x));
-                let factor = if quantizer.scale_q_first {
-                    code.constant(1.0)
-                } else {
-                    p.sm_scale * std::f32::consts::LOG2_E
-                };
-                (words, steps_of_rows.iter().map(|step| nonzero(step.scale * factor)).collect())
-            }
+            Scores::Int(quantizer) => loader.quantize::<H>(&quantizer, &loaded, rows),
         };
-        let fragments = if config.tiling.queries_in_registers {
-            Fragments::Registers(words)
-        } else if config.tiling.engine == Engine::Warpgroups {
-            Fragments::Panels(panels(code, config, place, &words))
-        } else {
-            let lane_words = 4 * words.len();
-            let memory = code.shared::<u32>("q_fragments", config.threads() as usize * lane_words);
-            let memory = memory.at(code.thread() * lane_words as i32);
-            for (index, &words) in words.iter().enumerate() {
-                memory.plus(4 * index as i32).store_vector(words);
-            }
-            Fragments::Memory(memory)
-        };
-        Queries { fragments, steps, scale, taken }
+        Queries { operand: loader.keep(words), scale, taken }
     }
 
-    /// The operand of 16 rows at one step of the depth.
+    /// The operand of the warp's rows at one step of the depth: a fragment for each 16.
     #[track_caller]
-    pub fn fragment<E: MmaElement>(&self, m: usize, step: usize) -> FragmentA<'k, E> {
-        let index = m * self.steps + step;
-        FragmentA::new(match &self.fragments {
-            Fragments::Registers(words) => words[index],
-            Fragments::Memory(words) => words.plus(4 * index as i32).load_vector(),
-            Fragments::Panels(_) => unreachable!("a warpgroup's queries are no warp's"),
-        })
+    pub fn fragments<E: MmaElement>(&self, step: usize) -> Vec<FragmentA<'k, E>> {
+        match &self.operand {
+            Operand::Words(words) => words.fragments(step),
+            Operand::Panels(_) => unreachable!("a warpgroup's queries are no warp's"),
+        }
     }
 
     /// The operand of the warpgroup's rows at one step of the depth.
     pub fn warpgroup_operand<E: MmaElement>(&self, step: usize) -> WarpgroupA<'k, E> {
-        match &self.fragments {
-            Fragments::Panels(rows) => WarpgroupA::Shared(rows.depth_in_columns(0, 32 * step)),
-            _ => WarpgroupA::Registers(self.fragment(0, step)),
+        match &self.operand {
+            Operand::Words(words) => WarpgroupA::Registers(words.fragments(step)[0]),
+            Operand::Panels(rows) => WarpgroupA::Shared(rows.depth_in_columns(0, 32 * step)),
         }
     }
 }
 
-/// Stores the fragments of the warpgroup's rows where `wgmma` reads them.
-fn panels<'k>(
+/// How a warp's queries are read and prepared.
+struct Loader<'k, 'a> {
     code: &'k Code,
-    config: &AttentionConfig,
-    place: &Place<'k>,
-    words: &[[Val<'k, u32>; 4]],
-) -> PanelMatrix<'k> {
-    let (rows, bytes) = (config.block_q(), config.padded_dim() * 4 / elements_per_word(config));
-    let row_bytes = bytes.min(128);
-    let memory = code.shared::<u8>("queries", rows * bytes);
-    let row = place.warp * 16 + (place.lane >> 2);
-    for (step, words) in words.iter().enumerate() {
-        for (half, pair) in words.chunks(2).enumerate() {
-            let chunk = 2 * step + half;
-            let panel = memory.plus((chunk * CHUNK_BYTES / row_bytes * rows * row_bytes) as i32);
-            let panel = SharedTile::new(panel, row_bytes);
-            let first = panel.chunk(row, (chunk % (row_bytes / CHUNK_BYTES)) as i32);
-            for (i, &word) in pair.iter().enumerate() {
-                first.step(8 * i, 0).cast::<u32>().at(place.lane & 3).store(word);
+    config: &'a AttentionConfig,
+    p: &'a AttentionParams<'k>,
+    place: &'a Place<'k>,
+    /// The lane's place in its quad, whose lanes hold neighbouring channels of a row.
+    quad: Val<'k, i32>,
+    /// Channels of a register.
+    per: usize,
+}
+
+impl<'k> Loader<'k, '_> {
+    /// Neighbouring channels of each register, as loaded. The last row stands in for rows that the sequence does not
+    /// have, which nobody reads.
+    fn load<H: Half + Stored<Value = H>>(&self, batch: Val<'k, i64>) -> Registers<'k, u32> {
+        let Loader { config, p, place, per, .. } = *self;
+        Rows::from_fn(config.tiling.rows_per_warp / 8, |slot| {
+            let row = place.row(slot).min(place.sequence.q_len - 1) + place.sequence.q_start;
+            let base = p.q.cast::<H>().at(batch + row.widen() * p.q_stride_row);
+            let register = |word: usize| {
+                load_channels::<H>(config, base, self.quad * per as i32, (word * 4 * per) as i32, per)
+            };
+            (0..2 * depth_steps(config)).map(register).collect()
+        })
+    }
+
+    /// What smoothing K took from each row's scores: scores of smoothed keys lack the same amount for all keys of a
+    /// row, the product with the keys' mean. Zeros where nobody asks.
+    fn taken(&self, rows: &Registers<'k, f32>) -> Rows<Val<'k, f32>> {
+        let Loader { code, config, p, place, quad, per } = *self;
+        if !(config.smooth_k && (config.lse || config.softcap)) {
+            return rows.map(|_| code.constant(0.0));
+        }
+        let mean = p.k_mean.at(place.kv_index(p) * config.padded_dim() as i32).at(quad * per as i32);
+        rows.map(|registers| product(registers, mean, per) * p.sm_scale)
+    }
+
+    /// Subtracts the means of blocks of `block` rows.
+    fn smooth(&self, rows: &mut Registers<'k, f32>, block: usize) {
+        let Loader { config, p, place, quad, per, .. } = *self;
+        for (slot, registers) in rows.iter_mut().enumerate() {
+            let row = place.row(slot);
+            let valid = row.lt(place.sequence.q_len);
+            let mean = p.q_mean.at(place.query_block(row, block, p) * config.padded_dim() as i32);
+            let mean = mean.at(quad * per as i32);
+            for (word, channels) in registers.iter_mut().enumerate() {
+                for (i, x) in channels.iter_mut().enumerate() {
+                    let mean = mean.plus((word * 4 * per + i) as i32).load();
+                    *x = valid.select(*x - mean, 0.0);
+                }
             }
         }
     }
-    code.fence_async_proxy();
-    config.group_barrier(code, place.warp);
-    PanelMatrix::new(memory, rows, row_bytes).at(place.warp >> 2, 64 * row_bytes)
+
+    /// Multiplies rows by the matrix that quantised K was multiplied by.
+    fn rotate(&self, rows: &mut Registers<'k, f32>) {
+        self.code.note("queries: rotation");
+        let layout = RowLayout { per: self.per, lanes: 4, lane: self.quad };
+        for registers in rows.iter_mut() {
+            let mut row = registers.concat();
+            rotate(&mut row, &layout, self.config.head_dim);
+            *registers = row.chunks(self.per).map(<[_]>::to_vec).collect();
+        }
+    }
+
+    /// The quantised rows, and the factor of each one's scores.
+    fn quantize<H: Half>(
+        &self,
+        quantizer: &IntQuantizer,
+        loaded: &Registers<'k, u32>,
+        mut rows: Registers<'k, f32>,
+    ) -> (OperandTile<'k>, Rows<Val<'k, f32>>) {
+        let Loader { code, config, p, place, .. } = *self;
+        if quantizer.scale_q_first {
+            let factor = p.sm_scale * std::f32::consts::LOG2_E;
+            rows.iter_mut().flatten().flatten().for_each(|x| *x = *x * factor);
+        }
+        let as_loaded = config.smooth_q.is_none() && !config.rotate && !quantizer.scale_q_first;
+        let maxima = Rows::from_fn(rows.slots(), |slot| {
+            let bits = if as_loaded {
+                let [low, high] = packed_maximum::<H>(loaded[slot].iter().flatten());
+                magnitude_bits(low).max(magnitude_bits(high))
+            } else {
+                let bits = rows[slot].iter().flatten().map(|&x| magnitude_bits(x));
+                bits.reduce(Val::max).unwrap_or(code.constant(0))
+            };
+            place.row(slot).lt(place.sequence.q_len).select(bits, 0)
+        });
+        let steps = groups(code, config, quantizer, place, &maxima);
+        let words = OperandTile::of_rows(&rows, |slot, x| steps[slot].round_word(x));
+        let factor =
+            if quantizer.scale_q_first { code.constant(1.0) } else { p.sm_scale * std::f32::consts::LOG2_E };
+        (words, steps.map(|step| nonzero(step.scale * factor)))
+    }
+
+    /// Puts the operand where it stays.
+    fn keep(&self, words: OperandTile<'k>) -> Operand<'k> {
+        let Loader { code, config, .. } = *self;
+        if config.tiling.queries_in_registers {
+            Operand::Words(words)
+        } else if config.tiling.engine == Engine::Warpgroups {
+            Operand::Panels(self.panels(&words))
+        } else {
+            let lanes = config.threads() as usize;
+            let memory = code.shared::<u32>("q_fragments", lanes * words.lane_words());
+            Operand::Words(words.in_memory(memory, code.thread()))
+        }
+    }
+
+    /// Stores the warpgroup's rows where `wgmma` reads them.
+    fn panels(&self, words: &OperandTile<'k>) -> PanelMatrix<'k> {
+        let Loader { code, config, place, per, .. } = *self;
+        let (rows, bytes) = (config.block_q(), config.padded_dim() * 4 / per);
+        let row_bytes = bytes.min(128);
+        let memory = code.shared::<u8>("queries", rows * bytes);
+        let row = place.warp * 16 + lane_row(place.lane);
+        words.store_panels(memory, [rows, row_bytes], row, place.lane);
+        code.fence_async_proxy();
+        config.group_barrier(code, place.warp);
+        PanelMatrix::new(memory, rows, row_bytes).at(place.warp >> 2, 64 * row_bytes)
+    }
 }
 
 /// The largest magnitudes among the lower and the upper halves of words; NaN where one is.
@@ -218,7 +236,7 @@ where
 /// `per` channels of a row from `first + offset` on, two to a word, zeros beyond the head's.
 fn load_channels<'k, H: Half + Stored<Value = H>>(
     config: &AttentionConfig,
-    row: sage_ptx::Global<'k, H>,
+    row: Global<'k, H>,
     offset: Val<'k, i32>,
     first: i32,
     per: usize,
@@ -249,11 +267,7 @@ fn load_channels<'k, H: Half + Stored<Value = H>>(
 }
 
 /// The product of a row, spread over the lanes of a quad, with a vector whose first channel of the lane is given.
-fn product<'k>(
-    registers: &[Vec<Val<'k, f32>>],
-    vector: sage_ptx::Global<'k, f32>,
-    per: usize,
-) -> Val<'k, f32> {
+fn product<'k>(registers: &[Vec<Val<'k, f32>>], vector: Global<'k, f32>, per: usize) -> Val<'k, f32> {
     let code = vector.code();
     let mut sum = code.constant(0.0);
     for (word, channels) in registers.iter().enumerate() {
@@ -261,24 +275,23 @@ fn product<'k>(
             sum = x.mul_add(vector.plus((word * 4 * per + i) as i32).load(), sum);
         }
     }
-    sum.reduce_lanes(3, |a, b| a + b)
+    sum.reduce_quad(|a, b| a + b)
 }
 
-/// The quantisation step of each row slot, of which `maxima` are the bits of the lane's largest magnitudes.
+/// The quantisation step of each row, of which `maxima` are the bits of the lane's largest magnitudes.
 fn groups<'k>(
     code: &'k Code,
     config: &AttentionConfig,
     quantizer: &IntQuantizer,
     place: &Place<'k>,
-    maxima: Vec<Val<'k, i32>>,
-) -> Vec<Step<'k>> {
+    maxima: &Rows<Val<'k, i32>>,
+) -> Rows<Step<'k>> {
     let maximum = |a: Val<'k, i32>, b: Val<'k, i32>| a.max(b);
-    let rows: Vec<_> = maxima.into_iter().map(|bits| bits.reduce_lanes(3, maximum)).collect();
+    let rows = maxima.map(|bits| bits.reduce_quad(maximum));
     if quantizer.granularity == Granularity::PerToken {
-        return rows.into_iter().map(|max| Step::of_group(quantizer, max)).collect();
+        return rows.map(|&max| Step::of_group(quantizer, max));
     }
-    let slots = rows.len();
-    let all = rows.into_iter().reduce(maximum).unwrap_or(code.constant(0));
+    let all = rows.iter().copied().reduce(maximum).unwrap_or(code.constant(0));
     // Rows that are equal modulo 8 are one lane's slots; a coarser group takes the other lanes' as well.
     let own = match quantizer.granularity {
         Granularity::PerThread => all,
@@ -308,21 +321,6 @@ fn groups<'k>(
         }
         of_group
     };
-    vec![Step::of_group(quantizer, shared); slots]
-}
-
-/// Packs each register's channels: fragments of rows `g` and `g + 8` of 16, low and high depth of a step.
-fn pack_words<'k, T>(
-    rows: &[Vec<Vec<Val<'k, T>>>],
-    steps: usize,
-    pack: impl Fn(usize, &[Val<'k, T>]) -> Val<'k, u32>,
-) -> Vec<[Val<'k, u32>; 4]> {
-    let mut words = Vec::new();
-    for m in 0..rows.len() / 2 {
-        for step in 0..steps {
-            let word = |half: usize, depth: usize| pack(2 * m + half, &rows[2 * m + half][2 * step + depth]);
-            words.push([word(0, 0), word(1, 0), word(0, 1), word(1, 1)]);
-        }
-    }
-    words
+    let step = Step::of_group(quantizer, shared);
+    rows.map(|_| step)
 }

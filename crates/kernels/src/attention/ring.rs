@@ -27,8 +27,8 @@ struct Tiles<'k> {
     rows: usize,
     chunks: usize,
     source: Source<'k>,
-    /// Of values as given, where a mask hides keys: rows that no query sees are zeros, as they may hold anything and products
-    /// with zeros must be zeros.
+    /// Of values as given, where a mask hides keys: rows that no query sees are zeros, as they may hold anything and
+    /// products with zeros must be zeros.
     seen: Option<SeenKeys<'k>>,
 }
 
@@ -129,7 +129,8 @@ impl<'k, 'c> Ring<'k, 'c> {
         )
     }
 
-    /// Waits until every copy has landed and every warp is done with the tiles; their memory is then free for the output.
+    /// Waits until every copy has landed and every warp is done with the tiles; their memory is then free for the
+    /// output.
     pub fn finish(&self) -> SharedTile<'k> {
         self.code.wait_copies(0);
         self.code.barrier();

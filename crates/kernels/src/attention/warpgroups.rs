@@ -1,23 +1,24 @@
 //! The same attention on `wgmma`: groups of four warps multiply tiles that one more thread has copied.
 //!
-//! While a group computes the softmax of a tile, its product of the tile before with V is in flight; the tensor cores also
-//! serve the other groups meanwhile. That product reads its P from registers: a tile's exponentials are rounded into them
-//! once it is done, which it long is by then.
+//! While a group computes the softmax of a tile, its product of the tile before with V is in flight; the tensor cores
+//! also serve the other groups meanwhile. That product reads its P from registers: a tile's exponentials are rounded
+//! into them once it is done, which it long is by then.
 
 use sage_core::Accumulator as Precision;
 use sage_ptx::{
-    Code, E4M3, FragmentA, Half, MmaAccumulator, MmaElement, PanelMatrix, Stored, Val, Var, WarpgroupA,
-    warpgroup_product,
+    Code, Half, MatrixDescriptor, MmaAccumulator, MmaElement, OperandVars, PanelMatrix, RoundedElement,
+    Stored, Tile, Val, Var, WarpgroupA, warpgroup_product,
 };
 
 use super::bulk_ring::{BULK_MAPS, BulkRing, Cursor};
 use super::config::{AttentionConfig, AttentionParams, Scores, ValueSource, Values, WARPGROUP};
+use super::epilogue::Epilogue;
 use super::output::Output;
 use super::pieces::Pieces;
 use super::place::Place;
 use super::queries::{Queries, depth_steps};
 use super::scores::{KeyScales, Scoring};
-use super::softmax::{ScoreTile, Softmax};
+use super::softmax::Softmax;
 use crate::integer::ROUNDING_MAGIC_BITS;
 use crate::sequence::{KEY_TILE, Lengths};
 
@@ -33,10 +34,10 @@ fn computing_registers(config: &AttentionConfig) -> u32 {
     (left / config.threads() / 8 * 8).min(MOST_REGISTERS)
 }
 
-pub(super) fn write<H, W>(k: &Code, config: &AttentionConfig, p: &AttentionParams<'_>)
+pub(super) fn write<H, E>(k: &Code, config: &AttentionConfig, p: &AttentionParams<'_>)
 where
     H: Half + MmaElement + Stored<Value = H>,
-    W: Half + MmaElement,
+    E: RoundedElement,
 {
     let maps = BULK_MAPS.map(|name| k.tensor_map(name));
     let ring = BulkRing::new(k, config, maps);
@@ -57,7 +58,8 @@ where
         || {
             k.more_registers(computing_registers(config));
             let cursors = Cursors::new(k, config);
-            pieces.take(|place| Group::new::<H>(k, config, p, place, &ring, &cursors).compute::<H, W>(p));
+            pieces
+                .take(|place| Consumer::<E>::new::<H>(k, config, p, place, &ring, &cursors).compute::<H>(p));
         },
     );
 }
@@ -86,8 +88,8 @@ impl<'k> Cursors<'k> {
     }
 }
 
-/// What a thread that computes holds.
-struct Group<'k, 'c, 'r> {
+/// What a thread that computes holds. `E` is the element of P and V.
+struct Consumer<'k, 'c, 'r, E> {
     code: &'k Code,
     config: &'c AttentionConfig,
     ring: &'r BulkRing<'k, 'c>,
@@ -96,17 +98,18 @@ struct Group<'k, 'c, 'r> {
     /// Scales of the next tile's keys, for each 64 of them.
     scales: Vec<Vec<Var<'k, f32>>>,
     softmax: Softmax<'k>,
-    output: Output<'k, 'c>,
-    /// A tile's own sums, where they are not added to all tiles' at once: of the last of [`Group::all_sums`].
-    parts: Vec<Var<'k, f32>>,
-    /// Scores of a tile: columns of 8 keys.
-    scores: Vec<[Var<'k, f32>; 4]>,
-    /// P of a tile, as operands of 32 bytes depth.
-    probabilities: Vec<[Var<'k, u32>; 4]>,
+    /// Sums of P·V over all tiles, and beside them those of P where they are products.
+    sums: Tile<Var<'k, f32>>,
+    /// A tile's own sums, where they are not added to all tiles' at once: of the last columns of `sums`.
+    parts: Tile<Var<'k, f32>>,
+    /// Scores of a tile.
+    scores: Tile<Var<'k, f32>>,
+    /// P of a tile.
+    probabilities: OperandVars<'k, E>,
     cursors: &'r Cursors<'k>,
 }
 
-impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
+impl<'k, 'c, 'r, E: RoundedElement> Consumer<'k, 'c, 'r, E> {
     fn new<H: Half + Stored<Value = H>>(
         code: &'k Code,
         config: &'c AttentionConfig,
@@ -117,63 +120,57 @@ impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
     ) -> Self {
         let queries = Queries::load::<H>(code, config, p, &place);
         let key_scales = KeyScales::new(config, p, &place);
-        let output = Output::new(code, config);
         let tile_keys = config.tiling.tile_keys;
-        let value_bytes = if matches!(config.values, Values::Fp8(_)) { 1 } else { 2 };
+        let output = Tile::filled(code, 1, Output::blocks(config), 0.0);
         let softmax = Softmax::new(code, config);
-        let columns = output.registers().len() + softmax.sums_in_flight().len();
+        let sums = match softmax.sums_in_flight() {
+            Some(of_p) => output.beside(of_p),
+            None => output,
+        };
         // E4M3 products lose the low bits of sums as large as P's over many keys.
         let parts = match config.values {
-            Values::Fp8(Precision::F32ThenF32) => columns,
-            Values::Fp8(_) => softmax.sums_in_flight().len(),
+            Values::Fp8(Precision::F32ThenF32) => sums.blocks(),
+            Values::Fp8(_) => sums.blocks() - Output::blocks(config),
             _ => 0,
         };
-        let parts = (0..parts).map(|_| Var::new(code)).collect();
-        Group {
+        Consumer {
             code,
             config,
             ring,
             scoring: Scoring { code, config, params: *p, place, queries },
+            softmax,
+            sums,
+            parts: Tile::new(code, 1, parts),
             scales: (0..tile_keys / KEY_TILE)
                 .map(|_| (0..key_scales.count()).map(|_| Var::new(code)).collect())
                 .collect(),
             key_scales,
-            softmax,
-            output,
-            parts,
-            scores: (0..tile_keys / 8).map(|_| std::array::from_fn(|_| Var::new(code))).collect(),
-            probabilities: (0..tile_keys * value_bytes / 32)
-                .map(|_| std::array::from_fn(|_| Var::new(code)))
-                .collect(),
+            scores: Tile::new(code, 1, tile_keys / 8),
+            probabilities: OperandVars::new(code, tile_keys),
             cursors,
         }
     }
 
-    fn compute<H, W>(&self, p: &AttentionParams<'k>)
-    where
-        H: Half + MmaElement + Stored<Value = H>,
-        W: Half + MmaElement,
-    {
-        self.tiles::<H, W>();
-        let scoring = &self.scoring;
-        self.output.store::<H>(p, &scoring.place, &self.softmax.finish(), &scoring.queries.taken, None);
+    fn compute<H: Half + MmaElement + Stored<Value = H>>(&self, p: &AttentionParams<'k>) {
+        self.tiles::<H>();
+        let Scoring { place, queries, .. } = &self.scoring;
+        let output =
+            Output::of_sums(self.code, self.config, self.sums.columns(0..Output::blocks(self.config)));
+        let sums = self.softmax.finish();
+        Epilogue::new(self.code, self.config, p, place).store::<H>(&output, &sums, &queries.taken, None);
     }
 
-    fn tiles<H, W>(&self)
-    where
-        H: Half + MmaElement + Stored<Value = H>,
-        W: Half + MmaElement,
-    {
+    fn tiles<H: Half + MmaElement>(&self) {
         let (k, place) = (self.code, &self.scoring.place);
         let last = place.end_tile - 1;
         self.pass(place.copied_start, place.first_tile);
         k.when(place.first_tile.le(last), || {
             self.load_scales(place.first_tile);
-            self.clear_parts();
+            self.parts.fill(0.0);
             self.start_scores::<H>();
             self.take_scores(0);
-            k.range(place.first_tile, last, |tile| self.tile::<H, W>(tile, true));
-            self.tile::<H, W>(last, false);
+            k.range(place.first_tile, last, |tile| self.tile::<H>(tile, true));
+            self.tile::<H>(last, false);
             self.drain();
             self.ring.values.release(place.lane, &self.cursors.own);
         });
@@ -193,13 +190,9 @@ impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
         });
     }
 
-    /// The work of a tile whose scores are there: its softmax, then the start of the next tile's scores, where there is one,
-    /// and of its own product with V, until those scores are there.
-    fn tile<H, W>(&self, tile: Val<'k, i32>, has_next: bool)
-    where
-        H: Half + MmaElement + Stored<Value = H>,
-        W: Half + MmaElement,
-    {
+    /// The work of a tile whose scores are there: its softmax, then the start of the next tile's scores, where there is
+    /// one, and of its own product with V, until those scores are there.
+    fn tile<H: Half + MmaElement>(&self, tile: Val<'k, i32>, has_next: bool) {
         let (k, place) = (self.code, &self.scoring.place);
         let p = self.exponentials(tile, has_next);
         // The tile's values have mostly arrived by now. The loop around the wait keeps the compiler from moving the
@@ -207,11 +200,11 @@ impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
         self.ring.values.wait(&self.cursors.own);
         self.drain();
         k.when(tile.gt(place.first_tile), || self.ring.values.release(place.lane, &self.cursors.done));
-        self.round::<W>(&p);
+        self.probabilities.set(&p);
         if has_next {
             self.start_scores::<H>();
         }
-        self.start_output::<W>(tile);
+        self.start_output(tile);
         if has_next {
             self.take_scores(1);
         }
@@ -219,7 +212,7 @@ impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
 
     /// Waits for the scores of the next tile, after which `later` products were started, and frees its keys.
     fn take_scores(&self, later: u32) {
-        self.code.wait_products(later, &self.score_registers::<f32>());
+        self.code.wait_products(later, self.scores.registers());
         self.ring.keys.release(self.scoring.place.lane, &self.cursors.next);
         self.cursors.advance();
     }
@@ -239,14 +232,13 @@ impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
         }
     }
 
-    fn score_registers<T: MmaAccumulator>(&self) -> Vec<Var<'k, T>> {
-        self.scores.iter().flatten().map(|var| var.reinterpret()).collect()
-    }
-
     /// Starts the products of the queries with the next tile of keys.
     fn start_scores<H: Half + MmaElement>(&self) {
         self.code.note("scores: q * k^T");
-        self.clear_scores();
+        if self.config.scores != Scores::Full {
+            // Products of integers are added to the bits of a float, so that sums are floats at once.
+            self.scores.reinterpret::<i32>().fill(ROUNDING_MAGIC_BITS);
+        }
         self.ring.keys.wait(&self.cursors.next);
         let keys = self.ring.keys.matrix(&self.cursors.next);
         match self.config.scores {
@@ -255,25 +247,24 @@ impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
         }
     }
 
-    /// What products of integers are added to: the bits of a float, so that sums are floats at once.
-    fn clear_scores(&self) {
-        if self.config.scores != Scores::Full {
-            self.score_registers::<i32>().iter().for_each(|sum| sum.set(ROUNDING_MAGIC_BITS));
-        }
-    }
-
-    fn multiply_queries<E: MmaElement, T: MmaAccumulator>(&self, keys: &PanelMatrix<'k>, add: bool) {
-        let sums = self.score_registers::<T>();
+    fn multiply_queries<Q: MmaElement, T: MmaAccumulator>(&self, keys: &PanelMatrix<'k>, add: bool) {
+        let sums = self.scores.reinterpret::<T>();
         self.code.fence_products();
         for step in 0..depth_steps(self.config) {
-            let a = self.scoring.queries.warpgroup_operand::<E>(step);
-            warpgroup_product(&sums, a, keys.depth_in_columns(0, 32 * step), false, add || step > 0);
+            let a = self.scoring.queries.warpgroup_operand::<Q>(step);
+            warpgroup_product(
+                sums.registers(),
+                a,
+                keys.depth_in_columns(0, 32 * step),
+                false,
+                add || step > 0,
+            );
         }
         self.code.commit_products();
     }
 
-    /// The exponentials of a tile's scores, by columns, while the product of the tile before is in flight.
-    fn exponentials(&self, tile: Val<'k, i32>, has_next: bool) -> Vec<[Val<'k, f32>; 4]> {
+    /// The exponentials of a tile's scores, while the product of the tile before is in flight.
+    fn exponentials(&self, tile: Val<'k, i32>, has_next: bool) -> Tile<Val<'k, f32>> {
         let (k, place) = (self.code, &self.scoring.place);
         let parts = self.config.tiling.tile_keys / KEY_TILE;
         let scales: Vec<Vec<_>> =
@@ -281,67 +272,43 @@ impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
         if has_next {
             self.load_scales(tile + 1);
         }
-        let tiles: Vec<ScoreTile<'k>> = self
-            .scores
-            .chunks(KEY_TILE / 8)
-            .zip(&scales)
-            .enumerate()
-            .map(|(part, (values, scales))| {
-                let first_key = (tile * parts as i32 + part as i32) * KEY_TILE as i32;
-                self.scoring.scaled(values.to_vec(), first_key, 0, scales)
-            })
-            .collect();
+        let of_part = |(part, scales): (usize, &Vec<_>)| {
+            let first_key = (tile * parts as i32 + part as i32) * KEY_TILE as i32;
+            let blocks = KEY_TILE / 8;
+            let scores = self.scores.columns(blocks * part..blocks * (part + 1));
+            self.scoring.scaled(scores, first_key, 0, scales)
+        };
+        let tiles: Vec<_> = scales.iter().enumerate().map(of_part).collect();
         let inner = (place.inner_end - place.inner_start).reinterpret::<u32>();
         let cut = (tile - place.inner_start).reinterpret::<u32>().ge(inner);
         k.when(cut, || {
             k.note("scores: causal mask, window, end of the keys");
             tiles.iter().for_each(|tile| tile.hide(place));
         });
-        let shifts = self.softmax.advance(k, &tiles, |alphas| {
+        let p = self.softmax.advance(k, &tiles, |alphas| {
             self.drain();
             // They are in, and shall not count a second time.
-            self.clear_parts();
+            self.parts.fill(0.0);
             k.note("output: rescale");
-            self.output.rescale(alphas);
-            for (i, sum) in self.softmax.sums_in_flight().iter().enumerate() {
-                sum.set(sum.get() * alphas[i / 2]);
-            }
+            self.sums.mul_rows(alphas);
         });
-        let of_tile = |(tile, shifts): (&ScoreTile<'k>, &Vec<_>)| {
-            self.softmax.exponentials(tile, shifts, 0..tile.columns).remove(0)
-        };
-        tiles.iter().zip(&shifts).flat_map(of_tile).collect()
-    }
-
-    /// Rounds P, whose columns are `p`, into the operands of the product with V.
-    fn round<W: Half + MmaElement>(&self, p: &[[Val<'k, f32>; 4]]) {
-        let words = |step: usize| match self.config.values {
-            Values::Fp8(_) => {
-                FragmentA::<E4M3>::from_accumulators(std::array::from_fn(|i| p[4 * step + i])).words()
-            }
-            _ => FragmentA::<W>::from_accumulators([p[2 * step], p[2 * step + 1]]).words(),
-        };
-        for (step, vars) in self.probabilities.iter().enumerate() {
-            vars.iter().zip(words(step)).for_each(|(var, word)| var.set(word));
-        }
+        let p = p.iter().map(|p| p.exponentials()).reduce(|tile, part| tile.beside(&part));
+        p.expect("a tile has keys")
     }
 
     /// Starts the product of P, which is that of tile `tile`, with its values, which have arrived.
-    fn start_output<W: Half + MmaElement>(&self, tile: Val<'k, i32>) {
-        let (k, config) = (self.code, self.config);
-        k.note("output: p * v");
+    fn start_output(&self, tile: Val<'k, i32>) {
+        self.code.note("output: p * v");
         let values = self.ring.values.matrix(&self.cursors.own);
         self.clear_values(tile, &self.cursors.own);
-        match config.values {
-            Values::Fp8(_) => {
-                self.multiply_values::<E4M3>(|step| values.depth_in_columns(0, 32 * step), false);
-            }
-            _ => self.multiply_values::<W>(|step| values.depth_in_rows(16 * step), true),
+        match self.config.values {
+            Values::Fp8(_) => self.multiply_values(|step| values.depth_in_columns(0, 32 * step), false),
+            _ => self.multiply_values(|step| values.depth_in_rows(16 * step), true),
         }
     }
 
-    /// Clears what no query sees in a tile of V as given, whether a mask hides it or it lies behind the end of the sequence: all
-    /// groups meet there.
+    /// Clears what no query sees in a tile of V as given, whether a mask hides it or it lies behind the end of the
+    /// sequence: all groups meet there.
     fn clear_values(&self, tile: Val<'k, i32>, cursor: &Cursor<'k>) {
         let (k, config, place) = (self.code, self.config, &self.scoring.place);
         let tile_keys = config.tiling.tile_keys as i32;
@@ -372,50 +339,38 @@ impl<'k, 'c, 'r> Group<'k, 'c, 'r> {
         }
     }
 
-    fn multiply_values<E: MmaElement>(
-        &self,
-        values: impl Fn(usize) -> sage_ptx::MatrixDescriptor<'k>,
-        transposed: bool,
-    ) {
-        let p: Vec<_> =
-            self.probabilities.iter().map(|vars| FragmentA::<E>::new(vars.map(|var| var.get()))).collect();
-        let sums = self.sums();
-        let add = self.parts.len() < sums.len();
+    fn multiply_values(&self, values: impl Fn(usize) -> MatrixDescriptor<'k>, transposed: bool) {
+        let p = self.probabilities.fragments();
+        let sums = self.sums_of_tile();
+        let add = self.parts.blocks() < sums.blocks();
         if add {
-            self.clear_parts();
+            self.parts.fill(0.0);
         }
         self.code.fence_products();
-        for (step, &p) in p.iter().enumerate() {
+        for (step, p) in p.into_iter().enumerate() {
             let p = WarpgroupA::Registers(p);
-            warpgroup_product(&sums, p, values(step), transposed, add || step > 0);
+            warpgroup_product(sums.registers(), p, values(step), transposed, add || step > 0);
         }
         self.code.commit_products();
     }
 
-    /// What P·V is added to.
-    fn sums(&self) -> Vec<Var<'k, f32>> {
-        let mut sums = self.all_sums();
-        sums.truncate(sums.len() - self.parts.len());
-        sums.extend(&self.parts);
-        sums
+    /// The columns of the sums that have no part of a tile's own, and those that have.
+    fn columns(&self) -> [Tile<Var<'k, f32>>; 2] {
+        let (all, parts) = (self.sums.blocks(), self.parts.blocks());
+        [0..all - parts, all - parts..all].map(|blocks| self.sums.columns(blocks))
     }
 
-    /// Sums of P·V over all tiles, and those of P where they are products.
-    fn all_sums(&self) -> Vec<Var<'k, f32>> {
-        let mut sums = self.output.registers();
-        sums.extend(self.softmax.sums_in_flight());
-        sums
-    }
-
-    fn clear_parts(&self) {
-        self.parts.iter().for_each(|part| part.set(0.0));
+    /// What P·V of a tile is added to.
+    fn sums_of_tile(&self) -> Tile<Var<'k, f32>> {
+        let [at_once, _] = self.columns();
+        at_once.beside(&self.parts)
     }
 
     /// Waits for the product with V, whose own sums go into those of all tiles.
     fn drain(&self) {
-        self.code.wait_products(0, &self.sums());
-        for (part, sum) in self.parts.iter().rev().zip(self.all_sums().iter().rev()) {
-            sum.set(sum.get() + part.get());
-        }
+        self.code.wait_products(0, self.sums_of_tile().registers());
+        let [_, of_parts] = self.columns();
+        let pairs = of_parts.registers().iter().zip(self.parts.registers());
+        pairs.rev().for_each(|(sum, part)| sum.set(sum.get() + part.get()));
     }
 }

@@ -1,0 +1,242 @@
+//! The epilogue: sums of P·V become rows of the output and log-sum-exps, or parts of them where keys are split.
+
+use std::f32::consts::LN_2;
+
+use sage_ptx::{Code, Global, Half, Rows, SLOT_ROWS, SharedTile, Stored, Val, lane_column, lane_row};
+
+use super::config::{AttentionConfig, AttentionParams, MaskForm, Values};
+use super::output::Output;
+use super::place::Place;
+use super::score_tile::LEAST_REFERENCE;
+use super::softmax::RowSum;
+use crate::combine::PART;
+
+/// Where a warp's rows go.
+pub(super) struct Epilogue<'k, 'a> {
+    code: &'k Code,
+    config: &'a AttentionConfig,
+    params: &'a AttentionParams<'k>,
+    place: &'a Place<'k>,
+    /// The sequence's first row of the head among all rows of log-sum-exps and of parts.
+    first_row: Val<'k, i64>,
+}
+
+impl<'k, 'a> Epilogue<'k, 'a> {
+    pub fn new(
+        code: &'k Code,
+        config: &'a AttentionConfig,
+        p: &'a AttentionParams<'k>,
+        place: &'a Place<'k>,
+    ) -> Self {
+        let heads = p.group_size * p.kv_heads;
+        let first_row = (place.sequence.batch * heads + place.head).mul_wide(p.q_rows)
+            + place.sequence.q_start.widen()
+            + place.split.widen() * p.total_rows;
+        Epilogue { code, config, params: p, place, first_row }
+    }
+
+    /// Divides the output by the sums of P, which are those of `rows`, applies V's scale and mean, and writes rows and
+    /// log-sum-exps: through shared memory where a tile for the block's rows is given, else from the registers, for
+    /// which rows must be aligned. Smoothing has taken `taken` from the rows' scores.
+    pub fn store<H: Half + Stored<Value = H>>(
+        &self,
+        output: &Output<'k, '_>,
+        rows: &Rows<RowSum<'k>>,
+        taken: &Rows<Val<'k, f32>>,
+        tile: Option<&SharedTile<'k>>,
+    ) {
+        if self.config.lse || self.config.split {
+            self.store_log_sum_exps(rows, taken);
+        }
+        self.code.note("output: scales of v, division by the sums");
+        if self.config.split {
+            self.for_each_pair(output, rows, |slot, column, pair| self.store_partial(slot, column, pair));
+            return;
+        }
+        // Of each row, pairs of channels packed in a word.
+        let mut words = rows.map(|_| Vec::new());
+        self.for_each_pair(output, rows, |slot, _, [low, high]| {
+            words[slot].push(low.pack::<H>(high).reinterpret::<u32>());
+        });
+        match tile {
+            Some(tile) => self.store_through::<H>(&words, tile),
+            None => self.store_columns::<H>(&words),
+        }
+    }
+
+    /// Log-sum-exps, or of parts of the keys what they are made of.
+    fn store_log_sum_exps(&self, rows: &Rows<RowSum<'k>>, taken: &Rows<Val<'k, f32>>) {
+        let Epilogue { code, config, params: p, place, first_row } = *self;
+        code.note("log-sum-exp");
+        code.when((place.lane & 3).eq(0), || {
+            for (slot, sum) in rows.iter().enumerate() {
+                let row = place.row(slot);
+                // With a cap, what smoothing took was added back before it.
+                let taken = if config.softcap { code.constant(0.0) } else { taken[slot] };
+                code.when(row.lt(place.sequence.q_len), || {
+                    let at = first_row + row.widen();
+                    if config.split {
+                        let part = [sum.reference, sum.divisor, sum.sum, taken];
+                        p.lse.at(at * PART as i64).store_vector(part);
+                    } else {
+                        p.lse.at(at).store(self.log_sum_exp(sum, taken));
+                    }
+                });
+            }
+        });
+    }
+
+    /// A row's log-sum-exp, of whose scores smoothing has taken `taken`.
+    fn log_sum_exp(&self, sum: &RowSum<'k>, taken: Val<'k, f32>) -> Val<'k, f32> {
+        let lse = sum.lse2().mul_add(LN_2, taken);
+        match self.config.mask {
+            MaskForm::Bias(_) => least_lse(sum.reference, lse),
+            _ => lse,
+        }
+    }
+
+    /// Calls `visit` with each row slot, column and the lane's two channels there of the output.
+    fn for_each_pair(
+        &self,
+        output: &Output<'k, '_>,
+        rows: &Rows<RowSum<'k>>,
+        mut visit: impl FnMut(usize, usize, [Val<'k, f32>; 2]),
+    ) {
+        let Epilogue { config, params: p, place, .. } = *self;
+        let padded = config.padded_dim() as i32;
+        let channel = lane_column(place.lane);
+        let first = place.kv_index(p) * padded + channel;
+        let of_channels = |pointer: Global<'k, f32>, column: usize| {
+            pointer.at(first).plus(column as i32).load_vector::<2>()
+        };
+        for column in (0..Output::blocks(config)).map(|block| 8 * block) {
+            let scale = matches!(config.values, Values::Fp8(_)).then(|| of_channels(p.v_scale, column));
+            let mean = config.smooth_v.then(|| of_channels(p.v_mean, column));
+            for (slot, row) in rows.iter().enumerate() {
+                let value = |i: usize| {
+                    let mut x = output.element(slot, column + i) * row.inverse;
+                    if let Some(scale) = scale {
+                        x = x * scale[i];
+                    }
+                    match mean {
+                        Some(mean) => row.inverse.eq(0.0).select(0.0, x + mean[i]),
+                        None => x,
+                    }
+                };
+                visit(slot, column, [value(0), value(1)]);
+            }
+        }
+    }
+
+    /// Rows to the output by way of shared memory.
+    fn store_through<H: Half + Stored<Value = H>>(
+        &self,
+        words: &Rows<Vec<Val<'k, u32>>>,
+        tile: &SharedTile<'k>,
+    ) {
+        let place = self.place;
+        for (slot, words) in words.iter().enumerate() {
+            let row = place.warp * self.config.tiling.rows_per_warp as i32 + lane_row(place.lane);
+            // A chunk is a block of 8 columns; the lane's two elements are one word of it.
+            for (chunk, &word) in words.iter().enumerate() {
+                let chunk = tile.chunk(row, 0).step(SLOT_ROWS * slot, chunk);
+                chunk.cast::<u32>().at(place.lane & 3).store(word);
+            }
+        }
+        self.store_rows::<H>(tile);
+    }
+
+    /// Rows from the registers to the output: the lanes of a quad, which hold four words of a column of 8 channels,
+    /// exchange them for a whole column each.
+    fn store_columns<H: Half + Stored<Value = H>>(&self, words: &Rows<Vec<Val<'k, u32>>>) {
+        let Epilogue { code, config, params: p, place, .. } = *self;
+        code.note("output: rows to device memory");
+        let quad = place.lane & 3;
+        let start =
+            place.sequence.batch.widen() * p.out_stride_batch + place.head.widen() * p.out_stride_head;
+        let whole = config.head_dim == config.padded_dim();
+        for (slot, words) in words.iter().enumerate() {
+            let mut words = words.clone();
+            words.resize(words.len().next_multiple_of(4), code.constant(0));
+            words.chunks_mut(4).for_each(|column| transpose(quad, column));
+            let row = place.row(slot);
+            let target = (place.sequence.q_start + row).widen() * p.out_stride_row;
+            let target = p.out.cast::<H>().at(start + target).at(8 * quad).cast::<u32>();
+            code.when(row.lt(place.sequence.q_len), || {
+                for (index, column) in words.chunks(4).enumerate() {
+                    let store = || {
+                        let target = target.plus(16 * index as i32);
+                        target.store_vector([column[0], column[1], column[2], column[3]]);
+                    };
+                    let channel = 8 * (quad + 4 * index as i32);
+                    if whole { store() } else { code.when(channel.lt(config.head_dim as i32), store) }
+                }
+            });
+        }
+    }
+
+    /// Two neighbouring channels of a part of the keys, in single precision.
+    fn store_partial(&self, slot: usize, column: usize, pair: [Val<'k, f32>; 2]) {
+        let Epilogue { code, config, params: p, place, first_row } = *self;
+        let dim = config.head_dim as i32;
+        let row = place.row(slot);
+        let channel = lane_column(place.lane) + column as i32;
+        let target = p.partial.at((first_row + row.widen()) * dim as i64).at(channel);
+        for (i, x) in pair.into_iter().enumerate() {
+            let inside = row.lt(place.sequence.q_len) & (channel + i as i32).lt(dim);
+            code.when(inside, || target.plus(i as i32).store(x));
+        }
+    }
+
+    /// The warp's rows from shared memory to the output, whole chunks at a time.
+    fn store_rows<H: Half + Stored<Value = H>>(&self, tile: &SharedTile<'k>) {
+        let Epilogue { code, config, params: p, place, .. } = *self;
+        code.note("output: rows to device memory");
+        code.warp_sync();
+        let chunks = config.head_dim.div_ceil(8);
+        let rows = config.tiling.rows_per_warp;
+        let start =
+            place.sequence.batch.widen() * p.out_stride_batch + place.head.widen() * p.out_stride_head;
+        let total = rows * chunks;
+        for round in 0..total.div_ceil(32) {
+            let index = place.lane + (32 * round) as i32;
+            let (row, chunk) = index.split_index(chunks);
+            let in_tile = place.warp * rows as i32 + row;
+            let out_row = place.warp_row + row;
+            let valid = out_row.lt(place.sequence.q_len) & index.lt(total as i32);
+            code.when(valid, || {
+                let words = tile.chunk(in_tile, chunk).step(0, 0).cast::<u32>().load_vector::<4>();
+                let row = (place.sequence.q_start + out_row).widen() * p.out_stride_row;
+                let target = p.out.cast::<H>().at(start + row).at(chunk * 8);
+                if config.aligned {
+                    target.cast::<u32>().store_vector(words);
+                } else {
+                    let elements = words.into_iter().flat_map(|word| word.split::<H>());
+                    for (i, x) in elements.enumerate() {
+                        let inside = (chunk * 8 + i as i32).lt(config.head_dim as i32);
+                        code.when(inside, || target.plus(i as i32).store(x));
+                    }
+                }
+            });
+        }
+    }
+}
+
+/// `lse`, or the least finite number where a bias of about that much was on every key of the row: in base 2, where
+/// `reference` is, it did not fit.
+pub(crate) fn least_lse<'k>(reference: Val<'k, f32>, lse: Val<'k, f32>) -> Val<'k, f32> {
+    (reference.le(-LEAST_REFERENCE / 2.0) & lse.gt(f32::NEG_INFINITY)).select(f32::MIN, lse)
+}
+
+/// Four words of each lane of a quad: afterwards lane `i` has what was word `i` of each.
+fn transpose<'k>(quad: Val<'k, i32>, words: &mut [Val<'k, u32>]) {
+    for bit in [1, 2] {
+        let upper = (quad & bit).ne(0);
+        for low in (0..4usize).filter(|i| i & bit as usize == 0) {
+            let high = low | bit as usize;
+            let received = upper.select(words[low], words[high]).shuffle_xor(bit);
+            words[low] = upper.select(received, words[low]);
+            words[high] = upper.select(words[high], received);
+        }
+    }
+}

@@ -1,0 +1,161 @@
+//! Scores of a step's keys in registers, and what can be done to them between Q·Kᵀ and the softmax.
+
+use std::f32::consts::LOG2_E;
+
+use sage_ptx::{Rows, Stored, Tile, Val, Var, lane_column};
+
+use super::config::AttentionParams;
+use super::place::Place;
+use super::queries::Queries;
+use crate::integer::ROUNDING_MAGIC;
+use crate::sequence::KEY_TILE;
+
+/// The least bias that is finite in base 2, where the least finite reference still lies below it: `-2¹²⁷`, in natural
+/// units.
+const LEAST_BIAS: f32 = -LEAST_REFERENCE / LOG2_E;
+
+/// `2¹²⁷`: rows whose scores are all biased by less have this reference, negative.
+pub(super) const LEAST_REFERENCE: f32 = f32::from_bits(254 << 23);
+
+/// A warp's scores of one step's keys, before the exponential: rows are queries, columns keys.
+pub(super) struct ScoreTile<'k> {
+    /// The key of the first column.
+    pub first_key: Val<'k, i32>,
+    pub values: Tile<Var<'k, f32>>,
+    /// What makes base-2 logarithms of each row slot's values.
+    pub factor: Rows<Val<'k, f32>>,
+    /// Whether values are integers plus [`ROUNDING_MAGIC`].
+    pub biased: bool,
+}
+
+/// A scale of zero stands for zeros; a tiny one does as well, and hidden keys stay at minus infinity times it.
+pub(super) fn nonzero<'k>(scale: Val<'k, f32>) -> Val<'k, f32> {
+    scale.eq(0.0).select(1e-30, scale)
+}
+
+impl<'k> ScoreTile<'k> {
+    /// The key of the lane's first column.
+    fn lane_key(&self, place: &Place<'k>) -> Val<'k, i32> {
+        self.first_key + lane_column(place.lane)
+    }
+
+    /// Integers times a scale for each of the lane's keys, and the rows' own: plain floats in base 2.
+    pub fn scaled_by_key(self, scales: &[Val<'k, f32>]) -> Self {
+        // Of every eight keys the lane has two.
+        let of_key = |key: usize| scales[key / 8 * 2 + key % 2];
+        self.values
+            .update(|slot, key, value| (value - ROUNDING_MAGIC) * nonzero(of_key(key) * self.factor[slot]));
+        self.plain()
+    }
+
+    /// The same values, which are plain floats in base 2 now.
+    fn plain(self) -> Self {
+        let one = self.first_key.code().constant(1.0);
+        ScoreTile { factor: self.factor.map(|_| one), biased: false, ..self }
+    }
+
+    /// Plain floats in base 2.
+    pub fn unbiased(self) -> Self {
+        let bias = if self.biased { ROUNDING_MAGIC } else { 0.0 };
+        self.values.update(|slot, _, value| (value - bias) * self.factor[slot]);
+        self.plain()
+    }
+
+    /// Adds the products of the keys with the means that smoothing took from blocks of `block` queries.
+    pub fn add_delta(&self, block: usize, p: &AttentionParams<'k>, place: &Place<'k>) {
+        let first_key = self.lane_key(place);
+        let factor = p.sm_scale * LOG2_E;
+        for slot in 0..self.values.slots() {
+            let line = place.query_block(place.row(slot), block, p);
+            let line = p.delta_s.at(line.mul_wide(p.max_tiles * KEY_TILE as i32)).at(first_key);
+            for (key, value) in self.values.row(slot) {
+                value.set(line.plus(key as i32).load().mul_add(factor, value.get()));
+            }
+        }
+    }
+
+    /// `cap · tanh(s / cap)`, from the exponential: the unit's own tanh is too coarse for scores.
+    pub fn cap(&self, p: &AttentionParams<'k>, queries: &Queries<'k>) {
+        let cap2 = p.softcap * LOG2_E;
+        let twice = 2.0 / p.softcap;
+        self.values.for_each(|slot, _, value| {
+            // What smoothing K took must be back before a function that is not linear.
+            let score = queries.taken[slot].mul_add(LOG2_E, value.get());
+            // tanh y = 1 − 2 / (1 + e^2y), with y in base 2 already.
+            let exponential = (score * twice).exp2();
+            let tanh = (exponential + 1.0).recip_approx().mul_add(-2.0, 1.0);
+            value.set(tanh * cap2);
+        });
+    }
+
+    /// Hides the keys whose byte of the mask is 0.
+    pub fn mask(&self, p: &AttentionParams<'k>, place: &Place<'k>) {
+        self.first_key.code().note("scores: boolean mask");
+        self.for_each_of_mask::<u8>(p, place, |value, mask| {
+            value.set(mask.ne(0u32).select(value, f32::NEG_INFINITY));
+        });
+    }
+
+    /// Adds a mask of biases, in natural units.
+    pub fn add_bias<B: Stored>(
+        &self,
+        p: &AttentionParams<'k>,
+        place: &Place<'k>,
+        to_f32: impl Fn(Val<'k, B::Value>) -> Val<'k, f32>,
+    ) {
+        self.first_key.code().note("scores: additive mask");
+        self.for_each_of_mask::<B>(p, place, |value, bias| {
+            let bias = to_f32(bias);
+            // A bias of −∞ hides the key whatever its score is, and no other bias does: in base 2 the least finite ones
+            // would overflow. A score of −∞ stays so whatever is added.
+            let biased = bias.max_nan(LEAST_BIAS).mul_add(LOG2_E, value.get());
+            value.set(bias.eq(f32::NEG_INFINITY).select(f32::NEG_INFINITY, biased));
+        });
+    }
+
+    /// Calls `visit` with each value and its element of the mask; hidden rows and keys read the last valid one.
+    fn for_each_of_mask<B: Stored>(
+        &self,
+        p: &AttentionParams<'k>,
+        place: &Place<'k>,
+        visit: impl Fn(Var<'k, f32>, Val<'k, B::Value>),
+    ) {
+        let first_key = self.lane_key(place);
+        let base =
+            place.sequence.batch.widen() * p.mask_stride_batch + place.head.widen() * p.mask_stride_head;
+        let rows = Rows::from_fn(self.values.slots(), |slot| {
+            let row = place.row(slot).min(place.sequence.q_len - 1);
+            p.mask.cast::<B>().at(base + row.widen() * p.mask_stride_row)
+        });
+        self.values.for_each(|slot, key, value| {
+            let key = (first_key + key as i32).min(place.sequence.kv_len - 1);
+            visit(value, rows[slot].at(key.widen() * p.mask_stride_key).load());
+        });
+    }
+
+    /// Hides keys that the band or the sequence's end hides.
+    pub fn hide(&self, place: &Place<'k>) {
+        let first_key = self.lane_key(place);
+        let visible = Rows::from_fn(self.values.slots(), |slot| {
+            let (start, end) = place.visible(place.row(slot));
+            start - first_key..end - first_key
+        });
+        self.values.fill_outside(&visible, f32::NEG_INFINITY);
+    }
+
+    /// The largest value of a row slot that this lane holds.
+    pub fn lane_maximum(&self, slot: usize) -> Val<'k, f32> {
+        if self.biased {
+            // Biased values are positive or −∞, and so are ordered like their bits; integer maxima are the faster ones.
+            self.values.reinterpret::<i32>().row_max(slot).reinterpret()
+        } else {
+            self.values.row_max(slot)
+        }
+    }
+
+    /// A value of a row slot, as its base-2 logarithm.
+    pub fn logarithm(&self, value: Val<'k, f32>, slot: usize) -> Val<'k, f32> {
+        let value = if self.biased { value - ROUNDING_MAGIC } else { value };
+        value * self.factor[slot]
+    }
+}
