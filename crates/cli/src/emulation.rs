@@ -6,16 +6,13 @@ use half::f16;
 use sage_core::metrics::Accuracy;
 use sage_core::{Call, oracle};
 use sage_emulator::{Emulator, EmulatorOptions, Report};
-use sage_kernels::Lengths;
-use sage_kernels::attention::MaskForm;
-use sage_kernels::forward::{Forward, Gpu, Launcher, Request, TensorArg, Tensors};
+use sage_kernels::forward::{ForwardPlan, Request, Tensors};
+use sage_kernels::pass::Launcher;
+use sage_kernels::{Machine, TensorArg};
 use sage_ptx::{Arg, BoxedTensor, Program};
 use sageattention::{DType, Scheme, TensorView};
 
 use crate::failure::{Failure, Result};
-
-/// Channels in a 16-byte chunk: what rows must be multiples of for kernels that read such chunks.
-const CHUNK: usize = 8;
 
 /// Most bytes of a buffer in the emulator.
 const MAX_BYTES: u64 = 4 << 30;
@@ -24,7 +21,7 @@ const MAX_BYTES: u64 = 4 << 30;
 #[derive(Debug)]
 pub struct Emulation {
     /// How it was planned.
-    pub forward: Forward,
+    pub forward: ForwardPlan,
     /// What each launch did, and how long the emulator took.
     pub launches: Vec<(Report, Duration)>,
     /// Against the definition of its scheme.
@@ -34,24 +31,13 @@ pub struct Emulation {
 }
 
 /// Plans a dense call without an explicit mask, in f16 or bf16.
-pub fn plan(call: &Call<'_>, scheme: Option<Scheme>, gpu: &Gpu) -> Result<Forward> {
+pub fn plan(call: &Call<'_>, scheme: Option<Scheme>, gpu: &Machine) -> Result<ForwardPlan> {
     let problem = &call.problem;
-    let request = Request {
-        scheme,
-        accuracy: None,
-        mask: MaskForm::None,
-        lengths: Lengths::Dense,
-        q_rows: problem.q_len,
-        kv_rows: problem.kv_len,
-        aligned: problem.head_dim.is_multiple_of(CHUNK),
-        boxed: problem.head_dim.is_multiple_of(CHUNK),
-        lse: false,
-        tiling: None,
-    };
-    let forward = Forward::new(problem, &request, gpu)?;
-    check_buffer(forward.workspace_bytes() as u64)?;
+    let request = Request { scheme, ..Request::new(problem) };
+    let forward = ForwardPlan::new(problem, &request, gpu)?;
+    check_buffer(forward.pass().workspace_bytes() as u64)?;
     // The emulator runs instructions of every target.
-    for program in forward.programs() {
+    for program in forward.pass().programs() {
         program.ptx(gpu.target).map_err(|error| Failure::Failed(error.to_string()))?;
     }
     Ok(forward)
@@ -97,7 +83,7 @@ impl<F: FnMut()> Launcher for Emulated<'_, F> {
 }
 
 /// Runs a plan for the call; `launched` is told after each launch.
-pub fn run(call: &Call<'_>, forward: Forward, mut launched: impl FnMut()) -> Result<Emulation> {
+pub fn run(call: &Call<'_>, forward: ForwardPlan, mut launched: impl FnMut()) -> Result<Emulation> {
     let mut emulator = Emulator::with_options(EmulatorOptions {
         workers: rayon::current_num_threads(),
         ..EmulatorOptions::default()
@@ -118,18 +104,18 @@ pub fn run(call: &Call<'_>, forward: Forward, mut launched: impl FnMut()) -> Res
     // The output lies as the queries do.
     let out = emulator.uninitialized("out", size_of::<f16>() * call.q.geometry().len());
     // Nobody but the host zeroes what must be zeros: what is read from elsewhere before it is written is a fault.
-    let workspace = emulator.uninitialized("workspace", forward.workspace_bytes().max(1));
-    emulator.write(workspace, &vec![0u8; forward.zeroed_bytes()]);
+    let workspace = emulator.uninitialized("workspace", forward.pass().workspace_bytes().max(1));
+    emulator.write(workspace, &vec![0u8; forward.pass().zeroed_bytes()]);
     let tensors = Tensors { q, k, v, out: TensorArg { address: out.address(), ..q }, ..Tensors::default() };
 
-    let programs = forward.programs();
+    let programs = forward.pass().programs();
     let mut launcher = Emulated {
         emulator: &mut emulator,
         programs: &programs,
         launches: Vec::new(),
         launched: &mut launched,
     };
-    forward.run(&tensors, workspace.address(), &mut launcher).map_err(|failure| {
+    forward.pass().run(&tensors, workspace.address(), &mut launcher).map_err(|failure| {
         // On one line, as all errors are.
         let text = failure.to_string();
         Failure::Failed(text.split_whitespace().collect::<Vec<_>>().join(" "))

@@ -1,25 +1,28 @@
 //! A quantised KV cache in a GPU's memory.
 
-use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use sage_core::{
-    Alignment, BlockTables, CacheLayout, CachedInputs, Call, DType, Error, Layout, MAX_HEADS, Operand,
-    Options, Result, Strided,
+    BlockTables, CacheLayout, CachedInputs, Call, DType, Error, Layout, MAX_HEADS, Operand, Options, Result,
+    Strided,
 };
 use sage_cuda::{Buffer, Kernel, Stream};
-use sage_kernels::cache::{
-    CacheAdvanceArgs, CacheAdvanceConfig, CacheAppendArgs, CacheAppendConfig, CacheAttendArgs,
-    CacheAttendConfig, Storage, split_tokens,
-};
-use sage_kernels::combine::{CombineArgs, CombineConfig, PART};
-use sage_ptx::Program;
+use sage_kernels::decode::{AppendCall, AppendTensors, AttendCall, AttendTensors, PoolTensors, Storage};
+use sage_kernels::pass::Pass;
 
-use crate::plan::load;
-use crate::{Cuda, DeviceLse, DeviceMask, DeviceTensor, driver};
+use crate::plan::{self, Launch};
+use crate::recent::Recent;
+use crate::{Cuda, DeviceLse, DeviceMask, DeviceTensor, argument, driver};
 
-/// Tokens that a band may reach, so that sums with them fit 32 bits.
-const REACH_MAX: usize = 1 << 30;
+/// Passes kept for each kind of call: layers share a cache's, and lengths grow page by page.
+const MAX_PASSES: usize = 16;
+
+/// A pass, and its compiled kernels.
+#[derive(Debug)]
+struct Ready<T> {
+    pass: Pass<T>,
+    kernels: Vec<Kernel>,
+}
 
 /// A quantised KV cache in a GPU's memory: a pool of fixed size, with kernels that append to it and attend to it on one
 /// stream, the caller's.
@@ -44,7 +47,8 @@ pub struct KvCache {
     device_tables: Buffer,
     /// `[sequences]`.
     device_lens: Buffer,
-    kernels: Mutex<HashMap<String, Kernel>>,
+    appends: Mutex<Recent<AppendCall, Arc<Ready<AppendTensors>>>>,
+    attends: Mutex<Recent<AttendCall, Arc<Ready<AttendTensors>>>>,
 }
 
 /// Sizes of a [`KvCache`].
@@ -101,7 +105,8 @@ impl KvCache {
             value_scales: buffer(bytes.value_scales)?,
             device_tables: buffer(4 * entries)?,
             device_lens,
-            kernels: Mutex::default(),
+            appends: Mutex::new(Recent::new(MAX_PASSES)),
+            attends: Mutex::new(Recent::new(MAX_PASSES)),
         })
     }
 
@@ -181,19 +186,22 @@ impl KvCache {
         }
         let tokens = new_k.shape()[2];
         // What may fail for reasons of its own comes before the tables change.
-        let config = CacheAppendConfig { storage: self.storage, dtype };
-        let append = self.kernel(&config.name(), || config.program())?;
-        let advance = self.kernel(&CacheAdvanceConfig.name(), || CacheAdvanceConfig.program())?;
-        let grid = config.grid(tokens, self.layout.num_kv_heads, count);
+        let call = AppendCall {
+            storage: self.storage,
+            dtype,
+            num_kv_heads: self.layout.num_kv_heads,
+            sequences: count,
+            tokens,
+            table_stride: self.max_pages,
+        };
+        let append = self.ready(&self.appends, call, || Ok(call.pass()))?;
         let sequences: Vec<usize> = (first..first + count).collect();
         let before = self.tables.clone();
         self.tables.reserve(&sequences, tokens)?;
         if tokens == 0 {
             return Ok(());
         }
-        let written =
-            self.write(&before, [&append, &advance], grid, (first, count), (&new_k, &new_v), tokens);
-        match written {
+        match self.write(&before, &append, &sequences, (&new_k, &new_v)) {
             Ok(()) => self.tables.advance(&sequences, tokens),
             Err(error) => {
                 self.tables = before;
@@ -202,52 +210,64 @@ impl KvCache {
         }
     }
 
-    /// Puts the kernels of an append on the stream; the tables have pages for it.
+    /// Puts an append to neighbouring sequences on the stream; the tables have pages for it.
     fn write(
         &mut self,
         before: &BlockTables,
-        [append, advance]: [&Kernel; 2],
-        grid: [u32; 3],
-        (first, count): (usize, usize),
+        append: &Ready<AppendTensors>,
+        sequences: &[usize],
         (k, v): (&DeviceTensor<'_>, &DeviceTensor<'_>),
-        tokens: usize,
     ) -> Result<()> {
-        let begun =
-            (first..first + count).any(|sequence| before.table(sequence) != self.tables.table(sequence));
-        if begun {
+        let Some(&first) = sequences.first() else { return Ok(()) };
+        if sequences.iter().any(|&sequence| before.table(sequence) != self.tables.table(sequence)) {
             self.copy_tables()?;
         }
-        let (k_strides, v_strides) = (k.strides(), v.strides());
-        let kv_lens = self.device_lens.address() + 4 * first as u64;
-        let args = CacheAppendArgs {
-            k: k.first_element(),
-            k_stride_batch: k_strides[0],
-            k_stride_head: k_strides[1],
-            k_stride_row: k_strides[2],
-            v: v.first_element(),
-            v_stride_batch: v_strides[0],
-            v_stride_head: v_strides[1],
-            v_stride_row: v_strides[2],
+        let tensors = AppendTensors { k: argument(k), v: argument(v), pool: self.pool(first) };
+        // k and v are as their makers promise and fit the cache's layout; the pool has room for every page that a table
+        // names, and the tables have a place for each token.
+        self.run(append, &tensors)
+    }
+
+    /// Addresses of the pool, with the tables and lengths of the sequences from `first` on.
+    fn pool(&self, first: usize) -> PoolTensors {
+        PoolTensors {
             tables: self.device_tables.address() + 4 * (first * self.max_pages) as u64,
-            kv_lens,
+            kv_lens: self.device_lens.address() + 4 * first as u64,
             keys: self.keys.address(),
             key_scales: self.key_scales.address(),
             constants: self.constants.address(),
             values: self.values.address(),
             value_scales: self.value_scales.address(),
-            table_stride: self.max_pages as i32,
-            tokens: tokens as i32,
-            kv_heads: self.layout.num_kv_heads as i32,
-            sequences: count as i32,
+        }
+    }
+
+    /// The pass of a call, with its kernels.
+    fn ready<K: PartialEq, T>(
+        &self,
+        recent: &Mutex<Recent<K, Arc<Ready<T>>>>,
+        call: K,
+        pass: impl FnOnce() -> Result<Pass<T>>,
+    ) -> Result<Arc<Ready<T>>> {
+        let recent = || recent.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(ready) = recent().get(&call) {
+            return Ok(ready);
+        }
+        let pass = pass()?;
+        let instead = "store values in another form, such as INT8 or f16";
+        let kernels = self.cuda.kernels.of_pass(&pass, self.cuda.device(), &self.cuda.machine, instead)?;
+        let ready = Arc::new(Ready { pass, kernels });
+        recent().put(call, ready.clone());
+        Ok(ready)
+    }
+
+    /// Puts a pass on the cache's stream.
+    fn run<T>(&self, ready: &Ready<T>, tensors: &T) -> Result<()> {
+        let put = |(_, kernel, grid, args): Launch<'_>| {
+            // SAFETY: see `plan::OnStream`; the cache's buffers live as long as it does, and are freed in the order of its
+            // stream.
+            unsafe { kernel.launch(&self.stream, grid, args) }.map_err(driver)
         };
-        // SAFETY: k and v are as their makers promise and fit the cache's layout; the pool's buffers have room for every
-        // page that a table names, and the tables a place for each token; all of them live as long as the cache and are
-        // freed in the order of its stream.
-        unsafe { append.launch(&self.stream, grid, &args.args()) }.map_err(driver)?;
-        let args = CacheAdvanceArgs { kv_lens, sequences: count as i32, tokens: tokens as i32 };
-        let grid = CacheAdvanceConfig.grid(count);
-        // SAFETY: the kernel counts `count` lengths on, from the first on, which there are.
-        unsafe { advance.launch(&self.stream, grid, &args.args()) }.map_err(driver)
+        plan::run(&ready.pass, &ready.kernels, tensors, &self.stream, put)
     }
 
     /// Attention of `q` over everything cached, `[sequences, num_q_heads, q_len, head_dim]` in f16 or bf16 and the
@@ -268,96 +288,38 @@ impl KvCache {
             .map(|sequence| self.len(sequence).map(|len| len as i32))
             .collect::<Result<_>>()?;
         let inputs = CachedInputs { q: *q, mask: None::<DeviceMask<'_>>, block_mask: None, kv_lens: &lens };
-        let call = Call::check_cached(&inputs, &self.layout, options)?;
-        let out = out.with_geometry(call.check_output(out.dtype(), out.geometry())?);
-        let problem = &call.problem;
+        let checked = Call::check_cached(&inputs, &self.layout, options)?;
+        let out = out.with_geometry(checked.check_output(out.dtype(), out.geometry())?);
+        let problem = &checked.problem;
         let dtype = sixteen_bits("q", problem.dtype)?;
-        let (group, q_len, heads) = (problem.group_size(), problem.q_len, problem.num_kv_heads);
-        if options.band.alignment != Alignment::BottomRight && !options.band.is_full() {
-            return Err(Error::unsupported(
-                "a mask aligned top-left over a KV cache on a GPU",
-                "align it bottom-right: the last query is that of the last cached token",
-            ));
-        }
-        let total_rows = problem.batch * problem.num_q_heads * q_len;
-        if let Some(lse) = lse {
-            lse.check(total_rows)?;
-        }
-        if total_rows == 0 {
-            return Ok(());
-        }
-        if i32::try_from(total_rows).is_err() {
-            return Err(Error::value("q_len", q_len, "less than 2³¹ rows of all heads together"));
-        }
-        let config = CacheAttendConfig {
+        let page_size = self.layout.page_size;
+        let call = AttendCall {
             storage: self.storage,
             dtype,
-            rows: CacheAttendConfig::rows_for(q_len, group),
-            softcap: problem.logit_softcap.is_some(),
+            sequences: problem.batch,
+            num_q_heads: problem.num_q_heads,
+            num_kv_heads: problem.num_kv_heads,
+            q_len: problem.q_len,
+            // One pass serves all lengths until a sequence begins a page.
+            kv_len: problem.kv_len.next_multiple_of(page_size),
+            sm_scale: problem.sm_scale,
+            band: problem.band,
+            logit_softcap: problem.logit_softcap,
+            lse: lse.is_some(),
+            table_stride: self.max_pages,
         };
-        let blocks = heads * config.row_blocks(q_len, group);
-        let split = split_tokens(
-            &self.storage,
-            problem.kv_len,
-            blocks * problem.batch,
-            self.cuda.gpu.multiprocessors,
-        );
-        let splits = problem.kv_len.div_ceil(split).max(1);
-        let grid = config.grid(splits, heads, q_len, group, problem.batch);
-        let combine = CombineConfig { dtype, head_dim: problem.head_dim, lse: lse.is_some() };
-        let attend = self.kernel(&config.name(), || config.program())?;
-        let merge = self.kernel(&combine.name(), || combine.program())?;
-
-        let partial =
-            Buffer::new(&self.stream, 4 * splits * total_rows * problem.head_dim).map_err(driver)?;
-        let partial_sums = Buffer::new(&self.stream, 4 * PART * splits * total_rows).map_err(driver)?;
-        let log2e = std::f32::consts::LOG2_E;
-        let reach = |side: Option<usize>| side.map_or(REACH_MAX, |n| n.min(REACH_MAX)) as i32;
-        let strides = call.q.strides();
-        let args = CacheAttendArgs {
-            q: call.q.first_element(),
-            q_stride_batch: strides[0],
-            q_stride_head: strides[1],
-            q_stride_row: strides[2],
-            tables: self.device_tables.address(),
-            kv_lens: self.device_lens.address(),
-            keys: self.keys.address(),
-            key_scales: self.key_scales.address(),
-            constants: self.constants.address(),
-            values: self.values.address(),
-            value_scales: self.value_scales.address(),
-            partial: partial.address(),
-            partial_sums: partial_sums.address(),
-            table_stride: self.max_pages as i32,
-            kv_heads: heads as i32,
-            group: group as i32,
-            q_len: q_len as i32,
-            sequences: problem.batch as i32,
-            split: split as i32,
-            scale: problem.sm_scale * log2e,
-            cap: problem.logit_softcap.map_or(0.0, |cap| (cap * log2e).min(f32::MAX)),
-            left: reach(problem.band.left),
-            right: reach(problem.band.right),
-        };
-        // SAFETY: q is as its maker promises and was checked; the cache's buffers are as in `write`, and the partial
-        // results have a place for each split of each row and are freed in the stream's order, after both kernels.
-        unsafe { attend.launch(&self.stream, grid, &args.args()) }.map_err(driver)?;
-        let strides = out.strides();
-        let args = CombineArgs {
-            partial: partial.address(),
-            partial_sums: partial_sums.address(),
-            out: out.first_element(),
+        if let Some(lse) = lse {
+            lse.check(call.rows())?;
+        }
+        let attend = self.ready(&self.attends, call, || call.pass(&self.cuda.machine))?;
+        let tensors = AttendTensors {
+            q: argument(&checked.q),
+            out: argument(&out),
             lse: lse.map_or(0, |lse| lse.address()),
-            out_stride_batch: strides[0],
-            out_stride_head: strides[1],
-            out_stride_row: strides[2],
-            total_rows: total_rows as i32,
-            q_rows: q_len as i32,
-            q_heads: problem.num_q_heads as i32,
-            splits: splits as i32,
+            pool: self.pool(0),
         };
-        // SAFETY: as above; `out` and `lse` are as their makers promise, and have a place for each row.
-        unsafe { merge.launch(&self.stream, combine.grid(total_rows), &args.args()) }.map_err(driver)
+        // q, out and the log-sum-exp are as their makers promise, were checked, and have a place for each row.
+        self.run(&attend, &tensors)
     }
 
     /// Forgets all but the first `len` tokens of a sequence; its pages are free for others. Waits for the stream.
@@ -390,18 +352,6 @@ impl KvCache {
             .map(|sequence| self.len(sequence).map(|len| len as i32))
             .collect::<Result<_>>()?;
         self.device_lens.copy_from_host(&lens).map_err(driver)
-    }
-
-    /// A kernel, compiled at its first use.
-    fn kernel(&self, name: &str, program: impl FnOnce() -> Program) -> Result<Kernel> {
-        let mut kernels = self.kernels.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(kernel) = kernels.get(name) {
-            return Ok(kernel.clone());
-        }
-        let instead = "store values in another form, such as INT8 or f16";
-        let kernel = load(self.cuda.device(), self.cuda.gpu.target, &program(), instead)?;
-        kernels.insert(name.to_owned(), kernel.clone());
-        Ok(kernel)
     }
 }
 

@@ -7,6 +7,7 @@
 mod host;
 mod kv_cache;
 mod plan;
+mod recent;
 mod tensor;
 mod tuning;
 
@@ -17,12 +18,14 @@ use std::time::Duration;
 use sage_core::{Call, Choice, Error, Inputs, Lengths, Operand, Options, Problem, Result, Scheme, Strided};
 use sage_kernels::attention::MaskForm;
 pub use sage_kernels::attention::{Engine, Tiling};
-use sage_kernels::forward::{Gpu, Launcher, Request, TensorArg, Tensors};
-use sage_ptx::{Arg, BoxedTensor, Target};
+use sage_kernels::forward::{Request, Tensors};
+use sage_kernels::{Machine, TensorArg};
+use sage_ptx::Target;
 
 pub use kv_cache::{KvCache, PoolSize};
 pub use plan::CudaPlan;
-use sage_cuda::TensorMap;
+use plan::{Kernels, Launch};
+use recent::Recent;
 pub use sage_cuda::{Buffer, Device, DeviceInfo, Event, ExecutableGraph, Graph, Stream, devices};
 pub use tensor::{CudaTensor, DeviceBytes, DeviceLse, DeviceMask, DeviceTensor};
 pub use tuning::{Trial, TunedShape, TuningTable};
@@ -34,9 +37,10 @@ const MAX_PLANS: usize = 128;
 #[derive(Debug)]
 pub struct Cuda {
     device: Device,
-    gpu: Gpu,
-    /// The latest used last.
-    plans: Mutex<Vec<Arc<CudaPlan>>>,
+    machine: Machine,
+    /// Compiled for plans and KV caches.
+    kernels: Kernels,
+    plans: Mutex<Recent<(Problem, Request), Arc<CudaPlan>>>,
     /// In place of the kernels' own table.
     tuning: TuningTable,
 }
@@ -73,9 +77,20 @@ impl Cuda {
     /// A device that is open already.
     pub fn of_device(device: Device) -> Self {
         let info = device.info();
-        let gpu = Gpu { target: info.target(), multiprocessors: info.multiprocessors as usize };
+        let machine = Machine {
+            target: info.target(),
+            multiprocessors: info.multiprocessors as usize,
+            shared_bytes: info.shared_bytes_per_block as usize,
+            l2_bytes: info.l2_bytes as usize,
+        };
         let tuning = TuningTable::of(&device);
-        Cuda { device, gpu, plans: Mutex::default(), tuning }
+        Cuda {
+            device,
+            machine,
+            kernels: Kernels::default(),
+            plans: Mutex::new(Recent::new(MAX_PLANS)),
+            tuning,
+        }
     }
 
     /// The device.
@@ -128,15 +143,10 @@ impl Cuda {
             return Ok(());
         };
         let plan = &prepared.plan;
-        let workspace = workspace(stream, plan)?;
-        let mut launcher = OnStream {
-            device: &self.device,
-            run: |kernel: usize, grid, args: &[Arg]| {
-                // SAFETY: see `OnStream`; the workspace is freed in the stream's order, after the launches.
-                unsafe { plan.kernels[kernel].launch(stream, grid, args) }.map_err(driver)
-            },
-        };
-        plan.forward.run(&prepared.tensors, workspace.address(), &mut launcher)
+        plan::run(plan.pass(), &plan.kernels, &prepared.tensors, stream, |(_, kernel, grid, args)| {
+            // SAFETY: see `plan::OnStream`.
+            unsafe { kernel.launch(stream, grid, args) }.map_err(driver)
+        })
     }
 
     /// Median times of a call's kernels, in the order of the call, its runs one after the other: for
@@ -169,18 +179,16 @@ impl Cuda {
         // All runs are queued before the first is waited for: a launch must not wait for the host between its events.
         let mut marks = Vec::new();
         for _ in 0..runs.max(1) {
-            let workspace = workspace(stream, &prepared.plan)?;
-            let timed = |index: usize, grid: [u32; 3], args: &[Arg]| {
+            let timed = |(index, kernel, grid, args): Launch<'_>| {
                 let [start, end] = [self.event()?, self.event()?];
                 stream.record(&start).map_err(driver)?;
-                // SAFETY: see `OnStream`; the workspace is freed in the stream's order, after the launches.
-                unsafe { kernels[index].launch(stream, grid, args) }.map_err(driver)?;
+                // SAFETY: see `plan::OnStream`.
+                unsafe { kernel.launch(stream, grid, args) }.map_err(driver)?;
                 stream.record(&end).map_err(driver)?;
                 marks.push((index, start, end));
                 Ok(())
             };
-            let mut launcher = OnStream { device: &self.device, run: timed };
-            prepared.plan.forward.run(&prepared.tensors, workspace.address(), &mut launcher)?;
+            plan::run(prepared.plan.pass(), kernels, &prepared.tensors, stream, timed)?;
         }
         let mut times = vec![Vec::new(); kernels.len()];
         for (index, start, end) in marks {
@@ -231,7 +239,7 @@ impl Cuda {
         let mut request = request(&call, choice, lse.is_some());
         request.tiling = tiling;
         request.aligned = tensors.aligned(call.problem.head_dim);
-        request.boxed =
+        request.has_tensor_map =
             request.aligned && tensors.k.has_map(call.k.shape()) && tensors.v.has_map(call.v.shape());
         let plan = self.plan(&call.problem, &request)?;
         Ok(Some(Prepared { plan, tensors, _lists: lists }))
@@ -239,38 +247,29 @@ impl Cuda {
 
     /// The plan for a problem, with its kernels.
     fn plan(&self, problem: &Problem, request: &Request) -> Result<Arc<CudaPlan>> {
-        let wanted = |plan: &Arc<CudaPlan>| plan.problem == *problem && plan.request == *request;
-        {
-            let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(found) = plans.iter().rposition(wanted) {
-                // The latest used are last, and so found first.
-                plans[found..].rotate_left(1);
-                return Ok(plans[plans.len() - 1].clone());
-            }
+        let key = (*problem, *request);
+        let plans = || self.plans.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(plan) = plans().get(&key) {
+            return Ok(plan);
         }
-        // Another thread may do the same meanwhile; its kernels are compiled once all the same.
-        let plan = self.uncompiled(problem, request)?;
-        let plan = Arc::new(plan.compiled(&self.device, &self.gpu)?);
-        let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
-        if plans.len() == MAX_PLANS {
-            plans.remove(0);
-        }
-        plans.push(plan.clone());
+        let mut plan = self.uncompiled(problem, request)?;
+        plan.kernels =
+            self.kernels.of_pass(plan.pass(), &self.device, &self.machine, "choose another scheme")?;
+        let plan = Arc::new(plan);
+        plans().put(key, plan.clone());
         Ok(plan)
     }
 
     /// The plan, with a tile shape that was measured on this GPU where there is one and none is asked for.
     fn uncompiled(&self, problem: &Problem, request: &Request) -> Result<CudaPlan> {
-        let plan = CudaPlan::new(problem, request, &self.device, &self.gpu)?;
-        let Some(tiling) = self.tuning.tiling(plan.forward.shape()) else { return Ok(plan) };
-        if request.tiling.is_some() {
-            return Ok(plan);
+        let plan = CudaPlan::new(problem, request, &self.device, &self.machine)?;
+        match (request.tiling, self.tuning.tiling(plan.forward.key())) {
+            (None, Some(tiling)) => {
+                let tuned = Request { tiling: Some(tiling), ..*request };
+                CudaPlan::new(problem, &tuned, &self.device, &self.machine)
+            }
+            _ => Ok(plan),
         }
-        let tuned = Request { tiling: Some(tiling), ..*request };
-        // The plan answers to the request that it was asked with.
-        let mut plan = CudaPlan::new(problem, &tuned, &self.device, &self.gpu)?;
-        plan.request = *request;
-        Ok(plan)
     }
 
     /// What would be done, without compiling anything.
@@ -281,17 +280,7 @@ impl Cuda {
         let request = Request {
             scheme: choice.scheme(problem.head_dim),
             accuracy: choice.accuracy(),
-            mask: if problem.masked { MaskForm::Bool } else { MaskForm::None },
-            lengths: match problem.packed {
-                true => sage_kernels::Lengths::Packed,
-                false => sage_kernels::Lengths::Dense,
-            },
-            q_rows: problem.q_len,
-            kv_rows: problem.kv_len,
-            aligned: problem.head_dim.is_multiple_of(8),
-            boxed: problem.head_dim.is_multiple_of(8),
-            lse: false,
-            tiling: None,
+            ..Request::new(problem)
         };
         self.uncompiled(problem, &request)
     }
@@ -300,34 +289,8 @@ impl Cuda {
 /// The scheme that GPU `ordinal` has kernels for and that is at least as accurate as `scheme`. Where there is none of that
 /// number, rules are those of sm_90.
 pub fn nearest_scheme(scheme: Scheme, ordinal: u32) -> Scheme {
-    let target = Cuda::shared(ordinal).map_or(Target::SM_90A, |cuda| cuda.gpu.target);
+    let target = Cuda::shared(ordinal).map_or(Target::SM_90A, |cuda| cuda.machine.target);
     sage_kernels::forward::nearest_scheme(scheme, target)
-}
-
-/// Launches of a pass, which `run` puts on a stream.
-///
-/// What makes them sound: the pass gives each kernel the arguments that it was written for, in a grid that stays within
-/// the tensors' geometry, which the call was checked against. That there is memory behind a geometry is the promise of
-/// whoever made the tensor, mask or log-sum-exp ([`DeviceTensor::from_raw`] and its like), or a buffer's own size.
-///
-/// Two promises are the caller's in words alone, as no type holds them yet: that lengths at addresses of the device lie
-/// there ([`Lengths::DeviceKvLens`]), and that another stream whose buffers a call uses frees them after the call's stream
-/// has passed it ([`Buffer`]).
-struct OnStream<'a, F> {
-    device: &'a Device,
-    run: F,
-}
-
-impl<F: FnMut(usize, [u32; 3], &[Arg]) -> Result<()>> Launcher for OnStream<'_, F> {
-    type Error = Error;
-
-    fn tensor_map(&mut self, tensor: &BoxedTensor) -> Result<Arg> {
-        TensorMap::from(tensor).encode(self.device).map_err(driver)
-    }
-
-    fn launch(&mut self, kernel: usize, grid: [u32; 3], args: &[Arg]) -> Result<()> {
-        (self.run)(kernel, grid, args)
-    }
 }
 
 /// A call that is ready to be launched.
@@ -343,13 +306,6 @@ fn between(start: &Event, end: &Event) -> Result<Duration> {
     end.synchronize().map_err(driver)?;
     let ms = start.elapsed_ms(end).map_err(driver)?;
     Ok(Duration::from_secs_f64(f64::from(ms) / 1e3))
-}
-
-/// A plan's workspace on a stream, with its counters at zero.
-fn workspace(stream: &Stream, plan: &CudaPlan) -> Result<Buffer> {
-    let mut workspace = Buffer::new(stream, plan.forward.workspace_bytes()).map_err(driver)?;
-    workspace.fill_start(plan.forward.zeroed_bytes(), 0).map_err(driver)?;
-    Ok(workspace)
 }
 
 /// The driver's words and kind as an error of a call.
@@ -379,7 +335,7 @@ fn request(call: &Call<'_, DeviceTensor<'_>, DeviceMask<'_>>, choice: Choice, ls
         q_rows: call.q.shape()[2],
         kv_rows: call.k.shape()[2],
         aligned: false,
-        boxed: false,
+        has_tensor_map: false,
         lse,
         tiling: None,
     }

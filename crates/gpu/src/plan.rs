@@ -1,49 +1,136 @@
 //! How a GPU carries out a problem, and the compiled kernels for it.
 
+use std::collections::HashMap;
 use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use sage_core::{Error, Problem, Result, Scheme};
-use sage_cuda::{Device, Kernel, KernelSource};
-use sage_kernels::forward::{Forward, Gpu, Request};
-use sage_ptx::{Program, Target};
+use sage_cuda::{Buffer, Device, Kernel, KernelSource, Stream, TensorMap};
+use sage_kernels::forward::{ForwardPlan, Request, Tensors};
+use sage_kernels::pass::{Launcher, Pass};
+use sage_kernels::{Kernel as Configuration, Machine};
+use sage_ptx::{Arg, BoxedTensor};
 
-use crate::driver;
+use super::driver;
+
+/// The kernels that were compiled for a GPU so far, by their names.
+#[derive(Debug, Default)]
+pub(super) struct Kernels(Mutex<HashMap<String, Kernel>>);
+
+impl Kernels {
+    /// Compiled kernels for every launch of a pass: those that are new side by side. `instead` is what would do where the
+    /// GPU lacks an instruction.
+    pub fn of_pass<T>(
+        &self,
+        pass: &Pass<T>,
+        device: &Device,
+        machine: &Machine,
+        instead: &str,
+    ) -> Result<Vec<Kernel>> {
+        let kernels: Vec<Result<Kernel>> = thread::scope(|scope| {
+            let found = |configuration: &Arc<dyn Configuration>| {
+                let (name, configuration) = (configuration.name(), configuration.clone());
+                if let Some(kernel) = self.known(&name) {
+                    return Ok(Ok(kernel));
+                }
+                // Another thread may do the same meanwhile; a kernel is compiled once all the same.
+                Err(scope.spawn(move || {
+                    let kernel = load(device, machine, &*configuration, instead)?;
+                    self.lock().insert(name, kernel.clone());
+                    Ok(kernel)
+                }))
+            };
+            let begun: Vec<_> = pass.kernels().map(found).collect();
+            let joined = begun.into_iter().map(|kernel| match kernel.map_err(|thread| thread.join()) {
+                Ok(known) | Err(Ok(known)) => known,
+                Err(Err(panic)) => std::panic::resume_unwind(panic),
+            });
+            joined.collect()
+        });
+        kernels.into_iter().collect()
+    }
+
+    fn known(&self, name: &str) -> Option<Kernel> {
+        self.lock().get(name).cloned()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, Kernel>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A launch that is ready: its kernel, grid and arguments.
+pub(super) type Launch<'a> = (usize, &'a Kernel, [u32; 3], &'a [Arg]);
+
+/// Runs a pass on a stream, with a workspace from the stream's pool: `launch` puts each launch there.
+pub(super) fn run<T>(
+    pass: &Pass<T>,
+    kernels: &[Kernel],
+    tensors: &T,
+    stream: &Stream,
+    launch: impl FnMut(Launch<'_>) -> Result<()>,
+) -> Result<()> {
+    let mut workspace = Buffer::new(stream, pass.workspace_bytes()).map_err(driver)?;
+    workspace.fill_start(pass.zeroed_bytes(), 0).map_err(driver)?;
+    let mut launcher = OnStream { device: stream.device(), kernels, launch };
+    pass.run(tensors, workspace.address(), &mut launcher)
+}
+
+/// Launches of a pass, which `launch` puts on a stream.
+///
+/// What makes them sound: the pass gives each kernel the arguments that it was written for, in a grid that stays within
+/// the tensors' geometry, which the call was checked against. That there is memory behind a geometry is the promise of
+/// whoever made the tensor, mask or log-sum-exp ([`crate::DeviceTensor::from_raw`] and its like), or a buffer's own size. The
+/// workspace is freed in the stream's order, after the launches.
+///
+/// Two promises are the caller's in words alone, as no type holds them yet: that lengths at addresses of the device lie
+/// there ([`sage_core::Lengths::DeviceKvLens`]), and that another stream whose buffers a call uses frees them after the
+/// call's stream has passed it ([`Buffer`]).
+struct OnStream<'a, F> {
+    device: &'a Device,
+    kernels: &'a [Kernel],
+    launch: F,
+}
+
+impl<F: FnMut(Launch<'_>) -> Result<()>> Launcher for OnStream<'_, F> {
+    type Error = Error;
+
+    fn tensor_map(&mut self, tensor: &BoxedTensor) -> Result<Arg> {
+        TensorMap::from(tensor).encode(self.device).map_err(driver)
+    }
+
+    fn launch(&mut self, kernel: usize, grid: [u32; 3], args: &[Arg]) -> Result<()> {
+        (self.launch)((kernel, &self.kernels[kernel], grid, args))
+    }
+}
 
 /// How a GPU carries out a problem. Prints itself.
 #[derive(Debug)]
 pub struct CudaPlan {
-    pub(super) problem: Problem,
-    pub(super) request: Request,
-    pub(super) forward: Forward,
+    pub(super) forward: ForwardPlan,
     device: String,
-    /// In the order of [`Forward::programs`]; empty as long as the plan is only looked at.
+    /// In the order of the pass's launches; empty as long as the plan is only looked at.
     pub(super) kernels: Vec<Kernel>,
 }
 
 impl CudaPlan {
     /// The plan, without compiling anything.
-    pub(super) fn new(problem: &Problem, request: &Request, device: &Device, gpu: &Gpu) -> Result<Self> {
-        let forward = Forward::new(problem, request, gpu)?;
+    pub(super) fn new(
+        problem: &Problem,
+        request: &Request,
+        device: &Device,
+        machine: &Machine,
+    ) -> Result<Self> {
+        let forward = ForwardPlan::new(problem, request, machine)?;
         let info = device.info();
-        let device = format!("cuda:{}, {}, {}", info.ordinal, info.name, gpu.target);
-        Ok(CudaPlan { problem: *problem, request: *request, forward, device, kernels: Vec::new() })
+        let device = format!("cuda:{}, {}, {}", info.ordinal, info.name, machine.target);
+        Ok(CudaPlan { forward, device, kernels: Vec::new() })
     }
 
-    /// The plan with its kernels, compiled side by side.
-    pub(super) fn compiled(mut self, device: &Device, gpu: &Gpu) -> Result<Self> {
-        let programs = self.forward.programs();
-        let load = |program: &Program| load(device, gpu.target, program, "choose another scheme");
-        let kernels: Vec<Result<Kernel>> = thread::scope(|scope| {
-            let threads: Vec<_> = programs.iter().map(|program| scope.spawn(|| load(program))).collect();
-            let joined = threads.into_iter().map(|thread| match thread.join() {
-                Ok(kernel) => kernel,
-                Err(panic) => std::panic::resume_unwind(panic),
-            });
-            joined.collect()
-        });
-        self.kernels = kernels.into_iter().collect::<Result<_>>()?;
-        Ok(self)
+    /// The launches.
+    pub(super) fn pass(&self) -> &Pass<Tensors> {
+        self.forward.pass()
     }
 
     /// The scheme that the plan computes.
@@ -53,12 +140,18 @@ impl CudaPlan {
 
     /// Bytes of scratch memory on the GPU.
     pub fn workspace_bytes(&self) -> usize {
-        self.forward.workspace_bytes()
+        self.pass().workspace_bytes()
     }
 }
 
-/// The kernel of a program; `instead` is what would do where the GPU lacks an instruction.
-pub(super) fn load(device: &Device, target: Target, program: &Program, instead: &str) -> Result<Kernel> {
+/// The kernel of a configuration.
+fn load(
+    device: &Device,
+    machine: &Machine,
+    configuration: &dyn Configuration,
+    instead: &str,
+) -> Result<Kernel> {
+    let (program, target) = (configuration.program(), machine.target);
     let ptx = program.ptx(target).map_err(|missing| Error::unsupported(missing.to_string(), instead))?;
     let source = KernelSource {
         name: &program.name,
@@ -78,8 +171,8 @@ impl fmt::Display for CudaPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "scheme      {}", self.forward.scheme())?;
         writeln!(f, "device      {}", self.device)?;
-        for name in self.forward.kernel_names() {
-            writeln!(f, "kernel      {name}")?;
+        for kernel in self.pass().kernels() {
+            writeln!(f, "kernel      {}", kernel.name())?;
         }
         write!(f, "workspace   {:.1} MiB", self.workspace_bytes() as f64 / (1 << 20) as f64)?;
         for reason in self.forward.reasons() {

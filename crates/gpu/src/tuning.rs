@@ -7,7 +7,7 @@ use std::{env, fs};
 use sage_core::{BackendErrorKind, Choice, Error, Options, Result};
 use sage_cuda::{Device, Stream};
 use sage_kernels::attention::Tiling;
-use sage_kernels::tuning::{Shape, candidates};
+use sage_kernels::tuning::{Key, candidates};
 use serde::{Deserialize, Serialize};
 
 use crate::{Cuda, DeviceInputs, DeviceTensor};
@@ -32,7 +32,7 @@ pub struct TuningTable {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct TunedShape {
     /// The kind.
-    pub shape: Shape,
+    pub shape: Key,
     /// The tile shape.
     pub tiling: Tiling,
     /// What was measured, in words.
@@ -98,7 +98,7 @@ impl TuningTable {
     }
 
     /// The tile shape for kernels of a kind.
-    pub fn tiling(&self, shape: &Shape) -> Option<Tiling> {
+    pub fn tiling(&self, shape: &Key) -> Option<Tiling> {
         self.rows.iter().find(|row| row.shape == *shape).map(|row| row.tiling)
     }
 
@@ -132,12 +132,12 @@ impl Cuda {
         choice: Choice,
         out: &DeviceTensor<'_>,
         mut tried: impl FnMut(usize, usize),
-    ) -> Result<Option<(Shape, Vec<Trial>)>> {
+    ) -> Result<Option<(Key, Vec<Trial>)>> {
         let Some(own) = self.prepare(stream, inputs, options, choice, (out, None), None)? else {
             return Ok(None);
         };
-        let shape = *own.plan.forward.shape();
-        let tilings = candidates(self.gpu.target, &shape);
+        let shape = *own.plan.forward.key();
+        let tilings = candidates(&self.machine, &shape);
         let time = |tiling: Tiling| -> Result<Duration> {
             let prepared = self.prepare(stream, inputs, options, choice, (out, None), Some(tiling))?;
             let Some(prepared) = prepared else { return Ok(Duration::ZERO) };

@@ -19,10 +19,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     fs::create_dir_all(&folder)?;
     let entries = catalog_of_all_targets();
     for entry in &entries {
-        let ptx = entry.program().ptx(entry.minimum_target())?;
+        let ptx = entry.kernel().program().ptx(entry.kernel().oldest_target())?;
         let code = ptx.lines().filter(|line| !line.trim_start().starts_with("//") && !line.is_empty());
         let code: String = code.flat_map(|line| [line, "\n"]).collect();
-        fs::write(folder.join(format!("{}.ptx", entry.name())), code)?;
+        fs::write(folder.join(format!("{}.ptx", entry.kernel().name())), code)?;
     }
     println!("{} kernels in {}", entries.len(), folder.display());
     Ok(())

@@ -1,21 +1,23 @@
 //! Every kernel that the library ships, by name.
 //!
-//! The kernels are those that a [`Forward`] asks for, so that tile shapes are the planner's and a kernel that no plan
+//! The kernels are those that a plan asks for, so that tile shapes are the planner's and a kernel that no plan
 //! needs is not here. The options of a call multiply to many thousands; the catalogue has all that the planner chooses
 //! of its own accord, and of every other option each value at each padded head dimension.
 
 mod cache;
-mod describe;
 
 use std::collections::HashSet;
+use std::sync::Arc;
 
 use sage_core::{Accumulator, Band, DType, Preset, Problem, Pv, Scheme, SmoothK};
-use sage_ptx::{Program, Target};
+use sage_ptx::Target;
 
-use crate::attention::{AttentionConfig, Engine, MaskForm, Values};
-use crate::forward::{Forward, Gpu, Request, Step, int8_scheme};
+use crate::attention::{AttentionConfig, MaskForm};
+use crate::forward::{ForwardPlan, Request, int8_scheme};
+use crate::kernel::Kernel;
+use crate::machine::Machine;
+use crate::pass::Pass;
 use crate::sequence::Lengths;
-use cache::CacheKernel;
 
 /// Head dimensions of models, and one (40) that fills no tile.
 const HEAD_DIMS: [usize; 8] = [40, 64, 72, 80, 96, 128, 192, 256];
@@ -32,17 +34,8 @@ const MULTIPROCESSORS: usize = 128;
 /// A kernel that the library ships.
 #[derive(Clone, Debug)]
 pub struct Entry {
-    kernel: Kernel,
+    kernel: Arc<dyn Kernel>,
     by_default: bool,
-}
-
-/// Where a kernel comes from.
-#[derive(Clone, Copy, Debug)]
-enum Kernel {
-    /// A forward pass.
-    Step(Step),
-    /// A KV cache.
-    Cache(CacheKernel),
 }
 
 /// Every kernel for `target`, each once. Nothing is built yet.
@@ -68,72 +61,18 @@ pub fn catalog(target: Target) -> Vec<Entry> {
 pub fn catalog_of_all_targets() -> Vec<Entry> {
     let mut names = HashSet::new();
     let entries = Target::ALL.into_iter().flat_map(catalog);
-    entries.filter(|entry| names.insert(entry.name())).collect()
+    entries.filter(|entry| names.insert(entry.kernel.name())).collect()
 }
 
 impl Entry {
-    /// The kernel's name, the same in every version of the library that builds it from the same configuration.
-    pub fn name(&self) -> String {
-        match &self.kernel {
-            Kernel::Step(step) => step.name(),
-            Kernel::Cache(kernel) => kernel.name(),
-        }
-    }
-
-    /// What it is, in one line.
-    pub fn description(&self) -> String {
-        match &self.kernel {
-            Kernel::Step(step) => describe::describe(step),
-            Kernel::Cache(kernel) => kernel.description(),
-        }
-    }
-
-    /// The oldest target that has its instructions.
-    pub fn minimum_target(&self) -> Target {
-        let step = match self.kernel {
-            Kernel::Step(step) => step,
-            Kernel::Cache(kernel) => return kernel.minimum_target(),
-        };
-        match step {
-            Step::Attention(config) if config.tiling.engine == Engine::Warpgroups => Target::SM_90A,
-            Step::Attention(AttentionConfig { values: Values::Fp8(_), .. }) | Step::QuantizeV(_) => {
-                Target::SM_89
-            }
-            _ => Target::SM_80,
-        }
-    }
-
-    /// Channels of the heads that it is for.
-    pub fn head_dim(&self) -> usize {
-        let step = match &self.kernel {
-            Kernel::Step(step) => step,
-            Kernel::Cache(kernel) => return kernel.head_dim(),
-        };
-        match step {
-            // Of every head.
-            Step::SeenKeys(_) | Step::RankKeys(_) => 0,
-            Step::QueryMeans(config) => config.source.head_dim,
-            Step::SampleK(config) | Step::SampleV(config) => config.source.head_dim,
-            Step::QuantizeK(config) => config.source.head_dim,
-            Step::DeltaS(config) => config.source.head_dim,
-            Step::QuantizeV(config) => config.source.head_dim,
-            Step::ConvertV(config) => config.source.head_dim,
-            Step::Attention(config) => config.head_dim,
-            Step::Combine(config) => config.head_dim,
-        }
+    /// The kernel.
+    pub fn kernel(&self) -> &dyn Kernel {
+        &*self.kernel
     }
 
     /// Whether the planner chooses it where the caller leaves everything open.
     pub fn is_default(&self) -> bool {
         self.by_default
-    }
-
-    /// Builds the kernel.
-    pub fn program(&self) -> Program {
-        match &self.kernel {
-            Kernel::Step(step) => step.program(),
-            Kernel::Cache(kernel) => kernel.program(),
-        }
     }
 }
 
@@ -181,8 +120,8 @@ impl Default for Call {
 }
 
 impl Call {
-    /// The pass, where there is one on the target.
-    fn forward(&self, target: Target) -> Option<Forward> {
+    /// The plan, where there is one on the target.
+    fn plan(&self, target: Target) -> Option<ForwardPlan> {
         let (batch, heads, q_len, kv_len) = match self.size {
             Size::Common => (8, 32, 1024, 1024),
             Size::FewBlocks => (1, 4, 128, 4096),
@@ -208,18 +147,22 @@ impl Call {
         };
         let request = Request {
             scheme: self.scheme,
-            accuracy: None,
             mask: self.mask,
             lengths: self.lengths,
             q_rows: rows(q_len),
             kv_rows: rows(kv_len),
             aligned: self.aligned,
-            boxed: self.aligned,
+            has_tensor_map: self.aligned,
             lse: self.lse,
-            tiling: None,
+            ..Request::new(&problem)
         };
-        Forward::new(&problem, &request, &Gpu { target, multiprocessors: MULTIPROCESSORS }).ok()
+        ForwardPlan::new(&problem, &request, &machine(target)).ok()
     }
+}
+
+/// The GPU that kernels are asked for.
+fn machine(target: Target) -> Machine {
+    Machine { multiprocessors: MULTIPROCESSORS, ..Machine::typical(target) }
 }
 
 /// The catalogue while it is being made.
@@ -231,23 +174,29 @@ struct List {
 
 impl List {
     /// Adds the kernels of a call that `wanted` picks.
-    fn add(&mut self, call: &Call, by_default: bool, wanted: impl Fn(&Step) -> bool) {
-        let forward = call.forward(self.target);
-        for &step in forward.iter().flat_map(Forward::steps).filter(|step| wanted(step)) {
-            self.push(Entry { kernel: Kernel::Step(step), by_default });
+    fn add(&mut self, call: &Call, by_default: bool, wanted: impl Fn(&dyn Kernel) -> bool) {
+        if let Some(plan) = call.plan(self.target) {
+            self.add_pass(plan.pass(), by_default, wanted);
         }
     }
 
-    fn push(&mut self, entry: Entry) {
-        if entry.minimum_target().sm() <= self.target.sm() && self.names.insert(entry.name()) {
-            self.entries.push(entry);
+    fn add_pass<T>(&mut self, pass: &Pass<T>, by_default: bool, wanted: impl Fn(&dyn Kernel) -> bool) {
+        for kernel in pass.kernels().filter(|kernel| wanted(&***kernel)) {
+            let there = kernel.oldest_target().sm() <= self.target.sm();
+            if there && self.names.insert(kernel.name()) {
+                self.entries.push(Entry { kernel: kernel.clone(), by_default });
+            }
         }
     }
 
     /// The kernels of a KV cache.
     fn cache(&mut self) {
-        for kernel in cache::kernels() {
-            self.push(Entry { kernel: Kernel::Cache(kernel), by_default: kernel.is_default() });
+        let machine = machine(self.target);
+        for call in cache::calls() {
+            self.add_pass(&call.append().pass(), call.is_default(), |_| true);
+            if let Ok(pass) = call.attend().pass(&machine) {
+                self.add_pass(&pass, call.is_default(), |_| true);
+            }
         }
     }
 
@@ -324,7 +273,7 @@ impl List {
                 Call { lengths: Lengths::Packed, ..base },
                 Call { aligned: false, ..base },
             ] {
-                self.add(&call, false, |step| !matches!(step, Step::Attention(_)));
+                self.add(&call, false, |kernel| kernel.downcast_ref::<AttentionConfig>().is_none());
             }
         }
     }
@@ -335,13 +284,10 @@ mod tests {
     use sage_core::{Granularity, IntBits};
 
     use super::*;
-    use crate::attention::{Scores, ValueSource};
+    use crate::attention::{Scores, ValueSource, Values};
 
     fn attention(entries: &[Entry]) -> impl Iterator<Item = &AttentionConfig> {
-        entries.iter().filter_map(|entry| match &entry.kernel {
-            Kernel::Step(Step::Attention(config)) => Some(config),
-            _ => None,
-        })
+        entries.iter().filter_map(|entry| entry.kernel().downcast_ref())
     }
 
     #[test]
@@ -400,13 +346,17 @@ mod tests {
     fn names_are_unique_and_minimum_targets_true() {
         let mut names = HashSet::new();
         for entry in catalog_of_all_targets() {
-            assert!(names.insert(entry.name()), "{} occurs twice", entry.name());
-            let (program, minimum) = (entry.program(), entry.minimum_target());
-            assert_eq!(program.name, entry.name());
-            assert!(program.missing_on(minimum).is_none(), "{} lacks something on {minimum}", entry.name());
+            assert!(names.insert(entry.kernel.name()), "{} occurs twice", entry.kernel.name());
+            let (program, minimum) = (entry.kernel.program(), entry.kernel.oldest_target());
+            assert_eq!(program.name, entry.kernel.name());
+            assert!(
+                program.missing_on(minimum).is_none(),
+                "{} lacks something on {minimum}",
+                entry.kernel.name()
+            );
             let older = Target::ALL.into_iter().filter(|target| target.sm() < minimum.sm());
             for target in older {
-                assert!(program.missing_on(target).is_some(), "{} needs no {minimum}", entry.name());
+                assert!(program.missing_on(target).is_some(), "{} needs no {minimum}", entry.kernel.name());
             }
         }
     }
@@ -416,12 +366,22 @@ mod tests {
     fn facts_of_programs_are_those_of_their_texts() {
         let mut whole = [0, 0];
         for entry in catalog_of_all_targets() {
-            let (program, target) = (entry.program(), entry.minimum_target());
+            let (program, target) = (entry.kernel.program(), entry.kernel.oldest_target());
             let ptx = program.ptx(target).unwrap();
             let needs = program.needs_whole_compilation();
-            assert_eq!(needs, ptx.contains("wgmma.") || ptx.contains("setmaxnreg"), "{}", entry.name());
+            assert_eq!(
+                needs,
+                ptx.contains("wgmma.") || ptx.contains("setmaxnreg"),
+                "{}",
+                entry.kernel.name()
+            );
             let waits = ptx.contains("griddepcontrol.wait");
-            assert_eq!(program.waits_for_launches_before(target), waits, "{} on {target}", entry.name());
+            assert_eq!(
+                program.waits_for_launches_before(target),
+                waits,
+                "{} on {target}",
+                entry.kernel.name()
+            );
             whole[usize::from(needs)] += 1;
         }
         assert!(whole.iter().all(|&count| count > 0), "one kind only: {whole:?}");
@@ -431,7 +391,11 @@ mod tests {
     fn nobody_is_offered_what_the_target_lacks() {
         for target in Target::ALL.into_iter().chain([Target::SM_75]) {
             for entry in catalog(target) {
-                assert!(entry.minimum_target().sm() <= target.sm(), "{} on {target}", entry.name());
+                assert!(
+                    entry.kernel.oldest_target().sm() <= target.sm(),
+                    "{} on {target}",
+                    entry.kernel.name()
+                );
             }
         }
     }

@@ -6,6 +6,7 @@ use sage_core::DType;
 use sage_ptx::{Code, Half, Program, Stored, Val, kernel};
 
 use crate::attention::least_lse;
+use crate::kernel::Kernel;
 use crate::params::kernel_params;
 
 /// Floats that a part of the keys hands over for each row, beside its output.
@@ -56,22 +57,9 @@ kernel_params! {
 }
 
 impl CombineConfig {
-    /// Name of the kernel, unique for the configuration.
-    pub fn name(&self) -> String {
-        format!("combine_{}_d{}{}", self.dtype, self.head_dim, if self.lse { "_lse" } else { "" })
-    }
-
     /// Blocks along x, y and z.
     pub fn grid(&self, total_rows: usize) -> [u32; 3] {
         [total_rows.div_ceil(ROWS as usize) as u32, 1, 1]
-    }
-
-    /// The kernel.
-    pub fn program(&self) -> Program {
-        kernel(&self.name(), 32 * ROWS, |k| match self.dtype {
-            DType::BF16 => self.write::<bf16>(k),
-            _ => self.write::<f16>(k),
-        })
     }
 
     fn write<'k, H: Half + Stored<Value = H>>(&self, k: &'k Code) {
@@ -132,5 +120,27 @@ impl CombineConfig {
                 p.lse.at(row).store(empty.select(f32::NEG_INFINITY, lse));
             });
         }
+    }
+}
+
+impl Kernel for CombineConfig {
+    fn name(&self) -> String {
+        format!("combine_{}_d{}{}", self.dtype, self.head_dim, if self.lse { "_lse" } else { "" })
+    }
+
+    fn description(&self) -> String {
+        let lse = if self.lse { ", with LSE" } else { "" };
+        format!("merges parts of split keys; {}, head_dim {}{lse}", self.dtype, self.head_dim)
+    }
+
+    fn head_dim(&self) -> Option<usize> {
+        Some(self.head_dim)
+    }
+
+    fn program(&self) -> Program {
+        kernel(&self.name(), 32 * ROWS, |k| match self.dtype {
+            DType::BF16 => self.write::<bf16>(k),
+            _ => self.write::<f16>(k),
+        })
     }
 }

@@ -3,17 +3,23 @@
 #![forbid(unsafe_code)]
 
 pub mod attention;
-pub mod cache;
 pub mod catalog;
-mod choice;
 pub mod combine;
+pub mod decode;
 pub mod forward;
 mod grid;
 mod integer;
+mod kernel;
+mod machine;
 mod params;
+pub mod pass;
 pub mod preprocess;
 mod rotation;
 mod sequence;
+mod tensor;
 pub mod tuning;
 
+pub use kernel::Kernel;
+pub use machine::Machine;
 pub use sequence::{KEY_TILE, Lengths, total_key_tiles};
+pub use tensor::TensorArg;

@@ -26,6 +26,15 @@ impl Lengths {
             Lengths::Packed => "_packed",
         }
     }
+
+    /// An addition to a kernel's description.
+    pub(crate) const fn description(self) -> &'static str {
+        match self {
+            Lengths::Dense => "",
+            Lengths::KvLens => ", kv_lens",
+            Lengths::Packed => ", packed",
+        }
+    }
 }
 
 /// Key tiles of a workspace, all sequences together. Packed sequences have at most one tile more than whole tiles each,

@@ -1,13 +1,13 @@
 //! Tile shapes for each GPU and kind of kernel, with the reason beside each row.
 
-use sage_ptx::Target;
 use serde::{Deserialize, Serialize};
 
 use crate::attention::{Engine, Tiling};
+use crate::machine::Machine;
 
 /// What a row of the table is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Shape {
+pub struct Key {
     /// Whether Q·Kᵀ is of integers.
     pub integer: bool,
     /// Whether P·V is in FP8.
@@ -33,20 +33,10 @@ pub struct Shape {
 /// A row of the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tuned {
-    /// The shape.
+    /// The key.
     pub tiling: Tiling,
     /// Why this one, in a few words.
     pub reason: &'static str,
-}
-
-/// Bytes of shared memory that a block can have.
-pub const fn shared_bytes(target: Target) -> usize {
-    match target.sm() {
-        0..=79 => 64 << 10,
-        80 | 87 => 163 << 10,
-        81..=89 | 120.. => 99 << 10,
-        _ => 227 << 10,
-    }
 }
 
 const BASE: Tiling = Tiling {
@@ -63,13 +53,13 @@ const BASE: Tiling = Tiling {
 };
 
 /// The tile shape for a kernel.
-pub fn tiling(target: Target, shape: &Shape) -> Tuned {
-    if shape.warpgroups { of_warpgroups(shape) } else { of_warps(target, shape) }
+pub fn tiling(machine: &Machine, key: &Key) -> Tuned {
+    if key.warpgroups { of_warpgroups(key) } else { of_warps(machine, key) }
 }
 
 /// Rows for warpgroups; figures are TFLOP/s of the attention kernel alone on an H100, 2 × 32 heads of 4096 tokens, or on an H200, 4 × 32
 /// heads, where it says so: to be compared within a row.
-fn of_warpgroups(shape: &Shape) -> Tuned {
+fn of_warpgroups(key: &Key) -> Tuned {
     let base = Tiling {
         engine: Engine::Warpgroups,
         warps: 8,
@@ -78,23 +68,23 @@ fn of_warpgroups(shape: &Shape) -> Tuned {
         step_keys: 64,
         min_blocks: 1,
         stages: 4,
-        lazy_rescale: if shape.fp8 { 4 } else { 8 },
+        lazy_rescale: if key.fp8 { 4 } else { 8 },
         ..BASE
     };
     let three = Tiling { warps: 12, ..base };
     let shared = |tiling: Tiling, stages| Tiling { queries_in_registers: false, stages, ..tiling };
     // Masks and scales of single rows or keys need registers, and groups of 128 rows one block.
-    let two_groups = shape.plain || shape.per_block || shape.few_rows;
+    let two_groups = key.plain || key.per_block || key.few_rows;
     let ones = |tiling: Tiling| Tiling { ones: true, ..tiling };
-    let (tiling, reason) = match (shape.integer, shape.fp8, shape.padded_dim) {
+    let (tiling, reason) = match (key.integer, key.fp8, key.padded_dim) {
         (_, true, 256) => {
             (Tiling { stages: 5, ..base }, "1199; the sums fill half the registers of two groups")
         }
-        (_, true, 128) if shape.two_level && !shape.plain => (
+        (_, true, 128) if key.two_level && !key.plain => (
             ones(Tiling { stages: 6, ..base }),
             "805 on an H200; 775 with tiles of 128 keys, which have no room for ones",
         ),
-        (_, true, _) if shape.two_level || two_groups => {
+        (_, true, _) if key.two_level || two_groups => {
             (base, "two groups leave registers for masks and tiles' own sums")
         }
         (_, true, 128) => {
@@ -120,17 +110,17 @@ fn of_warpgroups(shape: &Shape) -> Tuned {
     Tuned { tiling, reason }
 }
 
-fn of_warps(target: Target, shape: &Shape) -> Tuned {
+fn of_warps(machine: &Machine, key: &Key) -> Tuned {
     let sixteen = Tiling { rows_per_warp: 16, warps: 8, min_blocks: 1, ..BASE };
-    let mut tuned = match (shape.integer, shape.padded_dim) {
-        (true, _) if shape.max_rows_per_warp < BASE.rows_per_warp => {
+    let mut tuned = match (key.integer, key.padded_dim) {
+        (true, _) if key.max_rows_per_warp < BASE.rows_per_warp => {
             Tuned { tiling: sixteen, reason: "16 rows a warp, as the scheme groups them" }
         }
-        (true, 64 | 128) if shape.two_level || shape.fp8 => Tuned {
+        (true, 64 | 128) if key.two_level || key.fp8 => Tuned {
             tiling: sixteen,
             reason: "16 rows a warp leave registers for FP8 and for a tile's own sums",
         },
-        (true, 128) if shape.plain || shape.unaligned => {
+        (true, 128) if key.plain || key.unaligned => {
             Tuned { tiling: sixteen, reason: "16 rows a warp leave registers for masks and addresses" }
         }
         (true, 64) => Tuned { tiling: BASE, reason: "32 rows a warp halve the reads of K and V" },
@@ -143,7 +133,7 @@ fn of_warps(target: Target, shape: &Shape) -> Tuned {
             tiling: Tiling { rows_per_warp: 16, min_blocks: 3, ..BASE },
             reason: "three blocks hide the latency of mma.sync",
         },
-        (false, 128) if shape.unaligned => Tuned {
+        (false, 128) if key.unaligned => Tuned {
             tiling: Tiling { step_keys: 16, ..sixteen },
             reason: "short steps leave registers for addresses",
         },
@@ -156,19 +146,17 @@ fn of_warps(target: Target, shape: &Shape) -> Tuned {
             reason: "the sums of 16 rows fill half the registers, so Q stays in shared memory",
         },
     };
-    if shape.fp8 {
+    if key.fp8 {
         tuned.tiling.lazy_rescale = 0;
     }
-    while !shape.integer
-        && ring_bytes(&tuned.tiling, shape) > shared_bytes(target)
-        && tuned.tiling.tile_keys > 32
+    while !key.integer && ring_bytes(&tuned.tiling, key) > machine.shared_bytes && tuned.tiling.tile_keys > 32
     {
         tuned.tiling.tile_keys /= 2;
         tuned.reason = "tiles of 32 keys fit this GPU's shared memory";
     }
     while tuned.tiling.min_blocks > 1
-        && tuned.tiling.min_blocks as usize * (ring_bytes(&tuned.tiling, shape) + 1024)
-            > shared_bytes(target) + 1024
+        && tuned.tiling.min_blocks as usize * (ring_bytes(&tuned.tiling, key) + 1024)
+            > machine.shared_bytes + 1024
     {
         tuned.tiling.min_blocks -= 1;
     }
@@ -176,11 +164,11 @@ fn of_warps(target: Target, shape: &Shape) -> Tuned {
 }
 
 /// Bytes of the tiles of K and V, and of the queries that stay in shared memory.
-fn ring_bytes(tiling: &Tiling, shape: &Shape) -> usize {
-    let keys = if shape.integer { 1 } else { 2 };
-    let values = if shape.fp8 { 1 } else { 2 };
+fn ring_bytes(tiling: &Tiling, key: &Key) -> usize {
+    let keys = if key.integer { 1 } else { 2 };
+    let values = if key.fp8 { 1 } else { 2 };
     let queries = if tiling.queries_in_registers { 0 } else { tiling.warps * tiling.rows_per_warp * keys };
-    (tiling.stages * tiling.tile_keys * (keys + values) + queries) * shape.padded_dim
+    (tiling.stages * tiling.tile_keys * (keys + values) + queries) * key.padded_dim
 }
 
 /// Registers that a thread of a warpgroup needs beside operands and sums: addresses, masks' limits, maxima, scales.
@@ -188,15 +176,15 @@ const OTHER_REGISTERS: usize = 24;
 
 /// Tile shapes worth trying for such a kernel on a GPU, the table's own first: all that shared memory and registers have room
 /// for.
-pub fn candidates(target: Target, shape: &Shape) -> Vec<Tiling> {
-    let own = tiling(target, shape).tiling;
+pub fn candidates(machine: &Machine, key: &Key) -> Vec<Tiling> {
+    let own = tiling(machine, key).tiling;
     let mut all = vec![own];
     let mut add = |tiling: Tiling| {
         if !all.contains(&tiling) {
             all.push(tiling);
         }
     };
-    if shape.warpgroups {
+    if key.warpgroups {
         for (groups, tile_keys) in [(2, 64), (2, 128), (3, 64), (3, 128)] {
             for queries_in_registers in [true, false] {
                 let base = Tiling {
@@ -208,14 +196,14 @@ pub fn candidates(target: Target, shape: &Shape) -> Vec<Tiling> {
                     ..own
                 };
                 let stages = MAX_STAGES.min(
-                    (shared_bytes(target) - SMALL_ARRAYS - queries_bytes(&base, shape))
-                        / stage_bytes(&base, shape),
+                    (machine.shared_bytes - SMALL_ARRAYS - queries_bytes(&base, key))
+                        / stage_bytes(&base, key),
                 );
                 let registers = if groups == 2 { 240 } else { 160 };
-                let blocks = !(shape.per_block && groups == 3);
-                if stages >= 2 && blocks && warpgroup_registers(&base, shape) <= registers {
+                let blocks = !(key.per_block && groups == 3);
+                if stages >= 2 && blocks && warpgroup_registers(&base, key) <= registers {
                     add(Tiling { stages, ones: false, ..base });
-                    if shape.padded_dim <= 128 && tile_keys == 64 {
+                    if key.padded_dim <= 128 && tile_keys == 64 {
                         add(Tiling { stages, ones: true, ..base });
                     }
                 }
@@ -223,11 +211,11 @@ pub fn candidates(target: Target, shape: &Shape) -> Vec<Tiling> {
         }
         return all;
     }
-    for rows_per_warp in [16, 32].into_iter().filter(|&rows| rows <= shape.max_rows_per_warp) {
+    for rows_per_warp in [16, 32].into_iter().filter(|&rows| rows <= key.max_rows_per_warp) {
         for warps in [4, 8] {
             for step_keys in [16, 32, 64] {
                 let tiling = Tiling { rows_per_warp, warps, step_keys, min_blocks: 8 / warps as u32, ..own };
-                let fits = ring_bytes(&tiling, shape) * tiling.min_blocks as usize <= shared_bytes(target);
+                let fits = ring_bytes(&tiling, key) * tiling.min_blocks as usize <= machine.shared_bytes;
                 if fits && warps * rows_per_warp <= 128 {
                     add(tiling);
                 }
@@ -244,21 +232,21 @@ const MAX_STAGES: usize = 6;
 const SMALL_ARRAYS: usize = 3 << 10;
 
 /// Bytes of a stage of a warpgroups' ring, with the ones that may stand beside V.
-fn stage_bytes(tiling: &Tiling, shape: &Shape) -> usize {
-    let (keys, values) = (if shape.integer { 1 } else { 2 }, if shape.fp8 { 1 } else { 2 });
-    tiling.tile_keys * ((keys + values) * shape.padded_dim + if shape.fp8 { 16 } else { 128 })
+fn stage_bytes(tiling: &Tiling, key: &Key) -> usize {
+    let (keys, values) = (if key.integer { 1 } else { 2 }, if key.fp8 { 1 } else { 2 });
+    tiling.tile_keys * ((keys + values) * key.padded_dim + if key.fp8 { 16 } else { 128 })
 }
 
-fn queries_bytes(tiling: &Tiling, shape: &Shape) -> usize {
-    let bytes = if shape.integer { 1 } else { 2 };
-    if tiling.queries_in_registers { 0 } else { tiling.warps * 16 * shape.padded_dim * bytes }
+fn queries_bytes(tiling: &Tiling, key: &Key) -> usize {
+    let bytes = if key.integer { 1 } else { 2 };
+    if tiling.queries_in_registers { 0 } else { tiling.warps * 16 * key.padded_dim * bytes }
 }
 
 /// Registers of a thread of a warpgroup, about.
-fn warpgroup_registers(tiling: &Tiling, shape: &Shape) -> usize {
-    let sums = shape.padded_dim / 2 * if shape.two_level { 2 } else { 1 };
-    let probabilities = tiling.tile_keys / if shape.fp8 { 8 } else { 4 };
-    let queries = shape.padded_dim / if shape.integer { 8 } else { 4 };
+fn warpgroup_registers(tiling: &Tiling, key: &Key) -> usize {
+    let sums = key.padded_dim / 2 * if key.two_level { 2 } else { 1 };
+    let probabilities = tiling.tile_keys / if key.fp8 { 8 } else { 4 };
+    let queries = key.padded_dim / if key.integer { 8 } else { 4 };
     let queries = if tiling.queries_in_registers { queries } else { 0 };
     sums + tiling.tile_keys / 2 + probabilities + queries + OTHER_REGISTERS
 }

@@ -94,8 +94,8 @@ fn jobs() -> Vec<Job> {
     for target in PART {
         jobs.extend(representatives(target).into_iter().map(|entry| Job { entry, target }));
     }
-    jobs.retain(|job| is_asked_for(&job.entry.name()));
-    jobs.sort_by_key(|job| std::cmp::Reverse(job.entry.head_dim()));
+    jobs.retain(|job| is_asked_for(&job.entry.kernel().name()));
+    jobs.sort_by_key(|job| std::cmp::Reverse(job.entry.kernel().head_dim()));
     jobs
 }
 
@@ -108,14 +108,14 @@ fn is_asked_for(kernel: &str) -> bool {
 /// The planner's own choices for head dimensions that fill their tiles, and as many others as bring an instruction that
 /// the kernels before them lack.
 fn representatives(target: Target) -> Vec<Entry> {
-    let whole = |entry: &Entry| matches!(entry.head_dim(), 64 | 128 | 256);
+    let whole = |entry: &Entry| matches!(entry.kernel().head_dim(), None | Some(64 | 128 | 256));
     let (chosen, others): (Vec<_>, Vec<_>) =
         catalog(target).into_iter().partition(|entry| entry.is_default() && whole(entry));
     let mut known = HashSet::new();
     let mut new_kinds = |entry: &Entry| {
         let before = known.len();
         // Where the target lacks an instruction, assembling it will say so.
-        let ptx = entry.program().ptx(target).unwrap_or_default();
+        let ptx = entry.kernel().program().ptx(target).unwrap_or_default();
         known.extend(ptx.lines().filter_map(opcode).map(str::to_owned));
         known.len() > before
     };
@@ -156,7 +156,7 @@ fn assemble_all(ptxas: &Path, jobs: &[Job]) -> Vec<Assembled> {
 
 /// Assembles one kernel. Its PTX stays in the folder, to be looked at.
 fn assemble(ptxas: &Path, folder: &Path, job: &Job) -> Assembled {
-    let (kernel, target) = (job.entry.name(), job.target);
+    let (kernel, target) = (job.entry.kernel().name(), job.target);
     let mut assembled = Assembled {
         kernel,
         target,
@@ -166,7 +166,7 @@ fn assemble(ptxas: &Path, folder: &Path, job: &Job) -> Assembled {
         complaints: Vec::new(),
         time: Duration::ZERO,
     };
-    let ptx = match job.entry.program().ptx(target) {
+    let ptx = match job.entry.kernel().program().ptx(target) {
         Ok(ptx) => ptx,
         Err(unsupported) => {
             assembled.complaints.push(unsupported.to_string());

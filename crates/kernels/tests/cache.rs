@@ -10,12 +10,15 @@ use rand_distr::{Distribution, StandardNormal};
 use sage_core::metrics::Accuracy;
 use sage_core::oracle::{CachedHead, Matrix, cached};
 use sage_core::{Alignment, Band, CacheLayout, CachedInputs, Call, DType, Options, Tensor, ValueFormat};
-use sage_emulator::{Buffer, Emulator};
-use sage_kernels::cache::{
-    CacheAdvanceArgs, CacheAdvanceConfig, CacheAppendArgs, CacheAppendConfig, CacheAttendArgs,
-    CacheAttendConfig, Storage,
-};
+use sage_emulator::{Buffer, Emulator, Failure};
 use sage_kernels::combine::{CombineArgs, CombineConfig, PART};
+use sage_kernels::decode::{
+    AppendCall, AppendTensors, AttendCall, AttendTensors, CacheAttendArgs, CacheAttendConfig, PoolTensors,
+    Storage,
+};
+use sage_kernels::pass::{Launcher, Pass};
+use sage_kernels::{Kernel, Machine, TensorArg};
+use sage_ptx::{Arg, BoxedTensor, Target};
 
 #[derive(Clone, Debug)]
 struct Case {
@@ -25,8 +28,8 @@ struct Case {
     q_len: usize,
     /// New tokens of both sequences, chunk by chunk; the second sequence skips the first chunk.
     chunks: Vec<usize>,
-    /// Tokens of a part.
-    split: usize,
+    /// Tokens of a part, where it is not the plan that says so.
+    split: Option<usize>,
     rows: Option<usize>,
     options: Options,
 }
@@ -41,7 +44,7 @@ fn case() -> Case {
         group: 3,
         q_len: 1,
         chunks: vec![70, 1, 1, 30],
-        split: 64,
+        split: Some(64),
         rows: None,
         options: Options { band: Band::causal(Alignment::BottomRight), ..Options::default() },
     }
@@ -50,6 +53,26 @@ fn case() -> Case {
 /// A grid with few blocks along y, as one of very many heads, and some left over.
 fn folded([x, y, z]: [u32; 3]) -> [u32; 3] {
     [x, 3, (y * z).div_ceil(3)]
+}
+
+/// Launches in grids that are folded, where they have more than a block.
+struct Folded<'a> {
+    emulator: &'a mut Emulator,
+    kernels: Vec<std::sync::Arc<dyn Kernel>>,
+}
+
+impl Launcher for Folded<'_> {
+    type Error = Failure;
+
+    fn tensor_map(&mut self, tensor: &BoxedTensor) -> Result<Arg, Failure> {
+        Ok(self.emulator.tensor_map(&tensor.into()))
+    }
+
+    fn launch(&mut self, kernel: usize, grid: [u32; 3], args: &[Arg]) -> Result<(), Failure> {
+        let [_, y, z] = grid;
+        let grid = if y * z > 1 { folded(grid) } else { grid };
+        self.emulator.launch(&self.kernels[kernel].program(), grid, args).map(|_| ())
+    }
 }
 
 fn normal(seed: u64, len: usize) -> Vec<f32> {
@@ -68,11 +91,9 @@ fn bits(tensor: &Tensor) -> Vec<u16> {
 /// A pool with two sequences, on the emulated device and as scalars.
 struct Cache {
     emulator: Emulator,
-    keys: Buffer,
+    /// Without lengths.
+    pool: PoolTensors,
     key_scales: Buffer,
-    constants: Buffer,
-    values: Buffer,
-    value_scales: Buffer,
     tables: Buffer,
     table_stride: usize,
     lens: Vec<i32>,
@@ -94,13 +115,21 @@ impl Case {
         let tables: Vec<i32> = (0..2)
             .flat_map(|sequence| (0..table_stride).map(move |page| (pages - 1 - 2 * page - sequence) as i32))
             .collect();
+        let tables = emulator.buffer("tables", &tables);
+        let key_scales = emulator.uninitialized("key_scales", bytes.key_scales);
+        let pool = PoolTensors {
+            tables: tables.address(),
+            kv_lens: 0,
+            keys: emulator.uninitialized("keys", bytes.keys).address(),
+            key_scales: key_scales.address(),
+            constants: emulator.uninitialized("constants", bytes.constants).address(),
+            values: emulator.uninitialized("values", bytes.values).address(),
+            value_scales: emulator.uninitialized("value_scales", bytes.value_scales.max(4)).address(),
+        };
         Cache {
-            keys: emulator.uninitialized("keys", bytes.keys),
-            key_scales: emulator.uninitialized("key_scales", bytes.key_scales),
-            constants: emulator.uninitialized("constants", bytes.constants),
-            values: emulator.uninitialized("values", bytes.values),
-            value_scales: emulator.uninitialized("value_scales", bytes.value_scales.max(4)),
-            tables: emulator.buffer("tables", &tables),
+            pool,
+            key_scales,
+            tables,
             table_stride,
             lens: vec![0; 2],
             heads: (0..2 * self.layout.num_kv_heads).map(|_| CachedHead::new(self.layout)).collect(),
@@ -120,44 +149,102 @@ impl Case {
     fn append(&self, cache: &mut Cache, sequence: usize, k: &Tensor, v: &Tensor) {
         let CacheLayout { num_kv_heads, head_dim, .. } = self.layout;
         let tokens = k.shape()[2];
-        let config = CacheAppendConfig { storage: self.storage(), dtype: self.dtype };
+        let table = cache.tables.address() + 4 * (sequence * cache.table_stride) as u64;
         let emulator = &mut cache.emulator;
         let (k_bits, v_bits) = (emulator.buffer("k", &bits(k)), emulator.buffer("v", &bits(v)));
         let lens = emulator.buffer("kv_lens", &cache.lens[sequence..=sequence]);
-        let row = head_dim as i64;
-        let args = CacheAppendArgs {
-            k: k_bits.address(),
-            k_stride_batch: 0,
-            k_stride_head: tokens as i64 * row,
-            k_stride_row: row,
-            v: v_bits.address(),
-            v_stride_batch: 0,
-            v_stride_head: tokens as i64 * row,
-            v_stride_row: row,
-            tables: cache.tables.address() + 4 * (sequence * cache.table_stride) as u64,
-            kv_lens: lens.address(),
-            keys: cache.keys.address(),
-            key_scales: cache.key_scales.address(),
-            constants: cache.constants.address(),
-            values: cache.values.address(),
-            value_scales: cache.value_scales.address(),
-            table_stride: cache.table_stride as i32,
-            tokens: tokens as i32,
-            kv_heads: num_kv_heads as i32,
-            sequences: 1,
+        let pool = PoolTensors { tables: table, kv_lens: lens.address(), ..cache.pool };
+        let tensor = |bits: Buffer| TensorArg {
+            address: bits.address(),
+            strides: [0, (tokens * head_dim) as i64, head_dim as i64],
         };
-        let grid = folded(config.grid(tokens, num_kv_heads, 1));
-        emulator
-            .launch(&config.program(), grid, &args.args())
-            .unwrap_or_else(|failure| panic!("{self:?}\n{failure}"));
-        let advance = CacheAdvanceConfig;
-        let args = CacheAdvanceArgs { kv_lens: lens.address(), sequences: 1, tokens: tokens as i32 };
-        emulator.launch(&advance.program(), advance.grid(1), &args.args()).unwrap();
+        let call = AppendCall {
+            storage: self.storage(),
+            dtype: self.dtype,
+            num_kv_heads,
+            sequences: 1,
+            tokens,
+            table_stride: cache.table_stride,
+        };
+        let tensors = AppendTensors { k: tensor(k_bits), v: tensor(v_bits), pool };
+        self.run(emulator, &call.pass(), &tensors);
         cache.lens[sequence] = emulator.read::<i32>(lens)[0];
         for head in 0..num_kv_heads {
             let rows = |x: &Tensor| Matrix::of_head(&x.view(), 0, head, 0, tokens);
             cache.heads[sequence * num_kv_heads + head].append(&rows(k), &rows(v));
         }
+    }
+
+    /// Runs a pass, in grids that are folded.
+    fn run<T>(&self, emulator: &mut Emulator, pass: &Pass<T>, tensors: &T) {
+        let workspace = emulator.uninitialized("workspace", pass.workspace_bytes().max(1));
+        assert_eq!(pass.zeroed_bytes(), 0);
+        let mut launcher = Folded { emulator, kernels: pass.kernels().cloned().collect() };
+        pass.run(tensors, workspace.address(), &mut launcher)
+            .unwrap_or_else(|failure| panic!("{self:?}\n{failure}"));
+    }
+
+    /// Attention by parts of `split` tokens, which are fewer than a plan's, and by blocks of [`Case::rows`].
+    fn attend_in_parts(&self, emulator: &mut Emulator, call: &AttendCall, t: &AttendTensors, split: usize) {
+        let group = call.num_q_heads / call.num_kv_heads;
+        let (head_dim, rows) = (call.storage.head_dim, call.rows());
+        let log2e = std::f32::consts::LOG2_E;
+        let config = CacheAttendConfig {
+            storage: call.storage,
+            dtype: call.dtype,
+            rows: self.rows.unwrap_or(CacheAttendConfig::rows_for(call.q_len, group)),
+            softcap: call.logit_softcap.is_some(),
+        };
+        let splits = call.kv_len.div_ceil(split).max(1);
+        let partial = emulator.uninitialized("partial", 4 * splits * rows * head_dim);
+        let partial_sums = emulator.uninitialized("partial_sums", 4 * PART * splits * rows);
+        let limit = |side: Option<usize>| side.map_or(1 << 30, |n| n.min(1 << 30) as i32);
+        let args = CacheAttendArgs {
+            q: t.q.address,
+            q_stride_batch: t.q.strides[0],
+            q_stride_head: t.q.strides[1],
+            q_stride_row: t.q.strides[2],
+            tables: t.pool.tables,
+            kv_lens: t.pool.kv_lens,
+            keys: t.pool.keys,
+            key_scales: t.pool.key_scales,
+            constants: t.pool.constants,
+            values: t.pool.values,
+            value_scales: t.pool.value_scales,
+            partial: partial.address(),
+            partial_sums: partial_sums.address(),
+            table_stride: call.table_stride as i32,
+            kv_heads: call.num_kv_heads as i32,
+            group: group as i32,
+            q_len: call.q_len as i32,
+            sequences: call.sequences as i32,
+            split: split as i32,
+            scale: call.sm_scale * log2e,
+            cap: call.logit_softcap.unwrap_or(0.0) * log2e,
+            left: limit(call.band.left),
+            right: limit(call.band.right),
+        };
+        let grid = folded(config.grid(splits, call.num_kv_heads, call.q_len, group, call.sequences));
+        emulator
+            .launch(&config.program(), grid, &args.args())
+            .unwrap_or_else(|failure| panic!("{self:?}\n{failure}"));
+        let combine = CombineConfig { dtype: call.dtype, head_dim, lse: true };
+        let args = CombineArgs {
+            partial: partial.address(),
+            partial_sums: partial_sums.address(),
+            out: t.out.address,
+            lse: t.lse,
+            out_stride_batch: t.out.strides[0],
+            out_stride_head: t.out.strides[1],
+            out_stride_row: t.out.strides[2],
+            total_rows: rows as i32,
+            q_rows: call.q_len as i32,
+            q_heads: call.num_q_heads as i32,
+            splits: splits as i32,
+        };
+        emulator
+            .launch(&combine.program(), combine.grid(rows), &args.args())
+            .unwrap_or_else(|failure| panic!("{self:?}\n{failure}"));
     }
 
     fn filled(&self) -> Cache {
@@ -185,70 +272,39 @@ impl Case {
         let call = Call::check_cached(&inputs, &self.layout, &self.options).unwrap();
         let expected = cached(&call, &cache.heads);
 
-        let log2e = std::f32::consts::LOG2_E;
-        let config = CacheAttendConfig {
-            storage: self.storage(),
-            dtype: self.dtype,
-            rows: self.rows.unwrap_or(CacheAttendConfig::rows_for(self.q_len, self.group)),
-            softcap: self.options.logit_softcap.is_some(),
+        let rows = 2 * q_heads * self.q_len;
+        let emulator = &mut cache.emulator;
+        let (out, lse) =
+            (emulator.uninitialized("out", 2 * rows * head_dim), emulator.uninitialized("lse", 4 * rows));
+        let strides = [q_heads * self.q_len * head_dim, self.q_len * head_dim, head_dim].map(|n| n as i64);
+        let tensors = AttendTensors {
+            q: TensorArg { address: emulator.buffer("q", &bits(&q)).address(), strides },
+            out: TensorArg { address: out.address(), strides },
+            lse: lse.address(),
+            pool: PoolTensors { kv_lens: emulator.buffer("kv_lens", &lens).address(), ..cache.pool },
         };
         let longest = lens.iter().max().map_or(0, |&len| len as usize);
-        let splits = longest.div_ceil(self.split).max(1);
-        let total_rows = 2 * q_heads * self.q_len;
-        let emulator = &mut cache.emulator;
-        let partial = emulator.uninitialized("partial", 4 * splits * total_rows * head_dim);
-        let partial_sums = emulator.uninitialized("partial_sums", 4 * PART * splits * total_rows);
-        let limit = |side: Option<usize>| side.map_or(1 << 30, |n| n.min(1 << 30) as i32);
-        let row = head_dim as i64;
-        let args = CacheAttendArgs {
-            q: emulator.buffer("q", &bits(&q)).address(),
-            q_stride_batch: (q_heads * self.q_len) as i64 * row,
-            q_stride_head: self.q_len as i64 * row,
-            q_stride_row: row,
-            tables: cache.tables.address(),
-            kv_lens: emulator.buffer("kv_lens", &lens).address(),
-            keys: cache.keys.address(),
-            key_scales: cache.key_scales.address(),
-            constants: cache.constants.address(),
-            values: cache.values.address(),
-            value_scales: cache.value_scales.address(),
-            partial: partial.address(),
-            partial_sums: partial_sums.address(),
-            table_stride: cache.table_stride as i32,
-            kv_heads: num_kv_heads as i32,
-            group: self.group as i32,
-            q_len: self.q_len as i32,
+        let attend = AttendCall {
+            storage: self.storage(),
+            dtype: self.dtype,
             sequences: 2,
-            split: self.split as i32,
-            scale: call.problem.sm_scale * log2e,
-            cap: self.options.logit_softcap.unwrap_or(0.0) * log2e,
-            left: limit(self.options.band.left),
-            right: limit(self.options.band.right),
+            num_q_heads: q_heads,
+            num_kv_heads,
+            q_len: self.q_len,
+            kv_len: longest,
+            sm_scale: call.problem.sm_scale,
+            band: self.options.band,
+            logit_softcap: self.options.logit_softcap,
+            lse: true,
+            table_stride: cache.table_stride,
         };
-        let grid = folded(config.grid(splits, num_kv_heads, self.q_len, self.group, 2));
-        emulator
-            .launch(&config.program(), grid, &args.args())
-            .unwrap_or_else(|failure| panic!("{self:?}\n{failure}"));
-
-        let combine = CombineConfig { dtype: self.dtype, head_dim, lse: true };
-        let out = emulator.uninitialized("out", 2 * total_rows * head_dim);
-        let lse = emulator.uninitialized("lse", 4 * total_rows);
-        let args = CombineArgs {
-            partial: partial.address(),
-            partial_sums: partial_sums.address(),
-            out: out.address(),
-            lse: lse.address(),
-            out_stride_batch: (q_heads * self.q_len) as i64 * row,
-            out_stride_head: self.q_len as i64 * row,
-            out_stride_row: row,
-            total_rows: total_rows as i32,
-            q_rows: self.q_len as i32,
-            q_heads: q_heads as i32,
-            splits: splits as i32,
-        };
-        emulator
-            .launch(&combine.program(), combine.grid(total_rows), &args.args())
-            .unwrap_or_else(|failure| panic!("{self:?}\n{failure}"));
+        match self.split {
+            Some(split) => self.attend_in_parts(emulator, &attend, &tensors, split),
+            None => {
+                let pass = attend.pass(&Machine::typical(Target::SM_80)).unwrap();
+                self.run(emulator, &pass, &tensors);
+            }
+        }
 
         let wide = |x: u16| match self.dtype {
             DType::BF16 => bf16::from_bits(x).to_f32(),
@@ -294,7 +350,7 @@ fn chunks_of_queries_windows_and_soft_caps_are_the_oracles() {
 #[test]
 fn every_number_of_rows_and_length_of_parts_is_the_oracles() {
     for rows in [1, 2, 4] {
-        for split in [64, 128, 1024] {
+        for split in [64, 128, 1024].map(Some) {
             Case { rows: Some(rows), split, group: 5, ..case() }.check();
         }
     }
@@ -324,4 +380,16 @@ fn a_row_that_is_not_finite_spoils_what_sees_it_and_no_other() {
     for i in [0, 2] {
         assert!((scales[first + i] - expected[i]).abs() <= 1e-6 * expected[i], "{scales:?}, {expected:?}");
     }
+}
+
+#[test]
+fn planned_passes_are_the_oracles() {
+    let window = Band { left: Some(50), right: Some(0), alignment: Alignment::BottomRight };
+    let windowed = Options { band: window, logit_softcap: Some(20.0), ..Options::default() };
+    for (q_len, group, options) in [(1, 1, case().options), (1, 2, windowed), (3, 4, case().options)] {
+        // More than the 256 tokens that a part has at least.
+        Case { split: None, chunks: vec![290, 1, 40], q_len, group, options, ..case() }.check();
+    }
+    let empty = Case { split: None, q_len: 0, ..case() };
+    empty.check();
 }

@@ -6,8 +6,9 @@ mod support;
 use sage_core::metrics::Accuracy;
 use sage_core::{Alignment, Band, DType, MAX_HEADS, Preset, Problem, Scheme, SmoothQ};
 use sage_kernels::Lengths;
-use sage_kernels::attention::MaskForm;
-use sage_kernels::forward::{Forward, Gpu, Launcher, Request, Tensors, int8_scheme};
+use sage_kernels::Machine;
+use sage_kernels::forward::{ForwardPlan, Request, Tensors, int8_scheme};
+use sage_kernels::pass::Launcher;
 use sage_ptx::{Arg, BoxedTensor, Target};
 use support::{Case, MaskKind};
 
@@ -209,24 +210,13 @@ fn problem([batch, num_q_heads, num_kv_heads, q_len, kv_len]: [usize; 5]) -> Pro
 }
 
 fn request(problem: &Problem, scheme: Option<Scheme>) -> Request {
-    Request {
-        scheme,
-        accuracy: None,
-        mask: MaskForm::None,
-        lengths: Lengths::Dense,
-        q_rows: problem.q_len,
-        kv_rows: problem.kv_len,
-        aligned: true,
-        boxed: true,
-        lse: true,
-        tiling: None,
-    }
+    Request { scheme, lse: true, ..Request::new(problem) }
 }
 
 #[test]
 fn launches_of_all_heads_that_a_call_may_have() {
     for target in [Target::SM_80, Target::SM_90A] {
-        let gpu = Gpu { target, multiprocessors: 132 };
+        let gpu = Machine { multiprocessors: 132, ..Machine::typical(target) };
         for scheme in schemes(target) {
             for sizes in [
                 [65_541, 1, 1, 1, 3],
@@ -236,11 +226,11 @@ fn launches_of_all_heads_that_a_call_may_have() {
                 [MAX_HEADS, 1, 1, 2, 1],
             ] {
                 let problem = problem(sizes);
-                let forward = Forward::new(&problem, &request(&problem, scheme), &gpu).unwrap();
+                let forward = ForwardPlan::new(&problem, &request(&problem, scheme), &gpu).unwrap();
                 let mut grids = Grids(Vec::new());
-                let Ok(()) = forward.run(&Tensors::default(), 0, &mut grids);
+                let Ok(()) = forward.pass().run(&Tensors::default(), 0, &mut grids);
                 assert!(!grids.0.is_empty());
-                for (grid, kernel) in grids.0.iter().zip(forward.kernel_names()) {
+                for (grid, kernel) in grids.0.iter().zip(forward.pass().kernel_names()) {
                     let [x, y, z] = *grid;
                     let fits = (1..1 << 31).contains(&x) && [y, z].iter().all(|n| (1..65_536).contains(n));
                     assert!(fits, "{sizes:?} {kernel}: {grid:?}");
@@ -255,7 +245,7 @@ fn launches_of_all_heads_that_a_call_may_have() {
 
 #[test]
 fn what_does_not_fit_the_kernels_numbers_is_refused_or_left_to_others() {
-    let gpu = Gpu { target: Target::SM_90A, multiprocessors: 132 };
+    let gpu = Machine { multiprocessors: 132, ..Machine::typical(Target::SM_90A) };
     let message = |sizes, rows: [usize; 2]| {
         let problem = problem(sizes);
         let request = Request {
@@ -264,7 +254,7 @@ fn what_does_not_fit_the_kernels_numbers_is_refused_or_left_to_others() {
             kv_rows: rows[1],
             ..request(&problem, None)
         };
-        Forward::new(&problem, &request, &gpu).map(|forward| forward.kernel_names().join(" "))
+        ForwardPlan::new(&problem, &request, &gpu).map(|forward| forward.pass().kernel_names().join(" "))
     };
     assert_eq!(
         message([1 << 20, 32, 4, 1, 1], [100, 100]).unwrap_err().to_string(),
@@ -284,7 +274,7 @@ fn what_does_not_fit_the_kernels_numbers_is_refused_or_left_to_others() {
 fn a_scheme_does_not_depend_on_how_tensors_lie_in_memory() {
     let mut schemes_seen = Vec::new();
     for target in [Target::SM_80, Target::SM_89, Target::SM_90A, Target::SM_120A] {
-        let gpu = Gpu { target, multiprocessors: 132 };
+        let gpu = Machine { multiprocessors: 132, ..Machine::typical(target) };
         for accuracy in [None, Some(0.005), Some(0.02), Some(0.05)] {
             for (q_len, kv_len) in [
                 (1, 5000),
@@ -298,10 +288,12 @@ fn a_scheme_does_not_depend_on_how_tensors_lie_in_memory() {
             ] {
                 for (heads, band) in [([1, 1], Band::FULL), ([8, 2], CAUSAL)] {
                     let problem = Problem { band, ..problem([2, heads[0], heads[1], q_len, kv_len]) };
-                    let schemes = [(true, true), (true, false), (false, false)].map(|(aligned, boxed)| {
-                        let request = Request { accuracy, aligned, boxed, ..request(&problem, None) };
-                        *Forward::new(&problem, &request, &gpu).unwrap().scheme()
-                    });
+                    let schemes =
+                        [(true, true), (true, false), (false, false)].map(|(aligned, has_tensor_map)| {
+                            let request =
+                                Request { accuracy, aligned, has_tensor_map, ..request(&problem, None) };
+                            *ForwardPlan::new(&problem, &request, &gpu).unwrap().scheme()
+                        });
                     assert_eq!(schemes[0], schemes[1], "{problem:?}");
                     assert_eq!(schemes[0], schemes[2], "{problem:?}");
                     schemes_seen.push(schemes[0].to_string());
@@ -317,11 +309,12 @@ fn a_scheme_does_not_depend_on_how_tensors_lie_in_memory() {
 /// The kernels of warpgroups need maps of what they read: of the workspace's tiles there always are some.
 #[test]
 fn repeated_keys_are_quantised_for_warpgroups_too() {
-    let gpu = Gpu { target: Target::SM_90A, multiprocessors: 132 };
+    let gpu = Machine { multiprocessors: 132, ..Machine::typical(Target::SM_90A) };
     let kernels = |preset: Preset, aligned| {
         let problem = problem([2, 4, 4, 300, 300]);
-        let request = Request { aligned, boxed: false, ..request(&problem, Some(preset.scheme(64))) };
-        Forward::new(&problem, &request, &gpu).unwrap().kernel_names().join(" ")
+        let request =
+            Request { aligned, has_tensor_map: false, ..request(&problem, Some(preset.scheme(64))) };
+        ForwardPlan::new(&problem, &request, &gpu).unwrap().pass().kernel_names().join(" ")
     };
     assert!(kernels(Preset::INT8_FP8, true).contains("_wg"));
     assert!(!kernels(Preset::INT8_FP8, false).contains("_wg"));

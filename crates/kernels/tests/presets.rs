@@ -12,8 +12,9 @@ use sage_core::{
     SmoothK, SmoothQ, Smoothing, Tensor, Tile, oracle,
 };
 use sage_kernels::Lengths;
+use sage_kernels::Machine;
 use sage_kernels::attention::MaskForm;
-use sage_kernels::forward::{Forward, Gpu, Request, int8_scheme, nearest_scheme};
+use sage_kernels::forward::{ForwardPlan, Request, int8_scheme, nearest_scheme};
 use sage_ptx::Target;
 use support::Case;
 
@@ -26,7 +27,7 @@ const FP8: f64 = 4e-2;
 const F16_SUMS: f64 = 6e-3;
 
 /// The plan of a scheme for 1024 queries and keys.
-fn plan(scheme: Scheme, dtype: DType, head_dim: usize, target: Target) -> Result<Forward, Error> {
+fn plan(scheme: Scheme, dtype: DType, head_dim: usize, target: Target) -> Result<ForwardPlan, Error> {
     let problem = Problem {
         dtype,
         batch: 1,
@@ -42,19 +43,8 @@ fn plan(scheme: Scheme, dtype: DType, head_dim: usize, target: Target) -> Result
         masked: false,
         block_masked: false,
     };
-    let request = Request {
-        scheme: Some(scheme),
-        accuracy: None,
-        mask: MaskForm::None,
-        lengths: Lengths::Dense,
-        q_rows: 1024,
-        kv_rows: 1024,
-        aligned: true,
-        boxed: true,
-        lse: false,
-        tiling: None,
-    };
-    Forward::new(&problem, &request, &Gpu { target, multiprocessors: 100 })
+    let request = Request { scheme: Some(scheme), ..Request::new(&problem) };
+    ForwardPlan::new(&problem, &request, &Machine { multiprocessors: 100, ..Machine::typical(target) })
 }
 
 #[test]

@@ -10,7 +10,9 @@ use sage_core::{Call, Error, Geometry};
 use sage_emulator::{Emulator, Failure};
 use sage_kernels::Lengths;
 use sage_kernels::attention::MaskForm;
-use sage_kernels::forward::{Forward, Gpu, Launcher, Request, TensorArg, Tensors};
+use sage_kernels::forward::{ForwardPlan, Request, Tensors};
+use sage_kernels::pass::Launcher;
+use sage_kernels::{Machine, TensorArg};
 use sage_ptx::{Arg, BoxedTensor, Program, Target};
 
 /// Most rows of a sequence: the emulator takes its time.
@@ -36,7 +38,7 @@ impl Launcher for Emulated<'_> {
 }
 
 /// Computes a call, or says what no kernel computes.
-fn run(call: &RandomCall, gpu: &Gpu) -> Result<Computed, Error> {
+fn run(call: &RandomCall, gpu: &Machine) -> Result<Computed, Error> {
     let inputs = call.inputs();
     let checked = Call::check(&inputs, &call.options)?;
     let problem = &checked.problem;
@@ -102,18 +104,21 @@ fn run(call: &RandomCall, gpu: &Gpu) -> Result<Computed, Error> {
         q_rows: checked.q.shape()[2],
         kv_rows: checked.k.shape()[2],
         aligned,
-        boxed: aligned && tensors.k.has_map(checked.k.shape()) && tensors.v.has_map(checked.v.shape()),
+        has_tensor_map: aligned
+            && tensors.k.has_map(checked.k.shape())
+            && tensors.v.has_map(checked.v.shape()),
         lse: call.lse,
         tiling: None,
     };
-    let forward = Forward::new(problem, &request, gpu)?;
-    let workspace = emulator.uninitialized("workspace", forward.workspace_bytes().max(1));
-    emulator.write(workspace, &vec![0u8; forward.zeroed_bytes()]);
-    let programs = forward.programs();
+    let forward = ForwardPlan::new(problem, &request, gpu)?;
+    let workspace = emulator.uninitialized("workspace", forward.pass().workspace_bytes().max(1));
+    emulator.write(workspace, &vec![0u8; forward.pass().zeroed_bytes()]);
+    let programs = forward.pass().programs();
     let mut launcher = Emulated { emulator: &mut emulator, programs: &programs };
     forward
+        .pass()
         .run(&tensors, workspace.address(), &mut launcher)
-        .unwrap_or_else(|failure| panic!("{call:?}, {:?}\n{failure}", forward.kernel_names()));
+        .unwrap_or_else(|failure| panic!("{call:?}, {:?}\n{failure}", forward.pass().kernel_names()));
     Ok(Computed {
         scheme: *forward.scheme(),
         out: out_buffer.map_or_else(Vec::new, |buffer| emulator.read(buffer)),
@@ -128,7 +133,10 @@ fn random_calls_agree_with_the_oracle() {
     let (mut computed, mut worst) = (0, [0f64; 2]);
     let count = count(80);
     for number in 0..count {
-        let gpu = Gpu { target: targets[number / 4 % targets.len()], multiprocessors: 7 + number % 60 };
+        let gpu = Machine {
+            multiprocessors: 7 + number % 60,
+            ..Machine::typical(targets[number / 4 % targets.len()])
+        };
         let call = RandomCall::new(number, MOST_ROWS, &presets(&gpu));
         match run(&call, &gpu) {
             Ok(result) => {

@@ -16,7 +16,8 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use random_calls::{Computed, Memory, RandomCall, RandomLengths, RandomMask, check, count, presets};
 use sage_core::{Call, DType};
-use sage_kernels::forward::{Forward, Gpu, Request};
+use sage_kernels::Machine;
+use sage_kernels::forward::{ForwardPlan, Request};
 use sageattention::cuda::{
     Buffer, Cuda, CudaTensor, DeviceBytes, DeviceInputs, DeviceLse, DeviceMask, Stream,
 };
@@ -90,9 +91,9 @@ impl OnGpu {
     }
 }
 
-fn target(cuda: &Cuda) -> Gpu {
+fn target(cuda: &Cuda) -> Machine {
     let info = cuda.device().info();
-    Gpu { target: info.target(), multiprocessors: info.multiprocessors as usize }
+    Machine { multiprocessors: info.multiprocessors as usize, ..Machine::typical(info.target()) }
 }
 
 /// The scheme that the GPU computes: it does not depend on how the tensors lie in memory.
@@ -101,17 +102,10 @@ fn scheme(call: &RandomCall, cuda: &Cuda) -> Scheme {
     let problem = Call::check(&inputs, &call.options).unwrap().problem;
     let request = Request {
         scheme: call.preset.map(|preset| preset.scheme(problem.head_dim)),
-        accuracy: None,
-        mask: sage_kernels::attention::MaskForm::None,
-        lengths: sage_kernels::Lengths::Dense,
-        q_rows: problem.q_len,
-        kv_rows: problem.kv_len,
-        aligned: true,
-        boxed: false,
-        lse: false,
-        tiling: None,
+        has_tensor_map: false,
+        ..Request::new(&problem)
     };
-    *Forward::new(&problem, &request, &target(cuda)).unwrap().scheme()
+    *ForwardPlan::new(&problem, &request, &target(cuda)).unwrap().scheme()
 }
 
 /// The oracle takes longer than the GPU, so calls are computed by as many threads as there are cores.

@@ -5,7 +5,7 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use sage_core::Call;
 use sage_emulator::Report;
-use sage_kernels::forward::Gpu;
+use sage_kernels::Machine;
 use sage_ptx::Target;
 use sageattention::{Choice, DType, Inputs, MAX_HEAD_DIM};
 use serde_json::{Value, json};
@@ -105,9 +105,9 @@ impl Emulate {
             Choice::Preset(preset) => Some(preset.scheme(head_dim)),
             Choice::Scheme(scheme) => Some(scheme),
         };
-        let gpu = Gpu { target: self.target, multiprocessors: self.multiprocessors.into() };
+        let gpu = Machine { multiprocessors: self.multiprocessors.into(), ..Machine::typical(self.target) };
         let forward = emulation::plan(&call, scheme, &gpu)?;
-        let progress = console.progress("emulating", forward.kernel_names().len());
+        let progress = console.progress("emulating", forward.pass().kernel_names().len());
         let emulation = emulation::run(&call, forward, || progress.inc(1))?;
         progress.finish_and_clear();
         if console.json {
@@ -132,7 +132,7 @@ impl Emulate {
             "causal": self.causal.is_some(),
             "scheme": emulation.forward.scheme().to_string(),
             "splits": emulation.forward.splits(),
-            "workspace_bytes": emulation.forward.workspace_bytes(),
+            "workspace_bytes": emulation.forward.pass().workspace_bytes(),
             "reasons": emulation.forward.reasons(),
             "kernels": emulation.launches.iter().map(|(report, time)| kernel(report, *time)).collect::<Vec<_>>(),
             "against_scheme": Metrics::from(emulation.of_scheme),

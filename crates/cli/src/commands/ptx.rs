@@ -59,8 +59,12 @@ impl Ptx {
         }
         let mut table = Table::new(&["<kernel", "<since", "<what it is"]);
         for entry in &entries {
-            let minimum = entry.minimum_target();
-            table.row(vec![entry.name().into(), minimum.into(), entry.description().into()]);
+            let minimum = entry.kernel().oldest_target();
+            table.row(vec![
+                entry.kernel().name().into(),
+                minimum.into(),
+                entry.kernel().description().into(),
+            ]);
         }
         console.print(&format!("{table}\n{} kernels\n", entries.len()))
     }
@@ -69,11 +73,11 @@ impl Ptx {
         let entries = catalog_of_all_targets();
         // Tile shapes, and so names, depend on the target: one that no list knows may have its own.
         let own = self.target.map(catalog).unwrap_or_default();
-        let Some(entry) = entries.iter().chain(&own).find(|entry| entry.name() == name) else {
+        let Some(entry) = entries.iter().chain(&own).find(|entry| entry.kernel().name() == name) else {
             return Err(unknown(name, &entries));
         };
-        let target = self.target.unwrap_or_else(|| entry.minimum_target());
-        let ptx = entry.program().ptx(target).map_err(|error| Failure::Failed(error.to_string()))?;
+        let target = self.target.unwrap_or_else(|| entry.kernel().oldest_target());
+        let ptx = entry.kernel().program().ptx(target).map_err(|error| Failure::Failed(error.to_string()))?;
         if !console.json {
             return console.print(&ptx);
         }
@@ -88,15 +92,15 @@ impl Ptx {
 
 fn described(entry: &Entry) -> serde_json::Value {
     json!({
-        "name": entry.name(),
-        "minimum_target": entry.minimum_target().to_string(),
-        "description": entry.description(),
+        "name": entry.kernel().name(),
+        "minimum_target": entry.kernel().oldest_target().to_string(),
+        "description": entry.kernel().description(),
         "default": entry.is_default(),
     })
 }
 
 fn unknown(name: &str, entries: &[Entry]) -> Failure {
-    let mut names: Vec<String> = entries.iter().map(Entry::name).collect();
+    let mut names: Vec<String> = entries.iter().map(|entry| entry.kernel().name()).collect();
     names.sort_by_cached_key(|known| (strsim::damerau_levenshtein(name, known), known.clone()));
     let closest = names.iter().take(CLOSEST).map(String::as_str).collect::<Vec<_>>().join(", ");
     Failure::Usage(format!(

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use sage_core::{Accumulator, DType, Granularity, IntBits, IntQuantizer};
+use sage_core::{Accumulator, DType, IntQuantizer};
 
 use sage_ptx::{Code, Val};
 use serde::{Deserialize, Serialize};
@@ -220,61 +220,6 @@ impl AttentionConfig {
     /// or with warpgroups a piece of work that blocks share out among themselves.
     pub fn pieces(&self, sequences: usize, q_heads: usize, q_len: usize, splits: usize) -> [usize; 2] {
         [q_len.div_ceil(self.block_q()), q_heads * sequences * splits]
-    }
-
-    /// Name of the kernel, unique for the configuration.
-    pub fn name(&self) -> String {
-        let scores = match self.scores {
-            Scores::Full => "full".to_owned(),
-            Scores::Int(quantizer) => {
-                let bits = match quantizer.bits {
-                    IntBits::Eight => "int8",
-                    IntBits::Four => "int4",
-                };
-                let granularity = match quantizer.granularity {
-                    Granularity::PerTensor => "tensor".to_owned(),
-                    // Of the queries' blocks only one of 128 rows has no number.
-                    Granularity::PerBlock if quantizer.tile.block_q == 128 => "block".to_owned(),
-                    Granularity::PerBlock => format!("block{}", quantizer.tile.block_q),
-                    Granularity::PerWarp => format!("warp{}", quantizer.tile.warp_q),
-                    Granularity::PerThread => format!("thread{}", quantizer.tile.warp_q),
-                    Granularity::PerToken => "token".to_owned(),
-                };
-                let first = if quantizer.scale_q_first { "_scaled" } else { "" };
-                let rounding = format!("{:?}{:?}", quantizer.rounding, quantizer.zero_group);
-                let rounding: String = rounding.chars().filter(char::is_ascii_uppercase).collect();
-                format!("{bits}_{granularity}{first}_{}", rounding.to_lowercase())
-            }
-        };
-        let accumulator = |accumulator: Accumulator| accumulator.name().replace('+', "_");
-        let values = match self.values {
-            Values::F16(a) => format!("f16_{}", accumulator(a)),
-            Values::BF16 => "bf16".to_owned(),
-            Values::Fp8(a) => format!("fp8_{}", accumulator(a)),
-        };
-        let mut name = format!("attention_{}_{scores}_{values}_d{}", self.dtype, self.head_dim);
-        if self.mask != MaskForm::None {
-            name += &format!("_{}", self.mask.name());
-        }
-        for (on, part) in [
-            (self.softcap, "_softcap"),
-            (self.lse, "_lse"),
-            (self.smooth_k, "_sk"),
-            (self.smooth_v, "_sv"),
-            (self.rotate, "_rot"),
-            (self.value_source == ValueSource::Workspace, "_vws"),
-            (!self.aligned, "_unaligned"),
-            (self.split, "_split"),
-        ] {
-            if on {
-                name += part;
-            }
-        }
-        if let Some(rows) = self.smooth_q {
-            name += &format!("_sq{rows}");
-        }
-        name += self.lengths.suffix();
-        format!("{name}_{}", self.tiling)
     }
 }
 

@@ -14,6 +14,7 @@
 mod bulk_ring;
 mod config;
 mod epilogue;
+mod kernel;
 mod output;
 mod pieces;
 mod place;
@@ -27,6 +28,8 @@ mod warpgroups;
 use half::{bf16, f16};
 use sage_core::DType;
 use sage_ptx::{E4M3, Half, MmaElement, Program, RoundedElement, Stored, kernel};
+
+use crate::kernel::Kernel;
 
 pub use bulk_ring::{BULK_MAPS, boxed_tensors, stage_bytes};
 use config::AttentionParams;
@@ -43,7 +46,7 @@ use scores::{KeyScales, KeyTile, Scoring};
 use softmax::Softmax;
 
 /// The attention kernel of a configuration.
-pub fn attention(config: &AttentionConfig) -> Program {
+fn attention(config: &AttentionConfig) -> Program {
     match (config.dtype, config.values) {
         (DType::BF16, Values::F16(_)) => write::<bf16, f16>(config),
         (DType::BF16, Values::BF16) => write::<bf16, bf16>(config),

@@ -5,6 +5,7 @@ use sage_core::DType;
 use sage_ptx::{Code, Half, Program, Scalar, Val, kernel};
 
 use super::tile_load::{Head, ROWS, RowOrder, Source, tile_grid};
+use crate::kernel::Kernel;
 use crate::params::kernel_params;
 use crate::sequence::KEY_TILE;
 
@@ -31,11 +32,6 @@ kernel_params! {
 }
 
 impl ConvertVConfig {
-    /// Name of the kernel, unique for the configuration.
-    pub fn name(&self) -> String {
-        format!("convert_v_{}_{}", self.to, self.source.suffix())
-    }
-
     /// Threads of a block.
     pub const fn threads(&self) -> u32 {
         self.source.threads()
@@ -44,11 +40,6 @@ impl ConvertVConfig {
     /// Blocks along x, y and z, where the longest sequence has `max_kv_len` keys.
     pub fn grid(&self, max_kv_len: usize, kv_heads: usize, sequences: usize) -> [u32; 3] {
         tile_grid(max_kv_len, kv_heads, sequences)
-    }
-
-    /// The kernel.
-    pub fn program(&self) -> Program {
-        kernel(&self.name(), self.threads(), |code| self.write(code))
     }
 
     fn write(&self, code: &Code) {
@@ -82,5 +73,23 @@ impl ConvertVConfig {
             DType::F16 => narrow::<f16>(self.source.widen(word)),
             _ => narrow::<bf16>(self.source.widen(word)),
         }
+    }
+}
+
+impl Kernel for ConvertVConfig {
+    fn name(&self) -> String {
+        format!("convert_v_{}_{}", self.to, self.source.suffix())
+    }
+
+    fn description(&self) -> String {
+        format!("V to {}; {}", self.to, self.source.description())
+    }
+
+    fn head_dim(&self) -> Option<usize> {
+        Some(self.source.head_dim)
+    }
+
+    fn program(&self) -> Program {
+        kernel(&self.name(), self.threads(), |code| self.write(code))
     }
 }

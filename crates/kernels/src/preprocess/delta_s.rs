@@ -3,6 +3,7 @@
 use sage_ptx::{Code, Global, Program, Shared, Val, Var, kernel};
 
 use super::tile_load::{CHUNK, Head, ROWS, RowOrder, Source, tile_grid};
+use crate::kernel::Kernel;
 use crate::params::kernel_params;
 use crate::sequence::KEY_TILE;
 
@@ -50,12 +51,6 @@ const KEY_THREADS: usize = KEY_TILE / THREAD_KEYS;
 const STEP: usize = 4;
 
 impl DeltaSConfig {
-    /// Name of the kernel, unique for the configuration.
-    pub fn name(&self) -> String {
-        let smooth = if self.smooth_k { "_smooth" } else { "" };
-        format!("delta_s{smooth}_{}", self.source.suffix())
-    }
-
     /// Threads of a block.
     pub const fn threads(&self) -> u32 {
         self.source.threads()
@@ -64,11 +59,6 @@ impl DeltaSConfig {
     /// Blocks along x, y and z, where the longest sequence has `max_kv_len` keys.
     pub fn grid(&self, max_kv_len: usize, kv_heads: usize, sequences: usize) -> [u32; 3] {
         tile_grid(max_kv_len, kv_heads, sequences)
-    }
-
-    /// The kernel.
-    pub fn program(&self) -> Program {
-        kernel(&self.name(), self.threads(), |code| self.write(code))
     }
 
     /// Floats between rows in shared memory: 16 bytes more than a row, so that neighbouring rows lie in other banks.
@@ -183,5 +173,24 @@ impl DeltaSConfig {
             }
         });
         sums
+    }
+}
+
+impl Kernel for DeltaSConfig {
+    fn name(&self) -> String {
+        let smooth = if self.smooth_k { "_smooth" } else { "" };
+        format!("delta_s{smooth}_{}", self.source.suffix())
+    }
+
+    fn description(&self) -> String {
+        format!("products of Q's means with K; {}", self.source.description())
+    }
+
+    fn head_dim(&self) -> Option<usize> {
+        Some(self.source.head_dim)
+    }
+
+    fn program(&self) -> Program {
+        kernel(&self.name(), self.threads(), |code| self.write(code))
     }
 }

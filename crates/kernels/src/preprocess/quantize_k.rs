@@ -8,6 +8,7 @@ use super::groups::{Group, group_maxima_per_token, group_maximum, groups_of_tile
 use super::statistics::{ColumnStatistics, Meeting, Outputs};
 use super::tile_load::{CHUNK, Head, ROWS, RowOrder, Rows, Source, tile_grid};
 use crate::integer::{Step, magnitude_bits};
+use crate::kernel::Kernel;
 use crate::params::kernel_params;
 use crate::rotation::{RowLayout, rotate};
 use crate::sequence::KEY_TILE;
@@ -94,34 +95,6 @@ impl QuantizeKConfig {
         }
     }
 
-    /// Name of the kernel, unique for the configuration.
-    pub fn name(&self) -> String {
-        let bits = match self.bits {
-            IntBits::Eight => "int8",
-            IntBits::Four => "int4",
-        };
-        let granularity = self.granularity.name().replace('-', "_");
-        let rounding = match self.rounding {
-            Rounding::NearestEven => "even",
-            Rounding::HalfAwayFromZero => "away",
-        };
-        let zero_group = match self.zero_group {
-            ZeroGroup::Guard => "guard",
-            ZeroGroup::AddToScale => "add",
-            ZeroGroup::ClampMaximum => "clamp",
-        };
-        let smooth = match self.mean {
-            KeyMean::Zero => "",
-            KeyMean::Collected => "_smooth",
-            KeyMean::Given => "_mean",
-        };
-        let rotated = if self.rotate { "_rotated" } else { "" };
-        format!(
-            "quantize_k_{bits}_{granularity}_{rounding}_{zero_group}{smooth}{rotated}_{}",
-            self.source.suffix()
-        )
-    }
-
     /// Threads of a block.
     pub const fn threads(&self) -> u32 {
         self.source.threads()
@@ -135,11 +108,6 @@ impl QuantizeKConfig {
         } else {
             tile_grid(max_kv_len, kv_heads, sequences)
         }
-    }
-
-    /// The kernel.
-    pub fn program(&self) -> Program {
-        kernel(&self.name(), self.threads(), |code| self.write(code))
     }
 
     fn write(&self, code: &Code) {
@@ -320,6 +288,54 @@ impl QuantizeKConfig {
             IntBits::Eight => row.chunks(4).map(|four| step.round_word(four)).collect(),
             IntBits::Four => vec![step.round_word(&row)],
         }
+    }
+}
+
+impl Kernel for QuantizeKConfig {
+    fn name(&self) -> String {
+        let bits = match self.bits {
+            IntBits::Eight => "int8",
+            IntBits::Four => "int4",
+        };
+        let granularity = self.granularity.name().replace('-', "_");
+        let rounding = match self.rounding {
+            Rounding::NearestEven => "even",
+            Rounding::HalfAwayFromZero => "away",
+        };
+        let zero_group = match self.zero_group {
+            ZeroGroup::Guard => "guard",
+            ZeroGroup::AddToScale => "add",
+            ZeroGroup::ClampMaximum => "clamp",
+        };
+        let smooth = match self.mean {
+            KeyMean::Zero => "",
+            KeyMean::Collected => "_smooth",
+            KeyMean::Given => "_mean",
+        };
+        let rotated = if self.rotate { "_rotated" } else { "" };
+        format!(
+            "quantize_k_{bits}_{granularity}_{rounding}_{zero_group}{smooth}{rotated}_{}",
+            self.source.suffix()
+        )
+    }
+
+    fn description(&self) -> String {
+        let smooth = match self.mean {
+            KeyMean::Zero => "",
+            KeyMean::Collected => ", smoothed",
+            KeyMean::Given => ", smoothed by a given mean",
+        };
+        let (bits, granularity) = (self.bits.name(), self.granularity.name());
+        let rotated = if self.rotate { ", rotated" } else { "" };
+        format!("K to {bits} {granularity}{smooth}{rotated}; {}", self.source.description())
+    }
+
+    fn head_dim(&self) -> Option<usize> {
+        Some(self.source.head_dim)
+    }
+
+    fn program(&self) -> Program {
+        kernel(&self.name(), self.threads(), |code| self.write(code))
     }
 }
 

@@ -1,12 +1,13 @@
 //! V to E4M3 tiles, channels as rows: `e4m3((V − mean) · (v_max / max))`.
 
 use sage_core::oracle::E4M3_MAX;
-use sage_ptx::{Code, Program, Val, kernel};
+use sage_ptx::{Code, Program, Target, Val, kernel};
 
 use super::ahead::{self, Work};
 use super::statistics::{ColumnStatistics, Meeting, Outputs, Part};
 use super::tile_load::{CHUNK, Head, ROWS, RowOrder, Rows, Source, tile_grid};
 use crate::grid::grid;
+use crate::kernel::Kernel;
 use crate::params::kernel_params;
 use crate::sequence::KEY_TILE;
 
@@ -80,17 +81,6 @@ impl QuantizeVConfig {
         KEY_TILE * self.source.padded_dim()
     }
 
-    /// Name of the kernel, unique for the configuration.
-    pub fn name(&self) -> String {
-        let smooth = if self.smooth { "_smooth" } else { "" };
-        let scales = match self.scales {
-            ValueScales::Collected => "",
-            ValueScales::Given => "_given",
-            ValueScales::CollectedWhereMarked => "_marked",
-        };
-        format!("quantize_v_e4m3{smooth}{scales}_{}", self.source.suffix())
-    }
-
     /// Threads of a block.
     pub const fn threads(&self) -> u32 {
         self.source.threads()
@@ -104,11 +94,6 @@ impl QuantizeVConfig {
             ValueScales::Given => tile_grid(max_kv_len, kv_heads, sequences),
             ValueScales::CollectedWhereMarked => grid(2 * MARKED_BLOCKS as usize, kv_heads * sequences),
         }
-    }
-
-    /// The kernel.
-    pub fn program(&self) -> Program {
-        kernel(&self.name(), self.threads(), |code| self.write(code))
     }
 
     fn write(&self, code: &Code) {
@@ -225,5 +210,39 @@ impl QuantizeVConfig {
             // Zeros also where a value that is not finite spoils the channel, and no negative ones.
             factor.eq(0.0).select(0u32, word)
         })
+    }
+}
+
+impl Kernel for QuantizeVConfig {
+    fn name(&self) -> String {
+        let smooth = if self.smooth { "_smooth" } else { "" };
+        let scales = match self.scales {
+            ValueScales::Collected => "",
+            ValueScales::Given => "_given",
+            ValueScales::CollectedWhereMarked => "_marked",
+        };
+        format!("quantize_v_e4m3{smooth}{scales}_{}", self.source.suffix())
+    }
+
+    fn description(&self) -> String {
+        let smooth = if self.smooth { ", smoothed" } else { "" };
+        let scales = match self.scales {
+            ValueScales::Collected => "",
+            ValueScales::Given => ", with given scales",
+            ValueScales::CollectedWhereMarked => ", of heads that given scales do not fit",
+        };
+        format!("V to E4M3{smooth}{scales}; {}", self.source.description())
+    }
+
+    fn oldest_target(&self) -> Target {
+        Target::SM_89
+    }
+
+    fn head_dim(&self) -> Option<usize> {
+        Some(self.source.head_dim)
+    }
+
+    fn program(&self) -> Program {
+        kernel(&self.name(), self.threads(), |code| self.write(code))
     }
 }

@@ -5,6 +5,7 @@ use sage_ptx::{Code, Program, kernel};
 use super::statistics::{Part, across_block, of_tiles};
 use super::tile_load::{Head, Source};
 use crate::grid::grid;
+use crate::kernel::Kernel;
 use crate::params::kernel_params;
 use crate::sequence::KEY_TILE;
 
@@ -29,11 +30,6 @@ kernel_params! {
 }
 
 impl QueryMeansConfig {
-    /// Name of the kernel, unique for the configuration.
-    pub fn name(&self) -> String {
-        format!("query_means_{}_{}", self.block, self.source.suffix())
-    }
-
     /// Threads of a block.
     pub const fn threads(&self) -> u32 {
         self.source.threads()
@@ -42,11 +38,6 @@ impl QueryMeansConfig {
     /// Blocks along x, y and z, where the longest sequence has `max_q_len` queries.
     pub fn grid(&self, max_q_len: usize, q_heads: usize, sequences: usize) -> [u32; 3] {
         grid(max_q_len.div_ceil(self.block), q_heads * sequences)
-    }
-
-    /// The kernel.
-    pub fn program(&self) -> Program {
-        kernel(&self.name(), self.threads(), |code| self.write(code))
     }
 
     fn write(&self, code: &Code) {
@@ -62,5 +53,23 @@ impl QueryMeansConfig {
         let sum = across_block(&head, Part::Sum, sums[0]);
         let of_block = (head.index * blocks + block).widen() * i64::from(self.source.padded_dim() as i32);
         p.mean.at(of_block).at(head.thread).store(sum / rows.to_f32());
+    }
+}
+
+impl Kernel for QueryMeansConfig {
+    fn name(&self) -> String {
+        format!("query_means_{}_{}", self.block, self.source.suffix())
+    }
+
+    fn description(&self) -> String {
+        format!("Q: means of {} rows; {}", self.block, self.source.description())
+    }
+
+    fn head_dim(&self) -> Option<usize> {
+        Some(self.source.head_dim)
+    }
+
+    fn program(&self) -> Program {
+        kernel(&self.name(), self.threads(), |code| self.write(code))
     }
 }

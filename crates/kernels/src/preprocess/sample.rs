@@ -5,6 +5,7 @@ use sage_ptx::{Code, Program, kernel};
 use super::statistics::{Collector, ColumnStatistics, Outputs, across_block};
 use super::tile_load::{CHUNK, Head, Source};
 use crate::grid::grid;
+use crate::kernel::Kernel;
 use crate::params::kernel_params;
 use crate::sequence::KEY_TILE;
 
@@ -41,16 +42,6 @@ kernel_params! {
 }
 
 impl SampleConfig {
-    /// Name of the kernel, unique for the configuration.
-    pub fn name(&self) -> String {
-        let statistics = match self.statistics {
-            ColumnStatistics::Mean => "mean",
-            ColumnStatistics::Scale => "scale",
-            ColumnStatistics::MeanAndScale => "mean_scale",
-        };
-        format!("sample_{statistics}_{}_{}", self.rows, self.source.suffix())
-    }
-
     /// Threads of a block.
     pub const fn threads(&self) -> u32 {
         self.source.threads()
@@ -59,11 +50,6 @@ impl SampleConfig {
     /// Blocks along x, y and z.
     pub fn grid(&self, kv_heads: usize, sequences: usize) -> [u32; 3] {
         grid(1, kv_heads * sequences)
-    }
-
-    /// The kernel.
-    pub fn program(&self) -> Program {
-        kernel(&self.name(), self.threads(), |code| self.write(code))
     }
 
     fn write(&self, code: &Code) {
@@ -92,5 +78,33 @@ impl SampleConfig {
             .collect();
         let outputs = Outputs { mean: p.mean, scale: p.scale, factor: p.factor, v_max: p.v_max };
         outputs.write(&head, self.statistics, &totals, head.counted_len().min(self.rows as i32));
+    }
+}
+
+impl Kernel for SampleConfig {
+    fn name(&self) -> String {
+        let statistics = match self.statistics {
+            ColumnStatistics::Mean => "mean",
+            ColumnStatistics::Scale => "scale",
+            ColumnStatistics::MeanAndScale => "mean_scale",
+        };
+        format!("sample_{statistics}_{}_{}", self.rows, self.source.suffix())
+    }
+
+    fn description(&self) -> String {
+        let what = match self.statistics {
+            ColumnStatistics::Mean => "K: mean",
+            ColumnStatistics::Scale => "V: scales",
+            ColumnStatistics::MeanAndScale => "V: mean and scales",
+        };
+        format!("{what} of {} rows of the sequence; {}", self.rows, self.source.description())
+    }
+
+    fn head_dim(&self) -> Option<usize> {
+        Some(self.source.head_dim)
+    }
+
+    fn program(&self) -> Program {
+        kernel(&self.name(), self.threads(), |code| self.write(code))
     }
 }

@@ -10,6 +10,7 @@ use sage_ptx::{Code, Global, Program, Stored, Val, Var, kernel};
 
 use crate::attention::MaskForm;
 use crate::grid::{BlockHead, grid};
+use crate::kernel::Kernel;
 use crate::params::kernel_params;
 use crate::sequence::{KEY_TILE, LengthParams, Lengths, Sequence};
 
@@ -77,28 +78,9 @@ kernel_params! {
 }
 
 impl SeenKeysConfig {
-    /// Name of the kernel, unique for the configuration.
-    pub fn name(&self) -> String {
-        format!("seen_keys_{}{}", self.mask.name(), self.lengths.suffix())
-    }
-
     /// Blocks along x, y and z, where the longest sequence has `max_kv_len` keys.
     pub fn grid(&self, max_kv_len: usize, heads: usize, sequences: usize) -> [u32; 3] {
         grid(max_kv_len.div_ceil(KEY_TILE), heads * sequences)
-    }
-
-    /// The kernel.
-    pub fn program(&self) -> Program {
-        kernel(&self.name(), WARPS as u32 * LANES as u32, |code| match self.mask {
-            // A byte that is not 0 hides nothing.
-            MaskForm::None | MaskForm::Bool => self.write::<u8>(code, |byte| {
-                let visible = byte.ne(0u32);
-                [visible, visible]
-            }),
-            MaskForm::Bias(DType::F16) => self.write::<f16>(code, |x| of_bias(x.to_f32(), DType::F16)),
-            MaskForm::Bias(DType::BF16) => self.write::<bf16>(code, |x| of_bias(x.to_f32(), DType::BF16)),
-            MaskForm::Bias(DType::F32) => self.write::<f32>(code, |x| of_bias(x, DType::F32)),
-        })
     }
 
     fn write<'k, B: Stored>(
@@ -178,6 +160,33 @@ impl SeenKeysConfig {
     }
 }
 
+impl Kernel for SeenKeysConfig {
+    fn name(&self) -> String {
+        format!("seen_keys_{}{}", self.mask.name(), self.lengths.suffix())
+    }
+
+    fn description(&self) -> String {
+        format!("keys that some query sees; {}{}", self.mask.name(), self.lengths.description())
+    }
+
+    fn head_dim(&self) -> Option<usize> {
+        None
+    }
+
+    fn program(&self) -> Program {
+        kernel(&self.name(), WARPS as u32 * LANES as u32, |code| match self.mask {
+            // A byte that is not 0 hides nothing.
+            MaskForm::None | MaskForm::Bool => self.write::<u8>(code, |byte| {
+                let visible = byte.ne(0u32);
+                [visible, visible]
+            }),
+            MaskForm::Bias(DType::F16) => self.write::<f16>(code, |x| of_bias(x.to_f32(), DType::F16)),
+            MaskForm::Bias(DType::BF16) => self.write::<bf16>(code, |x| of_bias(x.to_f32(), DType::BF16)),
+            MaskForm::Bias(DType::F32) => self.write::<f32>(code, |x| of_bias(x, DType::F32)),
+        })
+    }
+}
+
 /// Whether a key with such a bias counts, and whether it is visible.
 fn of_bias(bias: Val<'_, f32>, dtype: DType) -> [Val<'_, bool>; 2] {
     // A bias of NaN is neither hidden nor padding.
@@ -210,19 +219,9 @@ kernel_params! {
 }
 
 impl RankKeysConfig {
-    /// Name of the kernel.
-    pub fn name(&self) -> String {
-        "rank_keys".to_owned()
-    }
-
     /// Blocks along x, y and z.
     pub fn grid(&self, heads: usize, sequences: usize) -> [u32; 3] {
         grid(1, heads * sequences)
-    }
-
-    /// The kernel.
-    pub fn program(&self) -> Program {
-        kernel(&self.name(), LANES as u32, |code| self.write(code))
     }
 
     fn write<'k>(&self, code: &'k Code) {
@@ -259,6 +258,24 @@ impl RankKeysConfig {
             rank.set(rank.get() + low.count_ones() + high.count_ones());
         });
         code.when(lane.eq(LANES - 1), || ranks.at(p.tiles).store(upto));
+    }
+}
+
+impl Kernel for RankKeysConfig {
+    fn name(&self) -> String {
+        "rank_keys".to_owned()
+    }
+
+    fn description(&self) -> String {
+        "how many keys before each tile count, behind a mask".to_owned()
+    }
+
+    fn head_dim(&self) -> Option<usize> {
+        None
+    }
+
+    fn program(&self) -> Program {
+        kernel(&self.name(), LANES as u32, |code| self.write(code))
     }
 }
 

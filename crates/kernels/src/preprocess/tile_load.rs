@@ -61,6 +61,14 @@ impl Source {
         format!("{}_d{}{unaligned}{}{masked}", self.dtype, self.head_dim, self.lengths.suffix())
     }
 
+    /// The tensor in words.
+    pub(super) fn description(&self) -> String {
+        let lengths = self.lengths.description();
+        let unaligned = if self.aligned { "" } else { ", unaligned rows" };
+        let masked = if self.masked { ", masked" } else { "" };
+        format!("{}, head_dim {}{lengths}{unaligned}{masked}", self.dtype, self.head_dim)
+    }
+
     /// Two infinities, below or above every element.
     fn infinities(&self, below: bool) -> u32 {
         let sign = if below { -1.0 } else { 1.0 };

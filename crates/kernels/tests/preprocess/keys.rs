@@ -2,10 +2,10 @@
 
 use sage_core::oracle::{Matrix, SeenKeys, hadamard, subtract};
 use sage_core::{DType, Granularity, IntBits, Rounding, SmoothK, ZeroGroup};
-use sage_kernels::KEY_TILE;
 use sage_kernels::preprocess::{
     ColumnStatistics, KeyMean, QuantizeKArgs, QuantizeKConfig, SampleArgs, SampleConfig,
 };
+use sage_kernels::{KEY_TILE, Kernel};
 
 use crate::inputs::{Batch, Fill, Tensor, assert_mean, emulator, folded, launch, poisoned, same};
 

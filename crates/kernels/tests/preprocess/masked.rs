@@ -9,13 +9,13 @@ use sage_core::{
     SmoothK, View, ZeroGroup,
 };
 use sage_emulator::Emulator;
-use sage_kernels::KEY_TILE;
 use sage_kernels::attention::MaskForm;
 use sage_kernels::preprocess::{
     ColumnStatistics, InputArgs, KeyMean, QuantizeKArgs, QuantizeKConfig, QuantizeVArgs, QuantizeVConfig,
     RankKeysArgs, RankKeysConfig, SEEN_WORDS, SampleArgs, SampleConfig, SeenKeysArgs, SeenKeysConfig,
     ValueScales,
 };
+use sage_kernels::{KEY_TILE, Kernel};
 
 use crate::inputs::{Batch, Fill, Random, Tensor, assert_mean, emulator, launch, poisoned, same};
 

@@ -2,8 +2,8 @@
 
 use sage_core::DType;
 use sage_core::oracle::{block_means, mean, subtract};
-use sage_kernels::KEY_TILE;
 use sage_kernels::preprocess::{DeltaSArgs, DeltaSConfig, InputArgs, QueryMeansArgs, QueryMeansConfig};
+use sage_kernels::{KEY_TILE, Kernel};
 
 use crate::inputs::{Batch, Fill, Tensor, assert_mean, emulator, folded, launch};
 

@@ -3,11 +3,11 @@
 use half::{bf16, f16};
 use sage_core::oracle::{Fp8Channels, SeenKeys, subtract, v_token_slot};
 use sage_core::{DType, ScaleRows};
-use sage_kernels::KEY_TILE;
 use sage_kernels::preprocess::{
     ColumnStatistics, ConvertVArgs, ConvertVConfig, QuantizeVArgs, QuantizeVConfig, SampleArgs, SampleConfig,
     ValueScales,
 };
+use sage_kernels::{KEY_TILE, Kernel};
 
 use crate::inputs::{Batch, Fill, Tensor, assert_mean, emulator, folded, launch, poisoned, same};
 

@@ -12,7 +12,9 @@ use sage_core::{
 };
 use sage_emulator::{Emulator, Failure};
 use sage_kernels::attention::{MaskForm, Tiling};
-use sage_kernels::forward::{Forward, Gpu, Launcher, Request, TensorArg, Tensors};
+use sage_kernels::forward::{ForwardPlan, Request, Tensors};
+use sage_kernels::pass::Launcher;
+use sage_kernels::{Machine, TensorArg};
 use sage_ptx::{Arg, BoxedTensor, Program, Target};
 
 /// A problem with its data. Tensors are dense `[batch, heads, rows, head_dim]`, or packed `[1, heads, total, head_dim]`.
@@ -303,14 +305,14 @@ impl Case {
             q_rows,
             kv_rows: kept.len(),
             aligned,
-            boxed: aligned,
+            has_tensor_map: aligned,
             lse: self.lse,
             tiling: self.tiling,
         };
-        let gpu = Gpu { target: self.target, multiprocessors: self.multiprocessors };
+        let gpu = Machine { multiprocessors: self.multiprocessors, ..Machine::typical(self.target) };
         let [q_len, kv_len] = self.longest.unwrap_or([call.problem.q_len, call.problem.kv_len]);
         let problem = Problem { q_len, kv_len, ..call.problem };
-        let forward = Forward::new(&problem, &request, &gpu).unwrap();
+        let forward = ForwardPlan::new(&problem, &request, &gpu).unwrap();
 
         let mut emulator = Emulator::new();
         let tensor = |emulator: &mut Emulator, name: &str, data: &Data| TensorArg {
@@ -363,15 +365,16 @@ impl Case {
             cu_seqlens_k: cu_k,
         };
         // Zeroed and other parts of the workspace are separate here, so that reads of what nothing wrote are found.
-        let zeroed = forward.zeroed_bytes();
-        let workspace = emulator.uninitialized("workspace", forward.workspace_bytes().max(1));
+        let zeroed = forward.pass().zeroed_bytes();
+        let workspace = emulator.uninitialized("workspace", forward.pass().workspace_bytes().max(1));
         emulator.write(workspace, &vec![0u8; zeroed]);
-        let programs = forward.programs();
+        let programs = forward.pass().programs();
         let mut launcher = Emulated { emulator: &mut emulator, programs: &programs, folded: self.folded };
         forward
+            .pass()
             .run(&tensors, workspace.address(), &mut launcher)
             .unwrap_or_else(|failure| panic!("{self:?}\n{failure}"));
-        let kernels = forward.kernel_names();
+        let kernels = forward.pass().kernel_names();
 
         let pitch = self.head_dim + self.gap;
         let raw: Vec<u16> = emulator.read(out_buffer);

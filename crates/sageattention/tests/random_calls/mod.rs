@@ -16,7 +16,8 @@ use sage_core::{
     Alignment, Band, DType, Geometry, Inputs, Layout, Lengths, Mask, Options, Preset, SmoothK, TensorView,
     View,
 };
-use sage_kernels::forward::{Forward, Gpu, Request};
+use sage_kernels::Machine;
+use sage_kernels::forward::{ForwardPlan, Request};
 
 pub use check::{Computed, check};
 pub use memory::{Memory, UNTOUCHED};
@@ -82,7 +83,7 @@ enum LengthsKind {
 }
 
 /// The presets that a GPU computes, for heads of 64 channels.
-pub fn presets(gpu: &Gpu) -> Vec<Preset> {
+pub fn presets(gpu: &Machine) -> Vec<Preset> {
     let problem = sage_core::Problem {
         dtype: DType::F16,
         batch: 1,
@@ -98,19 +99,8 @@ pub fn presets(gpu: &Gpu) -> Vec<Preset> {
         masked: false,
         block_masked: false,
     };
-    let request = |preset: &Preset| Request {
-        scheme: Some(preset.scheme(64)),
-        accuracy: None,
-        mask: sage_kernels::attention::MaskForm::None,
-        lengths: sage_kernels::Lengths::Dense,
-        q_rows: 100,
-        kv_rows: 100,
-        aligned: true,
-        boxed: true,
-        lse: false,
-        tiling: None,
-    };
-    let computed = |preset: &&Preset| Forward::new(&problem, &request(preset), gpu).is_ok();
+    let request = |preset: &Preset| Request { scheme: Some(preset.scheme(64)), ..Request::new(&problem) };
+    let computed = |preset: &&Preset| ForwardPlan::new(&problem, &request(preset), gpu).is_ok();
     Preset::ALL.iter().filter(computed).copied().collect()
 }
 

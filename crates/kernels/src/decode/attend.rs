@@ -14,6 +14,7 @@ use super::{CHUNK, Pool, Quads, Storage, THREADS, WARPS, pack_bytes};
 use crate::combine::PART;
 use crate::grid::{BlockHead, grid};
 use crate::integer::magnitude_bits;
+use crate::kernel::Kernel;
 use crate::params::kernel_params;
 
 /// Largest magnitude of a query's integer: its upper byte after rounding is at most 127.
@@ -131,12 +132,6 @@ struct Queries<'k> {
 }
 
 impl CacheAttendConfig {
-    /// Name of the kernel, unique for the configuration.
-    pub fn name(&self) -> String {
-        let cap = if self.softcap { "_softcap" } else { "" };
-        format!("cache_attend_{}_{}_r{}{cap}", self.dtype, self.storage.suffix(), self.rows)
-    }
-
     /// Rows of a block for `q_len` queries of `group` heads.
     pub fn rows_for(q_len: usize, group: usize) -> usize {
         match q_len * group {
@@ -154,14 +149,6 @@ impl CacheAttendConfig {
     /// Blocks along x, y and z.
     pub fn grid(&self, splits: usize, kv_heads: usize, q_len: usize, group: usize, batch: usize) -> [u32; 3] {
         grid(splits, kv_heads * self.row_blocks(q_len, group) * batch)
-    }
-
-    /// The kernel.
-    pub fn program(&self) -> Program {
-        kernel(&self.name(), THREADS, |code| match self.dtype {
-            DType::BF16 => self.write::<bf16>(code),
-            _ => self.write::<f16>(code),
-        })
     }
 
     /// Lanes that hold a token together.
@@ -470,6 +457,30 @@ impl CacheAttendConfig {
                 });
             });
         }
+    }
+}
+
+impl Kernel for CacheAttendConfig {
+    fn name(&self) -> String {
+        let cap = if self.softcap { "_softcap" } else { "" };
+        format!("cache_attend_{}_{}_r{}{cap}", self.dtype, self.storage.suffix(), self.rows)
+    }
+
+    fn description(&self) -> String {
+        let cap = if self.softcap { ", softcap" } else { "" };
+        let of = self.storage.description();
+        format!("KV cache: attention of {} query rows a block; {}, {of}{cap}", self.rows, self.dtype)
+    }
+
+    fn head_dim(&self) -> Option<usize> {
+        Some(self.storage.head_dim)
+    }
+
+    fn program(&self) -> Program {
+        kernel(&self.name(), THREADS, |code| match self.dtype {
+            DType::BF16 => self.write::<bf16>(code),
+            _ => self.write::<f16>(code),
+        })
     }
 }
 

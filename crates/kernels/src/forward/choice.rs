@@ -3,10 +3,11 @@
 use sage_core::{Accumulator, DType, Error, Preset, Problem, Pv, Qk, Result, Scheme, SmoothK, Smoothing};
 use sage_ptx::Target;
 
-use crate::forward::{Gpu, Request};
+use super::request::Request;
+use crate::machine::Machine;
 
 /// Queries of a call up to which K and V are read as given, split between blocks: quantising would read them once more.
-pub(crate) const FEW_QUERIES: usize = 64;
+pub(super) const FEW_QUERIES: usize = 64;
 
 /// Our own INT8 scheme: that of [`Preset::INT8_FP8`], but with 16-bit P·V in the inputs' element type and exact sums.
 pub fn int8_scheme(dtype: DType) -> Scheme {
@@ -34,7 +35,7 @@ const FULL_SEEN_KEYS: usize = 512;
 const FP8_KEYS: usize = 3072;
 
 /// The planner's own choice: the fastest of those that are accurate enough.
-pub(crate) fn choose(problem: &Problem, request: &Request, gpu: &Gpu) -> Result<(Scheme, String)> {
+pub(super) fn choose(problem: &Problem, request: &Request, machine: &Machine) -> Result<(Scheme, String)> {
     let int8 = int8_scheme(problem.dtype);
     let full = || Scheme { qk: Qk::Full, smooth: Smoothing { k: SmoothK::Off, ..int8.smooth }, ..int8 };
     let rows = problem.q_len * problem.group_size();
@@ -60,7 +61,7 @@ pub(crate) fn choose(problem: &Problem, request: &Request, gpu: &Gpu) -> Result<
         .min(band.left.map_or(usize::MAX, |left| left + band.right.unwrap_or(left)));
     let keys = seen * problem.group_size();
     // Not a matter of how the tensors lie in memory: the same values must give the same result.
-    let hopper = gpu.target == Target::SM_90A;
+    let hopper = machine.target == Target::SM_90A;
     if hopper && (keys <= FULL_SEEN_KEYS || problem.kv_len * problem.group_size() <= FULL_KEYS) {
         let reason = format!("full precision: {keys} keys for each query are too few to repay quantising K");
         return Ok((full(), reason));
@@ -74,7 +75,7 @@ pub(crate) fn choose(problem: &Problem, request: &Request, gpu: &Gpu) -> Result<
 
 /// P·V in single precision on tensor cores rounds P to the inputs' 16 bits, as every 16-bit attention does; and so
 /// does the CPU's own form of 12 bits, which serves integer units.
-pub(crate) fn with_own_values(scheme: Scheme, dtype: DType, reasons: &mut Vec<String>) -> Scheme {
+pub(super) fn with_own_values(scheme: Scheme, dtype: DType, reasons: &mut Vec<String>) -> Scheme {
     let given = match scheme.pv {
         Pv::F32 => "single precision",
         Pv::Fixed12 { .. } => "12 bits",
@@ -87,8 +88,6 @@ pub(crate) fn with_own_values(scheme: Scheme, dtype: DType, reasons: &mut Vec<St
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::attention::MaskForm;
-    use crate::sequence::Lengths;
     use sage_core::{Band, Call, Inputs, Mask, Options, Tensor, TensorView};
 
     /// The choice for `len` queries and keys of head_dim 128, or its error.
@@ -97,19 +96,8 @@ mod tests {
         let inputs: Inputs<'_, TensorView<'_>, Mask<'_>> = Inputs::dense(x.view(), x.view(), x.view());
         let band = Band { right: causal.then_some(0), ..Band::FULL };
         let call = Call::check(&inputs, &Options { band, ..Options::default() })?;
-        let request = Request {
-            scheme: None,
-            accuracy,
-            mask: MaskForm::None,
-            lengths: Lengths::Dense,
-            q_rows: len,
-            kv_rows: len,
-            aligned: true,
-            boxed: true,
-            lse: false,
-            tiling: None,
-        };
-        Ok(choose(&call.problem, &request, &Gpu { target, multiprocessors: 132 })?.0)
+        let request = Request { accuracy, ..Request::new(&call.problem) };
+        Ok(choose(&call.problem, &request, &Machine::typical(target))?.0)
     }
 
     #[test]

@@ -2,11 +2,12 @@
 
 use half::{bf16, f16};
 use sage_core::{DType, ValueFormat};
-use sage_ptx::{Code, Global, Half, Program, Shared, Stored, Val, kernel};
+use sage_ptx::{Code, Global, Half, Program, Shared, Stored, Target, Val, kernel};
 
 use super::{Pool, Quads, Storage, THREADS, WARPS, pack_bytes};
 use crate::grid::{BlockHead, grid};
 use crate::integer::magnitude_bits;
+use crate::kernel::Kernel;
 use crate::params::kernel_params;
 
 /// Quantises new tokens into the pages that block tables name. A block has one head's tokens of one page.
@@ -97,24 +98,11 @@ impl<'k, H: Half + Stored<Value = H>> New<'k, H> {
 }
 
 impl CacheAppendConfig {
-    /// Name of the kernel, unique for the configuration.
-    pub fn name(&self) -> String {
-        format!("cache_append_{}_{}", self.dtype, self.storage.suffix())
-    }
-
     /// Blocks along x, y and z, where no sequence has more than `tokens` new tokens.
     pub fn grid(&self, tokens: usize, kv_heads: usize, sequences: usize) -> [u32; 3] {
         // They may begin anywhere in a page.
         let pages = tokens.div_ceil(self.storage.page_size) + 1;
         grid(pages, kv_heads * sequences)
-    }
-
-    /// The kernel.
-    pub fn program(&self) -> Program {
-        kernel(&self.name(), THREADS, |code| match self.dtype {
-            DType::BF16 => self.write::<bf16>(code),
-            _ => self.write::<f16>(code),
-        })
     }
 
     fn write<H: Half + Stored<Value = H>>(&self, code: &Code) {
@@ -266,6 +254,31 @@ impl CacheAppendConfig {
             constant.at(c).store(mean);
             pool.constants_of(page).at(c).store(mean);
         });
+    }
+}
+
+impl Kernel for CacheAppendConfig {
+    fn name(&self) -> String {
+        format!("cache_append_{}_{}", self.dtype, self.storage.suffix())
+    }
+
+    fn description(&self) -> String {
+        format!("KV cache: appends tokens; {}, {}", self.dtype, self.storage.description())
+    }
+
+    fn oldest_target(&self) -> Target {
+        if self.storage.values == ValueFormat::Fp8E4M3 { Target::SM_89 } else { Target::SM_80 }
+    }
+
+    fn head_dim(&self) -> Option<usize> {
+        Some(self.storage.head_dim)
+    }
+
+    fn program(&self) -> Program {
+        kernel(&self.name(), THREADS, |code| match self.dtype {
+            DType::BF16 => self.write::<bf16>(code),
+            _ => self.write::<f16>(code),
+        })
     }
 }
 

@@ -3,6 +3,7 @@
 use sage_ptx::{Program, kernel};
 
 use super::THREADS;
+use crate::kernel::Kernel;
 use crate::params::kernel_params;
 
 /// Adds new tokens to the lengths of sequences, after [`super::CacheAppendConfig`] wrote them.
@@ -22,18 +23,26 @@ kernel_params! {
 }
 
 impl CacheAdvanceConfig {
-    /// Name of the kernel.
-    pub fn name(&self) -> String {
-        "cache_advance".to_owned()
-    }
-
     /// Blocks along x, y and z.
     pub fn grid(&self, sequences: usize) -> [u32; 3] {
         [sequences.div_ceil(THREADS as usize) as u32, 1, 1]
     }
+}
 
-    /// The kernel.
-    pub fn program(&self) -> Program {
+impl Kernel for CacheAdvanceConfig {
+    fn name(&self) -> String {
+        "cache_advance".to_owned()
+    }
+
+    fn description(&self) -> String {
+        "KV cache: counts appended tokens".to_owned()
+    }
+
+    fn head_dim(&self) -> Option<usize> {
+        None
+    }
+
+    fn program(&self) -> Program {
         kernel(&self.name(), THREADS, |code| {
             let p = CacheAdvanceParams::declare(code);
             let sequence = code.block_index()[0] * THREADS as i32 + code.thread();

@@ -22,7 +22,7 @@ use sage_core::{
 };
 use sage_ptx::Target;
 
-use crate::choice::with_own_values;
+use super::choice::with_own_values;
 use crate::sequence::KEY_TILE;
 
 /// What a message offers by name where the nearest scheme is no preset: of the integer schemes the most accurate.

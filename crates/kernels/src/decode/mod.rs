@@ -6,6 +6,7 @@
 mod advance;
 mod append;
 mod attend;
+mod pass;
 
 use sage_core::{CacheLayout, ValueFormat};
 use sage_ptx::{Global, Val};
@@ -13,6 +14,7 @@ use sage_ptx::{Global, Val};
 pub use advance::{CacheAdvanceArgs, CacheAdvanceConfig};
 pub use append::{CacheAppendArgs, CacheAppendConfig};
 pub use attend::{CacheAttendArgs, CacheAttendConfig, MAX_SPLIT_PAGES, split_tokens};
+pub use pass::{AppendCall, AppendTensors, AttendCall, AttendTensors, PoolTensors};
 
 /// Channels of a chunk: what a lane reads at once.
 pub(crate) const CHUNK: usize = 16;
@@ -78,6 +80,12 @@ impl Storage {
             values: rows * self.pitch() * self.values.bytes(),
             value_scales: if self.values.is_scaled() { 4 * rows } else { 0 },
         }
+    }
+
+    /// The pages in words.
+    fn description(&self) -> String {
+        let Storage { head_dim, page_size, values } = self;
+        format!("head_dim {head_dim}, values in {values}, pages of {page_size} tokens")
     }
 
     /// Part of a kernel's name.

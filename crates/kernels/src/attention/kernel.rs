@@ -1,0 +1,113 @@
+//! What an attention kernel is called, and what it needs.
+
+use sage_core::{Accumulator, Granularity, IntBits};
+use sage_ptx::{Program, Target};
+
+use super::attention;
+use super::config::{AttentionConfig, Engine, MaskForm, Scores, ValueSource, Values};
+use crate::kernel::Kernel;
+
+impl Kernel for AttentionConfig {
+    fn name(&self) -> String {
+        let scores = match self.scores {
+            Scores::Full => "full".to_owned(),
+            Scores::Int(quantizer) => {
+                let bits = match quantizer.bits {
+                    IntBits::Eight => "int8",
+                    IntBits::Four => "int4",
+                };
+                let granularity = match quantizer.granularity {
+                    Granularity::PerTensor => "tensor".to_owned(),
+                    // Of the queries' blocks only one of 128 rows has no number.
+                    Granularity::PerBlock if quantizer.tile.block_q == 128 => "block".to_owned(),
+                    Granularity::PerBlock => format!("block{}", quantizer.tile.block_q),
+                    Granularity::PerWarp => format!("warp{}", quantizer.tile.warp_q),
+                    Granularity::PerThread => format!("thread{}", quantizer.tile.warp_q),
+                    Granularity::PerToken => "token".to_owned(),
+                };
+                let first = if quantizer.scale_q_first { "_scaled" } else { "" };
+                let rounding = format!("{:?}{:?}", quantizer.rounding, quantizer.zero_group);
+                let rounding: String = rounding.chars().filter(char::is_ascii_uppercase).collect();
+                format!("{bits}_{granularity}{first}_{}", rounding.to_lowercase())
+            }
+        };
+        let accumulator = |accumulator: Accumulator| accumulator.name().replace('+', "_");
+        let values = match self.values {
+            Values::F16(a) => format!("f16_{}", accumulator(a)),
+            Values::BF16 => "bf16".to_owned(),
+            Values::Fp8(a) => format!("fp8_{}", accumulator(a)),
+        };
+        let mut name = format!("attention_{}_{scores}_{values}_d{}", self.dtype, self.head_dim);
+        if self.mask != MaskForm::None {
+            name += &format!("_{}", self.mask.name());
+        }
+        for (on, part) in [
+            (self.softcap, "_softcap"),
+            (self.lse, "_lse"),
+            (self.smooth_k, "_sk"),
+            (self.smooth_v, "_sv"),
+            (self.rotate, "_rot"),
+            (self.value_source == ValueSource::Workspace, "_vws"),
+            (!self.aligned, "_unaligned"),
+            (self.split, "_split"),
+        ] {
+            if on {
+                name += part;
+            }
+        }
+        if let Some(rows) = self.smooth_q {
+            name += &format!("_sq{rows}");
+        }
+        name += self.lengths.suffix();
+        format!("{name}_{}", self.tiling)
+    }
+
+    fn description(&self) -> String {
+        let scores = match self.scores {
+            Scores::Full => "full QK".to_owned(),
+            Scores::Int(quantizer) => {
+                format!("{} QK {}", quantizer.bits.name(), quantizer.granularity.name())
+            }
+        };
+        let values = match self.values {
+            Values::F16(accumulator) => format!("FP16 PV ({})", accumulator.name()),
+            Values::BF16 => "BF16 PV (f32)".to_owned(),
+            Values::Fp8(accumulator) => format!("FP8 PV ({})", accumulator.name()),
+        };
+        let mut text = format!("attention: {scores}, {values}; {}, head_dim {}", self.dtype, self.head_dim);
+        match self.mask {
+            MaskForm::None => {}
+            MaskForm::Bool => text += ", boolean mask",
+            MaskForm::Bias(dtype) => text += &format!(", additive mask in {dtype}"),
+        }
+        for (on, what) in [
+            (self.softcap, ", softcap"),
+            (self.lse && !self.split, ", with LSE"),
+            (self.smooth_q.is_some(), ", smooth Q"),
+            (self.smooth_v, ", smooth V"),
+            (self.rotate, ", rotated Q"),
+            (self.split, ", keys split"),
+        ] {
+            if on {
+                text += what;
+            }
+        }
+        text + self.lengths.description() + if self.aligned { "" } else { ", unaligned rows" }
+    }
+
+    fn oldest_target(&self) -> Target {
+        match (self.tiling.engine, self.values) {
+            (Engine::Warpgroups, _) => Target::SM_90A,
+            (Engine::Warps, Values::Fp8(_)) => Target::SM_89,
+            (Engine::Warps, _) => Target::SM_80,
+        }
+    }
+
+    fn head_dim(&self) -> Option<usize> {
+        Some(self.head_dim)
+    }
+
+    fn program(&self) -> Program {
+        attention(self)
+    }
+}

@@ -1,0 +1,346 @@
+//! The attention kernel itself, and what merges the parts of split keys.
+
+use sage_core::{Accumulator, Granularity, IntBits, IntQuantizer, Scheme};
+
+use super::call::{ForwardCall, ForwardPass, slot};
+use super::choice::FEW_QUERIES;
+use super::tensors::Tensors;
+use super::values::PlannedValues;
+use crate::attention::{
+    AttentionArgs, AttentionConfig, Engine, MaskForm, Scores, ValueSource, Values, boxed_tensors, padded_dim,
+    stage_bytes,
+};
+use crate::combine::{CombineArgs, CombineConfig, PART};
+use crate::grid::grid;
+use crate::pass::{Addresses, Slot};
+use crate::sequence::{KEY_TILE, Lengths};
+use crate::tuning::{Key, Tuned, tiling};
+
+/// Most heads that attention works on at once: their pieces are many times a GPU's multiprocessors, and the search
+/// for a divisor is short.
+const MOST_TOGETHER: usize = 4096;
+
+/// What the attention kernel is chosen by.
+pub(super) struct PlannedAttention {
+    call: ForwardCall,
+    config: AttentionConfig,
+    /// What its tile shape is chosen for.
+    pub key: Key,
+    /// Parts that keys are split into.
+    pub splits: usize,
+}
+
+impl PlannedAttention {
+    /// The kernel for operands in such forms; says why to `reasons`.
+    pub fn new(
+        call: ForwardCall,
+        scheme: &Scheme,
+        scores: Scores,
+        smooth_q: Option<usize>,
+        values: &PlannedValues,
+        reasons: &mut Vec<String>,
+    ) -> Self {
+        let (problem, request) = (&call.problem, &call.request);
+        let key = key(&call, &scores, smooth_q, values);
+        let tuned = match request.tiling {
+            Some(tiling) => Tuned { tiling, reason: "as asked for, or as `sageattn tune` measured" },
+            None => tiling(&call.machine, &key),
+        };
+        let mut config = AttentionConfig {
+            dtype: problem.dtype,
+            head_dim: problem.head_dim,
+            scores,
+            values: values.values,
+            value_source: values.source(),
+            mask: request.mask,
+            softcap: problem.logit_softcap.is_some(),
+            lse: request.lse,
+            smooth_k: scheme.smooth.k.is_on(),
+            smooth_q,
+            smooth_v: scheme.smooth.v,
+            rotate: scheme.rotate,
+            lengths: request.lengths,
+            aligned: request.aligned,
+            split: false,
+            tiling: tuned.tiling,
+        };
+        reasons.push(format!(
+            "{} warps of {} query rows, tiles of {} keys: {}",
+            config.tiling.warps, config.tiling.rows_per_warp, config.tiling.tile_keys, tuned.reason
+        ));
+        let splits = splits(&call, &config);
+        if splits > 1 {
+            reasons.push(format!("keys in {splits} parts: the query blocks alone would leave the GPU idle"));
+            config.split = true;
+        }
+        PlannedAttention { call, config, key, splits }
+    }
+
+    /// Adds the launches, whose operands are those of the launches before.
+    pub fn launch(&self, pass: &mut ForwardPass) {
+        let slots = AttentionSlots::of(self, pass);
+        let (call, config, splits) = (self.call, self.config, self.splits);
+        let [q_tiles, all_heads] = self.pieces();
+        let boxed = move |at: &Addresses<'_, Tensors>, args: &AttentionArgs| {
+            let (problem, t) = (&call.problem, at.tensors);
+            let batches = if call.request.lengths == Lengths::Packed { 1 } else { problem.batch };
+            let shape = [problem.head_dim, call.request.kv_rows, problem.num_kv_heads, batches];
+            let shape = shape.map(|size| size as u64);
+            let tiles = problem.num_kv_heads * call.key_tiles();
+            boxed_tensors(&config, [(shape, t.k.strides), (shape, t.v.strides)], [args.k, args.v], tiles)
+        };
+        let together = heads_together(&call, &config, all_heads);
+        pass.launch(config, move |at, launch| {
+            let args = AttentionArgs {
+                q_tiles: q_tiles as i32,
+                all_heads: all_heads as i32,
+                heads_together: together as i32,
+                splits: splits as i32,
+                ..slots.args(&call, &config, at)
+            };
+            match config.tiling.engine {
+                Engine::Warps => launch(grid(q_tiles, all_heads), &args.args(), &[]),
+                Engine::Warpgroups => {
+                    let blocks = (q_tiles * all_heads).min(call.machine.multiprocessors);
+                    launch([blocks as u32, 1, 1], &args.args(), &boxed(at, &args));
+                }
+            }
+        });
+        if splits > 1 {
+            self.combine(pass);
+        }
+    }
+
+    /// Tiles of queries, and heads of all sequences and parts of the keys.
+    fn pieces(&self) -> [usize; 2] {
+        let problem = &self.call.problem;
+        self.config.pieces(problem.batch, problem.num_q_heads, problem.q_len, self.splits)
+    }
+
+    fn combine(&self, pass: &mut ForwardPass) {
+        let (problem, request, splits) = (self.call.problem, self.call.request, self.splits);
+        let total_rows = self.call.total_rows();
+        let (partial, partial_sums) = (pass.find(slot::PARTIAL), pass.find(slot::PARTIAL_SUMS));
+        let config = CombineConfig { dtype: problem.dtype, head_dim: problem.head_dim, lse: request.lse };
+        pass.launch(config, move |at, launch| {
+            let [out_stride_batch, out_stride_head, out_stride_row] = at.tensors.out.strides;
+            let args = CombineArgs {
+                partial: at.of(partial),
+                partial_sums: at.of(partial_sums),
+                out: at.tensors.out.address,
+                lse: at.tensors.lse,
+                out_stride_batch,
+                out_stride_head,
+                out_stride_row,
+                total_rows: total_rows as i32,
+                q_rows: request.q_rows as i32,
+                q_heads: problem.num_q_heads as i32,
+                splits: splits as i32,
+            };
+            launch(config.grid(total_rows), &args.args(), &[]);
+        });
+    }
+}
+
+/// What the attention kernel reads in the workspace, and writes there.
+#[derive(Clone, Copy)]
+struct AttentionSlots {
+    seen: Slot,
+    q_mean: Slot,
+    k: Slot,
+    k_scale: Slot,
+    k_mean: Slot,
+    delta_s: Slot,
+    v: Slot,
+    v_scale: Slot,
+    v_mean: Slot,
+    partial: Slot,
+    partial_sums: Slot,
+    pieces_taken: Slot,
+}
+
+impl AttentionSlots {
+    fn of(attention: &PlannedAttention, pass: &mut ForwardPass) -> Self {
+        let PlannedAttention { call, config, splits, .. } = attention;
+        let rows = splits * call.total_rows();
+        let (mut partial, mut partial_sums, mut pieces_taken) = (Slot::NONE, Slot::NONE, Slot::NONE);
+        if config.split {
+            partial = pass.slot(slot::PARTIAL, 4 * rows * call.problem.head_dim);
+            partial_sums = pass.slot(slot::PARTIAL_SUMS, 4 * PART * rows);
+        }
+        if config.tiling.engine == Engine::Warpgroups && !call.pieces_alike() {
+            pieces_taken = pass.counters("pieces_taken", 1);
+        }
+        AttentionSlots {
+            seen: pass.find(slot::SEEN),
+            q_mean: pass.find(slot::Q_MEAN),
+            k: pass.find(slot::K),
+            k_scale: pass.find(slot::K_SCALE),
+            k_mean: pass.find(slot::K_MEAN),
+            delta_s: pass.find(slot::DELTA_S),
+            v: pass.find(slot::V),
+            v_scale: pass.find(slot::V_SCALE),
+            v_mean: pass.find(slot::V_MEAN),
+            partial,
+            partial_sums,
+            pieces_taken,
+        }
+    }
+
+    /// The arguments but for those that say how the work is shared out.
+    fn args(
+        &self,
+        call: &ForwardCall,
+        config: &AttentionConfig,
+        at: &Addresses<'_, Tensors>,
+    ) -> AttentionArgs {
+        let (problem, request, t) = (&call.problem, &call.request, at.tensors);
+        let [window_left, window_right] = call.window();
+        let [seen_stride_sequence, seen_stride_head] = call.seen_strides(t);
+        let quantised = matches!(config.scores, Scores::Int(_));
+        let workspace_v = config.value_source == ValueSource::Workspace;
+        AttentionArgs {
+            q: t.q.address,
+            k: if quantised { at.of(self.k) } else { t.k.address },
+            v: if workspace_v { at.of(self.v) } else { t.v.address },
+            out: t.out.address,
+            lse: if config.split { at.of(self.partial_sums) } else { t.lse },
+            partial: at.of(self.partial),
+            k_scale: at.of(self.k_scale),
+            k_mean: at.of(self.k_mean),
+            v_scale: at.of(self.v_scale),
+            v_mean: at.of(self.v_mean),
+            q_mean: at.of(self.q_mean),
+            delta_s: at.of(self.delta_s),
+            mask: t.mask.0,
+            seen: at.of(self.seen),
+            seen_stride_sequence,
+            seen_stride_head,
+            cu_seqlens_q: t.cu_seqlens_q,
+            cu_seqlens_k: t.cu_seqlens_k,
+            q_stride_batch: t.q.strides[0],
+            q_stride_head: t.q.strides[1],
+            q_stride_row: t.q.strides[2],
+            k_stride_batch: t.k.strides[0],
+            k_stride_head: t.k.strides[1],
+            k_stride_row: t.k.strides[2],
+            v_stride_batch: t.v.strides[0],
+            v_stride_head: t.v.strides[1],
+            v_stride_row: t.v.strides[2],
+            out_stride_batch: t.out.strides[0],
+            out_stride_head: t.out.strides[1],
+            out_stride_row: t.out.strides[2],
+            mask_stride_batch: t.mask.1[0],
+            mask_stride_head: t.mask.1[1],
+            mask_stride_row: t.mask.1[2],
+            mask_stride_key: t.mask.1[3],
+            q_rows: request.q_rows as i32,
+            kv_rows: request.kv_rows as i32,
+            group_size: problem.group_size() as i32,
+            kv_heads: problem.num_kv_heads as i32,
+            key_tiles: call.key_tiles() as i32,
+            q_blocks: config.smooth_q.map_or(0, |rows| call.query_blocks(rows)) as i32,
+            max_tiles: problem.kv_len.div_ceil(KEY_TILE).max(1) as i32,
+            window_left,
+            window_right,
+            bottom_right: call.bottom_right(),
+            taken: at.of(self.pieces_taken),
+            total_rows: call.total_rows() as i64,
+            sm_scale: problem.sm_scale,
+            softcap: problem.logit_softcap.unwrap_or(0.0),
+            ..AttentionArgs::default()
+        }
+    }
+}
+
+/// What the tile shape is chosen for.
+fn key(call: &ForwardCall, scores: &Scores, smooth_q: Option<usize>, values: &PlannedValues) -> Key {
+    let granularity = match scores {
+        Scores::Int(quantizer) => Some(quantizer.granularity),
+        Scores::Full => None,
+    };
+    Key {
+        integer: granularity.is_some(),
+        fp8: values.is_fp8(),
+        two_level: matches!(
+            values.values,
+            Values::F16(Accumulator::F16ThenF32)
+                | Values::Fp8(Accumulator::F16ThenF32 | Accumulator::F32ThenF32)
+        ),
+        padded_dim: padded_dim(call.problem.head_dim),
+        plain: call.request.mask != MaskForm::None
+            || call.problem.logit_softcap.is_some()
+            || smooth_q.is_some()
+            || granularity == Some(Granularity::PerToken),
+        unaligned: !call.request.aligned,
+        max_rows_per_warp: max_rows_per_warp(scores),
+        warpgroups: suits_warpgroups(call, scores, values),
+        per_block: granularity == Some(Granularity::PerBlock),
+        few_rows: call.problem.q_len <= 128,
+    }
+}
+
+/// Most query rows of a warp: the groups of smaller warps would be mixed in one lane.
+fn max_rows_per_warp(scores: &Scores) -> usize {
+    match scores {
+        Scores::Int(IntQuantizer {
+            granularity: Granularity::PerWarp | Granularity::PerThread,
+            tile,
+            ..
+        }) => tile.warp_q,
+        _ => 32,
+    }
+}
+
+/// Whether there is a kernel of warpgroups for such operands, and work for it: it takes 128 query rows and more at
+/// once, and keys.
+fn suits_warpgroups(call: &ForwardCall, scores: &Scores, values: &PlannedValues) -> bool {
+    let (problem, request) = (&call.problem, &call.request);
+    // Tiles of the workspace always have a map, wherever they came from.
+    let in_workspace = *scores != Scores::Full && values.source() == ValueSource::Workspace;
+    let mapped = if in_workspace { request.aligned } else { request.has_tensor_map };
+    let scores = match scores {
+        Scores::Full => true,
+        Scores::Int(quantizer) => quantizer.bits == IntBits::Eight,
+    };
+    let values = match values.values {
+        Values::F16(Accumulator::F32) | Values::BF16 | Values::Fp8(Accumulator::F32) => true,
+        // A tile's own sums beside all tiles' would take 256 registers of wider heads: 2.4 KB of spills in the loop.
+        Values::Fp8(Accumulator::F32ThenF32) => problem.head_dim <= 128,
+        _ => false,
+    };
+    // There is no tensor map of nothing, and the other kernels need none to write zeros.
+    let work = problem.q_len > FEW_QUERIES && problem.kv_len > 0;
+    call.machine.has_wgmma() && scores && values && mapped && work && counts_pieces(call)
+}
+
+/// Whether a counter of 32 bits holds the pieces of work of all warpgroups, of which the least has 64 query rows:
+/// not with very many packed sequences of which one is long.
+fn counts_pieces(call: &ForwardCall) -> bool {
+    let heads = call.problem.batch * call.problem.num_q_heads;
+    heads.checked_mul(call.problem.q_len.div_ceil(64)).is_some_and(|count| i32::try_from(count).is_ok())
+}
+
+/// Parts of the keys that give every multiprocessor a block, where the queries alone do not.
+fn splits(call: &ForwardCall, config: &AttentionConfig) -> usize {
+    let problem = &call.problem;
+    let pieces = config.pieces(problem.batch, problem.num_q_heads, problem.q_len, 1);
+    let blocks = pieces.iter().product::<usize>();
+    let wanted = 2 * call.machine.multiprocessors;
+    let tiles = problem.kv_len.div_ceil(config.tiling.tile_keys);
+    // Fewer than four tiles a part cost more to merge than they save.
+    if blocks == 0 || blocks * 2 > wanted { 1 } else { (wanted / blocks).min(tiles / 4).max(1) }
+}
+
+/// Heads whose pieces of work are handed out together. Where pieces differ in length there must be many to even out, but their
+/// keys and values must stay in cache: in half of it, as each half of a large GPU's may hold a copy.
+fn heads_together(call: &ForwardCall, config: &AttentionConfig, all_heads: usize) -> usize {
+    if call.pieces_alike() {
+        return 1;
+    }
+    let bytes = stage_bytes(config) / config.tiling.tile_keys * call.problem.kv_len;
+    let most = call.machine.l2_bytes / 2 * call.problem.group_size() / bytes.max(1);
+    let most = most.clamp(1, all_heads.clamp(1, MOST_TOGETHER));
+    let divisor = (1..=most).rev().find(|&heads| all_heads.is_multiple_of(heads));
+    divisor.unwrap_or(1)
+}

@@ -1,0 +1,180 @@
+//! What the kernels of a forward pass are told of the call.
+
+use sage_core::{Alignment, Problem};
+
+use super::request::Request;
+use super::tensors::Tensors;
+use crate::attention::{MaskForm, padded_dim};
+use crate::machine::Machine;
+use crate::pass::{Addresses, PassBuilder, Slot};
+use crate::preprocess::{InputArgs, Source};
+use crate::sequence::{KEY_TILE, Lengths, NO_LIMIT, total_key_tiles};
+use crate::tensor::TensorArg;
+
+/// A forward pass in the making.
+pub(crate) type ForwardPass = PassBuilder<Tensors>;
+
+/// A call of which a pass is made.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ForwardCall {
+    pub problem: Problem,
+    pub request: Request,
+    pub machine: Machine,
+}
+
+/// Names of the workspace's slots that several kernels use.
+pub(crate) mod slot {
+    /// Which keys of a tile some query sees, where a mask hides keys.
+    pub const SEEN: &str = "seen";
+    /// How many keys before each tile count, where a mask hides keys.
+    pub const RANKS: &str = "ranks";
+    /// Means of query blocks.
+    pub const Q_MEAN: &str = "q_mean";
+    /// Quantised tiles of K, their scales and the means of its channels.
+    pub const K: &str = "k";
+    pub const K_SCALE: &str = "k_scale";
+    pub const K_MEAN: &str = "k_mean";
+    /// Products of the query blocks' means with K.
+    pub const DELTA_S: &str = "delta_s";
+    /// Tiles of V, and scales, factors and means of its channels.
+    pub const V: &str = "v";
+    pub const V_SCALE: &str = "v_scale";
+    pub const V_FACTOR: &str = "v_factor";
+    pub const V_MEAN: &str = "v_mean";
+    /// Heads of V that scales of sampled rows do not fit.
+    pub const V_MARKED: &str = "v_marked";
+    /// Outputs of the parts of split keys, and the sums that they are merged by.
+    pub const PARTIAL: &str = "partial";
+    pub const PARTIAL_SUMS: &str = "partial_sums";
+}
+
+impl ForwardCall {
+    /// Key tiles of the workspace, all sequences together.
+    pub fn key_tiles(&self) -> usize {
+        total_key_tiles(self.request.lengths, self.problem.batch, self.request.kv_rows)
+    }
+
+    /// Heads of K and V, all sequences together.
+    pub fn all_kv_heads(&self) -> usize {
+        self.problem.batch * self.problem.num_kv_heads
+    }
+
+    /// Bytes of a single for each channel of each head of K or V.
+    pub fn channel_bytes(&self) -> usize {
+        4 * self.all_kv_heads() * padded_dim(self.problem.head_dim)
+    }
+
+    /// Bytes of so many singles for each channel of each tile of K or V.
+    pub fn tile_channel_bytes(&self, singles: usize) -> usize {
+        4 * singles * padded_dim(self.problem.head_dim) * self.problem.num_kv_heads * self.key_tiles()
+    }
+
+    /// Query rows of all heads: rows of the log-sum-exp.
+    pub fn total_rows(&self) -> usize {
+        let batches = if self.request.lengths == Lengths::Packed { 1 } else { self.problem.batch };
+        batches * self.problem.num_q_heads * self.request.q_rows
+    }
+
+    /// Blocks of `rows` query rows of the longest sequence.
+    pub fn query_blocks(&self, rows: usize) -> usize {
+        self.problem.q_len.div_ceil(rows).max(1)
+    }
+
+    /// Bytes that a number for each query block and each of `columns` takes, where `rows` queries are a block.
+    pub fn query_block_bytes(&self, rows: usize, columns: usize) -> usize {
+        4 * self.problem.batch * self.problem.num_q_heads * self.query_blocks(rows) * columns
+    }
+
+    /// By how many heads statistics run ahead of what needs them: of as many heads a quarter of the L2 cache holds K or V. On
+    /// large GPUs these are more blocks than run at once, so that none waits; and their cache is cut in halves that may both
+    /// hold a line, with what is being written beside it.
+    pub fn lead(&self) -> usize {
+        let of_head = (2 * self.problem.kv_len * self.problem.head_dim).max(1);
+        (self.machine.l2_bytes / 4 / of_head).min(self.all_kv_heads()).max(1)
+    }
+
+    /// Keys visible before and after the diagonal.
+    pub fn window(&self) -> [i32; 2] {
+        let band = self.problem.band;
+        [band.left, band.right].map(|side| side.map_or(NO_LIMIT, |reach| reach.min(NO_LIMIT as usize) as i32))
+    }
+
+    /// Whether the last query sees the last key at the diagonal (1), or the first the first (0).
+    pub fn bottom_right(&self) -> i32 {
+        i32::from(self.problem.band.alignment == Alignment::BottomRight)
+    }
+
+    /// Whether every query sees as many keys.
+    pub fn pieces_alike(&self) -> bool {
+        self.problem.band.is_full() && self.request.lengths == Lengths::Dense
+    }
+
+    /// Key heads and sequences with a mask of their own.
+    pub fn seen_heads(&self, tensors: &Tensors) -> (usize, usize) {
+        let [sequence, head] = self.seen_strides(tensors);
+        let number = |stride: i32, all: usize| if stride == 0 { 1 } else { all };
+        (number(head, self.problem.num_kv_heads), number(sequence, self.problem.batch))
+    }
+
+    /// Tiles from one sequence's words of keys that are seen to the next, and from one head's: 0 where the mask is the same.
+    pub fn seen_strides(&self, tensors: &Tensors) -> [i32; 2] {
+        let (_, [batch, head, ..]) = tensors.mask;
+        let tiles = self.seen_tiles();
+        let of_head = if head == 0 { 0 } else { tiles };
+        let heads = if head == 0 { 1 } else { self.problem.num_kv_heads };
+        let alike = batch == 0 && self.request.lengths == Lengths::Dense;
+        [if alike { 0 } else { heads * tiles }, of_head].map(|stride| stride as i32)
+    }
+
+    /// Tiles of a head's words of keys that are seen, and one more for the number of all that count.
+    pub fn seen_tiles(&self) -> usize {
+        self.problem.kv_len.div_ceil(KEY_TILE).max(1) + 1
+    }
+
+    /// K or V as the kernels that prepare them read it.
+    pub fn source(&self) -> Source {
+        Source {
+            dtype: self.problem.dtype,
+            head_dim: self.problem.head_dim,
+            aligned: self.request.aligned,
+            lengths: self.request.lengths,
+            masked: self.request.mask != MaskForm::None,
+        }
+    }
+
+    /// What a kernel that reads K or V finds in the workspace of an explicit mask.
+    pub fn keys(&self, pass: &ForwardPass) -> Keys {
+        Keys { call: *self, seen: pass.find(slot::SEEN), ranks: pass.find(slot::RANKS) }
+    }
+}
+
+/// K or V, with what says which of its rows count.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Keys {
+    call: ForwardCall,
+    seen: Slot,
+    ranks: Slot,
+}
+
+impl Keys {
+    /// The arguments for `tensor`, which is K or V.
+    pub fn of(&self, tensor: &TensorArg, at: &Addresses<'_, Tensors>) -> InputArgs {
+        let call = &self.call;
+        let heads = [call.problem.num_kv_heads, call.problem.batch];
+        let [window_left, window_right] = call.window();
+        let [seen_stride_sequence, seen_stride_head] = call.seen_strides(at.tensors);
+        InputArgs {
+            cu_seqlens: at.tensors.cu_seqlens_k,
+            q_rows: call.request.q_rows as i32,
+            cu_seqlens_q: at.tensors.cu_seqlens_q,
+            window_left,
+            window_right,
+            bottom_right: call.bottom_right(),
+            seen: at.of(self.seen),
+            ranks: at.of(self.ranks),
+            seen_stride_sequence,
+            seen_stride_head,
+            ..InputArgs::unmasked(tensor.address, tensor.strides, call.request.kv_rows, heads)
+        }
+    }
+}

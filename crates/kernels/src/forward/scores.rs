@@ -1,0 +1,155 @@
+//! Operands of Q·Kᵀ: means of Q, quantised K, and the products of both that smoothing Q takes from the scores.
+
+use sage_core::{Error, Granularity, IntQuantizer, Qk, Result, Scheme, SmoothK, SmoothQ};
+
+use super::call::{ForwardCall, ForwardPass, slot};
+use crate::attention::{Scores, padded_dim};
+use crate::pass::Slot;
+use crate::preprocess::{
+    ColumnStatistics, DeltaSArgs, DeltaSConfig, InputArgs, KeyMean, QuantizeKArgs, QuantizeKConfig,
+    QueryMeansArgs, QueryMeansConfig, SampleArgs, SampleConfig, Source,
+};
+use crate::sequence::{KEY_TILE, Lengths};
+
+/// The form of Q·Kᵀ that kernels have for a scheme.
+pub(super) fn scores(scheme: &Scheme) -> Result<Scores> {
+    match scheme.qk {
+        Qk::Int(quantizer) if quantizer.granularity == Granularity::PerTensor => {
+            Err(Error::unsupported("scales per tensor", "on a GPU scales are per block or finer"))
+        }
+        Qk::Int(quantizer) => Ok(Scores::Int(quantizer)),
+        Qk::Nvfp4 => Err(Error::unsupported("scheme with NVFP4 scores", "no GPU kernel computes it yet")),
+        Qk::Full if scheme.smooth.k.is_on() || scheme.smooth.q != SmoothQ::Off => {
+            Err(Error::unsupported("smoothing of full-precision scores", "it changes nothing there"))
+        }
+        Qk::Full if scheme.rotate => {
+            Err(Error::unsupported("rotation of full-precision scores", "it changes nothing there"))
+        }
+        Qk::Full => Ok(Scores::Full),
+    }
+}
+
+/// Query rows that share a mean which is subtracted.
+pub(super) fn smooth_q_rows(scheme: &Scheme, q_len: usize) -> Result<Option<usize>> {
+    match scheme.smooth.q {
+        SmoothQ::Off => Ok(None),
+        SmoothQ::Block(rows) if rows.is_multiple_of(64) => Ok(Some(rows)),
+        SmoothQ::Block(rows) => Err(Error::value("smooth.q block", rows, "a multiple of 64 on a GPU")),
+        SmoothQ::Sequence => Ok(Some(q_len.next_multiple_of(64).max(64))),
+    }
+}
+
+/// Adds the launches that quantise K, after those that its smoothing and Q's need.
+pub(super) fn quantize(
+    call: ForwardCall,
+    scheme: &Scheme,
+    quantizer: IntQuantizer,
+    smooth_q: Option<usize>,
+    pass: &mut ForwardPass,
+) {
+    let source = call.source();
+    if let Some(rows) = smooth_q {
+        query_means(call, rows, pass);
+    }
+    let mean = match scheme.smooth.k {
+        SmoothK::Off => KeyMean::Zero,
+        SmoothK::Mean => KeyMean::Collected,
+        SmoothK::Sampled(rows) => {
+            sample(call, SampleConfig { source, rows, statistics: ColumnStatistics::Mean }, pass);
+            KeyMean::Given
+        }
+    };
+    let IntQuantizer { bits, granularity, rounding, zero_group, .. } = quantizer;
+    let rotate = scheme.rotate;
+    quantize_k(call, QuantizeKConfig { source, bits, granularity, rounding, zero_group, mean, rotate }, pass);
+    if let Some(rows) = smooth_q {
+        delta_s(call, DeltaSConfig { source, smooth_k: scheme.smooth.k.is_on() }, rows, pass);
+    }
+}
+
+fn query_means(call: ForwardCall, rows: usize, pass: &mut ForwardPass) {
+    let problem = call.problem;
+    let lengths = if call.request.lengths == Lengths::Packed { Lengths::Packed } else { Lengths::Dense };
+    let source = Source { lengths, masked: false, ..call.source() };
+    let mean = pass.slot(slot::Q_MEAN, call.query_block_bytes(rows, padded_dim(problem.head_dim)));
+    let config = QueryMeansConfig { source, block: rows };
+    pass.launch(config, move |at, launch| {
+        let q = &at.tensors.q;
+        let heads = [problem.num_q_heads, problem.batch];
+        let args = QueryMeansArgs {
+            input: InputArgs {
+                cu_seqlens: at.tensors.cu_seqlens_q,
+                cu_seqlens_q: at.tensors.cu_seqlens_q,
+                q_rows: call.request.q_rows as i32,
+                ..InputArgs::unmasked(q.address, q.strides, call.request.q_rows, heads)
+            },
+            mean: at.of(mean),
+        };
+        launch(config.grid(problem.q_len, problem.num_q_heads, problem.batch), &args.args(), &[]);
+    });
+}
+
+fn sample(call: ForwardCall, config: SampleConfig, pass: &mut ForwardPass) {
+    let clears = pass.clears_counters();
+    let keys = call.keys(pass);
+    let mean = pass.slot(slot::K_MEAN, call.channel_bytes());
+    pass.launch(config, move |at, launch| {
+        let (counters, counter_count) = if clears { at.counters() } else { (0, 0) };
+        let args = SampleArgs {
+            input: keys.of(&at.tensors.k, at),
+            mean: at.of(mean),
+            counters,
+            counter_count,
+            ..SampleArgs::default()
+        };
+        launch(config.grid(call.problem.num_kv_heads, call.problem.batch), &args.args(), &[]);
+    });
+}
+
+fn quantize_k(call: ForwardCall, config: QuantizeKConfig, pass: &mut ForwardPass) {
+    let (problem, tiles, lead) = (call.problem, call.key_tiles(), call.lead());
+    let keys = call.keys(pass);
+    let all_tiles = problem.num_kv_heads * tiles;
+    let out = pass.slot(slot::K, all_tiles * config.tile_bytes());
+    let scale = pass.slot(slot::K_SCALE, 4 * all_tiles * config.groups());
+    let (mut mean, mut partials, mut arrivals) = (pass.find(slot::K_MEAN), Slot::NONE, Slot::NONE);
+    if config.mean == KeyMean::Collected {
+        mean = pass.slot(slot::K_MEAN, call.channel_bytes());
+        partials = pass.slot("k_partials", call.tile_channel_bytes(ColumnStatistics::Mean.partials()));
+        arrivals = pass.counters("k_arrivals", call.all_kv_heads());
+    }
+    pass.launch(config, move |at, launch| {
+        let args = QuantizeKArgs {
+            input: keys.of(&at.tensors.k, at),
+            out: at.of(out),
+            scale: at.of(scale),
+            mean: at.of(mean),
+            partials: at.of(partials),
+            arrivals: at.of(arrivals),
+            key_tiles: tiles as i32,
+            lead: lead as i32,
+        };
+        let grid = config.grid(problem.kv_len, problem.num_kv_heads, problem.batch, lead);
+        launch(grid, &args.args(), &[]);
+    });
+}
+
+fn delta_s(call: ForwardCall, config: DeltaSConfig, rows: usize, pass: &mut ForwardPass) {
+    let problem = call.problem;
+    let keys = call.keys(pass);
+    let (k_mean, q_mean) = (pass.find(slot::K_MEAN), pass.find(slot::Q_MEAN));
+    let columns = problem.kv_len.next_multiple_of(KEY_TILE).max(KEY_TILE);
+    let delta_s = pass.slot(slot::DELTA_S, call.query_block_bytes(rows, columns));
+    pass.launch(config, move |at, launch| {
+        let args = DeltaSArgs {
+            input: keys.of(&at.tensors.k, at),
+            k_mean: at.of(k_mean),
+            q_mean: at.of(q_mean),
+            delta_s: at.of(delta_s),
+            group_size: problem.group_size() as i32,
+            q_blocks: call.query_blocks(rows) as i32,
+            block_rows: rows as i32,
+        };
+        launch(config.grid(problem.kv_len, problem.num_kv_heads, problem.batch), &args.args(), &[]);
+    });
+}

@@ -1,0 +1,164 @@
+//! Operands of P·V: V in E4M3, or converted to the other 16-bit type.
+
+use sage_core::{Accumulator, DType, Error, Pv, Result, ScaleRows, Scheme};
+
+use super::call::{ForwardCall, ForwardPass, slot};
+use crate::attention::{ValueSource, Values, padded_dim};
+use crate::pass::Slot;
+use crate::preprocess::{
+    ColumnStatistics, ConvertVArgs, ConvertVConfig, QuantizeVArgs, QuantizeVConfig, SampleArgs, SampleConfig,
+    ValueScales,
+};
+use crate::sequence::KEY_TILE;
+
+/// How P·V is computed.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct PlannedValues {
+    /// Its operands.
+    pub values: Values,
+    /// The type that V is converted to first.
+    pub convert: Option<DType>,
+}
+
+impl PlannedValues {
+    /// The form of P·V that kernels have for a scheme.
+    pub fn new(call: &ForwardCall, scheme: &Scheme) -> Result<Self> {
+        let dtype = call.problem.dtype;
+        let (values, convert) = match scheme.pv {
+            Pv::F16(Accumulator::F32ThenF32) => {
+                let instead = "use f32: its sums are exact already";
+                return Err(Error::unsupported("FP16 P·V summed in f32+f32", instead));
+            }
+            Pv::F16(accumulator) => (Values::F16(accumulator), (dtype == DType::BF16).then_some(DType::F16)),
+            Pv::BF16(Accumulator::F32) => (Values::BF16, (dtype == DType::F16).then_some(DType::BF16)),
+            Pv::BF16(accumulator) => {
+                return Err(Error::value("pv accumulator", accumulator.name(), "f32 for BF16 P·V"));
+            }
+            Pv::Fp8 { .. } if !call.machine.has_fp8() => {
+                return Err(Error::unsupported(
+                    format!("FP8 P·V on {}", call.machine.target),
+                    "FP8 needs sm_89 or later; use FP16 P·V",
+                ));
+            }
+            Pv::Fp8 { accumulator: Accumulator::F16, .. } => {
+                return Err(Error::unsupported("FP8 P·V summed in f16", "use f16+f32"));
+            }
+            Pv::Fp8 { accumulator, .. } => (Values::Fp8(accumulator), None),
+            Pv::F32 | Pv::Int8 | Pv::Fixed12 { .. } | Pv::Nvfp4 => {
+                let what = format!("scheme `{scheme}`");
+                return Err(Error::unsupported(what, "no GPU kernel computes its P·V"));
+            }
+        };
+        let planned = PlannedValues { values, convert };
+        match scheme.pv {
+            Pv::Fp8 { rows: ScaleRows::Sampled(_), .. } if scheme.smooth.v => Err(Error::unsupported(
+                "smooth V with sampled scales",
+                "V's mean is of all rows, and so are its scales then",
+            )),
+            _ if scheme.smooth.v && !planned.is_fp8() => {
+                Err(Error::unsupported("smooth V with 16-bit P·V", "on a GPU V is smoothed for FP8 only"))
+            }
+            _ => Ok(planned),
+        }
+    }
+
+    /// Whether V is quantised to E4M3.
+    pub fn is_fp8(&self) -> bool {
+        matches!(self.values, Values::Fp8(_))
+    }
+
+    /// Whether attention reads V from the workspace.
+    pub fn is_prepared(&self) -> bool {
+        self.is_fp8() || self.convert.is_some()
+    }
+
+    /// Where the attention kernel reads V.
+    pub fn source(&self) -> ValueSource {
+        if self.is_prepared() { ValueSource::Workspace } else { ValueSource::Given }
+    }
+
+    /// Adds the launches that write V's tiles, where attention does not read V as given.
+    pub fn prepare(&self, call: ForwardCall, scheme: &Scheme, pass: &mut ForwardPass) {
+        let source = call.source();
+        let quantizer = |scales| QuantizeVConfig { source, smooth: scheme.smooth.v, scales };
+        match scheme.pv {
+            Pv::Fp8 { rows: ScaleRows::Sampled(rows), v_max, .. } => {
+                let statistics = ColumnStatistics::Scale;
+                sample(call, SampleConfig { source, rows, statistics }, v_max, pass);
+                quantize_v(call, quantizer(ValueScales::Given), v_max, pass);
+                quantize_v(call, quantizer(ValueScales::CollectedWhereMarked), v_max, pass);
+            }
+            Pv::Fp8 { v_max, .. } => quantize_v(call, quantizer(ValueScales::Collected), v_max, pass),
+            _ => {}
+        }
+        if let Some(to) = self.convert {
+            convert(call, ConvertVConfig { source, to }, pass);
+        }
+    }
+}
+
+fn sample(call: ForwardCall, config: SampleConfig, v_max: f32, pass: &mut ForwardPass) {
+    let clears = pass.clears_counters();
+    let keys = call.keys(pass);
+    let scale = pass.slot(slot::V_SCALE, call.channel_bytes());
+    let factor = pass.slot(slot::V_FACTOR, call.channel_bytes());
+    pass.launch(config, move |at, launch| {
+        let (counters, counter_count) = if clears { at.counters() } else { (0, 0) };
+        let args = SampleArgs {
+            input: keys.of(&at.tensors.v, at),
+            scale: at.of(scale),
+            factor: at.of(factor),
+            v_max,
+            counters,
+            counter_count,
+            ..SampleArgs::default()
+        };
+        launch(config.grid(call.problem.num_kv_heads, call.problem.batch), &args.args(), &[]);
+    });
+}
+
+fn quantize_v(call: ForwardCall, config: QuantizeVConfig, v_max: f32, pass: &mut ForwardPass) {
+    let (problem, tiles, lead) = (call.problem, call.key_tiles(), call.lead());
+    let keys = call.keys(pass);
+    let out = pass.slot(slot::V, problem.num_kv_heads * tiles * config.tile_bytes());
+    let [scale, mean, factor] =
+        [slot::V_SCALE, slot::V_MEAN, slot::V_FACTOR].map(|name| pass.slot(name, call.channel_bytes()));
+    let (mut partials, mut arrivals) = (Slot::NONE, Slot::NONE);
+    if config.scales != ValueScales::Given {
+        partials = pass.slot("v_partials", call.tile_channel_bytes(config.statistics().partials()));
+        arrivals = pass.counters("v_arrivals", call.all_kv_heads());
+    }
+    let marked = match config.scales {
+        ValueScales::Given => pass.counters(slot::V_MARKED, call.all_kv_heads()),
+        _ => pass.find(slot::V_MARKED),
+    };
+    pass.launch(config, move |at, launch| {
+        let args = QuantizeVArgs {
+            input: keys.of(&at.tensors.v, at),
+            out: at.of(out),
+            mean: at.of(mean),
+            scale: at.of(scale),
+            factor: at.of(factor),
+            partials: at.of(partials),
+            arrivals: at.of(arrivals),
+            marked: at.of(marked),
+            key_tiles: tiles as i32,
+            v_max,
+            lead: lead as i32,
+        };
+        let grid = config.grid(problem.kv_len, problem.num_kv_heads, problem.batch, lead);
+        launch(grid, &args.args(), &[]);
+    });
+}
+
+fn convert(call: ForwardCall, config: ConvertVConfig, pass: &mut ForwardPass) {
+    let (problem, tiles) = (call.problem, call.key_tiles());
+    let keys = call.keys(pass);
+    let bytes = 2 * problem.num_kv_heads * tiles * KEY_TILE * padded_dim(problem.head_dim);
+    let out = pass.slot(slot::V, bytes);
+    pass.launch(config, move |at, launch| {
+        let args =
+            ConvertVArgs { input: keys.of(&at.tensors.v, at), out: at.of(out), key_tiles: tiles as i32 };
+        launch(config.grid(problem.kv_len, problem.num_kv_heads, problem.batch), &args.args(), &[]);
+    });
+}
