@@ -11,9 +11,7 @@ use sage_core::{
     Accumulator, Band, Call, DType, Error, Granularity, Inputs, Options, Preset, Problem, Pv, Qk, Scheme,
     SmoothK, SmoothQ, Smoothing, Tensor, Tile, oracle,
 };
-use sage_kernels::Lengths;
 use sage_kernels::Machine;
-use sage_kernels::attention::MaskForm;
 use sage_kernels::forward::{ForwardPlan, Request, int8_scheme, nearest_scheme};
 use sage_ptx::Target;
 use support::Case;
