@@ -316,10 +316,10 @@ fn check_call(call: &Call<'_>) {
         });
     }
 
-    assert_eq!(call.sequences.len(), p.batch);
+    assert_eq!(call.sequences().len(), p.batch);
     let lse_len: usize = call.lse_shape().iter().product();
     let mut seen = HashSet::new();
-    for sequence in &call.sequences {
+    for sequence in call.sequences() {
         assert!(sequence.batch < tensor_batch);
         assert!(sequence.q_start + sequence.q_len <= rows(&call.q));
         assert!(sequence.kv_start + sequence.kv_len <= rows(&call.k));
@@ -331,7 +331,7 @@ fn check_call(call: &Call<'_>) {
             let keys = p.band.keys(i, sequence.q_len, sequence.kv_len);
             assert!(keys.start <= keys.end && keys.end <= sequence.kv_len);
             for head in 0..p.num_q_heads {
-                let index = call.lse_index(sequence, head, i);
+                let index = call.lse_index(&sequence, head, i);
                 assert!(index < lse_len && seen.insert(index), "log-sum-exp {index} of {lse_len}");
             }
         }
@@ -383,11 +383,11 @@ fn check_results(case: &Case, call: &Call<'_>) -> Option<()> {
             None
         }
     };
-    let work = call.sequences.iter().try_fold(0usize, |sum, s| {
+    let work = call.sequences().try_fold(0usize, |sum, s| {
         sum.checked_add(s.q_len.checked_mul(s.kv_len)?.checked_mul(p.num_q_heads)?.checked_mul(p.head_dim)?)
     });
     let elements = [&call.q, &call.k, &call.v].map(|t| t.geometry().len());
-    let heads = call.sequences.len().saturating_mul(p.num_q_heads.max(p.num_kv_heads));
+    let heads = call.sequences().len().saturating_mul(p.num_q_heads.max(p.num_kv_heads));
     if work.is_none_or(|work| work > MAX_WORK) || heads > MAX_READ || elements.iter().any(|&n| n > MAX_READ) {
         return None;
     }

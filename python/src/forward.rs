@@ -1,7 +1,7 @@
 //! The entry: a call on the CPU or a GPU.
 
 use pyo3::prelude::*;
-use sageattention::cuda::{Cuda, DeviceBytes, DeviceLse, DeviceMask, DeviceTensor, Stream};
+use sageattention::cuda::{Cuda, DeviceBytes, DeviceInts, DeviceLse, DeviceMask, DeviceTensor, Stream};
 use sageattention::{
     BlockMask, Call, Choice, DType, Device, Error, Inputs, Lengths, Mask, Plan, Result, TensorViewMut, View,
 };
@@ -144,9 +144,14 @@ fn on_gpu(tensors: &Tensors, options: &Options, ordinal: u32, stream: u64, wait:
         ));
     }
     let (q, k, v) = (tensor("q", &tensors.q)?, tensor("k", &tensors.k)?, tensor("v", &tensors.v)?);
-    let mut inputs = Inputs { mask, ..Inputs::dense(q, k, v) };
+    let mut inputs = Inputs { mask, ..Inputs::new(q, k, v) };
     if let Some(Packed(cu_seqlens_q, cu_seqlens_k, batch, max_q_len, max_kv_len)) = tensors.packed {
-        inputs.lengths = Lengths::DevicePacked { cu_seqlens_q, cu_seqlens_k, batch, max_q_len, max_kv_len };
+        let list = |address| {
+            // SAFETY: as above.
+            unsafe { DeviceInts::from_raw(address, batch + 1) }
+        };
+        let (cu_seqlens_q, cu_seqlens_k) = (list(cu_seqlens_q), list(cu_seqlens_k));
+        inputs.lengths = Lengths::DevicePacked { cu_seqlens_q, cu_seqlens_k, max_q_len, max_kv_len };
     }
     let core_options = options.attention().options();
     let call = Call::check(&inputs, &core_options)?;

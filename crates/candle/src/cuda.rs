@@ -7,7 +7,7 @@ use candle_core::cuda_backend::cudarc::driver::{
 use candle_core::cuda_backend::{CudaDType, CudaStorageSlice};
 use candle_core::{CudaDevice, CudaStorage, Layout, Result, Storage};
 use half::{bf16, f16};
-use sageattention::cuda::{Cuda, DeviceBytes, DeviceLse, DeviceMask, DeviceTensor, Stream};
+use sageattention::cuda::{Cuda, DeviceBytes, DeviceInts, DeviceLse, DeviceMask, DeviceTensor, Stream};
 use sageattention::{DType, Error, Geometry, Inputs, Lengths as CoreLengths};
 
 use crate::Options;
@@ -61,7 +61,7 @@ fn run<T: CudaDType + DeviceRepr + sageattention::Element>(
             Memory::list(name, on_device(name, storage, device)?, layout, &candle_stream)
         })
         .collect::<Result<Vec<_>>>()?;
-    let lengths = lengths(&options.lengths, &lists, shape)?;
+    let lengths = lengths(&options.lengths, &lists);
 
     let out_geometry = Geometry::contiguous("out", shape).map_err(wrap)?;
     // SAFETY: attention writes every element, before anything later on the stream reads one.
@@ -78,7 +78,7 @@ fn run<T: CudaDType + DeviceRepr + sageattention::Element>(
             let inputs = Inputs {
                 mask: mask.as_ref().map(|mask| mask.view()),
                 lengths,
-                ..Inputs::dense(q.view(dtype), k.view(k_dtype), v.view(v_dtype))
+                ..Inputs::new(q.view(dtype), k.view(k_dtype), v.view(v_dtype))
             };
             let lse = lse_guard.as_ref().map(|(address, _)| DeviceLse::from_raw(*address, lse_rows));
             (inputs, DeviceTensor::from_raw(T::DTYPE, out_geometry, address), lse)
@@ -91,31 +91,16 @@ fn run<T: CudaDType + DeviceRepr + sageattention::Element>(
 }
 
 /// The lengths of a call, which the kernels read where they lie.
-fn lengths<'a>(lengths: &Lengths, lists: &[Memory<'_>], q: &[usize]) -> Result<CoreLengths<'a>> {
-    let entries = |list: &Memory<'_>| list.geometry.len();
+fn lengths<'a>(lengths: &Lengths, lists: &'a [Memory<'_>]) -> CoreLengths<'a, DeviceInts<'a>> {
     match (lengths, lists) {
-        (Lengths::KvLens(_), [kv_lens]) => {
-            let batch = q.first().copied().unwrap_or(0);
-            if entries(kv_lens) != batch {
-                let wanted = format!("[{batch}], a length for each batch entry of q");
-                return Err(wrap(Error::value("kv_lens shape", format!("[{}]", entries(kv_lens)), wanted)));
-            }
-            Ok(CoreLengths::DeviceKvLens(kv_lens.first_entry()))
-        }
-        (&Lengths::Packed { max_q_len, max_kv_len, .. }, [cu_q, cu_k]) => {
-            if entries(cu_q) != entries(cu_k) || entries(cu_q) == 0 {
-                let found = format!("[{}] beside cu_seqlens_q's [{}]", entries(cu_k), entries(cu_q));
-                return Err(wrap(Error::value("cu_seqlens_k shape", found, "batch + 1 entries in both")));
-            }
-            Ok(CoreLengths::DevicePacked {
-                cu_seqlens_q: cu_q.first_entry(),
-                cu_seqlens_k: cu_k.first_entry(),
-                batch: entries(cu_q) - 1,
-                max_q_len,
-                max_kv_len,
-            })
-        }
-        _ => Ok(CoreLengths::Dense),
+        (Lengths::KvLens(_), [kv_lens]) => CoreLengths::DeviceKvLens(kv_lens.integers()),
+        (&Lengths::Packed { max_q_len, max_kv_len, .. }, [cu_q, cu_k]) => CoreLengths::DevicePacked {
+            cu_seqlens_q: cu_q.integers(),
+            cu_seqlens_k: cu_k.integers(),
+            max_q_len,
+            max_kv_len,
+        },
+        _ => CoreLengths::Dense,
     }
 }
 
@@ -175,9 +160,12 @@ impl<'a> Memory<'a> {
         Ok(Memory { geometry, address, _guard })
     }
 
-    /// Address of a list's first entry.
-    fn first_entry(&self) -> u64 {
-        self.address.wrapping_add_signed(self.geometry.offset() * size_of::<i32>() as i64)
+    /// What [`Memory::list`] made.
+    fn integers(&self) -> DeviceInts<'_> {
+        let first = self.address.wrapping_add_signed(self.geometry.offset() * size_of::<i32>() as i64);
+        // SAFETY: the storage holds every entry that its layout reaches, 32-bit integers without gaps as `list` has seen;
+        // the guard keeps it, and lets other streams wait for this one.
+        unsafe { DeviceInts::from_raw(first, self.geometry.len()) }
     }
 
     /// # Safety

@@ -206,7 +206,7 @@ impl OnGpu {
     /// The GPU's time for one call.
     fn time(&self, attention: &Attention<'_>, choice: Choice) -> Result<Duration> {
         let [q, k, v] = &self.inputs;
-        let inputs = Inputs::dense(q.view(), k.view(), v.view());
+        let inputs = Inputs::new(q.view(), k.view(), v.view());
         let out = self.out.view();
         self.gpu.time(&self.stream, || {
             self.gpu.forward_into(&self.stream, &inputs, &attention.options(), choice, &out, None)

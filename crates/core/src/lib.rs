@@ -11,12 +11,15 @@
 #![forbid(unsafe_code)]
 
 mod cache;
+mod call;
 mod choice;
 mod dtype;
 mod error;
 mod geometry;
+mod lengths;
 mod mask;
 pub mod metrics;
+mod operand;
 pub mod oracle;
 mod preset;
 mod problem;
@@ -25,15 +28,16 @@ mod single;
 mod tensor;
 
 pub use cache::{BlockTables, CacheLayout, CachedInputs, PageCopy, ValueFormat};
+pub use call::Call;
 pub use choice::Choice;
 pub use dtype::{DType, Element};
 pub use error::{BackendErrorKind, Error, Result};
 pub use geometry::{Geometry, MAX_RANK};
+pub use lengths::{Lengths, Sequence};
 pub use mask::{Alignment, Band, BlockMask, Mask, padding_bias};
+pub use operand::{List, Operand, Strided};
 pub use preset::Preset;
-pub use problem::{
-    Call, Inputs, Layout, Lengths, MAX_HEAD_DIM, MAX_HEADS, Operand, Options, Problem, Sequence, Strided,
-};
+pub use problem::{Inputs, Layout, MAX_HEAD_DIM, MAX_HEADS, Options, Problem};
 pub use scheme::{
     Accumulator, Granularity, IntBits, IntQuantizer, Pv, Qk, Rounding, ScaleRows, Scheme, SmoothK, SmoothQ,
     Smoothing, Tile, ZeroGroup,

@@ -10,9 +10,9 @@ use crate::seen::SeenHeads;
 use crate::visibility::{Row, apply_masks};
 
 /// A call with its element type known.
-pub(crate) struct Attention<'a, E> {
+pub(crate) struct Attention<'a, 'c, E> {
     pub kernels: &'static Kernels,
-    pub call: &'a Call<'a>,
+    pub call: &'a Call<'c>,
     pub seen: SeenHeads,
     pub q: View<'a, E>,
     pub k: View<'a, E>,
@@ -21,7 +21,7 @@ pub(crate) struct Attention<'a, E> {
     pub lse: Option<OutputRows<'a, f32>>,
 }
 
-impl<E: Load> Attention<'_, E> {
+impl<E: Load> Attention<'_, '_, E> {
     /// `sm_scale · log₂e`: all scores are in base 2.
     pub fn score_scale(&self) -> f32 {
         self.call.problem.sm_scale * LOG2_E

@@ -175,7 +175,7 @@ impl Cpu {
         let attention = Attention {
             kernels: kernels(plan.instruction_set),
             call,
-            seen: SeenHeads::of(call, true),
+            seen: SeenHeads::of(call),
             q,
             k,
             v,

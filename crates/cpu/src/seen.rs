@@ -64,11 +64,10 @@ pub(crate) struct SeenHeads {
 const WORTH_A_THREAD: usize = 256;
 
 impl SeenHeads {
-    /// Looks at the masks of a call. `cut`: whether the call's sequences hold only keys that the band lets some query
-    /// see, as [`Call::check`] makes them where there is no other mask.
-    pub fn of(call: &Call<'_>, cut: bool) -> Self {
+    /// Looks at the masks of a call.
+    pub fn of(call: &Call<'_>) -> Self {
         let masked = call.mask.is_some() || call.block_mask.is_some();
-        if !masked && (cut || call.problem.band.is_full()) {
+        if !masked && (call.leaves_hidden_keys_out() || call.problem.band.is_full()) {
             return SeenHeads::default();
         }
         let num_kv_heads = call.problem.num_kv_heads;
@@ -79,17 +78,17 @@ impl SeenHeads {
         let differs = |dimension: usize| geometries().any(|geometry| geometry.strides()[dimension] != 0);
         let (by_batch, by_head) = (differs(0), differs(1));
         let mut heads: Vec<(usize, Sequence, usize)> = Vec::new();
-        let mut index = Vec::with_capacity(call.sequences.len() * num_kv_heads);
+        let mut index = Vec::with_capacity(call.sequences().len() * num_kv_heads);
         // Lengths are mostly those of the batch entry before.
         let mut last = None;
-        for (sequence_index, sequence) in call.sequences.iter().enumerate() {
+        for (sequence_index, sequence) in call.sequences().enumerate() {
             let lengths = (sequence.q_len, sequence.kv_len);
             for kv_head in 0..num_kv_heads {
                 let same = |&(of, by): &((usize, usize), usize)| {
                     of == lengths && (!by_batch || by == sequence_index)
                 };
                 if by_head || !last.as_ref().is_some_and(same) {
-                    heads.push((sequence_index, *sequence, kv_head));
+                    heads.push((sequence_index, sequence, kv_head));
                     last = Some((lengths, sequence_index));
                 }
                 index.push(heads.len() - 1);
@@ -137,13 +136,13 @@ impl SeenHeads {
 const VISIBLE: u32 = 1;
 const COUNTS: u32 = 2;
 
-struct Scan<'a> {
-    call: &'a Call<'a>,
+struct Scan<'a, 'c> {
+    call: &'a Call<'c>,
     /// Whether all heads have the same masks.
     shares_heads: bool,
 }
 
-impl Scan<'_> {
+impl Scan<'_, '_> {
     /// What the queries see of `keys`, which are at most [`TILE_KEYS`].
     fn chunk(
         &self,
@@ -239,10 +238,10 @@ mod tests {
     const BIASES: [f32; 5] = [0.0, -1.0, f32::NEG_INFINITY, f32::MIN, f32::NAN];
 
     fn check(call: &Call<'_>, what: &str) {
-        let heads = SeenHeads::of(call, false);
-        for (at, sequence) in call.sequences.iter().enumerate() {
+        let heads = SeenHeads::of(call);
+        for (at, sequence) in call.sequences().enumerate() {
             for kv_head in 0..call.problem.num_kv_heads {
-                let expected = oracle::SeenKeys::of(call, sequence, kv_head);
+                let expected = oracle::SeenKeys::of(call, &sequence, kv_head);
                 let found = heads.head(at, kv_head);
                 assert_eq!(found.is_none(), expected.counted().len() == expected.len(), "{what}");
                 for j in 0..expected.len() {

@@ -27,24 +27,23 @@ pub(crate) struct Part {
     pub state: RowState,
 }
 
-impl<E: Load> Attention<'_, E> {
+impl<E: Load> Attention<'_, '_, E> {
     /// Computes the call.
     pub fn split(&self) {
         let group_size = self.call.problem.group_size();
         let mut units = Vec::new();
         let mut parts = Vec::new();
-        for (sequence_index, sequence) in self.call.sequences.iter().enumerate() {
+        for (sequence_index, sequence) in self.call.sequences().enumerate() {
             for kv_head in 0..self.call.problem.num_kv_heads {
                 let rows: Vec<Row> = (kv_head * group_size..(kv_head + 1) * group_size)
                     .flat_map(|head| (0..sequence.q_len).map(move |i| (head, i)))
-                    .map(|(head, i)| Row::new(self.call, sequence, head, i))
+                    .map(|(head, i)| Row::new(self.call, &sequence, head, i))
                     .collect();
                 let visible = union(&rows);
                 let first = visible.start / TILE_KEYS * TILE_KEYS;
                 let starts = (first..visible.end).step_by(SPLIT_KEYS);
                 let (first_part, count) = (parts.len(), starts.len());
                 parts.extend(starts.map(|start| (units.len(), start..visible.end.min(start + SPLIT_KEYS))));
-                let sequence = *sequence;
                 units.push(Unit { sequence_index, sequence, kv_head, rows, first_part, parts: count });
             }
         }

@@ -74,13 +74,13 @@ impl Unit<'_> {
     }
 }
 
-impl<E: Load> Attention<'_, E> {
+impl<E: Load> Attention<'_, '_, E> {
     /// Computes the call with blocks of `block_q` queries. `smooth_k`: subtract the mean of each head's keys.
     pub fn tiled(&self, layout: &TileLayout, block_q: usize, smooth_k: SmoothK, packed: &mut AVec<u32>) {
         let max_tiles = PACKED_BYTES_MAX / 4 / layout.words();
         let mut wave: Vec<Unit<'_>> = Vec::new();
         let mut tiles = 0;
-        for (sequence_index, sequence) in self.call.sequences.iter().enumerate() {
+        for (sequence_index, sequence) in self.call.sequences().enumerate() {
             let count = sequence.kv_len.div_ceil(TILE_KEYS);
             for kv_head in 0..self.call.problem.num_kv_heads {
                 if tiles + count > max_tiles && !wave.is_empty() {
@@ -90,7 +90,7 @@ impl<E: Load> Attention<'_, E> {
                 }
                 wave.push(Unit {
                     sequence_index,
-                    sequence: *sequence,
+                    sequence,
                     kv_head,
                     seen: self.seen.head(sequence_index, kv_head),
                     first_tile: tiles,

@@ -89,7 +89,7 @@ fn mask_hides_by<T: Copy>(
     })
 }
 
-fn block_is_visible(mask: &BlockMask<'_>, [batch, head, row]: [usize; 3], column: usize) -> bool {
+fn block_is_visible(mask: &BlockMask<View<'_, bool>>, [batch, head, row]: [usize; 3], column: usize) -> bool {
     mask.blocks.at([batch, head, row / mask.block_q, column])
 }
 

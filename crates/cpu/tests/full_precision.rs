@@ -281,7 +281,11 @@ fn a_long_sequence_forgets_nothing() {
 
 fn bands() -> impl Strategy<Value = Band> {
     let limit = || prop_oneof![Just(None), (0usize..200).prop_map(Some)];
-    let alignment = prop_oneof![Just(Alignment::BottomRight), Just(Alignment::TopLeft)];
+    let alignment = prop_oneof![
+        Just(Alignment::BottomRight),
+        Just(Alignment::TopLeft),
+        (-200i64..400).prop_map(Alignment::Offset)
+    ];
     (limit(), limit(), alignment).prop_map(|(left, right, alignment)| Band { left, right, alignment })
 }
 

@@ -192,9 +192,8 @@ fn rows_of_padding_alone_are_the_mean_of_v() {
 fn spoiled(built: &Built, value: f32, spoils: impl Fn(&SeenKeys, usize) -> bool) -> Built {
     let call = built.call();
     let seen: Vec<Vec<SeenKeys>> = call
-        .sequences
-        .iter()
-        .map(|s| (0..call.problem.num_kv_heads).map(|head| SeenKeys::of(&call, s, head)).collect())
+        .sequences()
+        .map(|s| (0..call.problem.num_kv_heads).map(|head| SeenKeys::of(&call, &s, head)).collect())
         .collect();
     let rows = |b: usize, head: usize, j: usize| j >= seen[b][head].len() || spoils(&seen[b][head], j);
     Built { k: with_rows(&built.k, rows, value), v: with_rows(&built.v, rows, value), ..built.clone() }

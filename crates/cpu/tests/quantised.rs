@@ -119,7 +119,7 @@ fn every_instruction_set_is_the_oracle() {
 
 #[test]
 fn masks_groups_of_heads_and_caps() {
-    use Alignment::{BottomRight, TopLeft};
+    use Alignment::{BottomRight, Offset, TopLeft};
     let none = Masking::default();
     let window = |left, right, alignment| Band { left: Some(left), right: Some(right), alignment };
     let bias = |dtype, extent| Some(Explicit::Additive(dtype, extent));
@@ -130,6 +130,9 @@ fn masks_groups_of_heads_and_caps() {
         Masking { band: Band::causal(TopLeft), ..none },
         Masking { band: window(40, 3, BottomRight), ..none },
         Masking { band: window(0, 0, TopLeft), ..none },
+        Masking { band: window(40, 0, Offset(90)), ..none },
+        Masking { band: window(20, 0, Offset(-30)), kv_lens: true, ..none },
+        Masking { band: window(10, 5, Offset(30)), kv_lens: true, ..none },
         Masking { kv_lens: true, ..none },
         Masking { explicit: bools(Extent::All), ..none },
         Masking { explicit: bools(Extent::BatchKeys), ..none },

@@ -35,7 +35,7 @@ impl Cuda {
             v: v.view(),
             mask: mask.as_ref().map(CopiedMask::view),
             block_mask: None,
-            lengths: inputs.lengths,
+            lengths: inputs.lengths.beside(),
         };
         let rows = lse.as_ref().map(DeviceLse::of);
         self.forward_into(&stream, &device_inputs, options, choice, &on_device.view(), rows)?;

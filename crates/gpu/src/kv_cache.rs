@@ -12,7 +12,7 @@ use sage_kernels::pass::Pass;
 
 use crate::plan::{self, Launch};
 use crate::recent::Recent;
-use crate::{Cuda, DeviceLse, DeviceMask, DeviceTensor, argument, driver};
+use crate::{Cuda, DeviceLse, DeviceTensor, argument, driver};
 
 /// Passes kept for each kind of call: layers share a cache's, and lengths grow page by page.
 const MAX_PASSES: usize = 16;
@@ -287,7 +287,7 @@ impl KvCache {
         let lens: Vec<i32> = (0..self.sequences())
             .map(|sequence| self.len(sequence).map(|len| len as i32))
             .collect::<Result<_>>()?;
-        let inputs = CachedInputs { q: *q, mask: None::<DeviceMask<'_>>, block_mask: None, kv_lens: &lens };
+        let inputs = CachedInputs { q: *q, mask: None, block_mask: None, kv_lens: &lens };
         let checked = Call::check_cached(&inputs, &self.layout, options)?;
         let out = out.with_geometry(checked.check_output(out.dtype(), out.geometry())?);
         let problem = &checked.problem;

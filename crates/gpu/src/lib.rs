@@ -27,7 +27,7 @@ pub use plan::CudaPlan;
 use plan::{Kernels, Launch};
 use recent::Recent;
 pub use sage_cuda::{Buffer, Device, DeviceInfo, Event, ExecutableGraph, Graph, Stream, devices};
-pub use tensor::{CudaTensor, DeviceBytes, DeviceLse, DeviceMask, DeviceTensor};
+pub use tensor::{CudaTensor, DeviceBytes, DeviceInts, DeviceLse, DeviceMask, DeviceTensor};
 pub use tuning::{Trial, TunedShape, TuningTable};
 
 /// Plans kept for each GPU: a model's layers and lengths are far fewer.
@@ -46,7 +46,7 @@ pub struct Cuda {
 }
 
 /// Queries, keys and values in a GPU's memory.
-pub type DeviceInputs<'a> = Inputs<'a, DeviceTensor<'a>, DeviceMask<'a>>;
+pub type DeviceInputs<'a> = Inputs<'a, DeviceTensor<'a>>;
 
 impl Cuda {
     /// The GPU of that number.
@@ -318,7 +318,7 @@ fn argument(tensor: &DeviceTensor<'_>) -> TensorArg {
 }
 
 /// What is asked for, before the tensors are looked at.
-fn request(call: &Call<'_, DeviceTensor<'_>, DeviceMask<'_>>, choice: Choice, lse: bool) -> Request {
+fn request(call: &Call<'_, DeviceTensor<'_>>, choice: Choice, lse: bool) -> Request {
     Request {
         scheme: choice.scheme(call.problem.head_dim),
         accuracy: choice.accuracy(),
@@ -349,7 +349,7 @@ struct Lists {
 }
 
 impl Lists {
-    fn new(stream: &Stream, lengths: &Lengths<'_>) -> Result<Self> {
+    fn new(stream: &Stream, lengths: &Lengths<'_, DeviceInts<'_>>) -> Result<Self> {
         let copy = |values: &[i32]| Buffer::from_slice(stream, values).map_err(driver);
         let address = |copy: &Option<Buffer>| copy.as_ref().map_or(0, Buffer::address);
         let copies = match *lengths {
@@ -358,9 +358,9 @@ impl Lists {
                 [Some(copy(cu_seqlens_q)?), Some(copy(cu_seqlens_k)?)]
             }
             Lengths::Dense => [None, None],
-            Lengths::DeviceKvLens(k) => return Ok(Lists { q: 0, k, _copies: [None, None] }),
+            Lengths::DeviceKvLens(k) => return Ok(Lists { q: 0, k: k.address(), _copies: [None, None] }),
             Lengths::DevicePacked { cu_seqlens_q: q, cu_seqlens_k: k, .. } => {
-                return Ok(Lists { q, k, _copies: [None, None] });
+                return Ok(Lists { q: q.address(), k: k.address(), _copies: [None, None] });
             }
         };
         Ok(Lists { q: address(&copies[0]), k: address(&copies[1]), _copies: copies })

@@ -81,12 +81,11 @@ pub(super) fn run<T>(
 ///
 /// What makes them sound: the pass gives each kernel the arguments that it was written for, in a grid that stays within
 /// the tensors' geometry, which the call was checked against. That there is memory behind a geometry is the promise of
-/// whoever made the tensor, mask or log-sum-exp ([`crate::DeviceTensor::from_raw`] and its like), or a buffer's own size. The
+/// whoever made the tensor, mask, list or log-sum-exp ([`crate::DeviceTensor::from_raw`] and its like), or a buffer's own size. The
 /// workspace is freed in the stream's order, after the launches.
 ///
-/// Two promises are the caller's in words alone, as no type holds them yet: that lengths at addresses of the device lie
-/// there ([`sage_core::Lengths::DeviceKvLens`]), and that another stream whose buffers a call uses frees them after the
-/// call's stream has passed it ([`Buffer`]).
+/// One promise is the caller's in words alone, as no type holds it yet: that another stream whose buffers a call uses frees
+/// them after the call's stream has passed it ([`Buffer`]).
 struct OnStream<'a, F> {
     device: &'a Device,
     kernels: &'a [Kernel],

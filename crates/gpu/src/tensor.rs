@@ -3,7 +3,7 @@
 use std::marker::PhantomData;
 
 use half::{bf16, f16};
-use sage_core::{DType, Error, Geometry, Operand, Result, Strided, TensorView};
+use sage_core::{DType, Error, Geometry, List, Operand, Result, Strided, TensorView};
 use sage_cuda::{Buffer, Stream};
 
 use crate::driver;
@@ -105,8 +105,10 @@ impl Strided for DeviceTensor<'_> {
     }
 }
 
-impl Operand for DeviceTensor<'_> {
-    const ON_DEVICE: bool = true;
+impl<'a> Operand for DeviceTensor<'a> {
+    type Mask = DeviceMask<'a>;
+    type Blocks = DeviceBytes<'a>;
+    type List = DeviceInts<'a>;
 
     fn dtype(&self) -> DType {
         self.dtype
@@ -149,6 +151,40 @@ impl<'a> DeviceLse<'a> {
     }
 }
 
+/// 32-bit integers in a GPU's memory, without gaps: lengths, or boundaries of packed sequences.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceInts<'a> {
+    address: u64,
+    entries: usize,
+    memory: PhantomData<&'a Buffer>,
+}
+
+impl<'a> DeviceInts<'a> {
+    /// As many as `buffer` holds.
+    pub fn of(buffer: &'a Buffer) -> Self {
+        let entries = buffer.bytes() / size_of::<i32>();
+        DeviceInts { address: buffer.address(), entries, memory: PhantomData }
+    }
+
+    /// The `entries` integers from `address` on, which is a multiple of 4.
+    ///
+    /// # Safety
+    /// As for [`DeviceTensor::from_raw`], of i32.
+    pub unsafe fn from_raw(address: u64, entries: usize) -> Self {
+        DeviceInts { address, entries, memory: PhantomData }
+    }
+
+    pub(crate) fn address(&self) -> u64 {
+        self.address
+    }
+}
+
+impl List for DeviceInts<'_> {
+    fn entries(&self) -> usize {
+        self.entries
+    }
+}
+
 /// An explicit mask in a GPU's memory, broadcastable to `[batch, num_q_heads, q_len, kv_len]`.
 #[derive(Clone, Copy, Debug)]
 pub enum DeviceMask<'a> {
@@ -176,6 +212,16 @@ impl DeviceBytes<'_> {
     }
 }
 
+impl Strided for DeviceBytes<'_> {
+    fn geometry(&self) -> &Geometry {
+        &self.geometry
+    }
+
+    fn with_geometry(&self, geometry: Geometry) -> Self {
+        DeviceBytes { geometry, ..*self }
+    }
+}
+
 impl DeviceMask<'_> {
     /// Address of the first element, and strides of batch, heads, queries and keys in elements.
     pub(super) fn parts(&self) -> (u64, [i64; 4]) {
@@ -194,14 +240,14 @@ impl DeviceMask<'_> {
 impl Strided for DeviceMask<'_> {
     fn geometry(&self) -> &Geometry {
         match self {
-            DeviceMask::Bool(bytes) => &bytes.geometry,
+            DeviceMask::Bool(bytes) => bytes.geometry(),
             DeviceMask::Additive(tensor) => tensor.geometry(),
         }
     }
 
     fn with_geometry(&self, geometry: Geometry) -> Self {
         match self {
-            DeviceMask::Bool(bytes) => DeviceMask::Bool(DeviceBytes { geometry, ..*bytes }),
+            DeviceMask::Bool(bytes) => DeviceMask::Bool(bytes.with_geometry(geometry)),
             DeviceMask::Additive(tensor) => DeviceMask::Additive(tensor.with_geometry(geometry)),
         }
     }

@@ -15,6 +15,7 @@ use sage_core::{DType, Error, MAX_HEADS, Problem, Result, Scheme};
 use crate::attention::{MaskForm, Scores};
 use crate::machine::Machine;
 use crate::pass::Pass;
+use crate::sequence::Lengths;
 use crate::tuning::Key;
 use attention::PlannedAttention;
 use call::{ForwardCall, ForwardPass};
@@ -150,6 +151,17 @@ fn check_sizes(problem: &Problem, request: &Request) -> Result<()> {
                 format!("at most {MAX_ROWS} on a GPU"),
             ));
         }
+    }
+    // Kernels count keys from the first that some query sees, which the limits would have to follow.
+    let (left, _) = problem.band.limits();
+    if left.is_some_and(|left| left < 0)
+        && request.lengths != Lengths::Dense
+        && request.mask == MaskForm::None
+    {
+        return Err(Error::unsupported(
+            "an alignment whose offset is above the window's left limit, with kv_lens or cu_seqlens, on a GPU",
+            "leave out the keys before the window, and so much of the offset",
+        ));
     }
     if problem.batch.saturating_mul(problem.num_q_heads) > MAX_HEADS {
         let found = format!("boundaries of {} sequences of {} heads", problem.batch, problem.num_q_heads);

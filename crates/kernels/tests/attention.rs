@@ -148,6 +148,28 @@ fn bands() {
 }
 
 #[test]
+fn offsets_of_the_diagonal() {
+    let cases = [
+        (150, 150, None, 64),
+        (150, 150, None, -40),
+        (70, 200, Some(40), 100),
+        (200, 70, Some(10), -90),
+        (70, 200, Some(0), 300),
+    ];
+    for (q_len, kv_len, left, offset) in cases {
+        let band = Band { left, right: Some(0), alignment: Alignment::Offset(offset) };
+        for (scheme, mask) in [(None, MaskKind::None), (Some(full()), MaskKind::None), (None, MaskKind::Bool)]
+        {
+            Case { q_len, kv_len, band, scheme, mask, ..Case::default() }.check(F16);
+        }
+    }
+    let band = Band::causal(Alignment::Offset(30));
+    Case { batch: 3, kv_lens: Some(vec![100, 0, 65]), band, ..Case::default() }.check(F16);
+    let packed = Some((vec![0, 70, 70, 71, 200], vec![0, 64, 130, 130, 227]));
+    Case { batch: 4, packed, band, ..Case::default() }.check(F16);
+}
+
+#[test]
 fn masks() {
     for mask in
         [MaskKind::Bool, MaskKind::Bias(DType::F16), MaskKind::Bias(DType::BF16), MaskKind::Bias(DType::F32)]

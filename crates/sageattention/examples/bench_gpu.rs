@@ -125,7 +125,7 @@ impl Bench {
             self.out = CudaTensor::uninitialized(&self.stream, DType::F16, &[len])?;
         }
         let [q, k, v] = &self.inputs;
-        let inputs = Inputs::dense(seen_as(q, &q_sizes)?, seen_as(k, &kv_sizes)?, seen_as(v, &kv_sizes)?);
+        let inputs = Inputs::new(seen_as(q, &q_sizes)?, seen_as(k, &kv_sizes)?, seen_as(v, &kv_sizes)?);
         let out = seen_as(&self.out, &q_sizes)?;
         let band = Band { right: shape.causal.then_some(0), ..Band::FULL };
         let options = Options { band, ..Options::default() };

@@ -37,7 +37,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         let q = upload(3, &q_shape)?;
         let out = CudaTensor::uninitialized(&stream, DType::F16, &q_shape)?;
         let (q, out) = (q.view(), out.view());
-        let inputs = Inputs::dense(q, k.view(), v.view());
+        let inputs = Inputs::new(q, k.view(), v.view());
         let options = Options::default();
         let mut caches = Vec::new();
         for values in ValueFormat::ALL {

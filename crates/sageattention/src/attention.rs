@@ -2,7 +2,7 @@
 
 use sage_core::{
     Alignment, Band, BlockMask, Call, Choice, Error, Inputs, Layout, Lengths, Mask, Options, Preset, Result,
-    Scheme, Tensor, TensorView, TensorViewMut,
+    Scheme, Tensor, TensorView, TensorViewMut, View,
 };
 
 use crate::backend::{self, Device};
@@ -21,6 +21,9 @@ pub struct Output {
     pub lse: Option<Tensor>,
 }
 
+/// An explicit mask and a block mask.
+pub(crate) type Masks<'a> = (Option<Mask<'a>>, Option<BlockMask<View<'a, bool>>>);
+
 /// Attention with its options. One value serves any number of calls.
 ///
 /// Without options: dense `[batch, heads, seq, head_dim]` tensors, no mask, scores scaled by `1 / √head_dim`, and the
@@ -34,7 +37,7 @@ pub struct Attention<'a> {
     sm_scale: Option<f32>,
     logit_softcap: Option<f32>,
     mask: Option<Mask<'a>>,
-    block_mask: Option<BlockMask<'a>>,
+    block_mask: Option<BlockMask<View<'a, bool>>>,
     lengths: Lengths<'a>,
     choice: Choice,
     device: Device,
@@ -90,7 +93,7 @@ impl<'a> Attention<'a> {
     }
 
     /// The blocks of the score matrix to compute.
-    pub fn block_mask(self, mask: BlockMask<'a>) -> Self {
+    pub fn block_mask(self, mask: BlockMask<View<'a, bool>>) -> Self {
         Attention { block_mask: Some(mask), ..self }
     }
 
@@ -225,7 +228,7 @@ impl<'a> Attention<'a> {
     }
 
     /// The masks, where every option set is one that a KV cache on this machine's processor can serve.
-    pub(crate) fn cached_masks(&self) -> Result<(Option<Mask<'_>>, Option<BlockMask<'_>>)> {
+    pub(crate) fn cached_masks(&self) -> Result<Masks<'_>> {
         if self.lengths != Lengths::Dense {
             return Err(Error::unsupported(
                 "kv_lens or cu_seqlens over a KV cache",

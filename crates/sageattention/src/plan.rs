@@ -121,8 +121,9 @@ fn visible(problem: &Problem) -> String {
             _ => format!("window of {} before and {} after the diagonal", limit(left), limit(right)),
         };
         let diagonal = match alignment {
-            Alignment::BottomRight => "the last query sees the last key",
-            Alignment::TopLeft => "the first query sees the first key",
+            Alignment::BottomRight => "the last query sees the last key".to_owned(),
+            Alignment::TopLeft => "the first query sees the first key".to_owned(),
+            Alignment::Offset(key) => format!("the first query's diagonal lies at key {key}"),
         };
         parts.push(format!("{name} ({diagonal})"));
     }

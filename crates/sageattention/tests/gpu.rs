@@ -335,7 +335,7 @@ impl OnGpu {
 
     fn run(&self, gpu: &Cuda, stream: &Stream) {
         let [q, k, v] = &self.inputs;
-        let inputs = Inputs::dense(q.view(), k.view(), v.view());
+        let inputs = Inputs::new(q.view(), k.view(), v.view());
         let out = self.out.view();
         gpu.forward_into(stream, &inputs, &Options::default(), Default::default(), &out, None).unwrap();
     }

@@ -37,11 +37,8 @@ fn run(call: &RandomCall, cuda: &Cuda) -> Result<Computed, Error> {
         RandomLengths::KvLens(lens) => Lengths::KvLens(lens),
         RandomLengths::Packed(q, k) => Lengths::Packed { cu_seqlens_q: q, cu_seqlens_k: k },
     };
-    let inputs: DeviceInputs<'_> = Inputs {
-        mask: mask.as_ref().map(OnGpu::view),
-        lengths,
-        ..Inputs::dense(q.view(), k.view(), v.view())
-    };
+    let inputs: DeviceInputs<'_> =
+        Inputs { mask: mask.as_ref().map(OnGpu::view), lengths, ..Inputs::new(q.view(), k.view(), v.view()) };
     let rows: usize = Call::check(&inputs, &call.options)?.lse_shape().iter().product();
     let lse = call.lse.then(|| Buffer::new(&stream, 4 * rows).unwrap());
     let choice = call.preset.map_or(Choice::Automatic, Choice::Preset);

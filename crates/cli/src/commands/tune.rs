@@ -125,7 +125,7 @@ impl Tune {
         };
         let (q, k, v) = (upload(1)?, upload(2)?, upload(3)?);
         let out = CudaTensor::uninitialized(&stream, self.dtype.into(), &shape)?;
-        let call = Inputs::dense(q.view(), k.view(), v.view());
+        let call = Inputs::new(q.view(), k.view(), v.view());
         let band = Band { right: self.causal.then_some(0), ..Band::FULL };
         let options = Options { band, ..Options::default() };
         let progress = console.progress("measuring", 0);

@@ -9,10 +9,10 @@ mod tables;
 
 use std::fmt;
 
-use crate::problem::canonical;
+use crate::call::canonical;
 use crate::{
-    BlockMask, Call, Error, Geometry, Inputs, Layout, Lengths, MAX_HEAD_DIM, MAX_HEADS, Mask, Operand,
-    Options, Result, Strided, TensorView,
+    BlockMask, Call, Error, Geometry, Inputs, Layout, Lengths, MAX_HEAD_DIM, MAX_HEADS, Operand, Options,
+    Result, TensorView,
 };
 
 pub use tables::{BlockTables, PageCopy};
@@ -144,25 +144,25 @@ impl CacheLayout {
 
 /// Queries over a cache.
 #[derive(Clone, Copy, Debug)]
-pub struct CachedInputs<'a, T = TensorView<'a>, M = Mask<'a>> {
+pub struct CachedInputs<'a, T: Operand = TensorView<'a>> {
     /// Queries of each sequence: the last query is that of the last cached token.
     pub q: T,
     /// Explicit mask, broadcastable to `[batch, num_q_heads, q_len, max kv_lens]`.
-    pub mask: Option<M>,
+    pub mask: Option<T::Mask>,
     /// Blocks to compute.
-    pub block_mask: Option<BlockMask<'a>>,
+    pub block_mask: Option<BlockMask<T::Blocks>>,
     /// Cached tokens of each sequence.
     pub kv_lens: &'a [i32],
 }
 
-impl<'a, T: Operand, M: Strided> Call<'a, T, M> {
+impl<'a, T: Operand> Call<'a, T> {
     /// Checks queries over cached keys and values. In the call that returns, `k` and `v` have the cache's shape, but no
     /// content that means anything: the cache holds the true ones.
     ///
     /// # Errors
     /// As [`Call::check`], and when q does not fit the cache.
     pub fn check_cached(
-        inputs: &CachedInputs<'a, T, M>,
+        inputs: &CachedInputs<'a, T>,
         layout: &CacheLayout,
         options: &Options,
     ) -> Result<Self> {
@@ -196,7 +196,7 @@ impl<'a, T: Operand, M: Strided> Call<'a, T, M> {
             mask: inputs.mask,
             block_mask: inputs.block_mask,
             lengths: Lengths::KvLens(inputs.kv_lens),
-            ..Inputs::dense(inputs.q, stand_in, stand_in)
+            ..Inputs::new(inputs.q, stand_in, stand_in)
         };
         // Pages hold all keys of a sequence, whatever the band lets its queries see.
         Call::check_keys(&inputs, options, false)

@@ -153,7 +153,7 @@ fn value_row(row: &[f32], format: ValueFormat) -> (Vec<f64>, f32) {
 pub fn cached(call: &Call<'_>, heads: &[CachedHead]) -> Output {
     let problem = &call.problem;
     let mut output = Output::without_keys(call);
-    for sequence in &call.sequences {
+    for sequence in call.sequences() {
         for kv_head in 0..problem.num_kv_heads {
             let stored = &heads[sequence.batch * problem.num_kv_heads + kv_head];
             let k = stored.keys();
@@ -161,14 +161,14 @@ pub fn cached(call: &Call<'_>, heads: &[CachedHead]) -> Output {
             for head in kv_head * problem.group_size()..(kv_head + 1) * problem.group_size() {
                 let q = Matrix::of_head(&call.q, sequence.batch, head, sequence.q_start, sequence.q_len);
                 for (i, q) in q.map(f64::from).iter().enumerate() {
-                    let scores: Vec<Score> = visible_keys(call, sequence, head, i)
+                    let scores: Vec<Score> = visible_keys(call, &sequence, head, i)
                         .map(|(key, bias)| {
                             let score = f64::from(problem.sm_scale) * dot(q, k.row(key));
                             Score { key, value: super::exact::softcap(score, problem.logit_softcap) + bias }
                         })
                         .collect();
                     let (out, lse) = attend(&scores, &v);
-                    output.set(call.lse_index(sequence, head, i), &out, lse);
+                    output.set(call.lse_index(&sequence, head, i), &out, lse);
                 }
             }
         }

@@ -22,7 +22,7 @@ pub struct Score {
 pub fn exact(call: &Call<'_>) -> Output {
     let problem = &call.problem;
     let mut output = Output::without_keys(call);
-    for sequence in &call.sequences {
+    for sequence in call.sequences() {
         for kv_head in 0..problem.num_kv_heads {
             let read = |tensor, head| {
                 Matrix::of_head(tensor, sequence.batch, head, sequence.kv_start, sequence.kv_len)
@@ -31,14 +31,14 @@ pub fn exact(call: &Call<'_>) -> Output {
             for head in kv_head * problem.group_size()..(kv_head + 1) * problem.group_size() {
                 let q = Matrix::of_head(&call.q, sequence.batch, head, sequence.q_start, sequence.q_len);
                 for (i, q) in q.map(f64::from).iter().enumerate() {
-                    let scores: Vec<Score> = visible_keys(call, sequence, head, i)
+                    let scores: Vec<Score> = visible_keys(call, &sequence, head, i)
                         .map(|(key, bias)| {
                             let score = f64::from(problem.sm_scale) * dot(q, k.row(key));
                             Score { key, value: softcap(score, problem.logit_softcap) + bias }
                         })
                         .collect();
                     let (out, lse) = attend(&scores, &v);
-                    output.set(call.lse_index(sequence, head, i), &out, lse);
+                    output.set(call.lse_index(&sequence, head, i), &out, lse);
                 }
             }
         }
@@ -147,6 +147,34 @@ mod tests {
         let empty = Sample::one_head(1, &[1.0], &[], &[]);
         let output = exact(&empty.call(&unscaled()));
         assert_eq!((output.out[0], output.lse[0]), (0.0, f64::NEG_INFINITY));
+    }
+
+    #[test]
+    fn a_band_is_the_mask_that_it_stands_for() {
+        let sizes = Sizes { batch: 2, num_q_heads: 2, num_kv_heads: 1, q_len: 5, kv_len: 9, head_dim: 2 };
+        let sample = Sample::normal(5, sizes);
+        for alignment in [
+            Alignment::BottomRight,
+            Alignment::TopLeft,
+            Alignment::Offset(3),
+            Alignment::Offset(40),
+            Alignment::Offset(-2),
+        ] {
+            for (left, right) in [(None, Some(0)), (Some(1), Some(1)), (Some(2), None)] {
+                let band = Band { left, right, alignment };
+                for lengths in [Lengths::Dense, Lengths::KvLens(&[9, 6])] {
+                    let kv_lens = if lengths == Lengths::Dense { [9, 9] } else { [9, 6] };
+                    let seen = |b: usize, i, j| band.keys(i, 5, kv_lens[b]).contains(&j);
+                    let visible: Vec<bool> = (0..90).map(|at| seen(at / 45, at / 9 % 5, at % 9)).collect();
+                    let mask = View::contiguous("mask", &visible, &[2, 1, 5, 9]).unwrap();
+                    let inputs = Inputs { lengths, ..sample.inputs() };
+                    let masked = Inputs { mask: Some(Mask::Bool(mask)), ..inputs };
+                    let output = |inputs, options| exact(&Call::check(&inputs, &options).unwrap());
+                    let expected = output(masked, Options::default());
+                    assert_eq!(output(inputs, Options { band, ..Options::default() }), expected, "{band:?}");
+                }
+            }
+        }
     }
 
     #[test]

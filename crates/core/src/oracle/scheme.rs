@@ -25,12 +25,12 @@ use crate::{Call, Qk, Scheme, SmoothQ};
 pub fn scheme(call: &Call<'_>, scheme: &Scheme) -> Output {
     let problem = &call.problem;
     let mut output = Output::without_keys(call);
-    for sequence in &call.sequences {
+    for sequence in call.sequences() {
         for kv_head in 0..problem.num_kv_heads {
             let read = |tensor, head| {
                 Matrix::of_head(tensor, sequence.batch, head, sequence.kv_start, sequence.kv_len)
             };
-            let seen = SeenKeys::of(call, sequence, kv_head);
+            let seen = SeenKeys::of(call, &sequence, kv_head);
             let keys = Keys::new(&read(&call.k, kv_head), &seen, scheme);
             let values = Values::new(&read(&call.v, kv_head), &seen, scheme);
             for head in kv_head * problem.group_size()..(kv_head + 1) * problem.group_size() {
@@ -43,7 +43,7 @@ pub fn scheme(call: &Call<'_>, scheme: &Scheme) -> Output {
                     // log-sum-exp, to which it is added at the end.
                     let (before_cap, after) =
                         if problem.logit_softcap.is_some() { (taken, 0.0) } else { (0.0, taken) };
-                    let scores: Vec<Score> = visible_keys(call, sequence, head, i)
+                    let scores: Vec<Score> = visible_keys(call, &sequence, head, i)
                         .map(|(key, bias)| {
                             let score = queries.score(i, &keys, key) + before_cap;
                             Score { key, value: softcap(score, problem.logit_softcap) + bias }
@@ -57,7 +57,7 @@ pub fn scheme(call: &Call<'_>, scheme: &Scheme) -> Output {
                     let sum = weighted_sum(&scores, &weights.p, &values.quantised);
                     let out: Vec<f64> =
                         sum.iter().zip(&values.mean).map(|(o, mean)| o / weights.sum + mean).collect();
-                    output.set(call.lse_index(sequence, head, i), &out, max + weights.lse_sum.ln() + after);
+                    output.set(call.lse_index(&sequence, head, i), &out, max + weights.lse_sum.ln() + after);
                 }
             }
         }

@@ -115,7 +115,7 @@ mod tests {
 
     fn seen(inputs: &Inputs<'_>) -> SeenKeys {
         let call = Call::check(inputs, &Options::default()).unwrap();
-        SeenKeys::of(&call, &call.sequences[0], 0)
+        SeenKeys::of(&call, &call.sequences().next().unwrap(), 0)
     }
 
     #[test]

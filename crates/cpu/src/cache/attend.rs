@@ -44,7 +44,7 @@ impl Cpu {
         let problem = &call.problem;
         let layout = cache.layout;
         let fits = (problem.num_kv_heads, problem.head_dim) == (layout.num_kv_heads, layout.head_dim)
-            && call.sequences.len() == sequences.len();
+            && call.sequences().len() == sequences.len();
         if !fits {
             return Err(Error::unsupported(
                 "a call of another cache",
@@ -52,7 +52,7 @@ impl Cpu {
             ));
         }
         let mut pages = Vec::with_capacity(sequences.len());
-        for (&sequence, checked) in sequences.iter().zip(&call.sequences) {
+        for (&sequence, checked) in sequences.iter().zip(call.sequences()) {
             let table = checked_table(tables, sequence, cache.len())?;
             if table.len() * layout.page_size < checked.kv_len {
                 let wanted = format!("at most the {} in its pages", table.len() * layout.page_size);
@@ -104,7 +104,7 @@ impl Cpu {
         let attention = Attention {
             kernels: kernels(self.instruction_set),
             call,
-            seen: SeenHeads::of(call, false),
+            seen: SeenHeads::of(call),
             q,
             k,
             v,
@@ -186,21 +186,21 @@ struct Queries {
     wide: Vec<f32>,
 }
 
-impl<E: Load> Attention<'_, E> {
+impl<E: Load> Attention<'_, '_, E> {
     fn cached<T: Stored>(&self, stored: &StoredHeads<'_, T>) {
         let group_size = self.call.problem.group_size();
         let mut units = Vec::new();
-        for (sequence_index, sequence) in self.call.sequences.iter().enumerate() {
+        for (sequence_index, sequence) in self.call.sequences().enumerate() {
             for kv_head in 0..self.call.problem.num_kv_heads {
                 // Neighbouring queries of all heads of the group: they see nearly the same keys.
                 let heads = kv_head * group_size..(kv_head + 1) * group_size;
                 let rows: Vec<Row> = (0..sequence.q_len)
                     .flat_map(|i| heads.clone().map(move |head| (head, i)))
-                    .map(|(head, i)| Row::new(self.call, sequence, head, i))
+                    .map(|(head, i)| Row::new(self.call, &sequence, head, i))
                     .collect();
                 units.extend(rows.chunks(UNIT_ROWS).map(|rows| Unit {
                     sequence_index,
-                    sequence: *sequence,
+                    sequence,
                     kv_head,
                     rows: rows.to_vec(),
                 }));

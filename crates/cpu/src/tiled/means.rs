@@ -10,7 +10,7 @@ use crate::kernels::{Load, TILE_KEYS};
 /// Keys whose sum one thread takes. A constant, so that results do not depend on the threads.
 const MEAN_KEYS: usize = 2048;
 
-impl<E: Load> Attention<'_, E> {
+impl<E: Load> Attention<'_, '_, E> {
     /// Mean of the keys of each unit.
     pub(super) fn key_means(&self, units: &[Unit<'_>], smooth: SmoothK) -> Vec<Vec<f32>> {
         let head_dim = self.call.problem.head_dim;

@@ -154,7 +154,7 @@ impl AttendCall {
         let call = *self;
         if call.band.alignment != Alignment::BottomRight && !call.band.is_full() {
             return Err(Error::unsupported(
-                "a mask aligned top-left over a KV cache on a GPU",
+                "a mask that is not aligned bottom-right over a KV cache on a GPU",
                 "align it bottom-right: the last query is that of the last cached token",
             ));
         }

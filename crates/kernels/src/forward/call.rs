@@ -93,10 +93,11 @@ impl ForwardCall {
         (self.machine.l2_bytes / 4 / of_head).min(self.all_kv_heads()).max(1)
     }
 
-    /// Keys visible before and after the diagonal.
+    /// Keys visible before and after the diagonal, which an offset moves.
     pub fn window(&self) -> [i32; 2] {
-        let band = self.problem.band;
-        [band.left, band.right].map(|side| side.map_or(NO_LIMIT, |reach| reach.min(NO_LIMIT as usize) as i32))
+        let (left, right) = self.problem.band.limits();
+        let no_limit = i64::from(NO_LIMIT);
+        [left, right].map(|side| side.map_or(NO_LIMIT, |reach| reach.clamp(-no_limit, no_limit) as i32))
     }
 
     /// Whether the last query sees the last key at the diagonal (1), or the first the first (0).

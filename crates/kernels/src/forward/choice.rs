@@ -88,12 +88,12 @@ pub(super) fn with_own_values(scheme: Scheme, dtype: DType, reasons: &mut Vec<St
 #[cfg(test)]
 mod tests {
     use super::*;
-    use sage_core::{Band, Call, Inputs, Mask, Options, Tensor, TensorView};
+    use sage_core::{Band, Call, Inputs, Options, Tensor};
 
     /// The choice for `len` queries and keys of head_dim 128, or its error.
     fn chosen(len: usize, accuracy: Option<f32>, causal: bool, target: Target) -> Result<Scheme> {
         let x = Tensor::new(vec![half::f16::ZERO; len * 128], &[1, 1, len, 128])?;
-        let inputs: Inputs<'_, TensorView<'_>, Mask<'_>> = Inputs::dense(x.view(), x.view(), x.view());
+        let inputs = Inputs::new(x.view(), x.view(), x.view());
         let band = Band { right: causal.then_some(0), ..Band::FULL };
         let call = Call::check(&inputs, &Options { band, ..Options::default() })?;
         let request = Request { accuracy, ..Request::new(&call.problem) };

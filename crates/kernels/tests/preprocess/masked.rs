@@ -63,8 +63,8 @@ impl Masked {
         let lengths = self.kv_lens.as_deref().map_or(Lengths::Dense, Lengths::KvLens);
         let inputs = Inputs { mask: Some(mask), lengths, ..Inputs::new(q.view(), k.view(), k.view()) };
         let call = Call::check(&inputs, &Options { band: self.band, ..Options::default() }).unwrap();
-        let of = |sequence| (0..2).map(|head| SeenKeys::of(&call, sequence, head)).collect::<Vec<_>>();
-        call.sequences.iter().flat_map(of).collect()
+        let of = |sequence| [0, 1].map(|head| SeenKeys::of(&call, &sequence, head));
+        call.sequences().flat_map(of).collect()
     }
 
     /// Writes words and ranks in the emulator: their addresses, and the tiles from a head's to the next.

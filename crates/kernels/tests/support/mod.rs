@@ -7,8 +7,8 @@ use rand::SeedableRng;
 use rand_distr::{Distribution, StandardNormal};
 use sage_core::metrics::Accuracy;
 use sage_core::{
-    Band, BlockMask, Call, DType, Inputs, Layout, Lengths, Mask, Options, Problem, Scheme, Tensor,
-    TensorView, View, oracle,
+    Band, Call, DType, Inputs, Layout, Lengths, Mask, Options, Problem, Scheme, Tensor, TensorView, View,
+    oracle,
 };
 use sage_emulator::{Emulator, Failure};
 use sage_kernels::attention::{MaskForm, Tiling};
@@ -251,12 +251,7 @@ impl Case {
             (None, Some(lens)) => Lengths::KvLens(lens),
             (None, None) => Lengths::Dense,
         };
-        let inputs = Inputs {
-            mask,
-            block_mask: None::<BlockMask<'_>>,
-            lengths,
-            ..Inputs::new(views[0], views[1], views[2])
-        };
+        let inputs = Inputs { mask, lengths, ..Inputs::new(views[0], views[1], views[2]) };
         let options = Options {
             layout: Layout::Hnd,
             sm_scale: self.sm_scale,
@@ -273,9 +268,9 @@ impl Case {
         if let Some(value) = self.spoil {
             let mut seen = vec![false; k.bits.len() / k.strides[2] as usize];
             let [batch, head, row] = k.strides.map(|stride| (stride / k.strides[2]) as usize);
-            for sequence in &call.sequences {
+            for sequence in call.sequences() {
                 for kv_head in 0..self.kv_heads {
-                    let keys = oracle::SeenKeys::of(&call, sequence, kv_head);
+                    let keys = oracle::SeenKeys::of(&call, &sequence, kv_head);
                     let first =
                         sequence.batch * batch + kv_head * head + (sequence.kv_start + kept.start) * row;
                     (0..keys.len()).for_each(|j| seen[first + j] = keys.is_visible(j));

@@ -56,11 +56,12 @@ fn smoothings() -> impl Strategy<Value = Smoothing> {
 
 fn bands() -> impl Strategy<Value = Band> {
     let limit = || prop::option::of(0usize..8);
-    (limit(), limit(), any::<bool>()).prop_map(|(left, right, top_left)| Band {
-        left,
-        right,
-        alignment: if top_left { Alignment::TopLeft } else { Alignment::BottomRight },
-    })
+    let alignment = prop_oneof![
+        Just(Alignment::BottomRight),
+        Just(Alignment::TopLeft),
+        (-8i64..16).prop_map(Alignment::Offset)
+    ];
+    (limit(), limit(), alignment).prop_map(|(left, right, alignment)| Band { left, right, alignment })
 }
 
 proptest! {

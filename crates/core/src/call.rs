@@ -1,0 +1,301 @@
+//! A call after every check.
+
+use crate::lengths::{Rows, Sequences};
+use crate::{
+    BlockMask, DType, Error, Geometry, Inputs, Layout, Lengths, List, MAX_HEAD_DIM, MAX_HEADS, Operand,
+    Options, Problem, Result, Sequence, Strided, TensorView,
+};
+
+/// A checked call. All tensors are in one order, whatever the caller's layout:
+/// Q `[batch, num_q_heads, seq, head_dim]`, K and V `[batch, num_kv_heads, seq, head_dim]` (packed tensors have a
+/// batch dimension of 1), mask `[batch, num_q_heads, q_len, kv_len]`,
+/// block mask `[batch, num_q_heads, blocks, blocks]`.
+///
+/// Keys before the first and after the last that the band lets some query see are no part of it: [`Band::seen`] says why
+/// nothing else changes. Where there is an explicit mask, whose keys are counted from the tensors' first, they are left;
+/// so they are where lengths are given and the band has an offset that would change.
+///
+/// [`Band::seen`]: crate::Band::seen
+#[derive(Clone, Copy, Debug)]
+pub struct Call<'a, T: Operand = TensorView<'a>> {
+    /// Shapes and options.
+    pub problem: Problem,
+    /// Queries.
+    pub q: T,
+    /// Keys.
+    pub k: T,
+    /// Values.
+    pub v: T,
+    /// Explicit mask, broadcast.
+    pub mask: Option<T::Mask>,
+    /// Block mask, broadcast.
+    pub block_mask: Option<BlockMask<T::Blocks>>,
+    /// The lengths as they were given.
+    pub lengths: Lengths<'a, T::List>,
+    sequences: Sequences<'a>,
+    layout: Layout,
+}
+
+impl<'a, T: Operand> Call<'a, T> {
+    /// Checks everything that can be wrong with a call. Allocates nothing unless something is.
+    ///
+    /// # Errors
+    /// Names the first tensor, option or list entry that is wrong, the value found and the value wanted.
+    pub fn check(inputs: &Inputs<'a, T>, options: &Options) -> Result<Self> {
+        // Explicit masks count keys from the tensors' first one.
+        Self::check_keys(inputs, options, inputs.mask.is_none() && inputs.block_mask.is_none())
+    }
+
+    /// [`Call::check`], where `narrows` says whether keys that the band hides from every query are left out.
+    pub(crate) fn check_keys(inputs: &Inputs<'a, T>, options: &Options, narrows: bool) -> Result<Self> {
+        let packed = inputs.lengths.packed();
+        let layout = options.layout;
+        let q = canonical("q", inputs.q, layout, packed)?;
+        let mut k = canonical("k", inputs.k, layout, packed)?;
+        let mut v = canonical("v", inputs.v, layout, packed)?;
+        check_tensors(inputs, &q, &k, &v)?;
+        let [q_batch, num_q_heads, q_rows, head_dim] = dimensions(&q);
+        let [_, num_kv_heads, mut kv_rows, _] = dimensions(&k);
+        let sm_scale = check_scores(options, head_dim)?;
+
+        let (band, dense) = (options.band, matches!(inputs.lengths, Lengths::Dense));
+        // Kernels that cut the sequences of a list themselves count keys as the list does.
+        let cuts = narrows && (dense || band.on_seen() == band);
+        let rows = Rows { batch: q_batch, q: q_rows, kv: kv_rows };
+        let sequences = Sequences::check(&inputs.lengths, rows, cuts.then_some(band))?;
+        if cuts && dense {
+            let seen = band.seen(q_rows, kv_rows);
+            let narrowed = |tensor: T| tensor.with_geometry(tensor.geometry().narrowed(2, seen.clone()));
+            (k, v, kv_rows) = (narrowed(k), narrowed(v), seen.len());
+        }
+        let (batch, q_len, kv_len) = match inputs.lengths {
+            Lengths::DevicePacked { cu_seqlens_q, max_q_len, max_kv_len, .. } => {
+                let batch = cu_seqlens_q.entries() - 1;
+                (batch, max_q_len.min(q_rows), max_kv_len.min(kv_rows))
+            }
+            Lengths::Packed { .. } => {
+                let longest = |len: fn(Sequence) -> usize| {
+                    (0..sequences.count()).map(|index| len(sequences.get(index))).max().unwrap_or(0)
+                };
+                (sequences.count(), longest(|s| s.q_len), longest(|s| s.kv_len))
+            }
+            Lengths::Dense | Lengths::KvLens(_) | Lengths::DeviceKvLens(_) => (q_batch, q_rows, kv_rows),
+        };
+        let scores = [batch, num_q_heads, q_len, kv_len];
+        let (mask, block_mask) = check_masks(inputs, scores)?;
+        let problem = Problem {
+            dtype: q.dtype(),
+            batch,
+            num_q_heads,
+            num_kv_heads,
+            q_len,
+            kv_len,
+            head_dim,
+            sm_scale,
+            band: if cuts { band.on_seen() } else { band },
+            logit_softcap: options.logit_softcap,
+            packed,
+            masked: mask.is_some(),
+            block_masked: block_mask.is_some(),
+        };
+        Ok(Call { problem, q, k, v, mask, block_mask, lengths: inputs.lengths, sequences, layout })
+    }
+
+    /// Whether the sequences hold only keys that the band lets some query see.
+    pub fn leaves_hidden_keys_out(&self) -> bool {
+        self.sequences.cuts()
+    }
+
+    /// The sequences in order, each with the rows that are its own; none where only the device knows the lengths.
+    pub fn sequences(&self) -> impl ExactSizeIterator<Item = Sequence> + use<'a, T> {
+        let sequences = self.sequences;
+        (0..sequences.count()).map(move |index| sequences.get(index))
+    }
+
+    /// Where each element of an output given in the caller's layout lies, in this call's order.
+    ///
+    /// # Errors
+    /// When the output's shape, element type or strides do not fit.
+    pub fn check_output(&self, dtype: DType, geometry: &Geometry) -> Result<Geometry> {
+        let out = canonical_geometry("out", geometry, self.layout, self.problem.packed)?;
+        if out.shape() != self.q.geometry().shape() {
+            let wanted = match (self.problem.packed, self.layout) {
+                (true, _) => self.q.geometry().permuted(&[0, 2, 1, 3]).shape()[1..].to_vec(),
+                (false, Layout::Nhd) => self.q.geometry().permuted(&[0, 2, 1, 3]).shape().to_vec(),
+                (false, Layout::Hnd) => self.q.geometry().shape().to_vec(),
+            };
+            return Err(Error::shape("out", geometry.shape(), format!("{wanted:?}, as q")));
+        }
+        if dtype != self.problem.dtype {
+            return Err(Error::DType {
+                name: "out".into(),
+                found: dtype.to_string(),
+                wanted: format!("{}, as q", self.problem.dtype),
+            });
+        }
+        Ok(out)
+    }
+
+    /// Shape of the log-sum-exp: `[batch, num_q_heads, q_len]`, or `[num_q_heads, total]` when packed.
+    pub fn lse_shape(&self) -> Vec<usize> {
+        let [batch, heads, rows, _] = dimensions(&self.q);
+        if self.problem.packed { vec![heads, rows] } else { vec![batch, heads, rows] }
+    }
+
+    /// Rows of the log-sum-exp: the elements of [`Call::lse_shape`].
+    pub fn lse_rows(&self) -> usize {
+        let [batch, heads, rows, _] = dimensions(&self.q);
+        batch * heads * rows
+    }
+
+    /// Index of a row's log-sum-exp in a row-major tensor of [`Call::lse_shape`].
+    pub fn lse_index(&self, sequence: &Sequence, head: usize, i: usize) -> usize {
+        let rows = dimensions(&self.q)[2];
+        (sequence.batch * self.problem.num_q_heads + head) * rows + sequence.q_start + i
+    }
+}
+
+impl<'a> Call<'a> {
+    /// This call with its tensors copied to another memory, where each has the geometry that it has here.
+    pub fn moved<U: Operand>(
+        &self,
+        [q, k, v]: [U; 3],
+        mask: Option<U::Mask>,
+        blocks: Option<U::Blocks>,
+    ) -> Call<'a, U> {
+        let Call { problem, sequences, layout, .. } = *self;
+        let moved = |(mask, blocks): (BlockMask<_>, U::Blocks)| BlockMask {
+            blocks,
+            block_q: mask.block_q,
+            block_k: mask.block_k,
+        };
+        let block_mask = self.block_mask.zip(blocks).map(moved);
+        Call { problem, q, k, v, mask, block_mask, lengths: self.lengths.beside(), sequences, layout }
+    }
+}
+
+/// That element types, sizes and numbers of heads go together.
+fn check_tensors<T: Operand>(inputs: &Inputs<'_, T>, q: &T, k: &T, v: &T) -> Result<()> {
+    let dtype = q.dtype();
+    for (name, tensor) in [("k", k), ("v", v)] {
+        if tensor.dtype() != dtype {
+            return Err(Error::DType {
+                name: name.into(),
+                found: tensor.dtype().to_string(),
+                wanted: format!("{dtype}, as q"),
+            });
+        }
+    }
+    let [q_batch, num_q_heads, _, head_dim] = dimensions(q);
+    let [k_batch, num_kv_heads, _, k_head_dim] = dimensions(k);
+    let wrong_k = |wanted: String| Err(Error::shape("k", inputs.k.geometry().shape(), wanted));
+    if !(1..=MAX_HEAD_DIM).contains(&head_dim) {
+        return Err(Error::value("head_dim", head_dim, format!("1 to {MAX_HEAD_DIM}")));
+    }
+    if k_head_dim != head_dim {
+        return wrong_k(format!("head_dim {head_dim}, as q"));
+    }
+    if k_batch != q_batch {
+        return wrong_k(format!("batch {q_batch}, as q"));
+    }
+    if num_kv_heads == 0 || !num_q_heads.is_multiple_of(num_kv_heads) {
+        return wrong_k(format!("a number of heads that divides q's {num_q_heads}"));
+    }
+    if v.geometry().shape() != k.geometry().shape() {
+        let wanted = format!("{:?}, as k", inputs.k.geometry().shape());
+        return Err(Error::shape("v", inputs.v.geometry().shape(), wanted));
+    }
+    // Sizes without a single element, or with strides of 0, may be any: here the work for them is bounded.
+    if q_batch.saturating_mul(num_q_heads) > MAX_HEADS || q_batch > MAX_HEADS {
+        let wanted = format!("at most {MAX_HEADS} heads, all batch entries together");
+        return Err(Error::shape("q", inputs.q.geometry().shape(), wanted));
+    }
+    Ok(())
+}
+
+/// The factor on Q·Kᵀ, where it and the soft cap are numbers that serve.
+fn check_scores(options: &Options, head_dim: usize) -> Result<f32> {
+    let sm_scale = options.sm_scale.unwrap_or(1.0 / (head_dim as f32).sqrt());
+    for (name, value) in [("sm_scale", Some(sm_scale)), ("logit_softcap", options.logit_softcap)] {
+        if let Some(value) = value
+            && !(value.is_finite() && value > 0.0)
+        {
+            return Err(Error::value(name, value, "a finite number above 0"));
+        }
+    }
+    Ok(sm_scale)
+}
+
+type Masks<T> = (Option<<T as Operand>::Mask>, Option<BlockMask<<T as Operand>::Blocks>>);
+
+/// The masks, broadcast to scores of the shape `[batch, num_q_heads, q_len, kv_len]`.
+fn check_masks<T: Operand>(inputs: &Inputs<'_, T>, scores: [usize; 4]) -> Result<Masks<T>> {
+    let packed = inputs.lengths.packed();
+    if packed && inputs.mask.is_some() {
+        return Err(Error::unsupported(
+            "mask with cu_seqlens",
+            "an explicit mask needs dense tensors, or use causal and window options",
+        ));
+    }
+    if packed && inputs.block_mask.is_some() {
+        return Err(Error::unsupported("block_mask with cu_seqlens", "a block mask needs dense tensors"));
+    }
+    let mask = match inputs.mask {
+        Some(mask) => Some(mask.with_geometry(broadcast("mask", mask.geometry(), scores)?)),
+        None => None,
+    };
+    let Some(block_mask) = inputs.block_mask else { return Ok((mask, None)) };
+    let BlockMask { blocks, block_q, block_k } = block_mask;
+    for (name, size) in [("block_mask.block_q", block_q), ("block_mask.block_k", block_k)] {
+        if size == 0 {
+            return Err(Error::value(name, size, "at least 1"));
+        }
+    }
+    let [batch, heads, q_len, kv_len] = scores;
+    let wanted = [batch, heads, q_len.div_ceil(block_q), kv_len.div_ceil(block_k)];
+    let blocks = blocks.with_geometry(broadcast("block_mask", blocks.geometry(), wanted)?);
+    Ok((mask, Some(BlockMask { blocks, block_q, block_k })))
+}
+
+/// Sizes of a tensor of four dimensions.
+fn dimensions(tensor: &impl Strided) -> [usize; 4] {
+    let shape = tensor.geometry().shape();
+    [shape[0], shape[1], shape[2], shape[3]]
+}
+
+/// A caller's tensor as `[batch, heads, seq, head_dim]`.
+pub(crate) fn canonical<T: Strided>(
+    name: &'static str,
+    tensor: T,
+    layout: Layout,
+    packed: bool,
+) -> Result<T> {
+    canonical_geometry(name, tensor.geometry(), layout, packed).map(|g| tensor.with_geometry(g))
+}
+
+fn canonical_geometry(
+    name: &'static str,
+    geometry: &Geometry,
+    layout: Layout,
+    packed: bool,
+) -> Result<Geometry> {
+    let (rank, dimensions) = if packed { (3, "[total, heads, head_dim]") } else { (4, layout.dimensions()) };
+    if geometry.rank() != rank {
+        return Err(Error::shape(name, geometry.shape(), dimensions));
+    }
+    if !geometry.last_is_contiguous() {
+        return Err(Error::Strides {
+            name: name.into(),
+            found: format!("{:?}", geometry.strides()),
+            wanted: "1 for the last dimension (head_dim)".into(),
+        });
+    }
+    let geometry = geometry.with_rank(4);
+    Ok(if packed || layout == Layout::Nhd { geometry.permuted(&[0, 2, 1, 3]) } else { geometry })
+}
+
+fn broadcast(name: &'static str, geometry: &Geometry, shape: [usize; 4]) -> Result<Geometry> {
+    geometry
+        .broadcast(shape)
+        .ok_or_else(|| Error::shape(name, geometry.shape(), format!("broadcastable to {shape:?}")))
+}
