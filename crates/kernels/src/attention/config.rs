@@ -53,6 +53,8 @@ pub struct AttentionConfig {
     pub aligned: bool,
     /// Whether each block computes a part of the keys, to be combined afterwards.
     pub split: bool,
+    /// Which tiles of keys are multiplied.
+    pub tiles: TileSource,
     /// Tile shapes.
     pub tiling: Tiling,
 }
@@ -84,6 +86,16 @@ pub enum ValueSource {
     Given,
     /// Tiles in the workspace: converted to 16 bits, or E4M3.
     Workspace,
+}
+
+/// Which tiles of keys a block of queries is multiplied with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum TileSource {
+    /// All that the band lets some row see.
+    #[default]
+    Band,
+    /// Those of lists in device memory, [`TileListArgs`](super::TileListArgs).
+    List,
 }
 
 /// Explicit masks.

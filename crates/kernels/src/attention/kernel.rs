@@ -4,7 +4,7 @@ use sage_core::{Accumulator, Granularity, IntBits};
 use sage_ptx::{Program, Target};
 
 use super::attention;
-use super::config::{AttentionConfig, Engine, MaskForm, Scores, ValueSource, Values};
+use super::config::{AttentionConfig, Engine, MaskForm, Scores, TileSource, ValueSource, Values};
 use crate::kernel::Kernel;
 
 impl Kernel for AttentionConfig {
@@ -50,6 +50,7 @@ impl Kernel for AttentionConfig {
             (self.value_source == ValueSource::Workspace, "_vws"),
             (!self.aligned, "_unaligned"),
             (self.split, "_split"),
+            (self.tiles == TileSource::List, "_list"),
         ] {
             if on {
                 name += part;
@@ -87,6 +88,7 @@ impl Kernel for AttentionConfig {
             (self.smooth_v, ", smooth V"),
             (self.rotate, ", rotated Q"),
             (self.split, ", keys split"),
+            (self.tiles == TileSource::List, ", listed tiles of keys"),
         ] {
             if on {
                 text += what;

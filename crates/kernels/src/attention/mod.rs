@@ -3,7 +3,7 @@
 //! ```text
 //! for each block of queries:                      (place, queries)
 //!     quantise Q
-//!     for each tile of keys that it sees:         (ring)
+//!     for each tile of keys that it sees:         (key_tiles, cp_async_ring)
 //!         S = Q̂ · K̂ᵀ · scales                     (scores)
 //!         m' = max(m, rowmax S);  α = 2^(m − m')  (softmax)
 //!         P = 2^(S − m')
@@ -11,39 +11,45 @@
 //!     O = O / ℓ · scales of V + mean of V
 //! ```
 
-mod bulk_ring;
+mod band;
 mod config;
+mod cp_async_ring;
 mod epilogue;
 mod kernel;
+mod key_tiles;
 mod output;
-mod pieces;
+mod pipeline;
 mod place;
 mod queries;
-mod ring;
 mod score_tile;
 mod scores;
 mod softmax;
+mod tma_ring;
 mod warpgroups;
+mod work_queue;
 
 use half::{bf16, f16};
 use sage_core::DType;
-use sage_ptx::{E4M3, Half, MmaElement, Program, RoundedElement, Stored, kernel};
+use sage_ptx::{Code, E4M3, Half, MmaElement, Program, RoundedElement, Stored, kernel};
 
 use crate::kernel::Kernel;
 
-pub use bulk_ring::{BULK_MAPS, boxed_tensors, stage_bytes};
 use config::AttentionParams;
 pub use config::{
-    AttentionArgs, AttentionConfig, Engine, MaskForm, Scores, Tiling, ValueSource, Values, padded_dim,
+    AttentionArgs, AttentionConfig, Engine, MaskForm, Scores, TileSource, Tiling, ValueSource, Values,
+    padded_dim,
 };
+use cp_async_ring::CpAsyncRing;
 use epilogue::Epilogue;
 pub(crate) use epilogue::least_lse;
+pub use key_tiles::{CUT_TILE, TileListArgs};
+use key_tiles::{KeyTile, TileListParams};
 use output::Output;
 use place::Place;
 use queries::Queries;
-use ring::Ring;
-use scores::{KeyScales, KeyTile, Scoring};
+use scores::{KeyScales, Keys, Scoring};
 use softmax::Softmax;
+pub use tma_ring::{TENSOR_MAPS, boxed_tensors, stage_bytes};
 
 /// The attention kernel of a configuration.
 fn attention(config: &AttentionConfig) -> Program {
@@ -66,42 +72,47 @@ where
     kernel(&config.name(), config.block_threads(), |k| {
         k.min_blocks(config.tiling.min_blocks);
         let p = AttentionParams::declare(k);
-        if config.tiling.engine == Engine::Warpgroups {
-            return warpgroups::write::<H, E>(k, config, &p);
+        let lists = (config.tiles == TileSource::List).then(|| TileListParams::declare(k));
+        match config.tiling.engine {
+            Engine::Warps => write_warps::<H, E>(k, config, &p, lists.as_ref()),
+            Engine::Warpgroups => warpgroups::write::<H, E>(k, config, &p, lists.as_ref()),
         }
-        let place = Place::of_block(k, config, &p);
-        k.exit_when(place.empty);
-        let ring = Ring::new(k, config, &p, &place);
-        ring.start(&place);
-        let queries = Queries::load::<H>(k, config, &p, &place);
-        let key_scales = KeyScales::new(config, &p, &place);
-        let softmax = Softmax::new(k, config);
-        let output = Output::new(k, config);
-
-        let scoring = Scoring { code: k, config, params: p, place, queries };
-
-        let tile_of_keys = |index, cut: bool| {
-            let (fragments, values) = ring.next(index, &place);
-            let keys = KeyTile { index, fragments, scales: key_scales.of_tile(index), cut };
-            for step in 0..config.tiling.tile_keys / config.tiling.step_keys {
-                let scores = scoring.scores::<H>(&keys, step);
-                for p in softmax.advance(k, &[scores], |alphas| output.mul_rows(alphas)) {
-                    output.add::<E>(&p, &values, step);
-                }
-            }
-        };
-        // Tiles cut by a window's start, whole tiles, tiles cut by the diagonal or the end: whole ones pay for no mask.
-        k.range(0, 2, |end| {
-            let start = end.eq(0).select(place.first_tile, place.inner_end);
-            let stop = end.eq(0).select(place.inner_start, place.end_tile);
-            k.range(start, stop, |tile| tile_of_keys(tile, true));
-            k.when(end.eq(0), || {
-                k.range(place.inner_start, place.inner_end, |tile| tile_of_keys(tile, false));
-            });
-        });
-
-        let tile = ring.finish();
-        let sums = softmax.finish();
-        Epilogue::new(k, config, &p, &place).store::<H>(&output, &sums, &scoring.queries.taken, Some(&tile));
     })
+}
+
+/// The kernel's code on `mma.sync`.
+fn write_warps<'k, H, E>(
+    k: &'k Code,
+    config: &AttentionConfig,
+    p: &AttentionParams<'k>,
+    lists: Option<&TileListParams<'k>>,
+) where
+    H: Half + MmaElement + Stored<Value = H>,
+    E: RoundedElement,
+{
+    let place = Place::of_block(k, config, p, lists);
+    k.exit_when(place.empty);
+    let ring = CpAsyncRing::new(k, config, p, &place);
+    ring.start(&place);
+    let queries = Queries::load::<H>(k, config, p, &place);
+    let key_scales = KeyScales::new(config, p, &place);
+    let softmax = Softmax::new(k, config);
+    let output = Output::new(k, config);
+    let scoring = Scoring { code: k, config, params: *p, place, queries };
+
+    place.key_tiles.for_each(k, |tile: KeyTile<'k>| {
+        let (fragments, values) = ring.next(tile.position, &place);
+        let scales = key_scales.of_tile(tile.index);
+        let keys = Keys { index: tile.index, fragments, scales, cut: tile.is_cut() };
+        for step in 0..config.tiling.tile_keys / config.tiling.step_keys {
+            let scores = scoring.scores::<H>(&keys, step);
+            for p in softmax.advance(k, &[scores], |alphas| output.mul_rows(alphas)) {
+                output.add::<E>(&p, &values, step);
+            }
+        }
+    });
+
+    let tile = ring.finish();
+    let sums = softmax.finish();
+    Epilogue::new(k, config, p, &place).store::<H>(&output, &sums, &scoring.queries.taken, Some(&tile));
 }

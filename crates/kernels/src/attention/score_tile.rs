@@ -135,6 +135,7 @@ impl<'k> ScoreTile<'k> {
 
     /// Hides keys that the band or the sequence's end hides.
     pub fn hide(&self, place: &Place<'k>) {
+        self.first_key.code().note("scores: causal mask, window, end of the keys");
         let first_key = self.lane_key(place);
         let visible = Rows::from_fn(self.values.slots(), |slot| {
             let (start, end) = place.visible(place.row(slot));

@@ -23,19 +23,20 @@ pub(super) struct Scoring<'k, 'c> {
     pub queries: Queries<'k>,
 }
 
-/// A tile of keys.
-pub(super) struct KeyTile<'k> {
+/// A tile of keys in shared memory.
+pub(super) struct Keys<'k> {
+    /// Which of the sequence's tiles it is.
     pub index: Val<'k, i32>,
     pub fragments: FragmentSource<'k>,
     /// The lane's scales: see [`KeyScales`].
     pub scales: Vec<Val<'k, f32>>,
     /// Whether some key is hidden from some row of the block.
-    pub cut: bool,
+    pub cut: Val<'k, bool>,
 }
 
 impl<'k> Scoring<'k, '_> {
     /// Scores of the warp's rows and a step's keys.
-    pub fn scores<H: Half + MmaElement>(&self, keys: &KeyTile<'k>, step: usize) -> ScoreTile<'k> {
+    pub fn scores<H: Half + MmaElement>(&self, keys: &Keys<'k>, step: usize) -> ScoreTile<'k> {
         self.code.note("scores: q * k^T");
         let config = self.config;
         let Tiling { tile_keys, step_keys, .. } = config.tiling;
@@ -52,10 +53,7 @@ impl<'k> Scoring<'k, '_> {
         };
         let first_key = keys.index * tile_keys as i32 + first_column as i32;
         let scores = self.scaled(values, first_key, first_column, &keys.scales);
-        if keys.cut {
-            self.code.note("scores: causal mask, window, end of the keys");
-            scores.hide(&self.place);
-        }
+        self.code.when(keys.cut, || scores.hide(&self.place));
         scores
     }
 

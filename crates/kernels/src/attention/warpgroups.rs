@@ -10,56 +10,65 @@ use sage_ptx::{
     Stored, Tile, Val, Var, WarpgroupA, warpgroup_product,
 };
 
-use super::bulk_ring::{BULK_MAPS, BulkRing, Cursor};
 use super::config::{AttentionConfig, AttentionParams, Scores, ValueSource, Values, WARPGROUP};
 use super::epilogue::Epilogue;
+use super::key_tiles::{KeyTile, Span, TileListParams};
 use super::output::Output;
-use super::pieces::Pieces;
+use super::pipeline::Cursor;
 use super::place::Place;
 use super::queries::{Queries, depth_steps};
 use super::scores::{KeyScales, Scoring};
 use super::softmax::Softmax;
+use super::tma_ring::{TENSOR_MAPS, TmaRing};
+use super::work_queue::WorkQueue;
 use crate::integer::ROUNDING_MAGIC_BITS;
 use crate::sequence::{KEY_TILE, Lengths};
 
-/// Registers of a multiprocessor, and what a thread that only asks for copies needs.
+/// Registers of a multiprocessor, and what a thread of the producer's warpgroup needs.
 const REGISTERS: u32 = 64 << 10;
-const COPYING_REGISTERS: u32 = 24;
+const PRODUCER_REGISTERS: u32 = 24;
 /// Most registers of a thread, in the steps of `setmaxnreg`.
 const MOST_REGISTERS: u32 = 240;
 
-/// Registers of each thread that computes.
-fn computing_registers(config: &AttentionConfig) -> u32 {
-    let left = REGISTERS - WARPGROUP * COPYING_REGISTERS;
+/// Registers of each consumer's thread.
+fn consumer_registers(config: &AttentionConfig) -> u32 {
+    let left = REGISTERS - WARPGROUP * PRODUCER_REGISTERS;
     (left / config.threads() / 8 * 8).min(MOST_REGISTERS)
 }
 
-pub(super) fn write<H, E>(k: &Code, config: &AttentionConfig, p: &AttentionParams<'_>)
-where
+pub(super) fn write<'k, H, E>(
+    k: &'k Code,
+    config: &AttentionConfig,
+    p: &AttentionParams<'k>,
+    lists: Option<&TileListParams<'k>>,
+) where
     H: Half + MmaElement + Stored<Value = H>,
     E: RoundedElement,
 {
-    let maps = BULK_MAPS.map(|name| k.tensor_map(name));
-    let ring = BulkRing::new(k, config, maps);
-    let pieces = Pieces::new(k, config, p);
+    let maps = TENSOR_MAPS.map(|name| k.tensor_map(name));
+    let ring = TmaRing::new(k, config, maps);
+    let work = WorkQueue::new(k, config, p, lists);
     k.barrier();
-    let [warp, lane] = pieces.thread;
-    let copies = warp.ge(config.tiling.warps as i32);
+    let [warp, lane] = work.thread;
+    let produces = warp.ge(config.tiling.warps as i32);
     k.if_else(
-        copies,
+        produces,
         || {
-            k.fewer_registers(COPYING_REGISTERS);
+            k.fewer_registers(PRODUCER_REGISTERS);
             let first = warp.eq(config.tiling.warps as i32) & lane.eq(0);
             k.when(first, || {
                 let cursor = Cursor::new(k, config.tiling.stages, "produced");
-                pieces.hand_out(|place| ring.produce(place, &cursor));
+                work.hand_out(|place| {
+                    place.key_tiles.for_each_loaded(k, |tile| ring.load(place, tile, &cursor));
+                });
             });
         },
         || {
-            k.more_registers(computing_registers(config));
+            k.more_registers(consumer_registers(config));
             let cursors = Cursors::new(k, config);
-            pieces
-                .take(|place| Consumer::<E>::new::<H>(k, config, p, place, &ring, &cursors).compute::<H>(p));
+            work.take(|place| {
+                Consumer::<E>::new::<H>(k, config, p, place, &ring, &cursors).compute::<H>(p);
+            });
         },
     );
 }
@@ -92,7 +101,7 @@ impl<'k> Cursors<'k> {
 struct Consumer<'k, 'c, 'r, E> {
     code: &'k Code,
     config: &'c AttentionConfig,
-    ring: &'r BulkRing<'k, 'c>,
+    ring: &'r TmaRing<'k, 'c>,
     scoring: Scoring<'k, 'c>,
     key_scales: KeyScales<'k>,
     /// Scales of the next tile's keys, for each 64 of them.
@@ -115,7 +124,7 @@ impl<'k, 'c, 'r, E: RoundedElement> Consumer<'k, 'c, 'r, E> {
         config: &'c AttentionConfig,
         p: &AttentionParams<'k>,
         place: Place<'k>,
-        ring: &'r BulkRing<'k, 'c>,
+        ring: &'r TmaRing<'k, 'c>,
         cursors: &'r Cursors<'k>,
     ) -> Self {
         let queries = Queries::load::<H>(code, config, p, &place);
@@ -162,49 +171,50 @@ impl<'k, 'c, 'r, E: RoundedElement> Consumer<'k, 'c, 'r, E> {
 
     fn tiles<H: Half + MmaElement>(&self) {
         let (k, place) = (self.code, &self.scoring.place);
-        let last = place.end_tile - 1;
-        self.pass(place.copied_start, place.first_tile);
-        k.when(place.first_tile.le(last), || {
-            self.load_scales(place.first_tile);
+        let tiles = &place.key_tiles;
+        let Span { start, end } = tiles.own();
+        let last = end - 1;
+        tiles.for_each_before(k, |tile| self.pass(tile));
+        k.when(start.le(last), || {
+            self.load_scales(tiles.at(start).index);
             self.parts.fill(0.0);
             self.start_scores::<H>();
             self.take_scores(0);
-            k.range(place.first_tile, last, |tile| self.tile::<H>(tile, true));
-            self.tile::<H>(last, false);
+            k.range(start, last, |position| self.tile::<H>(&tiles.at(position), true));
+            self.tile::<H>(&tiles.at(last), false);
             self.drain();
             self.ring.values.release(place.lane, &self.cursors.own);
         });
-        self.pass(place.end_tile, place.copied_end);
+        tiles.for_each_behind(k, |tile| self.pass(tile));
     }
 
-    /// Lets tiles pass that only other groups' rows see.
-    fn pass(&self, start: Val<'k, i32>, end: Val<'k, i32>) {
+    /// Lets a tile pass that only other groups' rows see.
+    fn pass(&self, tile: Val<'k, i32>) {
         let (place, next) = (&self.scoring.place, &self.cursors.next);
-        self.code.range(start, end, |tile| {
-            self.ring.keys.wait(next);
-            self.ring.keys.release(place.lane, next);
-            self.ring.values.wait(next);
-            self.clear_values(tile, next);
-            self.ring.values.release(place.lane, next);
-            next.advance();
-        });
+        self.ring.keys.wait(next);
+        self.ring.keys.release(place.lane, next);
+        self.ring.values.wait(next);
+        self.clear_values(tile, next);
+        self.ring.values.release(place.lane, next);
+        next.advance();
     }
 
     /// The work of a tile whose scores are there: its softmax, then the start of the next tile's scores, where there is
     /// one, and of its own product with V, until those scores are there.
-    fn tile<H: Half + MmaElement>(&self, tile: Val<'k, i32>, has_next: bool) {
+    fn tile<H: Half + MmaElement>(&self, tile: &KeyTile<'k>, has_next: bool) {
         let (k, place) = (self.code, &self.scoring.place);
         let p = self.exponentials(tile, has_next);
         // The tile's values have mostly arrived by now. The loop around the wait keeps the compiler from moving the
         // exponentials behind the end of the product in flight, which they overlap with.
         self.ring.values.wait(&self.cursors.own);
         self.drain();
-        k.when(tile.gt(place.first_tile), || self.ring.values.release(place.lane, &self.cursors.done));
+        let first = place.key_tiles.own().start;
+        k.when(tile.position.gt(first), || self.ring.values.release(place.lane, &self.cursors.done));
         self.probabilities.set(&p);
         if has_next {
             self.start_scores::<H>();
         }
-        self.start_output(tile);
+        self.start_output(tile.index);
         if has_next {
             self.take_scores(1);
         }
@@ -264,27 +274,22 @@ impl<'k, 'c, 'r, E: RoundedElement> Consumer<'k, 'c, 'r, E> {
     }
 
     /// The exponentials of a tile's scores, while the product of the tile before is in flight.
-    fn exponentials(&self, tile: Val<'k, i32>, has_next: bool) -> Tile<Val<'k, f32>> {
+    fn exponentials(&self, tile: &KeyTile<'k>, has_next: bool) -> Tile<Val<'k, f32>> {
         let (k, place) = (self.code, &self.scoring.place);
         let parts = self.config.tiling.tile_keys / KEY_TILE;
         let scales: Vec<Vec<_>> =
             self.scales.iter().map(|scales| scales.iter().map(|scale| scale.get()).collect()).collect();
         if has_next {
-            self.load_scales(tile + 1);
+            self.load_scales(place.key_tiles.at(tile.position + 1).index);
         }
         let of_part = |(part, scales): (usize, &Vec<_>)| {
-            let first_key = (tile * parts as i32 + part as i32) * KEY_TILE as i32;
+            let first_key = (tile.index * parts as i32 + part as i32) * KEY_TILE as i32;
             let blocks = KEY_TILE / 8;
             let scores = self.scores.columns(blocks * part..blocks * (part + 1));
             self.scoring.scaled(scores, first_key, 0, scales)
         };
         let tiles: Vec<_> = scales.iter().enumerate().map(of_part).collect();
-        let inner = (place.inner_end - place.inner_start).reinterpret::<u32>();
-        let cut = (tile - place.inner_start).reinterpret::<u32>().ge(inner);
-        k.when(cut, || {
-            k.note("scores: causal mask, window, end of the keys");
-            tiles.iter().for_each(|tile| tile.hide(place));
-        });
+        k.when(tile.is_cut(), || tiles.iter().for_each(|scores| scores.hide(place)));
         let p = self.softmax.advance(k, &tiles, |alphas| {
             self.drain();
             // They are in, and shall not count a second time.

@@ -7,8 +7,8 @@ use super::choice::FEW_QUERIES;
 use super::tensors::Tensors;
 use super::values::PlannedValues;
 use crate::attention::{
-    AttentionArgs, AttentionConfig, Engine, MaskForm, Scores, ValueSource, Values, boxed_tensors, padded_dim,
-    stage_bytes,
+    AttentionArgs, AttentionConfig, Engine, MaskForm, Scores, TileSource, ValueSource, Values, boxed_tensors,
+    padded_dim, stage_bytes,
 };
 use crate::combine::{CombineArgs, CombineConfig, PART};
 use crate::grid::grid;
@@ -62,6 +62,7 @@ impl PlannedAttention {
             lengths: request.lengths,
             aligned: request.aligned,
             split: false,
+            tiles: TileSource::Band,
             tiling: tuned.tiling,
         };
         reasons.push(format!(

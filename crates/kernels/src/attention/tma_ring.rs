@@ -1,14 +1,15 @@
-//! Tiles of K and V on their way through the bulk copy engine: one thread asks for them, `mbarrier`s tell when they are
-//! there and when their stage is free again.
+//! Tiles of K and V on their way through TMA, the tensor memory accelerator (Hopper's bulk tensor copies): a producer
+//! asks for them, and a pipeline tells when they are there and when their stage is free again.
 
-use sage_ptx::{BoxedTensor, Code, Mbarrier, Mbarriers, PanelMatrix, Shared, Val, Var};
+use sage_ptx::{BoxedTensor, Code, PanelMatrix, Shared, Val};
 
 use super::config::{AttentionConfig, Scores, ValueSource, Values};
+use super::pipeline::{Cursor, Pipeline};
 use super::place::Place;
 use crate::sequence::KEY_TILE;
 
 /// Tensor maps that a kernel of warpgroups takes after its other parameters: K's and V's.
-pub const BULK_MAPS: [&str; 2] = ["k_map", "v_map"];
+pub const TENSOR_MAPS: [&str; 2] = ["k_map", "v_map"];
 
 /// How an operand's tiles lie in shared memory, and where boxes of them come from.
 #[derive(Clone, Copy, Debug)]
@@ -150,7 +151,7 @@ pub fn boxed_tensors(
             }
         };
         BoxedTensor {
-            name: BULK_MAPS[i],
+            name: TENSOR_MAPS[i],
             address: addresses[i],
             element_bytes: form.element_bytes,
             shape,
@@ -166,78 +167,43 @@ pub(super) struct Stages<'k> {
     form: Form,
     memory: Shared<'k, u8>,
     map: Val<'k, u64>,
-    /// Of each stage: whether it is full, then of each whether it is empty.
-    barriers: Mbarriers<'k>,
-    stages: usize,
+    pipeline: Pipeline<'k>,
 }
 
-/// Where a thread stands in a ring: the stage, and the parity of the round.
-#[derive(Clone, Copy)]
-pub(super) struct Cursor<'k> {
-    pub stage: Var<'k, i32>,
-    pub parity: Var<'k, i32>,
-    stages: usize,
-}
-
-impl<'k> Cursor<'k> {
-    pub fn new(code: &'k Code, stages: usize, name: &str) -> Self {
-        Cursor {
-            stage: code.var(0).named(&format!("{name}_stage")),
-            parity: code.var(0).named(&format!("{name}_parity")),
-            stages,
-        }
-    }
-
-    /// Moves to where `other` stands.
-    pub fn set(&self, other: &Self) {
-        self.stage.set(other.stage.get());
-        self.parity.set(other.parity.get());
-    }
-
-    pub fn advance(&self) {
-        let next = self.stage.get() + 1;
-        let wraps = next.eq(self.stages as i32);
-        self.stage.set(wraps.select(0, next));
-        self.parity.set(self.parity.get() ^ wraps.select(1, 0));
-    }
-}
-
-/// The rings of both operands: each has its own barriers, so that K's stage is free as soon as its scores are known.
-pub(super) struct BulkRing<'k, 'c> {
+/// The rings of both operands: each has a pipeline of its own, so that K's stage is free as soon as its scores are
+/// known.
+pub(super) struct TmaRing<'k, 'c> {
     code: &'k Code,
     config: &'c AttentionConfig,
     pub keys: Stages<'k>,
     pub values: Stages<'k>,
 }
 
-impl<'k, 'c> BulkRing<'k, 'c> {
+impl<'k, 'c> TmaRing<'k, 'c> {
     /// Ready for use after the block's next barrier.
     pub fn new(code: &'k Code, config: &'c AttentionConfig, maps: [Val<'k, u64>; 2]) -> Self {
         let stages = config.tiling.stages;
         let bytes = stages * stage_bytes(config);
         let memory = code.shared::<u8>("tiles", bytes);
-        let barriers = code.mbarriers("tiles_full_empty", 4 * stages);
+        let barriers = code.mbarriers("tiles_full_empty", 2 * Pipeline::barriers(stages));
         let of = |form: Form, map, first: usize, first_barrier: usize| Stages {
             form,
             memory: memory.plus(first as i32),
             map,
-            barriers: barriers.from(first_barrier),
-            stages,
+            pipeline: Pipeline::new(barriers.from(first_barrier), stages),
         };
         let [k_map, v_map] = maps;
         let of_keys = Form::of_keys(config);
         let keys = of(of_keys, k_map, 0, 0);
-        let values = of(Form::of_values(config), v_map, stages * of_keys.stage_bytes(), 2 * stages);
+        let first_value = stages * of_keys.stage_bytes();
+        let values = of(Form::of_values(config), v_map, first_value, Pipeline::barriers(stages));
         code.when(code.thread().eq(0), || {
             for operand in [&keys, &values] {
-                for stage in 0..stages {
-                    operand.barriers.plus(stage).init(1);
-                    operand.barriers.plus(stages + stage).init(config.tiling.warps as u32);
-                }
+                operand.pipeline.init(config.tiling.warps as u32);
             }
             code.fence_mbarriers();
         });
-        let ring = BulkRing { code, config, keys, values };
+        let ring = TmaRing { code, config, keys, values };
         ring.write_ones();
         ring
     }
@@ -265,14 +231,12 @@ impl<'k, 'c> BulkRing<'k, 'c> {
         code.fence_async_proxy();
     }
 
-    /// One thread's work: asks for every tile of a piece of work as soon as a stage is free.
-    pub fn produce(&self, place: &Place<'k>, cursor: &Cursor<'k>) {
-        self.code.range(place.copied_start, place.copied_end, |tile| {
-            for operand in [&self.keys, &self.values] {
-                operand.load(self.config, place, tile, cursor);
-            }
-            cursor.advance();
-        });
+    /// The producer's part: asks for tile `tile` of the sequence as soon as a stage is free.
+    pub fn load(&self, place: &Place<'k>, tile: Val<'k, i32>, cursor: &Cursor<'k>) {
+        for operand in [&self.keys, &self.values] {
+            operand.load(self.config, place, tile, cursor);
+        }
+        cursor.advance();
     }
 
     /// Zeros in the rows of V for which `hides` holds, of their index in the tile: they may hold anything, and products
@@ -283,7 +247,7 @@ impl<'k, 'c> BulkRing<'k, 'c> {
         let row_words = form.row_bytes / 16;
         let panel = form.panel_bytes() as i32;
         let zero = code.constant(0u32);
-        let stage = self.values.memory.at(cursor.stage.get() * form.stage_bytes() as i32);
+        let stage = self.values.memory.at(cursor.stage() * form.stage_bytes() as i32);
         let last = (form.rows * row_words) as i32;
         code.range_by(code.thread(), last, self.config.threads() as i32, |chunk| {
             code.when(hides(chunk.split_index(row_words).0), || {
@@ -300,9 +264,9 @@ impl<'k, 'c> BulkRing<'k, 'c> {
 impl<'k> Stages<'k> {
     fn load(&self, config: &AttentionConfig, place: &Place<'k>, tile: Val<'k, i32>, cursor: &Cursor<'k>) {
         let code = tile.code();
-        let (form, stage) = (self.form, cursor.stage.get());
-        self.empty(stage).wait(cursor.parity.get() ^ 1);
-        let full = self.barriers.at(stage);
+        let form = self.form;
+        let stage = self.pipeline.wait_empty(cursor);
+        let full = self.pipeline.full(stage);
         full.arrive_expecting(form.copied_bytes() as i32);
         let memory = self.memory.at(stage * form.stage_bytes() as i32);
         let parts = config.tiling.tile_keys / KEY_TILE;
@@ -337,23 +301,19 @@ impl<'k> Stages<'k> {
         }
     }
 
-    fn empty(&self, stage: Val<'k, i32>) -> Mbarrier<'k> {
-        self.barriers.from(self.stages).at(stage)
-    }
-
-    /// Waits for the tile at the cursor.
+    /// A consumer's part: waits for the tile at the cursor.
     pub fn wait(&self, cursor: &Cursor<'k>) {
-        self.barriers.at(cursor.stage.get()).wait(cursor.parity.get());
+        self.pipeline.wait_full(cursor);
     }
 
     /// The tile at the cursor.
     pub fn matrix(&self, cursor: &Cursor<'k>) -> PanelMatrix<'k> {
         PanelMatrix::new(self.memory, self.form.rows, self.form.row_bytes)
-            .at(cursor.stage.get(), self.form.stage_bytes())
+            .at(cursor.stage(), self.form.stage_bytes())
     }
 
-    /// The warp is done with the tile at the cursor.
+    /// A consumer's part: the warp is done with the tile at the cursor.
     pub fn release(&self, lane: Val<'k, i32>, cursor: &Cursor<'k>) {
-        lane.code().when(lane.eq(0), || self.empty(cursor.stage.get()).arrive());
+        lane.code().when(lane.eq(0), || self.pipeline.release(cursor.stage()));
     }
 }

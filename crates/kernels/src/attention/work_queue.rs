@@ -1,14 +1,15 @@
-//! How blocks of warpgroups share out the work: a block stays, and takes one tile of queries of one head after another,
-//! so that copies for the next are under way while the last is being written, and long and short pieces even out.
+//! The work queue of persistent blocks: a block stays, and takes one tile of queries of one head after another, so that
+//! copies for the next are under way while the last is being written, and long and short pieces of work even out.
 //!
-//! The thread that copies takes pieces from a counter and hands them to the threads that compute, two pieces ahead at
-//! most.
+//! The producer takes pieces from a counter and hands them to the consumers, two pieces ahead at most.
 
-use sage_ptx::{Code, Mbarriers, Shared, Val};
+use sage_ptx::isa::AtomicOp;
+use sage_ptx::{Code, Shared, Val};
 
-use super::bulk_ring::Cursor;
 use super::config::{AttentionConfig, AttentionParams};
-use super::place::Place;
+use super::key_tiles::TileListParams;
+use super::pipeline::{Cursor, Pipeline};
+use super::place::{Piece, Place};
 
 /// Pieces that are handed over before the first is taken.
 const SLOTS: usize = 2;
@@ -17,36 +18,48 @@ const SLOTS: usize = 2;
 const NO_PIECE: i32 = -1;
 
 /// The pieces of work of a launch.
-pub(super) struct Pieces<'k, 'c, 'p> {
+pub(super) struct WorkQueue<'k, 'a> {
     code: &'k Code,
-    config: &'c AttentionConfig,
-    params: &'p AttentionParams<'k>,
-    /// The piece in each slot: see [`Pieces::indices`].
+    config: &'a AttentionConfig,
+    params: &'a AttentionParams<'k>,
+    lists: Option<&'a TileListParams<'k>>,
+    /// The piece in each slot: see [`WorkQueue::indices`].
     slots: Shared<'k, i32>,
-    /// Of each slot: whether it is full, then of each whether it is empty.
-    barriers: Mbarriers<'k>,
+    pipeline: Pipeline<'k>,
     count: Val<'k, i32>,
     /// The thread's warp and lane.
     pub thread: [Val<'k, i32>; 2],
 }
 
-impl<'k, 'c, 'p> Pieces<'k, 'c, 'p> {
+impl<'k, 'a> WorkQueue<'k, 'a> {
     /// Ready for use after the block's next barrier.
-    pub fn new(code: &'k Code, config: &'c AttentionConfig, params: &'p AttentionParams<'k>) -> Self {
-        let barriers = code.mbarriers("pieces_full_empty", 2 * SLOTS);
+    pub fn new(
+        code: &'k Code,
+        config: &'a AttentionConfig,
+        params: &'a AttentionParams<'k>,
+        lists: Option<&'a TileListParams<'k>>,
+    ) -> Self {
+        let barriers = code.mbarriers("pieces_full_empty", Pipeline::barriers(SLOTS));
+        let pipeline = Pipeline::new(barriers, SLOTS);
         code.when(code.thread().eq(0), || {
-            for slot in 0..SLOTS {
-                barriers.plus(slot).init(1);
-                barriers.plus(SLOTS + slot).init(config.threads());
-            }
+            pipeline.init(config.threads());
             code.fence_mbarriers();
         });
         let slots = code.shared::<i32>("pieces", SLOTS * 4);
         let thread = [code.warp_index(), code.lane_index()];
-        Pieces { code, config, params, slots, barriers, count: params.q_tiles * params.all_heads, thread }
+        WorkQueue {
+            code,
+            config,
+            params,
+            lists,
+            slots,
+            pipeline,
+            count: params.q_tiles * params.all_heads,
+            thread,
+        }
     }
 
-    /// One thread's part: takes pieces from the counter until there are no more, hands each over and calls `produce`.
+    /// The producer's part: takes pieces from the counter until there are no more, hands each over and calls `produce`.
     pub fn hand_out(&self, produce: impl FnOnce(&Place<'k>)) {
         let code = self.code;
         let cursor = Cursor::new(code, SLOTS, "handed");
@@ -54,10 +67,9 @@ impl<'k, 'c, 'p> Pieces<'k, 'c, 'p> {
         let [blocks, ..] = code.grid();
         let piece = code.var(first).named("piece");
         let hand_over = |indices: [Val<'k, i32>; 4]| {
-            let slot = cursor.stage.get();
-            self.barriers.from(SLOTS).at(slot).wait(cursor.parity.get() ^ 1);
+            let slot = self.pipeline.wait_empty(&cursor);
             self.slots.at(slot * 4).store_vector(indices);
-            self.barriers.at(slot).arrive();
+            self.pipeline.full(slot).arrive();
             cursor.advance();
         };
         code.while_loop(
@@ -70,7 +82,7 @@ impl<'k, 'c, 'p> Pieces<'k, 'c, 'p> {
                 // Each block has its first piece without asking, and where all are alike every other.
                 let counter = self.params.taken;
                 let take = || {
-                    let taken = counter.atomic(sage_ptx::isa::AtomicOp::Add, 1u32);
+                    let taken = counter.atomic(AtomicOp::Add, 1u32);
                     piece.set(taken.reinterpret::<i32>() + blocks);
                 };
                 code.if_else(counter.address().ne(0u64), take, || piece.set(piece.get() + blocks));
@@ -79,15 +91,14 @@ impl<'k, 'c, 'p> Pieces<'k, 'c, 'p> {
         hand_over([code.constant(NO_PIECE); 4]);
     }
 
-    /// The part of the threads that compute: calls `compute` for each piece handed over.
+    /// The consumers' part: calls `compute` for each piece handed over.
     pub fn take(&self, compute: impl FnOnce(Place<'k>)) {
         let code = self.code;
         let cursor = Cursor::new(code, SLOTS, "taken");
         let next = || {
-            let slot = cursor.stage.get();
-            self.barriers.at(slot).wait(cursor.parity.get());
+            let slot = self.pipeline.wait_full(&cursor);
             let indices = self.slots.at(slot * 4).load_vector::<4>();
-            self.barriers.from(SLOTS).at(slot).arrive();
+            self.pipeline.release(slot);
             cursor.advance();
             indices
         };
@@ -102,9 +113,9 @@ impl<'k, 'c, 'p> Pieces<'k, 'c, 'p> {
         );
     }
 
-    /// Which tile of queries, head, sequence and key head a piece is: found once, by the thread that copies. Heads are
-    /// taken a few at a time, whose keys and values stay in cache; of these the longest rows of a causal mask come
-    /// first, so that the last pieces are short.
+    /// Which tile of queries, head, sequence and key head a piece is: found once, by the producer. Heads are taken a
+    /// few at a time, whose keys and values stay in cache; of these the longest rows of a causal mask come first, so
+    /// that the last pieces are short.
     fn indices(&self, piece: Val<'k, i32>) -> [Val<'k, i32>; 4] {
         let p = self.params;
         let together = p.heads_together * p.q_tiles;
@@ -116,9 +127,10 @@ impl<'k, 'c, 'p> Pieces<'k, 'c, 'p> {
         [p.q_tiles - 1 - from_last, head, all_heads / heads, head / p.group_size]
     }
 
-    fn place(&self, indices: [Val<'k, i32>; 4]) -> Place<'k> {
+    fn place(&self, [q_tile, head, sequence, kv_head]: [Val<'k, i32>; 4]) -> Place<'k> {
         let p = self.params;
         let sequences = || p.all_heads / (p.group_size * p.kv_heads);
-        Place::new(self.config, p, self.thread, indices, sequences)
+        let piece = Piece { q_tile, head, sequence, kv_head };
+        Place::new(self.config, p, self.lists, self.thread, piece, sequences)
     }
 }

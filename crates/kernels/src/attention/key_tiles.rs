@@ -1,0 +1,246 @@
+//! Which tiles of keys a block's queries are multiplied with: the one thing that the loops of every engine walk over,
+//! those of the warps or the producer that load tiles and those of the warps that compute.
+//!
+//! Tiles have positions, in whose order they are loaded and computed. In a band, positions are the tiles' indices; a
+//! list in device memory gives each position its tile, for maps of blocks and for masks whose tiles somebody has
+//! classed.
+
+use sage_ptx::{Code, Global, Val};
+
+use super::band::Band;
+use super::config::{AttentionConfig, AttentionParams, Engine};
+use crate::params::kernel_params;
+
+/// Stands in an entry of a list beside the tile's index: the band or the end of the keys cuts the tile.
+pub const CUT_TILE: u32 = 1 << 31;
+
+kernel_params! {
+    /// What a launch of a kernel whose tiles are those of lists passes after [`AttentionArgs`](super::AttentionArgs).
+    /// There is a list for each tile of [`block_q`](AttentionConfig::block_q) queries; lists that are alike may be the
+    /// same.
+    TileListParams, TileListArgs {
+        /// Tiles of each list.
+        tile_counts: [i32],
+        /// The lists: indices of tiles of [`tile_keys`](super::Tiling::tile_keys) keys of the sequence, in any order,
+        /// none twice, with [`CUT_TILE`] where some row does not see some of the tile's keys.
+        tile_lists: [u32],
+        /// Entries from one list to the next.
+        list_stride: i32,
+        /// Lists from one sequence's to the next's.
+        list_stride_sequence: i32,
+        /// Lists from one query head's to the next's.
+        list_stride_head: i32,
+    }
+}
+
+/// A list of tiles, inside a kernel.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct TileList<'k> {
+    count: Val<'k, i32>,
+    entries: Global<'k, u32>,
+}
+
+impl<'k> TileListParams<'k> {
+    /// The list of a tile of queries.
+    pub(super) fn list(
+        &self,
+        sequence: Val<'k, i32>,
+        head: Val<'k, i32>,
+        q_tile: Val<'k, i32>,
+    ) -> TileList<'k> {
+        let list = sequence * self.list_stride_sequence + head * self.list_stride_head + q_tile;
+        let entries = self.tile_lists.at(list.mul_wide(self.list_stride));
+        TileList { count: self.tile_counts.at(list).load().named("tile_count"), entries }
+    }
+}
+
+/// Positions from `start` on, below `end`.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Span<'k> {
+    pub start: Val<'k, i32>,
+    pub end: Val<'k, i32>,
+}
+
+impl<'k> Span<'k> {
+    /// Part `split` of `splits`.
+    fn part(self, splits: Val<'k, i32>, split: Val<'k, i32>) -> Self {
+        let each = (self.end - self.start).max(0);
+        let each = (each + splits - 1) / splits;
+        let start = self.start + each * split;
+        Span { start, end: (start + each).min(self.end) }
+    }
+
+    fn named(self, start: &str, end: &str) -> Self {
+        Span { start: self.start.named(start), end: self.end.named(end) }
+    }
+}
+
+/// The tiles of keys of a block's queries. Warpgroups share the tiles that a block loads, of which each computes those
+/// that its own rows see: a "group" is a warpgroup, or the whole block where there are none.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum KeyTiles<'k> {
+    /// All that the band lets some row see.
+    Band {
+        /// Tiles that the block loads.
+        loaded: Span<'k>,
+        /// Of these, those that the group computes.
+        own: Span<'k>,
+        /// Of these, those that every row of the group sees wholly.
+        inner: Span<'k>,
+    },
+    /// A part of a list's, which all groups compute.
+    List { entries: Global<'k, u32>, positions: Span<'k> },
+}
+
+/// A tile on the way through a loop.
+#[derive(Clone, Copy)]
+pub(super) struct KeyTile<'k> {
+    pub position: Val<'k, i32>,
+    /// Which of the sequence's tiles it is.
+    pub index: Val<'k, i32>,
+    cut: Cut<'k>,
+}
+
+/// Whether some key of a tile is hidden from some row of the group.
+#[derive(Clone, Copy)]
+enum Cut<'k> {
+    Known(bool),
+    /// Where the tile is none of these.
+    Outside(Span<'k>),
+    /// Where its entry in the list says so.
+    Entry(Val<'k, u32>),
+}
+
+impl<'k> KeyTile<'k> {
+    /// Whether some key is hidden from some row of the group.
+    pub fn is_cut(&self) -> Val<'k, bool> {
+        match self.cut {
+            Cut::Known(cut) => self.index.code().constant(cut),
+            Cut::Outside(Span { start, end }) => {
+                let inner = (end - start).reinterpret::<u32>();
+                (self.index - start).reinterpret::<u32>().ge(inner)
+            }
+            Cut::Entry(entry) => (entry & CUT_TILE).ne(0u32),
+        }
+    }
+}
+
+impl<'k> KeyTiles<'k> {
+    /// Those of the rows from `first_row` on that a band lets them see, or part `split` of these.
+    pub fn of_band(
+        config: &AttentionConfig,
+        p: &AttentionParams<'k>,
+        band: &Band<'k>,
+        [first_row, warp, split]: [Val<'k, i32>; 3],
+    ) -> Self {
+        let (block_q, tile_keys) = (config.block_q() as i32, config.tiling.tile_keys);
+        let first_key = |row: Val<'k, i32>| band.start(row).max(0);
+        let start_tile = |row: Val<'k, i32>| first_key(row).split_index(tile_keys).0;
+        let end_tile = |row: Val<'k, i32>| band.end(row).max(0).div_ceil(tile_keys);
+
+        let seen = Span { start: start_tile(first_row), end: end_tile(band.last_row(first_row, block_q)) };
+        let loaded = if config.split { seen.part(p.splits, split) } else { seen };
+        let (row, rows, own) = match config.tiling.engine {
+            Engine::Warps => (first_row, block_q, loaded),
+            Engine::Warpgroups => {
+                let (row, rows) = (first_row + ((warp >> 2) << 6), 64);
+                let end = end_tile(band.last_row(row, rows)).min(loaded.end).max(loaded.start);
+                let start = start_tile(row).max(loaded.start).min(end);
+                (row, rows, Span { start, end: band.has_row(row).select(end, start) })
+            }
+        };
+        let last_row = band.last_row(row, rows);
+        // The first row sees the least at the end, the last row at the start.
+        let start = first_key(last_row).div_ceil(tile_keys).max(own.start).min(own.end);
+        let end = (band.end(row) >> tile_keys.ilog2() as i32).min(own.end).max(start);
+        KeyTiles::Band {
+            loaded: loaded.named("copied_start", "copied_end"),
+            own: own.named("first_tile", "end_tile"),
+            inner: Span { start, end }.named("inner_start", "inner_end"),
+        }
+    }
+
+    /// Those of a list, or part `split` of these.
+    pub fn of_list(
+        config: &AttentionConfig,
+        p: &AttentionParams<'k>,
+        list: &TileList<'k>,
+        split: Val<'k, i32>,
+    ) -> Self {
+        let all = Span { start: split.code().constant(0), end: list.count };
+        let positions = if config.split { all.part(p.splits, split) } else { all };
+        KeyTiles::List { entries: list.entries, positions }
+    }
+
+    fn loaded(&self) -> Span<'k> {
+        match *self {
+            KeyTiles::Band { loaded, .. } => loaded,
+            KeyTiles::List { positions, .. } => positions,
+        }
+    }
+
+    /// Positions of the tiles that the group computes.
+    pub fn own(&self) -> Span<'k> {
+        match *self {
+            KeyTiles::Band { own, .. } => own,
+            KeyTiles::List { positions, .. } => positions,
+        }
+    }
+
+    /// The tile at a position.
+    pub fn at(&self, position: Val<'k, i32>) -> KeyTile<'k> {
+        match *self {
+            KeyTiles::Band { inner, .. } => KeyTile { position, index: position, cut: Cut::Outside(inner) },
+            KeyTiles::List { entries, .. } => {
+                let entry = entries.at(position).load();
+                let index = (entry & !CUT_TILE).reinterpret::<i32>().named("tile");
+                KeyTile { position, index, cut: Cut::Entry(entry) }
+            }
+        }
+    }
+
+    /// Calls `load` with the index of the tile at a position, where the block loads one.
+    pub fn when_loaded(&self, position: Val<'k, i32>, load: impl FnOnce(Val<'k, i32>)) {
+        position.code().when(position.lt(self.loaded().end), || load(self.at(position).index));
+    }
+
+    /// Calls `load` with the index of each tile that the block loads.
+    pub fn for_each_loaded(&self, code: &'k Code, load: impl FnOnce(Val<'k, i32>)) {
+        let Span { start, end } = self.loaded();
+        code.range(start, end, |position| load(self.at(position).index));
+    }
+
+    /// Calls `pass` with each tile that the block loads for other groups before this one's.
+    pub fn for_each_before(&self, code: &'k Code, pass: impl FnOnce(Val<'k, i32>)) {
+        if let KeyTiles::Band { loaded, own, .. } = self {
+            code.range(loaded.start, own.start, pass);
+        }
+    }
+
+    /// Calls `pass` with each tile that the block loads for other groups behind this one's.
+    pub fn for_each_behind(&self, code: &'k Code, pass: impl FnOnce(Val<'k, i32>)) {
+        if let KeyTiles::Band { loaded, own, .. } = self {
+            code.range(own.end, loaded.end, pass);
+        }
+    }
+
+    /// Calls `compute` with each tile that the group computes.
+    pub fn for_each(&self, code: &'k Code, compute: impl Fn(KeyTile<'k>)) {
+        match *self {
+            // Tiles cut by a window's start, whole tiles, tiles cut by the diagonal or the end: whole ones pay for no
+            // mask.
+            KeyTiles::Band { own, inner, .. } => code.range(0, 2, |end| {
+                let start = end.eq(0).select(own.start, inner.end);
+                let stop = end.eq(0).select(inner.start, own.end);
+                let tile = |index, cut| KeyTile { position: index, index, cut: Cut::Known(cut) };
+                code.range(start, stop, |index| compute(tile(index, true)));
+                code.when(end.eq(0), || {
+                    code.range(inner.start, inner.end, |index| compute(tile(index, false)));
+                });
+            }),
+            KeyTiles::List { positions, .. } => {
+                code.range(positions.start, positions.end, |position| compute(self.at(position)));
+            }
+        }
+    }
+}

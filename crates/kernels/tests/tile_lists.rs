@@ -1,0 +1,287 @@
+//! Attention over the tiles of keys that lists in device memory name, in the emulator, against the oracle with the
+//! block mask that the lists mean.
+
+#![allow(clippy::unwrap_used, reason = "the helpers of tests are tests too")]
+
+use half::f16;
+use rand::SeedableRng;
+use rand_distr::{Distribution, StandardNormal};
+use sage_core::metrics::Accuracy;
+use sage_core::{
+    Alignment, Band, BlockMask, Call, DType, Inputs, Layout, Options, Preset, Scheme, Tensor, View, oracle,
+};
+use sage_emulator::{Emulator, Failure};
+use sage_kernels::attention::{
+    AttentionArgs, AttentionConfig, CUT_TILE, Engine, TileListArgs, TileSource, Tiling,
+};
+use sage_kernels::forward::{ForwardPlan, Request, Tensors, int8_scheme};
+use sage_kernels::pass::Launcher;
+use sage_kernels::{Kernel, Machine, TensorArg};
+use sage_ptx::{Arg, BoxedTensor, Program, Target};
+
+/// Relative L1 error against the oracle of the same scheme: see the tests of attention in a band.
+const F16: f64 = 1e-3;
+
+const CAUSAL: Band = Band { left: None, right: Some(0), alignment: Alignment::BottomRight };
+
+/// Which of a sequence's tiles of keys a block of queries is multiplied with: of head, tile of queries and tile of
+/// keys.
+type Listed = fn([usize; 3]) -> bool;
+
+struct Case {
+    scheme: Scheme,
+    tiling: Tiling,
+    head_dim: usize,
+    q_heads: usize,
+    kv_heads: usize,
+    q_len: usize,
+    kv_len: usize,
+    band: Band,
+    multiprocessors: usize,
+    listed: Listed,
+}
+
+impl Default for Case {
+    fn default() -> Self {
+        Case {
+            scheme: Preset::FULL.scheme(64),
+            tiling: warps(),
+            head_dim: 64,
+            q_heads: 2,
+            kv_heads: 1,
+            q_len: 150,
+            kv_len: 330,
+            band: Band::FULL,
+            multiprocessors: 1,
+            listed: |_| true,
+        }
+    }
+}
+
+fn warps() -> Tiling {
+    Tiling {
+        engine: Engine::Warps,
+        warps: 4,
+        rows_per_warp: 16,
+        tile_keys: 64,
+        step_keys: 32,
+        queries_in_registers: true,
+        stages: 2,
+        min_blocks: 1,
+        ones: false,
+        lazy_rescale: 8,
+    }
+}
+
+fn warpgroups() -> Tiling {
+    Tiling { engine: Engine::Warpgroups, warps: 8, step_keys: 64, ones: true, ..warps() }
+}
+
+/// Runs a pass whose attention kernel is another, which takes lists as well.
+struct WithLists<'a> {
+    emulator: &'a mut Emulator,
+    programs: &'a [Program],
+    attention: usize,
+    lists: TileListArgs,
+}
+
+impl Launcher for WithLists<'_> {
+    type Error = Failure;
+
+    fn tensor_map(&mut self, tensor: &BoxedTensor) -> Result<Arg, Failure> {
+        Ok(self.emulator.tensor_map(&tensor.into()))
+    }
+
+    fn launch(&mut self, kernel: usize, grid: [u32; 3], args: &[Arg]) -> Result<(), Failure> {
+        let mut all = args.to_vec();
+        if kernel == self.attention {
+            all.splice(AttentionArgs::COUNT..AttentionArgs::COUNT, self.lists.args());
+        }
+        self.emulator.launch(&self.programs[kernel], grid, &all).map(|_| ())
+    }
+}
+
+fn random(seed: u64, heads: usize, rows: usize, dim: usize) -> Tensor {
+    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
+    let values: Vec<f32> = (0..heads * rows * dim).map(|_| StandardNormal.sample(&mut rng)).collect();
+    Tensor::new(values, &[1, heads, rows, dim]).unwrap().to_dtype(DType::F16)
+}
+
+impl Case {
+    /// Tiles of queries and of keys.
+    fn tiles(&self, config: &AttentionConfig) -> [usize; 2] {
+        [self.q_len.div_ceil(config.block_q()), self.kv_len.div_ceil(config.tiling.tile_keys)]
+    }
+
+    /// The list of a tile of queries, the last tile of keys first.
+    fn list(&self, config: &AttentionConfig, head: usize, q_tile: usize) -> Vec<u32> {
+        let (block_q, tile_keys) = (config.block_q(), config.tiling.tile_keys);
+        let mut rows = q_tile * block_q..((q_tile + 1) * block_q).min(self.q_len);
+        let whole = |tile: usize| {
+            let sees = |row: usize| {
+                let keys = self.band.keys(row, self.q_len, self.kv_len);
+                keys.start <= tile * tile_keys && (tile + 1) * tile_keys <= keys.end
+            };
+            rows.clone().all(sees)
+        };
+        let [_, tiles] = self.tiles(config);
+        let listed = (0..tiles).rev().filter(|&tile| (self.listed)([head, q_tile, tile]));
+        let entries = listed.map(|tile| tile as u32 | if whole(tile) { 0 } else { CUT_TILE }).collect();
+        assert!(rows.next().is_some(), "a tile of queries has rows");
+        entries
+    }
+
+    /// Runs the case in the emulator and compares it with the oracle. Returns how the kernel was configured.
+    fn check(&self) -> AttentionConfig {
+        let [q, k, v] =
+            [(1, self.q_heads, self.q_len), (2, self.kv_heads, self.kv_len), (3, self.kv_heads, self.kv_len)]
+                .map(|(seed, heads, rows)| random(seed, heads, rows, self.head_dim));
+        let inputs = Inputs::new(q.view(), k.view(), v.view());
+        let options = Options { layout: Layout::Hnd, band: self.band, ..Options::default() };
+        let problem = Call::check(&inputs, &options).unwrap().problem;
+        let request = Request {
+            scheme: Some(self.scheme),
+            lse: true,
+            tiling: Some(self.tiling),
+            ..Request::new(&problem)
+        };
+        let target = if self.tiling.engine == Engine::Warps { Target::SM_80 } else { Target::SM_90A };
+        let machine = Machine { multiprocessors: self.multiprocessors, ..Machine::typical(target) };
+        let plan = ForwardPlan::new(&problem, &request, &machine).unwrap();
+        let pass = plan.pass();
+        let configs = pass.kernels().map(|kernel| kernel.downcast_ref::<AttentionConfig>().copied());
+        let (index, config) =
+            configs.enumerate().find_map(|(index, config)| config.map(|config| (index, config))).unwrap();
+        let listing = AttentionConfig { tiles: TileSource::List, ..config };
+        let mut programs = pass.programs();
+        programs[index] = listing.program();
+
+        let mut emulator = Emulator::new();
+        let [q_tiles, tiles] = self.tiles(&config);
+        let lists =
+            (0..self.q_heads * q_tiles).map(|list| self.list(&config, list / q_tiles, list % q_tiles));
+        let lists: Vec<_> = lists.collect();
+        let counts: Vec<i32> = lists.iter().map(|list| list.len() as i32).collect();
+        // Nothing behind the entries of a list is read: there is no such tile.
+        let padded =
+            lists.iter().flat_map(|list| (0..tiles).map(|i| list.get(i).copied().unwrap_or(u32::MAX)));
+        let padded: Vec<u32> = padded.collect();
+        let lists = TileListArgs {
+            tile_counts: emulator.buffer("tile_counts", &counts).address(),
+            tile_lists: emulator.buffer("tile_lists", &padded).address(),
+            list_stride: tiles as i32,
+            list_stride_sequence: (self.q_heads * q_tiles) as i32,
+            list_stride_head: q_tiles as i32,
+        };
+        let tensor = |emulator: &mut Emulator, name: &str, tensor: &Tensor| {
+            let bits: Vec<u16> =
+                tensor.to_f32_vec().into_iter().map(|x| f16::from_f32(x).to_bits()).collect();
+            let [_, heads, rows, dim] = [0, 1, 2, 3].map(|i| tensor.shape()[i] as i64);
+            TensorArg {
+                address: emulator.buffer(name, &bits).address(),
+                strides: [heads * rows * dim, rows * dim, dim],
+            }
+        };
+        let [q_arg, k_arg, v_arg] =
+            [("q", &q), ("k", &k), ("v", &v)].map(|(name, x)| tensor(&mut emulator, name, x));
+        let rows = self.q_heads * self.q_len;
+        let out = emulator.uninitialized("out", 2 * rows * self.head_dim);
+        let lse = emulator.uninitialized("lse", 4 * rows);
+        let workspace = emulator.uninitialized("workspace", pass.workspace_bytes().max(1));
+        emulator.write(workspace, &vec![0u8; pass.zeroed_bytes()]);
+        let tensors = Tensors {
+            q: q_arg,
+            k: k_arg,
+            v: v_arg,
+            out: TensorArg { address: out.address(), strides: q_arg.strides },
+            lse: lse.address(),
+            mask: (0, [0; 4]),
+            cu_seqlens_q: 0,
+            cu_seqlens_k: 0,
+        };
+        let mut launcher =
+            WithLists { emulator: &mut emulator, programs: &programs, attention: index, lists };
+        let name = listing.name();
+        pass.run(&tensors, workspace.address(), &mut launcher)
+            .unwrap_or_else(|failure| panic!("{name}\n{failure}"));
+        let out: Vec<u16> = emulator.read(out);
+        let out: Vec<f32> = out.into_iter().map(|bits| f16::from_bits(bits).to_f32()).collect();
+        let lse: Vec<f32> = emulator.read(lse);
+
+        let blocks = (0..self.q_heads * q_tiles * tiles)
+            .map(|i| (self.listed)([i / (q_tiles * tiles), i / tiles % q_tiles, i % tiles]));
+        let blocks: Vec<bool> = blocks.collect();
+        let blocks = View::contiguous("block_mask", &blocks, &[1, self.q_heads, q_tiles, tiles]).unwrap();
+        let mask = BlockMask { blocks, block_q: config.block_q(), block_k: config.tiling.tile_keys };
+        let inputs = Inputs { block_mask: Some(mask), ..Inputs::new(q.view(), k.view(), v.view()) };
+        let expected = oracle::scheme(&Call::check(&inputs, &options).unwrap(), plan.scheme());
+        let accuracy = Accuracy::of(&out, &expected.out);
+        assert!(out.iter().all(|x| x.is_finite()) && accuracy.relative_l1 <= F16, "{name}: {accuracy:?}");
+        for (row, (&found, &wanted)) in lse.iter().zip(&expected.lse).enumerate() {
+            let near = (f64::from(found) - wanted).abs() <= 5e-4 * wanted.abs().max(1.0);
+            assert!(near || f64::from(found) == wanted, "{name}: lse of row {row}: {found}, {wanted}");
+        }
+        listing
+    }
+}
+
+/// Each tile in half of the lists, so that every key counts when K is smoothed and quantised.
+fn every_second([head, q_tile, tile]: [usize; 3]) -> bool {
+    (head + q_tile + tile).is_multiple_of(2)
+}
+
+fn both_schemes(check: impl Fn(Scheme)) {
+    [Preset::FULL.scheme(64), int8_scheme(DType::F16)].into_iter().for_each(check);
+}
+
+#[test]
+fn lists_of_all_tiles_are_the_band() {
+    both_schemes(|scheme| {
+        for band in [Band::FULL, CAUSAL] {
+            Case { scheme, band, ..Case::default() }.check();
+            Case { scheme, band, tiling: warpgroups(), ..Case::default() }.check();
+        }
+    });
+}
+
+#[test]
+fn every_second_tile() {
+    both_schemes(|scheme| {
+        for band in [Band::FULL, CAUSAL] {
+            let case = Case { scheme, band, listed: every_second, ..Case::default() };
+            case.check();
+            Case { tiling: warpgroups(), ..case }.check();
+        }
+    });
+}
+
+#[test]
+fn other_tilings() {
+    let listed = every_second as Listed;
+    let narrow = Tiling { tile_keys: 32, stages: 3, ..warps() };
+    Case { tiling: narrow, listed, ..Case::default() }.check();
+    both_schemes(|scheme| {
+        let deep = Tiling { rows_per_warp: 32, stages: 3, ..warps() };
+        Case { scheme, tiling: deep, listed, ..Case::default() }.check();
+        let wide = Tiling { tile_keys: 128, step_keys: 128, ..warpgroups() };
+        Case { scheme, tiling: wide, listed, ..Case::default() }.check();
+    });
+    // Rows whose chunks do not divide the threads.
+    Case { head_dim: 40, listed, ..Case::default() }.check();
+}
+
+#[test]
+fn a_row_whose_list_is_empty_is_zero() {
+    for tiling in [warps(), warpgroups()] {
+        Case { tiling, listed: |[head, q_tile, _]| head != q_tile, ..Case::default() }.check();
+    }
+}
+
+#[test]
+fn parts_of_a_list() {
+    for tiling in [warps(), warpgroups()] {
+        let case = Case { tiling, q_len: 70, kv_len: 1100, multiprocessors: 40, ..Case::default() };
+        let config = Case { listed: every_second, ..case }.check();
+        assert!(config.split, "{}", config.name());
+    }
+}
