@@ -17,8 +17,8 @@ use std::time::Duration;
 
 use sage_core::{Call, Choice, Error, Inputs, Lengths, Operand, Options, Problem, Result, Scheme, Strided};
 use sage_kernels::attention::MaskForm;
-pub use sage_kernels::attention::{Engine, Tiling};
 use sage_kernels::forward::{Request, Tensors};
+pub use sage_kernels::{Engine, Tiling, WarpTiling, WarpgroupTiling};
 use sage_kernels::{Machine, TensorArg};
 use sage_ptx::Target;
 

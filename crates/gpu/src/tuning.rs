@@ -6,7 +6,7 @@ use std::{env, fs};
 
 use sage_core::{BackendErrorKind, Choice, Error, Options, Result};
 use sage_cuda::{Device, Stream};
-use sage_kernels::attention::Tiling;
+use sage_kernels::Tiling;
 use sage_kernels::tuning::{Key, candidates};
 use serde::{Deserialize, Serialize};
 

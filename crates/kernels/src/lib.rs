@@ -17,9 +17,11 @@ pub mod preprocess;
 mod rotation;
 mod sequence;
 mod tensor;
+mod tiling;
 pub mod tuning;
 
 pub use kernel::Kernel;
 pub use machine::Machine;
 pub use sequence::{KEY_TILE, Lengths, total_key_tiles};
 pub use tensor::TensorArg;
+pub use tiling::{Engine, Tiling, WarpTiling, WarpgroupTiling};

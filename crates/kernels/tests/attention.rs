@@ -247,3 +247,14 @@ fn split_keys() {
         }
     }
 }
+
+/// Tiles of wide heads as given and their queries take more than the 99 KiB of the GPUs that are not in data centres.
+#[test]
+fn wide_heads_in_full_precision_fit_little_shared_memory() {
+    for head_dim in [192, 256] {
+        let scheme = Some(full());
+        let case = Case { head_dim, scheme, target: Target::SM_86, q_len: 70, kv_len: 70, ..Case::default() };
+        let kernels = case.check(F16);
+        assert!(kernels.iter().any(|name| name.contains("w4x16x32")), "{kernels:?}");
+    }
+}

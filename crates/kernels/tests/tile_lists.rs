@@ -11,12 +11,10 @@ use sage_core::{
     Alignment, Band, BlockMask, Call, DType, Inputs, Layout, Options, Preset, Scheme, Tensor, View, oracle,
 };
 use sage_emulator::{Emulator, Failure};
-use sage_kernels::attention::{
-    AttentionArgs, AttentionConfig, CUT_TILE, Engine, TileListArgs, TileSource, Tiling,
-};
+use sage_kernels::attention::{AttentionArgs, AttentionConfig, CUT_TILE, TileListArgs, TileSource};
 use sage_kernels::forward::{ForwardPlan, Request, Tensors, int8_scheme};
 use sage_kernels::pass::Launcher;
-use sage_kernels::{Kernel, Machine, TensorArg};
+use sage_kernels::{Engine, Kernel, Machine, TensorArg, Tiling, WarpTiling, WarpgroupTiling};
 use sage_ptx::{Arg, BoxedTensor, Program, Target};
 
 /// Relative L1 error against the oracle of the same scheme: see the tests of attention in a band.
@@ -58,23 +56,32 @@ impl Default for Case {
     }
 }
 
+const WARPS: WarpTiling = WarpTiling {
+    warps: 4,
+    rows_per_warp: 16,
+    tile_keys: 64,
+    step_keys: 32,
+    queries_in_registers: true,
+    stages: 2,
+    min_blocks: 1,
+    lazy_rescale: 8,
+};
+
+const WARPGROUPS: WarpgroupTiling = WarpgroupTiling {
+    groups: 2,
+    tile_keys: 64,
+    queries_in_registers: true,
+    stages: 2,
+    sums_by_mma: true,
+    lazy_rescale: 8,
+};
+
 fn warps() -> Tiling {
-    Tiling {
-        engine: Engine::Warps,
-        warps: 4,
-        rows_per_warp: 16,
-        tile_keys: 64,
-        step_keys: 32,
-        queries_in_registers: true,
-        stages: 2,
-        min_blocks: 1,
-        ones: false,
-        lazy_rescale: 8,
-    }
+    Tiling::Warps(WARPS)
 }
 
 fn warpgroups() -> Tiling {
-    Tiling { engine: Engine::Warpgroups, warps: 8, step_keys: 64, ones: true, ..warps() }
+    Tiling::Warpgroups(WARPGROUPS)
 }
 
 /// Runs a pass whose attention kernel is another, which takes lists as well.
@@ -110,12 +117,12 @@ fn random(seed: u64, heads: usize, rows: usize, dim: usize) -> Tensor {
 impl Case {
     /// Tiles of queries and of keys.
     fn tiles(&self, config: &AttentionConfig) -> [usize; 2] {
-        [self.q_len.div_ceil(config.block_q()), self.kv_len.div_ceil(config.tiling.tile_keys)]
+        [self.q_len.div_ceil(config.block_q()), self.kv_len.div_ceil(config.tiling.tile_keys())]
     }
 
     /// The list of a tile of queries, the last tile of keys first.
     fn list(&self, config: &AttentionConfig, head: usize, q_tile: usize) -> Vec<u32> {
-        let (block_q, tile_keys) = (config.block_q(), config.tiling.tile_keys);
+        let (block_q, tile_keys) = (config.block_q(), config.tiling.tile_keys());
         let mut rows = q_tile * block_q..((q_tile + 1) * block_q).min(self.q_len);
         let whole = |tile: usize| {
             let sees = |row: usize| {
@@ -145,7 +152,7 @@ impl Case {
             tiling: Some(self.tiling),
             ..Request::new(&problem)
         };
-        let target = if self.tiling.engine == Engine::Warps { Target::SM_80 } else { Target::SM_90A };
+        let target = if self.tiling.engine() == Engine::Warps { Target::SM_80 } else { Target::SM_90A };
         let machine = Machine { multiprocessors: self.multiprocessors, ..Machine::typical(target) };
         let plan = ForwardPlan::new(&problem, &request, &machine).unwrap();
         let pass = plan.pass();
@@ -212,7 +219,7 @@ impl Case {
             .map(|i| (self.listed)([i / (q_tiles * tiles), i / tiles % q_tiles, i % tiles]));
         let blocks: Vec<bool> = blocks.collect();
         let blocks = View::contiguous("block_mask", &blocks, &[1, self.q_heads, q_tiles, tiles]).unwrap();
-        let mask = BlockMask { blocks, block_q: config.block_q(), block_k: config.tiling.tile_keys };
+        let mask = BlockMask { blocks, block_q: config.block_q(), block_k: config.tiling.tile_keys() };
         let inputs = Inputs { block_mask: Some(mask), ..Inputs::new(q.view(), k.view(), v.view()) };
         let expected = oracle::scheme(&Call::check(&inputs, &options).unwrap(), plan.scheme());
         let accuracy = Accuracy::of(&out, &expected.out);
@@ -258,12 +265,12 @@ fn every_second_tile() {
 #[test]
 fn other_tilings() {
     let listed = every_second as Listed;
-    let narrow = Tiling { tile_keys: 32, stages: 3, ..warps() };
+    let narrow = Tiling::Warps(WarpTiling { tile_keys: 32, stages: 3, ..WARPS });
     Case { tiling: narrow, listed, ..Case::default() }.check();
     both_schemes(|scheme| {
-        let deep = Tiling { rows_per_warp: 32, stages: 3, ..warps() };
+        let deep = Tiling::Warps(WarpTiling { rows_per_warp: 32, stages: 3, ..WARPS });
         Case { scheme, tiling: deep, listed, ..Case::default() }.check();
-        let wide = Tiling { tile_keys: 128, step_keys: 128, ..warpgroups() };
+        let wide = Tiling::Warpgroups(WarpgroupTiling { tile_keys: 128, ..WARPGROUPS });
         Case { scheme, tiling: wide, listed, ..Case::default() }.check();
     });
     // Rows whose chunks do not divide the threads.

@@ -5,8 +5,8 @@
 mod support;
 
 use sage_core::{Alignment, Band, DType, Preset, Pv, Scheme};
-use sage_kernels::attention::{Engine, Tiling};
 use sage_kernels::forward::int8_scheme;
+use sage_kernels::{Tiling, WarpgroupTiling};
 use sage_ptx::Target;
 use support::{Case, MaskKind};
 
@@ -144,22 +144,18 @@ fn schedules() {
         Some(Preset::SAGE2_INT8_FP8_PER_THREAD.scheme(64)),
     ] {
         for (index, tile_keys) in [64, 128, 64, 128].into_iter().enumerate() {
-            let tiling = Tiling {
-                engine: Engine::Warpgroups,
-                warps: if index % 2 == 0 { 8 } else { 12 },
-                rows_per_warp: 16,
+            let tiling = Tiling::Warpgroups(WarpgroupTiling {
+                groups: 2 + index % 2,
                 tile_keys,
-                step_keys: tile_keys,
                 queries_in_registers: index < 2,
                 stages: 2 + index % 2,
-                min_blocks: 1,
-                ones: index >= 2,
+                sums_by_mma: index >= 2,
                 lazy_rescale: if scheme.is_some_and(|scheme| matches!(scheme.pv, Pv::Fp8 { .. })) {
                     4
                 } else {
                     8
                 },
-            };
+            });
             for kv_len in [30, 64, 128, 150, 320, 700] {
                 check(&Case { scheme, tiling: Some(tiling), kv_len, ..hopper() });
             }

@@ -1,15 +1,12 @@
 //! What an attention kernel is specialised for, and what a launch passes to it.
 
-use std::fmt;
-
 use sage_core::{Accumulator, DType, IntQuantizer};
-
-use sage_ptx::{Code, Val};
-use serde::{Deserialize, Serialize};
 
 use crate::params::kernel_params;
 use crate::rotation::rotated_dim;
 use crate::sequence::Lengths;
+use crate::tiling::{Engine, Tiling};
+use sage_ptx::{Code, Val};
 
 /// Threads of a warpgroup.
 pub(super) const WARPGROUP: u32 = 128;
@@ -120,75 +117,20 @@ impl MaskForm {
     }
 }
 
-/// Which instructions multiply, and who copies.
-#[derive(Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum Engine {
-    /// `mma.sync`, warp by warp; every thread copies a part of each tile. Every GPU.
-    #[default]
-    Warps,
-    /// `wgmma`, by groups of four warps that share nothing but the tiles, which one more warp has copied. Hopper.
-    Warpgroups,
-}
-
-/// Tile shapes: a row of the tuning table.
-#[derive(Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Tiling {
-    /// Instructions.
-    pub engine: Engine,
-    /// Warps of a block that compute.
-    pub warps: usize,
-    /// Query rows of a warp: 16 or 32, of a warpgroup's 16.
-    pub rows_per_warp: usize,
-    /// Keys of a tile in shared memory: 64, or 32 where K and V are read as given; of warpgroups 64 or 128.
-    pub tile_keys: usize,
-    /// Keys whose scores are in registers at once: 16, 32 or 64; of warpgroups a tile's.
-    pub step_keys: usize,
-    /// Whether quantised queries stay in registers, or are read from shared memory for each step.
-    pub queries_in_registers: bool,
-    /// Tiles of K and V in shared memory at once.
-    pub stages: usize,
-    /// Blocks that a multiprocessor should hold, which bounds the registers of a thread.
-    pub min_blocks: u32,
-    /// Whether warpgroups sum P by products with ones beside V, where heads and tiles have room for 8 columns more.
-    pub ones: bool,
-    /// Rise of a row's maximum, in powers of two, up to which sums are not rescaled; 0 rescales always.
-    pub lazy_rescale: u32,
-}
-
-/// As in the names of kernels: engine, warps × rows × keys × keys of a step, `r` for queries in registers, `o` for
-/// sums by ones, stages, blocks,
-/// and the exponent of lazy rescaling.
-impl fmt::Display for Tiling {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Tiling { warps, rows_per_warp, tile_keys, step_keys, stages, min_blocks, lazy_rescale, .. } =
-            self;
-        let queries = if self.queries_in_registers { "r" } else { "" };
-        let ones = if self.ones { "o" } else { "" };
-        let engine = match self.engine {
-            Engine::Warps => "w",
-            Engine::Warpgroups => "wg",
-        };
-        write!(
-            f,
-            "{engine}{warps}x{rows_per_warp}x{tile_keys}x{step_keys}{queries}{ones}_s{stages}_b{min_blocks}_l{lazy_rescale}"
-        )
-    }
-}
-
 impl AttentionConfig {
     /// Query rows of a block.
     pub fn block_q(&self) -> usize {
-        self.tiling.warps * self.tiling.rows_per_warp
+        self.tiling.block_q()
     }
 
     /// Threads of a block that compute.
     pub fn threads(&self) -> u32 {
-        self.tiling.warps as u32 * 32
+        self.tiling.warps() as u32 * 32
     }
 
     /// Threads of a block: those that compute, and the warpgroup of the one that copies.
     pub fn block_threads(&self) -> u32 {
-        match self.tiling.engine {
+        match self.tiling.engine() {
             Engine::Warps => self.threads(),
             Engine::Warpgroups => self.threads() + WARPGROUP,
         }
@@ -196,7 +138,7 @@ impl AttentionConfig {
 
     /// Waits for all threads that compute.
     pub(super) fn barrier(&self, code: &Code) {
-        match self.tiling.engine {
+        match self.tiling.engine() {
             Engine::Warps => code.barrier(),
             Engine::Warpgroups => code.named_barrier(COMPUTING_BARRIER, self.threads()),
         }
@@ -204,7 +146,7 @@ impl AttentionConfig {
 
     /// Waits for the threads that compute of the warp's warpgroup, or where there are none for the block's.
     pub(super) fn group_barrier<'k>(&self, code: &'k Code, warp: Val<'k, i32>) {
-        match self.tiling.engine {
+        match self.tiling.engine() {
             Engine::Warps => code.barrier(),
             Engine::Warpgroups => code.named_barrier((warp >> 2) + GROUP_BARRIER, WARPGROUP),
         }
@@ -214,8 +156,8 @@ impl AttentionConfig {
     /// asked for, and heads fill their panels, and products and tiles have room for 8 columns more.
     pub(super) fn sums_by_ones(&self) -> bool {
         let tiling = &self.tiling;
-        let room = self.head_dim == self.padded_dim() && self.head_dim <= 128 && tiling.tile_keys == 64;
-        tiling.engine == Engine::Warpgroups && tiling.ones && room
+        let room = self.head_dim == self.padded_dim() && self.head_dim <= 128 && tiling.tile_keys() == 64;
+        tiling.sums_by_mma() && room
     }
 
     /// Smallest head dimension that tiles are laid out for and that holds this one.

@@ -78,12 +78,12 @@ impl<'k, 'c> CpAsyncRing<'k, 'c> {
         p: &AttentionParams<'k>,
         place: &Place<'k>,
     ) -> Self {
-        let (padded, tile_keys) = (config.padded_dim(), config.tiling.tile_keys);
+        let (padded, tile_keys) = (config.padded_dim(), config.tiling.tile_keys());
         let (key_bytes, value_bytes) = (key_row_bytes(config), value_tile_bytes(config));
-        let ring_bytes = config.tiling.stages * (tile_keys * key_bytes + value_bytes);
+        let ring_bytes = config.tiling.stages() * (tile_keys * key_bytes + value_bytes);
         // The output passes through the same memory at the end.
         let shared = code.shared::<u8>("tiles", ring_bytes.max(config.block_q() * 2 * padded));
-        let first_value = (config.tiling.stages * tile_keys * key_bytes) as i32;
+        let first_value = (config.tiling.stages() * tile_keys * key_bytes) as i32;
         let shape = |base: i32, row_bytes, rows, chunks| TileShape {
             stages: SharedTile::new(shared.plus(base), row_bytes),
             rows,
@@ -128,7 +128,7 @@ impl<'k, 'c> CpAsyncRing<'k, 'c> {
 
     /// Starts the first copies.
     pub fn start(&self, place: &Place<'k>) {
-        for stage in 0..self.config.tiling.stages - 1 {
+        for stage in 0..self.config.tiling.stages() - 1 {
             let position = place.key_tiles.own().start + stage as i32;
             self.copy(place, position, self.code.constant(stage as i32));
         }
@@ -141,7 +141,7 @@ impl<'k, 'c> CpAsyncRing<'k, 'c> {
         position: Val<'k, i32>,
         place: &Place<'k>,
     ) -> (FragmentSource<'k>, FragmentSource<'k>) {
-        let stages = self.config.tiling.stages as i32;
+        let stages = self.config.tiling.stages() as i32;
         self.code.wait_copies(stages as u32 - 2);
         self.code.barrier();
         let stage = self.stage.get();
@@ -181,7 +181,7 @@ impl<'k, 'c> CpAsyncRing<'k, 'c> {
             if unused == 0 {
                 continue;
             }
-            let total = (self.config.tiling.stages * operand.rows * unused) as i32;
+            let total = (self.config.tiling.stages() * operand.rows * unused) as i32;
             let zero = self.code.constant(0u32);
             self.code.range_by(self.code.thread(), total, self.config.threads() as i32, |i| {
                 let (row, chunk) = i.split_index(unused);
@@ -455,5 +455,5 @@ fn key_row_bytes(config: &AttentionConfig) -> usize {
 /// Bytes of a tile of V.
 fn value_tile_bytes(config: &AttentionConfig) -> usize {
     let element = if matches!(config.values, Values::Fp8(_)) { 1 } else { 2 };
-    element * config.tiling.tile_keys * config.padded_dim()
+    element * config.tiling.tile_keys() * config.padded_dim()
 }

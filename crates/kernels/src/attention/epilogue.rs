@@ -136,7 +136,7 @@ impl<'k, 'a> Epilogue<'k, 'a> {
     ) {
         let place = self.place;
         for (slot, words) in words.iter().enumerate() {
-            let row = place.warp * self.config.tiling.rows_per_warp as i32 + lane_row(place.lane);
+            let row = place.warp * self.config.tiling.rows_per_warp() as i32 + lane_row(place.lane);
             // A chunk is a block of 8 columns; the lane's two elements are one word of it.
             for (chunk, &word) in words.iter().enumerate() {
                 let chunk = tile.chunk(row, 0).step(SLOT_ROWS * slot, chunk);
@@ -194,7 +194,7 @@ impl<'k, 'a> Epilogue<'k, 'a> {
         code.note("output: rows to device memory");
         code.warp_sync();
         let chunks = config.head_dim.div_ceil(8);
-        let rows = config.tiling.rows_per_warp;
+        let rows = config.tiling.rows_per_warp();
         let start =
             place.sequence.batch.widen() * p.out_stride_batch + place.head.widen() * p.out_stride_head;
         let total = rows * chunks;

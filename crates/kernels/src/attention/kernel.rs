@@ -4,8 +4,9 @@ use sage_core::{Accumulator, Granularity, IntBits};
 use sage_ptx::{Program, Target};
 
 use super::attention;
-use super::config::{AttentionConfig, Engine, MaskForm, Scores, TileSource, ValueSource, Values};
+use super::config::{AttentionConfig, MaskForm, Scores, TileSource, ValueSource, Values};
 use crate::kernel::Kernel;
+use crate::tiling::Engine;
 
 impl Kernel for AttentionConfig {
     fn name(&self) -> String {
@@ -98,7 +99,7 @@ impl Kernel for AttentionConfig {
     }
 
     fn oldest_target(&self) -> Target {
-        match (self.tiling.engine, self.values) {
+        match (self.tiling.engine(), self.values) {
             (Engine::Warpgroups, _) => Target::SM_90A,
             (Engine::Warps, Values::Fp8(_)) => Target::SM_89,
             (Engine::Warps, _) => Target::SM_80,

@@ -8,8 +8,9 @@
 use sage_ptx::{Code, Global, Val};
 
 use super::band::Band;
-use super::config::{AttentionConfig, AttentionParams, Engine};
+use super::config::{AttentionConfig, AttentionParams};
 use crate::params::kernel_params;
+use crate::tiling::Engine;
 
 /// Stands in an entry of a list beside the tile's index: the band or the end of the keys cuts the tile.
 pub const CUT_TILE: u32 = 1 << 31;
@@ -133,14 +134,14 @@ impl<'k> KeyTiles<'k> {
         band: &Band<'k>,
         [first_row, warp, split]: [Val<'k, i32>; 3],
     ) -> Self {
-        let (block_q, tile_keys) = (config.block_q() as i32, config.tiling.tile_keys);
+        let (block_q, tile_keys) = (config.block_q() as i32, config.tiling.tile_keys());
         let first_key = |row: Val<'k, i32>| band.start(row).max(0);
         let start_tile = |row: Val<'k, i32>| first_key(row).split_index(tile_keys).0;
         let end_tile = |row: Val<'k, i32>| band.end(row).max(0).div_ceil(tile_keys);
 
         let seen = Span { start: start_tile(first_row), end: end_tile(band.last_row(first_row, block_q)) };
         let loaded = if config.split { seen.part(p.splits, split) } else { seen };
-        let (row, rows, own) = match config.tiling.engine {
+        let (row, rows, own) = match config.tiling.engine() {
             Engine::Warps => (first_row, block_q, loaded),
             Engine::Warpgroups => {
                 let (row, rows) = (first_row + ((warp >> 2) << 6), 64);

@@ -33,11 +33,11 @@ use sage_core::DType;
 use sage_ptx::{Code, E4M3, Half, MmaElement, Program, RoundedElement, Stored, kernel};
 
 use crate::kernel::Kernel;
+use crate::tiling::Engine;
 
 use config::AttentionParams;
 pub use config::{
-    AttentionArgs, AttentionConfig, Engine, MaskForm, Scores, TileSource, Tiling, ValueSource, Values,
-    padded_dim,
+    AttentionArgs, AttentionConfig, MaskForm, Scores, TileSource, ValueSource, Values, padded_dim,
 };
 use cp_async_ring::CpAsyncRing;
 use epilogue::Epilogue;
@@ -70,10 +70,10 @@ where
     E: RoundedElement,
 {
     kernel(&config.name(), config.block_threads(), |k| {
-        k.min_blocks(config.tiling.min_blocks);
+        k.min_blocks(config.tiling.min_blocks());
         let p = AttentionParams::declare(k);
         let lists = (config.tiles == TileSource::List).then(|| TileListParams::declare(k));
-        match config.tiling.engine {
+        match config.tiling.engine() {
             Engine::Warps => write_warps::<H, E>(k, config, &p, lists.as_ref()),
             Engine::Warpgroups => warpgroups::write::<H, E>(k, config, &p, lists.as_ref()),
         }
@@ -104,7 +104,7 @@ fn write_warps<'k, H, E>(
         let (fragments, values) = ring.next(tile.position, &place);
         let scales = key_scales.of_tile(tile.index);
         let keys = Keys { index: tile.index, fragments, scales, cut: tile.is_cut() };
-        for step in 0..config.tiling.tile_keys / config.tiling.step_keys {
+        for step in 0..config.tiling.tile_keys() / config.tiling.step_keys() {
             let scores = scoring.scores::<H>(&keys, step);
             for p in softmax.advance(k, &[scores], |alphas| output.mul_rows(alphas)) {
                 output.add::<E>(&p, &values, step);

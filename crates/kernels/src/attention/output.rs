@@ -24,7 +24,7 @@ enum Sums<'k> {
 
 impl<'k, 'c> Output<'k, 'c> {
     pub fn new(code: &'k Code, config: &'c AttentionConfig) -> Self {
-        let (strips, blocks) = (config.tiling.rows_per_warp / 16, Output::blocks(config));
+        let (strips, blocks) = (config.tiling.rows_per_warp() / 16, Output::blocks(config));
         let sums = match config.values {
             Values::F16(Precision::F16) => Sums::Half(Tile::filled(code, strips, blocks, F16x2::ZERO)),
             _ => Sums::Single(Tile::filled(code, strips, blocks, 0.0)),
@@ -69,7 +69,7 @@ impl<'k, 'c> Output<'k, 'c> {
             Values::Fp8(precision) | Values::F16(precision) => precision,
             Values::BF16 => Precision::F32,
         };
-        let steps = self.config.tiling.step_keys / E::DEPTH;
+        let steps = self.config.tiling.step_keys() / E::DEPTH;
         let first = step * steps;
         let p = |step: usize| p.operand::<E>(step);
         let v = |step: usize, pair: usize| values.b_pair::<E>(16 * pair, 32 * (first + step));

@@ -93,7 +93,7 @@ impl<'k> Place<'k> {
             head,
             kv_head,
             first_key_tile: kv_head * p.key_tiles + sequence.first_tile,
-            warp_row: first_row + warp * (config.tiling.rows_per_warp as i32),
+            warp_row: first_row + warp * (config.tiling.rows_per_warp() as i32),
             warp,
             lane,
             band,

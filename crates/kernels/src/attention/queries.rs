@@ -6,11 +6,12 @@ use sage_ptx::{
     lane_row,
 };
 
-use super::config::{AttentionConfig, AttentionParams, Engine, Scores};
+use super::config::{AttentionConfig, AttentionParams, Scores};
 use super::place::Place;
 use super::score_tile::nonzero;
 use crate::integer::{Step, magnitude_bits};
 use crate::rotation::{RowLayout, rotate};
+use crate::tiling::Engine;
 
 /// Queries as the operand A of Q·Kᵀ.
 pub(super) struct Queries<'k> {
@@ -116,7 +117,7 @@ impl<'k> Loader<'k, '_> {
     /// have, which nobody reads.
     fn load<H: Half + Stored<Value = H>>(&self, batch: Val<'k, i64>) -> Registers<'k, u32> {
         let Loader { config, p, place, per, .. } = *self;
-        Rows::from_fn(config.tiling.rows_per_warp / 8, |slot| {
+        Rows::from_fn(config.tiling.rows_per_warp() / 8, |slot| {
             let row = place.row(slot).min(place.sequence.q_len - 1) + place.sequence.q_start;
             let base = p.q.cast::<H>().at(batch + row.widen() * p.q_stride_row);
             let register = |word: usize| {
@@ -198,9 +199,9 @@ impl<'k> Loader<'k, '_> {
     /// Puts the operand where it stays.
     fn keep(&self, words: OperandTile<'k>) -> Operand<'k> {
         let Loader { code, config, .. } = *self;
-        if config.tiling.queries_in_registers {
+        if config.tiling.queries_in_registers() {
             Operand::Words(words)
-        } else if config.tiling.engine == Engine::Warpgroups {
+        } else if config.tiling.engine() == Engine::Warpgroups {
             Operand::Panels(self.panels(&words))
         } else {
             let lanes = config.threads() as usize;
@@ -301,12 +302,12 @@ fn groups<'k>(
         Granularity::PerThread | Granularity::PerWarp => quantizer.tile.warp_q,
         _ => quantizer.tile.block_q.min(config.block_q()),
     };
-    let warps = rows_of_group / config.tiling.rows_per_warp;
+    let warps = rows_of_group / config.tiling.rows_per_warp();
     let shared = if warps == 1 {
         own
     } else {
         // A group of several warps' rows: each warp reads what the others found.
-        let maxima = code.shared::<i32>("q_maxima", config.tiling.warps * 32);
+        let maxima = code.shared::<i32>("q_maxima", config.tiling.warps() * 32);
         // Only the rows of a whole block are more than a warpgroup's.
         let meet = || if warps <= 4 { config.group_barrier(code, place.warp) } else { config.barrier(code) };
         maxima.at(code.thread()).store(own);
@@ -315,7 +316,7 @@ fn groups<'k>(
         let of_group = maxima.at(first * 32 + place.lane);
         let maxima = (0..warps as i32).map(|warp| of_group.plus(32 * warp).load());
         let of_group = maxima.reduce(maximum).unwrap_or(own);
-        if config.tiling.engine == Engine::Warpgroups {
+        if config.tiling.engine() == Engine::Warpgroups {
             // The next queries' maxima must not overtake these.
             meet();
         }

@@ -6,7 +6,7 @@ use sage_ptx::{
     Code, FragmentSource, Global, Half, MmaAccumulator, MmaElement, S4, Tile, Val, Var, lane_column,
 };
 
-use super::config::{AttentionConfig, AttentionParams, MaskForm, Scores, Tiling};
+use super::config::{AttentionConfig, AttentionParams, MaskForm, Scores};
 use super::place::Place;
 use super::queries::{Queries, depth_steps};
 use super::score_tile::{ScoreTile, nonzero};
@@ -39,7 +39,7 @@ impl<'k> Scoring<'k, '_> {
     pub fn scores<H: Half + MmaElement>(&self, keys: &Keys<'k>, step: usize) -> ScoreTile<'k> {
         self.code.note("scores: q * k^T");
         let config = self.config;
-        let Tiling { tile_keys, step_keys, .. } = config.tiling;
+        let (tile_keys, step_keys) = (config.tiling.tile_keys(), config.tiling.step_keys());
         let first_column = step * step_keys;
         // Sums of integers start at a float's bits, and so end as the float of their value plus a constant.
         let values = match config.scores {
@@ -93,7 +93,8 @@ impl<'k> Scoring<'k, '_> {
         first_column: usize,
         start: T,
     ) -> Tile<Var<'k, f32>> {
-        let Tiling { rows_per_warp, step_keys, .. } = self.config.tiling;
+        let tiling = &self.config.tiling;
+        let (rows_per_warp, step_keys) = (tiling.rows_per_warp(), tiling.step_keys());
         let sums = Tile::new(self.code, rows_per_warp / 16, step_keys / 8);
         sums.set_product(
             start,

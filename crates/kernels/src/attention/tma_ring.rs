@@ -39,7 +39,7 @@ const PANEL_BYTES: usize = 128;
 
 impl Form {
     fn of_keys(config: &AttentionConfig) -> Form {
-        let (padded, rows) = (config.padded_dim(), config.tiling.tile_keys);
+        let (padded, rows) = (config.padded_dim(), config.tiling.tile_keys());
         match config.scores {
             Scores::Full => Form::halves(padded, rows, BoxSource::Given),
             Scores::Int(_) => {
@@ -57,7 +57,7 @@ impl Form {
     }
 
     fn of_values(config: &AttentionConfig) -> Form {
-        let (padded, keys) = (config.padded_dim(), config.tiling.tile_keys);
+        let (padded, keys) = (config.padded_dim(), config.tiling.tile_keys());
         let form = match (config.values, config.value_source) {
             (Values::Fp8(_), _) => Form {
                 element_bytes: 1,
@@ -182,7 +182,7 @@ pub(super) struct TmaRing<'k, 'c> {
 impl<'k, 'c> TmaRing<'k, 'c> {
     /// Ready for use after the block's next barrier.
     pub fn new(code: &'k Code, config: &'c AttentionConfig, maps: [Val<'k, u64>; 2]) -> Self {
-        let stages = config.tiling.stages;
+        let stages = config.tiling.stages();
         let bytes = stages * stage_bytes(config);
         let memory = code.shared::<u8>("tiles", bytes);
         let barriers = code.mbarriers("tiles_full_empty", 2 * Pipeline::barriers(stages));
@@ -199,7 +199,7 @@ impl<'k, 'c> TmaRing<'k, 'c> {
         let values = of(Form::of_values(config), v_map, first_value, Pipeline::barriers(stages));
         code.when(code.thread().eq(0), || {
             for operand in [&keys, &values] {
-                operand.pipeline.init(config.tiling.warps as u32);
+                operand.pipeline.init(config.tiling.warps() as u32);
             }
             code.fence_mbarriers();
         });
@@ -220,7 +220,7 @@ impl<'k, 'c> TmaRing<'k, 'c> {
             Values::Fp8(_) => 0x3838_3838,
         };
         let words = code.constant(word);
-        for stage in 0..self.config.tiling.stages {
+        for stage in 0..self.config.tiling.stages() {
             let first = stage * form.stage_bytes() + form.copied_bytes();
             let memory = self.values.memory.plus(first as i32);
             let step = 16 * self.config.block_threads() as i32;
@@ -269,7 +269,7 @@ impl<'k> Stages<'k> {
         let full = self.pipeline.full(stage);
         full.arrive_expecting(form.copied_bytes() as i32);
         let memory = self.memory.at(stage * form.stage_bytes() as i32);
-        let parts = config.tiling.tile_keys / KEY_TILE;
+        let parts = config.tiling.tile_keys() / KEY_TILE;
         // A tile of the workspace that is not the sequence's is another's: the last one stands in for it, hidden as it
         // is.
         let in_workspace = |part: usize| {
@@ -283,7 +283,7 @@ impl<'k> Stages<'k> {
             let to = memory.plus((panel * form.panel_bytes()) as i32);
             match form.source {
                 BoxSource::Given => {
-                    let row = place.sequence.kv_start + tile * config.tiling.tile_keys as i32;
+                    let row = place.sequence.kv_start + tile * config.tiling.tile_keys() as i32;
                     to.copy_tensor(self.map, &[column, row, place.kv_head, place.sequence.batch], &full);
                 }
                 BoxSource::Rows => {

@@ -50,14 +50,14 @@ pub(super) fn write<'k, H, E>(
     let work = WorkQueue::new(k, config, p, lists);
     k.barrier();
     let [warp, lane] = work.thread;
-    let produces = warp.ge(config.tiling.warps as i32);
+    let produces = warp.ge(config.tiling.warps() as i32);
     k.if_else(
         produces,
         || {
             k.fewer_registers(PRODUCER_REGISTERS);
-            let first = warp.eq(config.tiling.warps as i32) & lane.eq(0);
+            let first = warp.eq(config.tiling.warps() as i32) & lane.eq(0);
             k.when(first, || {
-                let cursor = Cursor::new(k, config.tiling.stages, "produced");
+                let cursor = Cursor::new(k, config.tiling.stages(), "produced");
                 work.hand_out(|place| {
                     place.key_tiles.for_each_loaded(k, |tile| ring.load(place, tile, &cursor));
                 });
@@ -85,7 +85,7 @@ struct Cursors<'k> {
 
 impl<'k> Cursors<'k> {
     fn new(code: &'k Code, config: &AttentionConfig) -> Self {
-        let cursor = |name| Cursor::new(code, config.tiling.stages, name);
+        let cursor = |name| Cursor::new(code, config.tiling.stages(), name);
         Cursors { next: cursor("next"), own: cursor("own"), done: cursor("done") }
     }
 
@@ -129,7 +129,7 @@ impl<'k, 'c, 'r, E: RoundedElement> Consumer<'k, 'c, 'r, E> {
     ) -> Self {
         let queries = Queries::load::<H>(code, config, p, &place);
         let key_scales = KeyScales::new(config, p, &place);
-        let tile_keys = config.tiling.tile_keys;
+        let tile_keys = config.tiling.tile_keys();
         let output = Tile::filled(code, 1, Output::blocks(config), 0.0);
         let softmax = Softmax::new(code, config);
         let sums = match softmax.sums_in_flight() {
@@ -229,7 +229,7 @@ impl<'k, 'c, 'r, E: RoundedElement> Consumer<'k, 'c, 'r, E> {
 
     /// Starts loading the scales of a tile of keys, which must be one of the sequence's, a tile ahead of their use.
     fn load_scales(&self, tile: Val<'k, i32>) {
-        let parts = (self.config.tiling.tile_keys / KEY_TILE) as i32;
+        let parts = (self.config.tiling.tile_keys() / KEY_TILE) as i32;
         for (part, scales) in self.scales.iter().enumerate() {
             let index = tile * parts + part as i32;
             // Only the first of several parts always has keys.
@@ -276,7 +276,7 @@ impl<'k, 'c, 'r, E: RoundedElement> Consumer<'k, 'c, 'r, E> {
     /// The exponentials of a tile's scores, while the product of the tile before is in flight.
     fn exponentials(&self, tile: &KeyTile<'k>, has_next: bool) -> Tile<Val<'k, f32>> {
         let (k, place) = (self.code, &self.scoring.place);
-        let parts = self.config.tiling.tile_keys / KEY_TILE;
+        let parts = self.config.tiling.tile_keys() / KEY_TILE;
         let scales: Vec<Vec<_>> =
             self.scales.iter().map(|scales| scales.iter().map(|scale| scale.get()).collect()).collect();
         if has_next {
@@ -316,7 +316,7 @@ impl<'k, 'c, 'r, E: RoundedElement> Consumer<'k, 'c, 'r, E> {
     /// sequence: all groups meet there.
     fn clear_values(&self, tile: Val<'k, i32>, cursor: &Cursor<'k>) {
         let (k, config, place) = (self.code, self.config, &self.scoring.place);
-        let tile_keys = config.tiling.tile_keys as i32;
+        let tile_keys = config.tiling.tile_keys() as i32;
         if config.value_source != ValueSource::Given {
             return;
         }

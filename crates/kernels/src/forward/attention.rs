@@ -7,13 +7,14 @@ use super::choice::FEW_QUERIES;
 use super::tensors::Tensors;
 use super::values::PlannedValues;
 use crate::attention::{
-    AttentionArgs, AttentionConfig, Engine, MaskForm, Scores, TileSource, ValueSource, Values, boxed_tensors,
+    AttentionArgs, AttentionConfig, MaskForm, Scores, TileSource, ValueSource, Values, boxed_tensors,
     padded_dim, stage_bytes,
 };
 use crate::combine::{CombineArgs, CombineConfig, PART};
 use crate::grid::grid;
 use crate::pass::{Addresses, Slot};
 use crate::sequence::{KEY_TILE, Lengths};
+use crate::tiling::Engine;
 use crate::tuning::{Key, Tuned, tiling};
 
 /// Most heads that attention works on at once: their pieces are many times a GPU's multiprocessors, and the search
@@ -67,7 +68,10 @@ impl PlannedAttention {
         };
         reasons.push(format!(
             "{} warps of {} query rows, tiles of {} keys: {}",
-            config.tiling.warps, config.tiling.rows_per_warp, config.tiling.tile_keys, tuned.reason
+            config.tiling.warps(),
+            config.tiling.rows_per_warp(),
+            config.tiling.tile_keys(),
+            tuned.reason
         ));
         let splits = splits(&call, &config);
         if splits > 1 {
@@ -99,7 +103,7 @@ impl PlannedAttention {
                 splits: splits as i32,
                 ..slots.args(&call, &config, at)
             };
-            match config.tiling.engine {
+            match config.tiling.engine() {
                 Engine::Warps => launch(grid(q_tiles, all_heads), &args.args(), &[]),
                 Engine::Warpgroups => {
                     let blocks = (q_tiles * all_heads).min(call.machine.multiprocessors);
@@ -169,7 +173,7 @@ impl AttentionSlots {
             partial = pass.slot(slot::PARTIAL, 4 * rows * call.problem.head_dim);
             partial_sums = pass.slot(slot::PARTIAL_SUMS, 4 * PART * rows);
         }
-        if config.tiling.engine == Engine::Warpgroups && !call.pieces_alike() {
+        if config.tiling.engine() == Engine::Warpgroups && !call.pieces_alike() {
             pieces_taken = pass.counters("pieces_taken", 1);
         }
         AttentionSlots {
@@ -328,7 +332,7 @@ fn splits(call: &ForwardCall, config: &AttentionConfig) -> usize {
     let pieces = config.pieces(problem.batch, problem.num_q_heads, problem.q_len, 1);
     let blocks = pieces.iter().product::<usize>();
     let wanted = 2 * call.machine.multiprocessors;
-    let tiles = problem.kv_len.div_ceil(config.tiling.tile_keys);
+    let tiles = problem.kv_len.div_ceil(config.tiling.tile_keys());
     // Fewer than four tiles a part cost more to merge than they save.
     if blocks == 0 || blocks * 2 > wanted { 1 } else { (wanted / blocks).min(tiles / 4).max(1) }
 }
@@ -339,7 +343,7 @@ fn heads_together(call: &ForwardCall, config: &AttentionConfig, all_heads: usize
     if call.pieces_alike() {
         return 1;
     }
-    let bytes = stage_bytes(config) / config.tiling.tile_keys * call.problem.kv_len;
+    let bytes = stage_bytes(config) / config.tiling.tile_keys() * call.problem.kv_len;
     let most = call.machine.l2_bytes / 2 * call.problem.group_size() / bytes.max(1);
     let most = most.clamp(1, all_heads.clamp(1, MOST_TOGETHER));
     let divisor = (1..=most).rev().find(|&heads| all_heads.is_multiple_of(heads));

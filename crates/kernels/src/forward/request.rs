@@ -2,8 +2,9 @@
 
 use sage_core::{Problem, Scheme};
 
-use crate::attention::{MaskForm, Tiling};
+use crate::attention::MaskForm;
 use crate::sequence::Lengths;
+use crate::tiling::Tiling;
 
 /// Elements of the 16 bytes that aligned rows start at multiples of, and are whole chunks of.
 pub(super) const CHUNK: usize = 8;

@@ -11,10 +11,10 @@ use sage_core::{
     oracle,
 };
 use sage_emulator::{Emulator, Failure};
-use sage_kernels::attention::{MaskForm, Tiling};
+use sage_kernels::attention::MaskForm;
 use sage_kernels::forward::{ForwardPlan, Request, Tensors};
 use sage_kernels::pass::Launcher;
-use sage_kernels::{Machine, TensorArg};
+use sage_kernels::{Machine, TensorArg, Tiling};
 use sage_ptx::{Arg, BoxedTensor, Program, Target};
 
 /// A problem with its data. Tensors are dense `[batch, heads, rows, head_dim]`, or packed `[1, heads, total, head_dim]`.

@@ -1,0 +1,105 @@
+//! Tile shapes for `mma.sync`, on Ampere and every GPU since whose own instructions no kernel uses.
+
+use super::{Key, Row, Tuned};
+use crate::machine::Machine;
+use crate::tiling::{Tiling, WarpTiling};
+
+/// Two blocks of four warps of 32 rows.
+const THIRTY_TWO: WarpTiling = WarpTiling {
+    warps: 4,
+    rows_per_warp: 32,
+    tile_keys: 64,
+    step_keys: 32,
+    queries_in_registers: true,
+    stages: 2,
+    min_blocks: 2,
+    lazy_rescale: 8,
+};
+
+/// One block of eight warps of 16 rows.
+const SIXTEEN: WarpTiling = WarpTiling { rows_per_warp: 16, warps: 8, min_blocks: 1, ..THIRTY_TWO };
+
+/// The table; see [`Row`].
+pub(super) const ROWS: &[Row<WarpTiling>] = &[
+    Row {
+        fits: |key| key.integer && key.max_rows_per_warp < 32,
+        tiling: SIXTEEN,
+        reason: "16 rows a warp, as the scheme groups them",
+    },
+    Row {
+        fits: |key| key.integer && key.padded_dim <= 128 && (key.two_level || key.fp8),
+        tiling: SIXTEEN,
+        reason: "16 rows a warp leave registers for FP8 and for a tile's own sums",
+    },
+    Row {
+        fits: |key| key.integer && key.padded_dim == 128 && (key.plain || key.unaligned),
+        tiling: SIXTEEN,
+        reason: "16 rows a warp leave registers for masks and addresses",
+    },
+    Row {
+        fits: |key| key.integer && key.padded_dim == 64,
+        tiling: THIRTY_TWO,
+        reason: "32 rows a warp halve the reads of K and V",
+    },
+    Row {
+        fits: |key| key.integer && key.padded_dim == 128,
+        tiling: THIRTY_TWO,
+        reason: "32 rows a warp halve the reads of K and V: 1.1x of 16 on H100, though loop bounds spill",
+    },
+    Row { fits: |key| key.integer, tiling: SIXTEEN, reason: "the sums of 16 rows fill half the registers" },
+    Row {
+        fits: |key| key.padded_dim == 64,
+        tiling: WarpTiling { rows_per_warp: 16, min_blocks: 3, ..THIRTY_TWO },
+        reason: "three blocks hide the latency of mma.sync",
+    },
+    Row {
+        fits: |key| key.padded_dim == 128 && key.unaligned,
+        tiling: WarpTiling { step_keys: 16, ..SIXTEEN },
+        reason: "short steps leave registers for addresses",
+    },
+    Row {
+        fits: |key| key.padded_dim == 128,
+        tiling: WarpTiling { rows_per_warp: 16, ..THIRTY_TWO },
+        reason: "level with FlashAttention-2 on H100; 8 warps in one block were 0.95x of two blocks of 4",
+    },
+    Row {
+        fits: |_| true,
+        tiling: WarpTiling { queries_in_registers: false, ..SIXTEEN },
+        reason: "the sums of 16 rows fill half the registers, so Q stays in shared memory",
+    },
+];
+
+/// Shared memory that a block takes beside its tiles.
+const RESERVED: usize = 1024;
+
+/// The tile shape for a kernel: the table's, in as much shared memory as the GPU has.
+pub(super) fn tuned(machine: &Machine, key: &Key) -> Tuned {
+    let row = key.row(ROWS);
+    let (mut tiling, mut reason) = (row.tiling, row.reason);
+    if key.fp8 {
+        tiling.lazy_rescale = 0;
+    }
+    let too_large = |tiling: &WarpTiling| shared_bytes(tiling, key) + RESERVED > machine.shared_bytes;
+    while !key.integer && too_large(&tiling) && tiling.tile_keys > 32 {
+        tiling.tile_keys /= 2;
+        reason = "tiles of 32 keys fit this GPU's shared memory";
+    }
+    while too_large(&tiling) && tiling.warps > 4 {
+        tiling.warps /= 2;
+        reason = "queries of 4 warps and tiles of 32 keys fit this GPU's shared memory";
+    }
+    let blocks_fit = |tiling: &WarpTiling| {
+        let block = shared_bytes(tiling, key) + RESERVED;
+        tiling.min_blocks as usize * block <= machine.shared_bytes + RESERVED
+    };
+    while tiling.min_blocks > 1 && !blocks_fit(&tiling) {
+        tiling.min_blocks -= 1;
+    }
+    Tuned { tiling: Tiling::Warps(tiling), reason }
+}
+
+/// Bytes of the tiles of K and V, and of the queries that stay in shared memory.
+pub(super) fn shared_bytes(tiling: &WarpTiling, key: &Key) -> usize {
+    let rows = if tiling.queries_in_registers { 0 } else { tiling.warps * tiling.rows_per_warp };
+    tiling.stages * key.tile_bytes(tiling.tile_keys) + key.queries_bytes(rows)
+}

@@ -1,0 +1,111 @@
+//! Tile shapes for warpgroups. Figures are TFLOP/s of the attention kernel alone on an H100, 2 × 32 heads of 4096 tokens, or on an
+//! H200, 4 × 32 heads, where it says so: to be compared within a row.
+
+use super::{Key, Row, Tuned};
+use crate::machine::Machine;
+use crate::tiling::{Tiling, WarpgroupTiling};
+
+/// Two groups and four stages, which leave registers for everything.
+const TWO: WarpgroupTiling = WarpgroupTiling {
+    groups: 2,
+    tile_keys: 64,
+    queries_in_registers: true,
+    stages: 4,
+    sums_by_mma: false,
+    lazy_rescale: 8,
+};
+
+/// Two groups for E4M3, whose range leaves less to lazy rescaling.
+const TWO_FP8: WarpgroupTiling = WarpgroupTiling { lazy_rescale: 4, ..TWO };
+
+/// Three groups, and P summed by products.
+const THREE: WarpgroupTiling = WarpgroupTiling { groups: 3, sums_by_mma: true, ..TWO };
+
+const THREE_FP8: WarpgroupTiling = WarpgroupTiling { lazy_rescale: 4, ..THREE };
+
+/// Masks and scales of single rows or keys need registers, groups of 128 rows need one block, and few rows no third group.
+const fn two_groups(key: &Key) -> bool {
+    key.plain || key.per_block || key.few_rows
+}
+
+/// The table; see [`Row`].
+pub(super) const ROWS: &[Row<WarpgroupTiling>] = &[
+    Row {
+        fits: |key| key.fp8 && key.padded_dim == 256,
+        tiling: WarpgroupTiling { stages: 5, ..TWO_FP8 },
+        reason: "1199; the sums fill half the registers of two groups",
+    },
+    Row {
+        fits: |key| key.fp8 && key.padded_dim == 128 && key.two_level && !key.plain,
+        tiling: WarpgroupTiling { stages: 6, sums_by_mma: true, ..TWO_FP8 },
+        reason: "805 on an H200; 775 with tiles of 128 keys, which have no room for ones",
+    },
+    Row {
+        fits: |key| key.fp8 && (key.two_level || two_groups(key)),
+        tiling: TWO_FP8,
+        reason: "two groups leave registers for masks and tiles' own sums",
+    },
+    Row {
+        fits: |key| key.fp8 && key.padded_dim == 128,
+        tiling: WarpgroupTiling { stages: 6, ..THREE_FP8 },
+        reason: "900; 849 by two groups with tiles of 128 keys",
+    },
+    Row {
+        fits: |key| key.fp8,
+        tiling: WarpgroupTiling { stages: 8, ..THREE_FP8 },
+        reason: "546; 455 by two groups with tiles of 128 keys",
+    },
+    Row {
+        fits: |key| key.integer && key.padded_dim == 256,
+        tiling: TWO,
+        reason: "998; 981 with queries in shared memory",
+    },
+    Row {
+        fits: |key| !key.integer && key.padded_dim == 256,
+        tiling: WarpgroupTiling { queries_in_registers: false, stages: 2, ..TWO },
+        reason: "566; queries would fill the registers",
+    },
+    Row { fits: two_groups, tiling: TWO, reason: "two groups leave registers for masks" },
+    Row {
+        fits: |key| key.integer && key.padded_dim == 128,
+        tiling: WarpgroupTiling { stages: 6, ..THREE },
+        reason: "820; 755 by two groups with tiles of 128 keys",
+    },
+    Row {
+        fits: |key| key.integer,
+        tiling: WarpgroupTiling { stages: 6, ..THREE },
+        reason: "532 on an H200, 487 of 2 x 16 heads; 532 and 468 with tiles of 128 keys",
+    },
+    Row {
+        fits: |key| key.padded_dim == 64,
+        tiling: THREE,
+        reason: "517; 469 by two groups with tiles of 128 keys",
+    },
+    Row {
+        fits: |_| true,
+        tiling: WarpgroupTiling { queries_in_registers: false, ..THREE },
+        reason: "718; 704 by two groups with tiles of 128 keys",
+    },
+];
+
+/// Barriers, maxima, and the gaps that alignment leaves, in bytes of shared memory.
+const SMALL_ARRAYS: usize = 3 << 10;
+
+/// The tile shape for a kernel: the table's, in as much shared memory as the GPU has.
+pub(super) fn tuned(machine: &Machine, key: &Key) -> Tuned {
+    let row = key.row(ROWS);
+    let stages = row.tiling.stages.min(most_stages(machine, &row.tiling, key));
+    Tuned { tiling: Tiling::Warpgroups(WarpgroupTiling { stages, ..row.tiling }), reason: row.reason }
+}
+
+/// Most stages that a block has shared memory for.
+pub(super) fn most_stages(machine: &Machine, tiling: &WarpgroupTiling, key: &Key) -> usize {
+    let rows = if tiling.queries_in_registers { 0 } else { 64 * tiling.groups };
+    let ones = match (tiling.sums_by_mma, key.fp8) {
+        (false, _) => 0,
+        (true, true) => 16,
+        (true, false) => 128,
+    };
+    let stage = key.tile_bytes(tiling.tile_keys) + ones * tiling.tile_keys;
+    machine.shared_bytes.saturating_sub(SMALL_ARRAYS + key.queries_bytes(rows)) / stage
+}
