@@ -15,7 +15,7 @@ pub struct OperandTile<'k> {
     words: Words<'k>,
 }
 
-/// Where the lane's words are, four of each strip, of each step.
+/// Where the lane's words are: four for each step of each strip.
 #[derive(Clone, Debug)]
 enum Words<'k> {
     Registers(Vec<[Val<'k, u32>; 4]>),
@@ -24,7 +24,8 @@ enum Words<'k> {
 }
 
 impl<'k> OperandTile<'k> {
-    /// Of rows whose neighbouring elements `pack` puts into words: of each row slot, the lane's word of every 16 bytes.
+    /// The operand of rows whose neighbouring elements `pack` puts into words: `rows` has what becomes the lane's word
+    /// of every 16 bytes.
     #[track_caller]
     pub fn of_rows<R>(rows: &Rows<Vec<R>>, pack: impl Fn(usize, &R) -> Val<'k, u32>) -> Self {
         let (strips, steps) = (rows.slots() / 2, rows.iter().next().map_or(0, |row| row.len() / 2));
@@ -101,13 +102,13 @@ impl<'k> OperandTile<'k> {
 /// The operand A of one strip in variables: what products in flight may still read while the next one's is computed.
 #[derive(Clone, Debug)]
 pub struct OperandVars<'k, E> {
-    /// Of each step.
+    /// The words of each step's fragment.
     words: Vec<[Var<'k, u32>; 4]>,
     element: crate::code::Phantom<E>,
 }
 
 impl<'k, E: RoundedElement> OperandVars<'k, E> {
-    /// As deep as `columns` of sums, without values as yet.
+    /// An operand as deep as `columns` of sums, without values as yet.
     pub fn new(code: &'k Code, columns: usize) -> Self {
         let words = (0..columns / E::DEPTH).map(|_| std::array::from_fn(|_| Var::new(code))).collect();
         OperandVars { words, element: std::marker::PhantomData }

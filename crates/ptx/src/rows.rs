@@ -23,12 +23,12 @@ pub fn lane_column(lane: Val<'_, i32>) -> Val<'_, i32> {
     2 * (lane & 3)
 }
 
-/// One of something for each row slot of a lane.
+/// A value for each row slot of a lane.
 #[derive(Clone, Debug)]
 pub struct Rows<V>(Vec<V>);
 
 impl<V> Rows<V> {
-    /// `of_slot` of each of `slots` row slots.
+    /// The values that `of_slot` gives each of `slots` row slots.
     pub fn from_fn(slots: usize, of_slot: impl FnMut(usize) -> V) -> Self {
         (0..slots).map(of_slot).collect()
     }
@@ -38,29 +38,29 @@ impl<V> Rows<V> {
         self.0.len()
     }
 
-    /// Those of all slots, in order.
+    /// The values of all slots, in order.
     pub fn iter(&self) -> std::slice::Iter<'_, V> {
         self.0.iter()
     }
 
-    /// Those of all slots, to be changed.
+    /// The values of all slots, to be changed.
     pub fn iter_mut(&mut self) -> std::slice::IterMut<'_, V> {
         self.0.iter_mut()
     }
 
-    /// `of_row` of each.
+    /// What `of_row` makes of each value.
     pub fn map<U>(&self, of_row: impl FnMut(&V) -> U) -> Rows<U> {
         self.iter().map(of_row).collect()
     }
 
-    /// Pairs of both.
+    /// The pairs of values of the same slot.
     pub fn zip<'a, U>(&'a self, other: &'a Rows<U>) -> impl Iterator<Item = (&'a V, &'a U)> {
         self.iter().zip(other)
     }
 }
 
 impl<V: Copy> Rows<V> {
-    /// Those of strip `strip` of 16 rows, which are two.
+    /// The two values of strip `strip` of 16 rows.
     pub fn strip(&self, strip: usize) -> Self {
         self.iter().copied().skip(2 * strip).take(2).collect()
     }

@@ -24,7 +24,8 @@ const NO_COLUMNS: &str = "a row is reduced, but has no columns";
 /// `Tile<Val<T>>`.
 #[derive(Clone, Debug)]
 pub struct Tile<V> {
-    /// Of each strip, of each block, of each row slot, `row_registers`: two elements, or a pair in one register.
+    /// Strip by strip, block by block, row slot by row slot: each slot has `row_registers`, which are two elements, or
+    /// one pair of them in one register.
     registers: Vec<V>,
     row_registers: usize,
     blocks: usize,

@@ -5,6 +5,7 @@ use crate::fragment::{FragmentA, MmaAccumulator, MmaElement};
 use crate::isa::{Matrix, Wgmma};
 use crate::pointer::Shared;
 use crate::program::Operand;
+use crate::tile::Tile;
 use crate::value::{Use, Val, Var};
 
 /// A matrix in shared memory in panels: rows of `row_bytes` (64 or 128), whose 16-byte chunks are exchanged as the
@@ -97,6 +98,34 @@ pub fn warpgroup_product<'k, E: MmaElement, T: MmaAccumulator>(
     src.push(add.value(code).in_register_operand());
     let dst: Vec<_> = sums.iter().map(|var| var.register()).collect();
     code.emit(Matrix::Wgmma(op), &dst, &src);
+}
+
+impl<'k, T: MmaAccumulator> Tile<Var<'k, T>> {
+    /// Starts `self (+)= a · b` by a warpgroup, whose product is `steps` of 32 bytes deep; without `add` the first
+    /// step's takes the place of what the tile held. Neither the tile nor A may be touched before
+    /// [`Tile::wait_products`].
+    #[track_caller]
+    pub fn start_product<E: MmaElement>(
+        &self,
+        code: &'k Code,
+        steps: usize,
+        a: impl Fn(usize) -> WarpgroupA<'k, E>,
+        b: impl Fn(usize) -> MatrixDescriptor<'k>,
+        b_transposed: bool,
+        add: bool,
+    ) {
+        code.fence_products();
+        for step in 0..steps {
+            warpgroup_product(self.registers(), a(step), b(step), b_transposed, add || step > 0);
+        }
+        code.commit_products();
+    }
+
+    /// Waits until at most `pending` of the latest products are in flight: not this tile's, which may be touched then.
+    #[track_caller]
+    pub fn wait_products(&self, code: &'k Code, pending: u32) {
+        code.wait_products(pending, self.registers());
+    }
 }
 
 impl Code {

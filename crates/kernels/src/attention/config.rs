@@ -1,21 +1,21 @@
 //! What an attention kernel is specialised for, and what a launch passes to it.
 
 use sage_core::{Accumulator, DType, IntQuantizer};
+use sage_ptx::{Code, Val};
 
 use crate::params::kernel_params;
 use crate::rotation::rotated_dim;
 use crate::sequence::Lengths;
 use crate::tiling::{Engine, Tiling};
-use sage_ptx::{Code, Val};
 
 /// Threads of a warpgroup.
 pub(super) const WARPGROUP: u32 = 128;
 
-/// The named barrier of the threads that compute.
-const COMPUTING_BARRIER: i32 = 1;
+/// The named barrier where all consumers meet.
+const CONSUMERS_BARRIER: i32 = 1;
 
-/// The named barrier of the first warpgroup's threads; the others' follow.
-const GROUP_BARRIER: i32 = 2;
+/// The named barrier where the threads of the first consumer meet; the other consumers' follow.
+const CONSUMER_BARRIER: i32 = 2;
 
 /// Everything that is known when a kernel is built.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -48,7 +48,7 @@ pub struct AttentionConfig {
     pub lengths: Lengths,
     /// Whether rows of Q, K, V and the output start at multiples of 16 bytes and are whole such chunks.
     pub aligned: bool,
-    /// Whether each block computes a part of the keys, to be combined afterwards.
+    /// Whether each block computes a part of the keys, to be combined afterwards (split-KV).
     pub split: bool,
     /// Which tiles of keys are multiplied.
     pub tiles: TileSource,
@@ -123,12 +123,12 @@ impl AttentionConfig {
         self.tiling.block_q()
     }
 
-    /// Threads of a block that compute.
+    /// Threads of a block that compute: with warpgroups its consumers'.
     pub fn threads(&self) -> u32 {
         self.tiling.warps() as u32 * 32
     }
 
-    /// Threads of a block: those that compute, and the warpgroup of the one that copies.
+    /// Threads of a block: those that compute, and with warpgroups the producer's.
     pub fn block_threads(&self) -> u32 {
         match self.tiling.engine() {
             Engine::Warps => self.threads(),
@@ -140,21 +140,21 @@ impl AttentionConfig {
     pub(super) fn barrier(&self, code: &Code) {
         match self.tiling.engine() {
             Engine::Warps => code.barrier(),
-            Engine::Warpgroups => code.named_barrier(COMPUTING_BARRIER, self.threads()),
+            Engine::Warpgroups => code.named_barrier(CONSUMERS_BARRIER, self.threads()),
         }
     }
 
-    /// Waits for the threads that compute of the warp's warpgroup, or where there are none for the block's.
+    /// Waits for the threads of the warp's consumer, or without warpgroups for the block's.
     pub(super) fn group_barrier<'k>(&self, code: &'k Code, warp: Val<'k, i32>) {
         match self.tiling.engine() {
             Engine::Warps => code.barrier(),
-            Engine::Warpgroups => code.named_barrier((warp >> 2) + GROUP_BARRIER, WARPGROUP),
+            Engine::Warpgroups => code.named_barrier((warp >> 2) + CONSUMER_BARRIER, WARPGROUP),
         }
     }
 
     /// Whether P is summed by products with ones beside V, which leaves the other units to the exponentials: where
     /// asked for, and heads fill their panels, and products and tiles have room for 8 columns more.
-    pub(super) fn sums_by_ones(&self) -> bool {
+    pub(super) fn sums_by_mma(&self) -> bool {
         let tiling = &self.tiling;
         let room = self.head_dim == self.padded_dim() && self.head_dim <= 128 && tiling.tile_keys() == 64;
         tiling.sums_by_mma() && room

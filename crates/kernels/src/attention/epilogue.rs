@@ -53,7 +53,7 @@ impl<'k, 'a> Epilogue<'k, 'a> {
             self.for_each_pair(output, rows, |slot, column, pair| self.store_partial(slot, column, pair));
             return;
         }
-        // Of each row, pairs of channels packed in a word.
+        // Each row's pairs of channels, packed in words.
         let mut words = rows.map(|_| Vec::new());
         self.for_each_pair(output, rows, |slot, _, [low, high]| {
             words[slot].push(low.pack::<H>(high).reinterpret::<u32>());

@@ -84,18 +84,19 @@ pub(super) enum KeyTiles<'k> {
     Band {
         /// Tiles that the block loads.
         loaded: Span<'k>,
-        /// Of these, those that the group computes.
+        /// The tiles among them that the group computes.
         own: Span<'k>,
-        /// Of these, those that every row of the group sees wholly.
+        /// The tiles among those that every row of the group sees wholly.
         inner: Span<'k>,
     },
-    /// A part of a list's, which all groups compute.
+    /// A list's, or a part of them: all groups compute them.
     List { entries: Global<'k, u32>, positions: Span<'k> },
 }
 
-/// A tile on the way through a loop.
+/// A tile as a loop meets it.
 #[derive(Clone, Copy)]
 pub(super) struct KeyTile<'k> {
+    /// Its place in the order in which tiles are loaded and computed.
     pub position: Val<'k, i32>,
     /// Which of the sequence's tiles it is.
     pub index: Val<'k, i32>,
@@ -106,9 +107,9 @@ pub(super) struct KeyTile<'k> {
 #[derive(Clone, Copy)]
 enum Cut<'k> {
     Known(bool),
-    /// Where the tile is none of these.
+    /// It is cut unless it is one of these.
     Outside(Span<'k>),
-    /// Where its entry in the list says so.
+    /// Its entry in the list says whether.
     Entry(Val<'k, u32>),
 }
 
@@ -127,7 +128,7 @@ impl<'k> KeyTile<'k> {
 }
 
 impl<'k> KeyTiles<'k> {
-    /// Those of the rows from `first_row` on that a band lets them see, or part `split` of these.
+    /// The tiles that a band lets a block's rows from `first_row` on see, or part `split` of them.
     pub fn of_band(
         config: &AttentionConfig,
         p: &AttentionParams<'k>,
@@ -161,7 +162,7 @@ impl<'k> KeyTiles<'k> {
         }
     }
 
-    /// Those of a list, or part `split` of these.
+    /// The tiles of a list, or part `split` of them.
     pub fn of_list(
         config: &AttentionConfig,
         p: &AttentionParams<'k>,
@@ -218,8 +219,8 @@ impl<'k> KeyTiles<'k> {
         }
     }
 
-    /// Calls `pass` with each tile that the block loads for other groups behind this one's.
-    pub fn for_each_behind(&self, code: &'k Code, pass: impl FnOnce(Val<'k, i32>)) {
+    /// Calls `pass` with each tile that the block loads for other groups after this one's.
+    pub fn for_each_after(&self, code: &'k Code, pass: impl FnOnce(Val<'k, i32>)) {
         if let KeyTiles::Band { loaded, own, .. } = self {
             code.range(own.end, loaded.end, pass);
         }

@@ -13,11 +13,14 @@
 
 mod band;
 mod config;
+mod consumer;
+mod copied_tiles;
 mod cp_async_ring;
 mod epilogue;
 mod kernel;
 mod key_tiles;
 mod output;
+mod output_in_flight;
 mod pipeline;
 mod place;
 mod queries;

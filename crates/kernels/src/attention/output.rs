@@ -32,7 +32,7 @@ impl<'k, 'c> Output<'k, 'c> {
         Output { code, config, sums }
     }
 
-    /// That of sums that are added to elsewhere.
+    /// An output whose sums are complete.
     pub fn of_sums(code: &'k Code, config: &'c AttentionConfig, sums: Tile<Var<'k, f32>>) -> Self {
         Output { code, config, sums: Sums::Single(sums) }
     }

@@ -43,7 +43,7 @@ impl<'k> Cursor<'k> {
 /// The barriers of a pipeline's stages.
 #[derive(Clone, Copy)]
 pub(super) struct Pipeline<'k> {
-    /// Of each stage whether it is full, then of each whether it is empty.
+    /// A barrier for each stage that tells when it is full, then one for each that tells when it is empty.
     barriers: Mbarriers<'k>,
     stages: usize,
 }

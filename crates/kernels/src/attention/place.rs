@@ -45,8 +45,8 @@ pub(super) struct Piece<'k> {
 }
 
 impl<'k> Place<'k> {
-    /// Of the block, in the grid of [`AttentionConfig::pieces`]. The longest rows of a causal mask come first, so that
-    /// the last blocks to start are short.
+    /// The place of the block in the grid of [`AttentionConfig::pieces`]. The longest rows of a causal mask come first,
+    /// so that the last blocks to start are short.
     pub fn of_block(
         code: &'k Code,
         config: &AttentionConfig,
@@ -61,7 +61,7 @@ impl<'k> Place<'k> {
         Place::new(config, p, lists, thread, piece, || p.all_heads / heads)
     }
 
-    /// Of a piece of work, for a thread's warp and lane. `sequences` are those of all parts of the keys.
+    /// The place of a piece of work, for a thread's warp and lane. `sequences` counts those of all parts of the keys.
     pub fn new(
         config: &AttentionConfig,
         p: &AttentionParams<'k>,

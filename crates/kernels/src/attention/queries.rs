@@ -30,7 +30,7 @@ enum Operand<'k> {
     Panels(PanelMatrix<'k>),
 }
 
-/// Of each row, of each register of the operand, its channels: as packed in words, or one by one.
+/// The channels of each register of each row's operand: packed in words, or one by one.
 type Registers<'k, T> = Rows<Vec<Vec<Val<'k, T>>>>;
 
 /// How many 32-byte steps the depth of Q·Kᵀ takes.

@@ -41,7 +41,7 @@ impl<'k> ScoreTile<'k> {
 
     /// Integers times a scale for each of the lane's keys, and the rows' own: plain floats in base 2.
     pub fn scaled_by_key(self, scales: &[Val<'k, f32>]) -> Self {
-        // Of every eight keys the lane has two.
+        // The lane has two of every eight keys.
         let of_key = |key: usize| scales[key / 8 * 2 + key % 2];
         self.values
             .update(|slot, key, value| (value - ROUNDING_MAGIC) * nonzero(of_key(key) * self.factor[slot]));

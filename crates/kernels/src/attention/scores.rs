@@ -105,7 +105,7 @@ impl<'k> Scoring<'k, '_> {
         sums.reinterpret()
     }
 
-    /// With smooth-Q's correction, cap and explicit mask.
+    /// Applies smooth-Q's correction, cap and explicit mask.
     fn finish(&self, mut scores: ScoreTile<'k>) -> ScoreTile<'k> {
         let (config, p, place) = (self.config, &self.params, &self.place);
         if config.smooth_q.is_some() || config.softcap || config.mask != MaskForm::None {

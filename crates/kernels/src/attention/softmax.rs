@@ -42,7 +42,7 @@ impl<'k> Softmax<'k> {
         let strips = config.tiling.rows_per_warp() / 16;
         let fp8 = matches!(config.values, Values::Fp8(_));
         let lazy = config.tiling.lazy_rescale() as f32;
-        let product_sums = if config.sums_by_ones() {
+        let product_sums = if config.sums_by_mma() {
             ProductSums::InFlight(Tile::filled(code, strips, 1, 0.0))
         } else if fp8 || config.tiling.engine() == Engine::Warpgroups {
             ProductSums::None

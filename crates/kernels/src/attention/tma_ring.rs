@@ -20,7 +20,7 @@ struct Form {
     row_bytes: usize,
     panels: usize,
     /// Whether ones stand behind the panels: columns of the product with P that are P's sums.
-    ones: bool,
+    has_ones: bool,
     source: BoxSource,
 }
 
@@ -49,7 +49,7 @@ impl Form {
                     rows,
                     row_bytes,
                     panels: padded / row_bytes,
-                    ones: false,
+                    has_ones: false,
                     source: BoxSource::Rows,
                 }
             }
@@ -64,18 +64,18 @@ impl Form {
                 rows: padded,
                 row_bytes: KEY_TILE,
                 panels: keys / KEY_TILE,
-                ones: false,
+                has_ones: false,
                 source: BoxSource::Transposed,
             },
             (_, ValueSource::Workspace) => Form::halves(padded, keys, BoxSource::Rows),
             (_, ValueSource::Given) => Form::halves(padded, keys, BoxSource::Given),
         };
-        Form { ones: config.sums_by_ones(), ..form }
+        Form { has_ones: config.sums_by_mma(), ..form }
     }
 
     fn halves(padded: usize, rows: usize, source: BoxSource) -> Form {
         let panels = 2 * padded / PANEL_BYTES;
-        Form { element_bytes: 2, rows, row_bytes: PANEL_BYTES, panels, ones: false, source }
+        Form { element_bytes: 2, rows, row_bytes: PANEL_BYTES, panels, has_ones: false, source }
     }
 
     fn panel_bytes(&self) -> usize {
@@ -89,7 +89,7 @@ impl Form {
     /// Bytes of the ones: eight columns, as one more panel or, of transposed tiles, as further rows. Stages remain
     /// multiples of what descriptors ask for.
     fn ones_bytes(&self) -> usize {
-        match (self.ones, self.source) {
+        match (self.has_ones, self.source) {
             (false, _) => 0,
             (true, BoxSource::Transposed) => 1024,
             (true, _) => self.panel_bytes(),
@@ -135,7 +135,7 @@ pub fn boxed_tensors(
         let (shape, strides) = match form.source {
             BoxSource::Given => {
                 let (shape, [batch, head, row]) = given[i];
-                // Of a dimension of one element the stride means nothing, but must be a valid one.
+                // The stride of a dimension of one element means nothing, but must be a valid one.
                 let stride = |stride: i64, size: u64| if size > 1 { stride as u64 * bytes } else { 16 };
                 let strides = [stride(row, shape[1]), stride(head, shape[2]), stride(batch, shape[3])];
                 (shape, strides)
@@ -211,7 +211,7 @@ impl<'k, 'c> TmaRing<'k, 'c> {
     /// The ones beside V, which no copy touches.
     fn write_ones(&self) {
         let (code, form) = (self.code, self.values.form);
-        if !form.ones {
+        if !form.has_ones {
             return;
         }
         let word = match self.config.values {

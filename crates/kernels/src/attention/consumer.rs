@@ -1,0 +1,271 @@
+//! A consumer: a warpgroup's part of attention on `wgmma`.
+//!
+//! While it computes the softmax of a tile, its product of the tile before with V is in flight; the tensor cores also
+//! serve the other consumers meanwhile. That product reads its P from registers: a tile's exponentials are rounded into
+//! them once it is done, which it long is by then.
+
+use sage_ptx::{
+    Code, Half, MmaAccumulator, MmaElement, OperandVars, PanelMatrix, RoundedElement, Stored, Tile, Val, Var,
+};
+
+use super::config::{AttentionConfig, AttentionParams, Scores, ValueSource};
+use super::epilogue::Epilogue;
+use super::key_tiles::{KeyTile, Span};
+use super::output_in_flight::OutputInFlight;
+use super::pipeline::Cursor;
+use super::place::Place;
+use super::queries::{Queries, depth_steps};
+use super::scores::{KeyScales, Scoring};
+use super::softmax::Softmax;
+use super::tma_ring::TmaRing;
+use crate::integer::ROUNDING_MAGIC_BITS;
+use crate::sequence::{KEY_TILE, Lengths};
+
+/// Where a warpgroup stands in the ring.
+pub(super) struct Cursors<'k> {
+    /// The tile of K whose scores are started next, from one piece of work to the next.
+    next: Cursor<'k>,
+    /// The tile whose softmax is computed.
+    own: Cursor<'k>,
+    /// The tile before it.
+    done: Cursor<'k>,
+}
+
+impl<'k> Cursors<'k> {
+    pub fn new(code: &'k Code, config: &AttentionConfig) -> Self {
+        let cursor = |name| Cursor::new(code, config.tiling.stages(), name);
+        Cursors { next: cursor("next"), own: cursor("own"), done: cursor("done") }
+    }
+
+    /// The next tile's scores are there.
+    fn advance(&self) {
+        self.done.set(&self.own);
+        self.own.set(&self.next);
+        self.next.advance();
+    }
+}
+
+/// What a consumer's thread holds. `E` is the element of P and V.
+pub(super) struct Consumer<'k, 'c, 'r, E> {
+    code: &'k Code,
+    config: &'c AttentionConfig,
+    ring: &'r TmaRing<'k, 'c>,
+    scoring: Scoring<'k, 'c>,
+    key_scales: KeyScales<'k>,
+    /// Scales of the next tile's keys, for each 64 of them.
+    scales: Vec<Vec<Var<'k, f32>>>,
+    softmax: Softmax<'k>,
+    output: OutputInFlight<'k, 'c>,
+    /// Scores of a tile.
+    scores: Tile<Var<'k, f32>>,
+    /// P of a tile.
+    probabilities: OperandVars<'k, E>,
+    cursors: &'r Cursors<'k>,
+}
+
+impl<'k, 'c, 'r, E: RoundedElement> Consumer<'k, 'c, 'r, E> {
+    pub fn new<H: Half + Stored<Value = H>>(
+        code: &'k Code,
+        config: &'c AttentionConfig,
+        p: &AttentionParams<'k>,
+        place: Place<'k>,
+        ring: &'r TmaRing<'k, 'c>,
+        cursors: &'r Cursors<'k>,
+    ) -> Self {
+        let queries = Queries::load::<H>(code, config, p, &place);
+        let key_scales = KeyScales::new(config, p, &place);
+        let tile_keys = config.tiling.tile_keys();
+        let output = OutputInFlight::new(code, config);
+        let softmax = Softmax::new(code, config);
+        let output = output.beside(softmax.sums_in_flight());
+        Consumer {
+            code,
+            config,
+            ring,
+            scoring: Scoring { code, config, params: *p, place, queries },
+            softmax,
+            output,
+            scales: (0..tile_keys / KEY_TILE)
+                .map(|_| (0..key_scales.count()).map(|_| Var::new(code)).collect())
+                .collect(),
+            key_scales,
+            scores: Tile::new(code, 1, tile_keys / 8),
+            probabilities: OperandVars::new(code, tile_keys),
+            cursors,
+        }
+    }
+
+    /// The whole of a piece of work.
+    pub fn compute<H: Half + MmaElement + Stored<Value = H>>(&self, p: &AttentionParams<'k>) {
+        self.tiles::<H>();
+        let Scoring { place, queries, .. } = &self.scoring;
+        let (output, sums) = (self.output.finish(), self.softmax.finish());
+        Epilogue::new(self.code, self.config, p, place).store::<H>(&output, &sums, &queries.taken, None);
+    }
+
+    fn tiles<H: Half + MmaElement>(&self) {
+        let (k, place) = (self.code, &self.scoring.place);
+        let tiles = &place.key_tiles;
+        let Span { start, end } = tiles.own();
+        let last = end - 1;
+        tiles.for_each_before(k, |tile| self.pass(tile));
+        k.when(start.le(last), || {
+            self.load_scales(tiles.at(start).index);
+            self.output.clear_parts();
+            self.start_scores::<H>();
+            self.take_scores(0);
+            k.range(start, last, |position| self.tile::<H>(&tiles.at(position), true));
+            self.tile::<H>(&tiles.at(last), false);
+            self.output.drain();
+            self.ring.values.release(place.lane, &self.cursors.own);
+        });
+        tiles.for_each_after(k, |tile| self.pass(tile));
+    }
+
+    /// Lets a tile pass that only other groups' rows see.
+    fn pass(&self, tile: Val<'k, i32>) {
+        let (place, next) = (&self.scoring.place, &self.cursors.next);
+        self.ring.keys.wait(next);
+        self.ring.keys.release(place.lane, next);
+        self.ring.values.wait(next);
+        self.clear_values(tile, next);
+        self.ring.values.release(place.lane, next);
+        next.advance();
+    }
+
+    /// The work of a tile whose scores are there: its softmax, then the start of the next tile's scores, where there is
+    /// one, and of its own product with V, until those scores are there.
+    fn tile<H: Half + MmaElement>(&self, tile: &KeyTile<'k>, has_next: bool) {
+        let (k, place) = (self.code, &self.scoring.place);
+        let p = self.exponentials(tile, has_next);
+        // The tile's values have mostly arrived by now. The loop around the wait keeps the compiler from moving the
+        // exponentials behind the end of the product in flight, which they overlap with.
+        self.ring.values.wait(&self.cursors.own);
+        self.output.drain();
+        let first = place.key_tiles.own().start;
+        k.when(tile.position.gt(first), || self.ring.values.release(place.lane, &self.cursors.done));
+        self.probabilities.set(&p);
+        if has_next {
+            self.start_scores::<H>();
+        }
+        self.start_output(tile.index);
+        if has_next {
+            self.take_scores(1);
+        }
+    }
+
+    /// Waits for the scores of the next tile, after which `later` products were started, and frees its keys.
+    fn take_scores(&self, later: u32) {
+        self.scores.wait_products(self.code, later);
+        self.ring.keys.release(self.scoring.place.lane, &self.cursors.next);
+        self.cursors.advance();
+    }
+
+    /// Starts loading the scales of a tile of keys, which must be one of the sequence's, a tile ahead of their use.
+    fn load_scales(&self, tile: Val<'k, i32>) {
+        let parts = (self.config.tiling.tile_keys() / KEY_TILE) as i32;
+        for (part, scales) in self.scales.iter().enumerate() {
+            let index = tile * parts + part as i32;
+            // Only the first of several parts always has keys.
+            let index = if part == 0 {
+                index
+            } else {
+                index.min(self.scoring.place.sequence.kv_len.div_ceil(KEY_TILE) - 1)
+            };
+            scales.iter().zip(self.key_scales.of_tile(index)).for_each(|(var, scale)| var.set(scale));
+        }
+    }
+
+    /// Starts the products of the queries with the next tile of keys.
+    fn start_scores<H: Half + MmaElement>(&self) {
+        self.code.note("scores: q * k^T");
+        if self.config.scores != Scores::Full {
+            // Products of integers are added to the bits of a float, so that sums are floats at once.
+            self.scores.reinterpret::<i32>().fill(ROUNDING_MAGIC_BITS);
+        }
+        self.ring.keys.wait(&self.cursors.next);
+        let keys = self.ring.keys.matrix(&self.cursors.next);
+        match self.config.scores {
+            Scores::Full => self.multiply_queries::<H, f32>(&keys, false),
+            Scores::Int(_) => self.multiply_queries::<i8, i32>(&keys, true),
+        }
+    }
+
+    fn multiply_queries<Q: MmaElement, T: MmaAccumulator>(&self, keys: &PanelMatrix<'k>, add: bool) {
+        self.scores.reinterpret::<T>().start_product(
+            self.code,
+            depth_steps(self.config),
+            |step| self.scoring.queries.warpgroup_operand::<Q>(step),
+            |step| keys.depth_in_columns(0, 32 * step),
+            false,
+            add,
+        );
+    }
+
+    /// The exponentials of a tile's scores, while the product of the tile before is in flight.
+    fn exponentials(&self, tile: &KeyTile<'k>, has_next: bool) -> Tile<Val<'k, f32>> {
+        let (k, place) = (self.code, &self.scoring.place);
+        let parts = self.config.tiling.tile_keys() / KEY_TILE;
+        let scales: Vec<Vec<_>> =
+            self.scales.iter().map(|scales| scales.iter().map(|scale| scale.get()).collect()).collect();
+        if has_next {
+            self.load_scales(place.key_tiles.at(tile.position + 1).index);
+        }
+        let of_part = |(part, scales): (usize, &Vec<_>)| {
+            let first_key = (tile.index * parts as i32 + part as i32) * KEY_TILE as i32;
+            let blocks = KEY_TILE / 8;
+            let scores = self.scores.columns(blocks * part..blocks * (part + 1));
+            self.scoring.scaled(scores, first_key, 0, scales)
+        };
+        let tiles: Vec<_> = scales.iter().enumerate().map(of_part).collect();
+        k.when(tile.is_cut(), || tiles.iter().for_each(|scores| scores.hide(place)));
+        let p = self.softmax.advance(k, &tiles, |alphas| {
+            self.output.drain();
+            // They are in, and shall not count a second time.
+            self.output.clear_parts();
+            self.output.mul_rows(alphas);
+        });
+        let p = p.iter().map(|p| p.exponentials()).reduce(|tile, part| tile.beside(&part));
+        p.expect("a tile has keys")
+    }
+
+    /// Starts the product of P, which is that of tile `tile`, with its values, which have arrived.
+    fn start_output(&self, tile: Val<'k, i32>) {
+        self.code.note("output: p * v");
+        let values = self.ring.values.matrix(&self.cursors.own);
+        self.clear_values(tile, &self.cursors.own);
+        self.output.start_product(&self.probabilities, &values);
+    }
+
+    /// Clears what no query sees in a tile of V as given, whether a mask hides it or it lies behind the end of the
+    /// sequence: all groups meet there.
+    fn clear_values(&self, tile: Val<'k, i32>, cursor: &Cursor<'k>) {
+        let (k, config, place) = (self.code, self.config, &self.scoring.place);
+        let tile_keys = config.tiling.tile_keys() as i32;
+        if config.value_source != ValueSource::Given {
+            return;
+        }
+        if let Some(seen) = place.seen {
+            let parts = tile_keys / KEY_TILE as i32;
+            let first = tile * parts;
+            // Only the first of several parts always has keys, and words.
+            let words = |part: i32| {
+                let last = place.sequence.kv_len.div_ceil(KEY_TILE) - 1;
+                seen.tile(if part == 0 { first } else { (first + part).min(last) })
+            };
+            let all = (0..parts).map(|part| words(part).all_visible());
+            let all = all.reduce(|a, b| a & b).unwrap_or(k.constant(true));
+            k.when(!all, || {
+                let hides = |row: Val<'k, i32>| {
+                    let key = tile * tile_keys + row;
+                    let there = key.lt(place.sequence.kv_len);
+                    !(there & seen.is_visible(there.select(key, 0)))
+                };
+                self.ring.clear_values(hides, cursor);
+            });
+        } else if config.lengths != Lengths::Dense {
+            let rows = place.sequence.kv_len - tile * tile_keys;
+            k.when(rows.lt(tile_keys), || self.ring.clear_values(|row| row.ge(rows), cursor));
+        }
+    }
+}

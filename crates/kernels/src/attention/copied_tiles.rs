@@ -1,0 +1,307 @@
+//! An operand's tiles, which the threads of a block copy with `cp.async`: where the chunks of a tile come from and go
+//! to.
+
+use sage_ptx::{CHUNK_BYTES, ChunkAddress, Code, FragmentSource, Global, Shared, SharedTile, Val, Var};
+
+use super::config::AttentionConfig;
+use super::key_tiles::KeyTiles;
+use super::place::Place;
+use crate::preprocess::SeenKeys;
+
+/// One operand's tiles: their stages, and where this thread's part of the next one comes from.
+pub(super) struct CopiedTiles<'k> {
+    pub stages: SharedTile<'k>,
+    /// Where the lane's fragments of the first stage lie.
+    pub fragments: FragmentSource<'k>,
+    /// Rows of a tile, and 16-byte chunks of a row that hold channels.
+    pub rows: usize,
+    pub chunks: usize,
+    source: Source<'k>,
+    /// Set for values as given where a mask hides keys: rows that no query sees become zeros, as they may hold anything
+    /// and products with zeros must be zeros.
+    pub seen: Option<SeenKeys<'k>>,
+}
+
+enum Source<'k> {
+    /// Tiles one after the other, laid out as in shared memory but for the swizzle. What is known is the thread's first
+    /// chunk of a tile: of the next, or of the sequence's first. (In 32 bits, which registers are short of, chunks
+    /// count 32 GiB.)
+    Workspace { base: Global<'k, u8>, chunk: Known<Var<'k, i32>, Val<'k, i32>> },
+    /// Rows of the caller's tensor, `stride` bytes from each other, where each thread keeps to one chunk of its rows.
+    Rows { stride: Val<'k, i64>, rows: Known<NextRows<'k>, AllRows<'k>> },
+    /// Rows of the caller's tensor that are not whole chunks, or whose chunks do not divide the threads.
+    Irregular(AllRows<'k>),
+}
+
+/// What is kept in registers of where tiles lie.
+enum Known<N, A> {
+    /// Where the next tile lies: a band's tiles are loaded one after the other, so that an addition a tile keeps it.
+    OfNext(N),
+    /// What the place of any tile is computed from.
+    OfAll(A),
+}
+
+/// The thread's rows of the next tile.
+#[derive(Clone, Copy)]
+struct NextRows<'k> {
+    /// Its chunk in the first of them.
+    chunk: Var<'k, u64>,
+    /// Valid rows from that one on.
+    remaining: Var<'k, i32>,
+}
+
+/// All rows of a sequence.
+#[derive(Clone, Copy)]
+struct AllRows<'k> {
+    base: Global<'k, u16>,
+    /// Elements from row to row.
+    stride: Val<'k, i64>,
+    len: Val<'k, i32>,
+}
+
+/// The shape of a tile, before its source is known.
+#[derive(Clone, Copy)]
+pub(super) struct TileShape<'k> {
+    pub stages: SharedTile<'k>,
+    pub rows: usize,
+    pub chunks: usize,
+    /// Whether rows are the depth of the product, or its columns.
+    pub depth_in_rows: bool,
+}
+
+impl<'k> CopiedTiles<'k> {
+    /// Bytes from the first stage to another.
+    pub fn offset(&self, stage: Val<'k, i32>) -> Val<'k, i32> {
+        stage * (self.rows * self.stages.row_bytes()) as i32
+    }
+
+    /// Starts copying a tile into a stage.
+    pub fn copy(&self, code: &'k Code, config: &AttentionConfig, tile: Val<'k, i32>, stage: Val<'k, i32>) {
+        let rounds = Rounds::new(code, config, self, self.stages.at_byte(self.offset(stage)));
+        match &self.source {
+            Source::Workspace { base, chunk } => self.copy_workspace(&rounds, *base, chunk, tile),
+            Source::Rows { stride, rows } => self.copy_rows(&rounds, *stride, rows, tile),
+            Source::Irregular(rows) => self.copy_irregular(config, &rounds, rows, tile),
+        }
+    }
+
+    fn copy_workspace(
+        &self,
+        rounds: &Rounds<'k>,
+        base: Global<'k, u8>,
+        chunk: &Known<Var<'k, i32>, Val<'k, i32>>,
+        tile: Val<'k, i32>,
+    ) {
+        let first = match chunk {
+            Known::OfNext(chunk) => chunk.get(),
+            Known::OfAll(first) => tile * rounds.total as i32 + *first,
+        };
+        let from = base.at(first.mul_wide(CHUNK_BYTES as i32));
+        for round in 0..rounds.count() {
+            let from = from.plus((round * rounds.threads * CHUNK_BYTES) as i32);
+            rounds.when_there(round, || rounds.target(round).copy_async(from, 16, 16));
+        }
+        if let Known::OfNext(chunk) = chunk {
+            chunk.set(chunk.get() + rounds.total as i32);
+        }
+    }
+
+    fn copy_rows(
+        &self,
+        rounds: &Rounds<'k>,
+        stride: Val<'k, i64>,
+        rows: &Known<NextRows<'k>, AllRows<'k>>,
+        tile: Val<'k, i32>,
+    ) {
+        let round_rows = rounds.rows();
+        let (remaining, round_bytes, mut from) = match rows {
+            Known::OfNext(next) => {
+                let remaining = next.remaining.get();
+                (remaining, stride * i64::from(round_rows), next.chunk.get())
+            }
+            Known::OfAll(all) => {
+                let key = tile * self.rows as i32 + rounds.first_row;
+                let chunk = all.base.at(key.widen() * all.stride).at(rounds.first_chunk * 8);
+                (all.len - key, stride * i64::from(round_rows), chunk.address())
+            }
+        };
+        // Words of a mask are all asked for before the first of them is waited for.
+        let visible = self.seen.map(|seen| {
+            let key = tile * self.rows as i32 + rounds.first_row;
+            let of_round = |round: i32| {
+                let there = remaining.gt(round * round_rows);
+                there & seen.is_visible(there.select(key + round * round_rows, 0))
+            };
+            (0..rounds.count() as i32).map(of_round).collect::<Vec<_>>()
+        });
+        for round in 0..rounds.count() {
+            // A copy of no bytes reads nothing, so that its address may lie anywhere.
+            let valid = match &visible {
+                Some(visible) => visible[round],
+                None => remaining.gt(round as i32 * round_rows),
+            };
+            let valid = valid.select(16, 0);
+            rounds.target(round).copy_async(Global::<u8>::at_address(from), 16, valid);
+            from = from + round_bytes.reinterpret::<u64>();
+        }
+        if let Known::OfNext(next) = rows {
+            next.chunk.set(from);
+            next.remaining.set(remaining - self.rows as i32);
+        }
+    }
+
+    fn copy_irregular(
+        &self,
+        config: &AttentionConfig,
+        rounds: &Rounds<'k>,
+        rows: &AllRows<'k>,
+        tile: Val<'k, i32>,
+    ) {
+        for round in 0..rounds.count() {
+            rounds.when_there(round, || {
+                let (row, chunk) = rounds.place(round);
+                let key = tile * self.rows as i32 + row;
+                let there = key.lt(rows.len);
+                let valid = self.seen.map_or(there, |seen| there & seen.is_visible(there.select(key, 0)));
+                let from = rows.base.at(valid.select(key, 0).widen() * rows.stride).at(chunk * 8);
+                if config.aligned {
+                    rounds.target(round).copy_async(from, 16, valid.select(16, 0));
+                } else {
+                    copy_elements(config, from, chunk, valid, rounds.target(round));
+                }
+            });
+        }
+    }
+}
+
+/// How the threads of a block share out the chunks of a tile: each takes every `threads`-th.
+struct Rounds<'k> {
+    code: &'k Code,
+    to: SharedTile<'k>,
+    thread: Val<'k, i32>,
+    threads: usize,
+    /// Chunks of a row, and of the tile.
+    chunks: usize,
+    total: usize,
+    /// Row and chunk of the thread's first.
+    first_row: Val<'k, i32>,
+    first_chunk: Val<'k, i32>,
+    first: ChunkAddress<'k>,
+}
+
+impl<'k> Rounds<'k> {
+    fn new(code: &'k Code, config: &AttentionConfig, tiles: &CopiedTiles<'k>, to: SharedTile<'k>) -> Self {
+        let (threads, thread) = (config.threads() as usize, code.thread());
+        let (chunks, total) = (tiles.chunks, tiles.rows * tiles.chunks);
+        let (first_row, first_chunk) = thread.split_index(chunks);
+        let first = to.chunk(first_row, first_chunk);
+        Rounds { code, to, thread, threads, chunks, total, first_row, first_chunk, first }
+    }
+
+    fn count(&self) -> usize {
+        self.total.div_ceil(self.threads)
+    }
+
+    /// Rows of a round.
+    fn rows(&self) -> i32 {
+        (self.threads / self.chunks) as i32
+    }
+
+    /// Row and chunk of the thread in a round.
+    fn place(&self, round: usize) -> (Val<'k, i32>, Val<'k, i32>) {
+        (self.thread + (round * self.threads) as i32).split_index(self.chunks)
+    }
+
+    /// Where the thread's chunk of a round goes.
+    fn target(&self, round: usize) -> Shared<'k, u8> {
+        // Where a round is a multiple of 8 rows, a thread's chunks are at fixed distances.
+        if self.threads.is_multiple_of(8 * self.chunks) {
+            return self.first.step(round * self.rows() as usize, 0);
+        }
+        let (row, chunk) = self.place(round);
+        self.to.chunk(row, chunk).step(0, 0)
+    }
+
+    /// Executes `start` where the tile has a chunk for the thread in a round.
+    fn when_there(&self, round: usize, start: impl FnOnce()) {
+        if (round + 1) * self.threads <= self.total {
+            start();
+        } else {
+            self.code.when((self.thread + (round * self.threads) as i32).lt(self.total as i32), start);
+        }
+    }
+}
+
+impl<'k> TileShape<'k> {
+    fn from(self, source: Source<'k>) -> CopiedTiles<'k> {
+        let TileShape { stages, rows, chunks, depth_in_rows } = self;
+        let fragments = if depth_in_rows { stages.rows_of_b(0) } else { stages.columns_of_b(0) };
+        CopiedTiles { stages, fragments, rows, chunks, source, seen: None }
+    }
+
+    /// Tiles of the workspace.
+    pub fn of_workspace(self, place: &Place<'k>, base: Global<'k, u8>) -> CopiedTiles<'k> {
+        let code = base.code();
+        let tile_chunks = (self.rows * self.chunks) as i32;
+        let first_chunk = |tile: Val<'k, i32>| tile * tile_chunks + code.thread();
+        let chunk = match place.key_tiles {
+            KeyTiles::Band { own, .. } => {
+                let first = first_chunk(place.first_key_tile + own.start);
+                Known::OfNext(code.var(first).named("workspace_chunk"))
+            }
+            KeyTiles::List { .. } => Known::OfAll(first_chunk(place.first_key_tile)),
+        };
+        self.from(Source::Workspace { base, chunk })
+    }
+
+    /// Rows of the caller's tensor.
+    pub fn of_rows(
+        self,
+        config: &AttentionConfig,
+        place: &Place<'k>,
+        base: Global<'k, u8>,
+        [batch, head, row]: [Val<'k, i64>; 3],
+    ) -> CopiedTiles<'k> {
+        let code = base.code();
+        let start = place.sequence.batch.widen() * batch
+            + place.kv_head.widen() * head
+            + place.sequence.kv_start.widen() * row;
+        let all = AllRows { base: base.cast::<u16>().at(start), stride: row, len: place.sequence.kv_len };
+        let threads = config.threads() as usize;
+        if !config.aligned
+            || !threads.is_multiple_of(self.chunks)
+            || !self.rows.is_multiple_of(threads / self.chunks)
+        {
+            return self.from(Source::Irregular(all));
+        }
+        let KeyTiles::Band { own, .. } = place.key_tiles else {
+            return self.from(Source::Rows { stride: row * 2, rows: Known::OfAll(all) });
+        };
+        let (first_row, first_chunk) = code.thread().split_index(self.chunks);
+        let key = own.start * self.rows as i32 + first_row;
+        let chunk = all.base.at(key.widen() * row).at(first_chunk * 8);
+        let chunk = code.var(chunk.address()).named("row_chunk");
+        let stride = row * 2;
+        let remaining = code.var(all.len - key).named("remaining_rows");
+        self.from(Source::Rows { stride, rows: Known::OfNext(NextRows { chunk, remaining }) })
+    }
+}
+
+/// Copies a chunk's eight elements one by one, zeros beyond the head and where the row is not valid.
+fn copy_elements<'k>(
+    config: &AttentionConfig,
+    from: Global<'k, u16>,
+    chunk: Val<'k, i32>,
+    valid: Val<'k, bool>,
+    target: Shared<'k, u8>,
+) {
+    let element = |i: i32| {
+        let here = valid & (chunk * 8 + i).lt(config.head_dim as i32);
+        // An element that is not there is read from the chunk's start, which is, and dropped.
+        let offset = here.select(i, 0);
+        here.select(from.at(offset).load(), 0u32)
+    };
+    let words: Vec<Val<'k, u32>> =
+        (0..4).map(|word| element(2 * word) | (element(2 * word + 1) << 16)).collect();
+    target.cast::<u32>().store_vector([words[0], words[1], words[2], words[3]]);
+}
