@@ -22,7 +22,7 @@ kernel_params! {
     TileListParams, TileListArgs {
         /// Tiles of each list.
         tile_counts: [i32],
-        /// The lists: indices of tiles of [`tile_keys`](super::Tiling::tile_keys) keys of the sequence, in any order,
+        /// The lists: indices of tiles of [`tile_keys`](crate::Tiling::tile_keys) keys of the sequence, in any order,
         /// none twice, with [`CUT_TILE`] where some row does not see some of the tile's keys.
         tile_lists: [u32],
         /// Entries from one list to the next.

@@ -3,9 +3,9 @@
 
 use sage_ptx::{CHUNK_BYTES, ChunkAddress, Code, FragmentSource, Global, Shared, SharedTile, Val, Var};
 
-use super::config::AttentionConfig;
-use super::key_tiles::KeyTiles;
-use super::place::Place;
+use crate::attention::config::AttentionConfig;
+use crate::attention::key_tiles::KeyTiles;
+use crate::attention::place::Place;
 use crate::preprocess::SeenKeys;
 
 /// One operand's tiles: their stages, and where this thread's part of the next one comes from.

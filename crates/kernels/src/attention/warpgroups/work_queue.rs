@@ -6,10 +6,10 @@
 use sage_ptx::isa::AtomicOp;
 use sage_ptx::{Code, Shared, Val};
 
-use super::config::{AttentionConfig, AttentionParams};
-use super::key_tiles::TileListParams;
 use super::pipeline::{Cursor, Pipeline};
-use super::place::{Piece, Place};
+use crate::attention::config::{AttentionConfig, AttentionParams};
+use crate::attention::key_tiles::TileListParams;
+use crate::attention::place::{Piece, Place};
 
 /// Pieces that are handed over before the first is taken.
 const SLOTS: usize = 2;

@@ -2,14 +2,21 @@
 //! producer, asks TMA for tiles of K and V; the consumers, groups of four warps that share nothing but the tiles,
 //! multiply them.
 
+mod consumer;
+mod output_in_flight;
+mod pipeline;
+mod tma_ring;
+mod work_queue;
+
 use sage_ptx::{Code, Half, MmaElement, RoundedElement, Stored};
 
-use super::config::{AttentionConfig, AttentionParams, WARPGROUP};
-use super::consumer::{Consumer, Cursors};
-use super::key_tiles::TileListParams;
-use super::pipeline::Cursor;
-use super::tma_ring::{TENSOR_MAPS, TmaRing};
-use super::work_queue::WorkQueue;
+use crate::attention::config::{AttentionConfig, AttentionParams, WARPGROUP};
+use crate::attention::key_tiles::TileListParams;
+use consumer::{Consumer, Cursors};
+use pipeline::Cursor;
+use tma_ring::TmaRing;
+pub use tma_ring::{TENSOR_MAPS, boxed_tensors, stage_bytes};
+use work_queue::WorkQueue;
 
 /// Registers of a multiprocessor, and what a thread of the producer's warpgroup needs.
 const REGISTERS: u32 = 64 << 10;

@@ -4,9 +4,9 @@
 use sage_core::{IntBits, IntQuantizer};
 use sage_ptx::{CHUNK_BYTES, Code, FragmentSource, Shared, SharedTile, Val, Var};
 
-use super::config::{AttentionConfig, AttentionParams, Scores, ValueSource, Values};
 use super::copied_tiles::{CopiedTiles, TileShape};
-use super::place::Place;
+use crate::attention::config::{AttentionConfig, AttentionParams, Scores, ValueSource, Values};
+use crate::attention::place::Place;
 
 /// The ring of both operands.
 pub(super) struct CpAsyncRing<'k, 'c> {

@@ -8,16 +8,16 @@ use sage_ptx::{
     Code, Half, MmaAccumulator, MmaElement, OperandVars, PanelMatrix, RoundedElement, Stored, Tile, Val, Var,
 };
 
-use super::config::{AttentionConfig, AttentionParams, Scores, ValueSource};
-use super::epilogue::Epilogue;
-use super::key_tiles::{KeyTile, Span};
 use super::output_in_flight::OutputInFlight;
 use super::pipeline::Cursor;
-use super::place::Place;
-use super::queries::{Queries, depth_steps};
-use super::scores::{KeyScales, Scoring};
-use super::softmax::Softmax;
 use super::tma_ring::TmaRing;
+use crate::attention::config::{AttentionConfig, AttentionParams, Scores, ValueSource};
+use crate::attention::epilogue::Epilogue;
+use crate::attention::key_tiles::{KeyTile, Span};
+use crate::attention::place::Place;
+use crate::attention::queries::{Queries, depth_steps};
+use crate::attention::scores::{KeyScales, Scoring};
+use crate::attention::softmax::Softmax;
 use crate::integer::ROUNDING_MAGIC_BITS;
 use crate::sequence::{KEY_TILE, Lengths};
 

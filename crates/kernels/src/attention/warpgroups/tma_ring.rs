@@ -3,9 +3,9 @@
 
 use sage_ptx::{BoxedTensor, Code, PanelMatrix, Shared, Val};
 
-use super::config::{AttentionConfig, Scores, ValueSource, Values};
 use super::pipeline::{Cursor, Pipeline};
-use super::place::Place;
+use crate::attention::config::{AttentionConfig, Scores, ValueSource, Values};
+use crate::attention::place::Place;
 use crate::sequence::KEY_TILE;
 
 /// Tensor maps that a kernel of warpgroups takes after its other parameters: K's and V's.

@@ -3,8 +3,8 @@
 use sage_core::Accumulator as Precision;
 use sage_ptx::{Code, OperandVars, PanelMatrix, RoundedElement, Rows, Tile, Val, Var, WarpgroupA};
 
-use super::config::{AttentionConfig, Values};
-use super::output::Output;
+use crate::attention::config::{AttentionConfig, Values};
+use crate::attention::output::Output;
 
 /// Sums of the warpgroup's rows over the keys so far.
 pub(super) struct OutputInFlight<'k, 'c> {
@@ -87,6 +87,7 @@ impl<'k, 'c> OutputInFlight<'k, 'c> {
     pub fn drain(&self) {
         self.sums_of_tile().wait_products(self.code, 0);
         let [_, of_parts] = self.columns();
+        // The order of these additions means nothing; it is the one that the kernels were measured with.
         let pairs = of_parts.registers().iter().zip(self.parts.registers());
         pairs.rev().for_each(|(sum, part)| sum.set(sum.get() + part.get()));
     }

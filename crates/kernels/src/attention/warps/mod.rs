@@ -1,0 +1,53 @@
+//! Attention on `mma.sync`: every warp multiplies its own rows with the tiles that the block's threads have copied.
+
+mod copied_tiles;
+mod cp_async_ring;
+
+use sage_ptx::{Code, Half, MmaElement, RoundedElement, Stored};
+
+use crate::attention::config::{AttentionConfig, AttentionParams};
+use crate::attention::epilogue::Epilogue;
+use crate::attention::key_tiles::{KeyTile, TileListParams};
+use crate::attention::output::Output;
+use crate::attention::place::Place;
+use crate::attention::queries::Queries;
+use crate::attention::scores::{KeyScales, Keys, Scoring};
+use crate::attention::softmax::Softmax;
+use cp_async_ring::CpAsyncRing;
+
+/// The kernel's code.
+pub(super) fn write<'k, H, E>(
+    k: &'k Code,
+    config: &AttentionConfig,
+    p: &AttentionParams<'k>,
+    lists: Option<&TileListParams<'k>>,
+) where
+    H: Half + MmaElement + Stored<Value = H>,
+    E: RoundedElement,
+{
+    let place = Place::of_block(k, config, p, lists);
+    k.exit_when(place.empty);
+    let ring = CpAsyncRing::new(k, config, p, &place);
+    ring.start(&place);
+    let queries = Queries::load::<H>(k, config, p, &place);
+    let key_scales = KeyScales::new(config, p, &place);
+    let softmax = Softmax::new(k, config);
+    let output = Output::new(k, config);
+    let scoring = Scoring { code: k, config, params: *p, place, queries };
+
+    place.key_tiles.for_each(k, |tile: KeyTile<'k>| {
+        let (fragments, values) = ring.next(tile.position, &place);
+        let scales = key_scales.of_tile(tile.index);
+        let keys = Keys { index: tile.index, fragments, scales, cut: tile.is_cut() };
+        for step in 0..config.tiling.tile_keys() / config.tiling.step_keys() {
+            let scores = scoring.scores::<H>(&keys, step);
+            for p in softmax.advance(k, &[scores], |alphas| output.mul_rows(alphas)) {
+                output.add::<E>(&p, &values, step);
+            }
+        }
+    });
+
+    let tile = ring.finish();
+    let sums = softmax.finish();
+    Epilogue::new(k, config, p, &place).store::<H>(&output, &sums, &scoring.queries.taken, Some(&tile));
+}
