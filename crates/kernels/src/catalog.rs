@@ -281,10 +281,10 @@ impl List {
 
 #[cfg(test)]
 mod tests {
-    use sage_core::{Granularity, IntBits};
+    use sage_core::Granularity;
 
     use super::*;
-    use crate::attention::{Scores, ValueSource, Values};
+    use crate::operand::{Element, OperandSource, Scales};
 
     fn attention(entries: &[Entry]) -> impl Iterator<Item = &AttentionConfig> {
         entries.iter().filter_map(|entry| entry.kernel().downcast_ref())
@@ -299,24 +299,21 @@ mod tests {
                 assert!(found, "head_dim {dim}: no kernel with {what}");
             };
             use Accumulator::{F16, F16ThenF32, F32, F32ThenF32};
-            for values in [F32, F16, F16ThenF32].map(Values::F16).into_iter().chain([
-                Values::BF16,
-                Values::Fp8(F32),
-                Values::Fp8(F32ThenF32),
-                Values::Fp8(F16ThenF32),
-            ]) {
-                has(&format!("{values:?}"), &|config| config.values == values);
+            let half = [F32, F16, F16ThenF32].map(|sums| (Element::F16, sums));
+            let eight_bits = [F32, F32ThenF32, F16ThenF32].map(|sums| (Element::E4M3, sums));
+            for (element, sums) in half.into_iter().chain([(Element::BF16, F32)]).chain(eight_bits) {
+                has(&format!("{element:?} summed in {}", sums.name()), &|config| {
+                    config.operands.v.element == element && config.operands.sums == sums
+                });
             }
             use Granularity::{PerBlock, PerThread, PerToken, PerWarp};
             for granularity in [PerBlock, PerWarp, PerThread, PerToken] {
-                has(
-                    &format!("{granularity:?}"),
-                    &|config| matches!(config.scores, Scores::Int(quantizer) if quantizer.granularity == granularity),
-                );
+                has(&format!("{granularity:?}"), &|config| {
+                    config.operands.k.scales == Scales::Rows(granularity)
+                });
             }
             has("INT4 and smooth Q", &|config| {
-                matches!(config.scores, Scores::Int(quantizer) if quantizer.bits == IntBits::Four)
-                    && config.smooth_q.is_some()
+                config.operands.k.element == Element::I4 && config.smooth_q.is_some()
             });
             for mask in [DType::F16, DType::BF16, DType::F32]
                 .map(MaskForm::Bias)
@@ -328,9 +325,10 @@ mod tests {
             for lengths in [Lengths::Dense, Lengths::KvLens, Lengths::Packed] {
                 has(&format!("{lengths:?}"), &|config| config.lengths == lengths);
             }
-            has("full scores", &|config| config.scores == Scores::Full);
+            has("full scores", &|config| config.operands.quantizer.is_none());
             has("a converted V", &|config| {
-                config.value_source == ValueSource::Workspace && !matches!(config.values, Values::Fp8(_))
+                let v = config.operands.v;
+                v.source == OperandSource::Workspace && v.element != Element::E4M3
             });
             has("softcap", &|config| config.softcap);
             has("LSE", &|config| config.lse && !config.split);

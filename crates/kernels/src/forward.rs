@@ -12,8 +12,9 @@ mod values;
 
 use sage_core::{DType, Error, MAX_HEADS, Problem, Result, Scheme};
 
-use crate::attention::{MaskForm, Scores};
+use crate::attention::MaskForm;
 use crate::machine::Machine;
+use crate::operand::{OperandSource, Operands};
 use crate::pass::Pass;
 use crate::sequence::Lengths;
 use crate::tuning::Key;
@@ -25,7 +26,6 @@ pub use fallback::nearest_scheme;
 use fallback::{computed, naming_nearest};
 pub use request::Request;
 pub use tensors::Tensors;
-use values::PlannedValues;
 
 /// How a problem is computed on a GPU.
 #[derive(Debug)]
@@ -118,21 +118,22 @@ impl ForwardPlan {
 
 impl Planned {
     fn new(call: ForwardCall, scheme: &Scheme, reasons: &mut Vec<String>) -> Result<Self> {
-        let form = scores::scores(scheme)?;
+        let quantizer = scores::quantizer(scheme)?;
         let smooth_q = scores::smooth_q_rows(scheme, call.problem.q_len)?;
-        let values = PlannedValues::new(&call, scheme)?;
+        let (element, sums) = values::elements_and_sums(&call, scheme)?;
+        let operands = Operands::new(call.problem.dtype, quantizer, element, sums);
         let mut pass = ForwardPass::new();
         if call.request.mask != MaskForm::None {
             masks::see_keys(call, &mut pass);
-            if form != Scores::Full || values.is_prepared() {
+            if [operands.k, operands.v].iter().any(|operand| operand.source == OperandSource::Workspace) {
                 masks::rank_keys(call, &mut pass);
             }
         }
-        if let Scores::Int(quantizer) = form {
+        if let Some(quantizer) = quantizer {
             scores::quantize(call, scheme, quantizer, smooth_q, &mut pass);
         }
-        values.prepare(call, scheme, &mut pass);
-        let attention = PlannedAttention::new(call, scheme, form, smooth_q, &values, reasons);
+        values::prepare(call, scheme, operands.v, &mut pass);
+        let attention = PlannedAttention::new(call, scheme, operands, smooth_q, reasons);
         attention.launch(&mut pass);
         Ok(Planned { pass: pass.finish(), key: attention.key, splits: attention.splits })
     }

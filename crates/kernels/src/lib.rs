@@ -11,6 +11,7 @@ mod grid;
 mod integer;
 mod kernel;
 mod machine;
+mod operand;
 mod params;
 pub mod pass;
 pub mod preprocess;
@@ -22,6 +23,7 @@ pub mod tuning;
 
 pub use kernel::Kernel;
 pub use machine::Machine;
+pub use operand::{Element, Operand, OperandSource, Operands, Scales};
 pub use sequence::{KEY_TILE, Lengths, total_key_tiles};
 pub use tensor::TensorArg;
 pub use tiling::{Engine, Tiling, WarpTiling, WarpgroupTiling};

@@ -1,8 +1,9 @@
 //! What an attention kernel is specialised for, and what a launch passes to it.
 
-use sage_core::{Accumulator, DType, IntQuantizer};
+use sage_core::DType;
 use sage_ptx::{Code, Val};
 
+use crate::operand::Operands;
 use crate::params::kernel_params;
 use crate::rotation::rotated_dim;
 use crate::sequence::Lengths;
@@ -24,12 +25,8 @@ pub struct AttentionConfig {
     pub dtype: DType,
     /// Channels of a head, 1 to 256.
     pub head_dim: usize,
-    /// Operands of Q·Kᵀ.
-    pub scores: Scores,
-    /// Operands of P·V.
-    pub values: Values,
-    /// Where V's 16-bit elements come from, or its E4M3.
-    pub value_source: ValueSource,
+    /// Operands of both products.
+    pub operands: Operands,
     /// Explicit mask.
     pub mask: MaskForm,
     /// Whether scores are capped.
@@ -54,35 +51,6 @@ pub struct AttentionConfig {
     pub tiles: TileSource,
     /// Tile shapes.
     pub tiling: Tiling,
-}
-
-/// Operands of Q·Kᵀ.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Scores {
-    /// As given.
-    Full,
-    /// Integers: K quantised beforehand, Q in the kernel.
-    Int(IntQuantizer),
-}
-
-/// Operands of P·V.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Values {
-    /// Half precision.
-    F16(Accumulator),
-    /// bfloat16; sums in single precision.
-    BF16,
-    /// E4M3, V quantised beforehand.
-    Fp8(Accumulator),
-}
-
-/// Where V comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum ValueSource {
-    /// The caller's tensor.
-    Given,
-    /// Tiles in the workspace: converted to 16 bits, or E4M3.
-    Workspace,
 }
 
 /// Which tiles of keys a block of queries is multiplied with.

@@ -4,12 +4,13 @@ use std::f32::consts::LN_2;
 
 use sage_ptx::{Code, Global, Half, Rows, SLOT_ROWS, SharedTile, Stored, Val, lane_column, lane_row};
 
-use super::config::{AttentionConfig, AttentionParams, MaskForm, Values};
+use super::config::{AttentionConfig, AttentionParams, MaskForm};
 use super::output::Output;
 use super::place::Place;
 use super::score_tile::LEAST_REFERENCE;
 use super::softmax::RowSum;
 use crate::combine::PART;
+use crate::operand::Scales;
 
 /// Where a warp's rows go.
 pub(super) struct Epilogue<'k, 'a> {
@@ -110,7 +111,8 @@ impl<'k, 'a> Epilogue<'k, 'a> {
             pointer.at(first).plus(column as i32).load_vector::<2>()
         };
         for column in (0..Output::blocks(config)).map(|block| 8 * block) {
-            let scale = matches!(config.values, Values::Fp8(_)).then(|| of_channels(p.v_scale, column));
+            let scale =
+                (config.operands.v.scales == Scales::Channels).then(|| of_channels(p.v_scale, column));
             let mean = config.smooth_v.then(|| of_channels(p.v_mean, column));
             for (slot, row) in rows.iter().enumerate() {
                 let value = |i: usize| {

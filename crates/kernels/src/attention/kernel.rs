@@ -4,15 +4,16 @@ use sage_core::{Accumulator, Granularity, IntBits};
 use sage_ptx::{Program, Target};
 
 use super::attention;
-use super::config::{AttentionConfig, MaskForm, Scores, TileSource, ValueSource, Values};
+use super::config::{AttentionConfig, MaskForm, TileSource};
 use crate::kernel::Kernel;
+use crate::operand::{Element, OperandSource};
 use crate::tiling::Engine;
 
 impl Kernel for AttentionConfig {
     fn name(&self) -> String {
-        let scores = match self.scores {
-            Scores::Full => "full".to_owned(),
-            Scores::Int(quantizer) => {
+        let scores = match self.operands.quantizer {
+            None => "full".to_owned(),
+            Some(quantizer) => {
                 let bits = match quantizer.bits {
                     IntBits::Eight => "int8",
                     IntBits::Four => "int4",
@@ -33,10 +34,10 @@ impl Kernel for AttentionConfig {
             }
         };
         let accumulator = |accumulator: Accumulator| accumulator.name().replace('+', "_");
-        let values = match self.values {
-            Values::F16(a) => format!("f16_{}", accumulator(a)),
-            Values::BF16 => "bf16".to_owned(),
-            Values::Fp8(a) => format!("fp8_{}", accumulator(a)),
+        let values = match self.operands.v.element {
+            Element::BF16 => "bf16".to_owned(),
+            Element::E4M3 => format!("fp8_{}", accumulator(self.operands.sums)),
+            _ => format!("f16_{}", accumulator(self.operands.sums)),
         };
         let mut name = format!("attention_{}_{scores}_{values}_d{}", self.dtype, self.head_dim);
         if self.mask != MaskForm::None {
@@ -48,7 +49,7 @@ impl Kernel for AttentionConfig {
             (self.smooth_k, "_sk"),
             (self.smooth_v, "_sv"),
             (self.rotate, "_rot"),
-            (self.value_source == ValueSource::Workspace, "_vws"),
+            (self.operands.v.source == OperandSource::Workspace, "_vws"),
             (!self.aligned, "_unaligned"),
             (self.split, "_split"),
             (self.tiles == TileSource::List, "_list"),
@@ -65,17 +66,18 @@ impl Kernel for AttentionConfig {
     }
 
     fn description(&self) -> String {
-        let scores = match self.scores {
-            Scores::Full => "full QK".to_owned(),
-            Scores::Int(quantizer) => {
+        let scores = match self.operands.quantizer {
+            None => "full QK".to_owned(),
+            Some(quantizer) => {
                 format!("{} QK {}", quantizer.bits.name(), quantizer.granularity.name())
             }
         };
-        let values = match self.values {
-            Values::F16(accumulator) => format!("FP16 PV ({})", accumulator.name()),
-            Values::BF16 => "BF16 PV (f32)".to_owned(),
-            Values::Fp8(accumulator) => format!("FP8 PV ({})", accumulator.name()),
+        let format = match self.operands.v.element {
+            Element::BF16 => "BF16",
+            Element::E4M3 => "FP8",
+            _ => "FP16",
         };
+        let values = format!("{format} PV ({})", self.operands.sums.name());
         let mut text = format!("attention: {scores}, {values}; {}, head_dim {}", self.dtype, self.head_dim);
         match self.mask {
             MaskForm::None => {}
@@ -99,9 +101,9 @@ impl Kernel for AttentionConfig {
     }
 
     fn oldest_target(&self) -> Target {
-        match (self.tiling.engine(), self.values) {
+        match (self.tiling.engine(), self.operands.v.element) {
             (Engine::Warpgroups, _) => Target::SM_90A,
-            (Engine::Warps, Values::Fp8(_)) => Target::SM_89,
+            (Engine::Warps, Element::E4M3) => Target::SM_89,
             (Engine::Warps, _) => Target::SM_80,
         }
     }

@@ -33,12 +33,11 @@ use sage_core::DType;
 use sage_ptx::{E4M3, Half, MmaElement, Program, RoundedElement, Stored, kernel};
 
 use crate::kernel::Kernel;
+use crate::operand::Element;
 use crate::tiling::Engine;
 
 use config::AttentionParams;
-pub use config::{
-    AttentionArgs, AttentionConfig, MaskForm, Scores, TileSource, ValueSource, Values, padded_dim,
-};
+pub use config::{AttentionArgs, AttentionConfig, MaskForm, TileSource, padded_dim};
 pub(crate) use epilogue::least_lse;
 use key_tiles::TileListParams;
 pub use key_tiles::{CUT_TILE, TileListArgs};
@@ -46,13 +45,13 @@ pub use warpgroups::{TENSOR_MAPS, boxed_tensors, stage_bytes};
 
 /// The attention kernel of a configuration.
 fn attention(config: &AttentionConfig) -> Program {
-    match (config.dtype, config.values) {
-        (DType::BF16, Values::F16(_)) => write::<bf16, f16>(config),
-        (DType::BF16, Values::BF16) => write::<bf16, bf16>(config),
-        (DType::BF16, Values::Fp8(_)) => write::<bf16, E4M3>(config),
-        (_, Values::F16(_)) => write::<f16, f16>(config),
-        (_, Values::BF16) => write::<f16, bf16>(config),
-        (_, Values::Fp8(_)) => write::<f16, E4M3>(config),
+    match (config.dtype, config.operands.v.element) {
+        (DType::BF16, Element::BF16) => write::<bf16, bf16>(config),
+        (DType::BF16, Element::E4M3) => write::<bf16, E4M3>(config),
+        (DType::BF16, _) => write::<bf16, f16>(config),
+        (_, Element::BF16) => write::<f16, bf16>(config),
+        (_, Element::E4M3) => write::<f16, E4M3>(config),
+        (_, _) => write::<f16, f16>(config),
     }
 }
 

@@ -7,7 +7,7 @@ use sage_ptx::{
     MmaElement, RoundedElement, Rows, Tile, Val, Var,
 };
 
-use super::config::{AttentionConfig, Values};
+use super::config::AttentionConfig;
 use super::softmax::Probabilities;
 
 /// Sums of P·V over the keys so far: rows are queries, columns channels.
@@ -25,8 +25,8 @@ enum Sums<'k> {
 impl<'k, 'c> Output<'k, 'c> {
     pub fn new(code: &'k Code, config: &'c AttentionConfig) -> Self {
         let (strips, blocks) = (config.tiling.rows_per_warp() / 16, Output::blocks(config));
-        let sums = match config.values {
-            Values::F16(Precision::F16) => Sums::Half(Tile::filled(code, strips, blocks, F16x2::ZERO)),
+        let sums = match config.operands.sums {
+            Precision::F16 => Sums::Half(Tile::filled(code, strips, blocks, F16x2::ZERO)),
             _ => Sums::Single(Tile::filled(code, strips, blocks, 0.0)),
         };
         Output { code, config, sums }
@@ -65,15 +65,11 @@ impl<'k, 'c> Output<'k, 'c> {
         step: usize,
     ) {
         self.code.note("output: exp2(scores) * v");
-        let precision = match self.config.values {
-            Values::Fp8(precision) | Values::F16(precision) => precision,
-            Values::BF16 => Precision::F32,
-        };
         let steps = self.config.tiling.step_keys() / E::DEPTH;
         let first = step * steps;
         let p = |step: usize| p.operand::<E>(step);
         let v = |step: usize, pair: usize| values.b_pair::<E>(16 * pair, 32 * (first + step));
-        match (&self.sums, precision) {
+        match (&self.sums, self.config.operands.sums) {
             // Each step's exponentials stand directly before the products that need them, so that they can overlap with
             // the products of the step before.
             (Sums::Half(sums), _) => sums.add_product(steps, p, v),

@@ -1,12 +1,12 @@
 //! A warp's query rows: read, smoothed, quantised, and kept as the operand of Q·Kᵀ.
 
-use sage_core::{Granularity, IntBits, IntQuantizer};
+use sage_core::{Granularity, IntQuantizer};
 use sage_ptx::{
     Code, FragmentA, Global, Half, MmaElement, OperandTile, PanelMatrix, Rows, Stored, Val, WarpgroupA,
     lane_row,
 };
 
-use super::config::{AttentionConfig, AttentionParams, Scores};
+use super::config::{AttentionConfig, AttentionParams};
 use super::place::Place;
 use super::score_tile::nonzero;
 use crate::integer::{Step, magnitude_bits};
@@ -40,11 +40,7 @@ pub(super) fn depth_steps(config: &AttentionConfig) -> usize {
 
 /// Elements of a 32-bit register of the operands of Q·Kᵀ.
 pub(super) fn elements_per_word(config: &AttentionConfig) -> usize {
-    match config.scores {
-        Scores::Full => 2,
-        Scores::Int(IntQuantizer { bits: IntBits::Eight, .. }) => 4,
-        Scores::Int(IntQuantizer { bits: IntBits::Four, .. }) => 8,
-    }
+    config.operands.q.element.per_register()
 }
 
 impl<'k> Queries<'k> {
@@ -71,13 +67,13 @@ impl<'k> Queries<'k> {
         if config.rotate {
             loader.rotate(&mut rows);
         }
-        let (words, scale) = match config.scores {
-            Scores::Full => {
+        let (words, scale) = match config.operands.quantizer {
+            None => {
                 let words = OperandTile::of_rows(&loaded, |_, words| words[0]);
                 let scale = p.sm_scale * std::f32::consts::LOG2_E;
                 (words, loaded.map(|_| scale))
             }
-            Scores::Int(quantizer) => loader.quantize::<H>(&quantizer, &loaded, rows),
+            Some(quantizer) => loader.quantize::<H>(&quantizer, &loaded, rows),
         };
         Queries { operand: loader.keep(words), scale, taken }
     }

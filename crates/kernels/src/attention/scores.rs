@@ -1,16 +1,17 @@
 //! Q·Kᵀ of a tile, and what comes between it and the softmax: scales, caps, biases, masks.
 
 use half::{bf16, f16};
-use sage_core::{DType, Granularity, IntBits, IntQuantizer, ZeroGroup};
+use sage_core::{DType, Granularity, ZeroGroup};
 use sage_ptx::{
     Code, FragmentSource, Global, Half, MmaAccumulator, MmaElement, S4, Tile, Val, Var, lane_column,
 };
 
-use super::config::{AttentionConfig, AttentionParams, MaskForm, Scores};
+use super::config::{AttentionConfig, AttentionParams, MaskForm};
 use super::place::Place;
 use super::queries::{Queries, depth_steps};
 use super::score_tile::{ScoreTile, nonzero};
 use crate::integer::ROUNDING_MAGIC_BITS;
+use crate::operand::Element;
 use crate::preprocess::groups_of_tile;
 use crate::sequence::KEY_TILE;
 
@@ -42,14 +43,10 @@ impl<'k> Scoring<'k, '_> {
         let (tile_keys, step_keys) = (config.tiling.tile_keys(), config.tiling.step_keys());
         let first_column = step * step_keys;
         // Sums of integers start at a float's bits, and so end as the float of their value plus a constant.
-        let values = match config.scores {
-            Scores::Full => self.product::<H, f32>(&keys.fragments, first_column, 0.0),
-            Scores::Int(IntQuantizer { bits: IntBits::Eight, .. }) => {
-                self.product::<i8, i32>(&keys.fragments, first_column, ROUNDING_MAGIC_BITS)
-            }
-            Scores::Int(IntQuantizer { bits: IntBits::Four, .. }) => {
-                self.product::<S4, i32>(&keys.fragments, first_column, ROUNDING_MAGIC_BITS)
-            }
+        let values = match config.operands.k.element {
+            Element::I8 => self.product::<i8, i32>(&keys.fragments, first_column, ROUNDING_MAGIC_BITS),
+            Element::I4 => self.product::<S4, i32>(&keys.fragments, first_column, ROUNDING_MAGIC_BITS),
+            _ => self.product::<H, f32>(&keys.fragments, first_column, 0.0),
         };
         let first_key = keys.index * tile_keys as i32 + first_column as i32;
         let scores = self.scaled(values, first_key, first_column, &keys.scales);
@@ -69,14 +66,14 @@ impl<'k> Scoring<'k, '_> {
         let rows = &self.queries.scale;
         let lane_keys = 2 * values.blocks();
         let tile = ScoreTile { first_key, values, factor: rows.clone(), biased: true };
-        let product = match self.config.scores {
-            Scores::Full => ScoreTile { biased: false, ..tile },
-            Scores::Int(quantizer) if quantizer.granularity == Granularity::PerToken => {
+        let product = match self.config.operands.quantizer {
+            None => ScoreTile { biased: false, ..tile },
+            Some(quantizer) if quantizer.granularity == Granularity::PerToken => {
                 let first = first_column / 4;
                 tile.scaled_by_key(&key_scales[first..first + lane_keys])
             }
             // Without a scale for each row, all rows of a lane have the same.
-            Scores::Int(quantizer) => {
+            Some(quantizer) => {
                 let factor = rows[0] * key_scales[0];
                 // Only this quantiser's scales can be zero: see `Queries::scale`.
                 let factor = if quantizer.zero_group == ZeroGroup::Guard { nonzero(factor) } else { factor };
@@ -138,9 +135,9 @@ pub(super) struct KeyScales<'k> {
 
 impl<'k> KeyScales<'k> {
     pub fn new(config: &AttentionConfig, p: &AttentionParams<'k>, place: &Place<'k>) -> Self {
-        let first = match config.scores {
-            Scores::Full => None,
-            Scores::Int(quantizer) => {
+        let first = match config.operands.quantizer {
+            None => None,
+            Some(quantizer) => {
                 let granularity = quantizer.granularity;
                 let lane = match granularity {
                     Granularity::PerToken => lane_column(place.lane),

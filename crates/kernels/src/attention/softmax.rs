@@ -4,9 +4,10 @@ use std::ops::Range;
 
 use sage_ptx::{Code, FragmentA, RoundedElement, Rows, Tile, Val, Var};
 
-use super::config::{AttentionConfig, Values};
+use super::config::AttentionConfig;
 use super::score_tile::ScoreTile;
 use crate::integer::{ROUNDING_MAGIC, ROUNDING_MAGIC_BITS};
+use crate::operand::Element;
 use crate::tiling::Engine;
 
 /// Base-2 exponent added to scores so that P fills E4M3's range; a little below log₂ 448 (spec §2.5).
@@ -40,7 +41,7 @@ pub(super) struct Softmax<'k> {
 impl<'k> Softmax<'k> {
     pub fn new(code: &'k Code, config: &AttentionConfig) -> Self {
         let strips = config.tiling.rows_per_warp() / 16;
-        let fp8 = matches!(config.values, Values::Fp8(_));
+        let fp8 = config.operands.p.element == Element::E4M3;
         let lazy = config.tiling.lazy_rescale() as f32;
         let product_sums = if config.sums_by_mma() {
             ProductSums::InFlight(Tile::filled(code, strips, 1, 0.0))

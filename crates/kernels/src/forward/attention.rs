@@ -1,17 +1,16 @@
 //! The attention kernel itself, and what merges the parts of split keys.
 
-use sage_core::{Accumulator, Granularity, IntBits, IntQuantizer, Scheme};
+use sage_core::{Accumulator, Granularity, IntQuantizer, Scheme};
 
 use super::call::{ForwardCall, ForwardPass, slot};
 use super::choice::FEW_QUERIES;
 use super::tensors::Tensors;
-use super::values::PlannedValues;
 use crate::attention::{
-    AttentionArgs, AttentionConfig, MaskForm, Scores, TileSource, ValueSource, Values, boxed_tensors,
-    padded_dim, stage_bytes,
+    AttentionArgs, AttentionConfig, MaskForm, TileSource, boxed_tensors, padded_dim, stage_bytes,
 };
 use crate::combine::{CombineArgs, CombineConfig, PART};
 use crate::grid::grid;
+use crate::operand::{Element, Operand, OperandSource, Operands};
 use crate::pass::{Addresses, Slot};
 use crate::sequence::{KEY_TILE, Lengths};
 use crate::tiling::Engine;
@@ -36,13 +35,12 @@ impl PlannedAttention {
     pub fn new(
         call: ForwardCall,
         scheme: &Scheme,
-        scores: Scores,
+        operands: Operands,
         smooth_q: Option<usize>,
-        values: &PlannedValues,
         reasons: &mut Vec<String>,
     ) -> Self {
         let (problem, request) = (&call.problem, &call.request);
-        let key = key(&call, &scores, smooth_q, values);
+        let key = key(&call, &operands, smooth_q);
         let tuned = match request.tiling {
             Some(tiling) => Tuned { tiling, reason: "as asked for, or as `sageattn tune` measured" },
             None => tiling(&call.machine, &key),
@@ -50,9 +48,7 @@ impl PlannedAttention {
         let mut config = AttentionConfig {
             dtype: problem.dtype,
             head_dim: problem.head_dim,
-            scores,
-            values: values.values,
-            value_source: values.source(),
+            operands,
             mask: request.mask,
             softcap: problem.logit_softcap.is_some(),
             lse: request.lse,
@@ -202,12 +198,14 @@ impl AttentionSlots {
         let (problem, request, t) = (&call.problem, &call.request, at.tensors);
         let [window_left, window_right] = call.window();
         let [seen_stride_sequence, seen_stride_head] = call.seen_strides(t);
-        let quantised = matches!(config.scores, Scores::Int(_));
-        let workspace_v = config.value_source == ValueSource::Workspace;
+        let address = |operand: Operand, slot: Slot, given: u64| match operand.source {
+            OperandSource::Workspace => at.of(slot),
+            OperandSource::Given | OperandSource::Registers => given,
+        };
         AttentionArgs {
             q: t.q.address,
-            k: if quantised { at.of(self.k) } else { t.k.address },
-            v: if workspace_v { at.of(self.v) } else { t.v.address },
+            k: address(config.operands.k, self.k, t.k.address),
+            v: address(config.operands.v, self.v, t.v.address),
             out: t.out.address,
             lse: if config.split { at.of(self.partial_sums) } else { t.lse },
             partial: at.of(self.partial),
@@ -259,64 +257,52 @@ impl AttentionSlots {
 }
 
 /// What the tile shape is chosen for.
-fn key(call: &ForwardCall, scores: &Scores, smooth_q: Option<usize>, values: &PlannedValues) -> Key {
-    let granularity = match scores {
-        Scores::Int(quantizer) => Some(quantizer.granularity),
-        Scores::Full => None,
-    };
+fn key(call: &ForwardCall, operands: &Operands, smooth_q: Option<usize>) -> Key {
+    let granularity = operands.quantizer.map(|quantizer| quantizer.granularity);
     Key {
         integer: granularity.is_some(),
-        fp8: values.is_fp8(),
-        two_level: matches!(
-            values.values,
-            Values::F16(Accumulator::F16ThenF32)
-                | Values::Fp8(Accumulator::F16ThenF32 | Accumulator::F32ThenF32)
-        ),
+        fp8: operands.v.element == Element::E4M3,
+        two_level: operands.sums_tiles_first(),
         padded_dim: padded_dim(call.problem.head_dim),
         plain: call.request.mask != MaskForm::None
             || call.problem.logit_softcap.is_some()
             || smooth_q.is_some()
             || granularity == Some(Granularity::PerToken),
         unaligned: !call.request.aligned,
-        max_rows_per_warp: max_rows_per_warp(scores),
-        warpgroups: suits_warpgroups(call, scores, values),
+        max_rows_per_warp: max_rows_per_warp(operands),
+        warpgroups: suits_warpgroups(call, operands),
         per_block: granularity == Some(Granularity::PerBlock),
         few_rows: call.problem.q_len <= 128,
     }
 }
 
 /// Most query rows of a warp: the groups of smaller warps would be mixed in one lane.
-fn max_rows_per_warp(scores: &Scores) -> usize {
-    match scores {
-        Scores::Int(IntQuantizer {
-            granularity: Granularity::PerWarp | Granularity::PerThread,
-            tile,
-            ..
-        }) => tile.warp_q,
+fn max_rows_per_warp(operands: &Operands) -> usize {
+    match operands.quantizer {
+        Some(IntQuantizer { granularity: Granularity::PerWarp | Granularity::PerThread, tile, .. }) => {
+            tile.warp_q
+        }
         _ => 32,
     }
 }
 
 /// Whether there is a kernel of warpgroups for such operands, and work for it: it takes 128 query rows and more at
 /// once, and keys.
-fn suits_warpgroups(call: &ForwardCall, scores: &Scores, values: &PlannedValues) -> bool {
+fn suits_warpgroups(call: &ForwardCall, operands: &Operands) -> bool {
     let (problem, request) = (&call.problem, &call.request);
     // Tiles of the workspace always have a map, wherever they came from.
-    let in_workspace = *scores != Scores::Full && values.source() == ValueSource::Workspace;
+    let in_workspace = [operands.k, operands.v].iter().all(|o| o.source == OperandSource::Workspace);
     let mapped = if in_workspace { request.aligned } else { request.has_tensor_map };
-    let scores = match scores {
-        Scores::Full => true,
-        Scores::Int(quantizer) => quantizer.bits == IntBits::Eight,
-    };
-    let values = match values.values {
-        Values::F16(Accumulator::F32) | Values::BF16 | Values::Fp8(Accumulator::F32) => true,
+    let multiplied = operands.k.element != Element::I4;
+    let summed = match (operands.v.element, operands.sums) {
+        (_, Accumulator::F32) => true,
         // A tile's own sums beside all tiles' would take 256 registers of wider heads: 2.4 KB of spills in the loop.
-        Values::Fp8(Accumulator::F32ThenF32) => problem.head_dim <= 128,
+        (Element::E4M3, Accumulator::F32ThenF32) => problem.head_dim <= 128,
         _ => false,
     };
     // There is no tensor map of nothing, and the other kernels need none to write zeros.
     let work = problem.q_len > FEW_QUERIES && problem.kv_len > 0;
-    call.machine.has_wgmma() && scores && values && mapped && work && counts_pieces(call)
+    call.machine.has_wgmma() && multiplied && summed && mapped && work && counts_pieces(call)
 }
 
 /// Whether a counter of 32 bits holds the pieces of work of all warpgroups, of which the least has 64 query rows:

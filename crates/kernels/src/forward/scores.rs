@@ -3,7 +3,7 @@
 use sage_core::{Error, Granularity, IntQuantizer, Qk, Result, Scheme, SmoothK, SmoothQ};
 
 use super::call::{ForwardCall, ForwardPass, slot};
-use crate::attention::{Scores, padded_dim};
+use crate::attention::padded_dim;
 use crate::pass::Slot;
 use crate::preprocess::{
     ColumnStatistics, DeltaSArgs, DeltaSConfig, InputArgs, KeyMean, QuantizeKArgs, QuantizeKConfig,
@@ -11,13 +11,13 @@ use crate::preprocess::{
 };
 use crate::sequence::{KEY_TILE, Lengths};
 
-/// The form of Q·Kᵀ that kernels have for a scheme.
-pub(super) fn scores(scheme: &Scheme) -> Result<Scores> {
+/// How Q and K become integers; none where they are multiplied as given.
+pub(super) fn quantizer(scheme: &Scheme) -> Result<Option<IntQuantizer>> {
     match scheme.qk {
         Qk::Int(quantizer) if quantizer.granularity == Granularity::PerTensor => {
             Err(Error::unsupported("scales per tensor", "on a GPU scales are per block or finer"))
         }
-        Qk::Int(quantizer) => Ok(Scores::Int(quantizer)),
+        Qk::Int(quantizer) => Ok(Some(quantizer)),
         Qk::Nvfp4 => Err(Error::unsupported("scheme with NVFP4 scores", "no GPU kernel computes it yet")),
         Qk::Full if scheme.smooth.k.is_on() || scheme.smooth.q != SmoothQ::Off => {
             Err(Error::unsupported("smoothing of full-precision scores", "it changes nothing there"))
@@ -25,7 +25,7 @@ pub(super) fn scores(scheme: &Scheme) -> Result<Scores> {
         Qk::Full if scheme.rotate => {
             Err(Error::unsupported("rotation of full-precision scores", "it changes nothing there"))
         }
-        Qk::Full => Ok(Scores::Full),
+        Qk::Full => Ok(None),
     }
 }
 

@@ -3,7 +3,8 @@
 use sage_core::{Accumulator, DType, Error, Pv, Result, ScaleRows, Scheme};
 
 use super::call::{ForwardCall, ForwardPass, slot};
-use crate::attention::{ValueSource, Values, padded_dim};
+use crate::attention::padded_dim;
+use crate::operand::{Element, Operand, OperandSource};
 use crate::pass::Slot;
 use crate::preprocess::{
     ColumnStatistics, ConvertVArgs, ConvertVConfig, QuantizeVArgs, QuantizeVConfig, SampleArgs, SampleConfig,
@@ -11,89 +12,62 @@ use crate::preprocess::{
 };
 use crate::sequence::KEY_TILE;
 
-/// How P·V is computed.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct PlannedValues {
-    /// Its operands.
-    pub values: Values,
-    /// The type that V is converted to first.
-    pub convert: Option<DType>,
+/// Elements of P and V, and how their products are summed.
+pub(super) fn elements_and_sums(call: &ForwardCall, scheme: &Scheme) -> Result<(Element, Accumulator)> {
+    let (element, sums) = match scheme.pv {
+        Pv::F16(Accumulator::F32ThenF32) => {
+            let instead = "use f32: its sums are exact already";
+            return Err(Error::unsupported("FP16 P·V summed in f32+f32", instead));
+        }
+        Pv::F16(accumulator) => (Element::F16, accumulator),
+        Pv::BF16(Accumulator::F32) => (Element::BF16, Accumulator::F32),
+        Pv::BF16(accumulator) => {
+            return Err(Error::value("pv accumulator", accumulator.name(), "f32 for BF16 P·V"));
+        }
+        Pv::Fp8 { .. } if !call.machine.has_fp8() => {
+            return Err(Error::unsupported(
+                format!("FP8 P·V on {}", call.machine.target),
+                "FP8 needs sm_89 or later; use FP16 P·V",
+            ));
+        }
+        Pv::Fp8 { accumulator: Accumulator::F16, .. } => {
+            return Err(Error::unsupported("FP8 P·V summed in f16", "use f16+f32"));
+        }
+        Pv::Fp8 { accumulator, .. } => (Element::E4M3, accumulator),
+        Pv::F32 | Pv::Int8 | Pv::Fixed12 { .. } | Pv::Nvfp4 => {
+            let what = format!("scheme `{scheme}`");
+            return Err(Error::unsupported(what, "no GPU kernel computes its P·V"));
+        }
+    };
+    match scheme.pv {
+        Pv::Fp8 { rows: ScaleRows::Sampled(_), .. } if scheme.smooth.v => Err(Error::unsupported(
+            "smooth V with sampled scales",
+            "V's mean is of all rows, and so are its scales then",
+        )),
+        _ if scheme.smooth.v && element != Element::E4M3 => {
+            Err(Error::unsupported("smooth V with 16-bit P·V", "on a GPU V is smoothed for FP8 only"))
+        }
+        _ => Ok((element, sums)),
+    }
 }
 
-impl PlannedValues {
-    /// The form of P·V that kernels have for a scheme.
-    pub fn new(call: &ForwardCall, scheme: &Scheme) -> Result<Self> {
-        let dtype = call.problem.dtype;
-        let (values, convert) = match scheme.pv {
-            Pv::F16(Accumulator::F32ThenF32) => {
-                let instead = "use f32: its sums are exact already";
-                return Err(Error::unsupported("FP16 P·V summed in f32+f32", instead));
-            }
-            Pv::F16(accumulator) => (Values::F16(accumulator), (dtype == DType::BF16).then_some(DType::F16)),
-            Pv::BF16(Accumulator::F32) => (Values::BF16, (dtype == DType::F16).then_some(DType::BF16)),
-            Pv::BF16(accumulator) => {
-                return Err(Error::value("pv accumulator", accumulator.name(), "f32 for BF16 P·V"));
-            }
-            Pv::Fp8 { .. } if !call.machine.has_fp8() => {
-                return Err(Error::unsupported(
-                    format!("FP8 P·V on {}", call.machine.target),
-                    "FP8 needs sm_89 or later; use FP16 P·V",
-                ));
-            }
-            Pv::Fp8 { accumulator: Accumulator::F16, .. } => {
-                return Err(Error::unsupported("FP8 P·V summed in f16", "use f16+f32"));
-            }
-            Pv::Fp8 { accumulator, .. } => (Values::Fp8(accumulator), None),
-            Pv::F32 | Pv::Int8 | Pv::Fixed12 { .. } | Pv::Nvfp4 => {
-                let what = format!("scheme `{scheme}`");
-                return Err(Error::unsupported(what, "no GPU kernel computes its P·V"));
-            }
-        };
-        let planned = PlannedValues { values, convert };
-        match scheme.pv {
-            Pv::Fp8 { rows: ScaleRows::Sampled(_), .. } if scheme.smooth.v => Err(Error::unsupported(
-                "smooth V with sampled scales",
-                "V's mean is of all rows, and so are its scales then",
-            )),
-            _ if scheme.smooth.v && !planned.is_fp8() => {
-                Err(Error::unsupported("smooth V with 16-bit P·V", "on a GPU V is smoothed for FP8 only"))
-            }
-            _ => Ok(planned),
+/// Adds the launches that write V's tiles, where attention does not read V as given.
+pub(super) fn prepare(call: ForwardCall, scheme: &Scheme, v: Operand, pass: &mut ForwardPass) {
+    let source = call.source();
+    let quantizer = |scales| QuantizeVConfig { source, smooth: scheme.smooth.v, scales };
+    match scheme.pv {
+        Pv::Fp8 { rows: ScaleRows::Sampled(rows), v_max, .. } => {
+            let statistics = ColumnStatistics::Scale;
+            sample(call, SampleConfig { source, rows, statistics }, v_max, pass);
+            quantize_v(call, quantizer(ValueScales::Given), v_max, pass);
+            quantize_v(call, quantizer(ValueScales::CollectedWhereMarked), v_max, pass);
         }
-    }
-
-    /// Whether V is quantised to E4M3.
-    pub fn is_fp8(&self) -> bool {
-        matches!(self.values, Values::Fp8(_))
-    }
-
-    /// Whether attention reads V from the workspace.
-    pub fn is_prepared(&self) -> bool {
-        self.is_fp8() || self.convert.is_some()
-    }
-
-    /// Where the attention kernel reads V.
-    pub fn source(&self) -> ValueSource {
-        if self.is_prepared() { ValueSource::Workspace } else { ValueSource::Given }
-    }
-
-    /// Adds the launches that write V's tiles, where attention does not read V as given.
-    pub fn prepare(&self, call: ForwardCall, scheme: &Scheme, pass: &mut ForwardPass) {
-        let source = call.source();
-        let quantizer = |scales| QuantizeVConfig { source, smooth: scheme.smooth.v, scales };
-        match scheme.pv {
-            Pv::Fp8 { rows: ScaleRows::Sampled(rows), v_max, .. } => {
-                let statistics = ColumnStatistics::Scale;
-                sample(call, SampleConfig { source, rows, statistics }, v_max, pass);
-                quantize_v(call, quantizer(ValueScales::Given), v_max, pass);
-                quantize_v(call, quantizer(ValueScales::CollectedWhereMarked), v_max, pass);
-            }
-            Pv::Fp8 { v_max, .. } => quantize_v(call, quantizer(ValueScales::Collected), v_max, pass),
-            _ => {}
-        }
-        if let Some(to) = self.convert {
+        Pv::Fp8 { v_max, .. } => quantize_v(call, quantizer(ValueScales::Collected), v_max, pass),
+        _ if v.source == OperandSource::Workspace => {
+            let to = if v.element == Element::BF16 { DType::BF16 } else { DType::F16 };
             convert(call, ConvertVConfig { source, to }, pass);
         }
+        _ => {}
     }
 }
 

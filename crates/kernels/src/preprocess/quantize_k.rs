@@ -9,6 +9,7 @@ use super::statistics::{ColumnStatistics, Meeting, Outputs};
 use super::tile_load::{CHUNK, Head, ROWS, RowOrder, Rows, Source, tile_grid};
 use crate::integer::{Step, magnitude_bits};
 use crate::kernel::Kernel;
+use crate::operand::Element;
 use crate::params::kernel_params;
 use crate::rotation::{RowLayout, rotate};
 use crate::sequence::KEY_TILE;
@@ -89,10 +90,7 @@ impl QuantizeKConfig {
     }
 
     const fn row_bytes(&self) -> usize {
-        match self.bits {
-            IntBits::Eight => self.source.padded_dim(),
-            IntBits::Four => self.source.padded_dim() / 2,
-        }
+        self.source.padded_dim() * Element::of_bits(self.bits).bits() / 8
     }
 
     /// Threads of a block.

@@ -11,7 +11,7 @@ use sage_ptx::{
 use super::output_in_flight::OutputInFlight;
 use super::pipeline::Cursor;
 use super::tma_ring::TmaRing;
-use crate::attention::config::{AttentionConfig, AttentionParams, Scores, ValueSource};
+use crate::attention::config::{AttentionConfig, AttentionParams};
 use crate::attention::epilogue::Epilogue;
 use crate::attention::key_tiles::{KeyTile, Span};
 use crate::attention::place::Place;
@@ -19,6 +19,7 @@ use crate::attention::queries::{Queries, depth_steps};
 use crate::attention::scores::{KeyScales, Scoring};
 use crate::attention::softmax::Softmax;
 use crate::integer::ROUNDING_MAGIC_BITS;
+use crate::operand::{Element, OperandSource};
 use crate::sequence::{KEY_TILE, Lengths};
 
 /// Where a warpgroup stands in the ring.
@@ -179,15 +180,15 @@ impl<'k, 'c, 'r, E: RoundedElement> Consumer<'k, 'c, 'r, E> {
     /// Starts the products of the queries with the next tile of keys.
     fn start_scores<H: Half + MmaElement>(&self) {
         self.code.note("scores: q * k^T");
-        if self.config.scores != Scores::Full {
+        if self.config.operands.quantizer.is_some() {
             // Products of integers are added to the bits of a float, so that sums are floats at once.
             self.scores.reinterpret::<i32>().fill(ROUNDING_MAGIC_BITS);
         }
         self.ring.keys.wait(&self.cursors.next);
         let keys = self.ring.keys.matrix(&self.cursors.next);
-        match self.config.scores {
-            Scores::Full => self.multiply_queries::<H, f32>(&keys, false),
-            Scores::Int(_) => self.multiply_queries::<i8, i32>(&keys, true),
+        match self.config.operands.k.element {
+            Element::I8 => self.multiply_queries::<i8, i32>(&keys, true),
+            _ => self.multiply_queries::<H, f32>(&keys, false),
         }
     }
 
@@ -242,7 +243,7 @@ impl<'k, 'c, 'r, E: RoundedElement> Consumer<'k, 'c, 'r, E> {
     fn clear_values(&self, tile: Val<'k, i32>, cursor: &Cursor<'k>) {
         let (k, config, place) = (self.code, self.config, &self.scoring.place);
         let tile_keys = config.tiling.tile_keys() as i32;
-        if config.value_source != ValueSource::Given {
+        if config.operands.v.source != OperandSource::Given {
             return;
         }
         if let Some(seen) = place.seen {

@@ -3,8 +3,9 @@
 use sage_core::Accumulator as Precision;
 use sage_ptx::{Code, OperandVars, PanelMatrix, RoundedElement, Rows, Tile, Val, Var, WarpgroupA};
 
-use crate::attention::config::{AttentionConfig, Values};
+use crate::attention::config::AttentionConfig;
 use crate::attention::output::Output;
+use crate::operand::Element;
 
 /// Sums of the warpgroup's rows over the keys so far.
 pub(super) struct OutputInFlight<'k, 'c> {
@@ -30,9 +31,10 @@ impl<'k, 'c> OutputInFlight<'k, 'c> {
             None => self.sums,
         };
         // E4M3 products lose the low bits of sums as large as P's over many keys.
-        let parts = match self.config.values {
-            Values::Fp8(Precision::F32ThenF32) => sums.blocks(),
-            Values::Fp8(_) => sums.blocks() - outputs,
+        let operands = &self.config.operands;
+        let parts = match (operands.v.element, operands.sums) {
+            (Element::E4M3, Precision::F32ThenF32) => sums.blocks(),
+            (Element::E4M3, _) => sums.blocks() - outputs,
             _ => 0,
         };
         OutputInFlight { sums, parts: Tile::new(self.code, 1, parts), ..self }
@@ -71,8 +73,8 @@ impl<'k, 'c> OutputInFlight<'k, 'c> {
             self.clear_parts();
         }
         let a = |step: usize| WarpgroupA::Registers(p[step]);
-        match self.config.values {
-            Values::Fp8(_) => {
+        match self.config.operands.v.element {
+            Element::E4M3 => {
                 let b = |step: usize| values.depth_in_columns(0, 32 * step);
                 sums.start_product(self.code, p.len(), a, b, false, add);
             }

@@ -4,8 +4,9 @@
 use sage_ptx::{BoxedTensor, Code, PanelMatrix, Shared, Val};
 
 use super::pipeline::{Cursor, Pipeline};
-use crate::attention::config::{AttentionConfig, Scores, ValueSource, Values};
+use crate::attention::config::AttentionConfig;
 use crate::attention::place::Place;
+use crate::operand::{Element, OperandSource};
 use crate::sequence::KEY_TILE;
 
 /// Tensor maps that a kernel of warpgroups takes after its other parameters: K's and V's.
@@ -40,9 +41,10 @@ const PANEL_BYTES: usize = 128;
 impl Form {
     fn of_keys(config: &AttentionConfig) -> Form {
         let (padded, rows) = (config.padded_dim(), config.tiling.tile_keys());
-        match config.scores {
-            Scores::Full => Form::halves(padded, rows, BoxSource::Given),
-            Scores::Int(_) => {
+        let operand = config.operands.k;
+        match operand.source {
+            OperandSource::Given | OperandSource::Registers => Form::halves(padded, rows, BoxSource::Given),
+            OperandSource::Workspace => {
                 let row_bytes = padded.min(PANEL_BYTES);
                 Form {
                     element_bytes: 1,
@@ -58,8 +60,8 @@ impl Form {
 
     fn of_values(config: &AttentionConfig) -> Form {
         let (padded, keys) = (config.padded_dim(), config.tiling.tile_keys());
-        let form = match (config.values, config.value_source) {
-            (Values::Fp8(_), _) => Form {
+        let form = match (config.operands.v.element, config.operands.v.source) {
+            (Element::E4M3, _) => Form {
                 element_bytes: 1,
                 rows: padded,
                 row_bytes: KEY_TILE,
@@ -67,8 +69,10 @@ impl Form {
                 has_ones: false,
                 source: BoxSource::Transposed,
             },
-            (_, ValueSource::Workspace) => Form::halves(padded, keys, BoxSource::Rows),
-            (_, ValueSource::Given) => Form::halves(padded, keys, BoxSource::Given),
+            (_, OperandSource::Workspace) => Form::halves(padded, keys, BoxSource::Rows),
+            (_, OperandSource::Given | OperandSource::Registers) => {
+                Form::halves(padded, keys, BoxSource::Given)
+            }
         };
         Form { has_ones: config.sums_by_mma(), ..form }
     }
@@ -214,10 +218,10 @@ impl<'k, 'c> TmaRing<'k, 'c> {
         if !form.has_ones {
             return;
         }
-        let word = match self.config.values {
-            Values::F16(_) => 0x3c00_3c00u32,
-            Values::BF16 => 0x3f80_3f80,
-            Values::Fp8(_) => 0x3838_3838,
+        let word = match self.config.operands.v.element {
+            Element::BF16 => 0x3f80_3f80u32,
+            Element::E4M3 => 0x3838_3838,
+            _ => 0x3c00_3c00,
         };
         let words = code.constant(word);
         for stage in 0..self.config.tiling.stages() {

@@ -1,12 +1,12 @@
 //! Tiles of K and V on their way through shared memory by `cp.async`: every thread copies a part of each tile, ahead of
 //! its use, into the stages of a ring.
 
-use sage_core::{IntBits, IntQuantizer};
 use sage_ptx::{CHUNK_BYTES, Code, FragmentSource, Shared, SharedTile, Val, Var};
 
 use super::copied_tiles::{CopiedTiles, TileShape};
-use crate::attention::config::{AttentionConfig, AttentionParams, Scores, ValueSource, Values};
+use crate::attention::config::{AttentionConfig, AttentionParams};
 use crate::attention::place::Place;
+use crate::operand::{Element, OperandSource};
 
 /// The ring of both operands.
 pub(super) struct CpAsyncRing<'k, 'c> {
@@ -27,7 +27,8 @@ impl<'k, 'c> CpAsyncRing<'k, 'c> {
         place: &Place<'k>,
     ) -> Self {
         let (padded, tile_keys) = (config.padded_dim(), config.tiling.tile_keys());
-        let (key_bytes, value_bytes) = (key_row_bytes(config), value_tile_bytes(config));
+        let (key_bytes, value_bytes) =
+            (config.operands.k.bytes(padded), config.operands.v.bytes(tile_keys * padded));
         let ring_bytes = config.tiling.stages() * (tile_keys * key_bytes + value_bytes);
         // The output passes through the same memory at the end.
         let shared = code.shared::<u8>("tiles", ring_bytes.max(config.block_q() * 2 * padded));
@@ -40,32 +41,30 @@ impl<'k, 'c> CpAsyncRing<'k, 'c> {
         };
         let used_chunks = config.head_dim.div_ceil(8);
 
-        let keys = match config.scores {
-            Scores::Full => shape(0, key_bytes, tile_keys, used_chunks).of_rows(
-                config,
-                place,
-                p.k,
-                [p.k_stride_batch, p.k_stride_head, p.k_stride_row],
-            ),
-            Scores::Int(_) => {
+        let keys = match config.operands.k.source {
+            OperandSource::Given | OperandSource::Registers => shape(0, key_bytes, tile_keys, used_chunks)
+                .of_rows(config, place, p.k, [p.k_stride_batch, p.k_stride_head, p.k_stride_row]),
+            OperandSource::Workspace => {
                 shape(0, key_bytes, tile_keys, key_bytes / CHUNK_BYTES).of_workspace(place, p.k)
             }
         };
         let rows_of_values =
             |chunks| TileShape { depth_in_rows: true, ..shape(first_value, 2 * padded, tile_keys, chunks) };
-        let mut values = match (config.values, config.value_source) {
-            (Values::Fp8(_), _) => {
+        let mut values = match (config.operands.v.element, config.operands.v.source) {
+            (Element::E4M3, _) => {
                 shape(first_value, tile_keys, padded, tile_keys / CHUNK_BYTES).of_workspace(place, p.v)
             }
-            (_, ValueSource::Workspace) => rows_of_values(2 * padded / CHUNK_BYTES).of_workspace(place, p.v),
-            (_, ValueSource::Given) => rows_of_values(used_chunks).of_rows(
+            (_, OperandSource::Workspace) => {
+                rows_of_values(2 * padded / CHUNK_BYTES).of_workspace(place, p.v)
+            }
+            (_, OperandSource::Given | OperandSource::Registers) => rows_of_values(used_chunks).of_rows(
                 config,
                 place,
                 p.v,
                 [p.v_stride_batch, p.v_stride_head, p.v_stride_row],
             ),
         };
-        if config.value_source == ValueSource::Given {
+        if config.operands.v.source == OperandSource::Given {
             values.seen = place.seen;
         }
         let stage = code.var(0).named("stage");
@@ -142,19 +141,4 @@ impl<'k, 'c> CpAsyncRing<'k, 'c> {
             });
         }
     }
-}
-
-/// Bytes of a key's row in a tile.
-fn key_row_bytes(config: &AttentionConfig) -> usize {
-    match config.scores {
-        Scores::Full => 2 * config.padded_dim(),
-        Scores::Int(IntQuantizer { bits: IntBits::Eight, .. }) => config.padded_dim(),
-        Scores::Int(IntQuantizer { bits: IntBits::Four, .. }) => config.padded_dim() / 2,
-    }
-}
-
-/// Bytes of a tile of V.
-fn value_tile_bytes(config: &AttentionConfig) -> usize {
-    let element = if matches!(config.values, Values::Fp8(_)) { 1 } else { 2 };
-    element * config.tiling.tile_keys() * config.padded_dim()
 }
