@@ -8,12 +8,13 @@ use rand::SeedableRng;
 use rand_distr::{Distribution, StandardNormal};
 use sage_core::metrics::Accuracy;
 use sage_core::{
-    Alignment, Band, BlockMask, Call, DType, Inputs, Layout, Options, Preset, Scheme, Tensor, View, oracle,
+    Alignment, Band, BlockMask, Call, DType, Inputs, Layout, Mask, Options, Preset, Scheme, Tensor, View,
+    oracle,
 };
 use sage_emulator::{Emulator, Failure};
 use sage_kernels::attention::{AttentionArgs, AttentionConfig, CUT_TILE, TileListArgs, TileSource};
 use sage_kernels::forward::{ForwardPlan, Request, Tensors, int8_scheme};
-use sage_kernels::pass::Launcher;
+use sage_kernels::pass::{Launcher, Pass};
 use sage_kernels::{Engine, Kernel, Machine, TensorArg, Tiling, WarpTiling, WarpgroupTiling};
 use sage_ptx::{Arg, BoxedTensor, Program, Target};
 
@@ -35,6 +36,7 @@ struct Case {
     q_len: usize,
     kv_len: usize,
     band: Band,
+    masked: bool,
     multiprocessors: usize,
     listed: Listed,
 }
@@ -50,6 +52,7 @@ impl Default for Case {
             q_len: 150,
             kv_len: 330,
             band: Band::FULL,
+            masked: false,
             multiprocessors: 1,
             listed: |_| true,
         }
@@ -114,38 +117,43 @@ fn random(seed: u64, heads: usize, rows: usize, dim: usize) -> Tensor {
     Tensor::new(values, &[1, heads, rows, dim]).unwrap().to_dtype(DType::F16)
 }
 
+/// Q, K and V, `[1, heads, rows, head_dim]` each, and a mask `[1, q_heads, q_len, kv_len]`.
+struct Data {
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Option<Vec<bool>>,
+}
+
 impl Case {
-    /// Tiles of queries and of keys.
-    fn tiles(&self, config: &AttentionConfig) -> [usize; 2] {
-        [self.q_len.div_ceil(config.block_q()), self.kv_len.div_ceil(config.tiling.tile_keys())]
-    }
-
-    /// The list of a tile of queries, the last tile of keys first.
-    fn list(&self, config: &AttentionConfig, head: usize, q_tile: usize) -> Vec<u32> {
-        let (block_q, tile_keys) = (config.block_q(), config.tiling.tile_keys());
-        let mut rows = q_tile * block_q..((q_tile + 1) * block_q).min(self.q_len);
-        let whole = |tile: usize| {
-            let sees = |row: usize| {
-                let keys = self.band.keys(row, self.q_len, self.kv_len);
-                keys.start <= tile * tile_keys && (tile + 1) * tile_keys <= keys.end
-            };
-            rows.clone().all(sees)
+    fn data(&self) -> Data {
+        let mask = |[head, row, key]: [usize; 3]| {
+            // Some keys are hidden from every query.
+            !key.is_multiple_of(17) && !(head + 3 * row + key).is_multiple_of(5)
         };
-        let [_, tiles] = self.tiles(config);
-        let listed = (0..tiles).rev().filter(|&tile| (self.listed)([head, q_tile, tile]));
-        let entries = listed.map(|tile| tile as u32 | if whole(tile) { 0 } else { CUT_TILE }).collect();
-        assert!(rows.next().is_some(), "a tile of queries has rows");
-        entries
+        let (rows, keys) = (self.q_len, self.kv_len);
+        let scores = 0..self.q_heads * rows * keys;
+        let mask = scores.map(|i| mask([i / (rows * keys), i / keys % rows, i % keys]));
+        Data {
+            q: random(1, self.q_heads, rows, self.head_dim),
+            k: random(2, self.kv_heads, keys, self.head_dim),
+            v: random(3, self.kv_heads, keys, self.head_dim),
+            mask: self.masked.then(|| mask.collect()),
+        }
     }
 
-    /// Runs the case in the emulator and compares it with the oracle. Returns how the kernel was configured.
-    fn check(&self) -> AttentionConfig {
-        let [q, k, v] =
-            [(1, self.q_heads, self.q_len), (2, self.kv_heads, self.kv_len), (3, self.kv_heads, self.kv_len)]
-                .map(|(seed, heads, rows)| random(seed, heads, rows, self.head_dim));
-        let inputs = Inputs::new(q.view(), k.view(), v.view());
-        let options = Options { layout: Layout::Hnd, band: self.band, ..Options::default() };
-        let problem = Call::check(&inputs, &options).unwrap().problem;
+    fn inputs<'a>(&self, data: &'a Data) -> Inputs<'a> {
+        let shape = [1, self.q_heads, self.q_len, self.kv_len];
+        let mask = data.mask.as_ref().map(|mask| Mask::Bool(View::contiguous("mask", mask, &shape).unwrap()));
+        Inputs { mask, ..Inputs::new(data.q.view(), data.k.view(), data.v.view()) }
+    }
+
+    fn options(&self) -> Options {
+        Options { layout: Layout::Hnd, band: self.band, ..Options::default() }
+    }
+
+    fn plan(&self, data: &Data) -> ForwardPlan {
+        let problem = Call::check(&self.inputs(data), &self.options()).unwrap().problem;
         let request = Request {
             scheme: Some(self.scheme),
             lse: true,
@@ -154,81 +162,118 @@ impl Case {
         };
         let target = if self.tiling.engine() == Engine::Warps { Target::SM_80 } else { Target::SM_90A };
         let machine = Machine { multiprocessors: self.multiprocessors, ..Machine::typical(target) };
-        let plan = ForwardPlan::new(&problem, &request, &machine).unwrap();
-        let pass = plan.pass();
-        let configs = pass.kernels().map(|kernel| kernel.downcast_ref::<AttentionConfig>().copied());
-        let (index, config) =
-            configs.enumerate().find_map(|(index, config)| config.map(|config| (index, config))).unwrap();
-        let listing = AttentionConfig { tiles: TileSource::List, ..config };
-        let mut programs = pass.programs();
-        programs[index] = listing.program();
+        ForwardPlan::new(&problem, &request, &machine).unwrap()
+    }
 
-        let mut emulator = Emulator::new();
-        let [q_tiles, tiles] = self.tiles(&config);
-        let lists =
-            (0..self.q_heads * q_tiles).map(|list| self.list(&config, list / q_tiles, list % q_tiles));
-        let lists: Vec<_> = lists.collect();
+    /// Tiles of queries and of keys.
+    fn tiles(&self) -> [usize; 2] {
+        [self.q_len.div_ceil(self.tiling.block_q()), self.kv_len.div_ceil(self.tiling.tile_keys())]
+    }
+
+    /// The list of a tile of queries, the last tile of keys first.
+    fn list(&self, head: usize, q_tile: usize) -> Vec<u32> {
+        let (block_q, tile_keys) = (self.tiling.block_q(), self.tiling.tile_keys());
+        let whole = |tile: usize| {
+            let mut rows = q_tile * block_q..((q_tile + 1) * block_q).min(self.q_len);
+            rows.all(|row| {
+                let keys = self.band.keys(row, self.q_len, self.kv_len);
+                keys.start <= tile * tile_keys && (tile + 1) * tile_keys <= keys.end
+            })
+        };
+        let [_, tiles] = self.tiles();
+        let listed = (0..tiles).rev().filter(|&tile| (self.listed)([head, q_tile, tile]));
+        listed.map(|tile| tile as u32 | if whole(tile) { 0 } else { CUT_TILE }).collect()
+    }
+
+    /// All lists in the emulator's memory.
+    fn lists(&self, emulator: &mut Emulator) -> TileListArgs {
+        let [q_tiles, tiles] = self.tiles();
+        let lists: Vec<_> =
+            (0..self.q_heads * q_tiles).map(|list| self.list(list / q_tiles, list % q_tiles)).collect();
         let counts: Vec<i32> = lists.iter().map(|list| list.len() as i32).collect();
         // Nothing behind the entries of a list is read: there is no such tile.
-        let padded =
-            lists.iter().flat_map(|list| (0..tiles).map(|i| list.get(i).copied().unwrap_or(u32::MAX)));
-        let padded: Vec<u32> = padded.collect();
-        let lists = TileListArgs {
+        let entry = |list: &Vec<u32>, i: usize| list.get(i).copied().unwrap_or(u32::MAX);
+        let entries = lists.iter().flat_map(|list| (0..tiles).map(move |i| entry(list, i)));
+        let entries: Vec<u32> = entries.collect();
+        TileListArgs {
             tile_counts: emulator.buffer("tile_counts", &counts).address(),
-            tile_lists: emulator.buffer("tile_lists", &padded).address(),
+            tile_lists: emulator.buffer("tile_lists", &entries).address(),
             list_stride: tiles as i32,
             list_stride_sequence: (self.q_heads * q_tiles) as i32,
             list_stride_head: q_tiles as i32,
-        };
-        let tensor = |emulator: &mut Emulator, name: &str, tensor: &Tensor| {
-            let bits: Vec<u16> =
-                tensor.to_f32_vec().into_iter().map(|x| f16::from_f32(x).to_bits()).collect();
-            let [_, heads, rows, dim] = [0, 1, 2, 3].map(|i| tensor.shape()[i] as i64);
-            TensorArg {
-                address: emulator.buffer(name, &bits).address(),
-                strides: [heads * rows * dim, rows * dim, dim],
-            }
-        };
-        let [q_arg, k_arg, v_arg] =
-            [("q", &q), ("k", &k), ("v", &v)].map(|(name, x)| tensor(&mut emulator, name, x));
-        let rows = self.q_heads * self.q_len;
-        let out = emulator.uninitialized("out", 2 * rows * self.head_dim);
-        let lse = emulator.uninitialized("lse", 4 * rows);
+        }
+    }
+
+    /// Runs the pass, whose attention kernel computes listed tiles, in the emulator. Returns how that kernel was
+    /// configured, the output and the log-sum-exps.
+    fn run(&self, data: &Data, pass: &Pass<Tensors>) -> (AttentionConfig, Vec<f32>, Vec<f32>) {
+        let configs = pass.kernels().map(|kernel| kernel.downcast_ref::<AttentionConfig>().copied());
+        let (attention, config) =
+            configs.enumerate().find_map(|(index, config)| config.map(|config| (index, config))).unwrap();
+        let config = AttentionConfig { tiles: TileSource::List, ..config };
+        let mut programs = pass.programs();
+        programs[attention] = config.program();
+
+        let mut emulator = Emulator::new();
+        let lists = self.lists(&mut emulator);
+        let [q, k, v] = [("q", &data.q), ("k", &data.k), ("v", &data.v)].map(|(name, tensor)| {
+            let bits = tensor.to_f32_vec().into_iter().map(|x| f16::from_f32(x).to_bits());
+            let bits: Vec<u16> = bits.collect();
+            let [heads, rows, dim] = [1, 2, 3].map(|i| tensor.shape()[i] as i64);
+            let address = emulator.buffer(name, &bits).address();
+            TensorArg { address, strides: [heads * rows * dim, rows * dim, dim] }
+        });
+        let mask = data.mask.as_ref().map_or(0, |mask| {
+            let bytes: Vec<u8> = mask.iter().map(|&visible| u8::from(visible)).collect();
+            emulator.buffer("mask", &bytes).address()
+        });
+        let [heads, rows, keys] = [self.q_heads, self.q_len, self.kv_len].map(|size| size as i64);
+        let rows_of_all = self.q_heads * self.q_len;
+        let out = emulator.uninitialized("out", 2 * rows_of_all * self.head_dim);
+        let lse = emulator.uninitialized("lse", 4 * rows_of_all);
         let workspace = emulator.uninitialized("workspace", pass.workspace_bytes().max(1));
         emulator.write(workspace, &vec![0u8; pass.zeroed_bytes()]);
         let tensors = Tensors {
-            q: q_arg,
-            k: k_arg,
-            v: v_arg,
-            out: TensorArg { address: out.address(), strides: q_arg.strides },
+            q,
+            k,
+            v,
+            out: TensorArg { address: out.address(), strides: q.strides },
             lse: lse.address(),
-            mask: (0, [0; 4]),
+            mask: (mask, [heads * rows * keys, rows * keys, keys, 1]),
             cu_seqlens_q: 0,
             cu_seqlens_k: 0,
         };
-        let mut launcher =
-            WithLists { emulator: &mut emulator, programs: &programs, attention: index, lists };
-        let name = listing.name();
+        let mut launcher = WithLists { emulator: &mut emulator, programs: &programs, attention, lists };
         pass.run(&tensors, workspace.address(), &mut launcher)
-            .unwrap_or_else(|failure| panic!("{name}\n{failure}"));
+            .unwrap_or_else(|failure| panic!("{}\n{failure}", config.name()));
         let out: Vec<u16> = emulator.read(out);
-        let out: Vec<f32> = out.into_iter().map(|bits| f16::from_bits(bits).to_f32()).collect();
-        let lse: Vec<f32> = emulator.read(lse);
+        let out = out.into_iter().map(|bits| f16::from_bits(bits).to_f32()).collect();
+        (config, out, emulator.read(lse))
+    }
 
-        let blocks = (0..self.q_heads * q_tiles * tiles)
-            .map(|i| (self.listed)([i / (q_tiles * tiles), i / tiles % q_tiles, i % tiles]));
+    /// Runs the case and compares it with the oracle. Returns how the kernel was configured.
+    fn check(&self) -> AttentionConfig {
+        let data = self.data();
+        let plan = self.plan(&data);
+        let (config, out, lse) = self.run(&data, plan.pass());
+
+        let [q_tiles, tiles] = self.tiles();
+        let blocks = 0..self.q_heads * q_tiles * tiles;
+        let blocks = blocks.map(|i| (self.listed)([i / (q_tiles * tiles), i / tiles % q_tiles, i % tiles]));
         let blocks: Vec<bool> = blocks.collect();
         let blocks = View::contiguous("block_mask", &blocks, &[1, self.q_heads, q_tiles, tiles]).unwrap();
-        let mask = BlockMask { blocks, block_q: config.block_q(), block_k: config.tiling.tile_keys() };
-        let inputs = Inputs { block_mask: Some(mask), ..Inputs::new(q.view(), k.view(), v.view()) };
-        let expected = oracle::scheme(&Call::check(&inputs, &options).unwrap(), plan.scheme());
-        let accuracy = Accuracy::of(&out, &expected.out);
+        let (block_q, block_k) = (self.tiling.block_q(), self.tiling.tile_keys());
+        let block_mask = Some(BlockMask { blocks, block_q, block_k });
+        let inputs = Inputs { block_mask, ..self.inputs(&data) };
+        let expected = oracle::scheme(&Call::check(&inputs, &self.options()).unwrap(), plan.scheme());
+
+        let (name, accuracy) = (config.name(), Accuracy::of(&out, &expected.out));
         assert!(out.iter().all(|x| x.is_finite()) && accuracy.relative_l1 <= F16, "{name}: {accuracy:?}");
         for (row, (&found, &wanted)) in lse.iter().zip(&expected.lse).enumerate() {
             let near = (f64::from(found) - wanted).abs() <= 5e-4 * wanted.abs().max(1.0);
             assert!(near || f64::from(found) == wanted, "{name}: lse of row {row}: {found}, {wanted}");
         }
-        listing
+        config
     }
 }
 
@@ -259,6 +304,15 @@ fn every_second_tile() {
             case.check();
             Case { tiling: warpgroups(), ..case }.check();
         }
+    });
+}
+
+#[test]
+fn masks_hide_keys_of_listed_tiles() {
+    both_schemes(|scheme| {
+        let case = Case { scheme, masked: true, band: CAUSAL, listed: every_second, ..Case::default() };
+        case.check();
+        Case { tiling: warpgroups(), ..case }.check();
     });
 }
 

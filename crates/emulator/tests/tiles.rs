@@ -1,0 +1,145 @@
+//! Register tiles against the matrices that they stand for: products, what is done to rows, and operands made of them.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use half::f16;
+use sage_emulator::Emulator;
+use sage_ptx::{
+    Code, F16x2, FloatAccumulator, FragmentB, MmaAccumulator, OperandTile, Rows, SLOT_ROWS, Tile, Val, Var,
+    kernel, lane_column, lane_row,
+};
+
+const STRIPS: usize = 2;
+const BLOCKS: usize = 4;
+const ROWS: usize = 16 * STRIPS;
+const COLUMNS: usize = 8 * BLOCKS;
+/// Two steps of 16 elements of 16 bits.
+const DEPTH: usize = 32;
+
+/// Small integers, whose products and sums are exact in every type here.
+fn a() -> Vec<f16> {
+    (0..ROWS * DEPTH).map(|i| f16::from_f32((i * 7 % 5) as f32 - 2.0)).collect()
+}
+
+fn b() -> Vec<f16> {
+    (0..COLUMNS * DEPTH).map(|i| f16::from_f32((i * 11 % 7) as f32 - 3.0)).collect()
+}
+
+/// `A · Bᵀ + first`, row by row.
+fn product(first: f32) -> Vec<f32> {
+    let (a, b) = (a(), b());
+    let element = |i: usize| {
+        let (row, column) = (&a[i / COLUMNS * DEPTH..][..DEPTH], &b[i % COLUMNS * DEPTH..][..DEPTH]);
+        first + row.iter().zip(column).map(|(a, b)| a.to_f32() * b.to_f32()).sum::<f32>()
+    };
+    (0..ROWS * COLUMNS).map(element).collect()
+}
+
+/// A warp's tile of `A · Bᵀ + first`, whose fragments come straight from device memory.
+fn multiplied<'k, T: MmaAccumulator>(k: &'k Code, first: T) -> Tile<Var<'k, T>> {
+    let (a, b) = (k.global::<f16>("a"), k.global::<f16>("b"));
+    let lane = k.lane_index();
+    // The lane's word of every 16 bytes of a row.
+    let words = |matrix: sage_ptx::Global<'k, f16>, row: Val<'k, i32>| {
+        let words = matrix.at(row * DEPTH as i32).cast::<u32>().at(lane & 3);
+        (0..DEPTH as i32 / 8).map(|chunk| words.plus(4 * chunk).load()).collect::<Vec<_>>()
+    };
+    let rows = Rows::from_fn(2 * STRIPS, |slot| words(a, lane_row(lane) + (SLOT_ROWS * slot) as i32));
+    let columns: Vec<_> = (0..BLOCKS as i32).map(|block| words(b, lane_row(lane) + 8 * block)).collect();
+    let operand = OperandTile::of_rows(&rows, |_, &word| word);
+    let tile = Tile::new(k, STRIPS, BLOCKS);
+    tile.set_product(
+        first,
+        DEPTH / 16,
+        |step| operand.fragments::<f16>(step),
+        |step, pair| {
+            [0, 1].map(|i| FragmentB::new([0, 1].map(|half| columns[2 * pair + i][2 * step + half])))
+        },
+    );
+    tile
+}
+
+/// Runs a warp that writes a matrix, and returns it.
+fn run(columns: usize, write: impl for<'k> Fn(&'k Code, &dyn Fn(usize, usize, Val<'k, f32>))) -> Vec<f32> {
+    let program = kernel("tile", 32, |k| {
+        let (lane, out) = (k.lane_index(), k.global::<f32>("out"));
+        let store = |slot: usize, column: usize, x: Val<'_, f32>| {
+            let row = lane_row(lane) + (SLOT_ROWS * slot) as i32;
+            out.at(row * columns as i32).at(lane_column(lane)).plus(column as i32).store(x);
+        };
+        write(k, &store);
+    });
+    let mut emulator = Emulator::new();
+    let out = emulator.uninitialized("out", 4 * ROWS * columns);
+    let (a, b) = (emulator.buffer("a", &a()), emulator.buffer("b", &b()));
+    emulator.launch(&program, [1, 1, 1], &[out.arg(), a.arg(), b.arg()]).unwrap();
+    emulator.read(out)
+}
+
+/// Writes all elements of a tile.
+fn store_all<'k, T: FloatAccumulator>(tile: &Tile<Var<'k, T>>, store: &dyn Fn(usize, usize, Val<'k, f32>)) {
+    let columns = (0..tile.blocks()).flat_map(|block| [8 * block, 8 * block + 1]);
+    for (slot, column) in columns.flat_map(|column| (0..tile.slots()).map(move |slot| (slot, column))) {
+        store(slot, column, tile.element(slot, column));
+    }
+}
+
+#[test]
+fn products_in_both_precisions() {
+    assert_eq!(run(COLUMNS, |k, store| store_all(&multiplied::<f32>(k, 0.5), store)), product(0.5));
+    assert_eq!(run(COLUMNS, |k, store| store_all(&multiplied::<F16x2>(k, F16x2::ZERO), store)), product(0.0));
+}
+
+/// What hidden elements are set to.
+const HIDDEN: f32 = -1000.0;
+
+/// The product whose rows are multiplied by their indices, counted from 1, and of which each shows some columns only.
+fn cut(k: &Code) -> Tile<Var<'_, f32>> {
+    let (tile, lane) = (multiplied::<f32>(k, 1.0), k.lane_index());
+    let row = |slot: usize| lane_row(lane) + (SLOT_ROWS * slot) as i32;
+    tile.mul_rows(&Rows::from_fn(tile.slots(), |slot| (row(slot) + 1).to_f32()));
+    let first = lane_column(lane);
+    let visible = Rows::from_fn(tile.slots(), |slot| (row(slot) >> 2) - first..row(slot) + 2 - first);
+    tile.fill_outside(&visible, HIDDEN);
+    tile
+}
+
+#[test]
+fn rows_are_scaled_cut_and_reduced() {
+    let expected = product(1.0).into_iter().enumerate().map(|(i, x)| {
+        let (row, column) = (i / COLUMNS, i % COLUMNS);
+        if (row / 4..row + 2).contains(&column) { x * (row + 1) as f32 } else { HIDDEN }
+    });
+    let expected: Vec<f32> = expected.collect();
+    assert_eq!(run(COLUMNS, |k, store| store_all(&cut(k), store)), expected);
+    // The largest element of each row and their sum.
+    let reduced = run(8, |k, store| {
+        let tile = cut(k);
+        let values = tile.map_at(|_, _, register| register.get());
+        for slot in 0..tile.slots() {
+            store(slot, 0, tile.row_max(slot).reduce_quad(Val::max));
+            store(slot, 1, values.row_sum(slot).reduce_quad(|a, b| a + b));
+        }
+    });
+    for (row, (found, values)) in reduced.chunks(8).zip(expected.chunks(COLUMNS)).enumerate() {
+        let largest = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let sum: f32 = values.iter().sum();
+        assert_eq!(found[0], largest, "row {row}");
+        assert_eq!(found[1], sum, "row {row}");
+    }
+}
+
+#[test]
+fn a_tile_is_an_operand_and_its_rows_have_sums() {
+    // P·1 adds rows up: by products with ones, into a tile of one block whose columns are alike.
+    let sums = run(8, |k, store| {
+        let p = multiplied::<f32>(k, 0.0).map_at(|_, _, register| register.get());
+        let sums = Tile::filled(k, STRIPS, 1, 0.25);
+        for step in 0..COLUMNS / 16 {
+            sums.add_row_sums(&p.operand::<f16>(step));
+        }
+        store_all(&sums, store);
+    });
+    let expected: Vec<f32> =
+        product(0.0).chunks(COLUMNS).flat_map(|row| [0.25 + row.iter().sum::<f32>(); 8]).collect();
+    assert_eq!(sums, expected);
+}
