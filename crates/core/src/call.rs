@@ -1,6 +1,7 @@
 //! A call after every check.
 
 use crate::lengths::{Rows, Sequences};
+use crate::problem::default_sm_scale;
 use crate::{
     BlockMask, DType, Error, Geometry, Inputs, Layout, Lengths, List, MAX_HEAD_DIM, MAX_HEADS, Operand,
     Options, Problem, Result, Sequence, Strided, TensorView,
@@ -215,7 +216,7 @@ fn check_tensors<T: Operand>(inputs: &Inputs<'_, T>, q: &T, k: &T, v: &T) -> Res
 
 /// The factor on Q·Kᵀ, where it and the soft cap are numbers that serve.
 fn check_scores(options: &Options, head_dim: usize) -> Result<f32> {
-    let sm_scale = options.sm_scale.unwrap_or(1.0 / (head_dim as f32).sqrt());
+    let sm_scale = options.sm_scale.unwrap_or(default_sm_scale(head_dim));
     for (name, value) in [("sm_scale", Some(sm_scale)), ("logit_softcap", options.logit_softcap)] {
         if let Some(value) = value
             && !(value.is_finite() && value > 0.0)

@@ -73,6 +73,11 @@ pub struct Options {
     pub logit_softcap: Option<f32>,
 }
 
+/// The factor on Q·Kᵀ of a call that names none.
+pub(crate) fn default_sm_scale(head_dim: usize) -> f32 {
+    1.0 / (head_dim as f32).sqrt()
+}
+
 /// The shape of a checked call: what a plan depends on.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Problem {
@@ -105,6 +110,31 @@ pub struct Problem {
 }
 
 impl Problem {
+    /// Dense tensors of `[batch, num_q_heads, num_kv_heads]` and `[q_len, kv_len]`: no mask, band or cap, and the scale
+    /// of a call that names none.
+    pub fn dense(
+        dtype: DType,
+        [batch, num_q_heads, num_kv_heads]: [usize; 3],
+        [q_len, kv_len]: [usize; 2],
+        head_dim: usize,
+    ) -> Self {
+        Problem {
+            dtype,
+            batch,
+            num_q_heads,
+            num_kv_heads,
+            q_len,
+            kv_len,
+            head_dim,
+            sm_scale: default_sm_scale(head_dim),
+            band: Band::FULL,
+            logit_softcap: None,
+            packed: false,
+            masked: false,
+            block_masked: false,
+        }
+    }
+
     /// Query heads that share a key head.
     pub fn group_size(&self) -> usize {
         self.num_q_heads.checked_div(self.num_kv_heads).unwrap_or(0)

@@ -3,9 +3,6 @@
 // Helpers unwrap too.
 #![allow(clippy::unwrap_used)]
 
-mod common;
-
-use common::{every_cpu, normal};
 use sage_core::metrics::Accuracy;
 use sage_core::oracle::{CachedHead, Matrix, cached, exact};
 use sage_core::{
@@ -13,6 +10,7 @@ use sage_core::{
     Tensor, ValueFormat, View,
 };
 use sage_cpu::{CachePages, Cpu};
+use sage_testkit::{every_cpu, normal};
 
 /// Sequences that are appended to in chunks, and queries over them.
 #[derive(Clone, Debug)]

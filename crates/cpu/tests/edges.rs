@@ -3,14 +3,17 @@
 // Helpers unwrap too.
 #![allow(clippy::unwrap_used)]
 
-mod common;
-
-use common::{Built, Case, Explicit, Extent, Masking, bits, every_cpu, schemes};
 use sage_core::{
     Accumulator, Alignment, Band, DType, Error, Granularity, IntQuantizer, Layout, Preset, Pv, Qk, Scheme,
     SmoothQ, Smoothing, Tensor, Tile, oracle,
 };
 use sage_cpu::{Cpu, InstructionSet, nearest_scheme};
+use sage_testkit::{
+    Bias, Case, CaseMask, Extent, OwnedBlocks, OwnedCall, OwnedMask, Runner, Sequences,
+    cpu_schemes as schemes, every_cpu,
+};
+
+const CAUSAL: Band = Band::causal(Alignment::BottomRight);
 
 /// Queries: few enough to be split over keys, and more.
 const Q_LENS: [usize; 2] = [4, 45];
@@ -19,17 +22,17 @@ const Q_LENS: [usize; 2] = [4, 45];
 fn sizes_of_zero_are_calls_like_any_other() {
     for (batch, q_len, kv_len) in [(0, 5, 5), (2, 0, 5), (2, 5, 0), (2, 40, 0), (0, 0, 0), (2, 0, 0)] {
         for layout in [Layout::Hnd, Layout::Nhd] {
-            for masking in [
-                Masking::default(),
-                Masking { band: Band::causal(Alignment::BottomRight), kv_lens: true, ..Masking::default() },
-                Masking { explicit: Some(Explicit::Bool(Extent::All)), ..Masking::default() },
-                Masking { blocks: Some((3, 2)), ..Masking::default() },
+            for masked in [
+                Case::f32(),
+                Case { band: CAUSAL, sequences: Sequences::Staggered, ..Case::f32() },
+                Case { mask: Some(CaseMask::bool(Extent::All)), ..Case::f32() },
+                Case { blocks: Some((3, 2)), ..Case::f32() },
             ] {
-                let case = Case { batch, layout, heads: (4, 2), q_len, kv_len, masking, ..Case::default() };
+                let case = Case { batch, layout, q_heads: 4, kv_heads: 2, q_len, kv_len, ..masked };
                 let built = case.build();
                 for cpu in every_cpu() {
                     for scheme in schemes(64) {
-                        let run = built.run(&cpu, Some(scheme));
+                        let run = cpu.run(&built, Some(scheme));
                         assert_eq!(run.out, vec![0.0; batch * 4 * q_len * 64], "{case:?}");
                         assert_eq!(run.lse, vec![f32::NEG_INFINITY; batch * 4 * q_len], "{case:?}");
                     }
@@ -42,46 +45,32 @@ fn sizes_of_zero_are_calls_like_any_other() {
 #[test]
 fn no_heads_at_all_is_a_call_too() {
     let tensor = |heads: usize| Tensor::zeros(DType::F32, &[2, heads, 5, 8]).unwrap();
-    let built = Built::dense(tensor(0), tensor(1), tensor(1));
+    let built = OwnedCall::dense(tensor(0), tensor(1), tensor(1));
     for scheme in schemes(8) {
-        let run = built.run(&Cpu::detect(), Some(scheme));
+        let run = Cpu::detect().run(&built, Some(scheme));
         assert!(run.out.is_empty() && run.lse.is_empty());
     }
 }
 
 /// Ways of hiding every key of some rows: a name, and the call.
-fn hidden(q_len: usize, kv_len: usize) -> Vec<(&'static str, Built)> {
-    let case = Case { q_len, kv_len, head_dim: 24, ..Case::default() };
-    let with = |masking| Case { masking, ..case.clone() }.build();
-    let mut bools = case.build();
+fn hidden(q_len: usize, kv_len: usize) -> Vec<(&'static str, OwnedCall)> {
+    let case = Case { q_len, kv_len, head_dim: 24, ..Case::f32() };
     let rows = |i: usize, j: usize| !i.is_multiple_of(3) && j % 2 == 1;
-    let all = |f: &dyn Fn(usize, usize) -> bool| {
-        (0..q_len * kv_len).map(|at| f(at / kv_len, at % kv_len)).collect::<Vec<bool>>()
-    };
-    bools.bools = Some((all(&rows), vec![q_len, kv_len]));
-    let mut bias = case.build();
-    let values: Vec<f32> =
-        all(&rows).into_iter().map(|seen| if seen { 0.5 } else { f32::NEG_INFINITY }).collect();
-    bias.bias = Some(Tensor::new(values, &[q_len, kv_len]).unwrap());
-    let mut blocks = case.build();
+    let all: Vec<bool> = (0..q_len * kv_len).map(|at| rows(at / kv_len, at % kv_len)).collect();
+    let biases: Vec<f32> = all.iter().map(|&seen| if seen { 0.5 } else { f32::NEG_INFINITY }).collect();
+    let shape = [q_len, kv_len];
+    let with = |mask| OwnedCall { mask: Some(mask), ..case.build() };
     let (rows, columns) = (q_len.div_ceil(2), kv_len.div_ceil(50));
-    blocks.blocks =
-        Some(((0..rows * columns).map(|at| at / columns % 2 == 1).collect(), vec![rows, columns], 2, 50));
+    let blocks = (0..rows * columns).map(|at| at / columns % 2 == 1).collect();
+    let blocks = Some(OwnedBlocks::new(blocks, &[rows, columns], [2, 50]));
     let left_of_all = Band { left: Some(0), right: Some(0), alignment: Alignment::TopLeft };
     vec![
-        (
-            "causal with more queries than keys",
-            with(Masking { band: Band::causal(Alignment::BottomRight), ..Masking::default() }),
-        ),
-        ("a window beyond the last key", with(Masking { band: left_of_all, ..Masking::default() })),
-        (
-            "kv_lens",
-            Case { batch: 3, masking: Masking { kv_lens: true, ..Masking::default() }, ..case.clone() }
-                .build(),
-        ),
-        ("a bool mask", bools),
-        ("an additive mask", bias),
-        ("a block mask", blocks),
+        ("causal with more queries than keys", Case { band: CAUSAL, ..case.clone() }.build()),
+        ("a window beyond the last key", Case { band: left_of_all, ..case.clone() }.build()),
+        ("kv_lens", Case { batch: 3, sequences: Sequences::Staggered, ..case.clone() }.build()),
+        ("a bool mask", with(OwnedMask::bools(all, &shape))),
+        ("an additive mask", with(OwnedMask::biases(Tensor::new(biases, &shape).unwrap()))),
+        ("a block mask", OwnedCall { blocks, ..case.build() }),
     ]
 }
 
@@ -95,7 +84,7 @@ fn a_row_without_keys_is_zero_and_its_log_sum_exp_minus_infinity() {
                 let empty: Vec<usize> = (0..expected.lse.len()).filter(empty).collect();
                 for cpu in every_cpu() {
                     for scheme in schemes(24) {
-                        let run = built.run(&cpu, Some(scheme));
+                        let run = cpu.run(&built, Some(scheme));
                         for (row, lse) in run.lse.iter().enumerate() {
                             let out = &run.out[row * 24..(row + 1) * 24];
                             if empty.contains(&row) {
@@ -130,8 +119,8 @@ fn is_int(scheme: &Scheme) -> Option<IntQuantizer> {
 #[test]
 fn a_plan_of_another_problem_is_refused() {
     let cpu = Cpu::detect();
-    let built = Case::default().build();
-    let other = Case { kv_len: 65, ..Case::default() }.build();
+    let built = Case::f32().build();
+    let other = Case { kv_len: 65, ..Case::f32() }.build();
     let plan = cpu.plan(&other.call().problem, None).unwrap();
     let mut out = Tensor::zeros(DType::F32, built.q.shape()).unwrap();
     let error = cpu.forward(&plan, &built.call(), out.view_mut(), None).unwrap_err();
@@ -144,7 +133,7 @@ fn a_plan_of_another_problem_is_refused() {
 #[test]
 fn outputs_that_do_not_fit_are_refused() {
     let cpu = Cpu::detect();
-    let built = Case::default().build();
+    let built = Case::f32().build();
     let call = built.call();
     let plan = cpu.plan(&call.problem, None).unwrap();
     let refused = |mut out: Tensor, lse: Option<&mut [f32]>, wanted: &str| {
@@ -185,7 +174,7 @@ fn schemes_without_kernels_are_refused_and_say_what_would_do() {
         (Scheme { smooth: Smoothing { q: SmoothQ::Sequence, ..int8.smooth }, ..int8 }, "smooth-Q"),
         (Scheme { smooth: Smoothing { v: true, ..int8.smooth }, ..int8 }, "smooth-V"),
     ] {
-        let problem = Case::default().build().call().problem;
+        let problem = Case::f32().build().call().problem;
         let error: Error = Cpu::detect().plan(&problem, Some(scheme)).unwrap_err();
         let nearest = nearest_scheme(scheme);
         assert!(Cpu::detect().plan(&problem, Some(nearest)).is_ok(), "{nearest:?}");
@@ -206,7 +195,7 @@ fn every_scheme_that_is_planned_runs() {
     // Odd tiles: whatever the plan accepts must not panic.
     let int8 = Preset::INT8.scheme(32);
     let quantizer = is_int(&int8).unwrap();
-    let built = Case { q_len: 70, kv_len: 200, head_dim: 32, ..Case::default() }.build();
+    let built = Case { q_len: 70, kv_len: 200, head_dim: 32, ..Case::f32() }.build();
     let cpu = Cpu::detect();
     let mut planned = 0;
     let mut failures = Vec::new();
@@ -219,7 +208,7 @@ fn every_scheme_that_is_planned_runs() {
                 let scheme = Scheme { qk: Qk::Int(IntQuantizer { granularity, tile, ..quantizer }), ..int8 };
                 if cpu.plan(&built.call().problem, Some(scheme)).is_ok() {
                     planned += 1;
-                    let run = std::panic::catch_unwind(|| built.run(&cpu, Some(scheme)));
+                    let run = std::panic::catch_unwind(|| cpu.run(&built, Some(scheme)));
                     if !run.is_ok_and(|run| run.out.iter().all(|x| x.is_finite())) {
                         failures.push(format!("{granularity:?} of {tile:?}"));
                     }
@@ -256,20 +245,13 @@ fn an_instruction_set_that_is_not_there_is_refused() {
 
 #[test]
 fn the_same_call_gives_the_same_bits_whatever_the_threads() {
-    let causal = Masking { band: Band::causal(Alignment::BottomRight), ..Masking::default() };
+    let k_bias = Bias::EveryFourth(1.0);
     let cases = [
         // Work is cut into blocks of queries by the number of threads.
-        Case { heads: (2, 1), q_len: 300, kv_len: 900, masking: causal, k_bias: 1.0, ..Case::default() },
-        Case { heads: (2, 1), q_len: 130, kv_len: 5000, head_dim: 16, k_bias: 1.0, ..Case::default() },
-        Case { heads: (8, 1), q_len: 1, kv_len: 5000, masking: causal, ..Case::default() },
-        Case {
-            dtype: DType::BF16,
-            q_len: 200,
-            kv_len: 700,
-            softcap: Some(9.0),
-            masking: causal,
-            ..Case::default()
-        },
+        Case { q_heads: 2, kv_heads: 1, q_len: 300, kv_len: 900, band: CAUSAL, k_bias, ..Case::f32() },
+        Case { q_heads: 2, kv_heads: 1, q_len: 130, kv_len: 5000, head_dim: 16, k_bias, ..Case::f32() },
+        Case { q_heads: 8, kv_heads: 1, q_len: 1, kv_len: 5000, band: CAUSAL, ..Case::f32() },
+        Case { dtype: DType::BF16, q_len: 200, kv_len: 700, softcap: Some(9.0), band: CAUSAL, ..Case::f32() },
     ];
     for case in cases {
         let built = case.build();
@@ -278,10 +260,10 @@ fn the_same_call_gives_the_same_bits_whatever_the_threads() {
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
                 pool.install(|| {
                     let cpu = Cpu::detect();
-                    let runs = [built.run(&cpu, Some(scheme)), built.run(&cpu, Some(scheme))];
+                    let runs = [cpu.run(&built, Some(scheme)), cpu.run(&built, Some(scheme))];
                     assert_eq!(
-                        bits(&runs[0]),
-                        bits(&runs[1]),
+                        runs[0].bits(),
+                        runs[1].bits(),
                         "{scheme} with {threads} threads, twice: {case:?}"
                     );
                     runs
@@ -290,7 +272,7 @@ fn the_same_call_gives_the_same_bits_whatever_the_threads() {
             let one = run(1);
             for threads in [2, 5] {
                 let differing =
-                    bits(&run(threads)[0]).iter().zip(bits(&one[0])).filter(|(a, b)| **a != *b).count();
+                    run(threads)[0].bits().iter().zip(one[0].bits()).filter(|(a, b)| **a != *b).count();
                 assert_eq!(
                     differing,
                     0,
@@ -306,10 +288,10 @@ fn the_same_call_gives_the_same_bits_whatever_the_threads() {
 fn a_plan_says_what_it_does() {
     let cpu = Cpu::detect();
     let plan = |case: &Case, scheme| cpu.plan(&case.build().call().problem, scheme).unwrap();
-    let few = plan(&Case { q_len: 1, kv_len: 5000, ..Case::default() }, None);
+    let few = plan(&Case { q_len: 1, kv_len: 5000, ..Case::f32() }, None);
     assert_eq!(few.scheme(), &Preset::FULL.scheme(64));
     assert!(few.to_string().contains("units of 512 keys"), "{few}");
-    let many = plan(&Case { q_len: 256, kv_len: 256, ..Case::default() }, None);
+    let many = plan(&Case { q_len: 256, kv_len: 256, ..Case::f32() }, None);
     let wanted =
         if cpu.instruction_set() == InstructionSet::Portable { Preset::FULL } else { Preset::INT8_PER_TOKEN };
     assert_eq!(many.scheme(), &wanted.scheme(64));

@@ -3,9 +3,6 @@
 // Helpers unwrap too.
 #![allow(clippy::unwrap_used)]
 
-mod common;
-
-use common::{Built, Run, bits, elements, every_cpu, normal, run};
 use half::f16;
 use half::slice::HalfBitsSliceExt;
 use sage_core::{
@@ -13,6 +10,7 @@ use sage_core::{
     TensorView, TensorViewMut, View, ViewMut,
 };
 use sage_cpu::Cpu;
+use sage_testkit::{Bias, Case, OwnedCall, Runner, every_cpu, for_each_index, normal, run_on_cpu};
 
 /// Every way through the keys: split (where queries are few), tiled in floating point, in integers, and rotated.
 fn schemes(head_dim: usize) -> [Scheme; 4] {
@@ -27,6 +25,13 @@ fn strided<'a, E: Copy>(data: &'a [E], shape: [usize; 4], strides: [i64; 4], off
     View::strided("x", data, Geometry::strided("x", &shape, &strides, offset).unwrap()).unwrap()
 }
 
+/// A tensor's elements in row-major order of its view.
+fn elements<T: Copy>(view: &View<'_, T>) -> Vec<T> {
+    let mut elements = Vec::new();
+    for_each_index(view.geometry().shape(), |at| elements.push(view.at([at[0], at[1], at[2], at[3]])));
+    elements
+}
+
 /// A row-major copy of a view.
 fn copied<E: Element>(view: &View<'_, E>) -> Tensor {
     let wide: Vec<f32> = elements(view).into_iter().map(E::to_f32).collect();
@@ -38,16 +43,16 @@ fn same_as_copies<'a, E: Element>([q, k, v]: [View<'a, E>; 3], layout: Layout, w
 where
     TensorView<'a>: From<View<'a, E>>,
 {
-    let mut built = Built::dense(copied(&q), copied(&k), copied(&v));
+    let mut built = OwnedCall::dense(copied(&q), copied(&k), copied(&v));
     built.options = Options { layout, band: Band::causal(Alignment::BottomRight), ..Options::default() };
     let inputs = Inputs::new(q.into(), k.into(), v.into());
     let call = Call::check(&inputs, &built.options).unwrap();
     for cpu in every_cpu() {
         for scheme in schemes(call.problem.head_dim) {
-            let expected = built.run(&cpu, Some(scheme));
+            let expected = cpu.run(&built, Some(scheme));
             assert!(expected.out.iter().any(|x| *x != 0.0));
-            let actual = run(&cpu, &call, built.q.shape(), Some(scheme));
-            assert_eq!(bits(&actual), bits(&expected), "{what}: {scheme} on {}", cpu.instruction_set());
+            let actual = run_on_cpu(&cpu, &call, built.out, Some(scheme));
+            assert_eq!(actual.bits(), expected.bits(), "{what}: {scheme} on {}", cpu.instruction_set());
         }
     }
 }
@@ -121,16 +126,17 @@ where
     for<'a> TensorViewMut<'a>: From<ViewMut<'a, E>>,
 {
     let (batch, heads, kv_len, head_dim) = (2, 3, 140, 20);
-    let case = common::Case {
-        seed: 4,
+    let case = Case {
+        seed: 32,
         dtype: E::DTYPE,
         layout,
         batch,
-        heads: (heads, 3),
+        q_heads: heads,
+        kv_heads: 3,
         q_len,
         kv_len,
         head_dim,
-        ..Default::default()
+        ..Case::default()
     };
     let built = case.build();
     let before = built.clone();
@@ -138,27 +144,26 @@ where
     let plan = cpu.plan(&call.problem, Some(scheme)).unwrap();
     let poison = E::from_f32(-77.0);
     // Rows of 29 with 20 in the middle, other heads and rows between, backwards in batch.
-    let shape = case.shape(heads, q_len);
+    let shape = built.q.shape();
     let (inner, outer) = (shape[2] as i64, shape[1] as i64);
     let (row, plane) = (29i64, 29 * (2 * inner + 1));
     let item = plane * (outer + 2);
     let strides = [-item, plane, 2 * row, 1];
     let mut data = vec![poison; (item * batch as i64 + 50) as usize];
-    let geometry = Geometry::strided("out", &shape, &strides, item * (batch as i64 - 1) + 11).unwrap();
+    let geometry = Geometry::strided("out", shape, &strides, item * (batch as i64 - 1) + 11).unwrap();
     let mut lse = vec![f32::NAN; batch * heads * q_len];
     let view = ViewMut::strided("out", &mut data, geometry).unwrap();
     cpu.forward(&plan, &call, view.into(), Some(&mut lse)).unwrap();
 
-    let expected = built.run(cpu, Some(scheme));
+    let expected = cpu.run(&built, Some(scheme));
     let canonical = call.check_output(E::DTYPE, &geometry).unwrap();
     let written = View::strided("out", &data, canonical).unwrap();
-    let out = elements(&written).into_iter().map(E::to_f32).collect();
-    assert_eq!(bits(&Run { out, lse }), bits(&expected), "{scheme} {} {}", layout.name(), E::DTYPE);
+    let out: Vec<f32> = elements(&written).into_iter().map(E::to_f32).collect();
+    let found: Vec<u32> = out.iter().chain(&lse).map(|x| x.to_bits()).collect();
+    assert_eq!(found, expected.bits(), "{scheme} {} {}", layout.name(), E::DTYPE);
     let gaps = data.iter().filter(|x| x.to_f32() == -77.0).count();
     assert_eq!(gaps, data.len() - geometry.len(), "a gap was written: {scheme} {}", layout.name());
-    let same =
-        |a: &Tensor, b: &Tensor| a.view().dtype() == b.view().dtype() && a.to_f32_vec() == b.to_f32_vec();
-    assert!(same(&built.q, &before.q) && same(&built.k, &before.k) && same(&built.v, &before.v));
+    assert!(built.q == before.q && built.k == before.k && built.v == before.v);
 }
 
 #[test]
@@ -213,12 +218,13 @@ fn offsets_may_be_beyond_32_bits() {
 #[test]
 fn a_log_sum_exp_is_optional_and_changes_nothing() {
     for q_len in Q_LENS {
-        let case = common::Case { seed: 5, q_len, kv_len: 200, k_bias: 2.0, ..Default::default() };
+        let k_bias = Bias::EveryFourth(2.0);
+        let case = Case { seed: 40, q_len, kv_len: 200, k_bias, ..Case::f32() };
         let built = case.build();
         let call = built.call();
         for cpu in every_cpu() {
             for scheme in schemes(64) {
-                let with = built.run(&cpu, Some(scheme));
+                let with = cpu.run(&built, Some(scheme));
                 let plan = cpu.plan(&call.problem, Some(scheme)).unwrap();
                 let mut out = Tensor::zeros(DType::F32, built.q.shape()).unwrap();
                 cpu.forward(&plan, &call, out.view_mut(), None).unwrap();

@@ -3,12 +3,12 @@
 // Helpers unwrap too.
 #![allow(clippy::unwrap_used)]
 
-mod common;
-
 use std::ops::Range;
 
-use common::{Built, Case, Masking, bits, every_cpu, normal, schemes};
-use sage_core::{Alignment, Band, DType, IntQuantizer, Preset, Qk, Scheme, Tensor, oracle};
+use sage_core::{Alignment, Band, DType, IntQuantizer, Layout, Preset, Qk, Scheme, Tensor, oracle};
+use sage_testkit::{
+    Case, Memory, OwnedCall, OwnedMask, Runner, Sequences, Tolerance, cpu_schemes as schemes, every_cpu,
+};
 
 /// Queries: few enough to be split over keys, and more.
 const Q_LENS: [usize; 2] = [4, 45];
@@ -20,17 +20,16 @@ const HEAD_DIM: usize = 16;
 const KV_LEN: usize = 300;
 
 /// Two heads of one batch entry; in the first, one number of one tensor is replaced.
-fn poisoned(tensor: char, row: usize, bad: f32, q_len: usize, dtype: DType) -> Built {
+fn poisoned(tensor: char, row: usize, bad: f32, q_len: usize, dtype: DType) -> OwnedCall {
     let mut built =
-        Case { heads: (2, 2), dtype, q_len, kv_len: KV_LEN, head_dim: HEAD_DIM, ..Case::default() }.build();
+        Case { q_heads: 2, kv_heads: 2, dtype, q_len, kv_len: KV_LEN, head_dim: HEAD_DIM, ..Case::f32() }
+            .build();
     let to = match tensor {
         'q' => &mut built.q,
         'k' => &mut built.k,
         _ => &mut built.v,
     };
-    let mut values = to.to_f32_vec();
-    values[row * HEAD_DIM + 3] = bad;
-    *to = Tensor::new(values, to.shape()).unwrap().to_dtype(dtype);
+    *to = to.map(|at, x| if at == row * HEAD_DIM + 3 { bad } else { x });
     built
 }
 
@@ -49,7 +48,7 @@ fn a_bad_query_makes_its_group_nan_and_no_other_row() {
             let built = poisoned('q', row, bad, q_len, dtype);
             for cpu in every_cpu() {
                 for scheme in schemes(HEAD_DIM) {
-                    let run = built.run(&cpu, Some(scheme));
+                    let run = cpu.run(&built, Some(scheme));
                     let bad_row = |i: usize| match is_int(&scheme) {
                         Some(quantizer) => quantizer.q_group(i) == quantizer.q_group(row),
                         None => i == row,
@@ -87,7 +86,7 @@ fn a_bad_key_makes_the_rows_nan_that_read_its_scale() {
                 let exact = oracle::exact(&built.call());
                 for cpu in every_cpu() {
                     for scheme in schemes(HEAD_DIM) {
-                        let run = built.run(&cpu, Some(scheme));
+                        let run = cpu.run(&built, Some(scheme));
                         let expected = oracle::scheme(&built.call(), &scheme);
                         for i in 0..2 * q_len {
                             let out = &run.out[i * HEAD_DIM..(i + 1) * HEAD_DIM];
@@ -125,7 +124,7 @@ fn a_bad_value_reaches_its_channel_of_the_rows_that_see_it_and_no_other_channel(
                 built.options.band = band;
                 for cpu in every_cpu() {
                     for scheme in schemes(HEAD_DIM) {
-                        let run = built.run(&cpu, Some(scheme));
+                        let run = cpu.run(&built, Some(scheme));
                         for (at, x) in run.out.iter().enumerate() {
                             let wanted = seen && at / HEAD_DIM < q_len && at % HEAD_DIM == 3;
                             // An infinity may stay one where P·V is in floating point; 12 bits make it NaN.
@@ -147,16 +146,18 @@ fn a_mask_hides_a_bad_key_in_full_precision() {
                 let mut built = poisoned('k', 77, bad, q_len, DType::F32);
                 if additive {
                     let bias = |j| if j == 77 { f32::NEG_INFINITY } else { 0.0 };
-                    built.bias =
-                        Some(Tensor::new((0..KV_LEN).map(bias).collect::<Vec<f32>>(), &[KV_LEN]).unwrap());
+                    let biases: Vec<f32> = (0..KV_LEN).map(bias).collect();
+                    built.mask = Some(OwnedMask::biases(Tensor::new(biases, &[KV_LEN]).unwrap()));
                 } else {
-                    built.bools = Some(((0..KV_LEN).map(|j| j != 77).collect(), vec![KV_LEN]));
+                    let visible = (0..KV_LEN).map(|j| j != 77).collect();
+                    built.mask = Some(OwnedMask::bools(visible, &[KV_LEN]));
                 }
                 let expected = oracle::exact(&built.call());
                 for cpu in every_cpu() {
-                    let run = built.run_preset(&cpu, Preset::FULL);
-                    let tolerance = common::Tolerance { relative_l1: 1e-5, element: 1e-5, lse: 1e-5 };
-                    run.check(&expected, DType::F32, &tolerance).unwrap();
+                    let run = cpu.run_preset(&built, Preset::FULL);
+                    let tolerance =
+                        Tolerance { relative_l1: 1e-5, element: Some(1e-5), rounding: 0.0, lse: 1e-5 };
+                    run.check(&expected, &tolerance).unwrap();
                 }
             }
         }
@@ -167,13 +168,13 @@ fn a_mask_hides_a_bad_key_in_full_precision() {
 fn an_infinite_bias_makes_its_row_nan() {
     for q_len in Q_LENS {
         for bad in [f32::NAN, f32::INFINITY] {
-            let mut built = Case { q_len, kv_len: KV_LEN, head_dim: HEAD_DIM, ..Case::default() }.build();
+            let mut built = Case { q_len, kv_len: KV_LEN, head_dim: HEAD_DIM, ..Case::f32() }.build();
             let mut bias = vec![0.0; q_len * KV_LEN];
             bias[KV_LEN + 140] = bad;
-            built.bias = Some(Tensor::new(bias, &[q_len, KV_LEN]).unwrap());
+            built.mask = Some(OwnedMask::biases(Tensor::new(bias, &[q_len, KV_LEN]).unwrap()));
             for cpu in every_cpu() {
                 for scheme in schemes(HEAD_DIM) {
-                    let run = built.run(&cpu, Some(scheme));
+                    let run = cpu.run(&built, Some(scheme));
                     let nan = |(at, x): (usize, &f32)| x.is_nan() == (at / HEAD_DIM == 1);
                     assert!(run.out.iter().enumerate().all(nan), "{bad} {scheme}");
                     assert!(
@@ -186,42 +187,34 @@ fn an_infinite_bias_makes_its_row_nan() {
     }
 }
 
-/// The call, and the same with garbage in some rows of K and V.
-fn with_garbage(built: &Built, rows: impl Fn(usize) -> bool, width: usize, bad: f32) -> Built {
-    let spoil = |tensor: &Tensor| {
-        let mut values = tensor.to_f32_vec();
-        for (row, values) in values.chunks_exact_mut(width).enumerate() {
-            if rows(row) {
-                values.fill(bad);
-            }
-        }
-        Tensor::new(values, tensor.shape()).unwrap().to_dtype(tensor.dtype())
-    };
-    Built { k: spoil(&built.k), v: spoil(&built.v), ..built.clone() }
+/// The call with garbage in some rows of K and V, counted through memory.
+fn with_garbage(built: &OwnedCall, rows: impl Fn(usize) -> bool, bad: f32) -> OwnedCall {
+    let spoil = |tensor: &Memory| tensor.map(|at, x| if rows(at / HEAD_DIM) { bad } else { x });
+    OwnedCall { k: spoil(&built.k), v: spoil(&built.v), ..built.clone() }
 }
 
 #[test]
 fn keys_beyond_kv_lens_are_never_read() {
     for q_len in Q_LENS {
         for bad in [f32::NAN, f32::INFINITY, 1e30] {
-            let masking = Masking { kv_lens: true, ..Masking::default() };
             let case = Case {
                 batch: 3,
                 q_len,
                 kv_len: KV_LEN,
                 head_dim: HEAD_DIM,
-                heads: (4, 2),
-                masking,
-                ..Case::default()
+                q_heads: 4,
+                kv_heads: 2,
+                sequences: Sequences::Staggered,
+                ..Case::f32()
             };
             let clean = case.build();
             let lens = clean.kv_lens.clone().unwrap();
             let beyond = |row: usize| row % KV_LEN >= lens[row / (2 * KV_LEN)] as usize;
-            let spoiled = with_garbage(&clean, beyond, HEAD_DIM, bad);
+            let spoiled = with_garbage(&clean, beyond, bad);
             for cpu in every_cpu() {
                 for scheme in schemes(HEAD_DIM) {
-                    let (clean, spoiled) = (clean.run(&cpu, Some(scheme)), spoiled.run(&cpu, Some(scheme)));
-                    assert_eq!(bits(&clean), bits(&spoiled), "{bad} {scheme}");
+                    let (clean, spoiled) = (cpu.run(&clean, Some(scheme)), cpu.run(&spoiled, Some(scheme)));
+                    assert_eq!(clean.bits(), spoiled.bits(), "{bad} {scheme}");
                 }
             }
         }
@@ -235,19 +228,19 @@ fn packed_sequences_do_not_read_each_other() {
         (0..=lengths.len()).map(|b| lengths[..b].iter().map(len).sum::<usize>() as i32).collect::<Vec<i32>>()
     };
     let (cu_q, cu_k) = (starts(|l| l.0), starts(|l| l.1));
-    let tensor = |seed, rows: i32| {
-        let shape = [rows as usize, 1, HEAD_DIM];
-        Tensor::new(normal(seed, shape.iter().product()), &shape).unwrap()
+    let case = Case {
+        layout: Layout::Nhd,
+        head_dim: HEAD_DIM,
+        sequences: Sequences::Packed(cu_q.clone(), cu_k.clone()),
+        ..Case::f32()
     };
-    let (q_rows, k_rows) = (cu_q[lengths.len()], cu_k[lengths.len()]);
-    let mut clean = Built::dense(tensor(1, q_rows), tensor(2, k_rows), tensor(3, k_rows));
-    clean.cu_seqlens = Some((cu_q.clone(), cu_k.clone()));
+    let clean = case.build();
     for (b, (q_len, _)) in lengths.into_iter().enumerate() {
         let inside = |row: usize| (cu_k[b] as usize..cu_k[b + 1] as usize).contains(&row);
-        let spoiled = with_garbage(&clean, |row| !inside(row), HEAD_DIM, f32::NAN);
+        let spoiled = with_garbage(&clean, |row| !inside(row), f32::NAN);
         for cpu in every_cpu() {
             for scheme in schemes(HEAD_DIM) {
-                let (clean, spoiled) = (clean.run(&cpu, Some(scheme)), spoiled.run(&cpu, Some(scheme)));
+                let (clean, spoiled) = (cpu.run(&clean, Some(scheme)), cpu.run(&spoiled, Some(scheme)));
                 let rows: Range<usize> = cu_q[b] as usize..cu_q[b] as usize + q_len;
                 let part = |x: &[f32]| x[rows.start * HEAD_DIM..rows.end * HEAD_DIM].to_vec();
                 assert_eq!(part(&clean.out), part(&spoiled.out), "{scheme}, sequence {b}");

@@ -3,14 +3,12 @@
 // Helpers unwrap too.
 #![allow(clippy::unwrap_used)]
 
-mod common;
-
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
-use common::Case;
 use sage_core::{DType, Preset, Tensor};
 use sage_cpu::Cpu;
+use sage_testkit::Case;
 
 /// The system's allocator, which counts: the peak of resident memory would hide what freed memory had room for.
 struct Counting;
@@ -67,7 +65,7 @@ fn a_long_call_packs_what_the_plan_says() {
 
     // Scores alone would be 64 MiB in f32. K and V in f32 are 32 MiB, of which 24 MiB may be packed at once.
     let (q_len, kv_len, head_dim) = (512, 16_384, 128);
-    let case = Case { dtype: DType::BF16, heads: (2, 2), q_len, kv_len, head_dim, ..Case::default() };
+    let case = Case { dtype: DType::BF16, q_heads: 2, kv_heads: 2, q_len, kv_len, head_dim, ..Case::f32() };
     let built = case.build();
     let call = built.call();
     for preset in [Preset::INT8, Preset::INT8_F32, Preset::FULL] {
@@ -90,7 +88,7 @@ fn a_long_call_packs_what_the_plan_says() {
 }
 
 fn few_queries_of_a_long_sequence_need_next_to_nothing() {
-    let case = Case { heads: (8, 1), q_len: 1, kv_len: 100_000, head_dim: 64, ..Case::default() };
+    let case = Case { q_heads: 8, kv_heads: 1, q_len: 1, kv_len: 100_000, head_dim: 64, ..Case::f32() };
     let built = case.build();
     let call = built.call();
     let cpu = Cpu::detect();

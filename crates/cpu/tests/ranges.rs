@@ -3,11 +3,8 @@
 // Helpers unwrap too.
 #![allow(clippy::unwrap_used)]
 
-mod common;
-
-use common::{Built, Case, every_cpu, schemes, unit_roundoff};
-use sage_core::metrics::Accuracy;
-use sage_core::{Band, DType, IntQuantizer, Qk, Scheme, Tensor, ZeroGroup, oracle};
+use sage_core::{Band, DType, IntQuantizer, Qk, Scheme, ZeroGroup, oracle};
+use sage_testkit::{Bias, Case, Memory, OwnedCall, Runner, cpu_schemes as schemes, every_cpu, unit_roundoff};
 
 /// Schemes whose scales are quotients. Others add 1e-7, or take no maximum below it: they are the original's, and
 /// smaller numbers are zeros to them.
@@ -19,15 +16,14 @@ fn scaling(head_dim: usize) -> Vec<Scheme> {
     schemes(head_dim).into_iter().filter(guards).collect()
 }
 
-fn times(tensor: &Tensor, factor: f32) -> Tensor {
-    let values: Vec<f32> = tensor.to_f32_vec().iter().map(|x| x * factor).collect();
-    Tensor::new(values, tensor.shape()).unwrap().to_dtype(tensor.dtype())
+fn times(tensor: &Memory, factor: f32) -> Memory {
+    tensor.map(|_, x| x * factor)
 }
 
 /// Compares a call whose Q, K and V are multiplied by `factors` with exact attention.
 fn check(case: &Case, [q, k, v]: [f32; 3]) {
     let built = case.build();
-    let built = Built { q: times(&built.q, q), k: times(&built.k, k), v: times(&built.v, v), ..built };
+    let built = OwnedCall { q: times(&built.q, q), k: times(&built.k, k), v: times(&built.v, v), ..built };
     let exact = oracle::exact(&built.call());
     let magnitude = exact.out.iter().map(|x| x.abs()).sum::<f64>() / exact.out.len() as f64;
     // The last place of the smallest numbers is 2⁻¹⁴⁹, by which each of many sums is rounded: measured 3 of them;
@@ -37,13 +33,13 @@ fn check(case: &Case, [q, k, v]: [f32; 3]) {
     for cpu in every_cpu() {
         for scheme in scaling(case.head_dim) {
             let what = format!("{} · {q:e}, {k:e}, {v:e} {scheme} {case:?}", cpu.instruction_set());
-            let run = built.run(&cpu, Some(scheme));
+            let run = cpu.run(&built, Some(scheme));
             assert!(run.out.iter().chain(&run.lse).all(|x| x.is_finite()), "{what}");
-            let error = Accuracy::of(&run.out, &exact.out).relative_l1;
+            let error = run.relative_l1(&exact);
             // The worst measured of ordinary numbers is 1.7e-2, rotated with a bias, and 2e-4 without integers.
             let allowed = if matches!(scheme.qk, Qk::Int(_)) { 2e-2 } else { 1e-3 };
             assert!(error <= allowed + unit_roundoff(case.dtype) + smallest, "{what}: {error}");
-            let lse = Accuracy::of(&run.lse, &exact.lse).max_abs_error;
+            let lse = run.lse_error(&exact);
             assert!(lse <= if matches!(scheme.qk, Qk::Int(_)) { 0.1 } else { 1e-3 }, "{what}: {lse}");
         }
     }
@@ -79,9 +75,9 @@ fn large_and_small_numbers_give_what_ordinary_ones_do() {
                 if dtype == DType::BF16 && factors.iter().any(|x| *x < 1e-38) {
                     continue;
                 }
-                for k_bias in [0.0, 2.0] {
+                for k_bias in [Bias::None, Bias::EveryFourth(2.0)] {
                     check(
-                        &Case { dtype, heads: (2, 1), q_len, kv_len: 700, k_bias, ..Case::default() },
+                        &Case { dtype, q_heads: 2, kv_heads: 1, q_len, kv_len: 700, k_bias, ..Case::f32() },
                         factors,
                     );
                 }
@@ -93,10 +89,10 @@ fn large_and_small_numbers_give_what_ordinary_ones_do() {
 #[test]
 fn groups_caps_and_bands_do_not_matter() {
     for (factors, head_dim) in FACTORS.into_iter().zip([32, 64, 128, 40].into_iter().cycle()) {
-        let case = Case { q_len: 130, kv_len: 260, head_dim, softcap: Some(20.0), ..Case::default() };
+        let case = Case { q_len: 130, kv_len: 260, head_dim, softcap: Some(20.0), ..Case::f32() };
         check(&case, factors);
         let mut banded = case;
-        banded.masking.band = Band { left: Some(100), right: Some(100), ..Band::FULL };
+        banded.band = Band { left: Some(100), right: Some(100), ..Band::FULL };
         check(&banded, factors);
     }
 }
@@ -105,18 +101,14 @@ fn groups_caps_and_bands_do_not_matter() {
 #[test]
 fn a_mean_of_values_that_no_sum_holds() {
     for q_len in [2, 130] {
-        let case = Case { q_len, kv_len: 3000, head_dim: 16, ..Case::default() };
+        let case = Case { q_len, kv_len: 3000, head_dim: 16, ..Case::f32() };
         let built = case.build();
-        let v = Tensor::new(
-            built.v.to_f32_vec().iter().map(|x| 1.5e36 + x * 1e35).collect::<Vec<f32>>(),
-            built.v.shape(),
-        );
-        let built = Built { v: v.unwrap(), ..built };
+        let built = OwnedCall { v: built.v.map(|_, x| 1.5e36 + x * 1e35), ..built };
         let exact = oracle::exact(&built.call());
         for cpu in every_cpu() {
             for scheme in scaling(16) {
-                let run = built.run(&cpu, Some(scheme));
-                let error = Accuracy::of(&run.out, &exact.out).relative_l1;
+                let run = cpu.run(&built, Some(scheme));
+                let error = run.relative_l1(&exact);
                 assert!(error <= 1e-3, "{scheme}, {q_len} queries: {error}");
             }
         }

@@ -1,12 +1,5 @@
 //! Whole forward passes in the emulator, against the oracle of their scheme: every scheme that a GPU computes, every
 //! option, awkward shapes.
-//!
-//! Tolerances are relative L1 errors against the oracle *of the same scheme*, which sums exactly. What remains is the
-//! rounding of the output (2⁻¹¹ relative for f16, 2⁻⁸ for bf16, a quarter of it on average), probabilities rounded relative to a
-//! running maximum instead of the final one, and of the accumulators. Each constant is about twice the worst seen.
-
-#[allow(dead_code, reason = "other tests use other parts")]
-mod support;
 
 use sage_core::{
     Accumulator, Alignment, Band, DType, Granularity, IntQuantizer, Preset, Pv, Qk, Rounding, Scheme,
@@ -14,17 +7,16 @@ use sage_core::{
 };
 use sage_kernels::forward::int8_scheme;
 use sage_ptx::Target;
-use support::{Case, MaskKind};
+use sage_testkit::{Bias, Case, CaseMask, Emulated, Extent, Runner, Sequences, check, check_within};
 
-const F16: f64 = 1e-3;
-const BF16: f64 = 6e-3;
-/// P in E4M3 relative to a running maximum: as exact as before, but other values fall on its coarse grid.
-const FP8: f64 = 2e-2;
-/// Sums rounded to half precision on their way.
-const F16_SUMS: f64 = 6e-3;
+/// Kernels of 16-bit and integer operands.
+fn sm_80() -> Emulated {
+    Emulated::on(Target::SM_80)
+}
 
-fn tolerance(dtype: DType) -> f64 {
-    if dtype == DType::BF16 { BF16 } else { F16 }
+/// Kernels of FP8 operands as well.
+fn sm_89() -> Emulated {
+    Emulated::on(Target::SM_89)
 }
 
 fn full() -> Scheme {
@@ -46,9 +38,9 @@ fn head_dims() {
     for (i, head_dim) in [1, 8, 31, 40, 64, 72, 80, 96, 128, 160, 256].into_iter().enumerate() {
         let dtype = if i % 2 == 0 { DType::F16 } else { DType::BF16 };
         for scheme in [None, Some(full())] {
-            let case =
-                Case { dtype, head_dim, scheme, q_len: 70, kv_len: 90, k_bias: 3.0, ..Case::default() };
-            case.check(tolerance(dtype));
+            let k_bias = Bias::Channels(3.0);
+            let case = Case { dtype, head_dim, scheme, q_len: 70, kv_len: 90, k_bias, ..Case::default() };
+            check(&sm_80(), &case);
         }
     }
 }
@@ -57,7 +49,7 @@ fn head_dims() {
 fn lengths() {
     for (q_len, kv_len) in [(1, 1), (65, 1), (1, 65), (17, 63), (129, 64), (130, 129), (200, 257)] {
         for scheme in [Some(int8_scheme(DType::F16)), Some(full())] {
-            Case { q_len, kv_len, scheme, ..Case::default() }.check(F16);
+            check(&sm_80(), &Case { q_len, kv_len, scheme, ..Case::default() });
         }
     }
 }
@@ -67,7 +59,8 @@ fn granularities_and_rounding() {
     let all = [Granularity::PerBlock, Granularity::PerWarp, Granularity::PerThread, Granularity::PerToken];
     for granularity in all {
         let scheme = with_quantizer(|q| q.granularity = granularity);
-        Case { scheme: Some(scheme), k_bias: 5.0, q_len: 150, ..Case::default() }.check(F16);
+        let k_bias = Bias::Channels(5.0);
+        check(&sm_80(), &Case { scheme: Some(scheme), k_bias, q_len: 150, ..Case::default() });
     }
     for zero_group in [ZeroGroup::Guard, ZeroGroup::AddToScale, ZeroGroup::ClampMaximum] {
         let scheme = with_quantizer(|q| {
@@ -76,49 +69,16 @@ fn granularities_and_rounding() {
             q.scale_q_first = true;
             q.granularity = Granularity::PerBlock;
         });
-        Case { scheme: Some(scheme), ..Case::default() }.check(F16);
+        check(&sm_80(), &Case { scheme: Some(scheme), ..Case::default() });
     }
     let sixteen = with_quantizer(|q| q.tile.warp_q = 16);
-    Case { scheme: Some(sixteen), q_len: 150, ..Case::default() }.check(F16);
+    check(&sm_80(), &Case { scheme: Some(sixteen), q_len: 150, ..Case::default() });
 }
 
 #[test]
-fn named_schemes() {
-    let f16 = [
-        (Preset::SAGE1_INT8_FP16, F16),
-        (Preset::SAGE2_INT8_FP16_PER_THREAD, F16),
-        (Preset::SAGE2_INT8_FP16_PER_WARP, F16),
-        (Preset::SAGE2_INT8_FP16_F16_PER_THREAD, F16_SUMS),
-        (Preset::SAGE2_INT8_FP16_F16F32_PER_WARP, F16_SUMS),
-        (Preset::SAGE2_INT8_FP8_PER_THREAD, FP8),
-        (Preset::SAGE2_INT8_FP8_F32_PER_WARP, FP8),
-        (Preset::SAGE2_INT8_FP8_F32_SMOOTH_V_PER_THREAD, FP8),
-        (Preset::SAGE2PP_INT8_FP8_PER_THREAD, FP8),
-        (Preset::SAGE2_INT4_FP8, FP8),
-        (Preset::SAGE2PP_INT4_FP8, FP8),
-        (Preset::SPARGE_INT8_FP16, F16),
-    ];
-    for (preset, tolerance) in f16 {
-        for head_dim in [64, 128, 256] {
-            for dtype in [DType::F16, DType::BF16] {
-                let case = Case {
-                    scheme: Some(preset.scheme(head_dim)),
-                    target: Target::SM_89,
-                    head_dim,
-                    dtype,
-                    q_len: 140,
-                    kv_len: 150,
-                    k_bias: 4.0,
-                    v_bias: 1.0,
-                    ..Case::default()
-                };
-                case.check(tolerance.max(if dtype == DType::BF16 { BF16 } else { 0.0 }));
-            }
-        }
-    }
-    // A V of the other 16-bit type.
+fn values_of_the_other_16_bit_type() {
     let scheme = Scheme { pv: Pv::BF16(Accumulator::F32), ..int8_scheme(DType::F16) };
-    Case { scheme: Some(scheme), ..Case::default() }.check(BF16);
+    check(&sm_80(), &Case { scheme: Some(scheme), ..Case::default() });
 }
 
 #[test]
@@ -126,8 +86,8 @@ fn smooth_q() {
     for smooth_q in [SmoothQ::Block(64), SmoothQ::Block(128), SmoothQ::Sequence] {
         let mut scheme = int8_scheme(DType::F16);
         scheme.smooth.q = smooth_q;
-        let case = Case { scheme: Some(scheme), q_heads: 2, q_len: 200, k_bias: 3.0, ..Case::default() };
-        case.check(F16);
+        let k_bias = Bias::Channels(3.0);
+        check(&sm_80(), &Case { scheme: Some(scheme), q_heads: 2, q_len: 200, k_bias, ..Case::default() });
     }
 }
 
@@ -140,7 +100,7 @@ fn bands() {
             {
                 let band = Band { left, right, alignment };
                 for scheme in [None, Some(full())] {
-                    Case { q_len, kv_len, band, scheme, ..Case::default() }.check(F16);
+                    check(&sm_80(), &Case { q_len, kv_len, band, scheme, ..Case::default() });
                 }
             }
         }
@@ -158,26 +118,27 @@ fn offsets_of_the_diagonal() {
     ];
     for (q_len, kv_len, left, offset) in cases {
         let band = Band { left, right: Some(0), alignment: Alignment::Offset(offset) };
-        for (scheme, mask) in [(None, MaskKind::None), (Some(full()), MaskKind::None), (None, MaskKind::Bool)]
-        {
-            Case { q_len, kv_len, band, scheme, mask, ..Case::default() }.check(F16);
+        let bools = Some(CaseMask::bool(Extent::All));
+        for (scheme, mask) in [(None, None), (Some(full()), None), (None, bools)] {
+            check(&sm_80(), &Case { q_len, kv_len, band, scheme, mask, ..Case::default() });
         }
     }
     let band = Band::causal(Alignment::Offset(30));
-    Case { batch: 3, kv_lens: Some(vec![100, 0, 65]), band, ..Case::default() }.check(F16);
-    let packed = Some((vec![0, 70, 70, 71, 200], vec![0, 64, 130, 130, 227]));
-    Case { batch: 4, packed, band, ..Case::default() }.check(F16);
+    for (batch, sequences) in [
+        (3, Sequences::KvLens(vec![100, 0, 65])),
+        (4, Sequences::Packed(vec![0, 70, 70, 71, 200], vec![0, 64, 130, 130, 227])),
+    ] {
+        check(&sm_80(), &Case { batch, sequences, band, ..Case::default() });
+    }
 }
 
 #[test]
 fn masks() {
-    for mask in
-        [MaskKind::Bool, MaskKind::Bias(DType::F16), MaskKind::Bias(DType::BF16), MaskKind::Bias(DType::F32)]
-    {
+    let bias = |dtype| CaseMask::bias(dtype, Extent::All).hiding(0.0);
+    for mask in [CaseMask::bool(Extent::All), bias(DType::F16), bias(DType::BF16), bias(DType::F32)] {
         for scheme in [None, Some(full())] {
-            let case =
-                Case { mask, scheme, batch: 2, q_heads: 2, kv_heads: 1, band: CAUSAL, ..Case::default() };
-            case.check(F16);
+            let mask = Some(mask);
+            check(&sm_80(), &Case { mask, scheme, batch: 2, q_heads: 2, band: CAUSAL, ..Case::default() });
         }
     }
 }
@@ -186,8 +147,10 @@ fn masks() {
 fn soft_caps_and_scales() {
     for (softcap, sm_scale) in [(Some(5.0), None), (Some(30.0), Some(0.5)), (None, Some(1.0))] {
         for scheme in [None, Some(full())] {
-            let case = Case { softcap, sm_scale, scheme, k_bias: 2.0, q_len: 80, ..Case::default() };
-            case.check(2.0 * F16);
+            let k_bias = Bias::Channels(2.0);
+            let case = Case { softcap, sm_scale, scheme, k_bias, q_len: 80, ..Case::default() };
+            let computed_as = scheme.unwrap_or_else(|| int8_scheme(case.dtype));
+            check_within(&sm_80(), &case, &sm_80().tolerance(case.dtype, &computed_as).times(2.0));
         }
     }
 }
@@ -196,29 +159,26 @@ fn soft_caps_and_scales() {
 fn grouped_heads_and_batches() {
     let case =
         Case { batch: 2, q_heads: 6, kv_heads: 2, q_len: 70, kv_len: 130, band: CAUSAL, ..Case::default() };
-    case.check(F16);
-    Case { scheme: Some(full()), dtype: DType::BF16, ..case }.check(BF16);
+    check(&sm_80(), &case);
+    check(&sm_80(), &Case { scheme: Some(full()), dtype: DType::BF16, ..case });
 }
 
 #[test]
 fn ragged_lengths() {
     for scheme in [None, Some(full()), Some(Preset::SAGE2_INT8_FP8_PER_THREAD.scheme(64))] {
-        let tolerance = if scheme.is_some_and(|s| matches!(s.pv, Pv::Fp8 { .. })) { FP8 } else { F16 };
-        let base = Case { scheme, target: Target::SM_89, q_heads: 2, ..Case::default() };
-        let kv_lens = Some(vec![100, 0, 65]);
-        Case { batch: 3, kv_lens, band: CAUSAL, ..base.clone() }.check(tolerance);
-        let packed = Some((vec![0, 70, 70, 71, 200], vec![0, 64, 130, 130, 227]));
-        Case { batch: 4, packed, band: CAUSAL, k_bias: 3.0, ..base }.check(tolerance);
+        let base = Case { scheme, q_heads: 2, band: CAUSAL, ..Case::default() };
+        let sequences = Sequences::KvLens(vec![100, 0, 65]);
+        check(&sm_89(), &Case { batch: 3, sequences, ..base.clone() });
+        let sequences = Sequences::Packed(vec![0, 70, 70, 71, 200], vec![0, 64, 130, 130, 227]);
+        check(&sm_89(), &Case { sequences, k_bias: Bias::Channels(3.0), ..base });
     }
 }
 
 #[test]
 fn unaligned_rows() {
-    for (gap, misaligned) in [(3, 0), (0, 2), (8, 0), (5, 6)] {
+    for (gap, offset) in [(3, 0), (0, 1), (8, 0), (5, 3)] {
         for scheme in [None, Some(full()), Some(Preset::SAGE2_INT8_FP8_PER_THREAD.scheme(64))] {
-            let tolerance = if scheme.is_some_and(|s| matches!(s.pv, Pv::Fp8 { .. })) { FP8 } else { F16 };
-            Case { gap, misaligned, scheme, target: Target::SM_89, q_len: 70, ..Case::default() }
-                .check(tolerance);
+            check(&sm_89(), &Case { gap, offset, scheme, q_len: 70, ..Case::default() });
         }
     }
 }
@@ -227,23 +187,9 @@ fn unaligned_rows() {
 fn split_keys() {
     for (q_len, kv_len, dtype) in [(1, 1100, DType::F16), (3, 700, DType::BF16), (20, 900, DType::F16)] {
         for band in [Band::FULL, CAUSAL] {
-            let case = Case {
-                q_len,
-                kv_len,
-                dtype,
-                band,
-                q_heads: 4,
-                kv_heads: 2,
-                multiprocessors: 40,
-                ..Case::default()
-            };
-            let (computed, _) = case.run();
-            assert!(
-                computed.kernels.last().is_some_and(|name| name.starts_with("combine")),
-                "{:?}",
-                computed.kernels
-            );
-            case.check(tolerance(dtype));
+            let case = Case { q_len, kv_len, dtype, band, q_heads: 4, kv_heads: 2, ..Case::default() };
+            let kernels = check(&sm_80().multiprocessors(40), &case).kernels;
+            assert!(kernels.last().is_some_and(|name| name.starts_with("combine")), "{kernels:?}");
         }
     }
 }
@@ -253,8 +199,8 @@ fn split_keys() {
 fn wide_heads_in_full_precision_fit_little_shared_memory() {
     for head_dim in [192, 256] {
         let scheme = Some(full());
-        let case = Case { head_dim, scheme, target: Target::SM_86, q_len: 70, kv_len: 70, ..Case::default() };
-        let kernels = case.check(F16);
+        let case = Case { head_dim, scheme, q_len: 70, kv_len: 70, ..Case::default() };
+        let kernels = check(&Emulated::on(Target::SM_86), &case).kernels;
         assert!(kernels.iter().any(|name| name.contains("w4x16x32")), "{kernels:?}");
     }
 }

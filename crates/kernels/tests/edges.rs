@@ -1,16 +1,12 @@
 //! Whole passes at the edges of what a call may be: no keys, no queries, very many heads, tensors anywhere in memory.
 
-#[allow(dead_code, reason = "other tests use other parts")]
-mod support;
-
 use sage_core::metrics::Accuracy;
-use sage_core::{Alignment, Band, DType, MAX_HEADS, Preset, Problem, Scheme, SmoothQ};
-use sage_kernels::Lengths;
-use sage_kernels::Machine;
+use sage_core::{Alignment, Band, DType, MAX_HEADS, Preset, Problem, Scheme, SmoothQ, oracle};
 use sage_kernels::forward::{ForwardPlan, Request, Tensors, int8_scheme};
 use sage_kernels::pass::Launcher;
+use sage_kernels::{Lengths, Machine};
 use sage_ptx::{Arg, BoxedTensor, Target};
-use support::{Case, MaskKind};
+use sage_testkit::{Bias, Case, CaseMask, Emulated, Extent, Runner, Sequences, check};
 
 const WINDOW: Band = Band { left: Some(20), right: Some(71), alignment: Alignment::TopLeft };
 const CAUSAL: Band = Band { left: None, right: Some(0), alignment: Alignment::BottomRight };
@@ -36,8 +32,8 @@ fn schemes(target: Target) -> Vec<Option<Scheme>> {
 }
 
 /// Every row is zeros with a log-sum-exp of −∞.
-fn check_empty(case: &Case, rows: usize) {
-    let (computed, _) = case.run();
+fn check_empty(gpu: &Emulated, case: &Case, rows: usize) {
+    let computed = gpu.run(&case.build(), case.scheme);
     assert_eq!((computed.out.len(), computed.lse.len()), (rows * case.head_dim, rows), "{case:?}");
     assert!(computed.out.iter().all(|&x| x.to_bits() == 0), "{case:?}: {:?}", computed.kernels);
     assert!(computed.lse.iter().all(|&x| x == f32::NEG_INFINITY), "{case:?}: {:?}", computed.kernels);
@@ -46,22 +42,25 @@ fn check_empty(case: &Case, rows: usize) {
 #[test]
 fn no_keys_at_all() {
     for target in [Target::SM_80, Target::SM_89, Target::SM_90A] {
+        let gpu = Emulated::on(target);
         for scheme in schemes(target) {
             for (q_len, band) in [(1, CAUSAL), (3, Band::FULL), (150, Band::FULL), (70, CAUSAL)] {
-                let case =
-                    Case { target, scheme, q_len, kv_len: 0, band, q_heads: 2, batch: 2, ..Case::default() };
-                check_empty(&case, 4 * q_len);
-                let unaligned = Case { misaligned: 2, multiprocessors: 40, ..case.clone() };
-                check_empty(&unaligned, 4 * q_len);
+                let case = Case { scheme, q_len, kv_len: 0, band, q_heads: 2, batch: 2, ..Case::default() };
+                check_empty(&gpu, &case, 4 * q_len);
+                let unaligned = Case { offset: 1, ..case.clone() };
+                check_empty(&gpu.multiprocessors(40), &unaligned, 4 * q_len);
                 // Keys that are all cut off.
-                check_empty(&Case { kv_len: 70, kv_lens: Some(vec![0, 0]), ..case.clone() }, 4 * q_len);
-                check_empty(&Case { kv_lens: Some(vec![0, 0]), ..case.clone() }, 4 * q_len);
-                let packed = Some((vec![0, q_len as i32, q_len as i32], vec![0, 0, 0]));
-                check_empty(&Case { packed, ..case.clone() }, 2 * q_len);
+                let sequences = Sequences::KvLens(vec![0, 0]);
+                let cut = Case { kv_len: 70, sequences: sequences.clone(), ..case.clone() };
+                check_empty(&gpu, &cut, 4 * q_len);
+                check_empty(&gpu, &Case { sequences, ..case.clone() }, 4 * q_len);
+                let sequences = Sequences::Packed(vec![0, q_len as i32, q_len as i32], vec![0, 0, 0]);
+                check_empty(&gpu, &Case { sequences, ..case.clone() }, 2 * q_len);
             }
-            let case = Case { target, scheme, q_len: 130, kv_len: 0, ..Case::default() };
-            check_empty(&Case { mask: MaskKind::Bool, ..case.clone() }, 130);
-            check_empty(&Case { mask: MaskKind::Bias(DType::F32), ..case }, 130);
+            let case = Case { scheme, q_len: 130, kv_len: 0, ..Case::default() };
+            for mask in [CaseMask::bool(Extent::All), CaseMask::bias(DType::F32, Extent::All)] {
+                check_empty(&gpu, &Case { mask: Some(mask), ..case.clone() }, 130);
+            }
         }
     }
 }
@@ -70,17 +69,16 @@ fn no_keys_at_all() {
 fn no_queries_at_all() {
     for target in [Target::SM_80, Target::SM_90A] {
         for scheme in schemes(target) {
-            let case = Case { target, scheme, ..Case::default() };
-            let packed = |q: [i32; 3], k: [i32; 3]| Some((q.to_vec(), k.to_vec()));
+            let packed = |q: [i32; 3], k: [i32; 3]| Sequences::Packed(q.to_vec(), k.to_vec());
             for case in [
-                Case { q_len: 0, ..case.clone() },
-                Case { q_len: 0, kv_len: 0, ..case.clone() },
-                Case { batch: 0, q_len: 130, ..case.clone() },
-                Case { batch: 2, packed: packed([0; 3], [0; 3]), ..case.clone() },
-                Case { batch: 2, packed: packed([0; 3], [0, 70, 100]), ..case.clone() },
-                Case { batch: 0, packed: Some((vec![0], vec![0])), ..case.clone() },
+                Case { q_len: 0, ..Case::default() },
+                Case { q_len: 0, kv_len: 0, ..Case::default() },
+                Case { batch: 0, q_len: 130, ..Case::default() },
+                Case { sequences: packed([0; 3], [0; 3]), ..Case::default() },
+                Case { sequences: packed([0; 3], [0, 70, 100]), ..Case::default() },
+                Case { sequences: Sequences::Packed(vec![0], vec![0]), ..Case::default() },
             ] {
-                let (computed, _) = case.run();
+                let computed = Emulated::on(target).run(&case.build(), scheme);
                 assert!(computed.out.is_empty() && computed.kernels.is_empty(), "{case:?}");
             }
         }
@@ -93,18 +91,9 @@ fn keys_without_queries() {
     for target in [Target::SM_80, Target::SM_90A] {
         for scheme in schemes(target) {
             for band in [Band::FULL, CAUSAL, WINDOW] {
-                let packed = Some((vec![0, 0, 40, 40, 70], vec![0, 300, 390, 700, 800]));
-                let case = Case {
-                    target,
-                    scheme,
-                    band,
-                    packed,
-                    batch: 4,
-                    kv_heads: 2,
-                    q_heads: 2,
-                    ..Case::default()
-                };
-                case.check(0.05);
+                let sequences = Sequences::Packed(vec![0, 0, 40, 40, 70], vec![0, 300, 390, 700, 800]);
+                let case = Case { scheme, band, sequences, kv_heads: 2, q_heads: 2, ..Case::default() };
+                check(&Emulated::on(target), &case);
             }
         }
     }
@@ -115,63 +104,50 @@ fn keys_without_queries() {
 /// be are right all the same.
 #[test]
 fn lengths_beyond_the_longest() {
+    let sequences = Sequences::Packed(vec![0, 30, 230], vec![0, 90, 390]);
+    let call = Case { sequences, kv_heads: 2, q_heads: 2, ..Case::default() }.build();
     for target in [Target::SM_80, Target::SM_90A] {
         for scheme in schemes(target) {
             for longest in [[200, 90], [30, 300], [30, 90]] {
-                let packed = Some((vec![0, 30, 230], vec![0, 90, 390]));
-                let case = Case {
-                    target,
-                    scheme,
-                    packed,
-                    batch: 2,
-                    kv_heads: 2,
-                    q_heads: 2,
-                    longest: Some(longest),
-                    ..Case::default()
-                };
-                let (computed, expected) = case.run();
+                let gpu = Emulated { longest: Some(longest), ..Emulated::on(target) };
+                let computed = gpu.run(&call, scheme);
+                let expected = oracle::scheme(&call.call(), &computed.scheme);
                 for head in 0..2 {
                     let rows = head * 230 * 64..(head * 230 + 30) * 64;
                     let accuracy = Accuracy::of(&computed.out[rows.clone()], &expected.out[rows]);
-                    assert!(accuracy.relative_l1 <= 0.05, "{case:?}: {accuracy:?}");
+                    assert!(accuracy.relative_l1 <= 0.05, "{longest:?}, {}: {accuracy:?}", computed.scheme);
                 }
             }
         }
     }
 }
 
-/// Tolerances are those of tests/attention.rs and tests/warpgroups.rs.
 #[test]
 fn grids_of_many_heads_are_folded() {
+    let folded = |target| Emulated { folded: true, ..Emulated::on(target) };
     for target in [Target::SM_80, Target::SM_90A] {
         for scheme in schemes(target) {
             let case = Case {
-                target,
                 scheme,
-                folded: true,
                 batch: 7,
                 q_heads: 4,
                 kv_heads: 2,
                 q_len: 70,
                 kv_len: 90,
                 head_dim: 40,
-                k_bias: 2.0,
+                k_bias: Bias::Channels(2.0),
                 band: CAUSAL,
                 ..Case::default()
             };
-            case.check(4e-2);
-            let packed = Some((vec![0, 3, 3, 70, 71, 100], vec![0, 64, 130, 130, 227, 228]));
-            case_of_five(&case, packed).check(4e-2);
+            check(&folded(target), &case);
+            let sequences = Sequences::Packed(vec![0, 3, 3, 70, 71, 100], vec![0, 64, 130, 130, 227, 228]);
+            check(&folded(target), &Case { sequences, ..case });
         }
     }
     // Few queries, whose keys are in parts.
-    let case = Case { batch: 5, q_heads: 2, q_len: 2, kv_len: 700, multiprocessors: 60, ..Case::default() };
-    let kernels = Case { folded: true, ..case }.check(1e-3);
+    let case = Case { batch: 5, q_heads: 2, q_len: 2, kv_len: 700, ..Case::default() };
+    let kernels = check(&folded(Target::SM_80).multiprocessors(60), &case).kernels;
     assert!(kernels.last().is_some_and(|name| name.starts_with("combine")), "{kernels:?}");
-}
-
-fn case_of_five(case: &Case, packed: Option<(Vec<i32>, Vec<i32>)>) -> Case {
-    Case { batch: 5, packed, ..case.clone() }
 }
 
 /// Collects the grids of a pass.
@@ -191,22 +167,8 @@ impl Launcher for Grids {
 }
 
 /// `[batch, q_heads, kv_heads, q_len, kv_len]` of dimension 64.
-fn problem([batch, num_q_heads, num_kv_heads, q_len, kv_len]: [usize; 5]) -> Problem {
-    Problem {
-        dtype: DType::F16,
-        batch,
-        num_q_heads,
-        num_kv_heads,
-        q_len,
-        kv_len,
-        head_dim: 64,
-        sm_scale: 0.125,
-        band: Band::FULL,
-        logit_softcap: None,
-        packed: false,
-        masked: false,
-        block_masked: false,
-    }
+fn problem([batch, q_heads, kv_heads, q_len, kv_len]: [usize; 5]) -> Problem {
+    Problem::dense(DType::F16, [batch, q_heads, kv_heads], [q_len, kv_len], 64)
 }
 
 fn request(problem: &Problem, scheme: Option<Scheme>) -> Request {

@@ -1,18 +1,10 @@
 //! What no query sees must not count, on both engines, whatever K and V hold there: masked keys, keys outside the band, and
-//! the biases that programs write for padding. Tolerances are those of `attention.rs`.
+//! the biases that programs write for padding.
 
-#[allow(dead_code, reason = "other tests use other parts")]
-mod support;
-
-use sage_core::metrics::Accuracy;
-use sage_core::{Alignment, Band, DType, Preset, Pv, Scheme};
+use sage_core::{Alignment, Band, DType, Preset, Scheme, oracle};
 use sage_kernels::forward::int8_scheme;
 use sage_ptx::Target;
-use support::{Case, MaskKind};
-
-const F16: f64 = 1e-3;
-const BF16: f64 = 6e-3;
-const FP8: f64 = 4e-2;
+use sage_testkit::{Bias, Case, CaseMask, Emulated, Extent, Runner, Sequences, check};
 
 /// The least finite number of bf16, and about that of f32.
 const LEAST: f32 = f32::from_bits(0xff7f_0000);
@@ -32,29 +24,26 @@ fn schemes() -> [Scheme; 6] {
     ]
 }
 
-fn cases() -> impl Iterator<Item = Case> {
+fn cases() -> impl Iterator<Item = (Emulated, Case)> {
     let on = |target| {
-        schemes().into_iter().map(move |scheme| Case {
-            target,
-            scheme: Some(scheme),
-            q_len: 100,
-            kv_len: 200,
-            q_heads: 2,
-            kv_heads: 1,
-            k_bias: 3.0,
-            ..Case::default()
+        schemes().into_iter().map(move |scheme| {
+            let case = Case {
+                scheme: Some(scheme),
+                q_len: 100,
+                kv_len: 200,
+                q_heads: 2,
+                kv_heads: 1,
+                k_bias: Bias::Channels(3.0),
+                ..Case::default()
+            };
+            (Emulated::on(target), case)
         })
     };
     on(Target::SM_89).chain(on(Target::SM_90A))
 }
 
-fn tolerance(case: &Case) -> f64 {
-    match case.scheme.map(|scheme| scheme.pv) {
-        Some(Pv::Fp8 { .. }) => FP8,
-        Some(Pv::BF16(_)) => BF16,
-        _ if case.dtype == DType::BF16 => BF16,
-        _ => F16,
-    }
+fn bias(dtype: DType) -> CaseMask {
+    CaseMask::bias(dtype, Extent::All)
 }
 
 /// Keys from 130 on, and every key of the second tile but one.
@@ -71,18 +60,16 @@ fn of_heads([batch, head, row, key]: [usize; 4]) -> f32 {
 
 #[test]
 fn masked_keys() {
-    for (case, spoil) in cases().zip([f32::NAN, 6e4, f32::INFINITY].into_iter().cycle()) {
-        for mask in [MaskKind::Bool, MaskKind::Bias(DType::F32), MaskKind::Bias(DType::F16)] {
-            let case = Case { mask, spoil: Some(spoil), batch: 2, ..case.clone() };
+    for ((gpu, case), spoil) in cases().zip([f32::NAN, 6e4, f32::INFINITY].into_iter().cycle()) {
+        let case = Case { spoil: Some(spoil), batch: 2, ..case };
+        for mask in [CaseMask::bool(Extent::All), bias(DType::F32), bias(DType::F16)] {
             // A mask of keys alone, as programs write padding.
-            let repeats = [false, true, true, false];
-            Case { pattern: Some(padding), repeats, ..case.clone() }.check(tolerance(&case));
-            Case { pattern: Some(of_heads), band: TOP_LEFT, ..case.clone() }.check(tolerance(&case));
+            let of_keys = CaseMask { extent: Extent::BatchKeys, ..mask.pattern(padding) };
+            check(&gpu, &Case { mask: Some(of_keys), ..case.clone() });
+            check(&gpu, &Case { mask: Some(mask.pattern(of_heads)), band: TOP_LEFT, ..case.clone() });
         }
-        let kv_lens = Some(vec![90, 200]);
-        let mask = MaskKind::Bool;
-        let case = Case { mask, spoil: Some(spoil), batch: 2, kv_lens, pattern: Some(of_heads), ..case };
-        case.check(tolerance(&case));
+        let mask = Some(CaseMask::bool(Extent::All).pattern(of_heads));
+        check(&gpu, &Case { mask, sequences: Sequences::KvLens(vec![90, 200]), ..case });
     }
 }
 
@@ -90,21 +77,18 @@ fn masked_keys() {
 fn few_queries_and_split_keys() {
     for (q_len, kv_len, dtype) in [(1, 1100, DType::F16), (20, 900, DType::BF16)] {
         for target in [Target::SM_80, Target::SM_90A] {
-            for mask in [MaskKind::Bool, MaskKind::Bias(DType::F32)] {
+            for mask in [CaseMask::bool(Extent::All), bias(DType::F32)] {
                 let case = Case {
                     q_len,
                     kv_len,
                     dtype,
-                    target,
-                    mask,
-                    pattern: Some(padding),
+                    mask: Some(mask.pattern(padding)),
                     spoil: Some(f32::NAN),
                     q_heads: 4,
                     kv_heads: 2,
-                    multiprocessors: 40,
                     ..Case::default()
                 };
-                case.check(tolerance(&case));
+                check(&Emulated::on(target).multiprocessors(40), &case);
             }
         }
     }
@@ -112,17 +96,15 @@ fn few_queries_and_split_keys() {
 
 #[test]
 fn keys_outside_the_band() {
-    for (case, spoil) in cases().zip([f32::NAN, 6e4].into_iter().cycle()) {
+    for ((gpu, case), spoil) in cases().zip([f32::NAN, 6e4].into_iter().cycle()) {
         let case = Case { spoil: Some(spoil), batch: 2, ..case };
-        // The first query sees the first key: keys behind the hundredth are seen by none.
-        Case { band: TOP_LEFT, ..case.clone() }.check(tolerance(&case));
         let window = Band { left: Some(20), right: Some(3), alignment: Alignment::BottomRight };
+        // Of the first, the first query sees the first key: keys behind the hundredth are seen by none.
         for band in [TOP_LEFT, window, Band { alignment: Alignment::TopLeft, ..window }] {
-            Case { band, ..case.clone() }.check(tolerance(&case));
-            let kv_lens = Some(vec![190, 101]);
-            Case { band, kv_lens, ..case.clone() }.check(tolerance(&case));
-            let packed = Some((vec![0, 70, 71, 171], vec![0, 164, 264, 300]));
-            Case { band, packed, batch: 3, q_heads: 2, kv_heads: 1, ..case.clone() }.check(tolerance(&case));
+            check(&gpu, &Case { band, ..case.clone() });
+            check(&gpu, &Case { band, sequences: Sequences::KvLens(vec![190, 101]), ..case.clone() });
+            let sequences = Sequences::Packed(vec![0, 70, 71, 171], vec![0, 164, 264, 300]);
+            check(&gpu, &Case { band, sequences, ..case.clone() });
         }
     }
 }
@@ -136,27 +118,19 @@ fn a_static_cache_is_as_exact_as_its_filled_slots() {
     for target in [Target::SM_89, Target::SM_90A] {
         for scheme in [int8_scheme(DType::F16), Preset::INT8_FP8.scheme(64)] {
             let sliced = Case {
-                target,
                 scheme: Some(scheme),
                 q_len: 70,
                 kv_len: 256,
-                k_bias: 10.0,
+                k_bias: Bias::Channels(10.0),
                 lse: false,
                 ..Case::default()
             };
-            let mask = MaskKind::Bool;
-            let repeats = [true, true, true, false];
-            let cache = Case {
-                kv_len: 700,
-                mask,
-                pattern: Some(filled),
-                repeats,
-                spoil: Some(0.0),
-                ..sliced.clone()
-            };
+            let mask = Some(CaseMask::bool(Extent::Keys).pattern(filled));
+            let cache = Case { kv_len: 700, mask, spoil: Some(0.0), ..sliced.clone() };
             let [of_slice, of_cache] = [sliced, cache].map(|case| {
-                let (computed, _, exact) = case.run_beside_exact();
-                Accuracy::of(&computed.out, &exact.out).relative_l1
+                let call = case.build();
+                let computed = Emulated::on(target).run(&call.with_hidden_rows(0.0), case.scheme);
+                computed.relative_l1(&oracle::exact(&call.call()))
             });
             // The same keys, the same mean and the same scales: what is left is the order of sums.
             assert!((of_cache / of_slice - 1.0).abs() < 0.02, "{of_cache} in the cache, {of_slice} sliced");
@@ -170,14 +144,14 @@ fn a_row_of_the_least_bias_is_the_mean_of_v() {
     fn padded([_, _, row, key]: [usize; 4]) -> f32 {
         if row < 10 || key >= 150 { LEAST } else { 0.0 }
     }
-    for case in cases() {
+    for (gpu, case) in cases() {
         for dtype in [DType::F16, DType::BF16] {
-            for mask in [DType::F32, DType::BF16].map(MaskKind::Bias) {
-                let case = Case { dtype, mask, pattern: Some(padded), ..case.clone() };
-                case.check(tolerance(&case));
+            for mask in [DType::F32, DType::BF16] {
+                let case = Case { dtype, mask: Some(bias(mask).pattern(padded)), ..case.clone() };
+                check(&gpu, &case);
                 // Parts of the keys differ in length, and so in weight.
-                let few = Case { q_len: 12, kv_len: 1100, multiprocessors: 60, scheme: None, ..case };
-                few.check(tolerance(&few));
+                let few = Case { q_len: 12, kv_len: 1100, scheme: None, ..case };
+                check(&gpu.multiprocessors(60), &few);
             }
         }
     }

@@ -1,13 +1,10 @@
 //! Log-sum-exps in the emulator, against the oracle: as exact as scores are, whatever P is rounded to, and no
 //! different output.
 
-#[allow(dead_code, reason = "other tests use other parts")]
-mod support;
-
-use sage_core::{DType, Preset, Scheme};
+use sage_core::{DType, Preset, Scheme, oracle};
 use sage_kernels::forward::int8_scheme;
 use sage_ptx::Target;
-use support::Case;
+use sage_testkit::{Bias, Case, Emulated, Runner};
 
 /// FlashAttention's are within this. Of sums of P as rounded to bfloat16 they are off by up to 2.6e-3: its units are
 /// 2⁻⁸ of a value, and a row of few large probabilities has no others to even them out. What is left, mostly of scores
@@ -22,11 +19,12 @@ fn scales(exact: bool) -> [f32; 3] {
 }
 
 /// The largest error of a case's log-sum-exps.
-fn error(case: &Case, exact: bool) -> f64 {
-    let (computed, of_scheme, of_exact) = case.run_beside_exact();
-    let wanted = if exact { &of_exact.lse } else { &of_scheme.lse };
-    let errors = computed.lse.iter().zip(wanted).map(|(&found, &wanted)| (f64::from(found) - wanted).abs());
-    errors.fold(0.0, f64::max)
+fn error(gpu: &Emulated, case: &Case, exact: bool) -> f64 {
+    let call = case.build();
+    let computed = gpu.run(&call, case.scheme);
+    let call = call.call();
+    let wanted = if exact { oracle::exact(&call) } else { oracle::scheme(&call, &computed.scheme) };
+    computed.lse_error(&wanted)
 }
 
 fn check(name: &str, scheme: Scheme, exact: bool) {
@@ -38,17 +36,16 @@ fn check(name: &str, scheme: Scheme, exact: bool) {
             {
                 for sm_scale in scales(exact) {
                     let case = Case {
-                        target,
                         dtype,
                         q_len,
                         kv_len,
                         head_dim,
-                        k_bias: if exact { 0.0 } else { 1.0 },
+                        k_bias: if exact { Bias::None } else { Bias::Channels(1.0) },
                         sm_scale: Some(sm_scale),
                         scheme: Some(scheme),
                         ..Case::default()
                     };
-                    let error = error(&case, exact);
+                    let error = error(&Emulated::on(target), &case, exact);
                     worst = worst.max(error);
                     assert!(error <= LIMIT, "{name}: {error} of {case:?}");
                 }
@@ -78,16 +75,14 @@ fn of_keys_in_parts() {
                 let mut worst = 0.0f64;
                 for sm_scale in scales(exact) {
                     let case = Case {
-                        target,
                         dtype,
                         q_len,
                         kv_len: 2000,
-                        multiprocessors: 40,
                         sm_scale: Some(sm_scale),
                         scheme: Some(scheme),
                         ..Case::default()
                     };
-                    let error = error(&case, exact);
+                    let error = error(&Emulated::on(target).multiprocessors(40), &case, exact);
                     worst = worst.max(error);
                     assert!(error <= LIMIT, "{error} of {case:?}");
                 }
@@ -107,13 +102,11 @@ fn asking_for_them_changes_no_bit_of_the_output() {
                 (DType::BF16, int8_scheme(DType::BF16)),
                 (DType::F16, Preset::SAGE2_INT8_FP16_F16F32_PER_WARP.scheme(head_dim)),
             ] {
-                let case = Case { target, dtype, head_dim, scheme: Some(scheme), ..Case::default() };
-                for case in [
-                    Case { q_len: 150, kv_len: 200, ..case.clone() },
-                    Case { q_len: 2, kv_len: 1100, multiprocessors: 40, ..case },
-                ] {
-                    let [with, without] = [true, false].map(|lse| Case { lse, ..case.clone() }.run().0.out);
-                    assert!(with == without, "{case:?}");
+                let (whole, parts) = (Emulated::on(target), Emulated::on(target).multiprocessors(40));
+                for (gpu, q_len, kv_len) in [(whole, 150, 200), (parts, 2, 1100)] {
+                    let case = Case { dtype, head_dim, q_len, kv_len, ..Case::default() };
+                    let run = |lse| gpu.run(&Case { lse, ..case.clone() }.build(), Some(scheme)).out;
+                    assert!(run(true) == run(false), "{case:?}");
                 }
             }
         }

@@ -1,20 +1,14 @@
-//! The kernels of warpgroups in the emulator, against the oracle of their scheme. Tolerances are those of the other
-//! engine's tests: see there.
-
-#[allow(dead_code, reason = "other tests use other parts")]
-mod support;
+//! The kernels of warpgroups in the emulator, against the oracle of their scheme.
 
 use sage_core::{Alignment, Band, DType, Preset, Pv, Scheme};
 use sage_kernels::forward::int8_scheme;
 use sage_kernels::{Tiling, WarpgroupTiling};
 use sage_ptx::Target;
-use support::{Case, MaskKind};
+use sage_testkit::{Bias, Case, CaseMask, Emulated, Extent, Runner, Sequences, check_within};
 
-const F16: f64 = 1e-3;
-const BF16: f64 = 6e-3;
-/// P in E4M3 relative to a reference that lags behind the maximum by up to a factor of 16: as exact as before, but other
-/// values fall on its coarse grid.
-const FP8: f64 = 4e-2;
+fn gpu() -> Emulated {
+    Emulated::on(Target::SM_90A)
+}
 
 const CAUSAL: Band = Band { left: None, right: Some(0), alignment: Alignment::BottomRight };
 
@@ -26,21 +20,19 @@ fn int8() -> Option<Scheme> {
     Some(int8_scheme(DType::F16))
 }
 
-fn hopper() -> Case {
-    Case { target: Target::SM_90A, q_len: 150, kv_len: 200, k_bias: 3.0, scheme: int8(), ..Case::default() }
+fn case() -> Case {
+    Case { q_len: 150, kv_len: 200, k_bias: Bias::Channels(3.0), scheme: int8(), ..Case::default() }
 }
 
 fn check(case: &Case) {
-    let fp8 = case.scheme.is_some_and(|scheme| matches!(scheme.pv, Pv::Fp8 { .. }));
-    let tolerance = match (fp8, case.dtype) {
-        (true, _) => FP8,
-        (false, DType::BF16) => BF16,
-        _ => F16,
-    };
-    let kernels = case.check(tolerance);
+    check_on(&gpu(), case);
+}
+
+fn check_on(gpu: &Emulated, case: &Case) {
+    let kernels = sage_testkit::check(gpu, case).kernels;
     assert!(kernels.iter().any(|name| name.contains("_wg")), "{kernels:?}");
     // Without the log-sum-exp, sums of P may be products.
-    Case { lse: false, ..case.clone() }.check(tolerance);
+    sage_testkit::check(gpu, &Case { lse: false, ..case.clone() });
 }
 
 #[test]
@@ -54,7 +46,7 @@ fn head_dims() {
             Preset::SAGE2_INT8_FP8_F32_PER_WARP
         };
         for scheme in [int8_scheme(dtype), full(), fp8.scheme(head_dim)].map(Some) {
-            check(&Case { dtype, head_dim, scheme, ..hopper() });
+            check(&Case { dtype, head_dim, scheme, ..case() });
         }
     }
 }
@@ -63,7 +55,7 @@ fn head_dims() {
 fn lengths() {
     for (q_len, kv_len) in [(65, 1), (193, 64), (200, 257), (385, 128)] {
         for scheme in [int8(), Some(full()), Some(Preset::SAGE2_INT8_FP8_PER_THREAD.scheme(64))] {
-            check(&Case { q_len, kv_len, scheme, ..hopper() });
+            check(&Case { q_len, kv_len, scheme, ..case() });
         }
     }
 }
@@ -83,8 +75,8 @@ fn named_schemes() {
                     scheme: Some(preset.scheme(head_dim)),
                     head_dim,
                     dtype,
-                    v_bias: 1.0,
-                    ..hopper()
+                    v_bias: Bias::Channels(1.0),
+                    ..case()
                 });
             }
         }
@@ -97,7 +89,7 @@ fn bands_and_groups() {
         for alignment in [Alignment::BottomRight, Alignment::TopLeft] {
             let band = Band { left, right, alignment };
             for scheme in [int8(), Some(full()), Some(Preset::SAGE2_INT8_FP8_PER_THREAD.scheme(64))] {
-                check(&Case { band, scheme, q_heads: 4, kv_heads: 2, batch: 2, ..hopper() });
+                check(&Case { band, scheme, q_heads: 4, kv_heads: 2, batch: 2, ..case() });
             }
         }
     }
@@ -105,33 +97,33 @@ fn bands_and_groups() {
 
 #[test]
 fn masks_and_caps() {
-    for mask in [MaskKind::Bool, MaskKind::Bias(DType::F16), MaskKind::Bias(DType::F32)] {
+    let bias = |dtype| CaseMask::bias(dtype, Extent::All).hiding(0.0);
+    for mask in [CaseMask::bool(Extent::All), bias(DType::F16), bias(DType::F32)] {
         for scheme in [int8(), Some(full())] {
-            check(&Case { mask, scheme, band: CAUSAL, ..hopper() });
+            check(&Case { mask: Some(mask), scheme, band: CAUSAL, ..case() });
         }
     }
-    for scheme in [int8(), Some(full())] {
-        let case = Case { softcap: Some(30.0), scheme, ..hopper() };
-        case.check(2.0 * F16);
+    for scheme in [int8_scheme(DType::F16), full()] {
+        let capped = Case { softcap: Some(30.0), scheme: Some(scheme), ..case() };
+        check_within(&gpu(), &capped, &gpu().tolerance(capped.dtype, &scheme).times(2.0));
     }
 }
 
 #[test]
 fn ragged_lengths() {
     for scheme in [int8(), Some(full()), Some(Preset::SAGE2_INT8_FP8_PER_THREAD.scheme(64))] {
-        let base = Case { scheme, q_heads: 2, ..hopper() };
-        let kv_lens = Some(vec![100, 0, 65]);
-        check(&Case { batch: 3, kv_lens, band: CAUSAL, ..base.clone() });
-        let packed = Some((vec![0, 70, 70, 71, 200], vec![0, 64, 130, 130, 227]));
-        check(&Case { batch: 4, packed, band: CAUSAL, ..base });
+        let base = Case { scheme, q_heads: 2, band: CAUSAL, ..case() };
+        check(&Case { batch: 3, sequences: Sequences::KvLens(vec![100, 0, 65]), ..base.clone() });
+        let sequences = Sequences::Packed(vec![0, 70, 70, 71, 200], vec![0, 64, 130, 130, 227]);
+        check(&Case { sequences, ..base });
     }
 }
 
 #[test]
 fn gaps_and_split_keys() {
-    check(&Case { gap: 8, ..hopper() });
-    let case = Case { q_len: 70, kv_len: 1100, multiprocessors: 40, q_heads: 2, kv_heads: 2, ..hopper() };
-    check(&case);
+    check(&Case { gap: 8, ..case() });
+    let long = Case { q_len: 70, kv_len: 1100, q_heads: 2, kv_heads: 2, ..case() };
+    check_on(&gpu().multiprocessors(40), &long);
 }
 
 /// Every way to order the work of a tile.
@@ -157,7 +149,7 @@ fn schedules() {
                 },
             });
             for kv_len in [30, 64, 128, 150, 320, 700] {
-                check(&Case { scheme, tiling: Some(tiling), kv_len, ..hopper() });
+                check_on(&Emulated { tiling: Some(tiling), ..gpu() }, &Case { scheme, kv_len, ..case() });
             }
         }
     }
@@ -170,7 +162,7 @@ fn log_sum_exps_change_no_bit_of_the_output() {
         {
             let scheme = Some(preset.scheme(head_dim));
             let [with, without] =
-                [true, false].map(|lse| Case { head_dim, scheme, lse, ..hopper() }.run().0.out);
+                [true, false].map(|lse| gpu().run(&Case { head_dim, lse, ..case() }.build(), scheme).out);
             assert!(with == without, "{preset}, head_dim {head_dim}");
         }
     }

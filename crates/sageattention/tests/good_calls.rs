@@ -4,17 +4,12 @@
 
 use sage_core::metrics::Accuracy;
 use sage_core::{Call, Inputs, oracle};
+use sage_testkit::uniform_tensor;
 use sageattention::{Alignment, Attention, DType, Geometry, Layout, Mask, Preset, Tensor, View, ViewMut};
 
 /// A tensor of reproducible numbers in (−1, 1).
 fn tensor(dtype: DType, shape: &[usize], seed: u64) -> Tensor {
-    let mut state = seed;
-    let mut next = || {
-        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        (state >> 40) as f32 / (1u32 << 23) as f32 - 1.0
-    };
-    let data: Vec<f32> = (0..shape.iter().product()).map(|_| next()).collect();
-    Tensor::new(data, shape).unwrap().to_dtype(dtype)
+    uniform_tensor(seed, shape, dtype)
 }
 
 /// Exact attention in `[batch, heads, seq, head_dim]`, and log-sum-exps.

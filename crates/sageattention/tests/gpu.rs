@@ -4,26 +4,17 @@
 #![cfg(feature = "cuda")]
 #![allow(clippy::unwrap_used, reason = "tests")]
 
-mod common;
-
 use std::time::Instant;
 
-use common::gpu;
 use half::f16;
-use rand::SeedableRng;
-use rand_distr::{Distribution, StandardNormal};
 use sage_core::metrics::Accuracy;
 use sage_core::oracle;
+use sage_testkit::{gpu, normal};
 use sageattention::cuda::{Cuda, CudaTensor, Stream};
 use sageattention::{
     Alignment, Attention, DType, Device, Geometry, Inputs, Mask, Options, Preset, Scheme, Tensor, TensorView,
     View,
 };
-
-fn normal(seed: u64, len: usize) -> Vec<f32> {
-    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
-    (0..len).map(|_| StandardNormal.sample(&mut rng)).collect()
-}
 
 /// N(0, 1), each channel shifted by `bias` times an N(0, 1) of its own.
 fn random(seed: u64, shape: &[usize], dtype: DType, bias: f32) -> Tensor {
@@ -92,7 +83,7 @@ fn tolerance(dtype: DType, scheme: &Scheme) -> f64 {
 
 #[test]
 fn every_scheme() {
-    if gpu("every_scheme").is_none() {
+    if gpu::first("every_scheme").is_none() {
         return;
     }
     let mut computed = 0;
@@ -131,7 +122,7 @@ fn every_scheme() {
 
 #[test]
 fn shapes_and_options() {
-    if gpu("shapes_and_options").is_none() {
+    if gpu::first("shapes_and_options").is_none() {
         return;
     }
     let mut count = 0;
@@ -222,7 +213,7 @@ fn shapes_and_options() {
 /// A few small calls of every kind, for the slow checkers of memory and races.
 #[test]
 fn sanitized() {
-    if gpu("sanitized").is_none() {
+    if gpu::first("sanitized").is_none() {
         return;
     }
     let mut count = 0;
@@ -283,7 +274,7 @@ fn error_of_rows(q: &Tensor, k: &Tensor, v: &Tensor, out: &Tensor, rows: usize) 
 
 #[test]
 fn accuracy_at_length() {
-    if gpu("accuracy_at_length").is_none() {
+    if gpu::first("accuracy_at_length").is_none() {
         return;
     }
     eprintln!("relative L1 against exact attention, D = 128:");
@@ -347,7 +338,7 @@ impl OnGpu {
 
 #[test]
 fn runs_are_identical_on_any_stream_thread_and_graph() {
-    let Some(gpu) = gpu("runs_are_identical_on_any_stream_thread_and_graph") else { return };
+    let Some(gpu) = gpu::first("runs_are_identical_on_any_stream_thread_and_graph") else { return };
     let shape = [2, 8, 1500, 128];
     let stream = Stream::new(gpu.device()).unwrap();
     let tensors = OnGpu::new(&stream, &shape, 1);
@@ -399,7 +390,7 @@ fn runs_are_identical_on_any_stream_thread_and_graph() {
 
 #[test]
 fn costs_of_a_call_on_the_host() {
-    let Some(gpu) = gpu("costs_of_a_call_on_the_host") else { return };
+    let Some(gpu) = gpu::first("costs_of_a_call_on_the_host") else { return };
     let stream = Stream::new(gpu.device()).unwrap();
     let tensors = OnGpu::new(&stream, &[1, 2, 256, 128], 1);
     let cold = Instant::now();

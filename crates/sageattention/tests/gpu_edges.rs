@@ -3,28 +3,19 @@
 #![cfg(feature = "cuda")]
 #![allow(clippy::unwrap_used, reason = "tests")]
 
-mod common;
-
-use common::gpu;
 use sage_core::metrics::Accuracy;
 use sage_core::{Call, oracle};
+use sage_testkit::{gpu, uniform_tensor};
 use sageattention::{Attention, DType, Device, Inputs, Options, Preset, Tensor};
 
-/// Reproducible numbers in (−1, 1).
 fn numbers(shape: &[usize], seed: u64) -> Tensor {
-    let mut state = seed;
-    let mut next = || {
-        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        (state >> 40) as f32 / (1u32 << 23) as f32 - 1.0
-    };
-    let data: Vec<f32> = (0..shape.iter().product()).map(|_| next()).collect();
-    Tensor::new(data, shape).unwrap().to_dtype(DType::F16)
+    uniform_tensor(seed, shape, DType::F16)
 }
 
 /// More heads than a grid has blocks along y or z, by every kind of kernel.
 #[test]
 fn more_heads_than_an_axis_of_a_grid() {
-    if gpu("more_heads_than_an_axis_of_a_grid").is_none() {
+    if gpu::first("more_heads_than_an_axis_of_a_grid").is_none() {
         return;
     }
     let presets = [
@@ -62,7 +53,7 @@ fn more_heads_than_an_axis_of_a_grid() {
 /// Zeros and log-sum-exps of −∞, whatever the number of queries and the scheme.
 #[test]
 fn no_keys_at_all() {
-    if gpu("no_keys_at_all").is_none() {
+    if gpu::first("no_keys_at_all").is_none() {
         return;
     }
     let mut computed = 0;

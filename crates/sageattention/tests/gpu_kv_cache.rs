@@ -4,32 +4,25 @@
 #![cfg(feature = "cuda")]
 #![allow(clippy::unwrap_used, reason = "tests")]
 
-mod common;
-
 use std::sync::Arc;
 
 use half::f16;
-use rand::SeedableRng;
-use rand_distr::{Distribution, StandardNormal};
 use sage_core::metrics::Accuracy;
+use sage_testkit::normal;
 use sageattention::cuda::{Buffer, Cuda, CudaTensor, DeviceLse};
 use sageattention::{Attention, DType, Error, KvCacheOptions, Tensor, TensorView, ValueFormat};
 
 /// The GPU, or none with the reason printed.
 fn gpu(test: &str) -> Option<Arc<Cuda>> {
-    common::gpu(test).map(Arc::new)
+    sage_testkit::gpu::first(test).map(Arc::new)
 }
 
 /// N(0, 1), every fourth channel shifted by `bias`.
 fn random(seed: u64, shape: &[usize], bias: f32, dtype: DType) -> Tensor {
-    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
     let dim = *shape.last().unwrap();
-    let sample = |at: usize| {
-        let x: f32 = StandardNormal.sample(&mut rng);
-        if (at % dim).is_multiple_of(4) { x + bias } else { x }
-    };
-    let data: Vec<f32> = (0..shape.iter().product()).map(sample).collect();
-    Tensor::new(data, shape).unwrap().to_dtype(dtype)
+    let shift = |at: usize| if (at % dim).is_multiple_of(4) { bias } else { 0.0 };
+    let data = normal(seed, shape.iter().product()).into_iter().enumerate().map(|(at, x)| x + shift(at));
+    Tensor::new(data.collect::<Vec<f32>>(), shape).unwrap().to_dtype(dtype)
 }
 
 #[test]

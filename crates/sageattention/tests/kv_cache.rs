@@ -4,19 +4,15 @@
 #![allow(clippy::unwrap_used)]
 
 use half::f16;
-use rand::SeedableRng;
-use rand_chacha::ChaCha8Rng;
-use rand_distr::{Distribution, StandardNormal};
 use sage_core::metrics::Accuracy;
+use sage_testkit::normal_tensor;
 use sageattention::{
-    Attention, Device, Geometry, KvCache, KvCacheOptions, Layout, Preset, Tensor, TensorView, ValueFormat,
-    View,
+    Attention, DType, Device, Geometry, KvCache, KvCacheOptions, Layout, Preset, Tensor, TensorView,
+    ValueFormat, View,
 };
 
 fn normal(seed: u64, shape: &[usize]) -> Tensor {
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let data: Vec<f32> = (0..shape.iter().product()).map(|_| StandardNormal.sample(&mut rng)).collect();
-    Tensor::new(data, shape).unwrap()
+    normal_tensor(seed, shape, DType::F32)
 }
 
 /// Tokens `start..end` of a tensor `[batch, heads, tokens, head_dim]`.

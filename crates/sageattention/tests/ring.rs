@@ -3,17 +3,10 @@
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
-use rand::SeedableRng;
-use rand_distr::{Distribution, StandardNormal};
+use sage_testkit::normal;
 use sageattention::{Alignment, Attention, Preset, Tensor};
 
 const HEAD_DIM: usize = 16;
-
-/// Rows of one head, N(0, 1).
-fn normal(seed: u64, rows: usize) -> Vec<f32> {
-    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
-    (0..rows * HEAD_DIM).map(|_| StandardNormal.sample(&mut rng)).collect()
-}
 
 /// Rows `from..to` as a tensor.
 fn part(x: &[f32], from: usize, to: usize) -> Tensor {
@@ -24,7 +17,7 @@ fn part(x: &[f32], from: usize, to: usize) -> Tensor {
 fn parts_that_meet_at_their_offsets_are_the_whole() {
     let bounds = [0, 7, 40, 90, 101];
     let len = bounds[4];
-    let (q, k, v) = (normal(1, len), normal(2, len), normal(3, len));
+    let [q, k, v] = [1, 2, 3].map(|seed| normal(seed, len * HEAD_DIM));
     for window in [None, Some(30)] {
         let attention = Attention::new().scheme(Preset::FULL).window(window, None).return_lse(true);
         let whole = attention

@@ -1,0 +1,11 @@
+//! The cases that every backend runs, on a real GPU. Without a driver the test prints that it is skipped.
+
+#![cfg(feature = "cuda")]
+
+use sage_testkit::{check_table, gpu, table};
+
+#[test]
+fn cases_of_every_kind_are_the_oracles() {
+    let Some(cuda) = gpu::first("cases_of_every_kind_are_the_oracles") else { return };
+    check_table(&cuda, &table(), 30);
+}

@@ -1,0 +1,111 @@
+//! A real GPU as a backend: the one place of the kit that knows how tensors get there.
+
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+use sage_core::{Choice, DType, Geometry, Inputs, Problem, Scheme};
+use sage_gpu::{Buffer, Cuda, CudaTensor, DeviceBytes, DeviceInputs, DeviceLse, DeviceMask, Stream, devices};
+use sage_kernels::Machine;
+use sage_kernels::forward::{ForwardPlan, Request};
+
+use crate::computed::shape_of;
+use crate::{Computed, Emulated, Memory, OwnedCall, OwnedMask, Runner, Tolerance, poison, skip};
+
+/// The first GPU, or none with the reason printed: a failure with `SAGE_REQUIRE_GPU=1`.
+pub fn first(test: &str) -> Option<Cuda> {
+    match devices() {
+        Ok(found) if !found.is_empty() => return Some(Cuda::new(0).unwrap()),
+        Ok(_) => skip(test, "the driver finds no GPU"),
+        Err(reason) => skip(test, reason),
+    }
+    None
+}
+
+/// What kernels are made for on a GPU.
+pub fn machine(cuda: &Cuda) -> Machine {
+    let info = cuda.device().info();
+    Machine { multiprocessors: info.multiprocessors as usize, ..Machine::typical(info.target()) }
+}
+
+/// The scheme that a GPU computes for a problem, or why it does not: it does not depend on how tensors lie in memory.
+fn computed_scheme(cuda: &Cuda, problem: &Problem, scheme: Option<Scheme>) -> sage_core::Result<Scheme> {
+    let request = Request { scheme, has_tensor_map: false, ..Request::new(problem) };
+    Ok(*ForwardPlan::new(problem, &request, &machine(cuda))?.scheme())
+}
+
+impl Runner for Cuda {
+    fn name(&self) -> String {
+        format!("a GPU of {}", machine(self).target)
+    }
+
+    fn supports(&self, call: &OwnedCall, scheme: Option<Scheme>) -> Result<(), String> {
+        computed_scheme(self, &call.call().problem, scheme).map(|_| ()).map_err(|error| error.to_string())
+    }
+
+    fn run(&self, call: &OwnedCall, scheme: Option<Scheme>) -> Computed {
+        let checked = call.call();
+        let stream = self.stream().unwrap();
+        let upload = |memory: &Memory| CudaTensor::upload(&stream, &memory.view()).unwrap();
+        let unwritten = poison::output(call.q.dtype(), call.out);
+        let [q, k, v, out] = [&call.q, &call.k, &call.v, &unwritten].map(upload);
+        let mask = call.mask.as_ref().map(|mask| MaskThere::new(&stream, mask));
+        let inputs: DeviceInputs<'_> = Inputs {
+            mask: mask.as_ref().map(MaskThere::view),
+            lengths: call.lengths(),
+            ..Inputs::new(q.view(), k.view(), v.view())
+        };
+        let rows: usize = checked.lse_shape().iter().product();
+        let lse = call.lse.then(|| Buffer::new(&stream, 4 * rows).unwrap());
+        let choice = scheme.map_or(Choice::Automatic, Choice::Scheme);
+        let to = lse.as_ref().map(DeviceLse::of);
+        self.forward_into(&stream, &inputs, &call.options, choice, &out.view(), to)
+            .unwrap_or_else(|error| panic!("{error}: {call:?}"));
+        let bits = match call.q.dtype() {
+            DType::BF16 => out.buffer().to_vec::<bf16>().unwrap().reinterpret_cast().to_vec(),
+            _ => out.buffer().to_vec::<f16>().unwrap().reinterpret_cast().to_vec(),
+        };
+        let out = unwritten.with_half_bits(&bits);
+        assert!(!poison::is_left(&out), "an element of the output was not written: {call:?}");
+        Computed {
+            scheme: computed_scheme(self, &checked.problem, scheme).unwrap(),
+            shape: shape_of(&checked),
+            out: poison::elements(&checked, &out),
+            lse: lse.map_or_else(Vec::new, |lse| lse.to_vec().unwrap()),
+            kernels: Vec::new(),
+        }
+    }
+
+    /// Twice that of the emulated kernels: a GPU's own exponential and accumulators are a little coarser.
+    fn tolerance(&self, dtype: DType, scheme: &Scheme) -> Tolerance {
+        Emulated::on(machine(self).target).tolerance(dtype, scheme).times(2.0)
+    }
+}
+
+/// A mask on the GPU.
+enum MaskThere {
+    Bool(Buffer, Geometry),
+    Additive(CudaTensor),
+}
+
+impl MaskThere {
+    fn new(stream: &Stream, mask: &OwnedMask) -> Self {
+        match mask {
+            OwnedMask::Bool(visible, geometry) => {
+                let bytes: Vec<u8> = visible.iter().map(|&x| u8::from(x)).collect();
+                MaskThere::Bool(Buffer::from_slice(stream, &bytes).unwrap(), *geometry)
+            }
+            OwnedMask::Additive(biases) => {
+                MaskThere::Additive(CudaTensor::upload(stream, &biases.view()).unwrap())
+            }
+        }
+    }
+
+    fn view(&self) -> DeviceMask<'_> {
+        match self {
+            MaskThere::Additive(tensor) => DeviceMask::Additive(tensor.view()),
+            MaskThere::Bool(buffer, geometry) => {
+                // SAFETY: the buffer has all bytes of the mask.
+                DeviceMask::Bool(unsafe { DeviceBytes::from_raw(*geometry, buffer.address()) })
+            }
+        }
+    }
+}

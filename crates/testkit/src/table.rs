@@ -1,0 +1,157 @@
+//! The cases that every backend runs.
+
+use sage_core::{Alignment, Band, DType, Layout, Preset, Scheme, SmoothK, SmoothQ};
+
+use crate::{Bias, Case, CaseMask, Extent, Sequences};
+
+const CAUSAL: Band = Band::causal(Alignment::BottomRight);
+const TOP_LEFT: Band = Band::causal(Alignment::TopLeft);
+const WINDOW: Band = Band { left: Some(20), right: Some(3), alignment: Alignment::BottomRight };
+
+/// Calls of every kind, small enough for the emulator: shapes, layouts, strides, masks, lengths, and what K and V hold,
+/// mostly by the backend's own scheme; and each named scheme once.
+pub fn table() -> Vec<Case> {
+    let mut cases = shapes();
+    cases.extend(masks());
+    cases.extend(lengths());
+    cases.extend(data());
+    // Types in turn; single precision, which no kernel of a GPU takes, is rarer.
+    let types = [DType::F16, DType::BF16, DType::F16, DType::BF16, DType::F32];
+    for (number, case) in cases.iter_mut().enumerate() {
+        case.dtype = types[number % types.len()];
+    }
+    cases.extend(schemes());
+    for (number, case) in cases.iter_mut().enumerate() {
+        case.seed = 8 * number as u64;
+    }
+    cases
+}
+
+fn of(q_len: usize, kv_len: usize, head_dim: usize) -> Case {
+    Case { q_len, kv_len, head_dim, ..Case::default() }
+}
+
+fn int8() -> Option<Scheme> {
+    Some(Preset::INT8_PER_TOKEN.scheme(64))
+}
+
+/// Sizes of nothing, of one, of one more than a tile, and strides.
+fn shapes() -> Vec<Case> {
+    vec![
+        of(1, 1, 64),
+        of(65, 1, 64),
+        of(1, 65, 40),
+        of(64, 0, 64),
+        of(0, 64, 64),
+        Case { batch: 0, ..of(5, 5, 64) },
+        Case { batch: 2, q_heads: 6, kv_heads: 2, ..of(70, 130, 64) },
+        Case { q_heads: 3, layout: Layout::Nhd, ..of(33, 129, 80) },
+        Case { batch: 2, q_heads: 4, kv_heads: 1, layout: Layout::Nhd, gap: 8, ..of(20, 70, 128) },
+        Case { gap: 3, offset: 1, ..of(70, 100, 31) },
+        Case { gap: 8, ..of(65, 100, 256) },
+        Case { q_heads: 2, kv_heads: 2, ..of(3, 700, 64) },
+    ]
+}
+
+/// Bands, masks of every kind and extent, blocks, and soft caps; what no query sees is not a number.
+fn masks() -> Vec<Case> {
+    // Keys from 130 on, and every key of the second tile but one.
+    fn padding([_, _, _, key]: [usize; 4]) -> f32 {
+        if key < 130 && (key / 64 != 1 || key == 70) { 0.0 } else { f32::NEG_INFINITY }
+    }
+    // The first ten rows are padding, and so are the last 50 keys: the least finite number of bf16.
+    fn padded([_, _, row, key]: [usize; 4]) -> f32 {
+        if row < 10 || key >= 150 { f32::from_bits(0xff7f_0000) } else { 0.0 }
+    }
+    let heads = Case { batch: 2, q_heads: 4, kv_heads: 2, spoil: Some(f32::NAN), ..of(70, 150, 64) };
+    let mut cases = vec![
+        Case { band: CAUSAL, ..heads.clone() },
+        Case { band: CAUSAL, ..of(150, 70, 64) },
+        Case { band: TOP_LEFT, ..heads.clone() },
+        Case { band: WINDOW, scheme: int8(), ..heads.clone() },
+        Case { band: Band { alignment: Alignment::TopLeft, ..WINDOW }, ..heads.clone() },
+        Case { band: Band { alignment: Alignment::Offset(100), ..WINDOW }, ..heads.clone() },
+        Case { band: CAUSAL, blocks: Some((64, 64)), ..heads.clone() },
+        Case { blocks: Some((33, 65)), scheme: int8(), ..heads.clone() },
+        Case { softcap: Some(20.0), sm_scale: Some(0.3), ..heads.clone() },
+        Case { softcap: Some(5.0), band: CAUSAL, mask: Some(CaseMask::bool(Extent::Rows)), ..heads.clone() },
+        Case {
+            kv_len: 200,
+            mask: Some(CaseMask::bool(Extent::BatchKeys).pattern(padding)),
+            scheme: int8(),
+            ..heads.clone()
+        },
+        Case {
+            kv_len: 200,
+            mask: Some(CaseMask::bias(DType::F32, Extent::Matrix).pattern(padded)),
+            spoil: None,
+            ..heads.clone()
+        },
+    ];
+    for (number, extent) in
+        [Extent::All, Extent::Rows, Extent::BatchKeys, Extent::HeadRows, Extent::Keys, Extent::Matrix]
+            .into_iter()
+            .enumerate()
+    {
+        let bias = CaseMask::bias(DType::ALL[number % 3], extent);
+        let scheme = if number % 2 == 0 { int8() } else { None };
+        cases.push(Case { mask: Some(CaseMask::bool(extent)), scheme, ..heads.clone() });
+        cases.push(Case { mask: Some(bias), band: TOP_LEFT, ..heads.clone() });
+    }
+    cases
+}
+
+/// Valid keys of batch entries, and packed sequences, some of them empty.
+fn lengths() -> Vec<Case> {
+    let heads = Case { q_heads: 4, kv_heads: 2, spoil: Some(f32::NAN), ..of(70, 150, 64) };
+    let packed = Sequences::Packed(vec![0, 70, 70, 71, 120], vec![0, 64, 130, 130, 227]);
+    let without_queries = Sequences::Packed(vec![0, 0, 40, 40, 70], vec![0, 200, 260, 300, 390]);
+    vec![
+        Case { batch: 3, sequences: Sequences::Staggered, ..heads.clone() },
+        Case { batch: 2, sequences: Sequences::KvLens(vec![150, 0]), band: CAUSAL, ..heads.clone() },
+        Case {
+            batch: 3,
+            sequences: Sequences::Staggered,
+            mask: Some(CaseMask::bool(Extent::All)),
+            scheme: int8(),
+            ..heads.clone()
+        },
+        Case { sequences: packed.clone(), ..heads.clone() },
+        Case {
+            sequences: packed.clone(),
+            layout: Layout::Nhd,
+            band: CAUSAL,
+            scheme: int8(),
+            ..heads.clone()
+        },
+        Case { sequences: packed, band: WINDOW, ..heads.clone() },
+        Case { sequences: without_queries, band: CAUSAL, ..heads.clone() },
+        Case { sequences: Sequences::Packed(vec![0], vec![0]), ..heads },
+    ]
+}
+
+/// Channels far from zero, and one many times as large as the others.
+fn data() -> Vec<Case> {
+    let biased = Case { k_bias: Bias::Channels(5.0), v_bias: Bias::Channels(1.0), ..of(130, 150, 64) };
+    let rotated = Scheme { rotate: true, ..Preset::INT8_PER_TOKEN.scheme(64) };
+    vec![
+        Case { scheme: int8(), ..biased.clone() },
+        Case { k_bias: Bias::EveryFourth(10.0), scheme: int8(), lse: false, ..biased.clone() },
+        Case { outlier: 12.0, scheme: Some(rotated), ..of(130, 150, 64) },
+        biased,
+    ]
+}
+
+/// Each named scheme in bf16, and parts of them that no name has.
+fn schemes() -> Vec<Case> {
+    let (k_bias, v_bias) = (Bias::Channels(4.0), Bias::Channels(1.0));
+    let case = Case { dtype: DType::BF16, k_bias, v_bias, ..of(140, 150, 64) };
+    let with = |scheme| Case { scheme: Some(scheme), ..case.clone() };
+    let int8 = Preset::INT8_PER_TOKEN.scheme(64);
+    let smooth = |q, k| Scheme { smooth: sage_core::Smoothing { q, k, v: false }, ..int8 };
+    let mut cases: Vec<Case> = Preset::ALL.iter().map(|preset| with(preset.scheme(64))).collect();
+    cases.push(with(smooth(SmoothQ::Block(64), SmoothK::Mean)));
+    cases.push(with(smooth(SmoothQ::Sequence, SmoothK::Mean)));
+    cases.push(with(smooth(SmoothQ::Off, SmoothK::Sampled(128))));
+    cases
+}
