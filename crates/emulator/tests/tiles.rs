@@ -8,10 +8,8 @@ use sage_ptx::{
     kernel, lane_column, lane_row,
 };
 
-const STRIPS: usize = 2;
-const BLOCKS: usize = 4;
-const ROWS: usize = 16 * STRIPS;
-const COLUMNS: usize = 8 * BLOCKS;
+const ROWS: usize = 32;
+const COLUMNS: usize = 32;
 /// Two steps of 16 elements of 16 bits.
 const DEPTH: usize = 32;
 
@@ -43,16 +41,17 @@ fn multiplied<'k, T: MmaAccumulator>(k: &'k Code, first: T) -> Tile<Var<'k, T>> 
         let words = matrix.at(row * DEPTH as i32).cast::<u32>().at(lane & 3);
         (0..DEPTH as i32 / 8).map(|chunk| words.plus(4 * chunk).load()).collect::<Vec<_>>()
     };
-    let rows = Rows::from_fn(2 * STRIPS, |slot| words(a, lane_row(lane) + (SLOT_ROWS * slot) as i32));
-    let columns: Vec<_> = (0..BLOCKS as i32).map(|block| words(b, lane_row(lane) + 8 * block)).collect();
+    let rows = Rows::from_fn(ROWS / SLOT_ROWS, |slot| words(a, lane_row(lane) + (SLOT_ROWS * slot) as i32));
+    let columns: Vec<_> =
+        (0..COLUMNS as i32).step_by(8).map(|column| words(b, lane_row(lane) + column)).collect();
     let operand = OperandTile::of_rows(&rows, |_, &word| word);
-    let tile = Tile::new(k, STRIPS, BLOCKS);
+    let tile = Tile::new(k, ROWS, COLUMNS);
     tile.set_product(
         first,
         DEPTH / 16,
         |step| operand.fragments::<f16>(step),
-        |step, pair| {
-            [0, 1].map(|i| FragmentB::new([0, 1].map(|half| columns[2 * pair + i][2 * step + half])))
+        |step, column| {
+            [0, 1].map(|i| FragmentB::new([0, 1].map(|half| columns[column / 8 + i][2 * step + half])))
         },
     );
     tile
@@ -77,7 +76,7 @@ fn run(columns: usize, write: impl for<'k> Fn(&'k Code, &dyn Fn(usize, usize, Va
 
 /// Writes all elements of a tile.
 fn store_all<'k, T: FloatAccumulator>(tile: &Tile<Var<'k, T>>, store: &dyn Fn(usize, usize, Val<'k, f32>)) {
-    let columns = (0..tile.blocks()).flat_map(|block| [8 * block, 8 * block + 1]);
+    let columns = (0..tile.columns()).step_by(8).flat_map(|column| [column, column + 1]);
     for (slot, column) in columns.flat_map(|column| (0..tile.slots()).map(move |slot| (slot, column))) {
         store(slot, column, tile.element(slot, column));
     }
@@ -133,7 +132,7 @@ fn a_tile_is_an_operand_and_its_rows_have_sums() {
     // P·1 adds rows up: by products with ones, into a tile of one block whose columns are alike.
     let sums = run(8, |k, store| {
         let p = multiplied::<f32>(k, 0.0).map_at(|_, _, register| register.get());
-        let sums = Tile::filled(k, STRIPS, 1, 0.25);
+        let sums = Tile::filled(k, ROWS, 8, 0.25);
         for step in 0..COLUMNS / 16 {
             sums.add_row_sums(&p.operand::<f16>(step));
         }

@@ -14,7 +14,8 @@ use crate::fragment::{Accumulator, FragmentA, FragmentB, MmaAccumulator, MmaElem
 use crate::rows::Rows;
 use crate::value::{F16x2, Val, Var};
 
-/// Columns of a block.
+/// Rows of a strip, and columns of a block.
+const STRIP_ROWS: usize = 16;
 const BLOCK_COLUMNS: usize = 8;
 
 /// Why a kernel cannot be written.
@@ -36,19 +37,23 @@ impl<V: Copy> Tile<V> {
         2 * self.row_registers
     }
 
-    /// Strips of 16 rows.
-    pub fn strips(&self) -> usize {
+    fn strips(&self) -> usize {
         self.registers.len() / (self.blocks * self.block_registers()).max(1)
+    }
+
+    /// Rows: a multiple of 16.
+    pub fn rows(&self) -> usize {
+        STRIP_ROWS * self.strips()
+    }
+
+    /// Columns: a multiple of 8.
+    pub fn columns(&self) -> usize {
+        BLOCK_COLUMNS * self.blocks
     }
 
     /// Row slots of a lane.
     pub fn slots(&self) -> usize {
         2 * self.strips()
-    }
-
-    /// Blocks of 8 columns.
-    pub fn blocks(&self) -> usize {
-        self.blocks
     }
 
     /// All registers, a strip's block by block.
@@ -100,12 +105,13 @@ impl<V: Copy> Tile<V> {
         Tile { registers: registers.collect(), row_registers: self.row_registers, blocks: self.blocks }
     }
 
-    /// The columns of some of the blocks.
-    pub fn columns(&self, blocks: Range<usize>) -> Self {
+    /// Some of the columns, whose bounds are multiples of 8, as a tile.
+    pub fn slice(&self, columns: Range<usize>) -> Self {
+        let (start, end) = (columns.start / BLOCK_COLUMNS, columns.end / BLOCK_COLUMNS);
         let strips = self.registers.chunks((self.blocks * self.block_registers()).max(1));
-        let range = blocks.start * self.block_registers()..blocks.end * self.block_registers();
+        let range = start * self.block_registers()..end * self.block_registers();
         let registers = strips.flat_map(|strip| &strip[range.clone()]).copied().collect();
-        Tile { registers, blocks: blocks.len(), ..*self }
+        Tile { registers, blocks: end - start, ..*self }
     }
 
     /// A tile of one strip with the columns of `other` behind its own.
@@ -117,20 +123,23 @@ impl<V: Copy> Tile<V> {
 }
 
 impl<'k, T: MmaAccumulator> Tile<Var<'k, T>> {
-    fn of_variables(strips: usize, blocks: usize, variable: impl FnMut() -> Var<'k, T>) -> Self {
-        let registers = std::iter::repeat_with(variable).take(strips * blocks * T::REGISTERS).collect();
+    /// A tile of `rows` (a multiple of 16) and `columns` (a multiple of 8), without values as yet.
+    ///
+    /// # Panics
+    /// When they are none: the kernel cannot be written.
+    pub fn new(code: &'k Code, rows: usize, columns: usize) -> Self {
+        let whole = rows.is_multiple_of(STRIP_ROWS) && columns.is_multiple_of(BLOCK_COLUMNS);
+        assert!(whole, "a tile of {rows} rows and {columns} columns");
+        let blocks = columns / BLOCK_COLUMNS;
+        let registers = rows / STRIP_ROWS * blocks * T::REGISTERS;
+        let registers = (0..registers).map(|_| Var::new(code)).collect();
         Tile { registers, row_registers: T::REGISTERS / 2, blocks }
     }
 
-    /// Without values as yet.
-    pub fn new(code: &'k Code, strips: usize, blocks: usize) -> Self {
-        Tile::of_variables(strips, blocks, || Var::new(code))
-    }
-
-    /// All elements `first`.
+    /// A tile of `rows` and `columns`, as [`Tile::new`], whose elements all are `first`.
     #[track_caller]
-    pub fn filled(code: &'k Code, strips: usize, blocks: usize, first: T) -> Self {
-        let tile = Tile::new(code, strips, blocks);
+    pub fn filled(code: &'k Code, rows: usize, columns: usize, first: T) -> Self {
+        let tile = Tile::new(code, rows, columns);
         tile.fill(first);
         tile
     }
@@ -166,8 +175,8 @@ impl<'k, T: MmaAccumulator> Tile<Var<'k, T>> {
         Accumulator::of_registers(&self.registers[first..first + T::REGISTERS])
     }
 
-    /// `self = a · b + first` by a warp. The product is `steps` of 32 bytes deep; of each step `a` has a fragment for
-    /// each strip, `b` those of each pair of blocks.
+    /// `self = a · b + first` by a warp. The product is `steps` of 32 bytes deep; `a` gives a step's fragment for each
+    /// 16 rows, `b` a step's two fragments of the 16 columns from a column on.
     #[track_caller]
     pub fn set_product<E: MmaElement>(
         &self,
@@ -192,7 +201,7 @@ impl<'k, T: MmaAccumulator> Tile<Var<'k, T>> {
         self.multiply(steps, a, b, |_, sum, a, b| sum.add_product(a, b));
     }
 
-    /// Adds to all columns of the first block the sums of the rows of `a`: its product with ones.
+    /// Adds to the first eight columns the sums of the rows of `a`: its product with ones.
     #[track_caller]
     pub fn add_row_sums<E: RoundedElement>(&self, a: &[FragmentA<'k, E>]) {
         for (strip, &a) in a.iter().enumerate() {
@@ -201,7 +210,7 @@ impl<'k, T: MmaAccumulator> Tile<Var<'k, T>> {
         }
     }
 
-    /// Calls `multiply` with each step, block, and the fragments whose product belongs there.
+    /// Calls `multiply` with each step, the sums of each block, and the fragments whose product belongs there.
     fn multiply<E: MmaElement>(
         &self,
         steps: usize,
@@ -212,7 +221,7 @@ impl<'k, T: MmaAccumulator> Tile<Var<'k, T>> {
         for step in 0..steps {
             let a = a(step);
             for pair in 0..self.blocks / 2 {
-                let b = b(step, pair);
+                let b = b(step, 2 * BLOCK_COLUMNS * pair);
                 for (strip, &a) in a.iter().enumerate() {
                     for (block, b) in b.into_iter().enumerate() {
                         multiply(step, self.block(strip, 2 * pair + block), a, b);
@@ -341,10 +350,10 @@ mod tests {
     #[test]
     fn parts_of_a_tile_have_its_registers() {
         let tile = numbered(2);
-        let last = tile.columns(2..3);
-        assert_eq!((last.strips(), last.slots(), last.blocks()), (2, 4, 1));
+        let last = tile.slice(16..24);
+        assert_eq!((last.rows(), last.slots(), last.columns()), (32, 4, 8));
         assert_eq!(last.registers(), [8, 9, 10, 11, 20, 21, 22, 23]);
-        assert_eq!(tile.columns(0..0).registers(), [0; 0]);
+        assert_eq!(tile.slice(0..0).registers(), [0; 0]);
         let mut strips = Vec::new();
         let same = tile.map_strips(|index, strip| {
             assert_eq!(strip.at(0, 0), tile.at(2 * index, 0));
@@ -353,7 +362,7 @@ mod tests {
         });
         assert_eq!(same.registers(), tile.registers());
         let wide = strips[0].clone().beside(&strips[1]);
-        assert_eq!((wide.strips(), wide.blocks()), (1, 6));
+        assert_eq!((wide.rows(), wide.columns()), (16, 48));
         assert_eq!(wide.at(1, 25), tile.at(3, 1));
     }
 }

@@ -110,7 +110,7 @@ impl<'k, 'a> Epilogue<'k, 'a> {
         let of_channels = |pointer: Global<'k, f32>, column: usize| {
             pointer.at(first).plus(column as i32).load_vector::<2>()
         };
-        for column in (0..Output::blocks(config)).map(|block| 8 * block) {
+        for column in (0..Output::columns(config)).step_by(8) {
             let scale =
                 (config.operands.v.scales == Scales::Channels).then(|| of_channels(p.v_scale, column));
             let mean = config.smooth_v.then(|| of_channels(p.v_mean, column));

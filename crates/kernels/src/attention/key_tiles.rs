@@ -12,7 +12,8 @@ use super::config::{AttentionConfig, AttentionParams};
 use crate::params::kernel_params;
 use crate::tiling::Engine;
 
-/// Stands in an entry of a list beside the tile's index: the band or the end of the keys cuts the tile.
+/// What an entry of a list has beside the index of a tile that the band or the end of the keys cuts: keys of such a
+/// tile are compared with both. (An explicit mask is read for every tile.)
 pub const CUT_TILE: u32 = 1 << 31;
 
 kernel_params! {
@@ -22,8 +23,8 @@ kernel_params! {
     TileListParams, TileListArgs {
         /// Tiles of each list.
         tile_counts: [i32],
-        /// The lists: indices of tiles of [`tile_keys`](crate::Tiling::tile_keys) keys of the sequence, in any order,
-        /// none twice, with [`CUT_TILE`] where some row does not see some of the tile's keys.
+        /// The lists: indices of tiles of [`tile_keys`](crate::Tiling::tile_keys) keys that the sequence has, in any
+        /// order, none twice, with [`CUT_TILE`] where the band or the end of the keys hides some key from some row.
         tile_lists: [u32],
         /// Entries from one list to the next.
         list_stride: i32,
@@ -229,8 +230,8 @@ impl<'k> KeyTiles<'k> {
     /// Calls `compute` with each tile that the group computes.
     pub fn for_each(&self, code: &'k Code, compute: impl Fn(KeyTile<'k>)) {
         match *self {
-            // Tiles cut by a window's start, whole tiles, tiles cut by the diagonal or the end: whole ones pay for no
-            // mask.
+            // First come tiles that a window's start cuts, then whole ones, then those that the diagonal or the end
+            // cuts: whole tiles pay for no comparison.
             KeyTiles::Band { own, inner, .. } => code.range(0, 2, |end| {
                 let start = end.eq(0).select(own.start, inner.end);
                 let stop = end.eq(0).select(inner.start, own.end);

@@ -3,12 +3,15 @@
 use half::f16;
 use sage_core::Accumulator as Precision;
 use sage_ptx::{
-    CHUNK_BYTES, Code, F16x2, FloatAccumulator, FragmentA, FragmentB, FragmentSource, MmaAccumulator,
-    MmaElement, RoundedElement, Rows, Tile, Val, Var,
+    Code, F16x2, FloatAccumulator, FragmentA, FragmentB, FragmentSource, MmaAccumulator, MmaElement,
+    RoundedElement, Rows, Tile, Val, Var,
 };
 
 use super::config::AttentionConfig;
 use super::softmax::Probabilities;
+
+/// Channels of V that two fragments have, which are loaded at once.
+const FRAGMENT_CHANNELS: usize = 16;
 
 /// Sums of P·V over the keys so far: rows are queries, columns channels.
 pub(super) struct Output<'k, 'c> {
@@ -24,10 +27,10 @@ enum Sums<'k> {
 
 impl<'k, 'c> Output<'k, 'c> {
     pub fn new(code: &'k Code, config: &'c AttentionConfig) -> Self {
-        let (strips, blocks) = (config.tiling.rows_per_warp() / 16, Output::blocks(config));
+        let (rows, columns) = (config.tiling.rows_per_warp(), Output::columns(config));
         let sums = match config.operands.sums {
-            Precision::F16 => Sums::Half(Tile::filled(code, strips, blocks, F16x2::ZERO)),
-            _ => Sums::Single(Tile::filled(code, strips, blocks, 0.0)),
+            Precision::F16 => Sums::Half(Tile::filled(code, rows, columns, F16x2::ZERO)),
+            _ => Sums::Single(Tile::filled(code, rows, columns, 0.0)),
         };
         Output { code, config, sums }
     }
@@ -37,10 +40,11 @@ impl<'k, 'c> Output<'k, 'c> {
         Output { code, config, sums: Sums::Single(sums) }
     }
 
-    /// Blocks of 8 channels that are computed: pairs, as V's fragments are loaded.
-    pub fn blocks(config: &AttentionConfig) -> usize {
-        2 * config.head_dim.div_ceil(CHUNK_BYTES)
+    /// Channels that are computed: sixteen at a time, as V's fragments are loaded.
+    pub fn columns(config: &AttentionConfig) -> usize {
+        config.head_dim.next_multiple_of(FRAGMENT_CHANNELS)
     }
+
     /// The sum of a row slot at a column, in single precision.
     pub fn element(&self, slot: usize, column: usize) -> Val<'k, f32> {
         match &self.sums {
@@ -68,7 +72,7 @@ impl<'k, 'c> Output<'k, 'c> {
         let steps = self.config.tiling.step_keys() / E::DEPTH;
         let first = step * steps;
         let p = |step: usize| p.operand::<E>(step);
-        let v = |step: usize, pair: usize| values.b_pair::<E>(16 * pair, 32 * (first + step));
+        let v = |step: usize, channel: usize| values.b_pair::<E>(channel, 32 * (first + step));
         match (&self.sums, self.config.operands.sums) {
             // Each step's exponentials stand directly before the products that need them, so that they can overlap with
             // the products of the step before.
@@ -94,9 +98,9 @@ fn add_two_level<'k, E: MmaElement, T: FloatAccumulator>(
     p: &[Vec<FragmentA<'k, E>>],
     v: impl Fn(usize, usize) -> [FragmentB<'k, E>; 2],
 ) {
-    for pair in 0..sums.blocks() / 2 {
-        let part = Tile::<Var<'k, T>>::new(code, sums.strips(), 2);
-        part.set_product(T::ZERO, p.len(), |step| p[step].clone(), |step, _| v(step, pair));
-        sums.columns(2 * pair..2 * pair + 2).add(&part);
+    for channel in (0..sums.columns()).step_by(FRAGMENT_CHANNELS) {
+        let part = Tile::<Var<'k, T>>::new(code, sums.rows(), FRAGMENT_CHANNELS);
+        part.set_product(T::ZERO, p.len(), |step| p[step].clone(), |step, _| v(step, channel));
+        sums.slice(channel..channel + FRAGMENT_CHANNELS).add(&part);
     }
 }

@@ -2,8 +2,8 @@
 
 use sage_core::{Granularity, IntQuantizer};
 use sage_ptx::{
-    Code, FragmentA, Global, Half, MmaElement, OperandTile, PanelMatrix, Rows, Stored, Val, WarpgroupA,
-    lane_row,
+    Code, FragmentA, Global, Half, MmaElement, OperandTile, PanelMatrix, Rows, SLOT_ROWS, Stored, Val,
+    WarpgroupA, lane_row,
 };
 
 use super::config::{AttentionConfig, AttentionParams};
@@ -113,7 +113,7 @@ impl<'k> Loader<'k, '_> {
     /// have, which nobody reads.
     fn load<H: Half + Stored<Value = H>>(&self, batch: Val<'k, i64>) -> Registers<'k, u32> {
         let Loader { config, p, place, per, .. } = *self;
-        Rows::from_fn(config.tiling.rows_per_warp() / 8, |slot| {
+        Rows::from_fn(config.tiling.rows_per_warp() / SLOT_ROWS, |slot| {
             let row = place.row(slot).min(place.sequence.q_len - 1) + place.sequence.q_start;
             let base = p.q.cast::<H>().at(batch + row.widen() * p.q_stride_row);
             let register = |word: usize| {

@@ -64,7 +64,8 @@ impl<'k> Scoring<'k, '_> {
         key_scales: &[Val<'k, f32>],
     ) -> ScoreTile<'k> {
         let rows = &self.queries.scale;
-        let lane_keys = 2 * values.blocks();
+        // The lane has two of every eight keys.
+        let lane_keys = values.columns() / 4;
         let tile = ScoreTile { first_key, values, factor: rows.clone(), biased: true };
         let product = match self.config.operands.quantizer {
             None => ScoreTile { biased: false, ..tile },
@@ -92,12 +93,12 @@ impl<'k> Scoring<'k, '_> {
     ) -> Tile<Var<'k, f32>> {
         let tiling = &self.config.tiling;
         let (rows_per_warp, step_keys) = (tiling.rows_per_warp(), tiling.step_keys());
-        let sums = Tile::new(self.code, rows_per_warp / 16, step_keys / 8);
+        let sums = Tile::new(self.code, rows_per_warp, step_keys);
         sums.set_product(
             start,
             depth_steps(self.config),
             |step| self.queries.fragments::<E>(step),
-            |step, pair| keys.b_pair::<E>(first_column + 16 * pair, 32 * step),
+            |step, column| keys.b_pair::<E>(first_column + column, 32 * step),
         );
         sums.reinterpret()
     }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use sage_ptx::{Code, FragmentA, RoundedElement, Rows, Tile, Val, Var};
+use sage_ptx::{Code, FragmentA, RoundedElement, Rows, SLOT_ROWS, Tile, Val, Var};
 
 use super::config::AttentionConfig;
 use super::score_tile::ScoreTile;
@@ -13,7 +13,7 @@ use crate::tiling::Engine;
 /// Base-2 exponent added to scores so that P fills E4M3's range; a little below log₂ 448 (spec §2.5).
 const E4M3_P_EXPONENT: f32 = sage_core::oracle::E4M3_P_EXPONENT;
 
-/// Sums of P as rounded, by products with ones, which leave the other units to the exponentials: tiles of one block of
+/// Sums of P as rounded, by products with ones, which leave the other units to the exponentials: tiles of eight
 /// columns, which are all alike.
 enum ProductSums<'k> {
     /// None.
@@ -40,18 +40,19 @@ pub(super) struct Softmax<'k> {
 
 impl<'k> Softmax<'k> {
     pub fn new(code: &'k Code, config: &AttentionConfig) -> Self {
-        let strips = config.tiling.rows_per_warp() / 16;
+        let warp_rows = config.tiling.rows_per_warp();
         let fp8 = config.operands.p.element == Element::E4M3;
         let lazy = config.tiling.lazy_rescale() as f32;
         let product_sums = if config.sums_by_mma() {
-            ProductSums::InFlight(Tile::filled(code, strips, 1, 0.0))
+            ProductSums::InFlight(Tile::filled(code, warp_rows, 8, 0.0))
         } else if fp8 || config.tiling.engine() == Engine::Warpgroups {
             ProductSums::None
         } else {
-            ProductSums::Done(Tile::filled(code, strips, 1, 0.0))
+            ProductSums::Done(Tile::filled(code, warp_rows, 8, 0.0))
         };
         let by_lanes = matches!(product_sums, ProductSums::None) || config.lse;
-        let rows = |first: f32, name: &str| Rows::from_fn(2 * strips, |_| code.var(first).named(name));
+        let rows =
+            |first: f32, name: &str| Rows::from_fn(warp_rows / SLOT_ROWS, |_| code.var(first).named(name));
         Softmax {
             lane_sums: by_lanes.then(|| rows(0.0, "row_sum")),
             // Finite, so that differences with it are numbers also before the first visible key.
@@ -103,7 +104,7 @@ impl<'k> Softmax<'k> {
         scores.iter().zip(&shifts).map(of_tile).collect()
     }
 
-    /// Raises references to the rows' maxima, of which `maxima` are the lane's of each tile. Returns the factors of
+    /// Raises references to the rows' maxima; `maxima` has the lane's own for each tile. Returns the factors of
     /// sums of exponentials that were relative to the old ones.
     fn new_references(&self, scores: &[ScoreTile<'k>], maxima: &[Rows<Val<'k, f32>>]) -> Rows<Val<'k, f32>> {
         Rows::from_fn(self.reference.slots(), |slot| {
@@ -183,22 +184,21 @@ pub(super) struct Probabilities<'s, 'k> {
 impl<'k> Probabilities<'_, 'k> {
     /// P of all keys.
     pub fn exponentials(&self) -> Tile<Val<'k, f32>> {
-        self.columns(0..self.scores.values.blocks())
+        self.columns(0..self.scores.values.columns())
     }
 
     /// P of the keys of a step of the product's depth, as its operand.
     pub fn operand<E: RoundedElement>(&self, step: usize) -> Vec<FragmentA<'k, E>> {
-        let blocks = E::DEPTH / 8;
-        let p = self.columns(blocks * step..blocks * (step + 1)).operand::<E>(0);
+        let p = self.columns(E::DEPTH * step..E::DEPTH * (step + 1)).operand::<E>(0);
         if let ProductSums::Done(sums) = &self.softmax.product_sums {
             sums.add_row_sums(&p);
         }
         p
     }
 
-    /// P of some blocks of 8 keys, which goes into the sums.
-    fn columns(&self, blocks: Range<usize>) -> Tile<Val<'k, f32>> {
-        let scores = self.scores.values.columns(blocks);
+    /// P of some of the keys, which goes into the sums.
+    fn columns(&self, columns: Range<usize>) -> Tile<Val<'k, f32>> {
+        let scores = self.scores.values.slice(columns);
         // Exponentials of a strip's rows are summed before those of the next.
         scores.map_strips(|strip, scores| {
             let (factor, shift) = (self.scores.factor.strip(strip), self.shift.strip(strip));

@@ -90,7 +90,7 @@ impl<'k, 'c, 'r, E: RoundedElement> Consumer<'k, 'c, 'r, E> {
                 .map(|_| (0..key_scales.count()).map(|_| Var::new(code)).collect())
                 .collect(),
             key_scales,
-            scores: Tile::new(code, 1, tile_keys / 8),
+            scores: Tile::new(code, config.tiling.rows_per_warp(), tile_keys),
             probabilities: OperandVars::new(code, tile_keys),
             cursors,
         }
@@ -214,8 +214,7 @@ impl<'k, 'c, 'r, E: RoundedElement> Consumer<'k, 'c, 'r, E> {
         }
         let of_part = |(part, scales): (usize, &Vec<_>)| {
             let first_key = (tile.index * parts as i32 + part as i32) * KEY_TILE as i32;
-            let blocks = KEY_TILE / 8;
-            let scores = self.scores.columns(blocks * part..blocks * (part + 1));
+            let scores = self.scores.slice(KEY_TILE * part..KEY_TILE * (part + 1));
             self.scoring.scaled(scores, first_key, 0, scales)
         };
         let tiles: Vec<_> = scales.iter().enumerate().map(of_part).collect();

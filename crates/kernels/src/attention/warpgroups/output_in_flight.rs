@@ -19,13 +19,14 @@ pub(super) struct OutputInFlight<'k, 'c> {
 
 impl<'k, 'c> OutputInFlight<'k, 'c> {
     pub fn new(code: &'k Code, config: &'c AttentionConfig) -> Self {
-        let sums = Tile::filled(code, 1, Output::blocks(config), 0.0);
-        OutputInFlight { code, config, sums, parts: Tile::new(code, 1, 0) }
+        let rows = config.tiling.rows_per_warp();
+        let sums = Tile::filled(code, rows, Output::columns(config), 0.0);
+        OutputInFlight { code, config, sums, parts: Tile::new(code, rows, 0) }
     }
 
     /// Puts P's own sums beside those of P·V, where they are products.
     pub fn beside(self, sums_of_p: Option<&Tile<Var<'k, f32>>>) -> Self {
-        let outputs = self.sums.blocks();
+        let outputs = self.sums.columns();
         let sums = match sums_of_p {
             Some(of_p) => self.sums.beside(of_p),
             None => self.sums,
@@ -33,11 +34,12 @@ impl<'k, 'c> OutputInFlight<'k, 'c> {
         // E4M3 products lose the low bits of sums as large as P's over many keys.
         let operands = &self.config.operands;
         let parts = match (operands.v.element, operands.sums) {
-            (Element::E4M3, Precision::F32ThenF32) => sums.blocks(),
-            (Element::E4M3, _) => sums.blocks() - outputs,
+            (Element::E4M3, Precision::F32ThenF32) => sums.columns(),
+            (Element::E4M3, _) => sums.columns() - outputs,
             _ => 0,
         };
-        OutputInFlight { sums, parts: Tile::new(self.code, 1, parts), ..self }
+        let parts = Tile::new(self.code, sums.rows(), parts);
+        OutputInFlight { sums, parts, ..self }
     }
 
     /// Multiplies each row's sums, which are not in flight.
@@ -51,15 +53,15 @@ impl<'k, 'c> OutputInFlight<'k, 'c> {
         self.parts.fill(0.0);
     }
 
-    /// The columns of the sums that have no part of a tile's own, and those that have.
-    fn columns(&self) -> [Tile<Var<'k, f32>>; 2] {
-        let (all, parts) = (self.sums.blocks(), self.parts.blocks());
-        [0..all - parts, all - parts..all].map(|blocks| self.sums.columns(blocks))
+    /// The sums that have no part of a tile's own, and those that have.
+    fn at_once_and_by_parts(&self) -> [Tile<Var<'k, f32>>; 2] {
+        let (all, parts) = (self.sums.columns(), self.parts.columns());
+        [0..all - parts, all - parts..all].map(|columns| self.sums.slice(columns))
     }
 
     /// What P·V of a tile is added to.
     fn sums_of_tile(&self) -> Tile<Var<'k, f32>> {
-        let [at_once, _] = self.columns();
+        let [at_once, _] = self.at_once_and_by_parts();
         at_once.beside(&self.parts)
     }
 
@@ -68,7 +70,7 @@ impl<'k, 'c> OutputInFlight<'k, 'c> {
         let p = p.fragments();
         let sums = self.sums_of_tile();
         // Where all sums are a tile's own, its first product takes the place of what they held.
-        let add = self.parts.blocks() < sums.blocks();
+        let add = self.parts.columns() < sums.columns();
         if add {
             self.clear_parts();
         }
@@ -88,14 +90,14 @@ impl<'k, 'c> OutputInFlight<'k, 'c> {
     /// Waits for the product in flight, whose own sums go into those of all tiles.
     pub fn drain(&self) {
         self.sums_of_tile().wait_products(self.code, 0);
-        let [_, of_parts] = self.columns();
+        let [_, by_parts] = self.at_once_and_by_parts();
         // The order of these additions means nothing; it is the one that the kernels were measured with.
-        let pairs = of_parts.registers().iter().zip(self.parts.registers());
+        let pairs = by_parts.registers().iter().zip(self.parts.registers());
         pairs.rev().for_each(|(sum, part)| sum.set(sum.get() + part.get()));
     }
 
     /// The sums of all tiles, of which none is in flight.
     pub fn finish(&self) -> Output<'k, 'c> {
-        Output::of_sums(self.code, self.config, self.sums.columns(0..Output::blocks(self.config)))
+        Output::of_sums(self.code, self.config, self.sums.slice(0..Output::columns(self.config)))
     }
 }
