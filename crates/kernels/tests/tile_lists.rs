@@ -4,8 +4,6 @@
 #![allow(clippy::unwrap_used, reason = "the helpers of tests are tests too")]
 
 use half::f16;
-use rand::SeedableRng;
-use rand_distr::{Distribution, StandardNormal};
 use sage_core::metrics::Accuracy;
 use sage_core::{
     Alignment, Band, BlockMask, Call, DType, Inputs, Layout, Mask, Options, Preset, Scheme, Tensor, View,
@@ -17,6 +15,7 @@ use sage_kernels::forward::{ForwardPlan, Request, Tensors, int8_scheme};
 use sage_kernels::pass::{Launcher, Pass};
 use sage_kernels::{Engine, Kernel, Machine, TensorArg, Tiling, WarpTiling, WarpgroupTiling};
 use sage_ptx::{Arg, BoxedTensor, Program, Target};
+use sage_testkit::normal_tensor;
 
 /// Relative L1 error against the oracle of the same scheme: see the tests of attention in a band.
 const F16: f64 = 1e-3;
@@ -111,12 +110,6 @@ impl Launcher for WithLists<'_> {
     }
 }
 
-fn random(seed: u64, heads: usize, rows: usize, dim: usize) -> Tensor {
-    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
-    let values: Vec<f32> = (0..heads * rows * dim).map(|_| StandardNormal.sample(&mut rng)).collect();
-    Tensor::new(values, &[1, heads, rows, dim]).unwrap().to_dtype(DType::F16)
-}
-
 /// Q, K and V, `[1, heads, rows, head_dim]` each, and a mask `[1, q_heads, q_len, kv_len]`.
 struct Data {
     q: Tensor,
@@ -134,10 +127,11 @@ impl Case {
         let (rows, keys) = (self.q_len, self.kv_len);
         let scores = 0..self.q_heads * rows * keys;
         let mask = scores.map(|i| mask([i / (rows * keys), i / keys % rows, i % keys]));
+        let normal = |seed, heads, rows| normal_tensor(seed, &[1, heads, rows, self.head_dim], DType::F16);
         Data {
-            q: random(1, self.q_heads, rows, self.head_dim),
-            k: random(2, self.kv_heads, keys, self.head_dim),
-            v: random(3, self.kv_heads, keys, self.head_dim),
+            q: normal(1, self.q_heads, rows),
+            k: normal(2, self.kv_heads, keys),
+            v: normal(3, self.kv_heads, keys),
             mask: self.masked.then(|| mask.collect()),
         }
     }

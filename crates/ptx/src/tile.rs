@@ -1,8 +1,8 @@
 //! Register tiles: matrices that lie in the registers of a warp, or of a warpgroup, as tensor cores leave their sums.
 //!
 //! A tile is made of blocks of 16 rows and 8 columns, the result of an `mma.sync`: strips of 16 rows, each of as many
-//! blocks side by side. What `wgmma` leaves in each warp is one such strip. Of a block a lane holds two neighbouring
-//! elements in each of two rows; [`Rows`] says in which. Row slots and columns in here are counted from the lane's
+//! blocks side by side. What `wgmma` leaves in each warp is one such strip. A lane holds two neighbouring elements in
+//! each of two rows of a block; [`Rows`] says in which. Row slots and columns in here are counted from the lane's
 //! first.
 
 use std::ops::{Mul, Range};
@@ -308,7 +308,7 @@ impl<'k> Tile<Val<'k, f32>> {
         row.chunks(2).map(|pair| pair[0] + pair[1]).reduce(|a, b| a + b).expect(NO_COLUMNS)
     }
 
-    /// The elements rounded to operands of the next product, as of step `step` of its depth: a fragment for each strip.
+    /// The elements rounded to operands of the next product, for step `step` of its depth: a fragment for each strip.
     #[track_caller]
     pub fn operand<E: RoundedElement>(&self, step: usize) -> Vec<FragmentA<'k, E>> {
         let first = step * E::DEPTH;

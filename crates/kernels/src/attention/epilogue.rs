@@ -65,7 +65,7 @@ impl<'k, 'a> Epilogue<'k, 'a> {
         }
     }
 
-    /// Log-sum-exps, or of parts of the keys what they are made of.
+    /// Stores log-sum-exps, or for a part of the keys what they are made of.
     fn store_log_sum_exps(&self, rows: &Rows<RowSum<'k>>, taken: &Rows<Val<'k, f32>>) {
         let Epilogue { code, config, params: p, place, first_row } = *self;
         code.note("log-sum-exp");
@@ -130,7 +130,7 @@ impl<'k, 'a> Epilogue<'k, 'a> {
         }
     }
 
-    /// Rows to the output by way of shared memory.
+    /// Stores rows by way of shared memory.
     fn store_through<H: Half + Stored<Value = H>>(
         &self,
         words: &Rows<Vec<Val<'k, u32>>>,
@@ -148,7 +148,7 @@ impl<'k, 'a> Epilogue<'k, 'a> {
         self.store_rows::<H>(tile);
     }
 
-    /// Rows from the registers to the output: the lanes of a quad, which hold four words of a column of 8 channels,
+    /// Stores rows from the registers: the lanes of a quad, which hold four words of a column of 8 channels,
     /// exchange them for a whole column each.
     fn store_columns<H: Half + Stored<Value = H>>(&self, words: &Rows<Vec<Val<'k, u32>>>) {
         let Epilogue { code, config, params: p, place, .. } = *self;
@@ -177,7 +177,7 @@ impl<'k, 'a> Epilogue<'k, 'a> {
         }
     }
 
-    /// Two neighbouring channels of a part of the keys, in single precision.
+    /// Stores two neighbouring channels of the output for a part of the keys, in single precision.
     fn store_partial(&self, slot: usize, column: usize, pair: [Val<'k, f32>; 2]) {
         let Epilogue { code, config, params: p, place, first_row } = *self;
         let dim = config.head_dim as i32;
@@ -190,7 +190,7 @@ impl<'k, 'a> Epilogue<'k, 'a> {
         }
     }
 
-    /// The warp's rows from shared memory to the output, whole chunks at a time.
+    /// Copies the warp's rows from shared memory to the output, whole chunks at a time.
     fn store_rows<H: Half + Stored<Value = H>>(&self, tile: &SharedTile<'k>) {
         let Epilogue { code, config, params: p, place, .. } = *self;
         code.note("output: rows to device memory");
@@ -230,7 +230,7 @@ pub(crate) fn least_lse<'k>(reference: Val<'k, f32>, lse: Val<'k, f32>) -> Val<'
     (reference.le(-LEAST_REFERENCE / 2.0) & lse.gt(f32::NEG_INFINITY)).select(f32::MIN, lse)
 }
 
-/// Four words of each lane of a quad: afterwards lane `i` has what was word `i` of each.
+/// Transposes four words of each lane of a quad: afterwards lane `i` has what was word `i` of each.
 fn transpose<'k>(quad: Val<'k, i32>, words: &mut [Val<'k, u32>]) {
     for bit in [1, 2] {
         let upper = (quad & bit).ne(0);

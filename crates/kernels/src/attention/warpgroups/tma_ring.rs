@@ -243,9 +243,8 @@ impl<'k, 'c> TmaRing<'k, 'c> {
         cursor.advance();
     }
 
-    /// Zeros in the rows of V for which `hides` holds, of their index in the tile: they may hold anything, and products
-    /// with zeros must be zeros. All threads that compute call it, and only for a tile of V as given that has such
-    /// rows.
+    /// Writes zeros to the rows of V for whose index in the tile `hides` holds: they may hold anything, and products
+    /// with zeros must be zeros. All consumers call it, and only for a tile of V as given that has such rows.
     pub fn clear_values(&self, hides: impl Fn(Val<'k, i32>) -> Val<'k, bool>, cursor: &Cursor<'k>) {
         let (code, form) = (self.code, self.values.form);
         let row_words = form.row_bytes / 16;

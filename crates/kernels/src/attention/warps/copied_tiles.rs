@@ -8,7 +8,7 @@ use crate::attention::key_tiles::KeyTiles;
 use crate::attention::place::Place;
 use crate::preprocess::SeenKeys;
 
-/// One operand's tiles: their stages, and where this thread's part of the next one comes from.
+/// One operand's tiles: their stages, and where this thread's part of each comes from.
 pub(super) struct CopiedTiles<'k> {
     pub stages: SharedTile<'k>,
     /// Where the lane's fragments of the first stage lie.

@@ -121,7 +121,7 @@ impl<'k, 'c> CpAsyncRing<'k, 'c> {
         self.code.commit_copies();
     }
 
-    /// Zeros, once, in chunks that no copy writes and products read.
+    /// Writes zeros, once, to the chunks that no copy writes and products read.
     fn clear_unused_chunks(&self) {
         for operand in [&self.keys, &self.values] {
             let unused = operand.stages.row_bytes() / CHUNK_BYTES - operand.chunks;
