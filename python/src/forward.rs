@@ -2,9 +2,7 @@
 
 use pyo3::prelude::*;
 use sageattention::cuda::{Cuda, DeviceBytes, DeviceInts, DeviceLse, DeviceMask, DeviceTensor, Stream};
-use sageattention::{
-    BlockMask, Call, Choice, DType, Device, Error, Inputs, Lengths, Mask, Plan, Result, TensorViewMut, View,
-};
+use sageattention::{BlockMask, DType, Error, Lengths, Mask, Result, TensorViewMut, View};
 
 use crate::errors::{exception, guarded};
 use crate::host;
@@ -107,7 +105,6 @@ fn on_cpu(tensors: &Tensors, options: &Options) -> Result<()> {
         };
         attention = attention.packed(list("cu_seqlens_q", q)?, list("cu_seqlens_k", k)?);
     }
-    let choice = options.choice(Device::Cpu, head_dim(&tensors.q), || attention.plan(q, k, v))?;
     let mut lse = match &tensors.lse {
         // SAFETY: as for the output.
         Some(lse) => match unsafe { host::view_mut("lse", lse) }? {
@@ -116,7 +113,7 @@ fn on_cpu(tensors: &Tensors, options: &Options) -> Result<()> {
         },
         None => None,
     };
-    attention.scheme(choice).forward_into(q, k, v, out, lse.as_mut().map(|lse| lse.data_mut()))
+    attention.forward_into(q, k, v, out, lse.as_mut().map(|lse| lse.data_mut()))
 }
 
 fn on_gpu(tensors: &Tensors, options: &Options, ordinal: u32, stream: u64, wait: bool) -> Result<()> {
@@ -137,36 +134,34 @@ fn on_gpu(tensors: &Tensors, options: &Options, ordinal: u32, stream: u64, wait:
         Some(mask) => Some(DeviceMask::Additive(tensor("mask", mask)?)),
         None => None,
     };
-    if tensors.block_mask.is_some() {
-        return Err(Error::unsupported(
-            "block_mask",
-            "not on a GPU yet; a mask of single elements computes the same, without skipping work",
-        ));
+    let mut attention = options.attention();
+    if let Some(mask) = mask {
+        attention = attention.mask(mask);
     }
-    let (q, k, v) = (tensor("q", &tensors.q)?, tensor("k", &tensors.k)?, tensor("v", &tensors.v)?);
-    let mut inputs = Inputs { mask, ..Inputs::new(q, k, v) };
+    if let Some((flags, block_q, block_k)) = &tensors.block_mask {
+        // SAFETY: as above.
+        let blocks = unsafe { DeviceBytes::from_raw(flags.geometry("block_mask")?, flags.address) };
+        attention = attention.block_mask(BlockMask { blocks, block_q: *block_q, block_k: *block_k });
+    }
     if let Some(Packed(cu_seqlens_q, cu_seqlens_k, batch, max_q_len, max_kv_len)) = tensors.packed {
         let list = |address| {
             // SAFETY: as above.
             unsafe { DeviceInts::from_raw(address, batch + 1) }
         };
         let (cu_seqlens_q, cu_seqlens_k) = (list(cu_seqlens_q), list(cu_seqlens_k));
-        inputs.lengths = Lengths::DevicePacked { cu_seqlens_q, cu_seqlens_k, max_q_len, max_kv_len };
+        attention =
+            attention.lengths(Lengths::DevicePacked { cu_seqlens_q, cu_seqlens_k, max_q_len, max_kv_len });
     }
-    let core_options = options.attention().options();
-    let call = Call::check(&inputs, &core_options)?;
     let lse = match &tensors.lse {
         Some(lse) => {
-            let rows = checked_lse(lse, &call.lse_shape())?;
+            let rows = rows_of_lse(lse)?;
             // SAFETY: as above.
             Some(unsafe { DeviceLse::from_raw(lse.address, rows) })
         }
         None => None,
     };
-    let device = Device::Cuda(ordinal);
-    let automatic = || Plan::on(device, &call.problem, Choice::Automatic);
-    let choice = options.choice(device, head_dim(&tensors.q), automatic)?;
-    gpu.forward_into(&stream, &inputs, &core_options, choice, &tensor("out", &tensors.out)?, lse)?;
+    let qkv = [tensor("q", &tensors.q)?, tensor("k", &tensors.k)?, tensor("v", &tensors.v)?];
+    attention.forward_on(&gpu, &stream, qkv, tensor("out", &tensors.out)?, lse)?;
     if wait {
         stream
             .synchronize()
@@ -175,15 +170,10 @@ fn on_gpu(tensors: &Tensors, options: &Options, ordinal: u32, stream: u64, wait:
     Ok(())
 }
 
-/// Channels of a head; what is wrong with `q` comes to light when the call is checked.
-fn head_dim(q: &RawTensor) -> usize {
-    q.shape.last().copied().unwrap_or(0)
-}
-
-/// The rows of a log-sum-exp that fits the call.
-fn checked_lse(lse: &RawTensor, shape: &[usize]) -> Result<usize> {
-    let fits = lse.dtype("lse")? == DType::F32 && lse.shape == shape && lse.geometry("lse")?.is_contiguous();
-    if fits { Ok(shape.iter().product()) } else { Err(wrong_lse(lse)) }
+/// The rows of a log-sum-exp.
+fn rows_of_lse(lse: &RawTensor) -> Result<usize> {
+    let fits = lse.dtype("lse")? == DType::F32 && lse.geometry("lse")?.is_contiguous();
+    if fits { Ok(lse.shape.iter().product()) } else { Err(wrong_lse(lse)) }
 }
 
 fn wrong_lse(lse: &RawTensor) -> Error {

@@ -1,9 +1,7 @@
 //! What a call asks for beside its tensors.
 
 use pyo3::prelude::*;
-use sageattention::{
-    Alignment, Attention, Choice, Device, Error, Layout, Plan, Preset, Result, SmoothK, nearest_scheme,
-};
+use sageattention::{Alignment, Attention, Error, Layout, Preset, Result};
 
 use crate::errors::exception;
 
@@ -70,14 +68,19 @@ impl Options {
 }
 
 impl Options {
-    /// The options as the library takes them, but for masks, lengths and the scheme.
+    /// The options as the library takes them, but for masks and lengths.
     pub(crate) fn attention<'a>(&self) -> Attention<'a> {
         // The alignment is a window's too, so it is said whether or not there is a causal mask.
         let mut attention = Attention::new()
             .layout(self.layout)
             .window(self.window.0, self.window.1)
             .causal_alignment(self.alignment)
-            .causal(self.is_causal);
+            .causal(self.is_causal)
+            .nearest(self.nearest)
+            .smooth_k(self.smooth_k);
+        if let Some(preset) = self.preset {
+            attention = attention.scheme(preset);
+        }
         if let Some(sm_scale) = self.sm_scale {
             attention = attention.sm_scale(sm_scale);
         }
@@ -85,29 +88,6 @@ impl Options {
             attention = attention.logit_softcap(softcap);
         }
         attention
-    }
-
-    /// What computes a call on a device; `automatic` says what the device itself would choose.
-    pub(crate) fn choice(
-        &self,
-        device: Device,
-        head_dim: usize,
-        automatic: impl FnOnce() -> Result<Plan>,
-    ) -> Result<Choice> {
-        let scheme = match self.preset {
-            Some(preset) if self.nearest => Some(nearest_scheme(preset.scheme(head_dim), device)),
-            Some(preset) => Some(preset.scheme(head_dim)),
-            None => None,
-        };
-        let mut scheme = match (scheme, self.smooth_k) {
-            (None, true) => return Ok(Choice::Automatic),
-            (None, false) => *automatic()?.scheme(),
-            (Some(scheme), _) => scheme,
-        };
-        if !self.smooth_k {
-            scheme.smooth.k = SmoothK::Off;
-        }
-        Ok(Choice::Scheme(scheme))
     }
 }
 

@@ -8,7 +8,7 @@ use candle_core::cuda_backend::{CudaDType, CudaStorageSlice};
 use candle_core::{CudaDevice, CudaStorage, Layout, Result, Storage};
 use half::{bf16, f16};
 use sageattention::cuda::{Cuda, DeviceBytes, DeviceInts, DeviceLse, DeviceMask, DeviceTensor, Stream};
-use sageattention::{DType, Error, Geometry, Inputs, Lengths as CoreLengths};
+use sageattention::{AnyLengths, Attention, DType, Error, Geometry, Lengths as CoreLengths};
 
 use crate::Options;
 use crate::error::wrap;
@@ -74,24 +74,25 @@ fn run<T: CudaDType + DeviceRepr + sageattention::Element>(
         let lse_guard = lse.as_mut().map(|lse| lse.device_ptr_mut(&candle_stream));
         // SAFETY: candle's storages hold every element that their layouts reach; the guards keep them, and let other
         // streams wait for this one.
-        let (inputs, out, lse) = unsafe {
-            let inputs = Inputs {
-                mask: mask.as_ref().map(|mask| mask.view()),
-                lengths,
-                ..Inputs::new(q.view(dtype), k.view(k_dtype), v.view(v_dtype))
-            };
+        let (tensors, mask, out, lse) = unsafe {
             let lse = lse_guard.as_ref().map(|(address, _)| DeviceLse::from_raw(*address, lse_rows));
-            (inputs, DeviceTensor::from_raw(T::DTYPE, out_geometry, address), lse)
+            (
+                [q.view(dtype), k.view(k_dtype), v.view(v_dtype)],
+                mask.as_ref().map(|mask| mask.view()),
+                DeviceTensor::from_raw(T::DTYPE, out_geometry, address),
+                lse,
+            )
         };
-        let attention = options.attention().options();
-        gpu.forward_into(&stream, &inputs, &attention, options.scheme, &out, lse).map_err(wrap)?;
+        let attention = options.attention().lengths(lengths);
+        let attention = mask.into_iter().fold(attention, Attention::mask);
+        attention.forward_on(&gpu, &stream, tensors, out, lse).map_err(wrap)?;
     }
     let lse = lse.map(|lse| CudaStorage::wrap_cuda_slice(lse, device.clone()));
     Ok((CudaStorage::wrap_cuda_slice(out, device.clone()), lse))
 }
 
 /// The lengths of a call, which the kernels read where they lie.
-fn lengths<'a>(lengths: &Lengths, lists: &'a [Memory<'_>]) -> CoreLengths<'a, DeviceInts<'a>> {
+fn lengths<'a>(lengths: &Lengths, lists: &'a [Memory<'_>]) -> AnyLengths<'a> {
     match (lengths, lists) {
         (Lengths::KvLens(_), [kv_lens]) => CoreLengths::DeviceKvLens(kv_lens.integers()),
         (&Lengths::Packed { max_q_len, max_kv_len, .. }, [cu_q, cu_k]) => CoreLengths::DevicePacked {

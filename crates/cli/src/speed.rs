@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use indicatif::ProgressBar;
 use sage_core::Problem;
 use sageattention::cuda::{Cuda, CudaTensor, Stream};
-use sageattention::{Attention, Choice, DType, Device, Inputs, Preset, Result, Tensor};
+use sageattention::{Attention, DType, Device, Preset, Result, Tensor};
 use serde::Serialize;
 
 use crate::call_options::SchemeName;
@@ -150,7 +150,7 @@ impl<'a> Subject<'a> {
             }
             Device::Cuda(ordinal) => {
                 let gpu = OnGpu::new(ordinal, self)?;
-                let call = |i: usize| gpu.time(&calls[i], timed[i].choice());
+                let call = |i: usize| gpu.time(&calls[i]);
                 self.times(timed.len(), reps, call, progress)?
             }
         };
@@ -204,12 +204,10 @@ impl OnGpu {
     }
 
     /// The GPU's time for one call.
-    fn time(&self, attention: &Attention<'_>, choice: Choice) -> Result<Duration> {
-        let [q, k, v] = &self.inputs;
-        let inputs = Inputs::new(q.view(), k.view(), v.view());
-        let out = self.out.view();
+    fn time(&self, attention: &Attention<'_>) -> Result<Duration> {
+        let tensors = || self.inputs.each_ref().map(CudaTensor::view);
         self.gpu.time(&self.stream, || {
-            self.gpu.forward_into(&self.stream, &inputs, &attention.options(), choice, &out, None)
+            attention.forward_on(&self.gpu, &self.stream, tensors(), self.out.view(), None)
         })
     }
 }

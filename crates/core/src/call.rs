@@ -149,6 +149,20 @@ impl<'a, T: Operand> Call<'a, T> {
         batch * heads * rows
     }
 
+    /// That memory for log-sum-exps has a place for each of [`Call::lse_rows`] and no other.
+    ///
+    /// # Errors
+    /// When it has more or fewer.
+    pub fn check_lse(&self, lse: Option<&[f32]>) -> Result<()> {
+        match lse {
+            Some(lse) if lse.len() != self.lse_rows() => {
+                let wanted = format!("[{}], the rows of {:?}", self.lse_rows(), self.lse_shape());
+                Err(Error::shape("lse", &[lse.len()], wanted))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Index of a row's log-sum-exp in a row-major tensor of [`Call::lse_shape`].
     pub fn lse_index(&self, sequence: &Sequence, head: usize, i: usize) -> usize {
         let rows = dimensions(&self.q)[2];

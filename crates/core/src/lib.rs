@@ -10,6 +10,7 @@
 
 #![forbid(unsafe_code)]
 
+mod backend;
 mod cache;
 mod call;
 mod choice;
@@ -23,10 +24,12 @@ mod operand;
 pub mod oracle;
 mod preset;
 mod problem;
+mod recent;
 mod scheme;
 mod single;
 mod tensor;
 
+pub use backend::{Backend, BackendPlan, CacheSize, NewTokens};
 pub use cache::{BlockTables, CacheLayout, CachedInputs, PageCopy, ValueFormat};
 pub use call::Call;
 pub use choice::Choice;
@@ -38,6 +41,7 @@ pub use mask::{Alignment, Band, BlockMask, Mask, padding_bias};
 pub use operand::{List, Operand, Strided};
 pub use preset::Preset;
 pub use problem::{Inputs, Layout, MAX_HEAD_DIM, MAX_HEADS, Options, Problem};
+pub use recent::Recent;
 pub use scheme::{
     Accumulator, Granularity, IntBits, IntQuantizer, Pv, Qk, Rounding, ScaleRows, Scheme, SmoothK, SmoothQ,
     Smoothing, Tile, ZeroGroup,

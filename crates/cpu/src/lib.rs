@@ -37,6 +37,7 @@
 //! Work is divided between the threads of the rayon pool that the caller is in, or of rayon's global one. A forked
 //! process, which has none of its parent's threads, starts as many of its own.
 
+mod backend;
 mod cache;
 mod forward;
 mod isa;
@@ -57,7 +58,9 @@ mod visibility;
 use std::sync::{Arc, Mutex};
 
 use aligned_vec::AVec;
-use sage_core::{Call, Error, Geometry, Problem, Result, Scheme, TensorView, TensorViewMut, View, ViewMut};
+use sage_core::{
+    Call, Error, Geometry, Problem, Recent, Result, Scheme, TensorView, TensorViewMut, View, ViewMut,
+};
 
 use crate::forward::Attention;
 use crate::kernels::{Kernels, Load};
@@ -71,11 +74,18 @@ pub use crate::machine::{Caches, Machine};
 pub use crate::nearest::nearest_scheme;
 pub use crate::plan::CpuPlan;
 
+/// Plans kept: a model's layers and lengths are far fewer.
+const MAX_PLANS: usize = 32;
+
+/// What a plan depends on beside the processor: the problem, the scheme asked for, and the threads at hand.
+type PlanKey = (Problem, Option<Scheme>, usize);
+
 /// Attention on this machine's processor.
 #[derive(Clone, Debug)]
 pub struct Cpu {
     machine: Machine,
     instruction_set: InstructionSet,
+    plans: Arc<Mutex<Recent<PlanKey, Arc<CpuPlan>>>>,
     /// Memory for packed keys and values that calls have finished with.
     spare: Arc<Mutex<Vec<AVec<u32>>>>,
 }
@@ -86,7 +96,7 @@ impl Cpu {
         let machine = Machine::detect();
         let instruction_set = machine.instruction_sets[0];
         tracing::debug!(?machine, %instruction_set, "detected");
-        Cpu { machine, instruction_set, spare: Arc::default() }
+        Cpu { machine, instruction_set, plans: no_plans(), spare: Arc::default() }
     }
 
     /// The same processor, restricted to one instruction set.
@@ -98,7 +108,7 @@ impl Cpu {
             let names: Vec<_> = self.machine.instruction_sets.iter().map(|set| set.name()).collect();
             return Err(Error::value("instruction_set", instruction_set, names.join(", ")));
         }
-        Ok(Cpu { instruction_set, ..self })
+        Ok(Cpu { instruction_set, plans: no_plans(), ..self })
     }
 
     /// What the processor has.
@@ -111,12 +121,23 @@ impl Cpu {
         self.instruction_set
     }
 
-    /// Chooses kernels and tiles, and the scheme where it is `None`.
+    /// Chooses kernels and tiles, and the scheme where it is `None`, or finds what was chosen before.
     ///
     /// # Errors
     /// When no kernel here computes the scheme.
-    pub fn plan(&self, problem: &Problem, scheme: Option<Scheme>) -> Result<CpuPlan> {
-        CpuPlan::new(problem, scheme, &self.machine, self.instruction_set, kernels(self.instruction_set))
+    pub fn plan(&self, problem: &Problem, scheme: Option<Scheme>) -> Result<Arc<CpuPlan>> {
+        let threads = threads::count();
+        let key = (*problem, scheme, threads);
+        // Nothing waits for the lock: in a forked process it may be held for ever.
+        if let Some(plan) = self.plans.try_lock().ok().and_then(|mut plans| plans.get(&key)) {
+            return Ok(plan);
+        }
+        let set = self.instruction_set;
+        let plan = Arc::new(CpuPlan::new(problem, scheme, &self.machine, threads, set, kernels(set))?);
+        if let Ok(mut plans) = self.plans.try_lock() {
+            plans.put(key, plan.clone());
+        }
+        Ok(plan)
     }
 
     /// Computes attention into `out`, which has Q's shape and element type, in the caller's layout; and the natural
@@ -135,6 +156,7 @@ impl Cpu {
             return Err(Error::unsupported("a plan of another problem", "plan the problem of this call"));
         }
         let geometry = call.check_output(out.dtype(), out.geometry())?;
+        call.check_lse(lse.as_deref())?;
         threads::run(|| self.run_typed(plan, call, (out, geometry), lse))?
     }
 
@@ -209,18 +231,15 @@ impl Cpu {
     }
 }
 
+fn no_plans() -> Arc<Mutex<Recent<PlanKey, Arc<CpuPlan>>>> {
+    Arc::new(Mutex::new(Recent::new(MAX_PLANS)))
+}
+
 /// The caller's memory for log-sum-exps, in the order of a call's rows.
 fn lse_view<'l>(call: &Call<'_>, lse: &'l mut [f32]) -> Result<(ViewMut<'l, f32>, Geometry)> {
     let shape = [&call.q.shape()[..3], &[1]].concat();
-    let wanted = Geometry::contiguous("lse", &shape)?;
-    if lse.len() != wanted.len() {
-        return Err(Error::Memory {
-            name: "lse".into(),
-            found: lse.len(),
-            wanted: format!("{} for shape {:?}", wanted.len(), call.lse_shape()),
-        });
-    }
-    Ok((ViewMut::strided("lse", lse, wanted)?, wanted))
+    let geometry = Geometry::contiguous("lse", &shape)?;
+    Ok((ViewMut::strided("lse", lse, geometry)?, geometry))
 }
 
 /// The kernels of an instruction set that was detected.

@@ -52,10 +52,10 @@ impl CpuPlan {
         problem: &Problem,
         scheme: Option<Scheme>,
         machine: &Machine,
+        threads: usize,
         instruction_set: InstructionSet,
         kernels: &Kernels,
     ) -> Result<Self> {
-        let threads = crate::threads::count();
         let rows_per_head = problem.q_len.saturating_mul(problem.group_size());
         let few_rows = rows_per_head <= DIRECT_ROWS_MAX;
         let mut reasons = Vec::new();

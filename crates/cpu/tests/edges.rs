@@ -150,7 +150,7 @@ fn outputs_that_do_not_fit_are_refused() {
     refused(
         zeros(DType::F32, &[1, 1, 64, 64]),
         Some(&mut [0.0; 63]),
-        "lse: memory holds 63 elements, expected 64 for shape [1, 1, 64]",
+        "lse: shape is [63], expected [64], the rows of [1, 1, 64]",
     );
 }
 

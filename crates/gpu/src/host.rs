@@ -1,56 +1,156 @@
 //! Host tensors on a GPU: copied there, computed, copied back.
 
-use sage_core::{Choice, Error, Geometry, Inputs, Mask, Options, Result, Tensor};
+use std::convert::Infallible;
+use std::sync::Arc;
+
+use bytemuck::{AnyBitPattern, NoUninit};
+use sage_core::{
+    Backend, BlockTables, CacheSize, Call, Choice, Element, Error, Geometry, MAX_RANK, Mask, NewTokens,
+    Result, Scheme, TensorView, TensorViewMut, ViewMut,
+};
 use sage_cuda::{Buffer, Stream};
 
-use crate::{Cuda, CudaTensor, DeviceBytes, DeviceLse, DeviceMask, driver};
+use crate::{
+    Cuda, CudaPlan, CudaTensor, DeviceBytes, DeviceCall, DeviceLse, DeviceMask, DeviceTensor, driver,
+};
 
-impl Cuda {
-    /// Attention of host tensors, and each row's log-sum-exp where there are `lse_rows`. Waits for the result.
-    ///
-    /// # Errors
-    /// As [`Cuda::forward_into`].
-    pub fn forward_host(
-        &self,
-        inputs: &Inputs<'_>,
-        options: &Options,
-        choice: Choice,
-        lse_rows: Option<usize>,
-    ) -> Result<(Tensor, Option<Tensor>)> {
-        if inputs.block_mask.is_some() {
-            return Err(Error::unsupported("block_mask", "not on a GPU yet"));
-        }
-        let stream = Stream::new(self.device()).map_err(driver)?;
-        let [q, k, v] = [inputs.q, inputs.k, inputs.v].map(|tensor| CudaTensor::upload(&stream, &tensor));
-        let (q, k, v) = (q?, k?, v?);
-        let mask = inputs.mask.as_ref().map(|mask| CopiedMask::new(&stream, mask)).transpose()?;
-        let mut out = Tensor::zeros(inputs.q.dtype(), inputs.q.shape())?;
-        let on_device = CudaTensor::uninitialized(&stream, out.dtype(), out.shape())?;
-        let lse =
-            lse_rows.map(|rows| Buffer::new(&stream, rows * size_of::<f32>())).transpose().map_err(driver)?;
+/// A GPU as a backend of host tensors: they are copied to it, and the result is waited for and copied back.
+#[derive(Clone, Debug)]
+pub struct HostTensors(pub Cuda);
 
-        let device_inputs = Inputs {
-            q: q.view(),
-            k: k.view(),
-            v: v.view(),
-            mask: mask.as_ref().map(CopiedMask::view),
-            block_mask: None,
-            lengths: inputs.lengths.beside(),
-        };
-        let rows = lse.as_ref().map(DeviceLse::of);
-        self.forward_into(&stream, &device_inputs, options, choice, &on_device.view(), rows)?;
+impl Backend for HostTensors {
+    type Tensor<'a> = TensorView<'a>;
+    type Output<'a> = TensorViewMut<'a>;
+    type Lse<'a> = &'a mut [f32];
+    type Queue = ();
+    type Plan = CudaPlan;
+    /// There is none: tokens are appended to a GPU's cache from its own memory.
+    type Cache = Infallible;
 
-        match out.view_mut() {
-            sage_core::TensorViewMut::F32(mut view) => on_device.buffer().copy_to_host(view.data_mut()),
-            sage_core::TensorViewMut::F16(mut view) => on_device.buffer().copy_to_host(view.data_mut()),
-            sage_core::TensorViewMut::BF16(mut view) => on_device.buffer().copy_to_host(view.data_mut()),
-        }
-        .map_err(driver)?;
-        let lse = lse.map(|lse| lse.to_vec::<f32>()).transpose().map_err(driver)?;
-        let shape = sage_core::Call::check(&device_inputs, options)?.lse_shape();
-        let lse = lse.map(|lse| Tensor::new(lse, &shape)).transpose()?;
-        Ok((out, lse))
+    const SHARES_PAGES: bool = false;
+
+    fn name(&self) -> String {
+        self.0.name()
     }
+
+    fn nearest(&self, scheme: Scheme) -> Scheme {
+        self.0.nearest(scheme)
+    }
+
+    fn plan<'c>(&self, call: &Call<'c>, choice: Choice, lse: bool) -> Result<Arc<CudaPlan>> {
+        self.0.plan(&as_if_copied(call), choice, lse)
+    }
+
+    fn run<'c>(
+        &self,
+        (): &(),
+        call: &Call<'c>,
+        choice: Choice,
+        out: TensorViewMut<'_>,
+        lse: Option<&mut [f32]>,
+    ) -> Result<()> {
+        call.check_output(out.dtype(), out.geometry())?;
+        call.check_lse(lse.as_deref())?;
+        // Nothing is copied for a call that no kernel computes.
+        self.plan(call, choice, lse.is_some())?;
+        let stream = self.0.stream()?;
+        let [q, k, v] = [call.q, call.k, call.v].map(|tensor| CudaTensor::upload(&stream, &tensor));
+        let (q, k, v) = (q?, k?, v?);
+        let mask = call.mask.as_ref().map(|mask| CopiedMask::new(&stream, mask)).transpose()?;
+        let mask = mask.as_ref().map(CopiedMask::view);
+        let out_there = CudaTensor::uninitialized(&stream, out.dtype(), out.geometry().shape())?;
+        let lse_there =
+            lse.as_ref().map(|lse| Buffer::new(&stream, size_of_val(&**lse))).transpose().map_err(driver)?;
+        let there = call.moved([q.view(), k.view(), v.view()], mask, None);
+        self.0.run(&stream, &there, choice, out_there.view(), lse_there.as_ref().map(DeviceLse::of))?;
+
+        match out {
+            TensorViewMut::F32(out) => download(out_there.buffer(), out),
+            TensorViewMut::F16(out) => download(out_there.buffer(), out),
+            TensorViewMut::BF16(out) => download(out_there.buffer(), out),
+        }?;
+        match (lse, lse_there) {
+            (Some(lse), Some(there)) => there.copy_to_host(lse).map_err(driver),
+            _ => Ok(()),
+        }
+    }
+
+    fn cache(&self, (): &(), _: &CacheSize) -> Result<Infallible> {
+        Err(Error::unsupported(
+            format!("a KV cache on {} for host tensors", self.name()),
+            "append tokens that lie in the GPU's memory, or keep the cache on the CPU",
+        ))
+    }
+
+    fn cache_bytes(&self, cache: &Infallible) -> usize {
+        match *cache {}
+    }
+
+    fn append(
+        &self,
+        cache: &mut Infallible,
+        _: &BlockTables,
+        _: &NewTokens<'_, TensorView<'_>>,
+    ) -> Result<()> {
+        match *cache {}
+    }
+
+    fn attend<'c>(
+        &self,
+        cache: &Infallible,
+        _: &BlockTables,
+        _: &[usize],
+        _: &Call<'c>,
+        _: TensorViewMut<'_>,
+        _: Option<&mut [f32]>,
+    ) -> Result<()> {
+        match *cache {}
+    }
+
+    fn shorten(&self, cache: &mut Infallible, _: &BlockTables) -> Result<()> {
+        match *cache {}
+    }
+}
+
+/// The call with stand-ins for what would be copied: for planning alone.
+fn as_if_copied<'a>(call: &Call<'a>) -> DeviceCall<'a> {
+    /// Copies begin at multiples of 256.
+    const START: u64 = 1 << 8;
+    // SAFETY: nothing is launched with them.
+    let tensor = |x: &TensorView<'_>| unsafe { DeviceTensor::from_raw(x.dtype(), *x.geometry(), START) };
+    // SAFETY: as above.
+    let bytes = |geometry: &Geometry| unsafe { DeviceBytes::from_raw(*geometry, START) };
+    let mask = call.mask.as_ref().map(|mask| match mask {
+        Mask::Bool(flags) => DeviceMask::Bool(bytes(flags.geometry())),
+        Mask::Additive(biases) => DeviceMask::Additive(tensor(biases)),
+    });
+    let blocks = call.block_mask.as_ref().map(|mask| bytes(mask.blocks.geometry()));
+    call.moved([tensor(&call.q), tensor(&call.k), tensor(&call.v)], mask, blocks)
+}
+
+/// A row-major tensor on the GPU into host memory of the same shape. Waits for it.
+fn download<T: Element + NoUninit + AnyBitPattern>(from: &Buffer, mut to: ViewMut<'_, T>) -> Result<()> {
+    let geometry = *to.geometry();
+    if geometry.is_empty() {
+        return Ok(());
+    }
+    if geometry.is_contiguous() {
+        let first = geometry.offset() as usize;
+        return from.copy_to_host(&mut to.data_mut()[first..first + geometry.len()]).map_err(driver);
+    }
+    let elements: Vec<T> = from.to_vec().map_err(driver)?;
+    let mut elements = elements.into_iter();
+    let mut sizes = [1; MAX_RANK];
+    sizes[MAX_RANK - geometry.rank()..].copy_from_slice(geometry.shape());
+    for (a, b, c) in (0..sizes[0]).flat_map(|a| {
+        let inner = sizes[2];
+        (0..sizes[1]).flat_map(move |b| (0..inner).map(move |c| (a, b, c)))
+    }) {
+        for (d, x) in (0..sizes[3]).zip(elements.by_ref()) {
+            to.set([a, b, c, d], x);
+        }
+    }
+    Ok(())
 }
 
 /// A host mask on the GPU.

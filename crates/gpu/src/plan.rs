@@ -2,17 +2,17 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread;
 
-use sage_core::{Error, Problem, Result, Scheme};
+use sage_core::{BackendPlan, Error, Problem, Result};
 use sage_cuda::{Buffer, Device, Kernel, KernelSource, Stream, TensorMap};
+use sage_kernels::Kernel as Configuration;
 use sage_kernels::forward::{ForwardPlan, Request, Tensors};
 use sage_kernels::pass::{Launcher, Pass};
-use sage_kernels::{Kernel as Configuration, Machine};
 use sage_ptx::{Arg, BoxedTensor};
 
-use super::driver;
+use crate::{Cuda, driver};
 
 /// The kernels that were compiled for a GPU so far, by their names.
 #[derive(Debug, Default)]
@@ -21,13 +21,7 @@ pub(super) struct Kernels(Mutex<HashMap<String, Kernel>>);
 impl Kernels {
     /// Compiled kernels for every launch of a pass: those that are new side by side. `instead` is what would do where the
     /// GPU lacks an instruction.
-    pub fn of_pass<T>(
-        &self,
-        pass: &Pass<T>,
-        device: &Device,
-        machine: &Machine,
-        instead: &str,
-    ) -> Result<Vec<Kernel>> {
+    pub fn of_pass<T>(&self, pass: &Pass<T>, cuda: &Cuda, instead: &str) -> Result<Vec<Kernel>> {
         let kernels: Vec<Result<Kernel>> = thread::scope(|scope| {
             let found = |configuration: &Arc<dyn Configuration>| {
                 let (name, configuration) = (configuration.name(), configuration.clone());
@@ -36,7 +30,7 @@ impl Kernels {
                 }
                 // Another thread may do the same meanwhile; a kernel is compiled once all the same.
                 Err(scope.spawn(move || {
-                    let kernel = load(device, machine, &*configuration, instead)?;
+                    let kernel = load(cuda, &*configuration, instead)?;
                     self.lock().insert(name, kernel.clone());
                     Ok(kernel)
                 }))
@@ -109,48 +103,37 @@ impl<F: FnMut(Launch<'_>) -> Result<()>> Launcher for OnStream<'_, F> {
 pub struct CudaPlan {
     pub(super) forward: ForwardPlan,
     device: String,
-    /// In the order of the pass's launches; empty as long as the plan is only looked at.
-    pub(super) kernels: Vec<Kernel>,
+    /// In the order of the pass's launches; compiled when the plan is run for the first time.
+    kernels: OnceLock<Vec<Kernel>>,
 }
 
 impl CudaPlan {
     /// The plan, without compiling anything.
-    pub(super) fn new(
-        problem: &Problem,
-        request: &Request,
-        device: &Device,
-        machine: &Machine,
-    ) -> Result<Self> {
-        let forward = ForwardPlan::new(problem, request, machine)?;
-        let info = device.info();
-        let device = format!("cuda:{}, {}, {}", info.ordinal, info.name, machine.target);
-        Ok(CudaPlan { forward, device, kernels: Vec::new() })
+    pub(super) fn new(problem: &Problem, request: &Request, cuda: &Cuda) -> Result<Self> {
+        let forward = ForwardPlan::new(problem, request, cuda.machine())?;
+        let info = cuda.device().info();
+        let device = format!("cuda:{}, {}, {}", info.ordinal, info.name, cuda.machine().target);
+        Ok(CudaPlan { forward, device, kernels: OnceLock::new() })
+    }
+
+    /// The kernels, compiled at the first use.
+    pub(super) fn kernels(&self, cuda: &Cuda) -> Result<&[Kernel]> {
+        if let Some(kernels) = self.kernels.get() {
+            return Ok(kernels);
+        }
+        let kernels = cuda.kernels().of_pass(self.pass(), cuda, "choose another scheme")?;
+        Ok(self.kernels.get_or_init(|| kernels))
     }
 
     /// The launches.
     pub(super) fn pass(&self) -> &Pass<Tensors> {
         self.forward.pass()
     }
-
-    /// The scheme that the plan computes.
-    pub fn scheme(&self) -> &Scheme {
-        self.forward.scheme()
-    }
-
-    /// Bytes of scratch memory on the GPU.
-    pub fn workspace_bytes(&self) -> usize {
-        self.pass().workspace_bytes()
-    }
 }
 
 /// The kernel of a configuration.
-fn load(
-    device: &Device,
-    machine: &Machine,
-    configuration: &dyn Configuration,
-    instead: &str,
-) -> Result<Kernel> {
-    let (program, target) = (configuration.program(), machine.target);
+fn load(cuda: &Cuda, configuration: &dyn Configuration, instead: &str) -> Result<Kernel> {
+    let (program, target) = (configuration.program(), cuda.machine().target);
     let ptx = program.ptx(target).map_err(|missing| Error::unsupported(missing.to_string(), instead))?;
     let source = KernelSource {
         name: &program.name,
@@ -163,7 +146,7 @@ fn load(
         needs_whole_compilation: program.needs_whole_compilation(),
         waits_for_launches_before: program.waits_for_launches_before(target),
     };
-    device.load(&source).map_err(driver)
+    cuda.device().load(&source).map_err(driver)
 }
 
 impl fmt::Display for CudaPlan {

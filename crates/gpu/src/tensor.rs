@@ -5,6 +5,7 @@ use std::marker::PhantomData;
 use half::{bf16, f16};
 use sage_core::{DType, Error, Geometry, List, Operand, Result, Strided, TensorView};
 use sage_cuda::{Buffer, Stream};
+use sage_kernels::TensorArg;
 
 use crate::driver;
 
@@ -58,6 +59,11 @@ impl CudaTensor {
     }
 }
 
+/// A tensor as kernels take it.
+pub(crate) fn argument(tensor: &DeviceTensor<'_>) -> TensorArg {
+    TensorArg { address: tensor.first_element(), strides: tensor.strides() }
+}
+
 /// A tensor in a GPU's memory: an address, and where each element lies from there.
 #[derive(Clone, Copy, Debug)]
 pub struct DeviceTensor<'a> {
@@ -83,13 +89,13 @@ impl DeviceTensor<'_> {
     }
 
     /// Address of the first element.
-    pub(super) fn first_element(&self) -> u64 {
+    pub(crate) fn first_element(&self) -> u64 {
         let bytes = self.dtype.bytes() as i64;
         self.address.wrapping_add_signed(self.geometry.offset() * bytes)
     }
 
     /// Strides of batch, heads and rows of a tensor in a call's order, in elements.
-    pub(super) fn strides(&self) -> [i64; 3] {
+    pub(crate) fn strides(&self) -> [i64; 3] {
         let strides = self.geometry.strides();
         [strides[0], strides[1], strides[2]]
     }
@@ -138,12 +144,12 @@ impl<'a> DeviceLse<'a> {
         DeviceLse { address, rows, memory: PhantomData }
     }
 
-    pub(super) fn address(&self) -> u64 {
+    pub(crate) fn address(&self) -> u64 {
         self.address
     }
 
     /// An error unless there is a place for each of `rows` rows.
-    pub(super) fn check(&self, rows: usize) -> Result<()> {
+    pub(crate) fn check(&self, rows: usize) -> Result<()> {
         if self.rows >= rows {
             return Ok(());
         }
@@ -224,7 +230,7 @@ impl Strided for DeviceBytes<'_> {
 
 impl DeviceMask<'_> {
     /// Address of the first element, and strides of batch, heads, queries and keys in elements.
-    pub(super) fn parts(&self) -> (u64, [i64; 4]) {
+    pub(crate) fn parts(&self) -> (u64, [i64; 4]) {
         let geometry = self.geometry();
         let strides = geometry.strides();
         let first = match self {

@@ -4,13 +4,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use std::{env, fs};
 
-use sage_core::{BackendErrorKind, Choice, Error, Options, Result};
+use sage_core::{BackendErrorKind, Choice, Error, Result};
 use sage_cuda::{Device, Stream};
 use sage_kernels::Tiling;
 use sage_kernels::tuning::{Key, candidates};
 use serde::{Deserialize, Serialize};
 
-use crate::{Cuda, DeviceInputs, DeviceTensor};
+use crate::{Cuda, DeviceCall, DeviceTensor};
 
 /// Names a file with measured tile shapes.
 const VARIABLE: &str = "SAGEATTENTION_TUNING";
@@ -122,24 +122,23 @@ impl Cuda {
     /// kernel, and the trials. Calls `tried` after each. Waits for the GPU.
     ///
     /// # Errors
-    /// As [`Cuda::forward_into`]. A tile shape that does not compile is a trial with its error, but a GPU that is lost
+    /// As [`sage_core::Backend::run`]. A tile shape that does not compile is a trial with its error, but a GPU that is lost
     /// ends the trials, all of which would fail from there on.
     pub fn tune(
         &self,
         stream: &Stream,
-        inputs: &DeviceInputs<'_>,
-        options: &Options,
+        call: &DeviceCall<'_>,
         choice: Choice,
-        out: &DeviceTensor<'_>,
+        out: DeviceTensor<'_>,
         mut tried: impl FnMut(usize, usize),
     ) -> Result<Option<(Key, Vec<Trial>)>> {
-        let Some(own) = self.prepare(stream, inputs, options, choice, (out, None), None)? else {
+        let Some(own) = self.prepare(stream, call, choice, (out, None), None)? else {
             return Ok(None);
         };
         let shape = *own.plan.forward.key();
-        let tilings = candidates(&self.machine, &shape);
+        let tilings = candidates(self.machine(), &shape);
         let time = |tiling: Tiling| -> Result<Duration> {
-            let prepared = self.prepare(stream, inputs, options, choice, (out, None), Some(tiling))?;
+            let prepared = self.prepare(stream, call, choice, (out, None), Some(tiling))?;
             let Some(prepared) = prepared else { return Ok(Duration::ZERO) };
             // Clocks fall under load: the first runs warm up.
             self.time_prepared(stream, &prepared, WARM_UP)?;

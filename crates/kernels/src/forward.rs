@@ -59,7 +59,9 @@ impl ForwardPlan {
             });
         }
         if problem.block_masked {
-            return Err(Error::unsupported("block_mask", "not on a GPU yet"));
+            let instead =
+                "not on a GPU yet; a mask of single elements computes the same, without skipping work";
+            return Err(Error::unsupported("block_mask", instead));
         }
         check_sizes(problem, request)?;
         let mut reasons = Vec::new();

@@ -15,8 +15,8 @@ use std::time::Duration;
 
 use half::f16;
 use sage_core::{Geometry, Strided};
-use sageattention::cuda::{Cuda, CudaTensor, DeviceInputs, DeviceTensor, Stream};
-use sageattention::{Band, Choice, DType, Inputs, Options, Preset, Tensor};
+use sageattention::cuda::{Cuda, CudaTensor, DeviceCall, DeviceTensor, Stream};
+use sageattention::{Backend, Band, Call, Choice, DType, Inputs, Options, Preset, Tensor};
 use serde_json::{Value, json};
 
 type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
@@ -128,9 +128,9 @@ impl Bench {
         let inputs = Inputs::new(seen_as(q, &q_sizes)?, seen_as(k, &kv_sizes)?, seen_as(v, &kv_sizes)?);
         let out = seen_as(&self.out, &q_sizes)?;
         let band = Band { right: shape.causal.then_some(0), ..Band::FULL };
-        let options = Options { band, ..Options::default() };
+        let call = Call::check(&inputs, &Options { band, ..Options::default() })?;
         for &scheme in schemes {
-            let row = self.scheme(scheme, &inputs, &options, &out);
+            let row = self.scheme(scheme, &call, out);
             let mut row = row.unwrap_or_else(|error| json!({ "error": error.to_string() }));
             row["scheme"] = scheme.into();
             row["shape"] = text.into();
@@ -139,23 +139,17 @@ impl Bench {
         Ok(())
     }
 
-    fn scheme(
-        &self,
-        scheme: &str,
-        inputs: &DeviceInputs<'_>,
-        options: &Options,
-        out: &DeviceTensor<'_>,
-    ) -> Result<Value> {
+    fn scheme(&self, scheme: &str, checked: &DeviceCall<'_>, out: DeviceTensor<'_>) -> Result<Value> {
         let choice = match scheme {
             "auto" => Choice::Automatic,
             name => Choice::Preset(name.parse::<Preset>()?),
         };
         let (gpu, stream) = (&self.gpu, &self.stream);
-        let call = || gpu.forward_into(stream, inputs, options, choice, out, None);
+        let call = || gpu.run(stream, checked, choice, out, None);
         let calls = |count: usize| gpu.time(stream, || (0..count).try_for_each(|_| call()));
         let times = if self.launch_only { Vec::new() } else { times(calls)? };
         let runs = times.len().max(1);
-        let kernels = gpu.time_kernels(stream, inputs, options, choice, out, runs)?;
+        let kernels = gpu.time_kernels(stream, checked, choice, out, runs)?;
         let ms = |time: Duration| time.as_secs_f64() * 1e3;
         let kernels: Vec<Value> =
             kernels.iter().map(|(name, time)| json!({ "kernel": name, "ms": ms(*time) })).collect();

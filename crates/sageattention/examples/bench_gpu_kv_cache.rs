@@ -3,11 +3,10 @@
 //! `bench_gpu_kv_cache BATCH HEADS KV_HEADS HEAD_DIM KV_LEN…` prints a line of JSON for each length.
 
 use std::error::Error;
-use std::sync::Arc;
 
 use half::f16;
 use sageattention::cuda::{Cuda, CudaTensor};
-use sageattention::{Choice, DType, Inputs, KvCacheOptions, Options, Preset, Tensor, ValueFormat};
+use sageattention::{Attention, DType, KvCacheOptions, Preset, Tensor, ValueFormat};
 
 /// Runs before times are taken, and runs that are timed.
 const WARM_UP: usize = 3;
@@ -23,7 +22,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     };
     let (batch, heads, kv_heads): (usize, usize, usize) = (batch.parse()?, heads.parse()?, kv_heads.parse()?);
     let head_dim: usize = head_dim.parse()?;
-    let gpu = Arc::new(Cuda::new(0)?);
+    let gpu = Cuda::new(0)?;
     let stream = gpu.stream()?;
     for length in lengths {
         let length: usize = length.parse()?;
@@ -37,26 +36,24 @@ fn main() -> Result<(), Box<dyn Error>> {
         let q = upload(3, &q_shape)?;
         let out = CudaTensor::uninitialized(&stream, DType::F16, &q_shape)?;
         let (q, out) = (q.view(), out.view());
-        let inputs = Inputs::new(q, k.view(), v.view());
-        let options = Options::default();
+        let attention = Attention::new();
+        let in_full_precision = attention.clone().scheme(Preset::FULL);
+        let all: Vec<usize> = (0..batch).collect();
         let mut caches = Vec::new();
         for values in ValueFormat::ALL {
             let max_pages = batch * length.div_ceil(PAGE_SIZE);
             let cache = KvCacheOptions::new(kv_heads, head_dim).sequences(batch).values(values);
-            let mut cache = cache.page_size(PAGE_SIZE).max_pages(max_pages).build_on_gpu(&gpu, &stream)?;
-            let appended = gpu.time(&stream, || cache.append(&k.view(), &v.view()))?;
+            let mut cache = cache.page_size(PAGE_SIZE).max_pages(max_pages).build_on(gpu.clone(), &stream)?;
+            let appended = gpu.time(&stream, || cache.append(k.view(), v.view()))?;
             caches.push((cache, appended));
         }
-        let full = || {
-            let choice = Choice::Preset(Preset::FULL);
-            gpu.forward_into(&stream, &inputs, &options, choice, &out, None)
-        };
+        let full = || in_full_precision.forward_on(&gpu, &stream, [q, k.view(), v.view()], out, None);
         let mut times = vec![Vec::new(); 1 + caches.len()];
         for run in 0..WARM_UP + RUNS {
             let full_time = gpu.time(&stream, full)?;
             let mut of_run = vec![full_time];
             for (cache, _) in &caches {
-                of_run.push(gpu.time(&stream, || cache.attend(&q, &options, &out, None))?);
+                of_run.push(gpu.time(&stream, || cache.attend_into(&all, q, &attention, out, None))?);
             }
             if run >= WARM_UP {
                 times.iter_mut().zip(of_run).for_each(|(times, time)| times.push(time.as_secs_f64() * 1e6));

@@ -1,18 +1,17 @@
 //! Attention with its options: what users write.
 
 use sage_core::{
-    Alignment, Band, BlockMask, Call, Choice, Error, Inputs, Layout, Lengths, Mask, Options, Preset, Result,
-    Scheme, Tensor, TensorView, TensorViewMut, View,
+    Alignment, Backend, Band, CachedInputs, Call, Choice, Error, Inputs, Layout, Lengths, Options, Result,
+    SmoothK, Tensor, TensorView, TensorViewMut,
 };
 
 use crate::backend::{self, Device};
+use crate::place::{AnyBlockMask, AnyLengths, AnyMask, Place};
 use crate::plan::Plan;
-
-/// Relative L1 error of the processor's own choice, INT8 per token: the worst measured on N(0, 1) is 0.0093.
-const CPU_ERROR: f32 = 0.01;
 
 /// What attention returns.
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct Output {
     /// The output, in q's layout, shape and element type.
     pub out: Tensor,
@@ -21,14 +20,13 @@ pub struct Output {
     pub lse: Option<Tensor>,
 }
 
-/// An explicit mask and a block mask.
-pub(crate) type Masks<'a> = (Option<Mask<'a>>, Option<BlockMask<View<'a, bool>>>);
-
-/// Attention with its options. One value serves any number of calls.
+/// Attention with its options. One value serves any number of calls, of host tensors and of those in a GPU's memory.
 ///
 /// Without options: dense `[batch, heads, seq, head_dim]` tensors, no mask, scores scaled by `1 / √head_dim`, and the
 /// fastest scheme that is accurate. Fewer key heads than query heads is grouped-query attention.
-#[derive(Clone, Debug, Default)]
+///
+/// An option that the backend at hand does not have is an error that names it.
+#[derive(Clone, Debug)]
 #[must_use = "options compute nothing until `forward` is called"]
 pub struct Attention<'a> {
     layout: Layout,
@@ -36,12 +34,34 @@ pub struct Attention<'a> {
     window: Band,
     sm_scale: Option<f32>,
     logit_softcap: Option<f32>,
-    mask: Option<Mask<'a>>,
-    block_mask: Option<BlockMask<View<'a, bool>>>,
-    lengths: Lengths<'a>,
+    mask: Option<AnyMask<'a>>,
+    block_mask: Option<AnyBlockMask<'a>>,
+    lengths: AnyLengths<'a>,
     choice: Choice,
-    device: Device,
+    nearest: bool,
+    smooth_k: bool,
+    device: Option<Device>,
     return_lse: bool,
+}
+
+impl Default for Attention<'_> {
+    fn default() -> Self {
+        Attention {
+            layout: Layout::default(),
+            causal: false,
+            window: Band::FULL,
+            sm_scale: None,
+            logit_softcap: None,
+            mask: None,
+            block_mask: None,
+            lengths: Lengths::Dense,
+            choice: Choice::Automatic,
+            nearest: false,
+            smooth_k: true,
+            device: None,
+            return_lse: false,
+        }
+    }
 }
 
 impl<'a> Attention<'a> {
@@ -82,19 +102,20 @@ impl<'a> Attention<'a> {
         Attention { logit_softcap: Some(softcap), ..self }
     }
 
-    /// An explicit mask, broadcastable to `[batch, num_q_heads, q_len, kv_len]`, on top of causal mask and window.
+    /// An explicit mask, broadcastable to `[batch, num_q_heads, q_len, kv_len]`, on top of causal mask and window. It lies
+    /// where q does: [`Mask`](crate::Mask) or, in a GPU's memory, [`DeviceMask`](crate::cuda::DeviceMask).
     ///
     /// A key that it hides from every query has no influence at all, whatever K and V hold there: padding and the empty
     /// slots of a static cache cost no accuracy. In softmax only `false` and −∞ hide. A key whose bias is about the least
     /// finite number of the mask's type in every row (how padding is often written) is seen where a row holds nothing
     /// else, but enters no mean and no scale.
-    pub fn mask(self, mask: Mask<'a>) -> Self {
-        Attention { mask: Some(mask), ..self }
+    pub fn mask(self, mask: impl Into<AnyMask<'a>>) -> Self {
+        Attention { mask: Some(mask.into()), ..self }
     }
 
-    /// The blocks of the score matrix to compute.
-    pub fn block_mask(self, mask: BlockMask<View<'a, bool>>) -> Self {
-        Attention { block_mask: Some(mask), ..self }
+    /// The blocks of the score matrix to compute. On a CPU.
+    pub fn block_mask(self, mask: impl Into<AnyBlockMask<'a>>) -> Self {
+        Attention { block_mask: Some(mask.into()), ..self }
     }
 
     /// Only the first `kv_lens[b]` keys of batch entry `b` are valid.
@@ -107,7 +128,12 @@ impl<'a> Attention<'a> {
         Attention { lengths: Lengths::Packed { cu_seqlens_q, cu_seqlens_k }, ..self }
     }
 
-    /// A [`Scheme`] or [`Preset`], instead of the backend's own choice.
+    /// Lengths of any kind, also such that lie in a GPU's memory beside the tensors.
+    pub fn lengths(self, lengths: AnyLengths<'a>) -> Self {
+        Attention { lengths, ..self }
+    }
+
+    /// A [`Scheme`](crate::Scheme) or [`Preset`](crate::Preset), instead of the backend's own choice.
     pub fn scheme(self, choice: impl Into<Choice>) -> Self {
         Attention { choice: choice.into(), ..self }
     }
@@ -117,18 +143,30 @@ impl<'a> Attention<'a> {
         Attention { choice: Choice::Within(relative_error), ..self }
     }
 
-    /// What computes [`Attention::forward`], instead of this machine's processor. For tensors that lie in a GPU's memory
-    /// already see [`crate::cuda::Cuda::forward_into`].
-    pub fn device(self, device: Device) -> Self {
-        Attention { device, ..self }
+    /// Whether a backend that lacks the kernels of the scheme asked for computes the nearest that it has, as
+    /// [`nearest_scheme`](crate::nearest_scheme) says, instead of an error that names it.
+    pub fn nearest(self, nearest: bool) -> Self {
+        Attention { nearest, ..self }
     }
 
-    /// Whether [`Attention::forward`] also returns each row's log-sum-exp.
+    /// Whether K is smoothed where the scheme does so, which it is without this option.
+    pub fn smooth_k(self, smooth_k: bool) -> Self {
+        Attention { smooth_k, ..self }
+    }
+
+    /// What computes. Without it, host tensors are computed by this machine's processor; with a GPU they are copied there
+    /// and back. Tensors in a GPU's memory are computed there: another device is an error.
+    pub fn device(self, device: Device) -> Self {
+        Attention { device: Some(device), ..self }
+    }
+
+    /// Whether each row's log-sum-exp is returned too. Where the caller brings the memory for results, giving some for the
+    /// log-sum-exp is enough, and giving none an error.
     pub fn return_lse(self, return_lse: bool) -> Self {
         Attention { return_lse, ..self }
     }
 
-    /// Computes attention.
+    /// Computes attention of host tensors.
     ///
     /// # Errors
     /// Names the first tensor or option that is wrong, or what no backend here can do.
@@ -138,35 +176,18 @@ impl<'a> Attention<'a> {
         k: impl Into<TensorView<'t>>,
         v: impl Into<TensorView<'t>>,
     ) -> Result<Output> {
-        let (q, k, v) = (q.into(), k.into(), v.into());
-        let inputs = self.inputs(q, k, v);
-        let call = Call::check(&inputs, &self.options())?;
-        let lse_shape = call.lse_shape();
-        if let Device::Cuda(ordinal) = self.device {
-            return self.forward_on_gpu(ordinal, &inputs, lse_shape.iter().product());
+        let tensors = [q.into(), k.into(), v.into()];
+        match self.device.unwrap_or_default() {
+            Device::Cpu => self.output(backend::cpu(), tensors),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(ordinal) => self.output(&backend::copying(ordinal)?, tensors),
+            #[cfg(not(feature = "cuda"))]
+            Device::Cuda(ordinal) => Err(backend::no_cuda(ordinal)),
         }
-        let mut out = Tensor::zeros(q.dtype(), q.shape())?;
-        let mut lse = self.return_lse.then(|| vec![0f32; lse_shape.iter().product()]);
-        self.execute(&call, out.view_mut(), lse.as_deref_mut())?;
-        let lse = lse.map(|lse| Tensor::new(lse, &lse_shape)).transpose()?;
-        Ok(Output { out, lse })
     }
 
-    #[cfg(feature = "cuda")]
-    fn forward_on_gpu(&self, ordinal: u32, inputs: &Inputs<'_>, lse_rows: usize) -> Result<Output> {
-        let lse_rows = self.return_lse.then_some(lse_rows);
-        let gpu = sage_gpu::Cuda::shared(ordinal)?;
-        let (out, lse) = gpu.forward_host(inputs, &self.options(), self.choice, lse_rows)?;
-        Ok(Output { out, lse })
-    }
-
-    #[cfg(not(feature = "cuda"))]
-    fn forward_on_gpu(&self, ordinal: u32, _: &Inputs<'_>, _: usize) -> Result<Output> {
-        Err(backend::no_cuda(ordinal))
-    }
-
-    /// Computes attention into the caller's memory, on this machine's processor: `out` in q's layout, shape and element type, `lse` row-major in
-    /// the shape that [`Output::lse`] has. [`Attention::return_lse`] plays no part here.
+    /// Computes attention of host tensors into the caller's memory: `out` in q's layout, shape and element type, `lse`
+    /// row-major in the shape that [`Output::lse`] has.
     ///
     /// # Errors
     /// Names the first tensor or option that is wrong, or what no backend here can do; `out` and `lse` are then
@@ -179,12 +200,35 @@ impl<'a> Attention<'a> {
         out: TensorViewMut<'_>,
         lse: Option<&mut [f32]>,
     ) -> Result<()> {
-        let inputs = self.inputs(q.into(), k.into(), v.into());
-        let call = Call::check(&inputs, &self.options())?;
-        self.execute(&call, out, lse)
+        let tensors = [q.into(), k.into(), v.into()];
+        match self.device.unwrap_or_default() {
+            Device::Cpu => self.forward_on(backend::cpu(), &(), tensors, out, lse),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(ordinal) => self.forward_on(&backend::copying(ordinal)?, &(), tensors, out, lse),
+            #[cfg(not(feature = "cuda"))]
+            Device::Cuda(ordinal) => Err(backend::no_cuda(ordinal)),
+        }
     }
 
-    /// What [`Attention::forward`] would do with such tensors, and why.
+    /// Computes attention of `[q, k, v]` in a backend's memory, as that backend says: on a GPU
+    /// ([`Cuda`](crate::cuda::Cuda)), the work is put on the stream `queue`.
+    ///
+    /// # Errors
+    /// Names the first tensor or option that is wrong, or what the backend cannot do; `out` and `lse` are then untouched.
+    pub fn forward_on<B: Place>(
+        &self,
+        backend: &B,
+        queue: &B::Queue,
+        tensors: [B::Tensor<'_>; 3],
+        out: B::Output<'_>,
+        lse: Option<B::Lse<'_>>,
+    ) -> Result<()> {
+        self.check_lse(lse.is_some())?;
+        let call = self.call(backend, tensors.map(|tensor| B::reborrow(tensor)))?;
+        backend.run(queue, &call, self.choice_on(backend, &call)?, out, lse)
+    }
+
+    /// What [`Attention::forward`] would do with such host tensors, and why.
     ///
     /// # Errors
     /// As [`Attention::forward`].
@@ -194,60 +238,24 @@ impl<'a> Attention<'a> {
         k: impl Into<TensorView<'t>>,
         v: impl Into<TensorView<'t>>,
     ) -> Result<Plan> {
-        let inputs = self.inputs(q.into(), k.into(), v.into());
-        let call = Call::check(&inputs, &self.options())?;
-        Plan::on(self.device, &call.problem, self.choice)
+        let tensors = [q.into(), k.into(), v.into()];
+        match self.device.unwrap_or_default() {
+            Device::Cpu => self.plan_on(backend::cpu(), tensors),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(ordinal) => self.plan_on(&backend::copying(ordinal)?, tensors),
+            #[cfg(not(feature = "cuda"))]
+            Device::Cuda(ordinal) => Err(backend::no_cuda(ordinal)),
+        }
     }
 
-    fn execute(&self, call: &Call<'_>, out: TensorViewMut<'_>, lse: Option<&mut [f32]>) -> Result<()> {
-        call.check_output(out.dtype(), out.geometry())?;
-        if let Some(lse) = &lse {
-            let shape = call.lse_shape();
-            let rows: usize = shape.iter().product();
-            if lse.len() != rows {
-                return Err(Error::Shape {
-                    name: "lse".into(),
-                    found: format!("[{}]", lse.len()),
-                    wanted: format!("[{rows}], the rows of {shape:?}"),
-                });
-            }
-        }
-        let cpu = backend::cpu();
-        let plan = cpu.plan(&call.problem, scheme_on_cpu(self.choice, call.problem.head_dim)?)?;
-        cpu.forward(&plan, call, out, lse)
-    }
-
-    /// Options and tensors in core's words. The lifetime of the tensors is narrowed to what both share.
-    fn inputs<'s>(&'s self, q: TensorView<'s>, k: TensorView<'s>, v: TensorView<'s>) -> Inputs<'s> {
-        Inputs { q, k, v, mask: self.mask, block_mask: self.block_mask, lengths: self.lengths }
-    }
-
-    /// Whether [`Attention::return_lse`] was asked for.
-    pub(crate) fn returns_lse(&self) -> bool {
-        self.return_lse
-    }
-
-    /// The masks, where every option set is one that a KV cache on this machine's processor can serve.
-    pub(crate) fn cached_masks(&self) -> Result<Masks<'_>> {
-        if self.lengths != Lengths::Dense {
-            return Err(Error::unsupported(
-                "kv_lens or cu_seqlens over a KV cache",
-                "it has lengths of its own",
-            ));
-        }
-        if self.choice != Choice::Automatic {
-            return Err(Error::unsupported(
-                "a scheme over a KV cache",
-                "its scheme is that of what it stores",
-            ));
-        }
-        if self.device != Device::Cpu {
-            return Err(Error::unsupported(
-                format!("device {} over a KV cache in this machine's memory", self.device),
-                "leave the device out",
-            ));
-        }
-        Ok((self.mask, self.block_mask))
+    /// What [`Attention::forward_on`] would do with such tensors, and why.
+    ///
+    /// # Errors
+    /// As [`Attention::forward_on`].
+    pub fn plan_on<B: Place>(&self, backend: &B, tensors: [B::Tensor<'_>; 3]) -> Result<Plan> {
+        let call = self.call(backend, tensors.map(|tensor| B::reborrow(tensor)))?;
+        let plan = backend.plan(&call, self.choice_on(backend, &call)?, self.return_lse)?;
+        Ok(Plan::new(call.problem, plan))
     }
 
     /// The options that a check of a call takes, in core's words.
@@ -260,15 +268,104 @@ impl<'a> Attention<'a> {
             logit_softcap: self.logit_softcap,
         }
     }
-}
 
-/// The scheme of a choice on the processor, whose own choice has the error [`CPU_ERROR`].
-pub(crate) fn scheme_on_cpu(choice: Choice, head_dim: usize) -> Result<Option<Scheme>> {
-    match choice.accuracy() {
-        Some(error) if error.is_nan() || error <= 0.0 => {
-            Err(Error::value("accuracy", error, "a relative error above 0"))
+    /// Computes into new memory of this machine.
+    fn output<B>(&self, backend: &B, tensors: [TensorView<'_>; 3]) -> Result<Output>
+    where
+        B: for<'x> Backend<
+                Tensor<'x> = TensorView<'x>,
+                Output<'x> = TensorViewMut<'x>,
+                Lse<'x> = &'x mut [f32],
+                Queue = (),
+            > + Place,
+    {
+        let call = self.call(backend, tensors)?;
+        let choice = self.choice_on(backend, &call)?;
+        let mut out = Tensor::zeros(tensors[0].dtype(), tensors[0].shape())?;
+        let mut lse = self.return_lse.then(|| vec![0f32; call.lse_rows()]);
+        backend.run(&(), &call, choice, out.view_mut(), lse.as_deref_mut())?;
+        let lse = lse.map(|lse| Tensor::new(lse, &call.lse_shape())).transpose()?;
+        Ok(Output { out, lse })
+    }
+
+    /// The call, checked.
+    fn call<'t, B: Place>(
+        &'t self,
+        backend: &B,
+        [q, k, v]: [B::Tensor<'t>; 3],
+    ) -> Result<Call<'t, B::Tensor<'t>>> {
+        self.check_device(backend)?;
+        let inputs = Inputs {
+            mask: self.mask.map(|mask| B::mask(mask)).transpose()?,
+            block_mask: self.block_mask.map(|mask| B::block_mask(mask)).transpose()?,
+            lengths: B::lengths(self.lengths)?,
+            ..Inputs::new(q, k, v)
+        };
+        Call::check(&inputs, &self.options())
+    }
+
+    /// The choice, with what other options change about it.
+    fn choice_on<'t, B: Place>(&self, backend: &B, call: &Call<'t, B::Tensor<'t>>) -> Result<Choice> {
+        let choice = match self.choice.scheme(call.problem.head_dim) {
+            Some(scheme) if self.nearest => Choice::Scheme(backend.nearest(scheme)),
+            _ => self.choice,
+        };
+        if self.smooth_k {
+            return Ok(choice);
         }
-        Some(error) if error < CPU_ERROR => Ok(Some(Preset::FULL.scheme(head_dim))),
-        _ => Ok(choice.scheme(head_dim)),
+        let mut scheme = backend.choose(call, choice)?;
+        scheme.smooth.k = SmoothK::Off;
+        Ok(Choice::Scheme(scheme))
+    }
+
+    /// Queries over a KV cache of `kv_lens` tokens, and the options for them.
+    pub(crate) fn over_cache<'t, B: Place>(
+        &'t self,
+        backend: &B,
+        q: B::Tensor<'t>,
+        kv_lens: &'t [i32],
+    ) -> Result<CachedInputs<'t, B::Tensor<'t>>> {
+        self.check_device(backend)?;
+        if !matches!(self.lengths, Lengths::Dense) {
+            return Err(Error::unsupported(
+                "kv_lens or cu_seqlens over a KV cache",
+                "it has lengths of its own",
+            ));
+        }
+        if self.choice != Choice::Automatic || self.nearest || !self.smooth_k {
+            return Err(Error::unsupported(
+                "a scheme over a KV cache",
+                "its scheme is that of what it stores",
+            ));
+        }
+        let mask = self.mask.map(|mask| B::mask(mask)).transpose()?;
+        let block_mask = self.block_mask.map(|mask| B::block_mask(mask)).transpose()?;
+        Ok(CachedInputs { q, mask, block_mask, kv_lens })
+    }
+
+    /// Whether [`Attention::return_lse`] was asked for.
+    pub(crate) fn returns_lse(&self) -> bool {
+        self.return_lse
+    }
+
+    /// That a log-sum-exp which was asked for has a place.
+    pub(crate) fn check_lse(&self, given: bool) -> Result<()> {
+        if self.return_lse && !given {
+            return Err(Error::unsupported(
+                "return_lse without memory for the log-sum-exp",
+                "give some, or leave the option out",
+            ));
+        }
+        Ok(())
+    }
+
+    /// That a device which was asked for is the backend's.
+    fn check_device<B: Backend>(&self, backend: &B) -> Result<()> {
+        match self.device {
+            Some(device) if device.to_string() != backend.name() => {
+                Err(Error::value("device", device, format!("{}, where the memory is", backend.name())))
+            }
+            _ => Ok(()),
+        }
     }
 }

@@ -7,13 +7,13 @@ use std::sync::OnceLock;
 use sage_core::Error;
 use sage_cpu::Cpu;
 
-/// What computes attention of host tensors.
+/// What computes attention.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Device {
     /// This machine's processor.
     #[default]
     Cpu,
-    /// The NVIDIA GPU of that number; tensors are copied there and back.
+    /// The NVIDIA GPU of that number; host tensors are copied there and back.
     Cuda(u32),
 }
 
@@ -60,6 +60,12 @@ pub fn backend_description() -> String {
     let cpu = cpu();
     let sets: Vec<&str> = cpu.machine().instruction_sets.iter().map(|set| set.name()).collect();
     format!("cpu, kernels for {} (of {})", cpu.instruction_set(), sets.join(", "))
+}
+
+/// A GPU as a backend of host tensors.
+#[cfg(feature = "cuda")]
+pub(crate) fn copying(ordinal: u32) -> Result<sage_gpu::HostTensors, Error> {
+    sage_gpu::Cuda::shared(ordinal).map(sage_gpu::HostTensors)
 }
 
 /// That this build has no CUDA.

@@ -1,16 +1,14 @@
 //! A quantised KV cache: decoding without keeping, or reading, keys and values in 16 bits.
 
 use sage_core::{
-    BlockTables, CacheLayout, CachedInputs, Call, Error, Layout, Result, Tensor, TensorView, TensorViewMut,
-    ValueFormat,
+    Backend, BlockTables, CacheLayout, CacheSize, Call, Error, Layout, NewTokens, Result, Strided, Tensor,
+    TensorView, ValueFormat,
 };
-use sage_cpu::CachePages;
+use sage_cpu::Cpu;
 
 use crate::attention::{Attention, Output};
 use crate::backend;
-
-/// Most sequences of a cache.
-const MAX_SEQUENCES: usize = 1 << 24;
+use crate::place::Place;
 
 /// What a [`KvCache`] is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,42 +69,27 @@ impl KvCacheOptions {
     /// # Errors
     /// Names the option that is outside its range.
     pub fn build(self) -> Result<KvCache> {
-        if self.sequences > MAX_SEQUENCES {
-            return Err(Error::value("sequences", self.sequences, format!("at most {MAX_SEQUENCES}")));
-        }
-        Ok(KvCache {
-            pages: CachePages::new(self.cache_layout())?,
-            tables: BlockTables::new(self.sequences, self.page_size, self.max_pages),
-            order: self.layout,
-        })
+        self.build_on(backend::cpu().clone(), &())
     }
 
-    /// An empty cache in a GPU's memory, whose work is done on `stream`. [`KvCacheOptions::max_pages`] must be set: all
-    /// memory is taken now.
+    /// An empty cache in a backend's memory. On a GPU its work is put on the stream `queue`, and
+    /// [`KvCacheOptions::max_pages`] must be set: all memory is taken now.
     ///
     /// # Errors
-    /// Names the option that is outside its range, or what the driver says.
-    #[cfg(feature = "cuda")]
-    pub fn build_on_gpu(
-        self,
-        cuda: &std::sync::Arc<sage_gpu::Cuda>,
-        stream: &sage_gpu::Stream,
-    ) -> Result<sage_gpu::KvCache> {
-        let Some(max_pages) = self.max_pages else {
-            return Err(Error::value("max_pages", "none", "a number: the pool of a GPU has a fixed size"));
-        };
-        let size = sage_gpu::PoolSize { sequences: self.sequences, max_pages };
-        sage_gpu::KvCache::new(cuda, stream, self.cache_layout(), size, self.layout)
-    }
-
-    /// What a page is to hold.
-    fn cache_layout(&self) -> CacheLayout {
-        CacheLayout {
-            num_kv_heads: self.num_kv_heads,
-            head_dim: self.head_dim,
-            page_size: self.page_size,
-            values: self.values,
-        }
+    /// Names the option that is outside its range, or says why there is no memory.
+    pub fn build_on<B: Backend>(self, backend: B, queue: &B::Queue) -> Result<KvCache<B>> {
+        let KvCacheOptions { sequences, num_kv_heads, head_dim, values, page_size, max_pages, .. } = self;
+        let layout = CacheLayout { num_kv_heads, head_dim, page_size, values };
+        let cache = backend.cache(queue, &CacheSize { layout, sequences, max_pages })?;
+        Ok(KvCache {
+            backend,
+            cache,
+            layout,
+            tables: BlockTables::new(sequences, layout.page_size, max_pages),
+            order: self.layout,
+            all: (0..sequences).collect(),
+            lens: vec![0; sequences],
+        })
     }
 }
 
@@ -134,18 +117,26 @@ impl KvCacheOptions {
 /// # Ok::<(), sageattention::Error>(())
 /// ```
 ///
+/// It lies in the memory of a [`Backend`]: this machine's, or a GPU's ([`KvCacheOptions::build_on`]).
+///
 /// # Accuracy
 /// Keys have a scale for each token and head, and a constant for each page that is subtracted before quantising and
 /// accounted for exactly, so a bias of K's channels costs nothing even where it drifts along the sequence. Queries are
 /// used in 16 bits. What is stored is defined by `sage_core::oracle::CachedHead`.
 #[derive(Clone, Debug)]
-pub struct KvCache {
-    pages: CachePages,
+pub struct KvCache<B: Backend = Cpu> {
+    backend: B,
+    cache: B::Cache,
+    layout: CacheLayout,
     tables: BlockTables,
     order: Layout,
+    /// Every sequence, in order.
+    all: Vec<usize>,
+    /// Tokens of each sequence.
+    lens: Vec<i32>,
 }
 
-impl KvCache {
+impl<B: Place> KvCache<B> {
     /// Number of sequences.
     pub fn sequences(&self) -> usize {
         self.tables.sequences()
@@ -153,10 +144,10 @@ impl KvCache {
 
     /// What a page holds.
     pub fn layout(&self) -> &CacheLayout {
-        self.pages.layout()
+        &self.layout
     }
 
-    /// Tokens of a sequence.
+    /// Tokens of a sequence, those included that a GPU is still to write.
     ///
     /// # Errors
     /// When there is no such sequence.
@@ -166,12 +157,12 @@ impl KvCache {
 
     /// Whether no sequence has a token.
     pub fn is_empty(&self) -> bool {
-        (0..self.sequences()).all(|sequence| self.tables.len(sequence) == Ok(0))
+        self.lens.iter().all(|&len| len == 0)
     }
 
-    /// Bytes of all pages that were ever needed at once, those that are free again included.
+    /// Bytes of all pages that were ever needed at once, those that are free again included; on a GPU those of the pool.
     pub fn bytes(&self) -> usize {
-        self.pages.bytes()
+        self.backend.cache_bytes(&self.cache)
     }
 
     /// Pages that sequences hold now.
@@ -188,13 +179,15 @@ impl KvCache {
     }
 
     /// Appends new tokens to every sequence: `k` and `v` are `[sequences, num_kv_heads, tokens, head_dim]` (or as
-    /// [`KvCacheOptions::layout`] says), of any strides, in f32, f16 or bf16.
+    /// [`KvCacheOptions::layout`] says), of any strides, in f32, f16 or bf16; on a GPU in f16 or bf16.
     ///
     /// # Errors
     /// When a tensor does not fit the cache, or the pool has too few pages: the cache is then as it was.
-    pub fn append<'t>(&mut self, k: impl Into<TensorView<'t>>, v: impl Into<TensorView<'t>>) -> Result<()> {
-        let all: Vec<usize> = (0..self.sequences()).collect();
-        self.append_to(&all, k, v)
+    pub fn append<'t>(&mut self, k: impl Into<B::Tensor<'t>>, v: impl Into<B::Tensor<'t>>) -> Result<()> {
+        let all = std::mem::take(&mut self.all);
+        let appended = self.append_to(&all, k, v);
+        self.all = all;
+        appended
     }
 
     /// Appends new tokens to some sequences: `k` and `v` are as in [`KvCache::append`], with an entry for each of
@@ -205,34 +198,102 @@ impl KvCache {
     pub fn append_to<'t>(
         &mut self,
         sequences: &[usize],
-        k: impl Into<TensorView<'t>>,
-        v: impl Into<TensorView<'t>>,
+        k: impl Into<B::Tensor<'t>>,
+        v: impl Into<B::Tensor<'t>>,
     ) -> Result<()> {
-        let (k, v) = (k.into(), v.into());
-        let layout = *self.layout();
-        let new_k = layout.check_new("k", k, self.order, sequences.len())?;
-        let new_v = layout.check_new("v", v, self.order, sequences.len())?;
-        if v.dtype() != k.dtype() {
-            return Err(Error::DType {
-                name: "v".into(),
-                found: v.dtype().to_string(),
-                wanted: format!("{}, as k", k.dtype()),
-            });
+        let [k, v] = self.layout.check_tokens(k.into(), v.into(), self.order, sequences.len())?;
+        let count = k.geometry().shape()[2];
+        let copies = self.tables.reserve(sequences, count)?;
+        let tokens = NewTokens { sequences, copies: &copies, k, v };
+        if let Err(error) = self.backend.append(&mut self.cache, &self.tables, &tokens) {
+            self.tables.unreserve(sequences);
+            return Err(error);
         }
-        if new_v.shape() != new_k.shape() {
-            return Err(Error::Shape {
-                name: "v".into(),
-                found: format!("{:?}", v.shape()),
-                wanted: format!("{:?}, as k", k.shape()),
-            });
-        }
-        let tokens = new_k.shape()[2];
-        let copies = self.tables.reserve(sequences, tokens)?;
-        self.pages.prepare(self.tables.pages(), &copies)?;
-        backend::cpu().append_cached(&mut self.pages, &self.tables, sequences, new_k, new_v)?;
-        self.tables.advance(sequences, tokens)
+        self.tables.advance(sequences, count)?;
+        self.count()
     }
 
+    /// Attention of `q` over some sequences into the caller's memory, as [`KvCache::attend`] has it: an entry of q's batch
+    /// for each of `sequences`, which may repeat. `out` has q's layout, shape and element type, `lse` is row-major in the
+    /// shape that [`Output::lse`] has. On a GPU, neighbouring sequences are served at once.
+    ///
+    /// # Errors
+    /// When q, an option or a sequence does not fit the cache, or the backend lacks an option; `out` and `lse` are then
+    /// untouched.
+    pub fn attend_into<'t>(
+        &self,
+        sequences: &[usize],
+        q: impl Into<B::Tensor<'t>>,
+        attention: &Attention<'_>,
+        out: B::Output<'_>,
+        lse: Option<B::Lse<'_>>,
+    ) -> Result<()> {
+        attention.check_lse(lse.is_some())?;
+        let some;
+        let lens = if sequences == self.all {
+            &self.lens
+        } else {
+            // `BlockTables::reserve` keeps lengths within 31 bits.
+            some = sequences
+                .iter()
+                .map(|&sequence| self.len(sequence).map(|len| len as i32))
+                .collect::<Result<Vec<_>>>()?;
+            &some
+        };
+        let inputs = attention.over_cache(&self.backend, B::reborrow(q.into()), lens)?;
+        let call = Call::check_cached(&inputs, &self.layout, &attention.options())?;
+        self.backend.attend(&self.cache, &self.tables, sequences, &call, out, lse)
+    }
+
+    /// Forgets all but the first `len` tokens of a sequence. Its pages are free for others. Waits for a GPU.
+    ///
+    /// # Errors
+    /// When there is no such sequence, or it has fewer tokens.
+    pub fn truncate(&mut self, sequence: usize, len: usize) -> Result<()> {
+        self.tables.truncate(sequence, len)?;
+        self.shortened()
+    }
+
+    /// Forgets every token of every sequence. The memory is kept for new ones. Waits for a GPU.
+    ///
+    /// # Errors
+    /// When the backend fails.
+    pub fn clear(&mut self) -> Result<()> {
+        self.tables = BlockTables::new(self.sequences(), self.layout.page_size, self.tables.max_pages());
+        self.shortened()
+    }
+
+    /// Lets the empty sequence `to` begin with all tokens of `from`. Nothing is copied until one of them appends to a
+    /// page that both hold. On a CPU.
+    ///
+    /// # Errors
+    /// When there is no such sequence, `to` has tokens, or the backend's sequences cannot share pages.
+    pub fn fork(&mut self, from: usize, to: usize) -> Result<()> {
+        if !B::SHARES_PAGES {
+            return Err(Error::unsupported(
+                format!("fork of a KV cache on {}", self.backend.name()),
+                "append the tokens to each sequence",
+            ));
+        }
+        self.tables.fork(from, to)?;
+        self.count()
+    }
+
+    fn shortened(&mut self) -> Result<()> {
+        self.count()?;
+        self.backend.shorten(&mut self.cache, &self.tables)
+    }
+
+    /// Notes the lengths that the tables count.
+    fn count(&mut self) -> Result<()> {
+        for (sequence, len) in self.lens.iter_mut().enumerate() {
+            *len = self.tables.len(sequence)? as i32;
+        }
+        Ok(())
+    }
+}
+
+impl KvCache {
     /// Attention of `q` over everything cached: `[sequences, num_q_heads, q_len, head_dim]` in `attention`'s layout. The
     /// last query is that of the last cached token, so append first; [`Attention::causal`] matters when `q_len` is above
     /// 1. A sequence without tokens gives zeros.
@@ -242,8 +303,7 @@ impl KvCache {
     /// # Errors
     /// When q or an option does not fit the cache.
     pub fn attend<'t>(&self, q: impl Into<TensorView<'t>>, attention: &Attention<'_>) -> Result<Output> {
-        let all: Vec<usize> = (0..self.sequences()).collect();
-        self.attend_to(&all, q, attention)
+        self.attend_to(&self.all, q, attention)
     }
 
     /// Attention of `q` over some sequences: an entry of q's batch for each of `sequences`, which may repeat.
@@ -257,76 +317,16 @@ impl KvCache {
         attention: &Attention<'_>,
     ) -> Result<Output> {
         let q = q.into();
-        let lens = self.lens(sequences)?;
-        let call = self.check(q, &lens, attention)?;
         let mut out = Tensor::zeros(q.dtype(), q.shape())?;
-        let shape = call.lse_shape();
+        // [batch, heads, seq] in either layout, where q has four dimensions; the call is checked below.
+        let mut shape = q.shape().get(..3).unwrap_or_default().to_vec();
+        if attention.options().layout == Layout::Nhd {
+            shape.reverse();
+            shape.rotate_right(1);
+        }
         let mut lse = attention.returns_lse().then(|| vec![0f32; shape.iter().product()]);
-        backend::cpu().forward_cached(
-            &self.pages,
-            &self.tables,
-            sequences,
-            &call,
-            out.view_mut(),
-            lse.as_deref_mut(),
-        )?;
+        self.attend_into(sequences, q, attention, out.view_mut(), lse.as_deref_mut())?;
         let lse = lse.map(|lse| Tensor::new(lse, &shape)).transpose()?;
         Ok(Output { out, lse })
-    }
-
-    /// [`KvCache::attend_to`] into the caller's memory: `out` in q's layout, shape and element type, `lse` row-major in
-    /// the shape that [`Output::lse`] has.
-    ///
-    /// # Errors
-    /// As [`KvCache::attend_to`]; `out` and `lse` are then untouched.
-    pub fn attend_into<'t>(
-        &self,
-        sequences: &[usize],
-        q: impl Into<TensorView<'t>>,
-        attention: &Attention<'_>,
-        out: TensorViewMut<'_>,
-        lse: Option<&mut [f32]>,
-    ) -> Result<()> {
-        let lens = self.lens(sequences)?;
-        let call = self.check(q.into(), &lens, attention)?;
-        backend::cpu().forward_cached(&self.pages, &self.tables, sequences, &call, out, lse)
-    }
-
-    /// Forgets all but the first `len` tokens of a sequence. Its pages are free for others.
-    ///
-    /// # Errors
-    /// When there is no such sequence, or it has fewer tokens.
-    pub fn truncate(&mut self, sequence: usize, len: usize) -> Result<()> {
-        self.tables.truncate(sequence, len)
-    }
-
-    /// Forgets every token of every sequence. The memory is kept for new ones.
-    pub fn clear(&mut self) {
-        self.tables = BlockTables::new(self.sequences(), self.layout().page_size, self.tables.max_pages());
-    }
-
-    /// Lets the empty sequence `to` begin with all tokens of `from`. Nothing is copied until one of them appends to a
-    /// page that both hold.
-    ///
-    /// # Errors
-    /// When there is no such sequence, or `to` has tokens.
-    pub fn fork(&mut self, from: usize, to: usize) -> Result<()> {
-        self.tables.fork(from, to)
-    }
-
-    fn lens(&self, sequences: &[usize]) -> Result<Vec<i32>> {
-        // `BlockTables::reserve` keeps lengths within 31 bits.
-        sequences.iter().map(|&sequence| self.len(sequence).map(|len| len as i32)).collect()
-    }
-
-    fn check<'s>(
-        &self,
-        q: TensorView<'s>,
-        kv_lens: &'s [i32],
-        attention: &'s Attention<'_>,
-    ) -> Result<Call<'s>> {
-        let (mask, block_mask) = attention.cached_masks()?;
-        let inputs = CachedInputs { q, mask, block_mask, kv_lens };
-        Call::check_cached(&inputs, self.layout(), &attention.options())
     }
 }

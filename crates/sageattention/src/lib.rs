@@ -16,7 +16,8 @@
 //! [`KvCache`] keeps the keys and values of past tokens quantised, for decoding.
 //!
 //! [`Attention`] collects the options; [`Attention::forward`] computes, [`Attention::forward_into`] does so into the
-//! caller's memory, and [`Attention::plan`] says what would be computed, how and why. Everything that can be wrong with
+//! caller's memory, [`Attention::forward_on`] does so with tensors in a GPU's memory, and [`Attention::plan`] says what
+//! would be computed, how and why. Everything that can be wrong with
 //! a call is an [`Error`] that names the tensor or option, the value found and the value wanted.
 
 #![forbid(unsafe_code)]
@@ -29,16 +30,18 @@ pub use sage_gpu as cuda;
 
 mod kv_cache;
 mod nearest;
+mod place;
 mod plan;
 
 pub use attention::{Attention, Output};
 pub use backend::{Device, backend_description};
 pub use kv_cache::{KvCache, KvCacheOptions};
 pub use nearest::nearest_scheme;
+pub use place::{AnyBlockMask, AnyLengths, AnyMask, Place};
 pub use plan::Plan;
 
 pub use sage_core::{
-    Alignment, BackendErrorKind, Band, BlockMask, CacheLayout, Call, Choice, DType, Element, Error, Geometry,
-    Inputs, Layout, Lengths, MAX_HEAD_DIM, MAX_RANK, Mask, Options, Preset, Problem, Result, Scheme, SmoothK,
-    Tensor, TensorView, TensorViewMut, ValueFormat, View, ViewMut, single,
+    Alignment, Backend, BackendErrorKind, BackendPlan, Band, BlockMask, CacheLayout, Call, Choice, DType,
+    Element, Error, Geometry, Inputs, Layout, Lengths, MAX_HEAD_DIM, MAX_RANK, Mask, Options, Preset,
+    Problem, Result, Scheme, SmoothK, Tensor, TensorView, TensorViewMut, ValueFormat, View, ViewMut, single,
 };

@@ -30,7 +30,13 @@ pub fn nearest_scheme(scheme: Scheme, device: Device) -> Scheme {
     match device {
         Device::Cpu => sage_cpu::nearest_scheme(scheme),
         #[cfg(feature = "cuda")]
-        Device::Cuda(ordinal) => sage_gpu::nearest_scheme(scheme, ordinal),
+        Device::Cuda(ordinal) => {
+            use sage_core::Backend;
+            match sage_gpu::Cuda::shared(ordinal) {
+                Ok(gpu) => gpu.nearest(scheme),
+                Err(_) => sage_gpu::nearest_on_hopper(scheme),
+            }
+        }
         #[cfg(not(feature = "cuda"))]
         Device::Cuda(_) => scheme,
     }

@@ -1,54 +1,21 @@
 //! How a call would be carried out, in words.
 
 use std::fmt;
+use std::sync::Arc;
 
-use sage_core::{Alignment, Band, Choice, Problem, Result, Scheme};
-use sage_cpu::CpuPlan;
+use sage_core::{Alignment, BackendPlan, Band, Problem, Scheme};
 
-use crate::attention::scheme_on_cpu;
-use crate::backend::{self, Device};
-
-/// How a call is carried out: the backend's kernels, tiles, threads and workspace, and why. Prints itself.
-#[derive(Debug)]
+/// How a call is carried out: the backend's kernels, tiles, threads and workspace, and why. Prints itself. It is what
+/// runs when such a call is computed.
+#[derive(Clone, Debug)]
 pub struct Plan {
     problem: Problem,
-    backend: BackendPlan,
-}
-
-#[derive(Debug)]
-enum BackendPlan {
-    Cpu(Box<CpuPlan>),
-    #[cfg(feature = "cuda")]
-    Cuda(Box<sage_gpu::CudaPlan>),
+    backend: Arc<dyn BackendPlan>,
 }
 
 impl Plan {
-    /// The plan for a problem, without tensors at hand, on this machine's processor.
-    ///
-    /// # Errors
-    /// When it cannot carry the problem out.
-    pub fn new(problem: &Problem, choice: Choice) -> Result<Self> {
-        Plan::on(Device::Cpu, problem, choice)
-    }
-
-    /// The plan for a problem on a device; no kernel is compiled for it.
-    ///
-    /// # Errors
-    /// When there is no such device, or it cannot carry the problem out.
-    pub fn on(device: Device, problem: &Problem, choice: Choice) -> Result<Self> {
-        let backend = match device {
-            Device::Cpu => {
-                let scheme = scheme_on_cpu(choice, problem.head_dim)?;
-                BackendPlan::Cpu(Box::new(backend::cpu().plan(problem, scheme)?))
-            }
-            #[cfg(feature = "cuda")]
-            Device::Cuda(ordinal) => {
-                BackendPlan::Cuda(Box::new(sage_gpu::Cuda::shared(ordinal)?.explain(problem, choice)?))
-            }
-            #[cfg(not(feature = "cuda"))]
-            Device::Cuda(ordinal) => return Err(backend::no_cuda(ordinal)),
-        };
-        Ok(Plan { problem: *problem, backend })
+    pub(crate) fn new(problem: Problem, backend: Arc<dyn BackendPlan>) -> Self {
+        Plan { problem, backend }
     }
 
     /// The problem that the plan is for.
@@ -58,20 +25,12 @@ impl Plan {
 
     /// The scheme that is computed.
     pub fn scheme(&self) -> &Scheme {
-        match &self.backend {
-            BackendPlan::Cpu(plan) => plan.scheme(),
-            #[cfg(feature = "cuda")]
-            BackendPlan::Cuda(plan) => plan.scheme(),
-        }
+        self.backend.scheme()
     }
 
     /// Bytes of scratch memory.
     pub fn workspace_bytes(&self) -> usize {
-        match &self.backend {
-            BackendPlan::Cpu(plan) => plan.workspace_bytes(),
-            #[cfg(feature = "cuda")]
-            BackendPlan::Cuda(plan) => plan.workspace_bytes(),
-        }
+        self.backend.workspace_bytes()
     }
 }
 
@@ -97,11 +56,7 @@ impl fmt::Display for Plan {
         let softcap = p.logit_softcap.map(|cap| format!(", soft cap {cap}")).unwrap_or_default();
         row(f, "scores", &format!("sm_scale {}{softcap}", p.sm_scale))?;
         // The backend's plan has rows of the same form.
-        match &self.backend {
-            BackendPlan::Cpu(plan) => plan.fmt(f),
-            #[cfg(feature = "cuda")]
-            BackendPlan::Cuda(plan) => plan.fmt(f),
-        }
+        self.backend.fmt(f)
     }
 }
 

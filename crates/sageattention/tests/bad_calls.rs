@@ -5,8 +5,8 @@
 
 use half::f16;
 use sageattention::{
-    Alignment, Attention, BlockMask, DType, Error, Geometry, Layout, Mask, Preset, Result, Scheme, Tensor,
-    TensorView, View, ViewMut,
+    Alignment, Attention, BlockMask, DType, Device, Error, Geometry, KvCacheOptions, Layout, Mask, Preset,
+    Result, Scheme, SmoothK, Tensor, TensorView, View, ViewMut, nearest_scheme,
 };
 
 /// A row-major tensor of zeros.
@@ -189,6 +189,46 @@ fn masks_need_dense_tensors() {
         call(&packed.block_mask(BlockMask { blocks: mask, block_q: 1, block_k: 1 })),
         "block_mask with cu_seqlens is not supported: a block mask needs dense tensors"
     );
+}
+
+/// What an option asks for and a call cannot give is an error, not forgotten.
+#[test]
+fn no_option_is_dropped() {
+    let (q, mut out) = (zeros(&[1, 2, 4, 16]), zeros(&[1, 2, 4, 16]));
+    let mut into = |attention: &Attention<'_>, lse: Option<&mut [f32]>| {
+        attention.forward_into(&q, &q, &q, out.view_mut(), lse).map_err(|error| error.to_string())
+    };
+    let with_lse = Attention::new().return_lse(true);
+    let wanted =
+        "return_lse without memory for the log-sum-exp is not supported: give some, or leave the option out";
+    assert_eq!(into(&with_lse, None), Err(wanted.into()));
+    assert_eq!(into(&with_lse, Some(&mut [0.0; 8])), Ok(()));
+    assert_eq!(into(&Attention::new(), Some(&mut [0.0; 8])), Ok(()), "memory asks by itself");
+
+    let mut cache = KvCacheOptions::new(2, 16).build().unwrap();
+    cache.append(&q, &q).unwrap();
+    let mut out = zeros(&[1, 2, 4, 16]);
+    let error = cache.attend_into(&[0], &q, &with_lse, out.view_mut(), None).unwrap_err();
+    assert_eq!(error.to_string(), wanted);
+    for attention in [Attention::new().smooth_k(false), Attention::new().nearest(true)] {
+        let error = cache.attend(&q, &attention).unwrap_err().to_string();
+        assert!(error.starts_with("a scheme over a KV cache is not supported"), "{error}");
+    }
+}
+
+/// A scheme without kernels, with its nearest, and without smoothing.
+#[test]
+fn the_nearest_scheme_and_no_smoothing_are_options() {
+    let x = zeros(&[1, 2, 200, 16]);
+    let scheme = |attention: Attention<'_>| *attention.plan(&x, &x, &x).unwrap().scheme();
+    let nvfp4 = Attention::new().scheme(Preset::SAGE3_NVFP4).nearest(true);
+    let nearest = nearest_scheme(Preset::SAGE3_NVFP4.scheme(16), Device::Cpu);
+    assert_eq!(scheme(nvfp4.clone()), nearest);
+    assert_eq!(scheme(nvfp4.smooth_k(false)).smooth.k, SmoothK::Off);
+    let own = Attention::new().scheme(Preset::INT8_PER_TOKEN);
+    assert!(scheme(own.clone()).smooth.k.is_on());
+    assert_eq!(scheme(own.smooth_k(false)).smooth.k, SmoothK::Off);
+    assert_eq!(scheme(Attention::new().accuracy(0.02).smooth_k(false)).smooth.k, SmoothK::Off);
 }
 
 /// The same checks stand before `plan`.

@@ -326,9 +326,8 @@ impl OnGpu {
 
     fn run(&self, gpu: &Cuda, stream: &Stream) {
         let [q, k, v] = &self.inputs;
-        let inputs = Inputs::new(q.view(), k.view(), v.view());
-        let out = self.out.view();
-        gpu.forward_into(stream, &inputs, &Options::default(), Default::default(), &out, None).unwrap();
+        let tensors = [q.view(), k.view(), v.view()];
+        Attention::new().forward_on(gpu, stream, tensors, self.out.view(), None).unwrap();
     }
 
     fn result(&self) -> Vec<u16> {

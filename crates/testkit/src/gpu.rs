@@ -2,7 +2,7 @@
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
-use sage_core::{Choice, DType, Geometry, Inputs, Problem, Scheme};
+use sage_core::{Backend, Call, Choice, DType, Geometry, Inputs, Problem, Scheme};
 use sage_gpu::{Buffer, Cuda, CudaTensor, DeviceBytes, DeviceInputs, DeviceLse, DeviceMask, Stream, devices};
 use sage_kernels::Machine;
 use sage_kernels::forward::{ForwardPlan, Request};
@@ -53,11 +53,11 @@ impl Runner for Cuda {
             lengths: call.lengths(),
             ..Inputs::new(q.view(), k.view(), v.view())
         };
-        let rows: usize = checked.lse_shape().iter().product();
-        let lse = call.lse.then(|| Buffer::new(&stream, 4 * rows).unwrap());
+        let lse = call.lse.then(|| Buffer::new(&stream, 4 * checked.lse_rows()).unwrap());
         let choice = scheme.map_or(Choice::Automatic, Choice::Scheme);
         let to = lse.as_ref().map(DeviceLse::of);
-        self.forward_into(&stream, &inputs, &call.options, choice, &out.view(), to)
+        let there = Call::check(&inputs, &call.options).unwrap();
+        Backend::run(self, &stream, &there, choice, out.view(), to)
             .unwrap_or_else(|error| panic!("{error}: {call:?}"));
         let bits = match call.q.dtype() {
             DType::BF16 => out.buffer().to_vec::<bf16>().unwrap().reinterpret_cast().to_vec(),

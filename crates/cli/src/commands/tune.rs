@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use sageattention::cuda::{Cuda, CudaTensor, TunedShape, TuningTable};
-use sageattention::{Band, Choice, Device, Inputs, Options};
+use sageattention::{Band, Call, Choice, Device, Inputs, Options};
 use serde_json::{Value, json};
 
 use crate::atomic_file;
@@ -125,12 +125,12 @@ impl Tune {
         };
         let (q, k, v) = (upload(1)?, upload(2)?, upload(3)?);
         let out = CudaTensor::uninitialized(&stream, self.dtype.into(), &shape)?;
-        let call = Inputs::new(q.view(), k.view(), v.view());
+        let inputs = Inputs::new(q.view(), k.view(), v.view());
         let band = Band { right: self.causal.then_some(0), ..Band::FULL };
-        let options = Options { band, ..Options::default() };
+        let call = Call::check(&inputs, &Options { band, ..Options::default() })?;
         let progress = console.progress("measuring", 0);
         let choice: Choice = scheme.choice();
-        let tuned = gpu.tune(&stream, &call, &options, choice, &out.view(), |done, of| {
+        let tuned = gpu.tune(&stream, &call, choice, out.view(), |done, of| {
             progress.set_length(of as u64);
             progress.set_position(done as u64);
         })?;

@@ -142,6 +142,30 @@ impl CacheLayout {
     }
 }
 
+impl CacheLayout {
+    /// Checks new keys and values for `batch` sequences, in the caller's layout, and gives them as
+    /// `[batch, num_kv_heads, tokens, head_dim]`.
+    ///
+    /// # Errors
+    /// When a tensor does not fit the cache, or they do not go together.
+    pub fn check_tokens<T: Operand>(&self, k: T, v: T, layout: Layout, batch: usize) -> Result<[T; 2]> {
+        let new_k = self.check_new("k", k, layout, batch)?;
+        let new_v = self.check_new("v", v, layout, batch)?;
+        if v.dtype() != k.dtype() {
+            return Err(Error::DType {
+                name: "v".into(),
+                found: v.dtype().to_string(),
+                wanted: format!("{}, as k", k.dtype()),
+            });
+        }
+        if new_v.geometry().shape() != new_k.geometry().shape() {
+            let wanted = format!("{:?}, as k", k.geometry().shape());
+            return Err(Error::shape("v", v.geometry().shape(), wanted));
+        }
+        Ok([new_k, new_v])
+    }
+}
+
 /// Queries over a cache.
 #[derive(Clone, Copy, Debug)]
 pub struct CachedInputs<'a, T: Operand = TensorView<'a>> {

@@ -140,6 +140,14 @@ impl BlockTables {
         Ok(copies)
     }
 
+    /// Gives back the pages that [`BlockTables::reserve`] took for tokens that were not written after all.
+    pub fn unreserve(&mut self, sequences: &[usize]) {
+        for &sequence in sequences {
+            let len = self.sequences[sequence].len;
+            self.shorten(sequence, len);
+        }
+    }
+
     /// Counts `tokens` tokens that were written to reserved pages.
     ///
     /// # Errors
@@ -169,6 +177,11 @@ impl BlockTables {
                 format!("at most the {} tokens of the sequence", entry.len),
             ));
         }
+        self.shorten(sequence, len);
+        Ok(())
+    }
+
+    fn shorten(&mut self, sequence: usize, len: usize) {
         let dropped = self.sequences[sequence].pages.split_off(len.div_ceil(self.page_size));
         self.sequences[sequence].len = len;
         for page in dropped {
@@ -177,7 +190,6 @@ impl BlockTables {
                 self.free.push(page);
             }
         }
-        Ok(())
     }
 
     /// Lets sequence `to`, which must be empty, begin with all tokens of `from`, in the same pages.

@@ -41,6 +41,7 @@ impl Cpu {
         lse: Option<&mut [f32]>,
     ) -> Result<()> {
         let geometry = call.check_output(out.dtype(), out.geometry())?;
+        call.check_lse(lse.as_deref())?;
         let problem = &call.problem;
         let layout = cache.layout;
         let fits = (problem.num_kv_heads, problem.head_dim) == (layout.num_kv_heads, layout.head_dim)

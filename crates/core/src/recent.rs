@@ -2,7 +2,7 @@
 
 /// Values by their keys, of which those are forgotten that were not used for longest.
 #[derive(Debug)]
-pub(super) struct Recent<K, V> {
+pub struct Recent<K, V> {
     /// The latest used last, and so found first.
     entries: Vec<(K, V)>,
     most: usize,

@@ -1,0 +1,186 @@
+//! Planning and running a checked call on a GPU.
+
+use std::sync::Arc;
+
+use sage_core::{
+    Backend, BackendPlan, BlockTables, CacheSize, Choice, Lengths, NewTokens, Operand, Result, Scheme,
+    Strided,
+};
+use sage_cuda::Stream;
+use sage_kernels::TensorArg;
+use sage_kernels::attention::MaskForm;
+use sage_kernels::forward::{Request, Tensors};
+use sage_ptx::Target;
+
+use crate::lists::Lists;
+use crate::plan::{self, CudaPlan};
+use crate::tensor::argument;
+use crate::{CachePool, Cuda, DeviceCall, DeviceLse, DeviceMask, DeviceTensor, Tiling, driver};
+
+/// Computes on the caller's stream, and returns when the work is there. A first call of a shape compiles its kernels; later
+/// ones allocate nothing on the host, take their workspace from the stream's pool, and can be captured in a graph. Lengths
+/// in host memory are copied to the GPU, which waits for the stream; in its memory they are read there. Buffers of another
+/// stream must outlive the work: see [`sage_cuda::Buffer`].
+impl Backend for Cuda {
+    type Tensor<'a> = DeviceTensor<'a>;
+    type Output<'a> = DeviceTensor<'a>;
+    type Lse<'a> = DeviceLse<'a>;
+    type Queue = Stream;
+    type Plan = CudaPlan;
+    type Cache = CachePool;
+
+    const SHARES_PAGES: bool = false;
+
+    fn name(&self) -> String {
+        format!("cuda:{}", self.device().info().ordinal)
+    }
+
+    fn nearest(&self, scheme: Scheme) -> Scheme {
+        sage_kernels::forward::nearest_scheme(scheme, self.machine().target)
+    }
+
+    fn plan<'c>(&self, call: &DeviceCall<'c>, choice: Choice, lse: bool) -> Result<Arc<CudaPlan>> {
+        // Of an output without gaps every row is as far from the next as it is long.
+        let out = TensorArg { address: 0, strides: [call.problem.head_dim as i64; 3] };
+        let request = request(call, choice, &addresses(call, out), lse);
+        self.plan_of(&call.problem, &request)
+    }
+
+    fn run<'c>(
+        &self,
+        stream: &Stream,
+        call: &DeviceCall<'c>,
+        choice: Choice,
+        out: DeviceTensor<'_>,
+        lse: Option<DeviceLse<'_>>,
+    ) -> Result<()> {
+        let Some(prepared) = self.prepare(stream, call, choice, (out, lse), None)? else { return Ok(()) };
+        let kernels = prepared.plan.kernels(self)?;
+        plan::run(prepared.plan.pass(), kernels, &prepared.tensors, stream, |(_, kernel, grid, args)| {
+            // SAFETY: see `plan::OnStream`.
+            unsafe { kernel.launch(stream, grid, args) }.map_err(driver)
+        })
+    }
+
+    fn cache(&self, stream: &Stream, size: &CacheSize) -> Result<CachePool> {
+        CachePool::new(stream, size)
+    }
+
+    fn cache_bytes(&self, cache: &CachePool) -> usize {
+        cache.bytes()
+    }
+
+    fn append(
+        &self,
+        cache: &mut CachePool,
+        tables: &BlockTables,
+        tokens: &NewTokens<'_, DeviceTensor<'_>>,
+    ) -> Result<()> {
+        cache.append(self, tables, tokens)
+    }
+
+    fn attend<'c>(
+        &self,
+        cache: &CachePool,
+        _: &BlockTables,
+        sequences: &[usize],
+        call: &DeviceCall<'c>,
+        out: DeviceTensor<'_>,
+        lse: Option<DeviceLse<'_>>,
+    ) -> Result<()> {
+        cache.attend(self, sequences, call, out, lse)
+    }
+
+    fn shorten(&self, cache: &mut CachePool, tables: &BlockTables) -> Result<()> {
+        cache.copy_lens(tables)
+    }
+}
+
+/// A call that is ready to be launched.
+pub(crate) struct Prepared {
+    pub plan: Arc<CudaPlan>,
+    pub tensors: Tensors,
+    /// Lengths that were copied to the GPU.
+    _lists: Lists,
+}
+
+impl Cuda {
+    /// A call's plan and addresses; none where there is nothing to compute. `tiling` is a tile shape to try.
+    pub(crate) fn prepare(
+        &self,
+        stream: &Stream,
+        call: &DeviceCall<'_>,
+        choice: Choice,
+        (out, lse): (DeviceTensor<'_>, Option<DeviceLse<'_>>),
+        tiling: Option<Tiling>,
+    ) -> Result<Option<Prepared>> {
+        sage_cuda::check_not_forked().map_err(driver)?;
+        let geometry = call.check_output(out.dtype(), out.geometry())?;
+        let out = out.with_geometry(geometry);
+        if let Some(lse) = lse {
+            lse.check(call.lse_rows())?;
+        }
+        if call.problem.q_len == 0 || call.problem.batch == 0 || call.problem.num_q_heads == 0 {
+            return Ok(None);
+        }
+        let mut tensors = addresses(call, argument(&out));
+        let request = Request { tiling, ..request(call, choice, &tensors, lse.is_some()) };
+        let plan = self.plan_of(&call.problem, &request)?;
+        let lists = Lists::new(stream, &call.lengths)?;
+        (tensors.cu_seqlens_q, tensors.cu_seqlens_k) = (lists.q, lists.k);
+        tensors.lse = lse.map_or(0, |lse| lse.address());
+        Ok(Some(Prepared { plan, tensors, _lists: lists }))
+    }
+}
+
+impl BackendPlan for CudaPlan {
+    fn scheme(&self) -> &Scheme {
+        self.forward.scheme()
+    }
+
+    fn workspace_bytes(&self) -> usize {
+        self.pass().workspace_bytes()
+    }
+}
+
+/// [`Backend::nearest`] where there is no GPU to ask: by the rules of sm_90.
+pub fn nearest_on_hopper(scheme: Scheme) -> Scheme {
+    sage_kernels::forward::nearest_scheme(scheme, Target::SM_90A)
+}
+
+/// Where a call's tensors and its output lie.
+fn addresses(call: &DeviceCall<'_>, out: TensorArg) -> Tensors {
+    Tensors {
+        q: argument(&call.q),
+        k: argument(&call.k),
+        v: argument(&call.v),
+        out,
+        mask: call.mask.map_or((0, [0; 4]), |mask| mask.parts()),
+        ..Tensors::default()
+    }
+}
+
+/// What kernels of a call are planned by, beside its problem.
+fn request(call: &DeviceCall<'_>, choice: Choice, tensors: &Tensors, lse: bool) -> Request {
+    let aligned = tensors.aligned(call.problem.head_dim);
+    Request {
+        scheme: choice.scheme(call.problem.head_dim),
+        accuracy: choice.accuracy(),
+        mask: match call.mask {
+            None => MaskForm::None,
+            Some(DeviceMask::Bool(_)) => MaskForm::Bool,
+            Some(DeviceMask::Additive(tensor)) => MaskForm::Bias(tensor.dtype()),
+        },
+        lengths: match call.lengths {
+            Lengths::Dense => sage_kernels::Lengths::Dense,
+            Lengths::KvLens(_) | Lengths::DeviceKvLens(_) => sage_kernels::Lengths::KvLens,
+            Lengths::Packed { .. } | Lengths::DevicePacked { .. } => sage_kernels::Lengths::Packed,
+        },
+        q_rows: call.q.shape()[2],
+        kv_rows: call.k.shape()[2],
+        aligned,
+        has_tensor_map: aligned && tensors.k.has_map(call.k.shape()) && tensors.v.has_map(call.v.shape()),
+        lse,
+        tiling: None,
+    }
+}
