@@ -155,7 +155,7 @@ fn addresses(call: &DeviceCall<'_>, out: TensorArg) -> Tensors {
         k: argument(&call.k),
         v: argument(&call.v),
         out,
-        mask: call.mask.map_or((0, [0; 4]), |mask| mask.parts()),
+        mask: call.mask.map_or(TensorArg::default(), |mask| mask.argument()),
         ..Tensors::default()
     }
 }

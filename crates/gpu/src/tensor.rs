@@ -229,17 +229,17 @@ impl Strided for DeviceBytes<'_> {
 }
 
 impl DeviceMask<'_> {
-    /// Address of the first element, and strides of batch, heads, queries and keys in elements.
-    pub(crate) fn parts(&self) -> (u64, [i64; 4]) {
+    /// As kernels take it: strides are of batch, heads, queries and keys.
+    pub(crate) fn argument(&self) -> TensorArg<4> {
         let geometry = self.geometry();
         let strides = geometry.strides();
-        let first = match self {
+        let address = match self {
             DeviceMask::Bool(bytes) => {
                 bytes.address.wrapping_add_signed(geometry.index([0; sage_core::MAX_RANK]))
             }
             DeviceMask::Additive(tensor) => tensor.first_element(),
         };
-        (first, [strides[0], strides[1], strides[2], strides[3]])
+        TensorArg { address, strides: [strides[0], strides[1], strides[2], strides[3]] }
     }
 }
 

@@ -36,15 +36,9 @@ kernel_params! {
         /// before they were rounded, and what smoothing K took from the row's scores in natural units.
         partial_sums: [f32],
         /// Output.
-        out: [u16],
+        out: (tensor 3),
         /// Log-sum-exp, `[rows]`.
         lse: [f32],
-        /// Stride of the output's batch.
-        out_stride_batch: i64,
-        /// Stride of the output's heads.
-        out_stride_head: i64,
-        /// Stride of the output's rows.
-        out_stride_row: i64,
         /// Rows of all heads and batch entries.
         total_rows: i32,
         /// Rows of a head.
@@ -104,12 +98,12 @@ impl CombineConfig {
 
         let inverse = empty.select(0.0, weights.get().recip());
         let (head, row_of_head) = (row / p.q_rows, row % p.q_rows);
-        let line = (head / p.q_heads).widen() * p.out_stride_batch
-            + (head % p.q_heads).widen() * p.out_stride_head
-            + row_of_head.widen() * p.out_stride_row;
+        let line = (head / p.q_heads).widen() * p.out.batch_stride()
+            + (head % p.q_heads).widen() * p.out.head_stride()
+            + row_of_head.widen() * p.out.row_stride();
         for (i, sum) in sums.iter().enumerate() {
             k.when(channel(i).lt(self.head_dim as i32), || {
-                let target = p.out.cast::<H>().at(line).at(channel(i));
+                let target = p.out.start.cast::<H>().at(line).at(channel(i));
                 target.store((sum.get() * inverse).narrow::<H>());
             });
         }

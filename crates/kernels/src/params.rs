@@ -3,8 +3,10 @@
 /// Declares a kernel's parameters as two structs with the same fields: the values inside the kernel, and the numbers
 /// that a launch passes.
 ///
-/// Field kinds: `[T]` is an array of `T` in device memory (an address for the host), `i32`, `i64` and `f32` are numbers, and
-/// `input` is a tensor whose rows are sequences': the fields of [`InputParams`](crate::preprocess::InputParams).
+/// Field kinds: `[T]` is an array of `T` in device memory (an address for the host), `i32`, `i64` and `f32` are numbers,
+/// `(tensor N)` is a tensor with N strides ([`TensorParam`](crate::tensor::TensorParam),
+/// [`TensorArg`](crate::tensor::TensorArg)), and `input` one whose rows are sequences': the fields of
+/// [`InputParams`](crate::preprocess::InputParams).
 macro_rules! kernel_params {
     (
         $(#[$doc:meta])*
@@ -53,12 +55,16 @@ macro_rules! kernel_params {
 }
 
 macro_rules! inside {
+    ((tensor $n:literal)) => { $crate::tensor::TensorParam<'k, $n> };
     (input) => { $crate::preprocess::InputParams<'k> };
     ([$element:ty]) => { sage_ptx::Global<'k, $element> };
     ($scalar:ty) => { sage_ptx::Val<'k, $scalar> };
 }
 
 macro_rules! outside {
+    ((tensor $n:literal)) => {
+        $crate::tensor::TensorArg<$n>
+    };
     (input) => {
         $crate::preprocess::InputArgs
     };
@@ -71,6 +77,9 @@ macro_rules! outside {
 }
 
 macro_rules! declare {
+    ($code:ident, (tensor $n:literal), $name:expr) => {
+        $crate::tensor::TensorParam::<$n>::declare($code, $name)
+    };
     ($code:ident, input, $name:expr) => {
         $crate::preprocess::InputParams::declare($code)
     };
@@ -83,6 +92,9 @@ macro_rules! declare {
 }
 
 macro_rules! count {
+    ((tensor $n:literal)) => {
+        $n + 1
+    };
     (input) => {
         $crate::preprocess::InputArgs::COUNT
     };
@@ -92,6 +104,9 @@ macro_rules! count {
 }
 
 macro_rules! arg {
+    ((tensor $n:literal), $value:expr) => {
+        $value.args()
+    };
     (input, $value:expr) => {
         $value.args()
     };

@@ -200,10 +200,7 @@ impl Case {
         let partial_sums = emulator.uninitialized("partial_sums", 4 * PART * splits * rows);
         let limit = |side: Option<usize>| side.map_or(1 << 30, |n| n.min(1 << 30) as i32);
         let args = CacheAttendArgs {
-            q: t.q.address,
-            q_stride_batch: t.q.strides[0],
-            q_stride_head: t.q.strides[1],
-            q_stride_row: t.q.strides[2],
+            q: t.q,
             tables: t.pool.tables,
             kv_lens: t.pool.kv_lens,
             keys: t.pool.keys,
@@ -232,11 +229,8 @@ impl Case {
         let args = CombineArgs {
             partial: partial.address(),
             partial_sums: partial_sums.address(),
-            out: t.out.address,
+            out: t.out,
             lse: t.lse,
-            out_stride_batch: t.out.strides[0],
-            out_stride_head: t.out.strides[1],
-            out_stride_row: t.out.strides[2],
             total_rows: rows as i32,
             q_rows: call.q_len as i32,
             q_heads: call.num_q_heads as i32,

@@ -233,7 +233,7 @@ impl Case {
             v,
             out: TensorArg { address: out.address(), strides: q.strides },
             lse: lse.address(),
-            mask: (mask, [heads * rows * keys, rows * keys, keys, 1]),
+            mask: TensorArg { address: mask, strides: [heads * rows * keys, rows * keys, keys, 1] },
             cu_seqlens_q: 0,
             cu_seqlens_k: 0,
         };

@@ -178,7 +178,7 @@ impl Device {
             v,
             out,
             lse: lse.map_or(0, |lse| lse.address()),
-            mask: (mask_address, mask_strides),
+            mask: TensorArg { address: mask_address, strides: mask_strides },
             cu_seqlens_q,
             cu_seqlens_k,
         };

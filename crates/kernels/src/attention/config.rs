@@ -154,13 +154,13 @@ kernel_params! {
     /// What a launch of an attention kernel passes. Strides are in elements.
     AttentionParams, AttentionArgs {
         /// Queries as given.
-        q: [u16],
-        /// Keys: as given, or quantised tiles.
-        k: [u8],
-        /// Values: as given, or tiles of the workspace.
-        v: [u8],
+        q: (tensor 3),
+        /// Keys: as given, or quantised tiles, whose strides mean nothing.
+        k: (tensor 3),
+        /// Values: as given, or tiles of the workspace, whose strides mean nothing.
+        v: (tensor 3),
         /// Output.
-        out: [u16],
+        out: (tensor 3),
         /// Log-sum-exp, `[sequences, q_heads, q_rows]`, or `[q_heads, total]` when packed. Of a split: pairs for
         /// [`CombineConfig`](crate::combine::CombineConfig), `[splits]` such.
         lse: [f32],
@@ -179,7 +179,7 @@ kernel_params! {
         /// Their products with K, `[sequences, q_heads, blocks, key tiles · 64]`.
         delta_s: [f32],
         /// Explicit mask.
-        mask: [u8],
+        mask: (tensor 4),
         /// Of a mask: which keys of a tile some query sees, [`SeenKeysConfig`](crate::preprocess::SeenKeysConfig).
         seen: [u32],
         /// Of a mask: tiles from one sequence's words to the next.
@@ -190,38 +190,6 @@ kernel_params! {
         cu_seqlens_q: [i32],
         /// Boundaries of packed keys, or valid keys of each batch entry.
         cu_seqlens_k: [i32],
-        /// Stride of Q's batch.
-        q_stride_batch: i64,
-        /// Stride of Q's heads.
-        q_stride_head: i64,
-        /// Stride of Q's rows.
-        q_stride_row: i64,
-        /// Stride of K's batch.
-        k_stride_batch: i64,
-        /// Stride of K's heads.
-        k_stride_head: i64,
-        /// Stride of K's rows.
-        k_stride_row: i64,
-        /// Stride of V's batch.
-        v_stride_batch: i64,
-        /// Stride of V's heads.
-        v_stride_head: i64,
-        /// Stride of V's rows.
-        v_stride_row: i64,
-        /// Stride of the output's batch.
-        out_stride_batch: i64,
-        /// Stride of the output's heads.
-        out_stride_head: i64,
-        /// Stride of the output's rows.
-        out_stride_row: i64,
-        /// Stride of the mask's batch.
-        mask_stride_batch: i64,
-        /// Stride of the mask's heads.
-        mask_stride_head: i64,
-        /// Stride of the mask's query rows.
-        mask_stride_row: i64,
-        /// Stride of the mask's keys.
-        mask_stride_key: i64,
         /// Query rows of the tensors.
         q_rows: i32,
         /// Key rows of the tensors.

@@ -154,16 +154,15 @@ impl<'k, 'a> Epilogue<'k, 'a> {
         let Epilogue { code, config, params: p, place, .. } = *self;
         code.note("output: rows to device memory");
         let quad = place.lane & 3;
-        let start =
-            place.sequence.batch.widen() * p.out_stride_batch + place.head.widen() * p.out_stride_head;
+        let start = p.out.head(place.sequence.batch, place.head);
         let whole = config.head_dim == config.padded_dim();
         for (slot, words) in words.iter().enumerate() {
             let mut words = words.clone();
             words.resize(words.len().next_multiple_of(4), code.constant(0));
             words.chunks_mut(4).for_each(|column| transpose(quad, column));
             let row = place.row(slot);
-            let target = (place.sequence.q_start + row).widen() * p.out_stride_row;
-            let target = p.out.cast::<H>().at(start + target).at(8 * quad).cast::<u32>();
+            let target = (place.sequence.q_start + row).widen() * p.out.row_stride();
+            let target = p.out.start.cast::<H>().at(start + target).at(8 * quad).cast::<u32>();
             code.when(row.lt(place.sequence.q_len), || {
                 for (index, column) in words.chunks(4).enumerate() {
                     let store = || {
@@ -197,8 +196,7 @@ impl<'k, 'a> Epilogue<'k, 'a> {
         code.warp_sync();
         let chunks = config.head_dim.div_ceil(8);
         let rows = config.tiling.rows_per_warp();
-        let start =
-            place.sequence.batch.widen() * p.out_stride_batch + place.head.widen() * p.out_stride_head;
+        let start = p.out.head(place.sequence.batch, place.head);
         let total = rows * chunks;
         for round in 0..total.div_ceil(32) {
             let index = place.lane + (32 * round) as i32;
@@ -208,8 +206,8 @@ impl<'k, 'a> Epilogue<'k, 'a> {
             let valid = out_row.lt(place.sequence.q_len) & index.lt(total as i32);
             code.when(valid, || {
                 let words = tile.chunk(in_tile, chunk).step(0, 0).cast::<u32>().load_vector::<4>();
-                let row = (place.sequence.q_start + out_row).widen() * p.out_stride_row;
-                let target = p.out.cast::<H>().at(start + row).at(chunk * 8);
+                let row = (place.sequence.q_start + out_row).widen() * p.out.row_stride();
+                let target = p.out.start.cast::<H>().at(start + row).at(chunk * 8);
                 if config.aligned {
                     target.cast::<u32>().store_vector(words);
                 } else {

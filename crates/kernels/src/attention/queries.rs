@@ -51,7 +51,7 @@ impl<'k> Queries<'k> {
         place: &Place<'k>,
     ) -> Self {
         code.note("queries: read, smooth, quantise");
-        let batch = place.sequence.batch.widen() * p.q_stride_batch + place.head.widen() * p.q_stride_head;
+        let batch = p.q.head(place.sequence.batch, place.head);
         let quad = place.lane & 3;
         let loader = Loader { code, config, p, place, quad, per: elements_per_word(config) };
         let loaded = loader.load::<H>(batch);
@@ -115,7 +115,7 @@ impl<'k> Loader<'k, '_> {
         let Loader { config, p, place, per, .. } = *self;
         Rows::from_fn(config.tiling.rows_per_warp() / SLOT_ROWS, |slot| {
             let row = place.row(slot).min(place.sequence.q_len - 1) + place.sequence.q_start;
-            let base = p.q.cast::<H>().at(batch + row.widen() * p.q_stride_row);
+            let base = p.q.start.cast::<H>().at(batch + row.widen() * p.q.row_stride());
             let register = |word: usize| {
                 load_channels::<H>(config, base, self.quad * per as i32, (word * 4 * per) as i32, per)
             };

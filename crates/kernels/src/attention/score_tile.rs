@@ -121,15 +121,14 @@ impl<'k> ScoreTile<'k> {
         visit: impl Fn(Var<'k, f32>, Val<'k, B::Value>),
     ) {
         let first_key = self.lane_key(place);
-        let base =
-            place.sequence.batch.widen() * p.mask_stride_batch + place.head.widen() * p.mask_stride_head;
+        let base = p.mask.head(place.sequence.batch, place.head);
         let rows = Rows::from_fn(self.values.slots(), |slot| {
             let row = place.row(slot).min(place.sequence.q_len - 1);
-            p.mask.cast::<B>().at(base + row.widen() * p.mask_stride_row)
+            p.mask.start.cast::<B>().at(base + row.widen() * p.mask.row_stride())
         });
         self.values.for_each(|slot, key, value| {
             let key = (first_key + key as i32).min(place.sequence.kv_len - 1);
-            visit(value, rows[slot].at(key.widen() * p.mask_stride_key).load());
+            visit(value, rows[slot].at(key.widen() * p.mask.key_stride()).load());
         });
     }
 

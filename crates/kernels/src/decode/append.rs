@@ -23,21 +23,9 @@ kernel_params! {
     /// What a launch of [`CacheAppendConfig`] passes. Strides are in elements.
     CacheAppendParams, CacheAppendArgs {
         /// New keys.
-        k: [u16],
-        /// Stride of the batch.
-        k_stride_batch: i64,
-        /// Stride of the heads.
-        k_stride_head: i64,
-        /// Stride of the tokens.
-        k_stride_row: i64,
+        k: (tensor 3),
         /// New values.
-        v: [u16],
-        /// Stride of the batch.
-        v_stride_batch: i64,
-        /// Stride of the heads.
-        v_stride_head: i64,
-        /// Stride of the tokens.
-        v_stride_row: i64,
+        v: (tensor 3),
         /// Pages of each sequence, `[batch, table_stride]`.
         tables: [i32],
         /// Tokens of each sequence before the new ones.
@@ -128,13 +116,13 @@ impl CacheAppendConfig {
         };
         let table = p.tables.at(batch * p.table_stride);
         let k = New {
-            rows: p.k.cast::<H>().at(batch.widen() * p.k_stride_batch + head.widen() * p.k_stride_head),
-            stride: p.k_stride_row,
+            rows: p.k.start.cast::<H>().at(p.k.head(batch, head)),
+            stride: p.k.row_stride(),
             first: len,
         };
         let v = New {
-            rows: p.v.cast::<H>().at(batch.widen() * p.v_stride_batch + head.widen() * p.v_stride_head),
-            stride: p.v_stride_row,
+            rows: p.v.start.cast::<H>().at(p.v.head(batch, head)),
+            stride: p.v.row_stride(),
             first: len,
         };
         let page = pool.head(table.at(index).load(), head).named("page");

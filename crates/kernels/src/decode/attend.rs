@@ -46,13 +46,7 @@ kernel_params! {
     /// What a launch of [`CacheAttendConfig`] passes. Strides are in elements.
     CacheAttendParams, CacheAttendArgs {
         /// Queries.
-        q: [u16],
-        /// Stride of the batch.
-        q_stride_batch: i64,
-        /// Stride of the heads.
-        q_stride_head: i64,
-        /// Stride of the rows.
-        q_stride_row: i64,
+        q: (tensor 3),
         /// Pages of each sequence, `[batch, table_stride]`.
         tables: [i32],
         /// Tokens of each sequence.
@@ -223,9 +217,7 @@ impl CacheAttendConfig {
         };
         for (r, &(i, q_head, _)) in places.iter().enumerate() {
             code.when(code.warp_index().eq((r % WARPS) as i32), || {
-                let row = p.q.cast::<H>().at(batch.widen() * p.q_stride_batch
-                    + q_head.widen() * p.q_stride_head
-                    + i.widen() * p.q_stride_row);
+                let row = p.q.start.cast::<H>().at(p.q.head(batch, q_head) + i.widen() * p.q.row_stride());
                 let load = |channel: Val<'k, i32>| row.at(channel).load().to_f32() * p.scale;
                 self.quantize_query(code, r, load, &queries);
             });

@@ -81,14 +81,8 @@ impl AppendCall {
         pass.launch(append, move |at, launch| {
             let AppendTensors { k, v, pool } = at.tensors;
             let args = CacheAppendArgs {
-                k: k.address,
-                k_stride_batch: k.strides[0],
-                k_stride_head: k.strides[1],
-                k_stride_row: k.strides[2],
-                v: v.address,
-                v_stride_batch: v.strides[0],
-                v_stride_head: v.strides[1],
-                v_stride_row: v.strides[2],
+                k: *k,
+                v: *v,
                 tables: pool.tables,
                 kv_lens: pool.kv_lens,
                 keys: pool.keys,
@@ -186,10 +180,7 @@ impl AttendCall {
         pass.launch(attend, move |at, launch| {
             let AttendTensors { q, pool, .. } = at.tensors;
             let args = CacheAttendArgs {
-                q: q.address,
-                q_stride_batch: q.strides[0],
-                q_stride_head: q.strides[1],
-                q_stride_row: q.strides[2],
+                q: *q,
                 tables: pool.tables,
                 kv_lens: pool.kv_lens,
                 keys: pool.keys,
@@ -219,11 +210,8 @@ impl AttendCall {
             let args = CombineArgs {
                 partial: at.of(partial),
                 partial_sums: at.of(partial_sums),
-                out: out.address,
+                out,
                 lse,
-                out_stride_batch: out.strides[0],
-                out_stride_head: out.strides[1],
-                out_stride_row: out.strides[2],
                 total_rows: rows as i32,
                 q_rows: call.q_len as i32,
                 q_heads: call.num_q_heads as i32,

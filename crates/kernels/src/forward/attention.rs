@@ -13,6 +13,7 @@ use crate::grid::grid;
 use crate::operand::{Element, Operand, OperandSource, Operands};
 use crate::pass::{Addresses, Slot};
 use crate::sequence::{KEY_TILE, Lengths};
+use crate::tensor::TensorArg;
 use crate::tiling::Engine;
 use crate::tuning::{Key, Tuned, tiling};
 
@@ -88,7 +89,12 @@ impl PlannedAttention {
             let shape = [problem.head_dim, call.request.kv_rows, problem.num_kv_heads, batches];
             let shape = shape.map(|size| size as u64);
             let tiles = problem.num_kv_heads * call.key_tiles();
-            boxed_tensors(&config, [(shape, t.k.strides), (shape, t.v.strides)], [args.k, args.v], tiles)
+            boxed_tensors(
+                &config,
+                [(shape, t.k.strides), (shape, t.v.strides)],
+                [args.k.address, args.v.address],
+                tiles,
+            )
         };
         let together = heads_together(&call, &config, all_heads);
         pass.launch(config, move |at, launch| {
@@ -124,15 +130,11 @@ impl PlannedAttention {
         let (partial, partial_sums) = (pass.find(slot::PARTIAL), pass.find(slot::PARTIAL_SUMS));
         let config = CombineConfig { dtype: problem.dtype, head_dim: problem.head_dim, lse: request.lse };
         pass.launch(config, move |at, launch| {
-            let [out_stride_batch, out_stride_head, out_stride_row] = at.tensors.out.strides;
             let args = CombineArgs {
                 partial: at.of(partial),
                 partial_sums: at.of(partial_sums),
-                out: at.tensors.out.address,
+                out: at.tensors.out,
                 lse: at.tensors.lse,
-                out_stride_batch,
-                out_stride_head,
-                out_stride_row,
                 total_rows: total_rows as i32,
                 q_rows: request.q_rows as i32,
                 q_heads: problem.num_q_heads as i32,
@@ -198,15 +200,15 @@ impl AttentionSlots {
         let (problem, request, t) = (&call.problem, &call.request, at.tensors);
         let [window_left, window_right] = call.window();
         let [seen_stride_sequence, seen_stride_head] = call.seen_strides(t);
-        let address = |operand: Operand, slot: Slot, given: u64| match operand.source {
-            OperandSource::Workspace => at.of(slot),
+        let tensor = |operand: Operand, slot: Slot, given: TensorArg| match operand.source {
+            OperandSource::Workspace => TensorArg { address: at.of(slot), ..given },
             OperandSource::Given | OperandSource::Registers => given,
         };
         AttentionArgs {
-            q: t.q.address,
-            k: address(config.operands.k, self.k, t.k.address),
-            v: address(config.operands.v, self.v, t.v.address),
-            out: t.out.address,
+            q: t.q,
+            k: tensor(config.operands.k, self.k, t.k),
+            v: tensor(config.operands.v, self.v, t.v),
+            out: t.out,
             lse: if config.split { at.of(self.partial_sums) } else { t.lse },
             partial: at.of(self.partial),
             k_scale: at.of(self.k_scale),
@@ -215,28 +217,12 @@ impl AttentionSlots {
             v_mean: at.of(self.v_mean),
             q_mean: at.of(self.q_mean),
             delta_s: at.of(self.delta_s),
-            mask: t.mask.0,
+            mask: t.mask,
             seen: at.of(self.seen),
             seen_stride_sequence,
             seen_stride_head,
             cu_seqlens_q: t.cu_seqlens_q,
             cu_seqlens_k: t.cu_seqlens_k,
-            q_stride_batch: t.q.strides[0],
-            q_stride_head: t.q.strides[1],
-            q_stride_row: t.q.strides[2],
-            k_stride_batch: t.k.strides[0],
-            k_stride_head: t.k.strides[1],
-            k_stride_row: t.k.strides[2],
-            v_stride_batch: t.v.strides[0],
-            v_stride_head: t.v.strides[1],
-            v_stride_row: t.v.strides[2],
-            out_stride_batch: t.out.strides[0],
-            out_stride_head: t.out.strides[1],
-            out_stride_row: t.out.strides[2],
-            mask_stride_batch: t.mask.1[0],
-            mask_stride_head: t.mask.1[1],
-            mask_stride_row: t.mask.1[2],
-            mask_stride_key: t.mask.1[3],
             q_rows: request.q_rows as i32,
             kv_rows: request.kv_rows as i32,
             group_size: problem.group_size() as i32,

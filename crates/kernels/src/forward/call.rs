@@ -119,7 +119,7 @@ impl ForwardCall {
 
     /// Tiles from one sequence's words of keys that are seen to the next, and from one head's: 0 where the mask is the same.
     pub fn seen_strides(&self, tensors: &Tensors) -> [i32; 2] {
-        let (_, [batch, head, ..]) = tensors.mask;
+        let [batch, head, ..] = tensors.mask.strides;
         let tiles = self.seen_tiles();
         let of_head = if head == 0 { 0 } else { tiles };
         let heads = if head == 0 { 1 } else { self.problem.num_kv_heads };
@@ -175,7 +175,7 @@ impl Keys {
             ranks: at.of(self.ranks),
             seen_stride_sequence,
             seen_stride_head,
-            ..InputArgs::unmasked(tensor.address, tensor.strides, call.request.kv_rows, heads)
+            ..InputArgs::unmasked(*tensor, call.request.kv_rows, heads)
         }
     }
 }

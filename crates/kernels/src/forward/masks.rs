@@ -41,17 +41,14 @@ pub(super) fn rank_keys(call: ForwardCall, pass: &mut ForwardPass) {
 
 fn seen_keys(call: &ForwardCall, at: &Addresses<'_, Tensors>, seen: u64) -> SeenKeysArgs {
     let (problem, request) = (&call.problem, &call.request);
-    let (mask, [batch, head, row, key]) = at.tensors.mask;
+    let mask = at.tensors.mask;
+    let [_, head, row, _] = mask.strides;
     let [window_left, window_right] = call.window();
     let [stride_sequence, stride_head] = call.seen_strides(at.tensors);
     let (heads, sequences) = call.seen_heads(at.tensors);
     let alike = row == 0 && problem.band.is_full();
     SeenKeysArgs {
         mask,
-        mask_stride_batch: batch,
-        mask_stride_head: head,
-        mask_stride_row: row,
-        mask_stride_key: key,
         group: if head == 0 { 1 } else { problem.group_size() as i32 },
         heads: heads as i32,
         sequences: sequences as i32,

@@ -74,14 +74,13 @@ fn query_means(call: ForwardCall, rows: usize, pass: &mut ForwardPass) {
     let mean = pass.slot(slot::Q_MEAN, call.query_block_bytes(rows, padded_dim(problem.head_dim)));
     let config = QueryMeansConfig { source, block: rows };
     pass.launch(config, move |at, launch| {
-        let q = &at.tensors.q;
         let heads = [problem.num_q_heads, problem.batch];
         let args = QueryMeansArgs {
             input: InputArgs {
                 cu_seqlens: at.tensors.cu_seqlens_q,
                 cu_seqlens_q: at.tensors.cu_seqlens_q,
                 q_rows: call.request.q_rows as i32,
-                ..InputArgs::unmasked(q.address, q.strides, call.request.q_rows, heads)
+                ..InputArgs::unmasked(at.tensors.q, call.request.q_rows, heads)
             },
             mean: at.of(mean),
         };

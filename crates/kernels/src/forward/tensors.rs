@@ -16,8 +16,8 @@ pub struct Tensors {
     pub out: TensorArg,
     /// Log-sum-exp, row-major; 0 where it is not wanted.
     pub lse: u64,
-    /// Explicit mask, and its strides of batch, heads, queries and keys in elements.
-    pub mask: (u64, [i64; 4]),
+    /// Explicit mask, `[batch, heads, queries, keys]`.
+    pub mask: TensorArg<4>,
     /// Boundaries of packed queries.
     pub cu_seqlens_q: u64,
     /// Boundaries of packed keys, or valid keys of each batch entry.

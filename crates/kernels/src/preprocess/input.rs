@@ -2,18 +2,13 @@
 
 use crate::params::kernel_params;
 use crate::sequence::{LengthParams, NO_LIMIT};
+use crate::tensor::TensorArg;
 
 kernel_params! {
     /// A tensor `[batch, heads, rows, head_dim]` whose rows are those of sequences. Strides are in elements.
     InputParams, InputArgs {
         /// The tensor.
-        x: [u16],
-        /// Stride of the batch.
-        stride_batch: i64,
-        /// Stride of the heads.
-        stride_head: i64,
-        /// Stride of the rows.
-        stride_row: i64,
+        x: (tensor 3),
         /// Rows of the tensor.
         rows: i32,
         /// Heads of a sequence.
@@ -45,17 +40,9 @@ kernel_params! {
 
 impl InputArgs {
     /// Rows of which none is hidden, in `heads` heads of each of `sequences` sequences.
-    pub fn unmasked(
-        address: u64,
-        [stride_batch, stride_head, stride_row]: [i64; 3],
-        rows: usize,
-        [heads, sequences]: [usize; 2],
-    ) -> Self {
+    pub fn unmasked(x: TensorArg, rows: usize, [heads, sequences]: [usize; 2]) -> Self {
         InputArgs {
-            x: address,
-            stride_batch,
-            stride_head,
-            stride_row,
+            x,
             rows: rows as i32,
             heads: heads as i32,
             sequences: sequences as i32,

@@ -39,15 +39,7 @@ kernel_params! {
     /// What a launch of [`SeenKeysConfig`] passes. Strides are in elements of the mask.
     SeenKeysParams, SeenKeysArgs {
         /// The mask.
-        mask: [u8],
-        /// Stride of the mask's batch.
-        mask_stride_batch: i64,
-        /// Stride of the mask's heads.
-        mask_stride_head: i64,
-        /// Stride of the mask's query rows.
-        mask_stride_row: i64,
-        /// Stride of the mask's keys.
-        mask_stride_key: i64,
+        mask: (tensor 4),
         /// Query heads whose rows are looked at together: those of a key head, or one where all have the same mask.
         group: i32,
         /// Such groups of a sequence with a mask of their own.
@@ -105,8 +97,8 @@ impl SeenKeysConfig {
         let [warp, lane] = [code.warp_index(), code.lane_index()];
         let keys: [Val<'k, i32>; 2] =
             std::array::from_fn(|half| tile * KEY_TILE as i32 + (lane + LANES * half as i32));
-        let mask = p.mask.cast::<B>().at(sequence.batch.widen() * p.mask_stride_batch);
-        let of_keys = keys.map(|key| key.min(sequence.kv_len - 1).max(0).widen() * p.mask_stride_key);
+        let mask = p.mask.start.cast::<B>().at(sequence.batch.widen() * p.mask.batch_stride());
+        let of_keys = keys.map(|key| key.min(sequence.kv_len - 1).max(0).widen() * p.mask.key_stride());
 
         // Of the lane's two keys: whether they count, and whether they are visible. There are none beyond the end.
         let found = keys.map(|_| [(); 2].map(|()| code.var(0i32)));
@@ -123,7 +115,7 @@ impl SeenKeysConfig {
                         let row = row.max(0);
                         let (head, row) = (head * p.group + row / p.rows, row % p.rows);
                         let of_row =
-                            mask.at(head.widen() * p.mask_stride_head + row.widen() * p.mask_stride_row);
+                            mask.at(head.widen() * p.mask.head_stride() + row.widen() * p.mask.row_stride());
                         of_keys.map(|key| of_row.at(key).load())
                     })
                     .collect();

@@ -170,9 +170,8 @@ impl<'k> Head<'k> {
             let first = index * input.seen_stride_sequence + head * input.seen_stride_head;
             RankedKeys::new(input.seen, input.ranks, first)
         });
-        let start = sequence.batch.widen() * input.stride_batch
-            + head.widen() * input.stride_head
-            + sequence.kv_start.widen() * input.stride_row;
+        let stride = input.x.row_stride();
+        let start = input.x.head(sequence.batch, head) + sequence.kv_start.widen() * stride;
         let chunks = (source.padded_dim() / CHUNK) as i32;
         let thread = code.thread();
         Head {
@@ -184,8 +183,8 @@ impl<'k> Head<'k> {
             thread,
             chunk: (thread & (chunks - 1)).named("chunk"),
             part: (thread >> chunks.ilog2() as i32).named("part"),
-            rows: input.x.at(start),
-            stride: input.stride_row,
+            rows: input.x.start.cast().at(start),
+            stride,
             ranked,
         }
     }

@@ -5,7 +5,7 @@ use sage_core::DType;
 use sage_core::oracle::Matrix;
 use sage_emulator::{Buffer, Emulator, EmulatorOptions, Report};
 use sage_kernels::preprocess::{InputArgs, Source};
-use sage_kernels::{KEY_TILE, Lengths, total_key_tiles};
+use sage_kernels::{KEY_TILE, Lengths, TensorArg, total_key_tiles};
 use sage_ptx::{Arg, Program};
 
 /// What the rows hold.
@@ -207,7 +207,8 @@ impl Tensor {
         let x = emulator.buffer_at("x", &self.data, if self.source.aligned { 16 } else { 2 }).address();
         let cu_seqlens = emulator.buffer("cu_seqlens", &self.batch.cu_seqlens()).address();
         let of = [self.heads, self.batch.sequences().len()];
-        let rows = InputArgs::unmasked(x, self.strides, self.batch.rows(), of);
+        let x = TensorArg { address: x, strides: self.strides };
+        let rows = InputArgs::unmasked(x, self.batch.rows(), of);
         // As many queries as keys.
         InputArgs { cu_seqlens, cu_seqlens_q: cu_seqlens, q_rows: rows.rows, ..rows }
     }

@@ -15,7 +15,7 @@ use sage_kernels::preprocess::{
     RankKeysArgs, RankKeysConfig, SEEN_WORDS, SampleArgs, SampleConfig, SeenKeysArgs, SeenKeysConfig,
     ValueScales,
 };
-use sage_kernels::{KEY_TILE, Kernel};
+use sage_kernels::{KEY_TILE, Kernel, TensorArg};
 
 use crate::inputs::{Batch, Fill, Random, Tensor, assert_mean, emulator, launch, poisoned, same};
 
@@ -91,11 +91,7 @@ impl Masked {
         let limit = |side: Option<usize>| side.map_or(1 << 30, |reach| reach as i32);
         let rows = (self.q_len * self.kv_len) as i64;
         let args = SeenKeysArgs {
-            mask,
-            mask_stride_batch: 4 * rows,
-            mask_stride_head: rows,
-            mask_stride_row: self.kv_len as i64,
-            mask_stride_key: 1,
+            mask: TensorArg { address: mask, strides: [4 * rows, rows, self.kv_len as i64, 1] },
             group: 2,
             heads: 2,
             sequences: 2,

@@ -7,6 +7,7 @@ use crate::attention::config::AttentionConfig;
 use crate::attention::key_tiles::KeyTiles;
 use crate::attention::place::Place;
 use crate::preprocess::SeenKeys;
+use crate::tensor::TensorParam;
 
 /// One operand's tiles: their stages, and where this thread's part of each comes from.
 pub(super) struct CopiedTiles<'k> {
@@ -259,14 +260,12 @@ impl<'k> TileShape<'k> {
         self,
         config: &AttentionConfig,
         place: &Place<'k>,
-        base: Global<'k, u8>,
-        [batch, head, row]: [Val<'k, i64>; 3],
+        tensor: &TensorParam<'k, 3>,
     ) -> CopiedTiles<'k> {
-        let code = base.code();
-        let start = place.sequence.batch.widen() * batch
-            + place.kv_head.widen() * head
-            + place.sequence.kv_start.widen() * row;
-        let all = AllRows { base: base.cast::<u16>().at(start), stride: row, len: place.sequence.kv_len };
+        let (code, row) = (tensor.start.code(), tensor.row_stride());
+        let start = tensor.head(place.sequence.batch, place.kv_head) + place.sequence.kv_start.widen() * row;
+        let base = tensor.start.cast::<u16>().at(start);
+        let all = AllRows { base, stride: row, len: place.sequence.kv_len };
         let threads = config.threads() as usize;
         if !config.aligned
             || !threads.is_multiple_of(self.chunks)

@@ -42,27 +42,25 @@ impl<'k, 'c> CpAsyncRing<'k, 'c> {
         let used_chunks = config.head_dim.div_ceil(8);
 
         let keys = match config.operands.k.source {
-            OperandSource::Given | OperandSource::Registers => shape(0, key_bytes, tile_keys, used_chunks)
-                .of_rows(config, place, p.k, [p.k_stride_batch, p.k_stride_head, p.k_stride_row]),
+            OperandSource::Given | OperandSource::Registers => {
+                shape(0, key_bytes, tile_keys, used_chunks).of_rows(config, place, &p.k)
+            }
             OperandSource::Workspace => {
-                shape(0, key_bytes, tile_keys, key_bytes / CHUNK_BYTES).of_workspace(place, p.k)
+                shape(0, key_bytes, tile_keys, key_bytes / CHUNK_BYTES).of_workspace(place, p.k.start)
             }
         };
         let rows_of_values =
             |chunks| TileShape { depth_in_rows: true, ..shape(first_value, 2 * padded, tile_keys, chunks) };
         let mut values = match (config.operands.v.element, config.operands.v.source) {
             (Element::E4M3, _) => {
-                shape(first_value, tile_keys, padded, tile_keys / CHUNK_BYTES).of_workspace(place, p.v)
+                shape(first_value, tile_keys, padded, tile_keys / CHUNK_BYTES).of_workspace(place, p.v.start)
             }
             (_, OperandSource::Workspace) => {
-                rows_of_values(2 * padded / CHUNK_BYTES).of_workspace(place, p.v)
+                rows_of_values(2 * padded / CHUNK_BYTES).of_workspace(place, p.v.start)
             }
-            (_, OperandSource::Given | OperandSource::Registers) => rows_of_values(used_chunks).of_rows(
-                config,
-                place,
-                p.v,
-                [p.v_stride_batch, p.v_stride_head, p.v_stride_row],
-            ),
+            (_, OperandSource::Given | OperandSource::Registers) => {
+                rows_of_values(used_chunks).of_rows(config, place, &p.v)
+            }
         };
         if config.operands.v.source == OperandSource::Given {
             values.seen = place.seen;
