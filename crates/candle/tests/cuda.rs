@@ -23,9 +23,7 @@ fn gpu(test: &str) -> Option<Device> {
     match Device::new_cuda(0) {
         Ok(device) => Some(device),
         refused => {
-            let required = std::env::var_os("SAGE_REQUIRE_GPU").is_some_and(|wanted| wanted == "1");
-            assert!(!required, "{test}: {}", message(refused));
-            eprintln!("{test}: skipped: {}", message(refused));
+            sage_testkit::skip(test, message(refused));
             None
         }
     }

@@ -4,18 +4,19 @@
 
 mod common;
 
-use common::{Place, f32s, file, numbers, qkv};
+use common::{Place, f32s, file, qkv};
 use safetensors::SafeTensors;
 use safetensors::tensor::Dtype;
 use sage_core::metrics::Accuracy;
 use sage_core::{Call, Inputs, oracle};
+use sage_testkit::uniform;
 use sageattention::{Attention, Mask, Preset, Tensor, View};
 use serde_json::Value;
 
 /// The tensors of [`qkv`].
 fn tensors() -> [Tensor; 3] {
     [(1, [1, 4, 33, 16]), (2, [1, 2, 40, 16]), (3, [1, 2, 40, 16])]
-        .map(|(seed, shape)| Tensor::new(numbers(shape.iter().product(), seed), &shape).unwrap())
+        .map(|(seed, shape)| Tensor::new(uniform(seed, shape.iter().product()), &shape).unwrap())
 }
 
 fn exact(attention: &Attention<'_>, mask: Option<Mask<'_>>) -> oracle::Output {

@@ -4,9 +4,9 @@
 use half::{bf16, f16};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use rand_distr::{Distribution, StandardNormal};
 use sage_core::oracle::{Fixed12Blocks, Matrix, SeenKeys, hadamard};
 use sage_core::{Element, IntQuantizer, Preset, Qk};
+use sage_testkit::normal;
 
 use crate::InstructionSet;
 use crate::isa::{EXP2, IntWord, Isa, Portable, exp2, exp2_or_zero, scaled_exp2};
@@ -47,11 +47,6 @@ fn tables() -> impl Iterator<Item = (InstructionSet, &'static Kernels)> {
 
 fn rng(seed: u64) -> ChaCha8Rng {
     ChaCha8Rng::seed_from_u64(seed)
-}
-
-fn normal(seed: u64, len: usize) -> Vec<f32> {
-    let mut rng = rng(seed);
-    (0..len).map(|_| StandardNormal.sample(&mut rng)).collect()
 }
 
 fn close(actual: f32, expected: f64, relative: f64, absolute: f64, what: impl Fn() -> String) {

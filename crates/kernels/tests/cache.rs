@@ -5,8 +5,6 @@
 #![allow(clippy::unwrap_used)]
 
 use half::{bf16, f16};
-use rand::SeedableRng;
-use rand_distr::{Distribution, StandardNormal};
 use sage_core::metrics::Accuracy;
 use sage_core::oracle::{CachedHead, Matrix, cached};
 use sage_core::{Alignment, Band, CacheLayout, CachedInputs, Call, DType, Options, Tensor, ValueFormat};
@@ -19,6 +17,7 @@ use sage_kernels::decode::{
 use sage_kernels::pass::{Launcher, Pass};
 use sage_kernels::{Kernel, Machine, TensorArg};
 use sage_ptx::{Arg, BoxedTensor, Target};
+use sage_testkit::normal;
 
 #[derive(Clone, Debug)]
 struct Case {
@@ -73,11 +72,6 @@ impl Launcher for Folded<'_> {
         let grid = if y * z > 1 { folded(grid) } else { grid };
         self.emulator.launch(&self.kernels[kernel].program(), grid, args).map(|_| ())
     }
-}
-
-fn normal(seed: u64, len: usize) -> Vec<f32> {
-    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
-    (0..len).map(|_| StandardNormal.sample(&mut rng)).collect()
 }
 
 fn bits(tensor: &Tensor) -> Vec<u16> {

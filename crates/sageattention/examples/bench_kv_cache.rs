@@ -3,10 +3,8 @@
 
 use std::time::{Duration, Instant};
 
-use rand::SeedableRng;
-use rand_chacha::ChaCha8Rng;
-use rand_distr::{Distribution, StandardNormal};
 use sage_core::metrics::Accuracy;
+use sage_testkit::normal_tensor;
 use sageattention::{Attention, DType, Error, KvCache, KvCacheOptions, Preset, Result, Tensor, ValueFormat};
 
 /// Rounds of which the median counts.
@@ -14,12 +12,6 @@ const ROUNDS: usize = 15;
 
 /// Calls of a round take about this long.
 const ROUND: Duration = Duration::from_millis(20);
-
-fn normal(seed: u64, shape: &[usize]) -> Result<Tensor> {
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let data: Vec<f32> = (0..shape.iter().product()).map(|_| StandardNormal.sample(&mut rng)).collect();
-    Tensor::new(data, shape)
-}
 
 /// What is timed.
 enum Contestant {
@@ -48,8 +40,8 @@ fn main() -> Result<()> {
 
 fn bench([batch, heads, kv_heads, q_len, kv_len, head_dim]: [usize; 6]) -> Result<()> {
     let shape = [batch, kv_heads, kv_len, head_dim];
-    let (k, v) = (normal(1, &shape)?, normal(2, &shape)?);
-    let q = normal(3, &[batch, heads, q_len, head_dim])?;
+    let (k, v) = (normal_tensor(1, &shape, DType::F32), normal_tensor(2, &shape, DType::F32));
+    let q = normal_tensor(3, &[batch, heads, q_len, head_dim], DType::F32);
     let mut contestants = vec![
         ("f16", Contestant::Tensors(Box::new([&k, &v].map(|x| x.to_dtype(DType::F16))))),
         ("f32", Contestant::Tensors(Box::new([k.clone(), v.clone()]))),

@@ -44,20 +44,19 @@ pub fn nearest_scheme(scheme: Scheme, device: Device) -> Scheme {
 
 #[cfg(test)]
 mod tests {
-    use rand::SeedableRng;
-    use rand_distr::{Distribution, StandardNormal};
     use sage_core::metrics::Accuracy;
     use sage_core::{Call, Inputs, Options, Preset, Tensor, oracle};
     use sage_cpu::Cpu;
+    use sage_testkit::normal;
 
     use super::*;
 
     /// `[1, 1, rows, 64]` of N(0, 1), each channel shifted by twice an N(0, 1) of its own.
     fn random(seed: u64, rows: usize) -> Tensor {
-        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
-        let mut normal = || -> f32 { StandardNormal.sample(&mut rng) };
-        let shift: Vec<f32> = (0..64).map(|_| 2.0 * normal()).collect();
-        let elements: Vec<f32> = (0..rows * 64).map(|i| normal() + shift[i % 64]).collect();
+        let numbers = normal(seed, 64 + rows * 64);
+        let (shift, elements) = numbers.split_at(64);
+        let elements: Vec<f32> =
+            elements.iter().zip(shift.iter().cycle()).map(|(x, shift)| x + 2.0 * shift).collect();
         Tensor::new(elements, &[1, 1, rows, 64]).unwrap()
     }
 

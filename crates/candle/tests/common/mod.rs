@@ -3,16 +3,12 @@
 #![allow(dead_code, clippy::unwrap_used)] // each test uses some of it
 
 use candle_core::{DType, Device, Tensor};
-use rand::SeedableRng;
-use rand_chacha::ChaCha8Rng;
-use rand_distr::{Distribution, StandardNormal};
 use sage_core::metrics::Accuracy;
 use sage_core::{Call, Inputs, Lengths, Mask, Options, View, oracle};
 
 /// N(0, 1) in a dtype, row-major.
 pub fn normal(seed: u64, shape: &[usize], dtype: DType) -> Tensor {
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let values: Vec<f32> = (0..shape.iter().product()).map(|_| StandardNormal.sample(&mut rng)).collect();
+    let values = sage_testkit::normal(seed, shape.iter().product());
     Tensor::from_vec(values, shape, &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
 }
 

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::process::{Command, Output};
 
 use safetensors::tensor::{Dtype, TensorView};
+use sage_testkit::uniform;
 use tempfile::TempDir;
 
 /// A directory that the command runs in, so that messages hold no long paths.
@@ -79,19 +80,9 @@ pub fn file(entries: &[Entry<'_>]) -> Vec<u8> {
     safetensors::serialize(views, None).unwrap()
 }
 
-/// Reproducible numbers in (−1, 1).
-pub fn numbers(len: usize, seed: u64) -> Vec<f32> {
-    let mut state = seed;
-    let mut next = || {
-        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        (state >> 40) as f32 / (1u32 << 23) as f32 - 1.0
-    };
-    (0..len).map(|_| next()).collect()
-}
-
-/// An F32 tensor of such numbers.
+/// An F32 tensor of numbers in (−1, 1).
 pub fn f32s<'a>(name: &'a str, shape: &[usize], seed: u64) -> Entry<'a> {
-    let bytes = numbers(shape.iter().product(), seed).iter().flat_map(|x| x.to_le_bytes()).collect();
+    let bytes = uniform(seed, shape.iter().product()).iter().flat_map(|x| x.to_le_bytes()).collect();
     (name, Dtype::F32, shape.to_vec(), bytes)
 }
 

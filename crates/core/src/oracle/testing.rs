@@ -1,17 +1,9 @@
 //! Inputs that the oracle's tests share.
 
-use rand::SeedableRng;
-use rand_chacha::ChaCha8Rng;
-use rand_distr::{Distribution, StandardNormal};
+pub use sage_testkit::normal;
 
 use super::Matrix;
 use crate::{Call, DType, Inputs, Options, Tensor};
-
-/// Values drawn from N(0, 1).
-pub fn normal(seed: u64, len: usize) -> Vec<f32> {
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    (0..len).map(|_| StandardNormal.sample(&mut rng)).collect()
-}
 
 /// A matrix of values drawn from N(0, 1).
 pub fn normal_matrix(seed: u64, rows: usize, width: usize) -> Matrix<f32> {

@@ -240,19 +240,15 @@ impl Encode for u8 {
 
 #[cfg(test)]
 mod tests {
-    use rand::SeedableRng;
-    use rand_distr::{Distribution, StandardNormal};
     use sage_core::oracle::{CachedHead, Matrix};
-    use sage_core::{Tensor, ValueFormat};
+    use sage_core::{DType, Tensor, ValueFormat};
+    use sage_testkit::normal_tensor;
 
     use super::*;
     use crate::InstructionSet;
 
     fn tensor(seed: u64, layout: &CacheLayout, tokens: usize) -> Tensor {
-        let shape = [1, layout.num_kv_heads, tokens, layout.head_dim];
-        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
-        let sample = |_| StandardNormal.sample(&mut rng);
-        Tensor::new((0..shape.iter().product()).map(sample).collect::<Vec<f32>>(), &shape).unwrap()
+        normal_tensor(seed, &[1, layout.num_kv_heads, tokens, layout.head_dim], DType::F32)
     }
 
     /// What is stored of a head's token: constant, key codes and scale, what values stand for and their scale.

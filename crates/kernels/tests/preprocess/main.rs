@@ -4,4 +4,5 @@ mod inputs;
 mod keys;
 mod masked;
 mod queries;
+mod value_passes;
 mod values;

@@ -11,13 +11,13 @@ use sage_core::{
 use sage_emulator::Emulator;
 use sage_kernels::attention::MaskForm;
 use sage_kernels::preprocess::{
-    ColumnStatistics, InputArgs, KeyMean, QuantizeKArgs, QuantizeKConfig, QuantizeVArgs, QuantizeVConfig,
-    RankKeysArgs, RankKeysConfig, SEEN_WORDS, SampleArgs, SampleConfig, SeenKeysArgs, SeenKeysConfig,
-    ValueScales,
+    ColumnStatistics, InputArgs, KeyMean, QuantizeKArgs, QuantizeKConfig, RankKeysArgs, RankKeysConfig,
+    SEEN_WORDS, SampleArgs, SampleConfig, SeenKeysArgs, SeenKeysConfig,
 };
 use sage_kernels::{KEY_TILE, Kernel, TensorArg};
 
 use crate::inputs::{Batch, Fill, Random, Tensor, assert_mean, emulator, launch, poisoned, same};
+use crate::value_passes::{QuantizedValues, ValuePasses};
 
 /// Biases of each kind: hidden, padding, and others.
 const BIASES: [f32; 4] = [f32::NEG_INFINITY, f32::MIN, 0.0, -3.0];
@@ -337,43 +337,9 @@ fn check_values(
     let (heads, tiles, width) = (tensor.heads, tensor.batch.tiles(), tensor.source.padded_dim());
     let mut emulator = emulator(seed);
     let input = mask.input(&mut emulator, tensor);
-    let statistics = tensor.statistics() * 4;
-    let [mean, scale, factor] =
-        ["mean", "scale", "factor"].map(|name| emulator.uninitialized(name, statistics));
-    let pass = |scales| QuantizeVConfig { source: tensor.source, smooth, scales };
-    let passes = match scale_rows {
-        ScaleRows::All => vec![pass(ValueScales::Collected)],
-        ScaleRows::Sampled(_) => vec![pass(ValueScales::Given), pass(ValueScales::CollectedWhereMarked)],
-    };
-    let out = poisoned(&mut emulator, "out", heads * tiles * passes[0].tile_bytes());
-    let partials = passes[0].statistics().partials() * heads * tiles * width * 4;
-    let partials = emulator.uninitialized("partials", partials);
-    let arrivals = emulator.buffer("arrivals", &vec![0u32; 2 * heads]);
-    let marked = emulator.buffer("marked", &vec![0u32; 2 * heads]);
-    if let ScaleRows::Sampled(rows) = scale_rows {
-        let sample = SampleConfig { source: tensor.source, rows, statistics: ColumnStatistics::Scale };
-        let (scale, factor) = (scale.address(), factor.address());
-        let args = SampleArgs { input, scale, factor, v_max, ..SampleArgs::default() };
-        launch(&emulator, &sample.program(), sample.grid(heads, 2), &args.args());
-    }
-    let args = QuantizeVArgs {
-        input,
-        out: out.address(),
-        mean: mean.address(),
-        scale: scale.address(),
-        factor: factor.address(),
-        partials: partials.address(),
-        arrivals: arrivals.address(),
-        marked: marked.address(),
-        key_tiles: tiles as i32,
-        v_max,
-        lead: 1,
-    };
-    for pass in passes {
-        launch(&emulator, &pass.program(), pass.grid(mask.kv_len, heads, 2, 1), &args.args());
-    }
-    let (out, scale): (Vec<u8>, Vec<f32>) = (emulator.read(out), emulator.read(scale));
-    let means: Vec<f32> = if smooth { emulator.read(mean) } else { vec![0.0; tensor.statistics()] };
+    let passes = ValuePasses { smooth, v_max, scale_rows, lead: 1, folded: false };
+    let QuantizedValues { out, mean, scale } = passes.run(&mut emulator, tensor, input);
+    let means = if smooth { mean } else { vec![0.0; tensor.statistics()] };
     for (s, sequence) in tensor.batch.sequences().iter().enumerate() {
         for head in 0..heads {
             let (v, seen) = (tensor.matrix(sequence, head), &seen[s * heads + head]);

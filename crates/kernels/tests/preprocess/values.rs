@@ -3,13 +3,11 @@
 use half::{bf16, f16};
 use sage_core::oracle::{Fp8Channels, SeenKeys, subtract, v_token_slot};
 use sage_core::{DType, ScaleRows};
-use sage_kernels::preprocess::{
-    ColumnStatistics, ConvertVArgs, ConvertVConfig, QuantizeVArgs, QuantizeVConfig, SampleArgs, SampleConfig,
-    ValueScales,
-};
+use sage_kernels::preprocess::{ConvertVArgs, ConvertVConfig};
 use sage_kernels::{KEY_TILE, Kernel};
 
-use crate::inputs::{Batch, Fill, Tensor, assert_mean, emulator, folded, launch, poisoned, same};
+use crate::inputs::{Batch, Fill, Tensor, assert_mean, emulator, launch, poisoned, same};
+use crate::value_passes::{QuantizedValues, ValuePasses};
 
 /// Quantises a tensor and compares everything written with the oracle.
 #[track_caller]
@@ -26,61 +24,13 @@ fn check_with_lead(tensor: &Tensor, smooth: bool, v_max: f32, seed: u64, lead: u
 /// The same with scales from some or all rows.
 #[track_caller]
 fn check_scales(tensor: &Tensor, smooth: bool, v_max: f32, scale_rows: ScaleRows, seed: u64, lead: usize) {
-    let config = |scales| QuantizeVConfig { source: tensor.source, smooth, scales };
-    let passes = match scale_rows {
-        ScaleRows::All => vec![config(ValueScales::Collected)],
-        ScaleRows::Sampled(_) => [ValueScales::Given, ValueScales::CollectedWhereMarked].map(config).to_vec(),
-    };
-    let config = passes[0];
+    let passes = ValuePasses { smooth, v_max, scale_rows, lead, folded: seed % 2 == 1 };
+    let config = passes.configs(tensor)[0];
     let (heads, tiles, width) = (tensor.heads, tensor.batch.tiles(), tensor.source.padded_dim());
     let sequences = tensor.batch.sequences();
     let mut emulator = emulator(seed);
     let input = tensor.input(&mut emulator);
-    let out = poisoned(&mut emulator, "out", heads * tiles * config.tile_bytes());
-    let [mean, scale, factor] =
-        ["mean", "scale", "factor"].map(|name| emulator.uninitialized(name, tensor.statistics() * 4));
-    let arrivals = emulator.buffer("arrivals", &vec![0u32; sequences.len() * heads]);
-    let marked = emulator.uninitialized("marked", sequences.len() * heads * 4);
-    let parts = config.statistics().partials();
-    let partials = emulator.uninitialized("partials", heads * tiles * width * parts * 4);
-    let args = QuantizeVArgs {
-        input,
-        out: out.address(),
-        mean: mean.address(),
-        scale: scale.address(),
-        factor: factor.address(),
-        partials: partials.address(),
-        arrivals: arrivals.address(),
-        marked: marked.address(),
-        key_tiles: tiles as i32,
-        v_max,
-        lead: lead as i32,
-    };
-    if let ScaleRows::Sampled(count) = scale_rows {
-        let sample = SampleConfig { source: tensor.source, rows: count, statistics: ColumnStatistics::Scale };
-        let args = SampleArgs {
-            input,
-            mean: 0,
-            scale: scale.address(),
-            factor: factor.address(),
-            v_max,
-            counters: marked.address(),
-            counter_count: (sequences.len() * heads) as i32,
-        };
-        let grid = folded(sample.grid(heads, sequences.len()));
-        launch(&emulator, &sample.program(), grid, &args.args());
-    }
-    for pass in passes {
-        let mut grid = pass.grid(tensor.batch.max_len(), heads, sequences.len(), lead);
-        if seed % 2 == 1 {
-            grid = folded(grid);
-        }
-        launch(&emulator, &pass.program(), grid, &args.args());
-    }
-
-    assert_eq!(emulator.written_bytes(scale), scale.len());
-    let out: Vec<u8> = emulator.read(out);
-    let [mean, scale] = [mean, scale].map(|buffer| emulator.read::<f32>(buffer));
+    let QuantizedValues { out, mean, scale } = passes.run(&mut emulator, tensor, input);
     for (s, sequence) in sequences.iter().enumerate() {
         for head in 0..heads {
             let v = tensor.matrix(sequence, head);
