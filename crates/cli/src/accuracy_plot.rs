@@ -7,7 +7,7 @@ use plotters::style::FontStyle;
 use sageattention::{Preset, Result as CallResult};
 use sageattn_files::qkv_file::printable;
 
-use crate::commands::accuracy::Row;
+use crate::accuracy_row::Row;
 use crate::compare::{ComputedBy, Reference};
 use crate::failure::Result;
 use crate::plot::{Area, COLOURS, DrawResult, FAINT, FONT, Figure, INK, PlotFile, legend, text};

@@ -17,7 +17,10 @@ pub struct Args {
     #[arg(short, long, global = true, help_heading = EVERYWHERE)]
     pub quiet: bool,
     /// Threads to compute with [default: one for each core]
-    #[arg(long, global = true, help_heading = EVERYWHERE, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    #[arg(
+        long, global = true, help_heading = EVERYWHERE, value_name = "N",
+        value_parser = clap::value_parser!(u16).range(1..=1024),
+    )]
     pub threads: Option<u16>,
     /// Log what happens to standard error; twice or thrice for more
     #[arg(short, long, global = true, help_heading = EVERYWHERE, action = ArgAction::Count)]

@@ -4,7 +4,7 @@ use plotters::prelude::*;
 use plotters::style::FontStyle;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
-use crate::commands::bench::row_label;
+use crate::options::CallOptions;
 use crate::plot::{Area, COLOURS, DrawResult, FAINT, FONT, Figure, INK, legend, text};
 use crate::speed::Row;
 
@@ -26,16 +26,15 @@ struct Bar {
 }
 
 impl BenchPlot {
-    /// The rows of a run, in its order.
-    pub fn new(rows: &[Row]) -> Self {
+    /// The rows of a run, in its order, all of calls with the same options.
+    pub fn new(rows: &[Row], call: &CallOptions) -> Self {
         let mut plot = BenchPlot {
             shapes: Vec::new(),
             schemes: Vec::new(),
             bars: Vec::new(),
             caption: rows.first().map_or(String::new(), |row| {
-                let mask = if row.causal { "causal" } else { "no mask" };
                 format!(
-                    "{}, {mask}, {} threads; above each bar: times full precision's speed",
+                    "{}, {call}, {} threads; above each bar: times full precision's speed",
                     row.dtype,
                     rayon::current_num_threads()
                 )
@@ -43,7 +42,7 @@ impl BenchPlot {
         };
         for row in rows {
             let (shape, scheme) =
-                (position(&mut plot.shapes, row_label(row)), position(&mut plot.schemes, row.scheme));
+                (position(&mut plot.shapes, row.shape.to_string()), position(&mut plot.schemes, row.scheme));
             plot.bars.push(Bar { shape, scheme, gflops: row.gflops, ratio: row.ratio_to_full_precision });
         }
         plot

@@ -3,7 +3,7 @@
 use indicatif::ProgressBar;
 use rayon::prelude::*;
 use sage_core::metrics::Accuracy;
-use sageattention::{Attention, Preset, Result, Scheme};
+use sageattention::{Attention, Device, Preset, Result, Scheme};
 use sageattn_files::qkv_file::Qkv;
 use serde::Serialize;
 
@@ -18,6 +18,9 @@ pub enum ComputedBy {
     /// The kernels of the CPU backend.
     #[serde(rename = "cpu kernel")]
     CpuKernel,
+    /// The kernels of a GPU.
+    #[serde(rename = "gpu kernel")]
+    GpuKernel,
 }
 
 impl ComputedBy {
@@ -26,6 +29,7 @@ impl ComputedBy {
         match self {
             ComputedBy::Oracle => "oracle",
             ComputedBy::CpuKernel => "cpu kernel",
+            ComputedBy::GpuKernel => "gpu kernel",
         }
     }
 }
@@ -47,16 +51,23 @@ pub struct Reference<'a> {
     qkv: &'a Qkv,
     heads: Heads<'a>,
     attention: Attention<'a>,
+    device: Device,
     exact: Vec<Vec<f64>>,
 }
 
 impl<'a> Reference<'a> {
-    /// Computes exact attention, all heads at once; they are added to the progress.
-    pub fn new(qkv: &'a Qkv, attention: Attention<'a>, progress: &ProgressBar) -> Result<Self> {
+    /// Computes exact attention, all heads at once; they are added to the progress. The kernels that are compared with it
+    /// are those of `device`.
+    pub fn new(
+        qkv: &'a Qkv,
+        attention: Attention<'a>,
+        device: Device,
+        progress: &ProgressBar,
+    ) -> Result<Self> {
         let heads = Heads::new(qkv, attention.options())?;
         progress.inc_length(heads.list().len() as u64);
         let exact = per_head(&heads, progress, |head| heads.exact(head))?;
-        Ok(Reference { qkv, heads, attention, exact })
+        Ok(Reference { qkv, heads, attention: attention.device(device), device, exact })
     }
 
     /// The tensors, head by head.
@@ -71,8 +82,8 @@ impl<'a> Reference<'a> {
         Ok(self.comparison(ComputedBy::Oracle, &found))
     }
 
-    /// Compares the CPU backend's kernels, or `None` where it has none for the preset.
-    pub fn cpu_kernel(&self, preset: Preset) -> Result<Option<Comparison>> {
+    /// Compares the kernels of the device, or `None` where it has none for the preset.
+    pub fn kernel(&self, preset: Preset) -> Result<Option<Comparison>> {
         let attention = self.attention.clone().scheme(preset);
         let Qkv { q, k, v, .. } = self.qkv;
         if attention.plan(q, k, v).is_err() {
@@ -85,7 +96,11 @@ impl<'a> Reference<'a> {
             .iter()
             .map(|&head| self.heads.output(&out, head))
             .collect::<Result<Vec<_>>>()?;
-        Ok(Some(self.comparison(ComputedBy::CpuKernel, &found)))
+        let computed_by = match self.device {
+            Device::Cpu => ComputedBy::CpuKernel,
+            Device::Cuda(_) => ComputedBy::GpuKernel,
+        };
+        Ok(Some(self.comparison(computed_by, &found)))
     }
 
     fn comparison<T: Copy + Into<f64>>(&self, computed_by: ComputedBy, found: &[Vec<T>]) -> Comparison {

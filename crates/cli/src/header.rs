@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use serde::de::{self, Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 
-use crate::qkv_file::{FileError, Result, printable};
+use crate::file_error::{FileError, Result, printable};
 
 /// Bytes of the number in front of the header.
 const PREFIX: usize = 8;

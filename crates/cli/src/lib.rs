@@ -3,5 +3,6 @@
 
 #![forbid(unsafe_code)]
 
+mod file_error;
 mod header;
 pub mod qkv_file;

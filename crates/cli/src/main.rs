@@ -3,19 +3,25 @@
 #![forbid(unsafe_code)]
 
 mod accuracy_plot;
+mod accuracy_row;
 mod args;
 mod atomic_file;
 mod bench_plot;
-mod call_options;
 mod commands;
 mod compare;
 mod console;
+mod decode_plan;
 mod emulation;
 mod failure;
+mod gpu_plan;
 mod heads;
 mod inputs;
+mod made_up;
 mod memory;
+mod metrics;
+mod options;
 mod plot;
+mod shape;
 mod speed;
 mod table;
 mod timing;

@@ -8,21 +8,11 @@ use sageattention::cuda::{Cuda, CudaTensor, Stream};
 use sageattention::{Attention, DType, Device, Preset, Result, Tensor};
 use serde::Serialize;
 
-use crate::call_options::SchemeName;
 use crate::inputs;
 use crate::memory::peak_increase;
+use crate::options::SchemeName;
+use crate::shape::Shape;
 use crate::timing::{Times, interleaved};
-
-/// Sizes of a problem to measure.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Shape {
-    pub batch: usize,
-    pub heads: usize,
-    pub kv_heads: usize,
-    pub q_len: usize,
-    pub kv_len: usize,
-    pub head_dim: usize,
-}
 
 /// One scheme on one shape.
 #[derive(Clone, Debug, Serialize)]
@@ -32,12 +22,8 @@ pub struct Row {
     /// What was computed.
     pub computes: String,
     pub dtype: &'static str,
-    pub batch: usize,
-    pub heads: usize,
-    pub kv_heads: usize,
-    pub q_len: usize,
-    pub kv_len: usize,
-    pub head_dim: usize,
+    #[serde(flatten)]
+    pub shape: Shape,
     pub causal: bool,
     #[serde(flatten)]
     pub times: Times,
@@ -97,6 +83,12 @@ impl<'a> Subject<'a> {
             k: tensor(shape.kv_heads, shape.kv_len, 2)?,
             v: tensor(shape.kv_heads, shape.kv_len, 3)?,
         })
+    }
+
+    /// Sizes of the tensors, keys that no query sees included.
+    fn shape(&self) -> Shape {
+        let (q, k) = (self.q.shape(), self.k.shape());
+        Shape { batch: q[0], heads: q[1], kv_heads: k[1], q_len: q[2], kv_len: k[2], head_dim: q[3] }
     }
 
     /// How far a scheme's call raises the resident memory of this process, which must not have made one before: later
@@ -160,18 +152,14 @@ impl<'a> Subject<'a> {
                 let plan = calls[i].plan(&self.q, &self.k, &self.v)?;
                 let p = plan.problem();
                 let seconds = times[i].median_ms / 1e3;
-                let read = (self.k.shape().iter().product::<usize>() * 2 * p.dtype.bytes()) as f64;
-                let achieved = (p.q_len == 1).then(|| read / seconds / 1e9);
+                // Keys that a window hides are not read.
+                let read = 2 * p.batch * p.num_kv_heads * p.kv_len * p.head_dim * p.dtype.bytes();
+                let achieved = (p.q_len == 1).then(|| read as f64 / seconds / 1e9);
                 Ok(Row {
                     scheme: timed[i].name(),
                     computes: plan.scheme().to_string(),
                     dtype: p.dtype.name(),
-                    batch: p.batch,
-                    heads: p.num_q_heads,
-                    kv_heads: p.num_kv_heads,
-                    q_len: p.q_len,
-                    kv_len: p.kv_len,
-                    head_dim: p.head_dim,
+                    shape: self.shape(),
                     causal: p.band.right == Some(0),
                     times: times[i],
                     gflops: operations(p) / seconds / 1e9,
@@ -212,9 +200,11 @@ impl OnGpu {
     }
 }
 
-/// 4·B·H·Lq·Lk·D, halved for causal; where the lengths differ, the pairs that causal leaves are counted.
-fn operations(p: &Problem) -> f64 {
-    let pairs = if p.band.right == Some(0) && p.q_len == p.kv_len {
+/// 4·B·H·Lq·Lk·D, halved for causal; where the lengths differ, or there is a window, the pairs that are seen are
+/// counted.
+pub fn operations(p: &Problem) -> f64 {
+    let is_causal = p.band.left.is_none() && p.band.right == Some(0);
+    let pairs = if is_causal && p.q_len == p.kv_len {
         (p.q_len * p.kv_len) as f64 / 2.0
     } else {
         (0..p.q_len).map(|i| p.band.keys(i, p.q_len, p.kv_len).len() as f64).sum()

@@ -36,6 +36,12 @@ impl<T: fmt::Display> From<T> for Cell {
     }
 }
 
+/// A ratio of speeds; green where it is a gain beyond noise.
+pub fn ratio(ratio: f64) -> Cell {
+    let cell = Cell::from(format!("{ratio:.2}×"));
+    if ratio > 1.05 { cell.style(GOOD) } else { cell }
+}
+
 /// A table. Columns whose heading begins with `<` are aligned to the left, all others to the right.
 #[derive(Clone, Debug)]
 pub struct Table {

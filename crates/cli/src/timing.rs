@@ -29,8 +29,8 @@ impl Times {
     }
 }
 
-/// Takes every candidate's time `reps` times, in turn: whatever slows the machine for a while slows all of them. Each turn
-/// begins with another candidate, so that none always follows the same one.
+/// Takes every candidate's time `reps` times, in turn: whatever slows the machine for a while slows all of them. Each
+/// turn begins with another candidate, so that none always follows the same one.
 pub fn interleaved<E>(
     candidates: usize,
     reps: usize,

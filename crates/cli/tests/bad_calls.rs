@@ -33,20 +33,32 @@ impl Drop for Wrong {
 
 /// Tensors q, k and v of 0 bytes each, but for what a row puts in.
 fn header(q: &str) -> String {
-    format!(
-        r#"{{"q":{q},"k":{{"dtype":"F32","shape":[0],"data_offsets":[8,8]}},"v":{{"dtype":"F32","shape":[0],"data_offsets":[8,8]}}}}"#
-    )
+    let empty = r#"{"dtype":"F32","shape":[0],"data_offsets":[8,8]}"#;
+    format!(r#"{{"q":{q},"k":{empty},"v":{empty}}}"#)
+}
+
+/// Each of these files is refused by every command that reads one.
+fn malformed(rows: &[(Vec<u8>, &str)]) {
+    let place = Place::new();
+    let mut wrong = Wrong::default();
+    for (bytes, message) in rows {
+        place.write("in.safetensors", bytes);
+        let line = format!("in.safetensors: not a valid safetensors file: {message}");
+        wrong.check(&place, "run in.safetensors -o out.safetensors", 1, &line);
+        wrong.check(&place, "accuracy in.safetensors", 1, &line);
+    }
+    assert_eq!(place.names(), ["in.safetensors"]);
+}
+
+/// A file with such an entry for q.
+fn with_q(q: &str) -> Vec<u8> {
+    raw(&header(q), &[0; 8])
 }
 
 #[test]
 fn broken_files() {
-    let place = Place::new();
-    let mut wrong = Wrong::default();
     let good = file(&qkv());
-    let q = |q: &str| raw(&header(q), &[0; 8]);
-    let mut not_utf8 = raw(r#"{"q    ":1}"#, &[]);
-    not_utf8[11] = 0xff;
-    let rows: Vec<(Vec<u8>, &str)> = vec![
+    malformed(&[
         (vec![], "file: found 0 bytes, expected at least 8"),
         (vec![1, 2, 3], "file: found 3 bytes, expected at least 8"),
         (good[..7].to_vec(), "file: found 7 bytes, expected at least 8"),
@@ -56,7 +68,8 @@ fn broken_files() {
         ),
         (
             good[..good.len() - 1].to_vec(),
-            "tensor \"v\": found data_offsets [13568, 18688], expected rising offsets within the 18687 bytes of data",
+            "tensor \"v\": found data_offsets [13568, 18688], expected rising offsets within the 18687 bytes \
+             of data",
         ),
         (
             [&good[..], b"tail"].concat(),
@@ -70,9 +83,18 @@ fn broken_files() {
             [&(1u64 << 40).to_le_bytes()[..], b"{}"].concat(),
             "header: found 1099511627776 bytes, expected at most the 2 bytes that the file has left",
         ),
+    ]);
+}
+
+#[test]
+fn headers_that_are_no_json() {
+    let mut not_utf8 = raw(r#"{"q    ":1}"#, &[]);
+    not_utf8[11] = 0xff;
+    malformed(&[
         (
             raw("", &[]),
-            "header: found invalid JSON (EOF while parsing a value at line 1 column 0), expected a JSON object of tensors",
+            "header: found invalid JSON (EOF while parsing a value at line 1 column 0), expected a JSON \
+             object of tensors",
         ),
         (
             raw("not JSON", &[]),
@@ -80,82 +102,88 @@ fn broken_files() {
         ),
         (
             raw("[1, 2]", &[]),
-            "header: found invalid JSON (invalid type: sequence, expected an object at line 1 column 0), expected a JSON object of tensors",
+            "header: found invalid JSON (invalid type: sequence, expected an object at line 1 column 0), \
+             expected a JSON object of tensors",
         ),
         (
             not_utf8,
-            "header: found invalid JSON (invalid unicode code point at line 1 column 4), expected a JSON object of tensors",
+            "header: found invalid JSON (invalid unicode code point at line 1 column 4), expected a JSON \
+             object of tensors",
         ),
         (
             raw(&"[".repeat(100_000), &[]),
-            "header: found invalid JSON (invalid type: sequence, expected an object at line 1 column 0), expected a JSON object of tensors",
+            "header: found invalid JSON (invalid type: sequence, expected an object at line 1 column 0), \
+             expected a JSON object of tensors",
         ),
         (
             raw(r#"{"q":7}"#, &[]),
-            "header: found invalid JSON (invalid type: integer `7`, expected an object with dtype, shape and data_offsets at line 1 column 6), expected a JSON object of tensors",
+            "header: found invalid JSON (invalid type: integer `7`, expected an object with dtype, shape and \
+             data_offsets at line 1 column 6), expected a JSON object of tensors",
         ),
         (
             raw(r#"{"q":{"dtype":"F32","shape":[2]}}"#, &[]),
-            "header: found invalid JSON (missing field `data_offsets` at line 1 column 32), expected a JSON object of tensors",
+            "header: found invalid JSON (missing field `data_offsets` at line 1 column 32), expected a JSON \
+             object of tensors",
         ),
         (
-            q(r#"{"dtype":"F32","shape":[-2],"data_offsets":[0,8]}"#),
-            "header: found invalid JSON (invalid value: integer `-2`, expected u64 at line 1 column 31), expected a JSON object of tensors",
+            with_q(r#"{"dtype":"F32","shape":[-2],"data_offsets":[0,8]}"#),
+            "header: found invalid JSON (invalid value: integer `-2`, expected u64 at line 1 column 31), \
+             expected a JSON object of tensors",
         ),
         (
-            q(
+            with_q(
                 r#"{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"q":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}"#,
             ),
-            "header: found invalid JSON (tensor \"q\" occurs twice at line 1 column 57), expected a JSON object of tensors",
+            "header: found invalid JSON (tensor \"q\" occurs twice at line 1 column 57), expected a JSON \
+             object of tensors",
         ),
+    ]);
+}
+
+#[test]
+fn headers_that_contradict_themselves() {
+    malformed(&[
         (
-            q(r#"{"dtype":"F33","shape":[2],"data_offsets":[0,8]}"#),
+            with_q(r#"{"dtype":"F33","shape":[2],"data_offsets":[0,8]}"#),
             "tensor \"q\": found dtype F33, expected a dtype of the safetensors format",
         ),
         (
-            q(r#"{"dtype":"F32","shape":[3],"data_offsets":[0,8]}"#),
+            with_q(r#"{"dtype":"F32","shape":[3],"data_offsets":[0,8]}"#),
             "tensor \"q\": found 8 bytes of data, expected 12 for F32 [3]",
         ),
         (
-            q(r#"{"dtype":"F32","shape":[2],"data_offsets":[8,0]}"#),
+            with_q(r#"{"dtype":"F32","shape":[2],"data_offsets":[8,0]}"#),
             "tensor \"q\": found data_offsets [8, 0], expected rising offsets within the 8 bytes of data",
         ),
         (
-            q(r#"{"dtype":"F32","shape":[2],"data_offsets":[0,9]}"#),
+            with_q(r#"{"dtype":"F32","shape":[2],"data_offsets":[0,9]}"#),
             "tensor \"q\": found data_offsets [0, 9], expected rising offsets within the 8 bytes of data",
         ),
         (
-            q(r#"{"dtype":"F32","shape":[1],"data_offsets":[4,8]}"#),
+            with_q(r#"{"dtype":"F32","shape":[1],"data_offsets":[4,8]}"#),
             "tensor \"q\": found a start at data byte 4, expected 0, the end of the tensor before",
         ),
         (
-            q(r#"{"dtype":"F32","shape":[1],"data_offsets":[0,4]}"#),
+            with_q(r#"{"dtype":"F32","shape":[1],"data_offsets":[0,4]}"#),
             "tensor \"k\": found a start at data byte 8, expected 4, the end of the tensor before",
         ),
         (
-            q(r#"{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,8]}"#),
+            with_q(r#"{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,8]}"#),
             "tensor \"q\": found F32 [4294967296, 4294967296], expected whole bytes, fewer than 2⁶⁴ bits",
         ),
         (
-            q(r#"{"dtype":"F4","shape":[3],"data_offsets":[0,8]}"#),
+            with_q(r#"{"dtype":"F4","shape":[3],"data_offsets":[0,8]}"#),
             "tensor \"q\": found F4 [3], expected whole bytes, fewer than 2⁶⁴ bits",
         ),
         (
-            q(r#"{"dtype":"F32","shape":[4611686018427387904,8,0],"data_offsets":[0,8]}"#),
+            with_q(r#"{"dtype":"F32","shape":[4611686018427387904,8,0],"data_offsets":[0,8]}"#),
             "tensor \"q\": found 8 bytes of data, expected 0 for F32 [4611686018427387904, 8, 0]",
         ),
         (
-            q(r#"{"dtype":"U8","shape":[8,1,1,1,1,1,1,1,1],"data_offsets":[0,8]}"#),
+            with_q(r#"{"dtype":"U8","shape":[8,1,1,1,1,1,1,1,1],"data_offsets":[0,8]}"#),
             "tensor \"q\": found 9 dimensions, expected at most 8",
         ),
-    ];
-    for (bytes, message) in rows {
-        place.write("in.safetensors", &bytes);
-        let line = format!("in.safetensors: not a valid safetensors file: {message}");
-        wrong.check(&place, "run in.safetensors -o out.safetensors", 1, &line);
-        wrong.check(&place, "accuracy in.safetensors", 1, &line);
-    }
-    assert_eq!(place.names(), ["in.safetensors"]);
+    ]);
 }
 
 #[test]
@@ -193,7 +221,8 @@ fn tensors_that_do_not_serve() {
         (
             replaced(("q", Dtype::F32, vec![0, 1 << 62, 1, 8], vec![])),
             "",
-            "tensor \"q\": shape is [0, 4611686018427387904, 1, 8], expected less than 2⁶³ elements, where a size of 0 counts as 1",
+            "tensor \"q\": shape is [0, 4611686018427387904, 1, 8], expected less than 2⁶³ elements, where a \
+             size of 0 counts as 1",
         ),
         (
             replaced(f32s("q", &[33, 16], 1)),
@@ -279,7 +308,7 @@ fn files_that_cannot_be_opened() {
             "none.safetensors: cannot be read: No such file or directory (os error 2)",
         ),
         (
-            "accuracy in.safetensors --json --scheme full --plot none/a.png",
+            "accuracy in.safetensors --json --schemes full --plot none/a.png",
             "none/a.png: cannot be written: No such file or directory (os error 2)",
         ),
     ] {
@@ -300,10 +329,15 @@ fn command_lines() {
         names.join(", ")
     );
     wrong.check(&place, "run in.safetensors -o out --scheme sage9", 2, &scheme);
-    wrong.check(&place, "accuracy in.safetensors --scheme sage9", 2, &scheme);
+    let schemes = scheme.replace("--scheme <NAME>", "--schemes <NAME,…>");
+    wrong.check(&place, "accuracy in.safetensors --schemes int8,sage9", 2, &schemes);
+    // The backend's own choice has nothing that defines it.
+    let auto = schemes.replace("'sage9'", "'auto'");
+    wrong.check(&place, "accuracy in.safetensors --schemes auto", 2, &auto);
     let window = |value: &str| {
         format!(
-            "invalid value '{value}' for '--window <L,R>': expected two numbers L,R of at least 0, or \"any\" for no limit, such as 128,0 (see --help)"
+            "invalid value '{value}' for '--window <L,R>': expected two numbers L,R of at least 0, or \"any\" \
+             for no limit, such as 128,0 (see --help)"
         )
     };
     for value in ["3", "a,b", "-2,0", "1,2,3", ","] {
@@ -311,7 +345,8 @@ fn command_lines() {
     }
     let shape = |value: &str| {
         format!(
-            "invalid value '{value}' for '--shapes <B,H,S,D>...': expected batch,heads,seq,head_dim such as 1,8,1024,64 or 1,32/8,1x4096,128 (see --help)"
+            "invalid value '{value}' for '--shapes <B,H,S,D>...': expected batch,heads,seq,head_dim such as \
+             1,8,1024,64 or 1,32/8,1x4096,128 (see --help)"
         )
     };
     for value in ["1,2,3", "1,2,3,4,5", "1,2,3,x", "1,2/,3,4"] {
@@ -326,7 +361,8 @@ fn command_lines() {
         ),
         (
             "run in.safetensors -o out --causal=left",
-            "invalid value 'left' for '--causal[=<ALIGNMENT>]' [possible values: bottom-right, top-left] (see --help)",
+            "invalid value 'left' for '--causal[=<ALIGNMENT>]' [possible values: bottom-right, top-left] (see \
+             --help)",
         ),
         (
             "run in.safetensors -o out --layout hdn",
@@ -338,20 +374,34 @@ fn command_lines() {
         ),
         (
             "run in.safetensors -o out --sm-scale 1e-46",
-            "invalid value '1e-46' for '--sm-scale <X>': single precision makes 0 of it, expected 1e-45 to 3.4e38 (see --help)",
+            "invalid value '1e-46' for '--sm-scale <X>': single precision makes 0 of it, expected 1e-45 to \
+             3.4e38 (see --help)",
         ),
         (
             "run in.safetensors -o out --sm-scale 0.1e-400",
-            "invalid value '0.1e-400' for '--sm-scale <X>': single precision makes 0 of it, expected 1e-45 to 3.4e38 (see --help)",
+            "invalid value '0.1e-400' for '--sm-scale <X>': single precision makes 0 of it, expected 1e-45 to \
+             3.4e38 (see --help)",
         ),
         (
             "accuracy in.safetensors --softcap 1e39",
-            "invalid value '1e39' for '--softcap <X>': single precision makes inf of it, expected 1e-45 to 3.4e38 (see --help)",
+            "invalid value '1e39' for '--softcap <X>': single precision makes inf of it, expected 1e-45 to \
+             3.4e38 (see --help)",
         ),
         (
             "run in.safetensors -o out --kv-lens 1,x",
             "invalid value 'x' for '--kv-lens <N,…>': invalid digit found in string (see --help)",
         ),
+    ] {
+        wrong.check(&place, words, 2, line);
+    }
+    assert_eq!(place.names(), ["in.safetensors"]);
+}
+
+#[test]
+fn command_lines_without_a_file() {
+    let place = Place::new();
+    let mut wrong = Wrong::default();
+    for (words, line) in [
         (
             "run in.safetensors -o out --threads 0",
             "invalid value '0' for '--threads <N>': 0 is not in 1..=1024 (see --help)",
@@ -377,20 +427,19 @@ fn command_lines() {
         ("bench --plot a", "--plot: file is a, expected a name ending in .png or .svg"),
         (
             "explain --heads 8 --seq 64 --head-dim 257",
-            "invalid value '257' for '--head-dim <HEAD_DIM>': 257 is not in 1..=256 (see --help)",
+            "invalid value '257' for '--head-dim <N>': 257 is not in 1..=256 (see --help)",
         ),
         (
             "explain --heads 8 --seq 64 --head-dim 0",
-            "invalid value '0' for '--head-dim <HEAD_DIM>': 0 is not in 1..=256 (see --help)",
+            "invalid value '0' for '--head-dim <N>': 0 is not in 1..=256 (see --help)",
         ),
         (
-            "explain --seq 64 --head-dim 64",
-            "the following required arguments were not provided: --heads <HEADS> (see --help)",
+            "explain --heads x",
+            "invalid value 'x' for '--heads <N>': invalid digit found in string (see --help)",
         ),
     ] {
         wrong.check(&place, words, 2, line);
     }
-    assert_eq!(place.names(), ["in.safetensors"]);
 }
 
 #[test]
@@ -404,7 +453,8 @@ fn problems_that_cannot_be() {
         ),
         (
             "explain --heads 8 --seq 18446744073709551615 --head-dim 64",
-            "q: shape is [1, 8, 18446744073709551615, 64], expected less than 2⁶³ elements, where a size of 0 counts as 1",
+            "q: shape is [1, 8, 18446744073709551615, 64], expected less than 2⁶³ elements, where a size of 0 \
+             counts as 1",
         ),
         (
             "explain --heads 8 --seq 64 --head-dim 64 --softcap inf",
@@ -417,11 +467,13 @@ fn problems_that_cannot_be() {
         ),
         (
             "bench --shapes 4294967296,4294967296,64,64",
-            "shape 4294967296,4294967296,64,64: tensor: shape is [4294967296, 4294967296, 64, 64], expected less than 2⁶³ elements, where a size of 0 counts as 1",
+            "shape 4294967296,4294967296,64,64: tensor: shape is [4294967296, 4294967296, 64, 64], expected \
+             less than 2⁶³ elements, where a size of 0 counts as 1",
         ),
         (
             "bench --shapes 1048576,1048576,64,64",
-            "shape 1048576,1048576,64,64: a tensor of shape [1048576, 1048576, 64, 64] is not supported: no memory for 4503599627370496 numbers",
+            "shape 1048576,1048576,64,64: a tensor of shape [1048576, 1048576, 64, 64] is not supported: no \
+             memory for 4503599627370496 numbers",
         ),
     ] {
         wrong.check(&place, words, 1, line);

@@ -161,7 +161,7 @@ fn accuracy_knows_layouts() {
         rows.iter_mut().for_each(|row| row["file"] = Value::Null);
         rows
     };
-    let schemes = "--json --causal --scheme int8 --scheme sage3-nvfp4";
+    let schemes = "--json --causal --schemes int8,sage3-nvfp4";
     assert_eq!(
         rows(&format!("accuracy in.safetensors {schemes}")),
         rows(&format!("accuracy nhd.safetensors --layout nhd {schemes}"))
@@ -171,7 +171,7 @@ fn accuracy_knows_layouts() {
 #[test]
 fn tables_are_for_people() {
     let place = place_with(&file(&qkv()));
-    let text = place.succeed("accuracy in.safetensors --scheme int8 --per-head");
+    let text = place.succeed("accuracy in.safetensors --schemes int8 --per-head");
     assert!(text.starts_with("in.safetensors · q [1, 4, 33, 16], k [1, 2, 40, 16], f32\n"), "{text}");
     assert!(text.contains("  scheme  computed by    cosine  relative L1"), "{text}");
     assert!(text.contains("int8 (oracle)"), "{text}");
@@ -231,7 +231,7 @@ fn plots_are_valid_images() {
         layers.iter().zip(1..).map(|(name, seed)| f32s(name, &[1, 2, 24, 8], seed)).collect();
     let place = place_with(&file(&layers));
     place.succeed("accuracy in.safetensors --plot a.png");
-    place.succeed("accuracy in.safetensors --plot a.svg --scheme int8");
+    place.succeed("accuracy in.safetensors --plot a.svg --schemes int8");
     place.succeed("bench --shapes 1,1,16,8 --reps 1 --plot b.png --json");
     place.succeed("bench --shapes 1,1,16,8 --reps 1 --plot b.SVG");
     for name in ["a.png", "b.png"] {
@@ -294,7 +294,7 @@ fn without_a_command_the_example_is_shown() {
 #[test]
 fn help_has_examples() {
     let place = Place::new();
-    for command in ["run", "accuracy", "bench", "explain", "ptx", "emulate", "info"] {
+    for command in ["run", "accuracy", "bench", "explain", "tune", "ptx", "emulate", "info"] {
         let text = place.succeed(&format!("{command} --help"));
         assert!(text.contains("Examples:\n") && text.contains(&format!("  sageattn {command}")), "{text}");
     }
@@ -340,7 +340,7 @@ fn written_files_keep_their_permissions() {
     symlink("secret.safetensors", place.path("link")).unwrap();
     for (name, words) in [
         ("secret.safetensors", "run in.safetensors -o link"),
-        ("a.svg", "accuracy in.safetensors --scheme int8 --plot a.svg"),
+        ("a.svg", "accuracy in.safetensors --schemes int8 --plot a.svg"),
         ("b.png", "bench --shapes 1,1,16,8 --reps 1 --json --plot b.png"),
     ] {
         place.write(name, b"before");

@@ -1,6 +1,8 @@
 //! A call to attention: what the caller hands over, and what a plan depends on.
 
-use crate::{Band, BlockMask, DType, Lengths, Operand, TensorView};
+use std::fmt;
+
+use crate::{Alignment, Band, BlockMask, DType, Lengths, Operand, TensorView};
 
 /// Largest head dimension.
 pub const MAX_HEAD_DIM: usize = 256;
@@ -138,5 +140,43 @@ impl Problem {
     /// Query heads that share a key head.
     pub fn group_size(&self) -> usize {
         self.num_q_heads.checked_div(self.num_kv_heads).unwrap_or(0)
+    }
+
+    /// The masks, in words.
+    fn visible(&self) -> String {
+        let Band { left, right, alignment } = self.band;
+        let mut parts = Vec::new();
+        if !self.band.is_full() {
+            let limit = |side: Option<usize>| side.map_or("any".to_owned(), |n| n.to_string());
+            let name = match (left, right) {
+                (None, Some(0)) => "causal".to_owned(),
+                _ => format!("window of {} before and {} after the diagonal", limit(left), limit(right)),
+            };
+            let diagonal = match alignment {
+                Alignment::BottomRight => "the last query sees the last key".to_owned(),
+                Alignment::TopLeft => "the first query sees the first key".to_owned(),
+                Alignment::Offset(key) => format!("the first query's diagonal lies at key {key}"),
+            };
+            parts.push(format!("{name} ({diagonal})"));
+        }
+        parts.extend(self.masked.then(|| "explicit mask".to_owned()));
+        parts.extend(self.block_masked.then(|| "block mask".to_owned()));
+        if parts.is_empty() { "all keys".to_owned() } else { parts.join(", ") }
+    }
+}
+
+/// Three rows `name value`: the sizes, what is visible, and how scores are scaled.
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Problem { dtype, batch, num_q_heads, num_kv_heads, q_len, kv_len, head_dim, .. } = self;
+        write!(
+            f,
+            "problem     {dtype}, batch {batch}, {num_q_heads} query heads, {num_kv_heads} key heads, \
+             {q_len} queries × {kv_len} keys, head_dim {head_dim}"
+        )?;
+        writeln!(f, "{}", if self.packed { ", packed sequences" } else { "" })?;
+        writeln!(f, "visible     {}", self.visible())?;
+        write!(f, "scores      sm_scale {}", self.sm_scale)?;
+        self.logit_softcap.map_or(Ok(()), |cap| write!(f, ", soft cap {cap}"))
     }
 }

@@ -5,7 +5,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread;
 
-use sage_core::{BackendPlan, Error, Problem, Result};
+use sage_core::{Error, Problem, Result};
 use sage_cuda::{Buffer, Device, Kernel, KernelSource, Stream, TensorMap};
 use sage_kernels::Kernel as Configuration;
 use sage_kernels::forward::{ForwardPlan, Request, Tensors};
@@ -153,10 +153,7 @@ impl fmt::Display for CudaPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "scheme      {}", self.forward.scheme())?;
         writeln!(f, "device      {}", self.device)?;
-        for kernel in self.pass().kernels() {
-            writeln!(f, "kernel      {}", kernel.name())?;
-        }
-        write!(f, "workspace   {:.1} MiB", self.workspace_bytes() as f64 / (1 << 20) as f64)?;
+        write!(f, "{}", self.pass())?;
         for reason in self.forward.reasons() {
             write!(f, "\nbecause     {reason}")?;
         }

@@ -252,6 +252,15 @@ fn launch_with_maps<L: Launcher>(
     launcher.launch(kernel, grid, &all[..count])
 }
 
+/// Rows `name value`: the kernels in the order of their launches, the parts of the workspace, and all of it.
+impl<T> fmt::Display for Pass<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.kernels().try_for_each(|kernel| writeln!(f, "kernel      {}", kernel.name()))?;
+        self.slots().try_for_each(|(slot, bytes)| writeln!(f, "slot        {slot}, {bytes} bytes"))?;
+        write!(f, "workspace   {} bytes", self.workspace_bytes())
+    }
+}
+
 impl<T> fmt::Debug for Pass<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let kernels: Vec<_> = self.kernels().collect();

@@ -3,31 +3,31 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use sage_core::metrics::Accuracy as Distance;
 use sage_core::{Accumulator, Pv};
-use sageattention::{DType, Preset, Scheme};
+use sageattention::{Device, Preset, Scheme};
 use sageattn_files::qkv_file::{Qkv, printable};
-use serde::Serialize;
 
 use crate::accuracy_plot::AccuracyPlot;
-use crate::call_options::{CallOptions, LayoutName, PresetName};
-use crate::compare::{Comparison, ComputedBy, Reference};
+use crate::accuracy_row::Row;
+use crate::compare::{Comparison, Reference};
 use crate::console::Console;
 use crate::failure::{Failure, Result};
 use crate::inputs;
+use crate::metrics::Metrics;
+use crate::options::{CallOptions, DeviceOption, LayoutOption, PresetName};
 use crate::table::{Cell, TITLE, Table, styled};
 
 /// Compare every scheme with exact attention on the tensors of a file
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Exact attention is computed in double precision from the numbers as they stand in the file. \"oracle\" is a scheme's \
-definition, in which only what is quantised is inexact; \"cpu kernel\" is what this machine computes, rounded to the \
-file's dtype. The oracle sums exactly, so schemes that differ in accumulators \
-only score the same. relative L1 is Σ|a − e| / Σ|e|; errors are in the unit of the output.
+definition, in which only what is quantised is inexact; \"cpu kernel\" and \"gpu kernel\" are what the device \
+computes, rounded to the file's dtype. The oracle sums exactly, so schemes that differ in accumulators only score the same. \
+relative L1 is Σ|a − e| / Σ|e|; errors are in the unit of the output.
 
 Examples:
   sageattn accuracy qkv.safetensors
-  sageattn accuracy qkv.safetensors --per-head --scheme int8 --scheme sage2-int8-fp8-per-thread
+  sageattn accuracy qkv.safetensors --per-head --schemes int8,sage2-int8-fp8-per-thread
   sageattn accuracy a.safetensors b.safetensors --causal --plot accuracy.png
   sageattn accuracy qkv.safetensors --prefix layer2. --json")]
 pub struct Accuracy {
@@ -36,12 +36,13 @@ pub struct Accuracy {
     inputs: Vec<PathBuf>,
     #[command(flatten)]
     call: CallOptions,
-    /// Order of the tensors' dimensions
-    #[arg(long, value_enum, default_value_t)]
-    layout: LayoutName,
-    /// Only this scheme; may be repeated [default: all]
-    #[arg(long, value_name = "NAME")]
-    scheme: Vec<PresetName>,
+    #[command(flatten)]
+    device: DeviceOption,
+    #[command(flatten)]
+    layout: LayoutOption,
+    /// Schemes [default: all]
+    #[arg(long, value_delimiter = ',', value_name = "NAME,…")]
+    schemes: Vec<PresetName>,
     /// Only the tensors behind this prefix [default: all prefixes that have q, k and v]
     #[arg(long, value_name = "PREFIX")]
     prefix: Option<String>,
@@ -53,85 +54,13 @@ pub struct Accuracy {
     plot: Option<PathBuf>,
 }
 
-/// One scheme on the tensors of one prefix.
-#[derive(Clone, Debug, Serialize)]
-pub struct Row {
-    pub file: String,
-    pub prefix: String,
-    pub scheme: &'static str,
-    pub computed_by: ComputedBy,
-    pub dtype: &'static str,
-    #[serde(flatten)]
-    pub overall: Metrics,
-    pub per_head: Vec<HeadRow>,
-}
-
-/// One head of a [`Row`].
-#[derive(Clone, Debug, Serialize)]
-pub struct HeadRow {
-    pub batch: usize,
-    pub head: usize,
-    #[serde(flatten)]
-    pub metrics: Metrics,
-}
-
-/// [`Distance`], with the field names of every report.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub struct Metrics {
-    pub cosine: f64,
-    pub relative_l1: f64,
-    pub rmse: f64,
-    pub max_abs_error: f64,
-}
-
-impl From<Distance> for Metrics {
-    fn from(d: Distance) -> Self {
-        Metrics { cosine: d.cosine, relative_l1: d.relative_l1, rmse: d.rmse, max_abs_error: d.max_abs_error }
-    }
-}
-
-impl Metrics {
-    /// Headings of [`Metrics::cells`].
-    pub const HEADINGS: [&'static str; 4] = ["cosine", "relative L1", "RMSE", "max error"];
-
-    /// The four numbers as they stand in every table.
-    pub fn cells(&self) -> [Cell; 4] {
-        [
-            format!("{:.6}", self.cosine).into(),
-            format!("{:.5}", self.relative_l1).into(),
-            format!("{:.2e}", self.rmse).into(),
-            format!("{:.2e}", self.max_abs_error).into(),
-        ]
-    }
-}
-
-impl Row {
-    /// A comparison, with what it is of.
-    pub fn new(file: &Path, prefix: &str, dtype: DType, preset: Preset, comparison: Comparison) -> Self {
-        let head = |(head, distance): (crate::heads::Head, Distance)| HeadRow {
-            batch: head.batch,
-            head: head.head,
-            metrics: distance.into(),
-        };
-        Row {
-            file: file.display().to_string(),
-            prefix: prefix.to_owned(),
-            scheme: preset.name(),
-            computed_by: comparison.computed_by,
-            dtype: dtype.name(),
-            overall: comparison.overall.into(),
-            per_head: comparison.per_head.into_iter().map(head).collect(),
-        }
-    }
-}
-
 impl Accuracy {
     /// Compares, and shows tables, JSON and a plot.
     pub fn execute(&self, console: Console) -> Result<()> {
-        let presets: Vec<Preset> = if self.scheme.is_empty() {
+        let presets: Vec<Preset> = if self.schemes.is_empty() {
             Preset::ALL.to_vec()
         } else {
-            self.scheme.iter().map(|name| name.0).collect()
+            self.schemes.iter().map(|name| name.0).collect()
         };
         let mut plot = self.plot.as_deref().map(AccuracyPlot::new).transpose()?;
         let mut rows = Vec::new();
@@ -173,9 +102,14 @@ impl Accuracy {
         presets: &[Preset],
         plot: &mut Option<AccuracyPlot>,
     ) -> Result<Vec<Row>, sageattention::Error> {
-        let attention = self.call.attention().layout(self.layout.into());
+        let (attention, device) =
+            (self.call.attention().layout(self.layout.layout.into()), self.device.device);
+        if device != Device::Cpu {
+            // A scheme without kernels is passed over below, but not a device that computes none at all.
+            attention.clone().device(device).plan(&layer.q, &layer.k, &layer.v)?;
+        }
         let progress = console.progress("exact attention", 0);
-        let reference = Reference::new(layer, attention, &progress)?;
+        let reference = Reference::new(layer, attention, device, &progress)?;
         progress.set_message("schemes");
         let head_dim = layer.q.shape()[3];
         let mut schemes: Vec<(Scheme, Option<Comparison>)> = Vec::new();
@@ -189,7 +123,7 @@ impl Accuracy {
         let mut rows = Vec::new();
         for &preset in presets {
             let row = |comparison| Row::new(path, &layer.prefix, layer.q.dtype(), preset, comparison);
-            if let Some(comparison) = reference.cpu_kernel(preset)? {
+            if let Some(comparison) = reference.kernel(preset)? {
                 rows.push(row(comparison));
             }
             let wanted = as_the_oracle_sees(preset.scheme(head_dim));

@@ -2,19 +2,19 @@
 
 use std::path::PathBuf;
 use std::process;
-use std::str::FromStr;
 
 use clap::{Args, ValueEnum};
 use sageattention::Device;
 use serde_json::json;
 
 use crate::bench_plot::BenchPlot;
-use crate::call_options::{AlignmentName, CallOptions, DTypeName, SchemeName};
 use crate::console::Console;
 use crate::failure::{Failure, Result};
+use crate::options::{CallOptions, DTypeOption, DeviceOption, SchemeName};
 use crate::plot::PlotFile;
-use crate::speed::{Row, Shape, Subject, runnable};
-use crate::table::{Cell, GOOD, TITLE, Table, styled};
+use crate::shape::Shape;
+use crate::speed::{Row, Subject, runnable};
+use crate::table::{Cell, TITLE, Table, ratio, styled};
 use crate::timing::read_bandwidth_gbs;
 
 /// Measure the speed of schemes on shapes
@@ -23,8 +23,8 @@ use crate::timing::read_bandwidth_gbs;
 Tensors are normally distributed. Schemes take turns, repetition by repetition, so that what slows the machine for a \
 while slows all of them; the first call of each is not timed. GFLOP/s count 4·B·H·Lq·Lk·D operations, halved for \
 causal. \"vs full\" is full precision's median time over the scheme's, from the same run. Memory is the rise of the \
-resident size of a fresh process in its first call (Linux). With one query, \"GB/s\" is K and V over the median time, and \
-\"of memory\" its share of the bandwidth that reading a large buffer reaches here.
+resident size of a fresh process in its first call (Linux). With one query, \"GB/s\" is K and V over the median time, \
+and \"of memory\" its share of the bandwidth that reading a large buffer reaches here.
 
 Examples:
   sageattn bench
@@ -34,7 +34,10 @@ Examples:
   sageattn bench --plot speed.png")]
 pub struct Bench {
     /// Shapes as batch,heads,seq,head_dim; seq may be QUERIESxKEYS, heads may be HEADS/KVHEADS
-    #[arg(long, value_name = "B,H,S,D", num_args = 1.., conflicts_with_all = ["batch", "heads", "kv_heads", "seq", "kv_len", "head_dim"])]
+    #[arg(
+        long, value_name = "B,H,S,D", num_args = 1..,
+        conflicts_with_all = ["batch", "heads", "kv_heads", "seq", "kv_len", "head_dim"],
+    )]
     shapes: Vec<Shape>,
     /// Batch sizes
     #[arg(long, value_delimiter = ',', value_name = "N,…")]
@@ -54,15 +57,12 @@ pub struct Bench {
     /// Channels of a head
     #[arg(long, value_delimiter = ',', value_name = "N,…")]
     head_dim: Vec<usize>,
-    /// Element type of queries, keys and values
-    #[arg(long, value_enum, default_value_t)]
-    dtype: DTypeName,
-    /// Causal mask; top-left and bottom-right differ where there are more or fewer keys than queries
-    #[arg(long, value_name = "ALIGNMENT", num_args = 0..=1, require_equals = true, default_missing_value = "bottom-right")]
-    causal: Option<AlignmentName>,
-    /// What computes: cpu, or cuda:N for an NVIDIA GPU, whose times are of tensors that lie there already
-    #[arg(long, default_value_t)]
-    device: Device,
+    #[command(flatten)]
+    dtype: DTypeOption,
+    #[command(flatten)]
+    call: CallOptions,
+    #[command(flatten)]
+    device: DeviceOption,
     /// Schemes [default: all that this machine computes]
     #[arg(long, value_delimiter = ',', value_name = "NAME,…")]
     schemes: Vec<SchemeName>,
@@ -77,42 +77,25 @@ pub struct Bench {
     plot: Option<PathBuf>,
 }
 
-impl FromStr for Shape {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let wrong =
-            || "expected batch,heads,seq,head_dim such as 1,8,1024,64 or 1,32/8,1x4096,128".to_owned();
-        let number = |text: &str| text.trim().parse::<usize>().map_err(|_| wrong());
-        let pair = |text: &str, separator| match text.split_once(separator) {
-            Some((a, b)) => Ok((number(a)?, number(b)?)),
-            None => number(text).map(|n| (n, n)),
-        };
-        let fields: Vec<&str> = text.split(',').collect();
-        let [batch, heads, seq, head_dim] = fields[..] else { return Err(wrong()) };
-        let ((heads, kv_heads), (q_len, kv_len)) = (pair(heads, '/')?, pair(seq, 'x')?);
-        Ok(Shape { batch: number(batch)?, heads, kv_heads, q_len, kv_len, head_dim: number(head_dim)? })
-    }
-}
-
 impl Bench {
     /// Measures, and shows a table, JSON and a plot.
     pub fn execute(&self, console: Console) -> Result<()> {
         let plot = self.plot.as_deref().map(PlotFile::new).transpose()?;
         let shapes = self.shapes();
-        let call = CallOptions { causal: self.causal, device: self.device, ..CallOptions::default() };
+        let (dtype, device) = (self.dtype.dtype.into(), self.device.device);
+        let attention = || self.call.attention().device(device);
         if let (true, [shape], [scheme]) = (self.peak_memory, &shapes[..], &self.schemes[..]) {
-            let peak = Subject::random(shape, self.dtype.into(), call.attention())?.peak_memory(*scheme)?;
+            let peak = Subject::random(shape, dtype, attention())?.peak_memory(*scheme)?;
             return console.print(&peak.map(|bytes| bytes.to_string()).unwrap_or_default());
         }
         let decodes = shapes.iter().any(|shape| shape.q_len == 1);
-        let limit = (decodes && self.device == Device::Cpu).then(read_bandwidth_gbs);
+        let limit = (decodes && device == Device::Cpu).then(read_bandwidth_gbs);
         let mut rows: Vec<Row> = Vec::new();
         let progress = console.progress("measuring", 0);
         for shape in &shapes {
-            let in_shape = |error| Failure::Failed(format!("shape {}: {error}", label(shape)));
-            let subject = Subject::random(shape, self.dtype.into(), call.attention()).map_err(in_shape)?;
-            let subject = Subject { device: self.device, ..subject };
+            let in_shape = |error| Failure::Failed(format!("shape {}: {error}", shape));
+            let subject = Subject::random(shape, dtype, attention()).map_err(in_shape)?;
+            let subject = Subject { device, ..subject };
             let schemes = match self.schemes.as_slice() {
                 [] => runnable(&subject.attention, &subject.q, &subject.k, &subject.v),
                 asked => asked.to_vec(),
@@ -129,7 +112,8 @@ impl Bench {
         if console.json {
             console.print_json(&json!({
                 "command": "bench",
-                "device": self.device.to_string(),
+                "device": device.to_string(),
+                "call": self.call.to_string(),
                 "threads": rayon::current_num_threads(),
                 "reps": self.reps,
                 "memory_bandwidth_gbs": limit,
@@ -139,7 +123,7 @@ impl Bench {
             console.print(&self.text(&rows, limit))?;
         }
         if let Some(plot) = plot {
-            plot.write(&BenchPlot::new(&rows))?;
+            plot.write(&BenchPlot::new(&rows, &self.call))?;
             if !console.json {
                 console.print(&format!("\nplot written to {}\n", plot.path().display()))?;
             }
@@ -150,16 +134,14 @@ impl Bench {
     /// The memory of a scheme's first call, from a process of its own: in this one, schemes that were measured before
     /// have left memory behind that the next ones reuse.
     fn peak_memory_elsewhere(&self, shape: &Shape, scheme: SchemeName) -> Option<u64> {
-        if self.device != Device::Cpu {
+        if self.device.device != Device::Cpu {
             return None;
         }
-        let dtype = self.dtype.to_possible_value()?;
+        let dtype = self.dtype.dtype.to_possible_value()?;
         let mut command = process::Command::new(std::env::current_exe().ok()?);
-        command.args(["bench", "--peak-memory", "--shapes", &label(shape), "--schemes", scheme.name()]);
+        command.args(["bench", "--peak-memory", "--shapes", &shape.to_string(), "--schemes", scheme.name()]);
         command.args(["--dtype", dtype.get_name(), "--threads", &rayon::current_num_threads().to_string()]);
-        if let Some(alignment) = self.causal.and_then(|causal| causal.to_possible_value()) {
-            command.arg(format!("--causal={}", alignment.get_name()));
-        }
+        command.args(self.call.words());
         let output = command.stdin(process::Stdio::null()).output().ok()?;
         String::from_utf8(output.stdout).ok()?.trim().parse().ok()
     }
@@ -209,14 +191,14 @@ impl Bench {
 
     fn text(&self, rows: &[Row], limit: Option<f64>) -> String {
         let first = rows.first();
-        let computes = match self.device {
+        let computes = match self.device.device {
             Device::Cpu => format!("{} threads", rayon::current_num_threads()),
             gpu => gpu.to_string(),
         };
         let title = format!(
             "Speed of attention · {}, {}, {computes}, median of {}",
             first.map_or("", |row| row.dtype),
-            if self.causal.is_some() { "causal" } else { "no mask" },
+            self.call,
             self.reps
         );
         let mut text = format!("{}\n\n{}", styled(TITLE, title), table(rows));
@@ -225,26 +207,6 @@ impl Bench {
         }
         text
     }
-}
-
-/// A shape in the form of the command line.
-fn label(shape: &Shape) -> String {
-    let Shape { batch, heads, kv_heads, q_len, kv_len, head_dim } = shape;
-    let heads = if heads == kv_heads { heads.to_string() } else { format!("{heads}/{kv_heads}") };
-    let seq = if q_len == kv_len { q_len.to_string() } else { format!("{q_len}x{kv_len}") };
-    format!("{batch},{heads},{seq},{head_dim}")
-}
-
-/// The shape of a row, as [`label`].
-pub fn row_label(row: &Row) -> String {
-    label(&Shape {
-        batch: row.batch,
-        heads: row.heads,
-        kv_heads: row.kv_heads,
-        q_len: row.q_len,
-        kv_len: row.kv_len,
-        head_dim: row.head_dim,
-    })
 }
 
 /// Rows as in every table of speeds. Columns about bandwidth appear where a row has them.
@@ -258,7 +220,7 @@ pub fn table(rows: &[Row]) -> Table {
     let mut table = Table::new(&headings);
     let mut previous = String::new();
     for row in rows {
-        let shape = row_label(row);
+        let shape = row.shape.to_string();
         let mut cells: Vec<Cell> = vec![
             if shape == previous { "".into() } else { shape.clone().into() },
             row.scheme.into(),
@@ -279,12 +241,6 @@ pub fn table(rows: &[Row]) -> Table {
         previous = shape;
     }
     table
-}
-
-/// A ratio of speeds; green where it is a gain beyond noise.
-pub fn ratio(ratio: f64) -> Cell {
-    let cell = Cell::from(format!("{ratio:.2}×"));
-    if ratio > 1.05 { cell.style(GOOD) } else { cell }
 }
 
 fn bytes(bytes: u64) -> Cell {

@@ -8,15 +8,15 @@ use sageattn_files::qkv_file::Qkv;
 use serde::Serialize;
 use serde_json::json;
 
-use crate::call_options::SchemeName;
-use crate::commands::accuracy;
-use crate::commands::bench::{ratio, row_label};
+use crate::accuracy_row;
 use crate::compare::{ComputedBy, Reference};
 use crate::console::Console;
 use crate::failure::Result;
 use crate::inputs;
-use crate::speed::{self, Shape, Subject, runnable};
-use crate::table::{Cell, DIM, GOOD, TITLE, Table, styled};
+use crate::options::SchemeName;
+use crate::shape::Shape;
+use crate::speed::{self, Subject, runnable};
+use crate::table::{Cell, DIM, GOOD, TITLE, Table, ratio, styled};
 
 /// Where the example comes from.
 const SOURCE: &str = "all-MiniLM-L6-v2 (Apache-2.0)";
@@ -71,7 +71,7 @@ pub fn execute(console: Console) -> Result<()> {
     let progress = console.progress("exact attention", 0);
     let references = layers
         .iter()
-        .map(|layer| Reference::new(layer, Attention::new(), &progress))
+        .map(|layer| Reference::new(layer, Attention::new(), Device::Cpu, &progress))
         .collect::<Result<Vec<_>, _>>()?;
     let heads: usize = references.iter().map(|reference| reference.heads().list().len()).sum();
     progress.inc_length((heads * 2 * SMOOTHED.len()) as u64);
@@ -80,14 +80,14 @@ pub fn execute(console: Console) -> Result<()> {
     let mut accuracy = Vec::new();
     if let (Some(reference), Some(layer)) = (references.first(), layers.first()) {
         for preset in SHOWN {
-            let comparison = match reference.cpu_kernel(preset)? {
+            let comparison = match reference.kernel(preset)? {
                 Some(comparison) => comparison,
                 None => {
                     progress.inc_length(reference.heads().list().len() as u64);
                     reference.oracle(&preset.scheme(head_dim(layer)), &progress)?
                 }
             };
-            accuracy.push(accuracy::Row::new(name, &layer.prefix, layer.q.dtype(), preset, comparison));
+            accuracy.push(accuracy_row::Row::new(name, &layer.prefix, layer.q.dtype(), preset, comparison));
         }
     }
     let smoothing = smoothing(&layers, &references, &progress)?;
@@ -175,7 +175,7 @@ fn smoothing(
 
 fn text(
     layers: &[Qkv],
-    accuracy: &[accuracy::Row],
+    accuracy: &[accuracy_row::Row],
     speed: &[speed::Row],
     by_shape: &[speed::Row],
     smoothing: &[SmoothingRow],
@@ -204,7 +204,7 @@ fn text(
     let mut table = Table::new(&["<batch,heads,seq,dim", "<scheme", "ms", "GFLOP/s", "vs full"]);
     for row in by_shape {
         table.row(vec![
-            row_label(row).into(),
+            row.shape.into(),
             row.scheme.into(),
             format!("{:.2}", row.times.median_ms).into(),
             format!("{:.1}", row.gflops).into(),
@@ -229,7 +229,8 @@ fn text(
             if gain > 1.05 { cell.style(GOOD) } else { cell },
         ]);
     }
-    let note = "A constant in a channel of K changes nothing in exact attention; models for images and video have such channels.";
+    let note = "A constant in a channel of K changes nothing in exact attention; models for images and video have \
+                such channels.";
     text.push_str(&format!("{table}\n{}\n\n{}\n\n", styled(DIM, note), styled(TITLE, "Next")));
     for (command, why) in [
         ("sageattn run qkv.safetensors -o out.safetensors --causal", "attention of your own tensors"),
@@ -244,7 +245,7 @@ fn text(
 
 fn computed_by(by: ComputedBy) -> Cell {
     match by {
-        ComputedBy::CpuKernel => by.name().into(),
+        ComputedBy::CpuKernel | ComputedBy::GpuKernel => by.name().into(),
         ComputedBy::Oracle => Cell::from(by.name()).style(DIM),
     }
 }

@@ -1,64 +1,84 @@
 //! `sageattn explain`: how a problem would be computed, and why.
 
 use clap::Args;
-use half::{bf16, f16};
-use sageattention::{DType, Element, Geometry, MAX_HEAD_DIM, Plan, TensorView, View};
-use serde_json::json;
+use sageattention::{Plan, Problem};
+use serde_json::{Value, json};
 
-use crate::call_options::{CallOptions, DTypeName, LayoutName, SchemeName};
 use crate::console::Console;
-use crate::failure::Result;
+use crate::failure::{Failure, Result};
+use crate::gpu_plan::GpuPlan;
+use crate::made_up::{Content, MadeUp};
+use crate::options::{DeviceOption, GpuOptions, ProblemOptions};
 
 /// Say how a problem would be computed, and why
 #[derive(Debug, Args)]
-#[command(after_help = "\
-Nothing is computed, and no memory is needed for the tensors.
+#[command(
+    mut_arg("target", |target| target.conflicts_with("device")),
+    mut_arg("multiprocessors", |number| number.requires("target")),
+    after_help = "\
+Nothing is computed, and no memory is needed for the tensors. Without --target it is the very plan that a call on the \
+device would run; with it, the passes, kernels and workspaces of a GPU that need not be there.
 
 Examples:
   sageattn explain --batch 1 --heads 32 --kv-heads 8 --seq 4096 --head-dim 128 --causal
-  sageattn explain --heads 12 --seq 1 --kv-len 8192 --head-dim 64
-  sageattn explain --heads 12 --seq 512 --head-dim 32 --scheme auto --json")]
+  sageattn explain --heads 12 --seq 1 --kv-len 8192
+  sageattn explain --heads 12 --seq 512 --head-dim 32 --scheme auto --json
+  sageattn explain --heads 32 --seq 4096 --head-dim 128 --target sm_90a
+  sageattn explain --heads 32 --kv-heads 8 --seq 1 --kv-len 8192 --kv-cache fp8-e4m3 --target sm_89"
+)]
 pub struct Explain {
-    /// Sequences
-    #[arg(long, default_value_t = 1)]
-    batch: usize,
-    /// Query heads
-    #[arg(long)]
-    heads: usize,
-    /// Key and value heads [default: as many as query heads]
-    #[arg(long)]
-    kv_heads: Option<usize>,
-    /// Queries of a sequence
-    #[arg(long)]
-    seq: usize,
-    /// Keys of a sequence [default: as many as queries]
-    #[arg(long)]
-    kv_len: Option<usize>,
-    /// Channels of a head
-    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=MAX_HEAD_DIM as i64))]
-    head_dim: u16,
-    /// Element type of queries, keys and values
-    #[arg(long, value_enum, default_value_t)]
-    dtype: DTypeName,
-    /// Order of the tensors' dimensions
-    #[arg(long, value_enum, default_value_t)]
-    layout: LayoutName,
     #[command(flatten)]
-    call: CallOptions,
-    /// Scheme, or "auto" for the fastest that is accurate
-    #[arg(long, value_name = "NAME", default_value = SchemeName::AUTOMATIC)]
-    scheme: SchemeName,
+    problem: ProblemOptions,
+    #[command(flatten)]
+    device: DeviceOption,
+    #[command(flatten)]
+    gpu: Option<GpuOptions>,
 }
 
 impl Explain {
     /// Prints the plan.
     pub fn execute(&self, console: Console) -> Result<()> {
-        let plan = self.plan()?;
+        let made_up = MadeUp::new(&self.problem, Content::StandIn)?;
+        match self.gpu {
+            Some(gpu) => self.print_gpu(console, &GpuPlan::new(&self.problem, &made_up, gpu.machine())?),
+            None if self.problem.cache.is_some() => Err(Failure::Usage(
+                "--kv-cache: found no --target, expected one, such as sm_89: its passes are a GPU's".into(),
+            )),
+            None => {
+                let [q, k, v] = made_up.tensors();
+                let attention = made_up.attention()?.device(self.device.device);
+                self.print(console, &attention.plan(q, k, v)?)
+            }
+        }
+    }
+
+    fn print(&self, console: Console, plan: &Plan) -> Result<()> {
         if !console.json {
             return console.print(&format!("{plan}\n"));
         }
-        let p = plan.problem();
-        console.print_json(&json!({
+        let mut document = self.json(plan.problem(), &plan.scheme().to_string(), &plan.to_string());
+        document["device"] = json!(self.device.device.to_string());
+        document["workspace_bytes"] = json!(plan.workspace_bytes());
+        console.print_json(&document)
+    }
+
+    fn print_gpu(&self, console: Console, plan: &GpuPlan) -> Result<()> {
+        if !console.json {
+            return console.print(&format!("{plan}\n"));
+        }
+        let mut document = self.json(&plan.problem, &plan.scheme(), &plan.to_string());
+        document["target"] = json!(plan.machine.target.to_string());
+        document["multiprocessors"] = json!(plan.machine.multiprocessors);
+        document["workspace_bytes"] = json!(plan.workspace_bytes());
+        document["splits"] = json!(plan.splits());
+        document["passes"] = json!(plan.summaries());
+        document["reasons"] = json!(plan.reasons());
+        console.print_json(&document)
+    }
+
+    /// What is known of every plan.
+    fn json(&self, p: &Problem, scheme: &str, plan: &str) -> Value {
+        json!({
             "command": "explain",
             "batch": p.batch,
             "heads": p.num_q_heads,
@@ -68,41 +88,10 @@ impl Explain {
             "head_dim": p.head_dim,
             "dtype": p.dtype.name(),
             "causal": p.band.right == Some(0),
+            "call": self.problem.forward.call.to_string(),
             "sm_scale": p.sm_scale,
-            "scheme": plan.scheme().to_string(),
-            "workspace_bytes": plan.workspace_bytes(),
-            "plan": plan.to_string().lines().collect::<Vec<_>>(),
-        }))
-    }
-
-    fn plan(&self) -> Result<Plan> {
-        match self.dtype.into() {
-            DType::F32 => self.plan_of::<f32>(),
-            DType::F16 => self.plan_of::<f16>(),
-            DType::BF16 => self.plan_of::<bf16>(),
-        }
-    }
-
-    /// The plan for tensors that repeat one row of zeros, so that a large problem needs no memory.
-    fn plan_of<T: Element>(&self) -> Result<Plan>
-    where
-        for<'a> View<'a, T>: Into<TensorView<'a>>,
-    {
-        let row = vec![T::ZERO; usize::from(self.head_dim)];
-        let tensor = |name: &str, heads: usize, rows: usize| -> Result<View<'_, T>> {
-            let shape = match self.layout {
-                LayoutName::Hnd => [self.batch, heads, rows, row.len()],
-                LayoutName::Nhd => [self.batch, rows, heads, row.len()],
-            };
-            Ok(View::strided(name, &row, Geometry::strided(name, &shape, &[0, 0, 0, 1], 0)?)?)
-        };
-        let kv_heads = self.kv_heads.unwrap_or(self.heads);
-        let kv_len = self.kv_len.unwrap_or(self.seq);
-        let attention = self.call.attention().layout(self.layout.into()).scheme(self.scheme.choice());
-        Ok(attention.plan(
-            tensor("q", self.heads, self.seq)?,
-            tensor("k", kv_heads, kv_len)?,
-            tensor("v", kv_heads, kv_len)?,
-        )?)
+            "scheme": scheme,
+            "plan": plan.lines().collect::<Vec<_>>(),
+        })
     }
 }

@@ -9,9 +9,9 @@ use sageattention::{Attention, Mask, Tensor, TensorView, View};
 use sageattn_files::qkv_file::{FileError, MaskTensor, Qkv, QkvFile, printable};
 use serde::Serialize;
 
-use crate::call_options::{CallOptions, LayoutName, SchemeName};
 use crate::console::Console;
 use crate::failure::{Failure, Result};
+use crate::options::{DeviceOption, ForwardOptions};
 use crate::table::Table;
 use crate::{atomic_file, inputs};
 
@@ -34,23 +34,13 @@ pub struct Run {
     #[arg(short, long, value_name = "OUT")]
     output: PathBuf,
     #[command(flatten)]
-    call: CallOptions,
-    /// Order of the tensors' dimensions
-    #[arg(long, value_enum, default_value_t)]
-    layout: LayoutName,
-    /// Scheme, or "auto" for the fastest that is accurate
-    #[arg(long, value_name = "NAME", default_value = SchemeName::AUTOMATIC)]
-    scheme: SchemeName,
+    forward: ForwardOptions,
+    #[command(flatten)]
+    device: DeviceOption,
     /// Tensor in IN that masks the scores: BOOL or U8 (not zero is visible), or floats that are added; its name as it
     /// stands, or without the prefix
     #[arg(long, value_name = "TENSOR")]
     mask: Option<String>,
-    /// Valid keys of each batch entry
-    #[arg(long, value_name = "N,…", value_delimiter = ',', allow_hyphen_values = true)]
-    kv_lens: Option<Vec<i32>>,
-    /// Also write each row's log-sum-exp
-    #[arg(long)]
-    lse: bool,
     /// Only the tensors behind this prefix [default: all prefixes that have q, k and v]
     #[arg(long, value_name = "PREFIX")]
     prefix: Option<String>,
@@ -141,23 +131,14 @@ impl Run {
     }
 
     fn attention<'a>(&'a self, mask: Option<&'a MaskTensor>) -> Result<Attention<'a>, sageattention::Error> {
-        let mut attention = self
-            .call
-            .attention()
-            .layout(self.layout.into())
-            .scheme(self.scheme.choice())
-            .return_lse(self.lse);
-        if let Some(kv_lens) = &self.kv_lens {
-            attention = attention.kv_lens(kv_lens);
-        }
-        match mask {
+        let attention = self.forward.attention().device(self.device.device);
+        Ok(match mask {
             Some(MaskTensor::Bool { visible, shape }) => {
-                attention = attention.mask(Mask::Bool(View::contiguous("mask", visible, shape)?));
+                attention.mask(Mask::Bool(View::contiguous("mask", visible, shape)?))
             }
-            Some(MaskTensor::Additive(tensor)) => attention = attention.mask(Mask::Additive(tensor.view())),
-            None => {}
-        }
-        Ok(attention)
+            Some(MaskTensor::Additive(tensor)) => attention.mask(Mask::Additive(tensor.view())),
+            None => attention,
+        })
     }
 
     fn write(&self, named: &[Named]) -> Result<()> {

@@ -3,56 +3,55 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use sageattention::cuda::{Cuda, CudaTensor, TunedShape, TuningTable};
-use sageattention::{Band, Call, Choice, Device, Inputs, Options};
+use sage_kernels::tuning::Key;
+use sageattention::cuda::{Cuda, CudaTensor, Tiling, TunedShape, TuningTable};
+use sageattention::{Call, Device, Inputs};
 use serde_json::{Value, json};
 
-use crate::atomic_file;
-use crate::call_options::{DTypeName, SchemeName};
 use crate::console::Console;
 use crate::failure::{Failure, Result};
-use crate::inputs;
+use crate::options::{CallOptions, DTypeOption, DeviceOption, SchemeName, SizeOptions};
+use crate::speed::operations;
 use crate::table::Table;
+use crate::{atomic_file, inputs};
 
 /// Gain over the kernels' own table below which a trial is noise, and the table stays.
 const NOISE: f64 = 1.01;
 
 /// Measure tile shapes on a GPU, and keep the fastest for later calls
 #[derive(Debug, Args)]
-#[command(after_help = "\
+#[command(
+    mut_arg("device", |device| device.default_value("cuda:0")),
+    mut_arg("batch", |batch| batch.default_value("2")),
+    mut_arg("heads", |heads| heads.default_value("32")),
+    mut_arg("seq", |seq| seq.default_value("4096")),
+    after_help = "\
 For each scheme and head dimension, every tile shape that fits the GPU is compiled and timed on normally distributed \
 tensors. What is more than 1 % faster than the built-in choice goes into a table, which every later process reads: in \
-the file that SAGEATTENTION_TUNING names, or in the cache folder. Delete the file to return to the built-in choices.
+the file that SAGEATTENTION_TUNING names, or in the cache folder. Delete the file to return to the built-in choices. \
+Only the attention kernel of forward passes has tile shapes to choose from: none is tuned for KV caches.
 
 Examples:
   sageattn tune
   sageattn tune --head-dim 128 --seq 8192 --schemes auto --dry-run
-  sageattn tune --device cuda:1 --output tuning.json")]
+  sageattn tune --causal --heads 32 --kv-heads 8
+  sageattn tune --device cuda:1 --output tuning.json"
+)]
 pub struct Tune {
-    /// The GPU
-    #[arg(long, default_value = "cuda:0")]
-    device: Device,
+    #[command(flatten)]
+    device: DeviceOption,
     /// Schemes [default: what calls choose of their own accord, full precision, and SageAttention2's FP8]
     #[arg(long, value_delimiter = ',', value_name = "NAME,…")]
     schemes: Vec<SchemeName>,
+    #[command(flatten)]
+    sizes: SizeOptions,
     /// Channels of a head
     #[arg(long, value_delimiter = ',', value_name = "N,…", default_value = "64,128,256")]
     head_dim: Vec<usize>,
-    /// Queries and keys
-    #[arg(long, default_value_t = 4096)]
-    seq: usize,
-    /// Sequences
-    #[arg(long, default_value_t = 2)]
-    batch: usize,
-    /// Heads
-    #[arg(long, default_value_t = 32)]
-    heads: usize,
-    /// Element type of queries, keys and values
-    #[arg(long, value_enum, default_value = "f16")]
-    dtype: DTypeName,
-    /// Causal mask
-    #[arg(long)]
-    causal: bool,
+    #[command(flatten)]
+    dtype: DTypeOption,
+    #[command(flatten)]
+    call: CallOptions,
     /// Where the table goes [default: where later processes look for it]
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
@@ -61,11 +60,24 @@ pub struct Tune {
     dry_run: bool,
 }
 
+/// Tile shapes of one kind of kernel that were timed.
+struct Timed {
+    scheme: SchemeName,
+    head_dim: usize,
+    kind: Key,
+    /// Operations of the call.
+    operations: f64,
+    /// Milliseconds of the built-in choice, or of the first tile shape where that one cannot be timed.
+    built_in_ms: f64,
+    /// Milliseconds of each tile shape, the fastest first.
+    shapes: Vec<(f64, Tiling)>,
+}
+
 impl Tune {
     /// Measures, prints, and writes the table.
     pub fn execute(&self, console: Console) -> Result<()> {
-        let Device::Cuda(ordinal) = self.device else {
-            return Err(Failure::Failed(format!("device: value is {}, expected cuda:N", self.device)));
+        let Device::Cuda(ordinal) = self.device.device else {
+            return Err(Failure::Failed(format!("device: value is {}, expected cuda:N", self.device.device)));
         };
         let gpu = Cuda::new(ordinal)?;
         let path = self.output.clone().or_else(|| TuningTable::path(gpu.device()));
@@ -80,11 +92,16 @@ impl Tune {
         let mut rows = Vec::new();
         for &scheme in &self.schemes() {
             for &head_dim in &self.head_dim {
-                self.tune(&gpu, scheme, head_dim, &mut table, &mut shown, &mut rows, console)?;
+                let timed = self.time(&gpu, scheme, head_dim, console)?;
+                timed.show(&mut shown);
+                rows.extend(timed.json());
+                timed.fastest().into_iter().for_each(|row| table.set(row));
             }
         }
         if console.json {
-            console.print_json(&json!({ "command": "tune", "gpu": table.gpu, "rows": rows }))?;
+            console.print_json(&json!({
+                "command": "tune", "gpu": table.gpu, "call": self.call.to_string(), "rows": rows,
+            }))?;
         } else {
             console.print(&shown.to_string())?;
         }
@@ -107,67 +124,84 @@ impl Tune {
         [SchemeName::automatic()].into_iter().chain(presets.map(SchemeName::from)).collect()
     }
 
-    #[allow(clippy::too_many_arguments, reason = "three of them collect results")]
-    fn tune(
-        &self,
-        gpu: &Cuda,
-        scheme: SchemeName,
-        head_dim: usize,
-        table: &mut TuningTable,
-        shown: &mut Table,
-        rows: &mut Vec<Value>,
-        console: Console,
-    ) -> Result<()> {
-        let shape = [self.batch, self.heads, self.seq, head_dim];
+    /// Times every tile shape of a scheme's attention kernel.
+    fn time(&self, gpu: &Cuda, scheme: SchemeName, head_dim: usize, console: Console) -> Result<Timed> {
+        let SizeOptions { batch, heads, seq, .. } = self.sizes;
+        let dtype = self.dtype.dtype.into();
+        let q_shape = [batch, heads, seq, head_dim];
+        let kv_shape = [batch, self.sizes.kv_heads(), self.sizes.kv_len(), head_dim];
         let stream = gpu.stream()?;
-        let upload = |seed| -> Result<CudaTensor> {
-            Ok(CudaTensor::upload(&stream, &inputs::normal(self.dtype.into(), &shape, seed)?.view())?)
+        let upload = |shape: &[usize], seed| -> Result<CudaTensor> {
+            Ok(CudaTensor::upload(&stream, &inputs::normal(dtype, shape, seed)?.view())?)
         };
-        let (q, k, v) = (upload(1)?, upload(2)?, upload(3)?);
-        let out = CudaTensor::uninitialized(&stream, self.dtype.into(), &shape)?;
+        let (q, k, v) = (upload(&q_shape, 1)?, upload(&kv_shape, 2)?, upload(&kv_shape, 3)?);
+        let out = CudaTensor::uninitialized(&stream, dtype, &q_shape)?;
         let inputs = Inputs::new(q.view(), k.view(), v.view());
-        let band = Band { right: self.causal.then_some(0), ..Band::FULL };
-        let call = Call::check(&inputs, &Options { band, ..Options::default() })?;
+        let call = Call::check(&inputs, &self.call.attention().options())?;
         let progress = console.progress("measuring", 0);
-        let choice: Choice = scheme.choice();
-        let tuned = gpu.tune(&stream, &call, choice, out.view(), |done, of| {
+        let tuned = gpu.tune(&stream, &call, scheme.choice(), out.view(), |done, of| {
             progress.set_length(of as u64);
             progress.set_position(done as u64);
         })?;
         progress.finish_and_clear();
-        let Some((kind, trials)) = tuned else { return Ok(()) };
-        let operations = 4.0 * (self.batch * self.heads * head_dim) as f64 * (self.seq as f64).powi(2);
-        let operations = if self.causal { operations / 2.0 } else { operations };
-        let mut timed = Vec::new();
+        let named = || format!("{} with q {q_shape:?} and k {kv_shape:?}", scheme.name());
+        let Some((kind, trials)) = tuned else {
+            let message = format!("{}: there is no query, and so no attention kernel to tune", named());
+            return Err(Failure::Failed(message));
+        };
+        let (mut shapes, mut failed) = (Vec::new(), None);
         for trial in &trials {
             match &trial.time {
-                Ok(time) => timed.push((time.as_secs_f64() * 1e3, trial.tiling)),
-                Err(error) => tracing::warn!("{}: {error}", trial.tiling),
+                Ok(time) => shapes.push((time.as_secs_f64() * 1e3, trial.tiling)),
+                Err(error) => {
+                    tracing::warn!("{}: {error}", trial.tiling);
+                    failed = failed.or(Some(error));
+                }
             }
         }
-        let Some(&(own_ms, _)) = timed.first() else { return Ok(()) };
-        timed.sort_by(|a, b| a.0.total_cmp(&b.0));
-        for (ms, tiling) in &timed {
-            let teraflops = operations / ms / 1e9;
-            shown.row(vec![
-                scheme.name().into(),
-                head_dim.to_string().into(),
+        let Some(&(built_in_ms, _)) = shapes.first() else {
+            let reason = failed.map_or("none fits this GPU".to_owned(), ToString::to_string);
+            return Err(Failure::Failed(format!("{}: no tile shape could be timed: {reason}", named())));
+        };
+        shapes.sort_by(|a, b| a.0.total_cmp(&b.0));
+        Ok(Timed { scheme, head_dim, kind, operations: operations(&call.problem), built_in_ms, shapes })
+    }
+}
+
+impl Timed {
+    /// Operations in so many milliseconds, in TFLOP/s.
+    fn teraflops(&self, ms: f64) -> f64 {
+        self.operations / ms / 1e9
+    }
+
+    /// Adds a row for each tile shape.
+    fn show(&self, table: &mut Table) {
+        for (ms, tiling) in &self.shapes {
+            table.row(vec![
+                self.scheme.name().into(),
+                self.head_dim.to_string().into(),
                 tiling.to_string().into(),
                 format!("{ms:.3}").into(),
-                format!("{teraflops:.0}").into(),
-                format!("{:.2}×", own_ms / ms).into(),
+                format!("{:.0}", self.teraflops(*ms)).into(),
+                format!("{:.2}×", self.built_in_ms / ms).into(),
             ]);
-            rows.push(json!({
-                "scheme": scheme.name(), "head_dim": head_dim, "tiling": tiling.to_string(), "ms": ms,
-                "tflops": teraflops,
-            }));
         }
-        let (ms, tiling) = timed[0];
-        if own_ms / ms > NOISE {
-            let reason =
-                format!("{:.0} TFLOP/s, {:.2}× the built-in choice", operations / ms / 1e9, own_ms / ms);
-            table.set(TunedShape { shape: kind, tiling, reason });
-        }
-        Ok(())
+    }
+
+    fn json(&self) -> impl Iterator<Item = Value> {
+        self.shapes.iter().map(|(ms, tiling)| {
+            json!({
+                "scheme": self.scheme.name(), "head_dim": self.head_dim, "tiling": tiling.to_string(), "ms": ms,
+                "tflops": self.teraflops(*ms),
+            })
+        })
+    }
+
+    /// A row for the tuning table, where the gain is more than noise.
+    fn fastest(&self) -> Option<TunedShape> {
+        let &(ms, tiling) = self.shapes.first()?;
+        let gain = self.built_in_ms / ms;
+        let reason = format!("{:.0} TFLOP/s, {gain:.2}× the built-in choice", self.teraflops(ms));
+        (gain > NOISE).then_some(TunedShape { shape: self.kind, tiling, reason })
     }
 }

@@ -160,16 +160,9 @@ impl AttendCall {
         if rows == 0 {
             return Ok(Pass::empty());
         }
-        let group = call.num_q_heads / call.num_kv_heads;
-        let attend = CacheAttendConfig {
-            storage: call.storage,
-            dtype: call.dtype,
-            rows: CacheAttendConfig::rows_for(call.q_len, group),
-            softcap: call.logit_softcap.is_some(),
-        };
-        let blocks = call.num_kv_heads * attend.row_blocks(call.q_len, group) * call.sequences;
-        let split = split_tokens(&call.storage, call.kv_len, blocks, machine.multiprocessors);
-        let splits = call.kv_len.div_ceil(split).max(1);
+        let group = call.group();
+        let attend = call.attend();
+        let (split, splits) = (call.split(machine), call.splits(machine));
         let head_dim = call.storage.head_dim;
 
         let mut pass = PassBuilder::new();
@@ -225,5 +218,31 @@ impl AttendCall {
     /// Query rows of all heads and sequences.
     pub fn rows(&self) -> usize {
         self.sequences * self.num_q_heads * self.q_len
+    }
+
+    /// Parts that the tokens of a sequence are split into, where each is computed by blocks of its own.
+    pub fn splits(&self, machine: &Machine) -> usize {
+        self.kv_len.div_ceil(self.split(machine)).max(1)
+    }
+
+    /// Tokens of a part.
+    fn split(&self, machine: &Machine) -> usize {
+        let blocks = self.num_kv_heads * self.attend().row_blocks(self.q_len, self.group()) * self.sequences;
+        split_tokens(&self.storage, self.kv_len, blocks, machine.multiprocessors)
+    }
+
+    /// Query heads that share a key head.
+    fn group(&self) -> usize {
+        self.num_q_heads / self.num_kv_heads
+    }
+
+    /// The kernel that computes a part.
+    fn attend(&self) -> CacheAttendConfig {
+        CacheAttendConfig {
+            storage: self.storage,
+            dtype: self.dtype,
+            rows: CacheAttendConfig::rows_for(self.q_len, self.group()),
+            softcap: self.logit_softcap.is_some(),
+        }
     }
 }

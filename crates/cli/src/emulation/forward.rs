@@ -1,0 +1,59 @@
+//! A forward pass over tensors.
+
+use sage_core::{Call, Mask, oracle};
+use sage_kernels::TensorArg;
+use sage_kernels::forward::{ForwardPlan, Tensors};
+use sageattention::Lengths;
+
+use super::{Emulation, Gpu, argument};
+use crate::failure::Result;
+use crate::made_up::MadeUp;
+
+/// Runs a plan, and compares what comes out with the oracle of its scheme and with exact attention.
+pub(super) fn run(
+    gpu: &mut Gpu<'_>,
+    plan: &ForwardPlan,
+    made_up: &MadeUp<'_>,
+    wants_lse: bool,
+) -> Result<Emulation> {
+    let inputs = made_up.inputs()?;
+    let call = Call::check(&inputs, &made_up.attention()?.options())?;
+    let dtype = call.problem.dtype;
+    // The output lies as the queries do.
+    let geometry = call.check_output(dtype, inputs.q.geometry())?;
+    let out = gpu.uninitialized("out", dtype.bytes() * geometry.len())?;
+    let lse = gpu.lse(call.lse_rows(), wants_lse)?;
+    let (cu_seqlens_q, cu_seqlens_k) = match call.lengths {
+        Lengths::KvLens(kv_lens) => (0, gpu.list("kv_lens", kv_lens)),
+        Lengths::Packed { cu_seqlens_q, cu_seqlens_k } => {
+            (gpu.list("cu_seqlens_q", cu_seqlens_q), gpu.list("cu_seqlens_k", cu_seqlens_k))
+        }
+        _ => (0, 0),
+    };
+    let tensors = Tensors {
+        q: gpu.upload("q", &call.q),
+        k: gpu.upload("k", &call.k),
+        v: gpu.upload("v", &call.v),
+        out: argument(out, &geometry, dtype),
+        lse: lse.map_or(0, |lse| lse.address()),
+        mask: call.mask.as_ref().map_or(TensorArg::default(), |mask| upload_mask(gpu, mask)),
+        cu_seqlens_q,
+        cu_seqlens_k,
+    };
+    gpu.run(plan.pass(), &tensors)?;
+    let found = gpu.read(out, &geometry, dtype);
+    Ok(gpu.finish(&found, lse, &oracle::scheme(&call, plan.scheme()), &oracle::exact(&call)))
+}
+
+/// A mask that starts with its data, copied to the GPU.
+fn upload_mask(gpu: &mut Gpu<'_>, mask: &Mask<'_>) -> TensorArg<4> {
+    let buffer = match mask {
+        Mask::Bool(view) => {
+            let bytes: Vec<u8> = view.data().iter().map(|&seen| u8::from(seen)).collect();
+            gpu.emulator.buffer("mask", &bytes)
+        }
+        Mask::Additive(view) => gpu.upload_data("mask", view),
+    };
+    let strides = std::array::from_fn(|dimension| mask.geometry().strides()[dimension]);
+    TensorArg { address: buffer.address(), strides }
+}

@@ -1,0 +1,193 @@
+//! What a GPU would run for a call: its passes, with the kernels and the workspace of each. No GPU is needed.
+
+use std::fmt;
+
+use sage_core::{Call, Mask};
+use sage_kernels::Machine;
+use sage_kernels::attention::MaskForm;
+use sage_kernels::forward::{ForwardPlan, Request};
+use sage_kernels::pass::Pass;
+use sageattention::{Choice, Error, Lengths, Problem, Result};
+use serde::Serialize;
+
+use crate::decode_plan::DecodePlan;
+use crate::made_up::MadeUp;
+use crate::options::ProblemOptions;
+
+/// Most scores of a call that is planned: with more, bytes of the workspace would not fit 64 bits.
+const MAX_SCORES: u128 = 1 << 52;
+
+/// A call's passes on a GPU. Prints itself, in rows.
+#[derive(Debug)]
+pub struct GpuPlan {
+    /// What is computed.
+    pub problem: Problem,
+    /// The GPU.
+    pub machine: Machine,
+    /// The passes.
+    pub passes: Passes,
+}
+
+/// What computes a call.
+#[derive(Debug)]
+pub enum Passes {
+    /// Attention over tensors.
+    Forward(ForwardPlan),
+    /// Attention over a KV cache.
+    Decode(DecodePlan),
+}
+
+/// A pass in words.
+#[derive(Clone, Debug, Serialize)]
+pub struct PassSummary {
+    /// What it does.
+    pub pass: &'static str,
+    /// Names of its kernels, in the order of their launches.
+    pub kernels: Vec<String>,
+    /// The parts of its workspace.
+    pub workspace: Vec<Slot>,
+    /// Bytes of the whole workspace.
+    pub workspace_bytes: usize,
+}
+
+/// A part of a pass's workspace, which one kernel writes and later ones read.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Slot {
+    /// Its name.
+    pub slot: &'static str,
+    /// Its bytes.
+    pub bytes: usize,
+}
+
+impl PassSummary {
+    /// A pass that is called so.
+    pub fn new<T>(name: &'static str, pass: &Pass<T>) -> Self {
+        PassSummary {
+            pass: name,
+            kernels: pass.kernel_names(),
+            workspace: pass.slots().map(|(slot, bytes)| Slot { slot, bytes }).collect(),
+            workspace_bytes: pass.workspace_bytes(),
+        }
+    }
+}
+
+impl GpuPlan {
+    /// Plans what the options describe for a GPU.
+    ///
+    /// # Errors
+    /// What is wrong with the call, or what the GPU has no kernels for.
+    pub fn new(options: &ProblemOptions, made_up: &MadeUp<'_>, machine: Machine) -> Result<Self> {
+        let inputs = made_up.inputs()?;
+        let call = Call::check(&inputs, &made_up.attention()?.options())?;
+        check_scores(&call.problem)?;
+        let Some(cache) = &options.cache else {
+            let request = request(&call, options.forward.scheme.choice(), options.forward.lse);
+            let forward = ForwardPlan::new(&call.problem, &request, &machine)?;
+            check_target(forward.pass(), &machine)?;
+            return Ok(GpuPlan { problem: call.problem, machine, passes: Passes::Forward(forward) });
+        };
+        let decode = DecodePlan::new(options, cache, made_up, &machine)?;
+        decode.appends().iter().take(1).try_for_each(|append| check_target(&append.call.pass(), &machine))?;
+        check_target(decode.attend(), &machine)?;
+        Ok(GpuPlan { problem: *decode.problem(), machine, passes: Passes::Decode(decode) })
+    }
+
+    /// What is computed: a scheme, or what a KV cache stores.
+    pub fn scheme(&self) -> String {
+        match &self.passes {
+            Passes::Forward(plan) => plan.scheme().to_string(),
+            Passes::Decode(plan) => plan.scheme(),
+        }
+    }
+
+    /// Why the passes are what they are, a sentence for each choice.
+    pub fn reasons(&self) -> &[String] {
+        match &self.passes {
+            Passes::Forward(plan) => plan.reasons(),
+            Passes::Decode(plan) => plan.reasons(),
+        }
+    }
+
+    /// Parts that keys are split into.
+    pub fn splits(&self) -> usize {
+        match &self.passes {
+            Passes::Forward(plan) => plan.splits(),
+            Passes::Decode(plan) => plan.splits(),
+        }
+    }
+
+    /// The passes in words, each kind once.
+    pub fn summaries(&self) -> Vec<PassSummary> {
+        match &self.passes {
+            Passes::Forward(plan) => vec![PassSummary::new("forward", plan.pass())],
+            Passes::Decode(plan) => plan.summaries(),
+        }
+    }
+
+    /// Bytes of the largest workspace.
+    pub fn workspace_bytes(&self) -> usize {
+        self.summaries().iter().map(|pass| pass.workspace_bytes).max().unwrap_or(0)
+    }
+}
+
+/// What a forward pass of tensors without gaps is asked for.
+fn request(call: &Call<'_>, choice: Choice, lse: bool) -> Request {
+    Request {
+        scheme: choice.scheme(call.problem.head_dim),
+        accuracy: choice.accuracy(),
+        mask: match &call.mask {
+            None => MaskForm::None,
+            Some(Mask::Bool(_)) => MaskForm::Bool,
+            Some(Mask::Additive(bias)) => MaskForm::Bias(bias.dtype()),
+        },
+        lengths: match call.lengths {
+            Lengths::KvLens(_) => sage_kernels::Lengths::KvLens,
+            Lengths::Packed { .. } => sage_kernels::Lengths::Packed,
+            _ => sage_kernels::Lengths::Dense,
+        },
+        q_rows: call.q.shape()[2],
+        kv_rows: call.k.shape()[2],
+        lse,
+        ..Request::new(&call.problem)
+    }
+}
+
+/// Refuses kernels with instructions that the target lacks.
+fn check_target<T>(pass: &Pass<T>, machine: &Machine) -> Result<()> {
+    for program in pass.programs() {
+        program.ptx(machine.target).map_err(|lacking| {
+            let wanted =
+                format!("{} for `{}` of {}", lacking.needs.target, lacking.instruction, lacking.kernel);
+            Error::value("target", machine.target, wanted)
+        })?;
+    }
+    Ok(())
+}
+
+fn check_scores(problem: &Problem) -> Result<()> {
+    let Problem { batch, num_q_heads, q_len, kv_len, .. } = *problem;
+    let scores: u128 = [batch, num_q_heads, q_len, kv_len].map(|n| n.max(1) as u128).into_iter().product();
+    if scores <= MAX_SCORES {
+        return Ok(());
+    }
+    Err(Error::value("batch · heads · seq · kv_len", scores, format!("at most {MAX_SCORES} on a GPU")))
+}
+
+impl fmt::Display for GpuPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{}", self.problem)?;
+        writeln!(f, "scheme      {}", self.scheme())?;
+        let Machine { target, multiprocessors, .. } = self.machine;
+        write!(f, "device      {target}, {multiprocessors} multiprocessors")?;
+        match &self.passes {
+            Passes::Forward(plan) => write!(f, "\npass        forward\n{}", plan.pass())?,
+            Passes::Decode(plan) => {
+                // All appends have the same kernels.
+                let append = plan.appends().first();
+                append.map_or(Ok(()), |append| write!(f, "\npass        append\n{}", append.call.pass()))?;
+                write!(f, "\npass        attend\n{}", plan.attend())?;
+            }
+        }
+        self.reasons().iter().try_for_each(|reason| write!(f, "\nbecause     {reason}"))
+    }
+}
