@@ -56,7 +56,7 @@ pub enum Command {
     Ptx(ptx::Ptx),
     /// Measure tile shapes on a GPU, and keep the fastest for later calls
     Tune(tune::Tune),
-    /// Run a GPU's forward pass here, in the emulator, and check it
+    /// Run a GPU's passes here, in the emulator, and check them
     Emulate(emulate::Emulate),
     /// Show what this machine offers
     #[command(after_help = "Examples:\n  sageattn info\n  sageattn info --json")]

@@ -56,8 +56,8 @@ pub struct Reference<'a> {
 }
 
 impl<'a> Reference<'a> {
-    /// Computes exact attention, all heads at once; they are added to the progress. The kernels that are compared with it
-    /// are those of `device`.
+    /// Computes exact attention, all heads at once; they are added to the progress. The kernels that are compared
+    /// with it are those of `device`.
     pub fn new(
         qkv: &'a Qkv,
         attention: Attention<'a>,

@@ -36,8 +36,8 @@ pub struct Append {
 }
 
 impl DecodePlan {
-    /// Plans the appending of all tokens that the options describe, and attention over them. The tokens that the queries
-    /// belong to come last, after all that were there before.
+    /// Plans the appending of all tokens that the options describe, and attention over them. The tokens that the
+    /// queries belong to come last, after all that were there before.
     ///
     /// # Errors
     /// What is wrong with the call, or what a GPU has no kernels for.

@@ -22,8 +22,8 @@ use crate::table::{Cell, TITLE, Table, styled};
 #[command(after_help = "\
 Exact attention is computed in double precision from the numbers as they stand in the file. \"oracle\" is a scheme's \
 definition, in which only what is quantised is inexact; \"cpu kernel\" and \"gpu kernel\" are what the device \
-computes, rounded to the file's dtype. The oracle sums exactly, so schemes that differ in accumulators only score the same. \
-relative L1 is Σ|a − e| / Σ|e|; errors are in the unit of the output.
+computes, rounded to the file's dtype. The oracle sums exactly, so schemes that differ in accumulators only score \
+the same. relative L1 is Σ|a − e| / Σ|e|; errors are in the unit of the output.
 
 Examples:
   sageattn accuracy qkv.safetensors

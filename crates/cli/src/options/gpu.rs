@@ -32,8 +32,8 @@ impl GpuOptions {
 /// A quantised KV cache that holds the keys and values.
 #[derive(Clone, Copy, Debug, Args)]
 pub struct CacheOptions {
-    /// Decode: keys and values lie in a quantised KV cache, values in f16, bf16, fp8-e4m3 or int8; the queries are those
-    /// of the last cached tokens
+    /// Decode: keys and values lie in a quantised KV cache, values in f16, bf16, fp8-e4m3 or int8; the queries are
+    /// those of the last cached tokens
     #[arg(long, value_name = "VALUES", required = false)]
     pub kv_cache: ValueFormatName,
     /// Tokens of a page of the KV cache: a power of two from 16 to 1024
