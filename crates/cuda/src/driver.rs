@@ -112,6 +112,8 @@ pub struct Driver {
     library: Library,
     version: DriverVersion,
     count: u32,
+    /// Asked once: looking a symbol up allocates, and warm calls encode tensor maps.
+    has_tensor_maps: bool,
 }
 
 impl Driver {
@@ -157,7 +159,7 @@ impl Driver {
         // SAFETY: the symbol is there.
         let started = unsafe { sys::cuInit(0) };
         if started == CUresult::CUDA_ERROR_NO_DEVICE {
-            return Ok(Driver { library, version, count: 0 });
+            return Ok(Driver { library, version, count: 0, has_tensor_maps: false });
         }
         // What the driver says in a process that was forked after somebody else had started it.
         if started == CUresult::CUDA_ERROR_NOT_INITIALIZED {
@@ -168,12 +170,21 @@ impl Driver {
         let mut count = 0;
         // SAFETY: the driver is started, and the pointer is to a local.
         unsafe { cu!(cuDeviceGetCount(&mut count)) }?;
-        Ok(Driver { library, version, count: count.unsigned_abs() })
+        let has_tensor_maps = has(ENCODE_TENSOR_MAP);
+        Ok(Driver { library, version, count: count.unsigned_abs(), has_tensor_maps })
     }
 
     /// An error unless the driver has `symbol`, which the bindings may then call without a panic.
     pub(crate) fn require(&self, symbol: &'static str) -> Result<()> {
         if has(&self.library, symbol) { Ok(()) } else { Err(Error::Symbol { symbol, version: self.version }) }
+    }
+
+    /// [`Driver::require`] of what encodes tensor maps.
+    pub(crate) fn require_tensor_maps(&self) -> Result<()> {
+        if self.has_tensor_maps {
+            return Ok(());
+        }
+        Err(Error::Symbol { symbol: ENCODE_TENSOR_MAP, version: self.version })
     }
 
     /// Milliseconds between two events that have happened.
@@ -195,6 +206,9 @@ impl Driver {
         Ok(milliseconds)
     }
 }
+
+/// What encodes tensor maps: drivers since CUDA 12 have it.
+const ENCODE_TENSOR_MAP: &str = "cuTensorMapEncodeTiled";
 
 /// All GPUs, in the driver's order; empty where the driver finds none.
 pub fn devices() -> Result<Vec<DeviceInfo>> {

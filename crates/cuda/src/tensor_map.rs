@@ -190,7 +190,7 @@ impl TensorMap<'_> {
     /// The map as a kernel's argument. It holds the address, so a tensor that moves needs a new one.
     pub fn encode(&self, device: &Device) -> Result<Arg> {
         self.check()?;
-        Driver::get()?.require("cuTensorMapEncodeTiled")?;
+        Driver::get()?.require_tensor_maps()?;
         let swizzle = match self.swizzle {
             Swizzle::None => CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_NONE,
             Swizzle::B32 => CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_32B,

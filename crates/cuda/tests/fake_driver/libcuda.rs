@@ -1,7 +1,8 @@
 //! A driver without a GPU behind it, built by the test as `libcuda.so`. It keeps the books that the test asks for:
 //! which context is current, what is open, what a launch passed; and refuses what the real driver refuses.
 //!
-//! Without `--cfg whole` it lacks most functions, without `--cfg named` nearly all, as old or foreign libraries do.
+//! Without `--cfg whole` it lacks most functions, without `--cfg named` nearly all, as old or foreign libraries do. With
+//! `--cfg any_kernel` it takes kernels of any name and arguments.
 
 #![allow(non_snake_case, clippy::missing_safety_doc)]
 
@@ -136,7 +137,7 @@ driver! {
     }
     whole: cuDeviceGetAttribute(value: *mut i32, which: u32, device: i32) {
         *value = match which {
-            75 => 9,
+            75 => if std::env::var("FAKE_CUDA").as_deref() == Ok("sm_80") { 8 } else { 9 },
             76 => 0,
             97 => 232_448,
             115 => 1,
@@ -252,7 +253,7 @@ driver! {
     }
     whole: cuModuleUnload(module: usize) { destroy(module, "module") }
     whole: cuModuleGetFunction(function: *mut usize, module: usize, name: *const std::ffi::c_char) {
-        if std::ffi::CStr::from_ptr(name) != c"scale" { return INVALID_VALUE }
+        if !cfg!(any_kernel) && std::ffi::CStr::from_ptr(name) != c"scale" { return INVALID_VALUE }
         *function = module + 1;
         SUCCESS
     }
@@ -272,6 +273,7 @@ driver! {
         books(|b| {
             b.launches += 1;
             b.stream = stream;
+            if cfg!(any_kernel) { return }
             b.launched = (
                 *(*values).cast(),
                 *(*values.add(1)).cast(),
@@ -284,6 +286,13 @@ driver! {
 }
 
 /// The real driver of this version has it.
+#[cfg(all(whole, any_kernel))]
+#[unsafe(no_mangle)]
+pub extern "C" fn cuTensorMapEncodeTiled() -> Code {
+    in_context(|| SUCCESS)
+}
+
+/// As above.
 #[cfg(all(whole, clusters))]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuLaunchKernelEx(config: *const u32, function: usize, values: usize, extra: usize) -> Code {

@@ -1,0 +1,128 @@
+//! A warm call allocates nothing on the host: from the options to the last launch, with a fake driver in place of the
+//! GPU's; and a check of host tensors neither.
+
+#![cfg(all(feature = "cuda", target_os = "linux"))]
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+#[path = "../../cuda/tests/fake_driver/harness.rs"]
+mod harness;
+
+use harness::{ALLOCATIONS, cases};
+use sageattention::cuda::{Buffer, Cuda, CudaTensor, Device, DeviceInts, DeviceLse, DeviceMask, Stream};
+use sageattention::{
+    Alignment, Attention, Call, DType, Inputs, KvCacheOptions, Lengths, Options, Preset, Tensor,
+};
+
+const FAKE: [&str; 4] = ["named", "whole", "clusters", "any_kernel"];
+
+/// Allocations of this thread while `run` runs.
+fn allocations(run: impl FnOnce()) -> u64 {
+    let before = ALLOCATIONS.get();
+    run();
+    ALLOCATIONS.get() - before
+}
+
+/// Tensors on the fake GPU: `[2, 8, 300, 64]`, and a thing of each kind that may lie beside them.
+struct There {
+    gpu: Cuda,
+    stream: Stream,
+    tensors: [CudaTensor; 3],
+    out: CudaTensor,
+    lse: Buffer,
+    mask: CudaTensor,
+    lens: Buffer,
+}
+
+impl There {
+    fn new() -> Self {
+        let gpu = Cuda::of_device(Device::with_cache(0, None).unwrap());
+        let stream = gpu.stream().unwrap();
+        let tensor = |shape: &[usize]| CudaTensor::uninitialized(&stream, DType::F16, shape).unwrap();
+        let shape = [2, 8, 300, 64];
+        There {
+            tensors: [tensor(&shape), tensor(&shape), tensor(&shape)],
+            out: tensor(&shape),
+            lse: Buffer::new(&stream, 4 * 2 * 8 * 300).unwrap(),
+            mask: tensor(&[300, 300]),
+            lens: Buffer::from_slice(&stream, &[300i32, 200]).unwrap(),
+            stream,
+            gpu,
+        }
+    }
+
+    fn run(&self, attention: &Attention<'_>) {
+        let tensors = self.tensors.each_ref().map(CudaTensor::view);
+        let lse = Some(DeviceLse::of(&self.lse));
+        attention.forward_on(&self.gpu, &self.stream, tensors, self.out.view(), lse).unwrap();
+    }
+}
+
+fn warm_calls_allocate_nothing() {
+    let there = There::new();
+    let new = Attention::new;
+    let calls = [
+        ("dense", new()),
+        ("causal", new().causal(true).return_lse(true)),
+        ("offset", new().causal_alignment(Alignment::Offset(17)).window(40, None)),
+        ("full", new().scheme(Preset::FULL)),
+        ("FP8", new().scheme(Preset::SAGE2_INT8_FP8_PER_THREAD).nearest(true)),
+        ("without smoothing", new().smooth_k(false)),
+        ("within an error", new().accuracy(0.05)),
+        ("mask", new().mask(DeviceMask::Additive(there.mask.view()))),
+        ("kv_lens", new().lengths(Lengths::DeviceKvLens(DeviceInts::of(&there.lens)))),
+    ];
+    for (name, attention) in &calls {
+        if *name == "FP8" && there.gpu.device().info().capability < (8, 9) {
+            continue;
+        }
+        // The first compiles; what the second allocates, if anything, the driver keeps.
+        (0..2).for_each(|_| there.run(attention));
+        assert_eq!(allocations(|| (0..3).for_each(|_| there.run(attention))), 0, "{name}");
+    }
+}
+
+cases! {
+    on_sm_90, FAKE, "", { super::warm_calls_allocate_nothing() }
+
+    on_sm_80, FAKE, "sm_80", { super::warm_calls_allocate_nothing() }
+
+    attention_over_a_cache, FAKE, "sm_80", {
+        let there = There::new();
+        let cache = KvCacheOptions::new(8, 64).sequences(2).max_pages(20);
+        let mut cache = cache.build_on(there.gpu.clone(), &there.stream).unwrap();
+        let [q, k, v] = there.tensors.each_ref().map(CudaTensor::view);
+        cache.append(k, v).unwrap();
+        let attention = Attention::new().causal(true);
+        let run = || {
+            let lse = Some(DeviceLse::of(&there.lse));
+            cache.attend_into(&[0, 1], q, &attention, there.out.view(), lse).unwrap();
+        };
+        run();
+        assert_eq!(allocations(run), 0);
+        cache.truncate(1, 10).unwrap();
+        assert_eq!((cache.len(0), cache.len(1), cache.pages_in_use()), (Ok(300), Ok(10), 6));
+    }
+}
+
+#[test]
+fn a_check_of_host_tensors_allocates_nothing() {
+    let x = Tensor::new(vec![0f32; 2 * 3 * 40 * 8], &[2, 3, 40, 8]).unwrap();
+    let packed = Tensor::new(vec![0f32; 80 * 3 * 8], &[80, 3, 8]).unwrap();
+    let cu_seqlens = [0, 20, 20, 80];
+    let dense = Inputs::new(x.view(), x.view(), x.view());
+    let lists = Lengths::Packed { cu_seqlens_q: &cu_seqlens, cu_seqlens_k: &cu_seqlens };
+    let band = Attention::new().causal(true).window(7, 0).options();
+    for inputs in [
+        dense,
+        Inputs { lengths: Lengths::KvLens(&[40, 11]), ..dense },
+        Inputs { lengths: lists, ..Inputs::new(packed.view(), packed.view(), packed.view()) },
+    ] {
+        for options in [Options::default(), band] {
+            let check = || {
+                let call = Call::check(&inputs, &options).unwrap();
+                assert_eq!(call.sequences().map(|sequence| sequence.q_len).sum::<usize>(), 80);
+            };
+            assert_eq!(allocations(check), 0, "{inputs:?}");
+        }
+    }
+}
