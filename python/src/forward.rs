@@ -121,8 +121,8 @@ fn on_gpu(tensors: &Tensors, options: &Options, ordinal: u32, stream: u64, wait:
     // SAFETY: the caller hands over a stream of this GPU, which outlives the call.
     let stream = unsafe { Stream::from_raw(gpu.device(), stream) };
     let tensor = |name, tensor: &RawTensor| -> Result<DeviceTensor<'_>> {
-        // SAFETY: the caller of `forward` says that the memory is as described; its framework keeps it until work on the
-        // stream is done.
+        // SAFETY: the caller of `forward` says that the memory is as described; its framework keeps it until work on
+        // the stream is done.
         Ok(unsafe { DeviceTensor::from_raw(tensor.dtype(name)?, tensor.geometry(name)?, tensor.address) })
     };
     let mask = match &tensors.mask {

@@ -39,8 +39,9 @@ pub(crate) unsafe fn view_mut<'a>(name: &'static str, tensor: &RawTensor) -> Res
     }
 }
 
-/// The elements of a tensor of booleans, and where each lies among them. A byte that is neither 0 nor 1 is no `bool` in Rust,
-/// and other libraries' tensors may hold some: such a tensor is copied, elements that a stride of 0 repeats once.
+/// The elements of a tensor of booleans, and where each lies among them. A byte that is neither 0 nor 1 is no `bool`
+/// in Rust, and other libraries' tensors may hold some: such a tensor is copied, elements that a stride of 0 repeats
+/// once.
 ///
 /// # Safety
 /// As for [`view`].

@@ -1,8 +1,9 @@
 //! The extension module `sageattention._native`: one entry that takes raw addresses, shapes and strides.
 //!
-//! What users call is Python (`python/packages/`), which knows the frameworks: whose allocator makes the output, which
-//! stream is current, what a keyword means. Here tensors of this machine's memory and of a GPU's become the views of the
-//! crate `sageattention`, the interpreter's lock is released, and errors become exceptions with the same words.
+//! What users call is Python (`python/packages/`), which knows the frameworks: whose allocator makes the output,
+//! which stream is current, what a keyword means. Here tensors of this machine's memory and of a GPU's become the
+//! views of the crate `sageattention`, the interpreter's lock is released, and errors become exceptions with the same
+//! words.
 
 mod errors;
 mod forward;

@@ -40,8 +40,8 @@ fn run<T: CudaDType + DeviceRepr + sageattention::Element>(
     let device = q.0.device();
     let candle_stream = device.cuda_stream();
     let gpu = Cuda::shared(candle_stream.context().ordinal() as u32).map_err(wrap)?;
-    // SAFETY: candle's streams are of the primary context. `candle_stream` keeps it alive for this call, and all that is
-    // allocated on it here is freed in stream order before the call ends.
+    // SAFETY: candle's streams are of the primary context. `candle_stream` keeps it alive for this call, and all that
+    // is allocated on it here is freed in stream order before the call ends.
     let stream =
         unsafe { Stream::from_raw(gpu.device(), candle_stream.cu_stream().expose_provenance() as u64) };
 
@@ -164,8 +164,8 @@ impl<'a> Memory<'a> {
     /// What [`Memory::list`] made.
     fn integers(&self) -> DeviceInts<'_> {
         let first = self.address.wrapping_add_signed(self.geometry.offset() * size_of::<i32>() as i64);
-        // SAFETY: the storage holds every entry that its layout reaches, 32-bit integers without gaps as `list` has seen;
-        // the guard keeps it, and lets other streams wait for this one.
+        // SAFETY: the storage holds every entry that its layout reaches, 32-bit integers without gaps as `list` has
+        // seen; the guard keeps it, and lets other streams wait for this one.
         unsafe { DeviceInts::from_raw(first, self.geometry.len()) }
     }
 

@@ -17,16 +17,17 @@
 //!   import alone: `use sageattention_candle::flash::flash_attn;`
 //! - [`KvCache`] keeps the keys and values of past tokens quantised, for decoding.
 //!
-//! On a CPU everything works without any feature. With the feature `cuda`, which needs nvcc because candle's own kernels
-//! do, tensors in a GPU's memory are computed there, on candle's stream, without a copy; f16 and bf16.
+//! On a CPU everything works without any feature. With the feature `cuda`, which needs nvcc because candle's own
+//! kernels do, tensors in a GPU's memory are computed there, on candle's stream, without a copy; f16 and bf16.
 //!
 //! Candle 0.11 links the libraries of the driver and the toolkit, so a program with this feature does not start where
 //! `libcuda.so.1` is missing: the loader says so before `main`. Where it is to run on CPUs too, put the toolkit's stub
 //! (`lib64/stubs/libcuda.so`) by that name last in the library path: the program starts, and `Device::new_cuda` returns
 //! an error instead of a GPU.
 //!
-//! Everything that can be wrong with a call is an error that names the tensor or option, the value found and the value
-//! wanted; [`backend_error_kind`] tells a GPU's errors apart. Attention here is for inference: a backward pass through it is an error.
+//! Everything that can be wrong with a call is an error that names the tensor or option, the value found and the
+//! value wanted; [`backend_error_kind`] tells a GPU's errors apart. Attention here is for inference: a backward pass
+//! through it is an error.
 
 mod cpu;
 #[cfg(feature = "cuda")]

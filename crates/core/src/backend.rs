@@ -7,8 +7,8 @@ use crate::{BlockTables, CacheLayout, Call, Choice, Operand, PageCopy, Result, S
 
 /// What computes attention: a processor, a GPU.
 ///
-/// A call is checked once, by whoever takes it from the caller. A backend is handed a checked one, plans it or finds the
-/// plan that it made before, and runs that. So what is planned and what is run cannot differ.
+/// A call is checked once, by whoever takes it from the caller. A backend is handed a checked one, plans it or finds
+/// the plan that it made before, and runs that. So what is planned and what is run cannot differ.
 pub trait Backend {
     /// A tensor to read, in the backend's memory.
     type Tensor<'a>: Operand;
@@ -29,12 +29,12 @@ pub trait Backend {
     /// The name that users give it.
     fn name(&self) -> String;
 
-    /// The scheme that has kernels here and is at least as accurate as `scheme`; `scheme` itself where there is no reason
-    /// to leave it.
+    /// The scheme that has kernels here and is at least as accurate as `scheme`; `scheme` itself where there is no
+    /// reason to leave it.
     fn nearest(&self, scheme: Scheme) -> Scheme;
 
-    /// How [`Backend::run`] carries a call out that also returns the log-sum-exp where `lse` says so, with an output that
-    /// lies without gaps. Compiles nothing.
+    /// How [`Backend::run`] carries a call out that also returns the log-sum-exp where `lse` says so, with an output
+    /// that lies without gaps. Compiles nothing.
     ///
     /// # Errors
     /// When nothing here computes the scheme, or not with such tensors or options.

@@ -12,9 +12,9 @@ use crate::{
 /// batch dimension of 1), mask `[batch, num_q_heads, q_len, kv_len]`,
 /// block mask `[batch, num_q_heads, blocks, blocks]`.
 ///
-/// Keys before the first and after the last that the band lets some query see are no part of it: [`Band::seen`] says why
-/// nothing else changes. Where there is an explicit mask, whose keys are counted from the tensors' first, they are left;
-/// so they are where lengths are given and the band has an offset that would change.
+/// Keys before the first and after the last that the band lets some query see are no part of it: [`Band::seen`] says
+/// why nothing else changes. Where there is an explicit mask, whose keys are counted from the tensors' first, they
+/// are left; so they are where lengths are given and the band has an offset that would change.
 ///
 /// [`Band::seen`]: crate::Band::seen
 #[derive(Clone, Copy, Debug)]

@@ -8,8 +8,9 @@ pub enum Choice {
     /// The fastest that is accurate on the backend at hand.
     #[default]
     Automatic,
-    /// The fastest whose relative L1 error, Σ|O − O′| / Σ|O| against exact attention of N(0, 1) data, is at most this. The
-    /// measured errors are 0.002 of bf16 tensors in full precision, 0.014 of INT8 scores, and 0.04 with FP8 P·V besides.
+    /// The fastest whose relative L1 error, Σ|O − O′| / Σ|O| against exact attention of N(0, 1) data, is at most
+    /// this. The measured errors are 0.002 of bf16 tensors in full precision, 0.014 of INT8 scores, and 0.04 with FP8
+    /// P·V besides.
     Within(f32),
     /// A scheme with a name: our own, or what a function of the original SageAttention stands for.
     Preset(Preset),

@@ -19,11 +19,12 @@ pub enum Lengths<'a, L = Infallible> {
         /// Boundaries of the key sequences, batch + 1 values from 0 to the total.
         cu_seqlens_k: &'a [i32],
     },
-    /// As [`Lengths::KvLens`], in the memory of the tensors' device. Nothing checks the values but the kernels, which cut
-    /// what lies outside the tensors off.
+    /// As [`Lengths::KvLens`], in the memory of the tensors' device. Nothing checks the values but the kernels, which
+    /// cut what lies outside the tensors off.
     DeviceKvLens(L),
     /// As [`Lengths::Packed`], in the memory of the tensors' device, with values unchecked as those of
-    /// [`Lengths::DeviceKvLens`]. Of a sequence longer than it says here, no result is right, but nothing else is harmed.
+    /// [`Lengths::DeviceKvLens`]. Of a sequence longer than it says here, no result is right, but nothing else is
+    /// harmed.
     DevicePacked {
         /// Boundaries of the query sequences.
         cu_seqlens_q: L,

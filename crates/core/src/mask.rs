@@ -13,16 +13,16 @@ pub enum Alignment {
     /// The first query sees the first key: PyTorch's `is_causal`, and SageAttention's CUDA kernels.
     TopLeft,
     /// The first query sees the key of this index at the diagonal, where negative ones lie before the first. Where a
-    /// sequence is spread over devices, whose queries and keys pass each other, it is the position of the first query at
-    /// hand less that of the first key.
+    /// sequence is spread over devices, whose queries and keys pass each other, it is the position of the first query
+    /// at hand less that of the first key.
     Offset(i64),
 }
 
 /// A band of visible keys around the diagonal: causal masks and sliding windows.
 ///
 /// Query `i` sees key `j` iff `i + shift − left ≤ j ≤ i + shift + right`, where `shift` is `kv_len − q_len`
-/// ([`Alignment::BottomRight`]), 0 ([`Alignment::TopLeft`]) or as it was given ([`Alignment::Offset`]), and `None` stands
-/// for no limit.
+/// ([`Alignment::BottomRight`]), 0 ([`Alignment::TopLeft`]) or as it was given ([`Alignment::Offset`]), and `None`
+/// stands for no limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Band {
     /// Keys visible before the diagonal.
@@ -72,8 +72,8 @@ impl Band {
 
     /// The keys that some query of `q_len` sees among `kv_len`; none where there is no query.
     ///
-    /// Among these keys alone [`Band::on_seen`] is the same mask, so what comes before and after them need not be read at
-    /// all.
+    /// Among these keys alone [`Band::on_seen`] is the same mask, so what comes before and after them need not be
+    /// read at all.
     ///
     /// ```
     /// use sage_core::{Alignment, Band};
@@ -95,9 +95,9 @@ impl Band {
 
     /// The band among the keys that it lets some query see, which is the same for sequences of any length.
     ///
-    /// A band that is aligned top-left leaves out keys at the end only, one that is aligned bottom-right only keys at the
-    /// start, from which it does not count. An offset counts from there, so it loses the keys that were left out: all
-    /// before the first that query 0 sees.
+    /// A band that is aligned top-left leaves out keys at the end only, one that is aligned bottom-right only keys at
+    /// the start, from which it does not count. An offset counts from there, so it loses the keys that were left out:
+    /// all before the first that query 0 sees.
     ///
     /// ```
     /// use sage_core::{Alignment, Band};
@@ -119,8 +119,8 @@ impl Band {
     }
 
     /// The limits counted from the corner that the band is aligned to, any offset added: query `i` sees key `j` iff
-    /// `i + shift − left ≤ j ≤ i + shift + right`, where `shift` is `kv_len − q_len` for [`Alignment::BottomRight`] and 0
-    /// for the others. They saturate.
+    /// `i + shift − left ≤ j ≤ i + shift + right`, where `shift` is `kv_len − q_len` for [`Alignment::BottomRight`]
+    /// and 0 for the others. They saturate.
     pub fn limits(&self) -> (Option<i64>, Option<i64>) {
         let offset = match self.alignment {
             Alignment::BottomRight | Alignment::TopLeft => 0,
@@ -152,9 +152,9 @@ impl Mask<'_> {
         }
     }
 
-    /// The largest bias that programs write for padding: half the lowest finite value of the mask's element type. Softmax
-    /// takes such a bias as it is, but a key that has no larger one in any row does not enter means and scales.
-    /// −∞ for a boolean mask, which needs no such word.
+    /// The largest bias that programs write for padding: half the lowest finite value of the mask's element type.
+    /// Softmax takes such a bias as it is, but a key that has no larger one in any row does not enter means and
+    /// scales. −∞ for a boolean mask, which needs no such word.
     pub fn padding_bias(&self) -> f32 {
         match self {
             Mask::Bool(_) => f32::NEG_INFINITY,

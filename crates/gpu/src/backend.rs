@@ -17,10 +17,10 @@ use crate::plan::{self, CudaPlan};
 use crate::tensor::argument;
 use crate::{CachePool, Cuda, DeviceCall, DeviceLse, DeviceMask, DeviceTensor, Tiling, driver};
 
-/// Computes on the caller's stream, and returns when the work is there. A first call of a shape compiles its kernels; later
-/// ones allocate nothing on the host, take their workspace from the stream's pool, and can be captured in a graph. Lengths
-/// in host memory are copied to the GPU, which waits for the stream; in its memory they are read there. Buffers of another
-/// stream must outlive the work: see [`sage_cuda::Buffer`].
+/// Computes on the caller's stream, and returns when the work is there. A first call of a shape compiles its kernels;
+/// later ones allocate nothing on the host, take their workspace from the stream's pool, and can be captured in a
+/// graph. Lengths in host memory are copied to the GPU, which waits for the stream; in its memory they are read
+/// there. Buffers of another stream must outlive the work: see [`sage_cuda::Buffer`].
 impl Backend for Cuda {
     type Tensor<'a> = DeviceTensor<'a>;
     type Output<'a> = DeviceTensor<'a>;

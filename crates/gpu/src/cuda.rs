@@ -38,7 +38,8 @@ impl Cuda {
         Ok(Cuda::of_device(Device::new(ordinal).map_err(driver)?))
     }
 
-    /// The GPU of that number, opened once in the life of the process: plans and kernels are shared by all who ask here.
+    /// The GPU of that number, opened once in the life of the process: plans and kernels are shared by all who ask
+    /// here.
     ///
     /// # Errors
     /// When there is no driver, or no such GPU.

@@ -27,8 +27,8 @@ struct Ready<T> {
 /// The memory of a quantised KV cache: a pool of fixed size, with kernels that append to it and attend to it on one
 /// stream, the caller's.
 ///
-/// The lengths of sequences, which kernels read, lie on the GPU and are counted there; block tables are copied there when
-/// a sequence begins a page. Other calls put work on the stream and do not wait for it.
+/// The lengths of sequences, which kernels read, lie on the GPU and are counted there; block tables are copied there
+/// when a sequence begins a page. Other calls put work on the stream and do not wait for it.
 #[derive(Debug)]
 pub struct CachePool {
     stream: Stream,
@@ -230,8 +230,8 @@ impl CachePool {
     /// Puts a pass on the cache's stream.
     fn run<T>(&self, ready: &Ready<T>, tensors: &T) -> Result<()> {
         let put = |(_, kernel, grid, args): Launch<'_>| {
-            // SAFETY: see `plan::OnStream`; the cache's buffers live as long as it does, and are freed in the order of its
-            // stream.
+            // SAFETY: see `plan::OnStream`; the cache's buffers live as long as it does, and are freed in the order
+            // of its stream.
             unsafe { kernel.launch(&self.stream, grid, args) }.map_err(driver)
         };
         plan::run(&ready.pass, &ready.kernels, tensors, &self.stream, put)

@@ -19,8 +19,8 @@ use crate::{Cuda, driver};
 pub(super) struct Kernels(Mutex<HashMap<String, Kernel>>);
 
 impl Kernels {
-    /// Compiled kernels for every launch of a pass: those that are new side by side. `instead` is what would do where the
-    /// GPU lacks an instruction.
+    /// Compiled kernels for every launch of a pass: those that are new side by side. `instead` is what would do where
+    /// the GPU lacks an instruction.
     pub fn of_pass<T>(&self, pass: &Pass<T>, cuda: &Cuda, instead: &str) -> Result<Vec<Kernel>> {
         let kernels: Vec<Result<Kernel>> = thread::scope(|scope| {
             let found = |configuration: &Arc<dyn Configuration>| {
@@ -73,13 +73,13 @@ pub(super) fn run<T>(
 
 /// Launches of a pass, which `launch` puts on a stream.
 ///
-/// What makes them sound: the pass gives each kernel the arguments that it was written for, in a grid that stays within
-/// the tensors' geometry, which the call was checked against. That there is memory behind a geometry is the promise of
-/// whoever made the tensor, mask, list or log-sum-exp ([`crate::DeviceTensor::from_raw`] and its like), or a buffer's own size. The
-/// workspace is freed in the stream's order, after the launches.
+/// What makes them sound: the pass gives each kernel the arguments that it was written for, in a grid that stays
+/// within the tensors' geometry, which the call was checked against. That there is memory behind a geometry is the
+/// promise of whoever made the tensor, mask, list or log-sum-exp ([`crate::DeviceTensor::from_raw`] and its like), or
+/// a buffer's own size. The workspace is freed in the stream's order, after the launches.
 ///
-/// One promise is the caller's in words alone, as no type holds it yet: that another stream whose buffers a call uses frees
-/// them after the call's stream has passed it ([`Buffer`]).
+/// One promise is the caller's in words alone, as no type holds it yet: that another stream whose buffers a call uses
+/// frees them after the call's stream has passed it ([`Buffer`]).
 struct OnStream<'a, F> {
     device: &'a Device,
     kernels: &'a [Kernel],

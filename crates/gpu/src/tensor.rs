@@ -44,7 +44,8 @@ impl CudaTensor {
 
     /// The tensor, borrowed.
     pub fn view(&self) -> DeviceTensor<'_> {
-        // SAFETY: the elements of a host view, or of a row-major tensor, lie in its memory, all of which the buffer has.
+        // SAFETY: the elements of a host view, or of a row-major tensor, lie in its memory, all of which the buffer
+        // has.
         unsafe { DeviceTensor::from_raw(self.dtype, self.geometry, self.buffer.address()) }
     }
 

@@ -54,8 +54,8 @@ impl TuningTable {
         TuningTable { gpu: device.info().name.clone(), rows: Vec::new() }
     }
 
-    /// Where a device's table is looked for: the file that `SAGEATTENTION_TUNING` names, or one for the GPU's name in the
-    /// kernel cache's folder; none where there is no such folder.
+    /// Where a device's table is looked for: the file that `SAGEATTENTION_TUNING` names, or one for the GPU's name in
+    /// the kernel cache's folder; none where there is no such folder.
     pub fn path(device: &Device) -> Option<PathBuf> {
         if let Some(path) = env::var_os(VARIABLE) {
             return Some(path.into());
@@ -118,12 +118,12 @@ impl TuningTable {
 }
 
 impl Cuda {
-    /// Times a call's attention kernel in every tile shape worth trying, that of the kernels' own table first: the kind of
-    /// kernel, and the trials. Calls `tried` after each. Waits for the GPU.
+    /// Times a call's attention kernel in every tile shape worth trying, that of the kernels' own table first: the
+    /// kind of kernel, and the trials. Calls `tried` after each. Waits for the GPU.
     ///
     /// # Errors
-    /// As [`sage_core::Backend::run`]. A tile shape that does not compile is a trial with its error, but a GPU that is lost
-    /// ends the trials, all of which would fail from there on.
+    /// As [`sage_core::Backend::run`]. A tile shape that does not compile is a trial with its error, but a GPU that
+    /// is lost ends the trials, all of which would fail from there on.
     pub fn tune(
         &self,
         stream: &Stream,

@@ -102,13 +102,13 @@ impl<'a> Attention<'a> {
         Attention { logit_softcap: Some(softcap), ..self }
     }
 
-    /// An explicit mask, broadcastable to `[batch, num_q_heads, q_len, kv_len]`, on top of causal mask and window. It lies
-    /// where q does: [`Mask`](crate::Mask) or, in a GPU's memory, [`DeviceMask`](crate::cuda::DeviceMask).
+    /// An explicit mask, broadcastable to `[batch, num_q_heads, q_len, kv_len]`, on top of causal mask and window. It
+    /// lies where q does: [`Mask`](crate::Mask) or, in a GPU's memory, [`DeviceMask`](crate::cuda::DeviceMask).
     ///
-    /// A key that it hides from every query has no influence at all, whatever K and V hold there: padding and the empty
-    /// slots of a static cache cost no accuracy. In softmax only `false` and −∞ hide. A key whose bias is about the least
-    /// finite number of the mask's type in every row (how padding is often written) is seen where a row holds nothing
-    /// else, but enters no mean and no scale.
+    /// A key that it hides from every query has no influence at all, whatever K and V hold there: padding and the
+    /// empty slots of a static cache cost no accuracy. In softmax only `false` and −∞ hide. A key whose bias is about
+    /// the least finite number of the mask's type in every row (how padding is often written) is seen where a row
+    /// holds nothing else, but enters no mean and no scale.
     pub fn mask(self, mask: impl Into<AnyMask<'a>>) -> Self {
         Attention { mask: Some(mask.into()), ..self }
     }
@@ -154,14 +154,14 @@ impl<'a> Attention<'a> {
         Attention { smooth_k, ..self }
     }
 
-    /// What computes. Without it, host tensors are computed by this machine's processor; with a GPU they are copied there
-    /// and back. Tensors in a GPU's memory are computed there: another device is an error.
+    /// What computes. Without it, host tensors are computed by this machine's processor; with a GPU they are copied
+    /// there and back. Tensors in a GPU's memory are computed there: another device is an error.
     pub fn device(self, device: Device) -> Self {
         Attention { device: Some(device), ..self }
     }
 
-    /// Whether each row's log-sum-exp is returned too. Where the caller brings the memory for results, giving some for the
-    /// log-sum-exp is enough, and giving none an error.
+    /// Whether each row's log-sum-exp is returned too. Where the caller brings the memory for results, giving some
+    /// for the log-sum-exp is enough, and giving none an error.
     pub fn return_lse(self, return_lse: bool) -> Self {
         Attention { return_lse, ..self }
     }
@@ -214,7 +214,8 @@ impl<'a> Attention<'a> {
     /// ([`Cuda`](crate::cuda::Cuda)), the work is put on the stream `queue`.
     ///
     /// # Errors
-    /// Names the first tensor or option that is wrong, or what the backend cannot do; `out` and `lse` are then untouched.
+    /// Names the first tensor or option that is wrong, or what the backend cannot do; `out` and `lse` are then
+    /// untouched.
     pub fn forward_on<B: Place>(
         &self,
         backend: &B,

@@ -24,8 +24,8 @@ pub struct KvCacheOptions {
 }
 
 impl KvCacheOptions {
-    /// One sequence, values in half precision, pages of 64 tokens and as many of them as memory holds, and new tokens as
-    /// `[batch, heads, seq, head_dim]`.
+    /// One sequence, values in half precision, pages of 64 tokens and as many of them as memory holds, and new tokens
+    /// as `[batch, heads, seq, head_dim]`.
     pub fn new(num_kv_heads: usize, head_dim: usize) -> Self {
         KvCacheOptions {
             sequences: 1,
@@ -48,8 +48,8 @@ impl KvCacheOptions {
         KvCacheOptions { values, ..self }
     }
 
-    /// Tokens of a page: a power of two from 16 to 1024. Smaller pages waste less memory at the end of a sequence and of
-    /// a shared prefix; every page costs four bytes for each head and channel.
+    /// Tokens of a page: a power of two from 16 to 1024. Smaller pages waste less memory at the end of a sequence and
+    /// of a shared prefix; every page costs four bytes for each head and channel.
     pub fn page_size(self, page_size: usize) -> Self {
         KvCacheOptions { page_size, ..self }
     }
@@ -96,8 +96,8 @@ impl KvCacheOptions {
 /// Keys and values of past tokens, quantised: INT8 keys, values as [`ValueFormat`] says.
 ///
 /// Tokens are appended in chunks of any size and never quantised again. Attention reads the codes where they lie; no
-/// copy in higher precision exists at any time. A cache of 64 channels a head takes 0.55 times the memory of one in half
-/// precision with 8-bit values, 0.78 times with 16-bit ones.
+/// copy in higher precision exists at any time. A cache of 64 channels a head takes 0.55 times the memory of one in
+/// half precision with 8-bit values, 0.78 times with 16-bit ones.
 ///
 /// Tokens lie in pages, and each sequence has a block table of its pages. Sequences can share the pages of a common
 /// prefix ([`KvCache::fork`]); a page that two share is copied before one writes to it.
@@ -160,7 +160,8 @@ impl<B: Place> KvCache<B> {
         self.lens.iter().all(|&len| len == 0)
     }
 
-    /// Bytes of all pages that were ever needed at once, those that are free again included; on a GPU those of the pool.
+    /// Bytes of all pages that were ever needed at once, those that are free again included; on a GPU those of the
+    /// pool.
     pub fn bytes(&self) -> usize {
         self.backend.cache_bytes(&self.cache)
     }
@@ -213,9 +214,9 @@ impl<B: Place> KvCache<B> {
         self.count()
     }
 
-    /// Attention of `q` over some sequences into the caller's memory, as [`KvCache::attend`] has it: an entry of q's batch
-    /// for each of `sequences`, which may repeat. `out` has q's layout, shape and element type, `lse` is row-major in the
-    /// shape that [`Output::lse`] has. On a GPU, neighbouring sequences are served at once.
+    /// Attention of `q` over some sequences into the caller's memory, as [`KvCache::attend`] has it: an entry of q's
+    /// batch for each of `sequences`, which may repeat. `out` has q's layout, shape and element type, `lse` is
+    /// row-major in the shape that [`Output::lse`] has. On a GPU, neighbouring sequences are served at once.
     ///
     /// # Errors
     /// When q, an option or a sequence does not fit the cache, or the backend lacks an option; `out` and `lse` are then
@@ -294,8 +295,9 @@ impl<B: Place> KvCache<B> {
 }
 
 impl KvCache {
-    /// Attention of `q` over everything cached: `[sequences, num_q_heads, q_len, head_dim]` in `attention`'s layout. The
-    /// last query is that of the last cached token, so append first; [`Attention::causal`] matters when `q_len` is above
+    /// Attention of `q` over everything cached: `[sequences, num_q_heads, q_len, head_dim]` in `attention`'s layout.
+    /// The last query is that of the last cached token, so append first; [`Attention::causal`] matters when `q_len`
+    /// is above
     /// 1. A sequence without tokens gives zeros.
     ///
     /// Of `attention` everything holds but what speaks of K and V: lengths are the cache's, and so is the scheme.

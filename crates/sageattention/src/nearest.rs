@@ -4,8 +4,8 @@ use sage_core::Scheme;
 
 use crate::backend::Device;
 
-/// The scheme of a kernel that `device` has and that is at least as accurate as `scheme`; `scheme` itself where there is
-/// no reason to leave it.
+/// The scheme of a kernel that `device` has and that is at least as accurate as `scheme`; `scheme` itself where there
+/// is no reason to leave it.
 ///
 /// The original's functions name the kernels of certain GPUs. Programs call them by name and mean "this fast and this
 /// accurate", so a machine without such a kernel computes with the nearest:
@@ -93,7 +93,8 @@ mod tests {
         for preset in Preset::ALL {
             let scheme = preset.scheme(64);
             let (given, nearest) = (error(&scheme), error(&nearest_scheme(scheme, Device::Cpu)));
-            // Quantising Q·Kᵀ alike leaves the same error there; 2 % is for P·V's errors that happen to cancel some of it.
+            // Quantising Q·Kᵀ alike leaves the same error there; 2 % is for P·V's errors that happen to cancel some
+            // of it.
             assert!(nearest <= given * 1.02, "{preset}: {nearest} beside {given}");
         }
     }
