@@ -22,7 +22,7 @@ build() {
     {
         cargo test --no-run --message-format=json -p sage-cuda --test gpu
         cargo test --no-run --message-format=json -p sageattention --test gpu --test gpu_kv_cache \
-            --test gpu_random --test gpu_edges
+            --test gpu_random --test gpu_edges --test gpu_table
         cargo build --message-format=json -p sageattention --example bench_gpu --example bench_gpu_kv_cache
         cargo build --message-format=json -p sageattn
     } | python3 -c '
@@ -60,7 +60,8 @@ tests() {
     "$bin/test_attention" --test-threads=1 --nocapture
     heading "KV cache against the oracle"
     "$bin/test_kv_cache" --test-threads=1 --nocapture
-    heading "edges and random calls against the oracle"
+    heading "the table of cases, edges and random calls against the oracle"
+    "$bin/test_table" --nocapture
     "$bin/test_edges" --test-threads=1 --nocapture
     "$bin/test_random" --nocapture
 }

@@ -235,9 +235,7 @@ impl DeviceMask<'_> {
         let geometry = self.geometry();
         let strides = geometry.strides();
         let address = match self {
-            DeviceMask::Bool(bytes) => {
-                bytes.address.wrapping_add_signed(geometry.index([0; sage_core::MAX_RANK]))
-            }
+            DeviceMask::Bool(bytes) => bytes.address.wrapping_add_signed(geometry.offset()),
             DeviceMask::Additive(tensor) => tensor.first_element(),
         };
         TensorArg { address, strides: [strides[0], strides[1], strides[2], strides[3]] }
@@ -262,7 +260,15 @@ impl Strided for DeviceMask<'_> {
 
 #[cfg(test)]
 mod tests {
-    use crate::*;
+    use super::*;
+
+    #[test]
+    fn a_mask_of_no_keys_is_an_argument_too() {
+        let geometry = Geometry::strided("mask", &[1, 2, 3, 0], &[6, 3, 1, 1], 5).unwrap();
+        // SAFETY: nothing uses it on a GPU.
+        let mask = DeviceMask::Bool(unsafe { DeviceBytes::from_raw(geometry, 0x1000) });
+        assert_eq!(mask.argument(), TensorArg { address: 0x1005, strides: [6, 3, 1, 1] });
+    }
 
     #[test]
     fn a_log_sum_exp_needs_a_place_for_each_row() {

@@ -41,7 +41,7 @@ fn random_calls_agree_with_the_oracle() {
                 Ok(Err(refused)) => eprintln!("{call:?}: not computed: {refused}"),
                 Err(panic) => {
                     let words = panic.downcast_ref::<String>().map_or("a panic", String::as_str);
-                    failures.lock().unwrap().push(words.to_owned());
+                    failures.lock().unwrap().push(format!("{call:?}: {words}"));
                 }
             }
         }

@@ -6,13 +6,19 @@
 //!
 //! Queries are 16-bit integers in two bytes: twice the dot products, which memory hides, leave no error of theirs.
 
+mod tokens;
+mod work;
+
 use half::{bf16, f16};
 use sage_core::{DType, ValueFormat};
-use sage_ptx::{Code, Half, Program, Shared, Stored, Val, Var, kernel};
+use sage_ptx::{Code, Half, Program, Shared, Stored, Val, kernel};
+
+use tokens::{Lanes, Queries, Tokens, Values};
+use work::{Row, Work};
 
 use super::{CHUNK, Pool, Quads, Storage, THREADS, WARPS, pack_bytes};
 use crate::combine::PART;
-use crate::grid::{BlockHead, grid};
+use crate::grid::grid;
 use crate::integer::magnitude_bits;
 use crate::kernel::Kernel;
 use crate::params::kernel_params;
@@ -100,31 +106,6 @@ pub fn split_tokens(
     tokens.min(MAX_SPLIT_PAGES * storage.page_size)
 }
 
-/// One query row.
-struct Row<'k> {
-    /// Largest score so far, in base 2.
-    max: Var<'k, f32>,
-    /// Sum of probabilities relative to it.
-    sum: Var<'k, f32>,
-    /// This lane's channels of the output.
-    out: Vec<Var<'k, f32>>,
-    /// Tokens that it sees.
-    start: Val<'k, i32>,
-    end: Val<'k, i32>,
-    /// Index among all rows, and whether it exists.
-    index: Val<'k, i32>,
-    exists: Val<'k, bool>,
-}
-
-/// What the block's rows look like in shared memory.
-#[derive(Clone, Copy)]
-struct Queries<'k> {
-    wide: Shared<'k, f32>,
-    upper: Shared<'k, u32>,
-    lower: Shared<'k, u32>,
-    scales: Shared<'k, f32>,
-}
-
 impl CacheAttendConfig {
     /// Rows of a block for `q_len` queries of `group` heads.
     pub fn rows_for(q_len: usize, group: usize) -> usize {
@@ -152,174 +133,73 @@ impl CacheAttendConfig {
 
     fn write<'k, H: Half + Stored<Value = H>>(&self, code: &'k Code) {
         let p = CacheAttendParams::declare(code);
-        let storage = self.storage;
-        let (pitch, bits) = (storage.pitch(), storage.page_bits());
-        let [split, ..] = code.block_index();
-        let row_blocks = (p.q_len * p.group).div_ceil(self.rows);
-        let heads_and_blocks = p.kv_heads * row_blocks;
-        let number = BlockHead::new(code, heads_and_blocks, heads_and_blocks * p.sequences);
-        let batch = number.sequence;
-        let (head, block) = (number.head / row_blocks, number.head % row_blocks);
-        let len = p.kv_lens.at(batch).load().named("len");
-        let pool = Pool {
-            storage,
-            kv_heads: p.kv_heads,
-            keys: p.keys,
-            key_scales: p.key_scales,
-            constants: p.constants,
-            values: p.values,
-            value_scales: p.value_scales,
-        };
-
-        code.note("which rows, which tokens");
-        let of_head = p.q_len * p.group;
-        let heads = p.kv_heads * p.group;
-        let places: Vec<_> = (0..self.rows)
-            .map(|r| {
-                let row = block * self.rows as i32 + r as i32;
-                let exists = row.lt(of_head);
-                let row = row.min(of_head - 1);
-                // Neighbouring rows are heads of one query, which see the same tokens.
-                let (i, q_head) = (row / p.group, head * p.group + row % p.group);
-                (i, q_head, exists)
-            })
-            .collect();
-        let rows: Vec<Row<'k>> = places
-            .iter()
-            .map(|&(i, q_head, exists)| {
-                let diagonal = i + (len - p.q_len);
-                Row {
-                    // Finite, so that differences with it are numbers also before the first visible token.
-                    max: code.var(f32::MIN).named("max"),
-                    sum: code.var(0.0).named("sum"),
-                    out: (0..CHUNK).map(|_| code.var(0.0).named("out")).collect(),
-                    start: (diagonal - p.left).max(0),
-                    end: (diagonal + p.right + 1).min(len),
-                    index: (batch * heads + q_head) * p.q_len + i,
-                    exists,
-                }
-            })
-            .collect();
-        let bound = |of: fn(&Row<'k>) -> Val<'k, i32>,
-                     pick: fn(Val<'k, i32>, Val<'k, i32>) -> Val<'k, i32>| {
-            rows.iter().map(of).reduce(pick).unwrap_or(len)
-        };
-        let first = (split * p.split).max(bound(|row| row.start, Val::min)).named("first");
-        let last = ((split + 1) * p.split).min(bound(|row| row.end, Val::max)).named("last");
-        let first_page = first >> bits;
-        let pages = last.gt(first).select(((last - 1) >> bits) - first_page + 1, 0).named("pages");
-
-        let queries = Queries {
-            wide: code.shared("q_wide", self.rows * pitch),
-            upper: code.shared("q_upper", self.rows * pitch / 4),
-            lower: code.shared("q_lower", self.rows * pitch / 4),
-            scales: code.shared("q_scales", self.rows),
-        };
-        for (r, &(i, q_head, _)) in places.iter().enumerate() {
+        let work = Work::new(self, code, &p);
+        let queries = Queries::new(self, code);
+        for (r, &(i, q_head)) in work.queries.iter().enumerate() {
             code.when(code.warp_index().eq((r % WARPS) as i32), || {
-                let row = p.q.start.cast::<H>().at(p.q.head(batch, q_head) + i.widen() * p.q.row_stride());
+                let start = p.q.head(work.batch, q_head) + i.widen() * p.q.row_stride();
+                let row = p.q.start.cast::<H>().at(start);
                 let load = |channel: Val<'k, i32>| row.at(channel).load().to_f32() * p.scale;
                 self.quantize_query(code, r, load, &queries);
             });
         }
-        // A page's index among the cache's heads.
+        // Index of each page's head among the cache's.
         let page_heads = code.shared::<i32>("page_heads", MAX_SPLIT_PAGES);
-        let table = p.tables.at(batch * p.table_stride);
-        code.range_by(code.thread(), pages, THREADS as i32, |i| {
-            page_heads.at(i).store(pool.head(table.at(first_page + i).load(), head));
+        let table = p.tables.at(work.batch * p.table_stride);
+        code.range_by(code.thread(), work.pages, THREADS as i32, |i| {
+            page_heads.at(i).store(work.pool.head(table.at(work.first_page + i).load(), work.head));
         });
         code.barrier();
 
-        let lanes = self.lanes();
-        let groups = (THREADS as usize / lanes) as i32;
-        let group = code.thread() >> lanes.ilog2() as i32;
-        let member = code.thread() & (lanes as i32 - 1);
-        let active = member.lt((pitch / CHUNK) as i32);
-        // Lanes without channels read those of the first, and multiply them by queries of zeros.
-        let chunk = active.select(member, 0).named("chunk");
+        let lanes = Lanes::new(self, code);
+        let biases = self.biases(code, &work, &lanes, &queries, page_heads);
+        code.barrier();
 
+        let integers: Vec<_> = (0..self.rows).map(|r| queries.integers(r, &lanes)).collect();
+        code.note("tokens stream by");
+        let step = lanes.groups * IN_FLIGHT as i32;
+        code.range_by(work.first, work.last, step, |start| {
+            let tokens = Tokens::load(self, &work, &lanes, page_heads, start);
+            for (r, row) in work.rows.iter().enumerate() {
+                let biases = biases.plus((r * MAX_SPLIT_PAGES) as i32);
+                let cap = self.softcap.then_some(p.cap);
+                tokens.add_to(row, &tokens.scores(row, &integers[r], biases, &lanes, cap));
+            }
+        });
+
+        self.merge(code, &p, work.split, &work.rows, lanes.count, lanes.member);
+    }
+
+    /// Products of the pages' constants with the queries, `[rows][MAX_SPLIT_PAGES]`.
+    fn biases<'k>(
+        &self,
+        code: &'k Code,
+        work: &Work<'k>,
+        lanes: &Lanes<'k>,
+        queries: &Queries<'k>,
+        page_heads: Shared<'k, i32>,
+    ) -> Shared<'k, f32> {
         code.note("products of the pages' constants with the queries");
         let biases = code.shared::<f32>("biases", self.rows * MAX_SPLIT_PAGES);
-        code.range_by(0, pages, groups, |start| {
-            let page = (start + group).min(pages - 1);
-            let constants = pool.constants_of(page_heads.at(page).load()).at(chunk * CHUNK as i32);
+        code.range_by(0, work.pages, lanes.groups, |start| {
+            let page = (start + lanes.group).min(work.pages - 1);
+            let constants = work.pool.constants_of(page_heads.at(page).load());
+            let constants = constants.at(lanes.chunk * CHUNK as i32);
             let constants: Vec<_> =
                 (0..WORDS).flat_map(|i| constants.plus(4 * i as i32).load_vector::<4>()).collect();
             for r in 0..self.rows {
-                let q = queries.wide.at(chunk * CHUNK as i32).plus((r * pitch) as i32);
+                let row = (r * self.storage.pitch()) as i32;
+                let q = queries.wide.at(lanes.chunk * CHUNK as i32).plus(row);
                 let q = (0..WORDS).flat_map(|i| q.plus(4 * i as i32).load_vector::<4>());
                 let zero = code.constant(0.0);
                 let sum = q.zip(&constants).fold(zero, |sum, (q, c)| q.mul_add(*c, sum));
-                let sum = active.select(sum, 0.0).reduce_lanes(lanes as i32 - 1, |a, b| a + b);
-                code.when(member.eq(0) & (start + group).lt(pages), || {
+                let sum = lanes.sum(lanes.active.select(sum, 0.0));
+                code.when(lanes.member.eq(0) & (start + lanes.group).lt(work.pages), || {
                     biases.at(page).plus((r * MAX_SPLIT_PAGES) as i32).store(sum);
                 });
             }
         });
-        code.barrier();
-
-        let integers: Vec<_> = (0..self.rows)
-            .map(|r| {
-                let words = |of: Shared<'k, u32>| {
-                    let words = of.at(chunk * WORDS as i32).plus((r * pitch / 4) as i32).load_vector::<4>();
-                    words.map(|word| active.select(word, 0))
-                };
-                (words(queries.upper), words(queries.lower), queries.scales.plus(r as i32).load())
-            })
-            .collect();
-
-        code.note("tokens stream by");
-        code.range_by(first, last, groups * IN_FLIGHT as i32, |start| {
-            let tokens: Vec<_> = (0..IN_FLIGHT as i32)
-                .map(|u| {
-                    let token = start + group + u * groups;
-                    let exists = token.lt(last);
-                    let read = token.min(last - 1);
-                    let page = (read >> bits) - first_page;
-                    let row = pool.row(page_heads.at(page).load(), read);
-                    let keys = pool.keys_of(row).at(chunk * WORDS as i32).load_vector::<4>();
-                    (token, exists, page, row, keys)
-                })
-                .collect();
-            let values: Vec<_> = tokens.iter().map(|token| self.values(&pool, token.3, chunk)).collect();
-            let scales: Vec<_> = tokens.iter().map(|token| pool.key_scales.at(token.3).load()).collect();
-            for (r, row) in rows.iter().enumerate() {
-                let (upper, lower, q_scale) = &integers[r];
-                let scores: Vec<_> = tokens
-                    .iter()
-                    .zip(&scales)
-                    .map(|((token, exists, page, _, keys), k_scale)| {
-                        let dot = |q: &[Val<'k, u32>; 4]| {
-                            let zero = code.constant(0i32);
-                            q.iter().zip(keys).fold(zero, |sum, (q, k)| q.dot_bytes(*k, sum))
-                        };
-                        let sum = (dot(upper) << 8) + dot(lower);
-                        let sum = sum.reduce_lanes(lanes as i32 - 1, |a, b| a + b);
-                        let bias = biases.at(*page).plus((r * MAX_SPLIT_PAGES) as i32).load();
-                        let score = sum.to_f32().mul_add(*q_scale * *k_scale, bias);
-                        let score = if self.softcap { cap(score, p.cap) } else { score };
-                        let visible = *exists & token.ge(row.start) & token.lt(row.end);
-                        (visible.select(score, f32::NEG_INFINITY), visible)
-                    })
-                    .collect();
-                let max = scores.iter().fold(row.max.get(), |max, (score, _)| max.max(*score));
-                let rescale = (row.max.get() - max).exp2();
-                row.max.set(max);
-                let p: Vec<_> = scores.iter().map(|(score, _)| (*score - max).exp2()).collect();
-                let sum = p.iter().fold(row.sum.get() * rescale, |sum, p| sum + *p);
-                row.sum.set(sum);
-                row.out.iter().for_each(|out| out.set(out.get() * rescale));
-                for ((p, (_, visible)), (v, scale)) in p.iter().zip(&scores).zip(&values) {
-                    // A hidden row's scale may be NaN.
-                    let weight = scale.map_or(*p, |scale| visible.select(*p * scale, 0.0));
-                    for (out, v) in row.out.iter().zip(v) {
-                        out.set(v.mul_add(weight, out.get()));
-                    }
-                }
-            }
-        });
-
-        self.merge(code, &p, split, &rows, lanes, member);
+        biases
     }
 
     /// A query row into shared memory, by one warp.
@@ -363,12 +243,7 @@ impl CacheAttendConfig {
     }
 
     /// A chunk of a row's values, and its scale.
-    fn values<'k>(
-        &self,
-        pool: &Pool<'k>,
-        row: Val<'k, i32>,
-        chunk: Val<'k, i32>,
-    ) -> (Vec<Val<'k, f32>>, Option<Val<'k, f32>>) {
+    fn values<'k>(&self, pool: &Pool<'k>, row: Val<'k, i32>, chunk: Val<'k, i32>) -> Values<'k> {
         let format = self.storage.values;
         let words_of_chunk = (CHUNK * format.bytes() / 4) as i32;
         let from = pool.values_of(row).at(chunk * words_of_chunk);
