@@ -93,7 +93,7 @@ pub struct Problem {
     pub num_kv_heads: usize,
     /// Queries of the longest sequence.
     pub q_len: usize,
-    /// Keys of the longest sequence; of those that some query may see, see [`Call`].
+    /// Keys of the longest sequence; of those that some query may see, see [`Call`](crate::Call).
     pub kv_len: usize,
     /// Channels of a head.
     pub head_dim: usize,
