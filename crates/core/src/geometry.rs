@@ -132,6 +132,18 @@ impl Geometry {
         at.iter().zip(&self.strides).fold(self.offset, |index, (&i, &s)| index + i as i64 * s)
     }
 
+    /// The places of all elements in row-major order, as [`Geometry::index`] takes them.
+    pub fn places(&self) -> impl Iterator<Item = [usize; MAX_RANK]> {
+        let shape = self.shape;
+        (0..self.len()).map(move |number| {
+            let (mut at, mut rest) = ([0; MAX_RANK], number);
+            for d in (0..MAX_RANK).rev() {
+                (at[d], rest) = (rest % shape[d], rest / shape[d]);
+            }
+            at
+        })
+    }
+
     /// Whether elements along the last dimension are neighbours in memory.
     pub fn last_is_contiguous(&self) -> bool {
         self.shape[MAX_RANK - 1] <= 1 || self.strides[MAX_RANK - 1] == 1
@@ -279,6 +291,16 @@ mod tests {
         assert!(!overlaps(&[4, 2], &[1, 4]));
         assert!(!overlaps(&[1, 4], &[0, 1]));
         assert!(!overlaps(&[2, 0], &[0, 0]));
+    }
+
+    #[test]
+    fn places_come_in_row_major_order_and_ignore_strides() {
+        let geometry = Geometry::strided("x", &[2, 1, 3], &[-1, 7, 0], 1).unwrap();
+        let places: Vec<_> = geometry.places().collect();
+        let expected = [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]].map(|[a, c]| [0, a, 0, c]);
+        assert_eq!(places, expected);
+        assert_eq!(Geometry::contiguous("x", &[2, 0]).unwrap().places().count(), 0);
+        assert_eq!(Geometry::contiguous("x", &[]).unwrap().places().count(), 1);
     }
 
     #[test]

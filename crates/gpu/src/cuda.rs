@@ -89,7 +89,7 @@ impl Cuda {
     }
 
     /// What kernels are planned for.
-    pub(crate) fn machine(&self) -> &Machine {
+    pub fn machine(&self) -> &Machine {
         &self.0.machine
     }
 

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use bytemuck::{AnyBitPattern, NoUninit};
 use sage_core::{
-    Backend, BlockTables, CacheSize, Call, Choice, Element, Error, Geometry, MAX_RANK, Mask, NewTokens,
-    Result, Scheme, TensorView, TensorViewMut, ViewMut,
+    Backend, BlockTables, CacheSize, Call, Choice, Element, Error, Geometry, Mask, NewTokens, Result, Scheme,
+    TensorView, TensorViewMut, ViewMut,
 };
 use sage_cuda::{Buffer, Stream};
 
@@ -139,17 +139,7 @@ fn download<T: Element + NoUninit + AnyBitPattern>(from: &Buffer, mut to: ViewMu
         return from.copy_to_host(&mut to.data_mut()[first..first + geometry.len()]).map_err(driver);
     }
     let elements: Vec<T> = from.to_vec().map_err(driver)?;
-    let mut elements = elements.into_iter();
-    let mut sizes = [1; MAX_RANK];
-    sizes[MAX_RANK - geometry.rank()..].copy_from_slice(geometry.shape());
-    for (a, b, c) in (0..sizes[0]).flat_map(|a| {
-        let inner = sizes[2];
-        (0..sizes[1]).flat_map(move |b| (0..inner).map(move |c| (a, b, c)))
-    }) {
-        for (d, x) in (0..sizes[3]).zip(elements.by_ref()) {
-            to.set([a, b, c, d], x);
-        }
-    }
+    geometry.places().zip(elements).for_each(|(at, x)| to.set(at, x));
     Ok(())
 }
 

@@ -6,6 +6,7 @@ mod choice;
 mod fallback;
 mod masks;
 mod request;
+mod sample;
 mod scores;
 mod tensors;
 mod values;

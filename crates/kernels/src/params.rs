@@ -6,7 +6,7 @@
 /// Field kinds: `[T]` is an array of `T` in device memory (an address for the host), `i32`, `i64` and `f32` are numbers,
 /// `(tensor N)` is a tensor with N strides ([`TensorParam`](crate::tensor::TensorParam),
 /// [`TensorArg`](crate::tensor::TensorArg)), and `input` one whose rows are sequences': the fields of
-/// [`InputParams`](crate::preprocess::InputParams).
+/// [`InputParams`](crate::preprocess::InputParams). `pool` is a KV cache's: [`PoolParams`](crate::decode::PoolParams).
 macro_rules! kernel_params {
     (
         $(#[$doc:meta])*
@@ -57,6 +57,7 @@ macro_rules! kernel_params {
 macro_rules! inside {
     ((tensor $n:literal)) => { $crate::tensor::TensorParam<'k, $n> };
     (input) => { $crate::preprocess::InputParams<'k> };
+    (pool) => { $crate::decode::PoolParams<'k> };
     ([$element:ty]) => { sage_ptx::Global<'k, $element> };
     ($scalar:ty) => { sage_ptx::Val<'k, $scalar> };
 }
@@ -67,6 +68,9 @@ macro_rules! outside {
     };
     (input) => {
         $crate::preprocess::InputArgs
+    };
+    (pool) => {
+        $crate::decode::PoolTensors
     };
     ([$element:ty]) => {
         u64
@@ -83,6 +87,9 @@ macro_rules! declare {
     ($code:ident, input, $name:expr) => {
         $crate::preprocess::InputParams::declare($code)
     };
+    ($code:ident, pool, $name:expr) => {
+        $crate::decode::PoolParams::declare($code)
+    };
     ($code:ident, [$element:ty], $name:expr) => {
         $code.global::<$element>($name)
     };
@@ -98,6 +105,9 @@ macro_rules! count {
     (input) => {
         $crate::preprocess::InputArgs::COUNT
     };
+    (pool) => {
+        $crate::decode::PoolTensors::COUNT
+    };
     ($kind:tt) => {
         1
     };
@@ -108,6 +118,9 @@ macro_rules! arg {
         $value.args()
     };
     (input, $value:expr) => {
+        $value.args()
+    };
+    (pool, $value:expr) => {
         $value.args()
     };
     ([$element:ty], $value:expr) => {

@@ -195,13 +195,7 @@ impl Case {
         let limit = |side: Option<usize>| side.map_or(1 << 30, |n| n.min(1 << 30) as i32);
         let args = CacheAttendArgs {
             q: t.q,
-            tables: t.pool.tables,
-            kv_lens: t.pool.kv_lens,
-            keys: t.pool.keys,
-            key_scales: t.pool.key_scales,
-            constants: t.pool.constants,
-            values: t.pool.values,
-            value_scales: t.pool.value_scales,
+            pool: t.pool,
             partial: partial.address(),
             partial_sums: partial_sums.address(),
             table_stride: call.table_stride as i32,

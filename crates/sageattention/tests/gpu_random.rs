@@ -19,7 +19,7 @@ const MOST_ROWS: usize = 300;
 #[test]
 fn random_calls_agree_with_the_oracle() {
     let Some(cuda) = gpu::first("random_calls_agree_with_the_oracle") else { return };
-    let presets = presets(&gpu::machine(&cuda));
+    let presets = presets(cuda.machine());
     let count = count(300);
     let (next, computed) = (AtomicUsize::new(0), AtomicUsize::new(0));
     let worst = Mutex::new(Found::default());

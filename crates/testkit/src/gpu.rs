@@ -4,7 +4,6 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use sage_core::{Backend, Call, Choice, DType, Geometry, Inputs, Problem, Scheme};
 use sage_gpu::{Buffer, Cuda, CudaTensor, DeviceBytes, DeviceInputs, DeviceLse, DeviceMask, Stream, devices};
-use sage_kernels::Machine;
 use sage_kernels::forward::{ForwardPlan, Request};
 
 use crate::computed::shape_of;
@@ -20,21 +19,15 @@ pub fn first(test: &str) -> Option<Cuda> {
     None
 }
 
-/// What kernels are made for on a GPU.
-pub fn machine(cuda: &Cuda) -> Machine {
-    let info = cuda.device().info();
-    Machine { multiprocessors: info.multiprocessors as usize, ..Machine::typical(info.target()) }
-}
-
 /// The scheme that a GPU computes for a problem, or why it does not: it does not depend on how tensors lie in memory.
 fn computed_scheme(cuda: &Cuda, problem: &Problem, scheme: Option<Scheme>) -> sage_core::Result<Scheme> {
     let request = Request { scheme, has_tensor_map: false, ..Request::new(problem) };
-    Ok(*ForwardPlan::new(problem, &request, &machine(cuda))?.scheme())
+    Ok(*ForwardPlan::new(problem, &request, cuda.machine())?.scheme())
 }
 
 impl Runner for Cuda {
     fn name(&self) -> String {
-        format!("a GPU of {}", machine(self).target)
+        format!("a GPU of {}", self.machine().target)
     }
 
     fn supports(&self, call: &OwnedCall, scheme: Option<Scheme>) -> Result<(), String> {
@@ -76,7 +69,7 @@ impl Runner for Cuda {
 
     /// Twice that of the emulated kernels: a GPU's own exponential and accumulators are a little coarser.
     fn tolerance(&self, dtype: DType, scheme: &Scheme) -> Tolerance {
-        Emulated::on(machine(self).target).tolerance(dtype, scheme).times(2.0)
+        Emulated::on(self.machine().target).tolerance(dtype, scheme).times(2.0)
     }
 }
 

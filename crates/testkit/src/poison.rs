@@ -38,11 +38,11 @@ pub fn elements(checked: &Call<'_>, written: &Memory) -> Vec<f32> {
     let (wide, bits) = (written.to_f32_memory(), written.bits());
     let mut beside = vec![true; wide.len()];
     let mut elements = Vec::with_capacity(geometry.len());
-    for_each_index(geometry.shape(), |index| {
-        let at = geometry.index([index[0], index[1], index[2], index[3]]) as usize;
+    for place in geometry.places() {
+        let at = geometry.index(place) as usize;
         beside[at] = false;
         elements.push(wide[at]);
-    });
+    }
     for (at, &bits) in bits.iter().enumerate() {
         let untouched = !beside[at] || bits == poison(written.dtype());
         assert!(

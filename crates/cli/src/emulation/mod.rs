@@ -149,12 +149,7 @@ impl<'a> Gpu<'a> {
             DType::BF16 => self.emulator.read::<bf16>(buffer).into_iter().map(f32::from).collect(),
             DType::F32 => self.emulator.read(buffer),
         };
-        let [batch, heads, rows, width] = std::array::from_fn(|dimension| geometry.shape()[dimension]);
-        let each = |n| 0..n;
-        let positions = each(batch).flat_map(|b| each(heads).map(move |h| (b, h)));
-        let rows = positions.flat_map(|(b, h)| each(rows).map(move |row| [b, h, row]));
-        let elements = rows.flat_map(|[b, h, row]| each(width).map(move |c| [b, h, row, c]));
-        elements.map(|at| all[geometry.index(at) as usize]).collect()
+        geometry.places().map(|at| all[geometry.index(at) as usize]).collect()
     }
 
     /// What was launched, beside how far its results are from what both oracles say.

@@ -4,7 +4,7 @@ use half::{bf16, f16};
 use sage_core::{DType, ValueFormat};
 use sage_ptx::{Code, Global, Half, Program, Shared, Stored, Target, Val, kernel};
 
-use super::{Pool, Quads, Storage, THREADS, WARPS, pack_bytes};
+use super::{Pool, Quads, Storage, THREADS, WARPS, pack_bytes, scale_of, warp_magnitude};
 use crate::grid::{BlockHead, grid};
 use crate::integer::magnitude_bits;
 use crate::kernel::Kernel;
@@ -26,20 +26,8 @@ kernel_params! {
         k: (tensor 3),
         /// New values.
         v: (tensor 3),
-        /// Pages of each sequence, `[batch, table_stride]`.
-        tables: [i32],
-        /// Tokens of each sequence before the new ones.
-        kv_lens: [i32],
-        /// The pool's keys.
-        keys: [u32],
-        /// The pool's scales of keys.
-        key_scales: [f32],
-        /// The pool's constants.
-        constants: [f32],
-        /// The pool's values.
-        values: [u32],
-        /// The pool's scales of values.
-        value_scales: [f32],
+        /// The pool, with lengths before the new tokens.
+        pool: pool,
         /// Pages in a row of the tables.
         table_stride: i32,
         /// New tokens of each sequence.
@@ -99,22 +87,14 @@ impl CacheAppendConfig {
         let (pitch, page_size) = (storage.pitch(), storage.page_size as i32);
         let [block, ..] = code.block_index();
         let BlockHead { sequence: batch, head } = BlockHead::new(code, p.kv_heads, p.kv_heads * p.sequences);
-        let len = p.kv_lens.at(batch).load().named("len");
+        let len = p.pool.kv_lens.at(batch).load().named("len");
         let index = (len >> storage.page_bits()) + block;
         let begin = len.max(index * page_size).named("begin");
         let end = (len + p.tokens).min((index + 1) * page_size).named("end");
         code.exit_when(begin.ge(end));
 
-        let pool = Pool {
-            storage,
-            kv_heads: p.kv_heads,
-            keys: p.keys,
-            key_scales: p.key_scales,
-            constants: p.constants,
-            values: p.values,
-            value_scales: p.value_scales,
-        };
-        let table = p.tables.at(batch * p.table_stride);
+        let pool = Pool { storage, kv_heads: p.kv_heads, parts: p.pool };
+        let table = p.pool.tables.at(batch * p.table_stride);
         let k = New {
             rows: p.k.start.cast::<H>().at(p.k.head(batch, head)),
             stride: p.k.row_stride(),
@@ -155,7 +135,7 @@ impl CacheAppendConfig {
                 })
                 .collect();
             let scale = int8(code, &quads, lane, &centred, pool.keys_of(row));
-            code.when(lane.eq(0), || pool.key_scales.at(row).store(scale));
+            code.when(lane.eq(0), || pool.parts.key_scales.at(row).store(scale));
 
             let x: Vec<_> = (0..quads.count)
                 .map(|i| v.quad(code, token, quads.quad(lane, i).0, storage.head_dim))
@@ -168,7 +148,7 @@ impl CacheAppendConfig {
                 ValueFormat::Fp8E4M3 => Some(e4m3(code, &quads, lane, &x, to)),
             };
             if let Some(scale) = scale {
-                code.when(lane.eq(0), || pool.value_scales.at(row).store(scale));
+                code.when(lane.eq(0), || pool.parts.value_scales.at(row).store(scale));
             }
         });
     }
@@ -207,7 +187,7 @@ impl CacheAppendConfig {
                         largest.set(largest.get().max(magnitude_bits(x)));
                     });
                 },
-                || largest.set(magnitude_bits(pool.key_scales.at(stored_row(token).1).load())),
+                || largest.set(magnitude_bits(pool.parts.key_scales.at(stored_row(token).1).load())),
             );
             let largest = largest.get().warp_max();
             code.when(code.lane_index().eq(0), || {
@@ -230,7 +210,7 @@ impl CacheAppendConfig {
                             || {
                                 let (page, row) = stored_row(token);
                                 let key = pool.keys_of(row).cast::<i8>().at(c).load().to_f32();
-                                let scale = pool.key_scales.at(row).load();
+                                let scale = pool.parts.key_scales.at(row).load();
                                 let constant = pool.constants_of(page).at(c).load();
                                 sum.set(sum.get() + key.mul_add(scale, constant));
                             },
@@ -268,20 +248,6 @@ impl Kernel for CacheAppendConfig {
             _ => self.write::<f16>(code),
         })
     }
-}
-
-/// Bits of the largest magnitude that the warp's lanes hold.
-#[track_caller]
-fn warp_magnitude<'k>(code: &'k Code, row: &[[Val<'k, f32>; 4]]) -> Val<'k, i32> {
-    let zero = code.constant(0i32);
-    row.iter().flatten().fold(zero, |max, x| max.max(magnitude_bits(*x))).warp_max()
-}
-
-/// The scale that maps a row's largest magnitude to `levels`: NaN where that is not finite.
-#[track_caller]
-fn scale_of<'k>(max_bits: Val<'k, i32>, levels: f32) -> Val<'k, f32> {
-    let finite = max_bits.lt(f32::INFINITY.to_bits() as i32);
-    finite.select(max_bits.reinterpret::<f32>() / levels, f32::NAN)
 }
 
 /// Stores a row as INT8; its scale.

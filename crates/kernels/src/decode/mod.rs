@@ -9,12 +9,15 @@ mod attend;
 mod pass;
 
 use sage_core::{CacheLayout, ValueFormat};
-use sage_ptx::{Global, Val};
+use sage_ptx::{Code, Global, Val};
+
+use crate::integer::magnitude_bits;
+use crate::params::kernel_params;
 
 pub use advance::{CacheAdvanceArgs, CacheAdvanceConfig};
 pub use append::{CacheAppendArgs, CacheAppendConfig};
 pub use attend::{CacheAttendArgs, CacheAttendConfig, MAX_SPLIT_PAGES, split_tokens};
-pub use pass::{AppendCall, AppendTensors, AttendCall, AttendTensors, PoolTensors};
+pub use pass::{AppendCall, AppendTensors, AttendCall, AttendTensors};
 
 /// Channels of a chunk: what a lane reads at once.
 pub(crate) const CHUNK: usize = 16;
@@ -98,16 +101,32 @@ impl Storage {
     }
 }
 
+kernel_params! {
+    /// Addresses of a pool's parts, and of what says which pages are whose.
+    PoolParams, PoolTensors {
+        /// Pages of each sequence, i32 `[sequences, table_stride]`.
+        tables: [i32],
+        /// Tokens of each sequence, i32.
+        kv_lens: [i32],
+        /// Keys, [`PoolBytes::keys`].
+        keys: [u32],
+        /// Scales of keys.
+        key_scales: [f32],
+        /// Constants of pages.
+        constants: [f32],
+        /// Values.
+        values: [u32],
+        /// Scales of values.
+        value_scales: [f32],
+    }
+}
+
 /// A pool, inside a kernel: a row's codes, scales and constants.
 #[derive(Clone, Copy)]
 struct Pool<'k> {
     storage: Storage,
     kv_heads: Val<'k, i32>,
-    keys: Global<'k, u32>,
-    key_scales: Global<'k, f32>,
-    constants: Global<'k, f32>,
-    values: Global<'k, u32>,
-    value_scales: Global<'k, f32>,
+    parts: PoolParams<'k>,
 }
 
 impl<'k> Pool<'k> {
@@ -126,19 +145,19 @@ impl<'k> Pool<'k> {
     /// A head's constants.
     #[track_caller]
     fn constants_of(&self, head: Val<'k, i32>) -> Global<'k, f32> {
-        self.constants.at(head.mul_wide(self.storage.pitch() as i32))
+        self.parts.constants.at(head.mul_wide(self.storage.pitch() as i32))
     }
 
     /// A row's keys, four in a word.
     #[track_caller]
     fn keys_of(&self, row: Val<'k, i32>) -> Global<'k, u32> {
-        self.keys.at(row.mul_wide((self.storage.pitch() / 4) as i32))
+        self.parts.keys.at(row.mul_wide((self.storage.pitch() / 4) as i32))
     }
 
     /// A row's values, four or two in a word.
     #[track_caller]
     fn values_of(&self, row: Val<'k, i32>) -> Global<'k, u32> {
-        self.values.at(row.mul_wide((self.storage.pitch() * self.storage.values.bytes() / 4) as i32))
+        self.parts.values.at(row.mul_wide((self.storage.pitch() * self.storage.values.bytes() / 4) as i32))
     }
 }
 
@@ -166,4 +185,18 @@ impl Quads {
 fn pack_bytes<'k>(integers: [Val<'k, i32>; 4]) -> Val<'k, u32> {
     let [a, b, c, d] = integers;
     ((a & 0xff) | ((b & 0xff) << 8) | ((c & 0xff) << 16) | (d << 24)).reinterpret()
+}
+
+/// Bits of the largest magnitude that the warp's lanes hold.
+#[track_caller]
+fn warp_magnitude<'k>(code: &'k Code, row: &[[Val<'k, f32>; 4]]) -> Val<'k, i32> {
+    let zero = code.constant(0i32);
+    row.iter().flatten().fold(zero, |max, x| max.max(magnitude_bits(*x))).warp_max()
+}
+
+/// The scale that maps a row's largest magnitude to `levels`: NaN where that is not finite.
+#[track_caller]
+fn scale_of<'k>(max_bits: Val<'k, i32>, levels: f32) -> Val<'k, f32> {
+    let finite = max_bits.lt(f32::INFINITY.to_bits() as i32);
+    finite.select(max_bits.reinterpret::<f32>() / levels, f32::NAN)
 }

@@ -4,7 +4,7 @@ use sage_core::{Alignment, Band, DType, Error, Result};
 
 use super::{
     CacheAdvanceArgs, CacheAdvanceConfig, CacheAppendArgs, CacheAppendConfig, CacheAttendArgs,
-    CacheAttendConfig, Storage, split_tokens,
+    CacheAttendConfig, PoolTensors, Storage, split_tokens,
 };
 use crate::combine::{CombineArgs, CombineConfig, PART};
 use crate::machine::Machine;
@@ -12,27 +12,8 @@ use crate::pass::{Pass, PassBuilder};
 use crate::sequence::NO_LIMIT;
 use crate::tensor::TensorArg;
 
-/// Addresses of a pool's parts, and of what says which pages are whose.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct PoolTensors {
-    /// Pages of each sequence, i32 `[sequences, table_stride]`.
-    pub tables: u64,
-    /// Tokens of each sequence, i32.
-    pub kv_lens: u64,
-    /// Keys.
-    pub keys: u64,
-    /// Scales of keys.
-    pub key_scales: u64,
-    /// Constants of pages.
-    pub constants: u64,
-    /// Values.
-    pub values: u64,
-    /// Scales of values.
-    pub value_scales: u64,
-}
-
 /// What an append reads and writes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct AppendTensors {
     /// New keys, `[sequences, kv_heads, tokens, head_dim]`.
     pub k: TensorArg,
@@ -43,7 +24,7 @@ pub struct AppendTensors {
 }
 
 /// What attention over a cache reads and writes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct AttendTensors {
     /// Queries, `[sequences, q_heads, q_len, head_dim]`.
     pub q: TensorArg,
@@ -83,13 +64,7 @@ impl AppendCall {
             let args = CacheAppendArgs {
                 k: *k,
                 v: *v,
-                tables: pool.tables,
-                kv_lens: pool.kv_lens,
-                keys: pool.keys,
-                key_scales: pool.key_scales,
-                constants: pool.constants,
-                values: pool.values,
-                value_scales: pool.value_scales,
+                pool: *pool,
                 table_stride: call.table_stride as i32,
                 tokens: call.tokens as i32,
                 kv_heads: call.num_kv_heads as i32,
@@ -174,13 +149,7 @@ impl AttendCall {
             let AttendTensors { q, pool, .. } = at.tensors;
             let args = CacheAttendArgs {
                 q: *q,
-                tables: pool.tables,
-                kv_lens: pool.kv_lens,
-                keys: pool.keys,
-                key_scales: pool.key_scales,
-                constants: pool.constants,
-                values: pool.values,
-                value_scales: pool.value_scales,
+                pool: *pool,
                 partial: at.of(partial),
                 partial_sums: at.of(partial_sums),
                 table_stride: call.table_stride as i32,

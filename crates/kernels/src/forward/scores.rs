@@ -3,11 +3,12 @@
 use sage_core::{Error, Granularity, IntQuantizer, Qk, Result, Scheme, SmoothK, SmoothQ};
 
 use super::call::{ForwardCall, ForwardPass, slot};
+use super::sample;
 use crate::attention::padded_dim;
 use crate::pass::Slot;
 use crate::preprocess::{
     ColumnStatistics, DeltaSArgs, DeltaSConfig, InputArgs, KeyMean, QuantizeKArgs, QuantizeKConfig,
-    QueryMeansArgs, QueryMeansConfig, SampleArgs, SampleConfig, Source,
+    QueryMeansArgs, QueryMeansConfig, Source,
 };
 use crate::sequence::{KEY_TILE, Lengths};
 
@@ -55,7 +56,7 @@ pub(super) fn quantize(
         SmoothK::Off => KeyMean::Zero,
         SmoothK::Mean => KeyMean::Collected,
         SmoothK::Sampled(rows) => {
-            sample(call, SampleConfig { source, rows, statistics: ColumnStatistics::Mean }, pass);
+            sample::means_of_keys(call, rows, pass);
             KeyMean::Given
         }
     };
@@ -85,23 +86,6 @@ fn query_means(call: ForwardCall, rows: usize, pass: &mut ForwardPass) {
             mean: at.of(mean),
         };
         launch(config.grid(problem.q_len, problem.num_q_heads, problem.batch), &args.args(), &[]);
-    });
-}
-
-fn sample(call: ForwardCall, config: SampleConfig, pass: &mut ForwardPass) {
-    let clears = pass.clears_counters();
-    let keys = call.keys(pass);
-    let mean = pass.slot(slot::K_MEAN, call.channel_bytes());
-    pass.launch(config, move |at, launch| {
-        let (counters, counter_count) = if clears { at.counters() } else { (0, 0) };
-        let args = SampleArgs {
-            input: keys.of(&at.tensors.k, at),
-            mean: at.of(mean),
-            counters,
-            counter_count,
-            ..SampleArgs::default()
-        };
-        launch(config.grid(call.problem.num_kv_heads, call.problem.batch), &args.args(), &[]);
     });
 }
 

@@ -3,13 +3,11 @@
 use sage_core::{Accumulator, DType, Error, Pv, Result, ScaleRows, Scheme};
 
 use super::call::{ForwardCall, ForwardPass, slot};
+use super::sample;
 use crate::attention::padded_dim;
 use crate::operand::{Element, Operand, OperandSource};
 use crate::pass::Slot;
-use crate::preprocess::{
-    ColumnStatistics, ConvertVArgs, ConvertVConfig, QuantizeVArgs, QuantizeVConfig, SampleArgs, SampleConfig,
-    ValueScales,
-};
+use crate::preprocess::{ConvertVArgs, ConvertVConfig, QuantizeVArgs, QuantizeVConfig, ValueScales};
 use crate::sequence::KEY_TILE;
 
 /// Elements of P and V, and how their products are summed.
@@ -57,8 +55,7 @@ pub(super) fn prepare(call: ForwardCall, scheme: &Scheme, v: Operand, pass: &mut
     let quantizer = |scales| QuantizeVConfig { source, smooth: scheme.smooth.v, scales };
     match scheme.pv {
         Pv::Fp8 { rows: ScaleRows::Sampled(rows), v_max, .. } => {
-            let statistics = ColumnStatistics::Scale;
-            sample(call, SampleConfig { source, rows, statistics }, v_max, pass);
+            sample::scales_of_values(call, rows, v_max, pass);
             quantize_v(call, quantizer(ValueScales::Given), v_max, pass);
             quantize_v(call, quantizer(ValueScales::CollectedWhereMarked), v_max, pass);
         }
@@ -69,26 +66,6 @@ pub(super) fn prepare(call: ForwardCall, scheme: &Scheme, v: Operand, pass: &mut
         }
         _ => {}
     }
-}
-
-fn sample(call: ForwardCall, config: SampleConfig, v_max: f32, pass: &mut ForwardPass) {
-    let clears = pass.clears_counters();
-    let keys = call.keys(pass);
-    let scale = pass.slot(slot::V_SCALE, call.channel_bytes());
-    let factor = pass.slot(slot::V_FACTOR, call.channel_bytes());
-    pass.launch(config, move |at, launch| {
-        let (counters, counter_count) = if clears { at.counters() } else { (0, 0) };
-        let args = SampleArgs {
-            input: keys.of(&at.tensors.v, at),
-            scale: at.of(scale),
-            factor: at.of(factor),
-            v_max,
-            counters,
-            counter_count,
-            ..SampleArgs::default()
-        };
-        launch(config.grid(call.problem.num_kv_heads, call.problem.batch), &args.args(), &[]);
-    });
 }
 
 fn quantize_v(call: ForwardCall, config: QuantizeVConfig, v_max: f32, pass: &mut ForwardPass) {

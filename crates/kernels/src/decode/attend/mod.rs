@@ -16,10 +16,9 @@ use sage_ptx::{Code, Half, Program, Shared, Stored, Val, kernel};
 use tokens::{Lanes, Queries, Tokens, Values};
 use work::{Row, Work};
 
-use super::{CHUNK, Pool, Quads, Storage, THREADS, WARPS, pack_bytes};
+use super::{CHUNK, Pool, Quads, Storage, THREADS, WARPS, pack_bytes, scale_of, warp_magnitude};
 use crate::combine::PART;
 use crate::grid::grid;
-use crate::integer::magnitude_bits;
 use crate::kernel::Kernel;
 use crate::params::kernel_params;
 
@@ -53,20 +52,8 @@ kernel_params! {
     CacheAttendParams, CacheAttendArgs {
         /// Queries.
         q: (tensor 3),
-        /// Pages of each sequence, `[batch, table_stride]`.
-        tables: [i32],
-        /// Tokens of each sequence.
-        kv_lens: [i32],
-        /// The pool's keys.
-        keys: [u32],
-        /// The pool's scales of keys.
-        key_scales: [f32],
-        /// The pool's constants.
-        constants: [f32],
-        /// The pool's values.
-        values: [u32],
-        /// The pool's scales of values.
-        value_scales: [f32],
+        /// The pool.
+        pool: pool,
         /// Outputs of the parts, `[splits, batch · q_heads · q_len, head_dim]`.
         partial: [f32],
         /// Of each, `[.., `[`PART`]`]`, as [`CombineArgs`](crate::combine::CombineArgs) has them.
@@ -145,7 +132,7 @@ impl CacheAttendConfig {
         }
         // Index of each page's head among the cache's.
         let page_heads = code.shared::<i32>("page_heads", MAX_SPLIT_PAGES);
-        let table = p.tables.at(work.batch * p.table_stride);
+        let table = p.pool.tables.at(work.batch * p.table_stride);
         code.range_by(code.thread(), work.pages, THREADS as i32, |i| {
             page_heads.at(i).store(work.pool.head(table.at(work.first_page + i).load(), work.head));
         });
@@ -223,10 +210,7 @@ impl CacheAttendConfig {
                 })
             })
             .collect();
-        let zero = code.constant(0i32);
-        let max = row.iter().flatten().fold(zero, |max, x| max.max(magnitude_bits(*x))).warp_max();
-        let finite = max.lt(f32::INFINITY.to_bits() as i32);
-        let scale = finite.select(max.reinterpret::<f32>() / QUERY_MAX, f32::NAN);
+        let scale = scale_of(warp_magnitude(code, &row), QUERY_MAX);
         let used = scale.gt(0.0);
         for (i, x) in row.iter().enumerate() {
             let (quad, exists) = quads.quad(lane, i);
@@ -256,7 +240,7 @@ impl CacheAttendConfig {
             ValueFormat::Fp8E4M3 => e4m3_values(word).to_vec(),
         });
         let unit = if format == ValueFormat::Fp8E4M3 { E4M3_UNIT } else { 1.0 };
-        let scale = format.is_scaled().then(|| pool.value_scales.at(row).load() * unit);
+        let scale = format.is_scaled().then(|| pool.parts.value_scales.at(row).load() * unit);
         (numbers.collect(), scale)
     }
 

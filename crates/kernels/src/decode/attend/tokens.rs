@@ -126,7 +126,7 @@ impl<'k> Tokens<'k> {
             })
             .unzip();
         let values = rows.iter().map(|&row| config.values(&work.pool, row, lanes.chunk)).collect();
-        let key_scales = rows.iter().map(|&row| work.pool.key_scales.at(row).load()).collect();
+        let key_scales = rows.iter().map(|&row| work.pool.parts.key_scales.at(row).load()).collect();
         Tokens { tokens, values, key_scales }
     }
 

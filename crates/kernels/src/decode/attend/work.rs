@@ -50,16 +50,8 @@ impl<'k> Work<'k> {
         let number = BlockHead::new(code, heads_and_blocks, heads_and_blocks * p.sequences);
         let batch = number.sequence;
         let (head, block) = (number.head / row_blocks, number.head % row_blocks);
-        let len = p.kv_lens.at(batch).load().named("len");
-        let pool = Pool {
-            storage: config.storage,
-            kv_heads: p.kv_heads,
-            keys: p.keys,
-            key_scales: p.key_scales,
-            constants: p.constants,
-            values: p.values,
-            value_scales: p.value_scales,
-        };
+        let len = p.pool.kv_lens.at(batch).load().named("len");
+        let pool = Pool { storage: config.storage, kv_heads: p.kv_heads, parts: p.pool };
 
         code.note("which rows, which tokens");
         let of_head = p.q_len * p.group;
