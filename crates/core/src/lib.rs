@@ -4,6 +4,7 @@
 //! - [`Inputs`] and [`Options`]: what a caller asks for; [`Call`]: the same, checked, in one canonical order;
 //! - [`Scheme`]: what is quantised, and how;
 //! - [`oracle`]: exact attention in f64, every quantiser in scalar Rust, and a scheme's attention built from them;
+//! - [`sparse`]: which blocks of the score matrix are computed, and who decides it;
 //! - [`metrics`]: how far one result is from another.
 //!
 //! Nothing here knows a backend, and nothing here is `unsafe`.
@@ -27,6 +28,7 @@ mod problem;
 mod recent;
 mod scheme;
 mod single;
+pub mod sparse;
 mod tensor;
 
 pub use backend::{Backend, BackendPlan, CacheSize, NewTokens};
