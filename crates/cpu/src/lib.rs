@@ -48,11 +48,11 @@ mod plan;
 mod rows;
 mod seen;
 mod split;
+#[cfg(test)]
+mod testing;
 mod threads;
 mod tile;
 mod tiled;
-#[cfg(test)]
-mod twins;
 mod visibility;
 
 use std::sync::{Arc, Mutex};

@@ -345,3 +345,6 @@ pub(crate) fn hadamard(row: &mut [f32]) {
         row.iter_mut().for_each(|x| *x *= norm);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -255,3 +255,6 @@ impl fmt::Display for InstructionSet {
         f.pad(self.name())
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -171,3 +171,6 @@ pub(super) unsafe fn direct_values<I: Isa, E: Load>(args: &mut DirectValues<'_, 
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

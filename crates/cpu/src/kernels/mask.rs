@@ -107,3 +107,6 @@ unsafe fn infinite_where<I: Isa>(x: I::F, limit: f32) -> I::F {
     // SAFETY: the caller vouches for the instruction set.
     unsafe { I::zero_below(x, I::splat(limit), I::splat(f32::INFINITY)) }
 }
+
+#[cfg(test)]
+mod tests;

@@ -276,3 +276,6 @@ pub(super) unsafe fn values_fixed12<I: Isa, const R: usize, const VECS: usize>(a
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

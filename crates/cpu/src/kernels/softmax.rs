@@ -253,3 +253,6 @@ pub(super) unsafe fn softmax_fixed12<I: Isa>(args: &mut Softmax<'_>) {
     // SAFETY: the caller vouches for the instruction set.
     unsafe { args.state.update::<I>(args.rows, 1.0 / FIXED12_MAX) }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,7 +1,10 @@
-//! The kernels for explicit masks.
+//! Masks applied to scores of any kind.
+
+use half::{bf16, f16};
+use sage_testkit::normal;
 
 use super::*;
-use crate::kernels::{AddBias, HideKeys, Load};
+use crate::testing::tables;
 
 /// Scores of any kind: a key is hidden whatever its score is.
 fn any_scores(len: usize) -> Vec<f32> {
@@ -36,7 +39,7 @@ fn a_boolean_mask_hides_keys_and_leaves_the_others() {
 fn a_bias_is_added_in_base_2_and_only_minus_infinity_hides() {
     fn check<E: Load>() {
         let special = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::MIN, f32::MAX, -0.0, 1e-40, -6e4];
-        let lowest = [half::f16::MIN.to_f32(), half::bf16::MIN.to_f32(), f32::MIN / 2.0];
+        let lowest = [f16::MIN.to_f32(), bf16::MIN.to_f32(), f32::MIN / 2.0];
         for (set, kernels) in tables() {
             for len in 0..=TILE_KEYS {
                 let before = any_scores(len);
@@ -48,7 +51,7 @@ fn a_bias_is_added_in_base_2_and_only_minus_infinity_hides() {
                 E::add_bias(kernels, AddBias { bias: &bias, scores: &mut scores });
                 for j in 0..len {
                     let bias = bias[j].to_f32();
-                    let in_base_2 = (bias * std::f32::consts::LOG2_E).clamp(f32::MIN, f32::MAX);
+                    let in_base_2 = (bias * LOG2_E).clamp(f32::MIN, f32::MAX);
                     let wanted = match bias {
                         f32::NEG_INFINITY => bias,
                         f32::INFINITY => before[j] + bias,
