@@ -13,7 +13,7 @@ use crate::forward::{Attention, totals};
 use crate::kernels::{Load, RowState, Scores, Softmax, TILE_KEYS, Values};
 use crate::plan::PACKED_BYTES_MAX;
 use crate::seen::{Seen, SeenKeys};
-use crate::tile::{PackQueries, PackTile, PvForm, QkForm, TileLayout, absmax_bits, hadamard};
+use crate::tile::{PackQueries, PackTile, PvForm, QkForm, Tile, TileLayout, absmax_bits, hadamard};
 use crate::visibility::{Row, tile_is_hidden, union};
 
 /// One key head of one sequence, and where its tiles lie among those packed together.
@@ -193,111 +193,95 @@ impl<E: Load> Attention<'_, '_, E> {
     ) {
         let Block { head, first, rows, .. } = *block;
         let sequence = &unit.sequence;
-        let row_groups = rows.div_ceil(self.kernels.rows);
-        let padded_rows = row_groups * self.kernels.rows;
+        let padded_rows = rows.next_multiple_of(self.kernels.rows);
         let padded_dim = layout.padded_dim();
 
         self.pack_queries(layout, sequence, block, padded_rows, mean, scratch);
-        let Scratch { rows: row_list, q_words, q_scale, mean_score, scores, pairs, out, state, .. } = scratch;
-        row_list.clear();
-        row_list.extend((first..first + rows).map(|i| Row::new(self.call, sequence, head, i)));
-        let scores = resized(scores, padded_rows * TILE_KEYS);
-        let pairs = resized(pairs, padded_rows * TILE_KEYS / 2);
-        let out = resized(out, padded_rows * padded_dim);
-        out.fill(0.0);
-        state.reset(padded_rows);
+        scratch.rows.clear();
+        scratch.rows.extend((first..first + rows).map(|i| Row::new(self.call, sequence, head, i)));
+        resized(&mut scratch.scores, padded_rows * TILE_KEYS);
+        resized(&mut scratch.pairs, padded_rows * TILE_KEYS / 2);
+        resized(&mut scratch.out, padded_rows * padded_dim).fill(0.0);
+        scratch.state.reset(padded_rows);
 
-        let visible = union(row_list);
+        let visible = union(&scratch.rows);
         for tile in visible.start / TILE_KEYS..visible.end.div_ceil(TILE_KEYS) {
-            let first_key = tile * TILE_KEYS;
-            let keys = first_key..visible.end.min(first_key + TILE_KEYS);
-            if unit.hides(tile) || tile_is_hidden(self.call, unit.sequence_index, row_list, &keys) {
+            let keys = tile * TILE_KEYS..visible.end.min((tile + 1) * TILE_KEYS);
+            if unit.hides(tile) || tile_is_hidden(self.call, unit.sequence_index, &scratch.rows, &keys) {
                 continue;
             }
-            let panels = keys.len().div_ceil(self.kernels.width);
-            let columns = panels * self.kernels.width;
             let packed = layout.parts(&tiles[tile * layout.words()..][..layout.words()]);
-
-            let depth = layout.depth;
-            let (k, k_scale) = (packed.k, packed.k_scale);
-            match layout.qk {
-                QkForm::Float => {
-                    let q = bytemuck::cast_slice(q_words);
-                    self.kernels.scores_float(Scores {
-                        q,
-                        k,
-                        depth,
-                        row_groups,
-                        panels,
-                        q_scale,
-                        k_scale,
-                        scores,
-                    });
-                }
-                QkForm::Int(_) => {
-                    let q = &*q_words;
-                    self.kernels.scores_int(Scores {
-                        q,
-                        k,
-                        depth,
-                        row_groups,
-                        panels,
-                        q_scale,
-                        k_scale,
-                        scores,
-                    });
-                }
-            }
-            let mean_score = (!mean.is_empty()).then_some(&mean_score[..]);
-            self.finish_scores(unit.sequence_index, row_list, first_key, columns, mean_score, scores);
-
-            let softmax = Softmax { rows: padded_rows, columns, scores, pairs, state };
-            let (v, v_scale) = (packed.v, packed.v_scale);
-            let (panel_words, panels) = (layout.v_panel, layout.channel_panels);
-            match layout.pv {
-                PvForm::Float => {
-                    self.kernels.softmax_float(softmax);
-                    let (p, p_stride, depth) = (&*scores, TILE_KEYS, keys.len());
-                    let state = &*state;
-                    self.kernels.values_float(Values {
-                        p,
-                        p_stride,
-                        v,
-                        panel_words,
-                        depth,
-                        row_groups,
-                        panels,
-                        v_scale,
-                        out,
-                        state,
-                    });
-                }
-                PvForm::Fixed12 => {
-                    self.kernels.softmax_fixed12(softmax);
-                    let (p, p_stride, depth) = (&*pairs, TILE_KEYS / 2, keys.len().div_ceil(2));
-                    let state = &*state;
-                    self.kernels.values_fixed12(Values {
-                        p,
-                        p_stride,
-                        v,
-                        panel_words,
-                        depth,
-                        row_groups,
-                        panels,
-                        v_scale,
-                        out,
-                        state,
-                    });
-                }
-            }
+            self.attend_tile(layout, unit, &packed, keys, !mean.is_empty(), scratch);
         }
 
         // The cap acted on whole scores; without one, the log-sum-exp lacks the mean's part.
         let capped = self.call.problem.logit_softcap.is_some();
-        for (r, (row, out)) in row_list.iter().zip(out.chunks_exact(padded_dim)).enumerate() {
-            let mean_score = if capped { 0.0 } else { mean_score[r] };
+        for (r, (row, out)) in scratch.rows.iter().zip(scratch.out.chunks_exact(padded_dim)).enumerate() {
+            let mean_score = if capped { 0.0 } else { scratch.mean_score[r] };
             // SAFETY: each row belongs to one block, and each block to one thread.
-            unsafe { self.write_row(sequence, row, totals(state, r), mean_score, out) }
+            unsafe { self.write_row(sequence, row, totals(&scratch.state, r), mean_score, out) }
+        }
+    }
+
+    /// One step of a block of queries: scores with a tile's keys, which are `keys` of the sequence, softmax, and what
+    /// the tile's values add to the output.
+    fn attend_tile(
+        &self,
+        layout: &TileLayout,
+        unit: &Unit<'_>,
+        tile: &Tile<'_>,
+        keys: Range<usize>,
+        smoothed: bool,
+        scratch: &mut Scratch,
+    ) {
+        let Scratch { rows, q_words, q_scale, mean_score, scores, pairs, out, state, .. } = scratch;
+        let row_groups = rows.len().div_ceil(self.kernels.rows);
+        let panels = keys.len().div_ceil(self.kernels.width);
+        let columns = panels * self.kernels.width;
+        let args = Scores {
+            q: q_words,
+            k: tile.k,
+            depth: layout.depth,
+            row_groups,
+            panels,
+            q_scale,
+            k_scale: tile.k_scale,
+            scores,
+        };
+        match layout.qk {
+            QkForm::Float => self.kernels.scores_float(args),
+            QkForm::Int(_) => self.kernels.scores_int(args),
+        }
+        let mean_score = smoothed.then_some(&mean_score[..]);
+        self.finish_scores(unit.sequence_index, rows, keys.start, columns, mean_score, scores);
+
+        let softmax = Softmax { rows: row_groups * self.kernels.rows, columns, scores, pairs, state };
+        // Single probabilities take the places of the scores, 12-bit ones have pairs of their own.
+        let (p, p_stride, depth): (&[u32], usize, usize) = match layout.pv {
+            PvForm::Float => {
+                self.kernels.softmax_float(softmax);
+                (bytemuck::cast_slice(scores), TILE_KEYS, keys.len())
+            }
+            PvForm::Fixed12 => {
+                self.kernels.softmax_fixed12(softmax);
+                (pairs, TILE_KEYS / 2, keys.len().div_ceil(2))
+            }
+        };
+        let args = Values {
+            p,
+            p_stride,
+            v: tile.v,
+            panel_words: layout.v_panel,
+            depth,
+            row_groups,
+            panels: layout.channel_panels,
+            v_scale: tile.v_scale,
+            out,
+            state,
+        };
+        match layout.pv {
+            PvForm::Float => self.kernels.values_float(args),
+            PvForm::Fixed12 => self.kernels.values_fixed12(args),
         }
     }
 

@@ -59,9 +59,9 @@ kernels! {
     /// Packs a block of queries.
     pack_queries: PackQueries<'_>,
     /// Q·Kᵀ in floating point.
-    scores_float: Scores<'_, f32>,
+    scores_float: Scores<'_>,
     /// Q·Kᵀ in integers.
-    scores_int: Scores<'_, u32>,
+    scores_int: Scores<'_>,
     /// Caps scores.
     soft_cap: SoftCap<'_>,
     /// Hides the keys of a boolean mask's row.
@@ -77,9 +77,9 @@ kernels! {
     /// Softmax with probabilities in 12 bits.
     softmax_fixed12: Softmax<'_>,
     /// P·V in floating point.
-    values_float: Values<'_, f32>,
+    values_float: Values<'_>,
     /// P·V in 12 bits.
-    values_fixed12: Values<'_, u32>,
+    values_fixed12: Values<'_>,
     /// Scores of a few queries with keys in f32.
     direct_scores_f32: DirectScores<'_, f32>,
     /// Scores of a few queries with keys in f16.
@@ -133,8 +133,8 @@ macro_rules! table {
                 word: <$Isa as Isa>::WORD,
                 pack_tile: kernel!(pack_tile, PackTile<'_>),
                 pack_queries: kernel!(pack_queries, PackQueries<'_>),
-                scores_float: kernel!(product::scores_float::<$Isa, $R, $V>, Scores<'_, f32>),
-                scores_int: kernel!(product::scores_int::<$Isa, $R, $V>, Scores<'_, u32>),
+                scores_float: kernel!(product::scores_float::<$Isa, $R, $V>, Scores<'_>),
+                scores_int: kernel!(product::scores_int::<$Isa, $R, $V>, Scores<'_>),
                 soft_cap: kernel!(softmax::soft_cap::<$Isa>, SoftCap<'_>),
                 hide_keys: kernel!(mask::hide_keys::<$Isa>, HideKeys<'_>),
                 add_bias_f32: kernel!(mask::add_bias::<$Isa, f32>, AddBias<'_, f32>),
@@ -142,8 +142,8 @@ macro_rules! table {
                 add_bias_bf16: kernel!(mask::add_bias::<$Isa, bf16>, AddBias<'_, bf16>),
                 softmax_float: kernel!(softmax::softmax_float::<$Isa>, Softmax<'_>),
                 softmax_fixed12: kernel!(softmax::softmax_fixed12::<$Isa>, Softmax<'_>),
-                values_float: kernel!(product::values_float::<$Isa, $R, $V>, Values<'_, f32>),
-                values_fixed12: kernel!(product::values_fixed12::<$Isa, $R, $V>, Values<'_, u32>),
+                values_float: kernel!(product::values_float::<$Isa, $R, $V>, Values<'_>),
+                values_fixed12: kernel!(product::values_fixed12::<$Isa, $R, $V>, Values<'_>),
                 direct_scores_f32: kernel!(direct::direct_scores::<$Isa, f32>, DirectScores<'_, f32>),
                 direct_scores_f16: kernel!(direct::direct_scores::<$Isa, f16>, DirectScores<'_, f16>),
                 direct_scores_bf16: kernel!(direct::direct_scores::<$Isa, bf16>, DirectScores<'_, bf16>),

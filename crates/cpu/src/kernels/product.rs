@@ -7,9 +7,9 @@ use super::{RowState, TILE_KEYS};
 use crate::isa::Isa;
 
 /// `Q·Kᵀ` of a block of queries and a tile of keys.
-pub(crate) struct Scores<'a, Q> {
+pub(crate) struct Scores<'a> {
     /// `row_groups · rows` rows of `depth` words.
-    pub q: &'a [Q],
+    pub q: &'a [u32],
     /// `panels` panels: for integers `width` sums first, then `depth` times `width` words.
     pub k: &'a [u32],
     /// Words of a row.
@@ -25,9 +25,9 @@ pub(crate) struct Scores<'a, Q> {
 }
 
 /// `O ← α·O + β·(P·V)` of a block of queries and a tile of keys.
-pub(crate) struct Values<'a, P> {
+pub(crate) struct Values<'a> {
     /// Rows of `p_stride` words.
-    pub p: &'a [P],
+    pub p: &'a [u32],
     pub p_stride: usize,
     /// Panels of [`TILE_KEYS`] (12-bit: half as many) times `width` words, of which `depth` are used.
     pub v: &'a [u32],
@@ -150,7 +150,7 @@ unsafe fn multiply<I: Isa, O: Product<I>, const R: usize, const VECS: usize>(
 }
 
 #[inline(always)]
-pub(super) unsafe fn scores_float<I: Isa, const R: usize, const VECS: usize>(args: &mut Scores<'_, f32>) {
+pub(super) unsafe fn scores_float<I: Isa, const R: usize, const VECS: usize>(args: &mut Scores<'_>) {
     let width = VECS * I::LANES;
     assert!(args.q.len() >= args.row_groups * R * args.depth);
     assert!(args.k.len() >= args.panels * args.depth * width);
@@ -159,7 +159,7 @@ pub(super) unsafe fn scores_float<I: Isa, const R: usize, const VECS: usize>(arg
         for group in 0..args.row_groups {
             // SAFETY: the assertions bound every index; the caller vouches for the instruction set.
             unsafe {
-                let q = args.q.as_ptr().add(group * R * args.depth).cast();
+                let q = args.q.as_ptr().add(group * R * args.depth);
                 let k = args.k.as_ptr().add(panel * args.depth * width);
                 let zero = [[<Float as Product<I>>::zero(); VECS]; R];
                 let acc = multiply::<I, Float, R, VECS>(zero, q, args.depth, k, args.depth);
@@ -175,7 +175,7 @@ pub(super) unsafe fn scores_float<I: Isa, const R: usize, const VECS: usize>(arg
 }
 
 #[inline(always)]
-pub(super) unsafe fn scores_int<I: Isa, const R: usize, const VECS: usize>(args: &mut Scores<'_, u32>) {
+pub(super) unsafe fn scores_int<I: Isa, const R: usize, const VECS: usize>(args: &mut Scores<'_>) {
     let width = VECS * I::LANES;
     let panel_words = (args.depth + 1) * width;
     assert!(args.q.len() >= args.row_groups * R * args.depth && args.q_scale.len() >= args.row_groups * R);
@@ -209,7 +209,7 @@ pub(super) unsafe fn scores_int<I: Isa, const R: usize, const VECS: usize>(args:
 }
 
 #[inline(always)]
-fn check_values<P>(args: &Values<'_, P>, rows: usize, width: usize) {
+fn check_values(args: &Values<'_>, rows: usize, width: usize) {
     let rows = args.row_groups * rows;
     assert!(args.depth <= args.p_stride && args.p.len() >= rows * args.p_stride);
     assert!(args.depth * width <= args.panel_words && args.v.len() >= args.panels * args.panel_words);
@@ -218,7 +218,7 @@ fn check_values<P>(args: &Values<'_, P>, rows: usize, width: usize) {
 }
 
 #[inline(always)]
-pub(super) unsafe fn values_float<I: Isa, const R: usize, const VECS: usize>(args: &mut Values<'_, f32>) {
+pub(super) unsafe fn values_float<I: Isa, const R: usize, const VECS: usize>(args: &mut Values<'_>) {
     let width = VECS * I::LANES;
     check_values(args, R, width);
     let factor = f32::from_bits(args.v_scale[0]);
@@ -226,7 +226,7 @@ pub(super) unsafe fn values_float<I: Isa, const R: usize, const VECS: usize>(arg
         for group in 0..args.row_groups {
             // SAFETY: the assertions bound every index; the caller vouches for the instruction set.
             unsafe {
-                let p = args.p.as_ptr().add(group * R * args.p_stride).cast();
+                let p = args.p.as_ptr().add(group * R * args.p_stride);
                 let v = args.v.as_ptr().add(panel * args.panel_words);
                 let zero = [[<Float as Product<I>>::zero(); VECS]; R];
                 let acc = multiply::<I, Float, R, VECS>(zero, p, args.p_stride, v, args.depth);
@@ -246,7 +246,7 @@ pub(super) unsafe fn values_float<I: Isa, const R: usize, const VECS: usize>(arg
 }
 
 #[inline(always)]
-pub(super) unsafe fn values_fixed12<I: Isa, const R: usize, const VECS: usize>(args: &mut Values<'_, u32>) {
+pub(super) unsafe fn values_fixed12<I: Isa, const R: usize, const VECS: usize>(args: &mut Values<'_>) {
     let width = VECS * I::LANES;
     check_values(args, R, width);
     assert!(args.v_scale.len() >= args.panels * width);

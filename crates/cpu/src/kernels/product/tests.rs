@@ -20,7 +20,7 @@ fn scores_are_sums_of_products() {
                 let k: Vec<u32> = normal(2, panels * depth * width).iter().map(|x| x.to_bits()).collect();
                 let mut scores = vec![-7.0; rows * TILE_KEYS];
                 kernels.scores_float(Scores {
-                    q: &q,
+                    q: bytemuck::cast_slice(&q),
                     k: &k,
                     depth,
                     row_groups: 2,
@@ -115,7 +115,7 @@ fn values_are_rescaled_sums_of_products() {
             let before = normal(3, rows * panels * width);
             let (mut out, state) = (before.clone(), factors(rows));
             kernels.values_float(Values {
-                p: &p,
+                p: bytemuck::cast_slice(&p),
                 p_stride: TILE_KEYS,
                 v: &v,
                 panel_words: TILE_KEYS * width,
