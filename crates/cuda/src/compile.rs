@@ -5,62 +5,20 @@ use std::ptr;
 use std::sync::Arc;
 use std::time::Instant;
 
-use cudarc::driver::sys::{
-    CUfunction, CUfunction_attribute, CUjit_option, CUjitInputType, CUlinkState, CUmodule,
-};
+use cudarc::driver::sys::{CUfunction_attribute, CUjit_option, CUjitInputType, CUlinkState};
 use sage_core::BackendErrorKind;
-use sage_ptx::Param;
 
 use crate::context::Context;
-use crate::device::DeviceInfo;
+use crate::device_info::DeviceInfo;
 use crate::disk_cache::DiskCache;
 use crate::driver::{Driver, cu, report};
 use crate::error::{Error, Result};
-use crate::kernel::{Kernel, KernelAttributes, KernelSource, Origin};
+use crate::kernel::{Kernel, KernelAttributes, Loaded, Origin};
+use crate::module::{Function, Module};
+use crate::source::KernelSource;
 
 /// Room for each of the compiler's two logs.
 const LOG_BYTES: usize = 16 << 10;
-
-/// A kernel's function and all that a launch needs.
-pub(crate) struct Loaded {
-    pub(crate) name: String,
-    pub(crate) params: Box<[Param]>,
-    pub(crate) block: [u32; 3],
-    pub(crate) cluster: Option<[u32; 3]>,
-    /// Whether it can start while the launch before it ends.
-    pub(crate) starts_early: bool,
-    pub(crate) dynamic_shared_bytes: u32,
-    pub(crate) attributes: KernelAttributes,
-    pub(crate) origin: Origin,
-    pub(crate) context: Arc<Context>,
-    function: Function,
-    /// Unloaded when the last clone of the kernel goes, which ends the function's life too.
-    _module: Module,
-}
-
-#[derive(Clone, Copy)]
-struct Function(CUfunction);
-
-// SAFETY: the driver lets any thread launch a function.
-unsafe impl Send for Function {}
-// SAFETY: as above; nothing changes a function once it is loaded.
-unsafe impl Sync for Function {}
-
-struct Module {
-    raw: CUmodule,
-    context: Arc<Context>,
-}
-
-// SAFETY: the handle is only passed to the driver, which lets any thread use it.
-unsafe impl Send for Module {}
-// SAFETY: as above; a shared reference offers nothing.
-unsafe impl Sync for Module {}
-
-impl Loaded {
-    pub(crate) fn function(&self) -> CUfunction {
-        self.function.0
-    }
-}
 
 /// Loads `source` from the disk cache, or compiles it and leaves it there. The context is current.
 pub(crate) fn load(
@@ -68,31 +26,29 @@ pub(crate) fn load(
     gpu: &DeviceInfo,
     context: &Arc<Context>,
     disk: Option<&DiskCache>,
-) -> Result<Loaded> {
-    Kernel::check_driver(Driver::get()?, source)?;
+) -> Result<Kernel> {
+    source.check_driver(Driver::get()?)?;
     let started = Instant::now();
     let entry = entry_name(source)?;
     // The linker, whose results can be kept, compiles for programs of several parts.
     if source.needs_whole_compilation {
-        let module = Module::compile(source, context)?;
-        let function = entry_of(&module, source, &entry)?;
+        let function = entry_of(compile(source, context)?, source, &entry)?;
         tracing::debug!(kernel = source.name, ms = milliseconds(started), "compiled as a whole program");
-        return finish(source, gpu, context, module, function, Origin::Compiled);
+        return finish(source, gpu, function, Origin::Compiled);
     }
     let key = source.disk_key(gpu.driver_version, gpu.capability);
 
     if let Some(disk) = disk
         && let Some(cubin) = disk.get(&key)
     {
-        let module = Module::load(&cubin, context);
-        match module.and_then(|module| Ok((module.function(&entry)?, module))) {
-            Ok((function, module)) => {
+        match Module::load(&cubin, context).and_then(|module| module.function(&entry)) {
+            Ok(function) => {
                 tracing::debug!(
                     kernel = source.name,
                     ms = milliseconds(started),
                     "loaded from the disk cache"
                 );
-                return finish(source, gpu, context, module, function, Origin::Disk);
+                return finish(source, gpu, function, Origin::Disk);
             }
             Err(error) => {
                 tracing::warn!(
@@ -104,16 +60,15 @@ pub(crate) fn load(
     }
 
     let cubin = link(source)?;
-    let module = Module::load(&cubin, context)?;
-    let function = entry_of(&module, source, &entry)?;
+    let function = entry_of(Module::load(&cubin, context)?, source, &entry)?;
     if let Some(disk) = disk {
         disk.put(&key, &cubin);
     }
     tracing::debug!(kernel = source.name, ms = milliseconds(started), "compiled");
-    finish(source, gpu, context, module, function, Origin::Compiled)
+    finish(source, gpu, function, Origin::Compiled)
 }
 
-fn entry_of(module: &Module, source: &KernelSource<'_>, entry: &CStr) -> Result<Function> {
+fn entry_of(module: Module, source: &KernelSource<'_>, entry: &CStr) -> Result<Function> {
     module.function(entry).map_err(|error| jit(source, error, "there is no such entry in the text"))
 }
 
@@ -234,61 +189,29 @@ fn log_text(log: &[u8]) -> String {
     String::from_utf8_lossy(&log[..end]).trim().to_owned()
 }
 
-impl Module {
-    /// Compiles `source` as a whole program. The driver hands no cubin out then, and keeps it in a cache of its own.
-    fn compile(source: &KernelSource<'_>, context: &Arc<Context>) -> Result<Module> {
-        let text = text(source)?;
-        let mut logs = Logs::new();
-        let (mut options, mut values) = logs.options();
-        let mut raw = ptr::null_mut();
-        // SAFETY: the text ends in NUL; `options` and `values` go together, and they and the logs outlive the call.
-        let loaded = unsafe {
-            cu!(cuModuleLoadDataEx(
-                &mut raw,
-                text.as_ptr().cast(),
-                options.len() as c_uint,
-                options.as_mut_ptr(),
-                values.as_mut_ptr(),
-            ))
-        };
-        logs.explain(source, loaded)?;
-        Ok(Module { raw, context: Arc::clone(context) })
-    }
-
-    fn load(cubin: &[u8], context: &Arc<Context>) -> Result<Module> {
-        let mut raw = ptr::null_mut();
-        // SAFETY: a whole cubin as the driver made it (the disk cache checks lengths and checksums), alive during the
-        // call, which copies it.
-        unsafe { cu!(cuModuleLoadData(&mut raw, cubin.as_ptr().cast())) }?;
-        Ok(Module { raw, context: Arc::clone(context) })
-    }
-
-    fn function(&self, entry: &CStr) -> Result<Function> {
-        let mut function = ptr::null_mut();
-        // SAFETY: the module is alive, the name ends in NUL, and the pointer is to a local.
-        unsafe { cu!(cuModuleGetFunction(&mut function, self.raw, entry.as_ptr())) }?;
-        Ok(Function(function))
-    }
-}
-
-impl Drop for Module {
-    fn drop(&mut self) {
-        report(self.context.enter().and_then(|_entered| {
-            // SAFETY: loaded once, unloaded once, after the last kernel that has a function of it.
-            unsafe { cu!(cuModuleUnload(self.raw)) }
-        }));
-    }
+/// Compiles `source` as a whole program. The driver hands no cubin out then, and keeps it in a cache of its own.
+fn compile(source: &KernelSource<'_>, context: &Arc<Context>) -> Result<Module> {
+    let text = text(source)?;
+    let mut logs = Logs::new();
+    let (mut options, mut values) = logs.options();
+    let mut raw = ptr::null_mut();
+    // SAFETY: the text ends in NUL; `options` and `values` go together, and they and the logs outlive the call.
+    let loaded = unsafe {
+        cu!(cuModuleLoadDataEx(
+            &mut raw,
+            text.as_ptr().cast(),
+            options.len() as c_uint,
+            options.as_mut_ptr(),
+            values.as_mut_ptr(),
+        ))
+    };
+    logs.explain(source, loaded)?;
+    // SAFETY: the driver just handed the module over.
+    Ok(unsafe { Module::from_raw(raw, context) })
 }
 
 /// Asks for what the function has, and sets what its launches need.
-fn finish(
-    source: &KernelSource<'_>,
-    gpu: &DeviceInfo,
-    context: &Arc<Context>,
-    module: Module,
-    function: Function,
-    origin: Origin,
-) -> Result<Loaded> {
+fn finish(source: &KernelSource<'_>, gpu: &DeviceInfo, function: Function, origin: Origin) -> Result<Kernel> {
     use CUfunction_attribute::{
         CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES as LOCAL,
         CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as DYNAMIC,
@@ -298,7 +221,7 @@ fn finish(
     let get = |which| -> Result<u32> {
         let mut value = 0;
         // SAFETY: the function is alive, and the pointer is to a local.
-        unsafe { cu!(cuFuncGetAttribute(&mut value, which, function.0)) }?;
+        unsafe { cu!(cuFuncGetAttribute(&mut value, which, function.raw())) }?;
         Ok(value.unsigned_abs())
     };
     let threads: u32 = source.block.iter().product();
@@ -317,14 +240,14 @@ fn finish(
     let (signed_threads, signed_dynamic) = (threads as i32, dynamic as i32);
     if dynamic > 0 {
         // SAFETY: the function is alive.
-        unsafe { cu!(cuFuncSetAttribute(function.0, DYNAMIC, signed_dynamic)) }?;
+        unsafe { cu!(cuFuncSetAttribute(function.raw(), DYNAMIC, signed_dynamic)) }?;
     }
     let mut blocks = 0;
     // SAFETY: the function is alive, and the pointer is to a local.
     unsafe {
         cu!(cuOccupancyMaxActiveBlocksPerMultiprocessor(
             &mut blocks,
-            function.0,
+            function.raw(),
             signed_threads,
             dynamic as usize
         ))
@@ -335,7 +258,7 @@ fn finish(
         static_shared_bytes: fixed,
         max_blocks_per_multiprocessor: blocks.unsigned_abs(),
     };
-    Ok(Loaded {
+    Ok(Kernel::new(Loaded {
         name: source.name.to_owned(),
         params: source.params.into(),
         block: source.block,
@@ -344,10 +267,8 @@ fn finish(
         dynamic_shared_bytes: dynamic,
         attributes,
         origin,
-        context: Arc::clone(context),
         function,
-        _module: module,
-    })
+    }))
 }
 
 #[cfg(test)]

@@ -2,13 +2,12 @@
 
 use std::error::Error as _;
 use std::ffi::CStr;
-use std::fmt;
 use std::sync::OnceLock;
 
 use cudarc::driver::sys::{self, CUresult};
 use libloading::Library;
 
-use crate::device::DeviceInfo;
+use crate::driver_version::DriverVersion;
 use crate::error::{Error, Result};
 use crate::fork::{self, check_not_forked};
 
@@ -90,21 +89,6 @@ const LATER: &[&str] = &["cuLaunchKernelEx", "cuTensorMapEncodeTiled"];
 /// Names of the driver's library, in the order in which the bindings try them, so that both find the same one.
 const LIBRARY_NAMES: &[&str] =
     if cfg!(windows) { &["cuda.dll", "nvcuda.dll"] } else { &["libcuda.so", "libcuda.so.1"] };
-
-/// CUDA version of a driver: 13.0 of driver 580.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct DriverVersion {
-    /// 13 of 13.0.
-    pub major: u32,
-    /// 0 of 13.0.
-    pub minor: u32,
-}
-
-impl fmt::Display for DriverVersion {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}.{}", self.major, self.minor)
-    }
-}
 
 /// The driver, found and started.
 #[derive(Debug)]
@@ -209,11 +193,6 @@ impl Driver {
 
 /// What encodes tensor maps: drivers since CUDA 12 have it.
 const ENCODE_TENSOR_MAP: &str = "cuTensorMapEncodeTiled";
-
-/// All GPUs, in the driver's order; empty where the driver finds none.
-pub fn devices() -> Result<Vec<DeviceInfo>> {
-    (0..Driver::get()?.device_count()).map(DeviceInfo::of).collect()
-}
 
 fn open(names: &[&str]) -> Result<Library> {
     let mut reason = String::from("not found");

@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use sage_core::BackendErrorKind;
 use sage_ptx::Target;
 
-use crate::driver::DriverVersion;
+use crate::driver_version::DriverVersion;
 
 /// Result of anything that talks to the driver.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -1,17 +1,43 @@
-//! Recorded work that is launched as a whole.
+//! A stream's work, recorded and launched as a whole.
 
 use std::ptr;
 
-use cudarc::driver::sys::{CUgraph, CUgraphExec};
+use cudarc::driver::sys::{CUgraph, CUgraphExec, CUstreamCaptureMode};
 
 use crate::device::Device;
 use crate::driver::{cu, report};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::stream::Stream;
 
 /// `CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH`: memory that a replay allocated and did not free is freed by the
 /// next replay, which would be refused otherwise. The bindings name it differently from version to version.
 const AUTO_FREE_ON_LAUNCH: u64 = 1;
+
+impl Stream {
+    /// Records later work into a graph instead of running it, until [`end_capture`](Stream::end_capture) on the same
+    /// thread. The legacy default stream cannot be captured.
+    pub fn begin_capture(&self) -> Result<()> {
+        let _entered = self.device().enter()?;
+        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream is alive and its context current.
+        unsafe { cu!(cuStreamBeginCapture_v2(self.raw(), mode)) }
+    }
+
+    /// Ends the capture and gives what was recorded.
+    pub fn end_capture(&self) -> Result<Graph> {
+        let entered = self.device().enter()?;
+        let mut raw = ptr::null_mut();
+        // SAFETY: the stream is alive, and the pointer is to a local.
+        let ended = unsafe { cu!(cuStreamEndCapture(self.raw(), &mut raw)) };
+        drop(entered);
+        self.free_the_unfreed();
+        ended?;
+        if raw.is_null() {
+            return Err(Error::value("captured graph", "invalid", "a capture without forbidden calls"));
+        }
+        Ok(Graph { raw, device: self.device().clone() })
+    }
+}
 
 /// What [`Stream::end_capture`] recorded. The memory that the recorded work uses must outlive every replay.
 #[derive(Debug)]
@@ -26,12 +52,6 @@ unsafe impl Send for Graph {}
 unsafe impl Sync for Graph {}
 
 impl Graph {
-    /// # Safety
-    /// `raw` is a graph that nobody else destroys.
-    pub(crate) unsafe fn from_raw(device: Device, raw: CUgraph) -> Graph {
-        Graph { raw, device }
-    }
-
     /// Prepares the graph for launches.
     pub fn instantiate(&self) -> Result<ExecutableGraph> {
         let _entered = self.device.enter()?;
@@ -45,7 +65,7 @@ impl Graph {
 impl Drop for Graph {
     fn drop(&mut self) {
         report(self.device.enter().and_then(|_entered| {
-            // SAFETY: handed over once, destroyed once.
+            // SAFETY: handed over by `end_capture`, destroyed once.
             unsafe { cu!(cuGraphDestroy(self.raw)) }
         }));
     }

@@ -4,15 +4,12 @@ use std::fmt;
 use std::ptr;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use cudarc::driver::sys::{
-    CUdeviceptr, CUstream, CUstream_flags, CUstreamCaptureMode, CUstreamCaptureStatus,
-};
+use cudarc::driver::sys::{CUdeviceptr, CUstream, CUstream_flags, CUstreamCaptureStatus};
 
 use crate::device::Device;
 use crate::driver::{cu, report};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::event::Event;
-use crate::graph::Graph;
 
 /// A queue of work on a [`Device`]. Clones are the same queue; work put on it runs in order.
 #[derive(Clone)]
@@ -86,31 +83,6 @@ impl Stream {
     /// Whether work put on the stream is being recorded into a graph instead of run.
     pub fn is_capturing(&self) -> Result<bool> {
         self.0.is_capturing()
-    }
-
-    /// Records later work into a graph instead of running it, until [`end_capture`](Stream::end_capture) on the same
-    /// thread. The legacy default stream cannot be captured.
-    pub fn begin_capture(&self) -> Result<()> {
-        let _entered = self.0.device.enter()?;
-        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        // SAFETY: the stream is alive and its context current.
-        unsafe { cu!(cuStreamBeginCapture_v2(self.0.raw, mode)) }
-    }
-
-    /// Ends the capture and gives what was recorded.
-    pub fn end_capture(&self) -> Result<Graph> {
-        let entered = self.0.device.enter()?;
-        let mut graph = ptr::null_mut();
-        // SAFETY: the stream is alive, and the pointer is to a local.
-        let ended = unsafe { cu!(cuStreamEndCapture(self.0.raw, &mut graph)) };
-        drop(entered);
-        self.free_the_unfreed();
-        ended?;
-        if graph.is_null() {
-            return Err(Error::value("captured graph", "invalid", "a capture without forbidden calls"));
-        }
-        // SAFETY: the driver just handed the graph over.
-        Ok(unsafe { Graph::from_raw(self.0.device.clone(), graph) })
     }
 
     pub(crate) fn raw(&self) -> CUstream {
