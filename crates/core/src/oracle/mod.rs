@@ -18,7 +18,7 @@ mod rotation;
 mod scheme;
 mod smoothing;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 mod values;
 mod visibility;
 

@@ -1,13 +1,28 @@
 //! Block-sparse attention: which blocks of the score matrix are computed, and who decides it.
 //!
 //! - [`BlockMap`]: a flag for each block of queries and block of keys of each head; [`BlockLists`]: the same as lists
-//!   of key blocks; [`PaddedBlocks`]: sequences that are padded block by block.
+//!   of key blocks; [`PaddedBlocks`]: sequences that are padded block by block;
+//! - [`Predictor`]: predicts a map from queries and keys, as SpargeAttn, SLA, VSA and Sol-Attn do; [`Select`]: how many
+//!   blocks it chooses; [`PooledBlocks`], [`mean_of_blocks`], [`sum()`] and [`weight()`]: its arithmetic, step by step.
+//!
+//! Like quantisers, predictors compute in single precision, operation by operation as kernels do, so that a kernel can
+//! be compared bit for bit.
 
+mod arithmetic;
 mod grid;
 mod lists;
 mod map;
 mod padded;
+mod per_head;
+mod pooled;
+mod predictor;
+mod select;
 
+pub use arithmetic::{sum, weight};
 pub use lists::BlockLists;
 pub use map::BlockMap;
 pub use padded::PaddedBlocks;
+pub use per_head::PerHead;
+pub use pooled::{PooledBlocks, mean_of_blocks};
+pub use predictor::Predictor;
+pub use select::Select;

@@ -1,0 +1,256 @@
+use super::*;
+use crate::metrics::Accuracy;
+use crate::oracle::exact;
+use crate::oracle::testing::{Sample, Sizes};
+use crate::{Alignment, DType, Tensor, TensorView};
+
+const CAUSAL: Band = Band::causal(Alignment::TopLeft);
+
+/// A map of one head as rows of `#` and `.`.
+fn drawn(map: &BlockMap) -> Vec<String> {
+    map.rows().map(|row| row.iter().map(|&kept| if kept { '#' } else { '.' }).collect()).collect()
+}
+
+/// One head in f32 of so many channels.
+fn head(head_dim: usize, elements: &[f32]) -> Tensor {
+    Tensor::new(elements.to_vec(), &[1, 1, elements.len() / head_dim, head_dim]).unwrap()
+}
+
+/// What a predictor with blocks of two tokens keeps of one head with one channel.
+fn predicted(predictor: Predictor, q: &[f32], k: &[f32]) -> Vec<String> {
+    let predictor = predictor.blocks(2, 2);
+    drawn(&predictor.predict(head(1, q).view(), head(1, k).view(), Layout::Hnd).unwrap())
+}
+
+/// The two best of the key blocks.
+fn best() -> Predictor {
+    Predictor::new(Select::Count(1))
+}
+
+#[test]
+fn blocks_are_scored_by_their_means() {
+    // Means of Q: 1 and −1. Means of K: 2, 3 and −1.
+    let (q, k) = ([0.0, 2.0, -3.0, 1.0], [4.0, 0.0, 3.0, 3.0, -1.0, -1.0]);
+    assert_eq!(predicted(best(), &q, &k), [".#.", "..#"]);
+    assert_eq!(predicted(Predictor::new(Select::TopK(0.7.into())), &q, &k), ["##.", "#.#"], "⌊2.1⌋ of three");
+}
+
+#[test]
+fn scores_are_scaled_by_the_root_of_head_dim() {
+    // Four channels: ⟨q̄, k̄⟩ = 4, scaled 2, against 0. The first block has e² / (e² + 1) = 0.88 of the weight;
+    // unscaled it would have 0.98.
+    let (q, k) = (head(4, &[1.0; 4]), head(4, &[1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]));
+    let kept = |p: f32| {
+        let predictor = Predictor::sparge_attn2(0.0, p).blocks(1, 1);
+        drawn(&predictor.predict(q.view(), k.view(), Layout::Hnd).unwrap())
+    };
+    assert_eq!((kept(0.87), kept(0.89)), (vec!["#.".to_owned()], vec!["##".to_owned()]));
+}
+
+#[test]
+fn smoothing_takes_the_mean_of_all_keys_away() {
+    // Pooled in bf16, K's blocks of 256 and 257 are one number. Without their mean they are −0.5 and 0.5.
+    let bf16 = |elements: &[f32]| head(1, elements).to_dtype(DType::BF16);
+    let (q, k) = (bf16(&[1.0, 1.0]), bf16(&[256.0, 256.0, 256.0, 258.0]));
+    let kept = |smooth_k| {
+        let predictor = best().blocks(2, 2).smooth_k(smooth_k);
+        drawn(&predictor.predict(q.view(), k.view(), Layout::Hnd).unwrap())
+    };
+    assert_eq!((kept(false), kept(true)), (vec!["#.".to_owned()], vec![".#".to_owned()]));
+}
+
+#[test]
+fn a_key_block_that_is_not_similar_is_kept_and_does_not_compete() {
+    // Similarities of K: 1, 0 (of 9 and −1) and 1. The mean of the second would be the best.
+    let (q, k) = ([1.0, 1.0], [1.0, 1.0, 9.0, -1.0, 2.0, 2.0]);
+    assert_eq!(predicted(best(), &q, &k), [".#."]);
+    assert_eq!(predicted(best().similarity(0.5), &q, &k), [".##"]);
+    assert_eq!(predicted(best().similarity(-0.1), &q, &k), [".#."], "0 exceeds −0.1");
+    assert_eq!(predicted(best().similarity(0.0), &q, &k), [".##"], "0 does not exceed 0");
+}
+
+#[test]
+fn a_query_block_that_is_not_similar_keeps_all_it_sees() {
+    let (q, k) = ([1.0, -1.0, 1.0, 1.0], [1.0, 1.0, 2.0, 2.0, 3.0, 3.0]);
+    assert_eq!(predicted(best().similarity(0.5), &q, &k), ["###", "..#"]);
+    assert_eq!(predicted(best().similarity(0.5).band(CAUSAL), &q, &k), ["#..", ".#."]);
+}
+
+#[test]
+fn only_blocks_that_the_band_shows_compete_and_are_kept() {
+    let (q, k) = ([1.0; 6], [1.0, 1.0, 3.0, 3.0, 2.0, 2.0]);
+    assert_eq!(predicted(best().band(CAUSAL), &q, &k), ["#..", ".#.", ".#."]);
+    let window = Band { left: Some(0), ..CAUSAL };
+    assert_eq!(predicted(best().band(window).sink_k(0..1), &q, &k), ["#..", ".#.", "..#"]);
+    // Two queries after four keys: the last query sees the last key.
+    let late = Band::causal(Alignment::BottomRight);
+    assert_eq!(predicted(best().band(late), &[1.0; 2], &k), [".#."]);
+    // Four queries before any key.
+    let early = Band::causal(Alignment::Offset(-4));
+    assert_eq!(predicted(best().band(early), &q, &k), ["...", "...", "#.."]);
+}
+
+#[test]
+fn sinks_are_kept_on_top_of_what_is_chosen() {
+    let (q, k) = ([1.0; 4], [1.0, 1.0, 3.0, 3.0, 2.0, 2.0]);
+    assert_eq!(predicted(best().sink_k(0..1), &q, &k), ["##.", "##."]);
+    assert_eq!(predicted(best().sink_q(1..2), &q, &k), [".#.", "###"]);
+    assert_eq!(predicted(best().sink_k(2..9).sink_q(7..9), &q, &k), [".##", ".##"]);
+}
+
+#[test]
+fn a_shorter_last_block_is_pooled_over_the_tokens_it_has() {
+    // The last block of K has one token, 3; filled up with a zero its mean would be 1.5.
+    let (q, k) = ([1.0; 3], [2.0, 2.0, 3.0]);
+    assert_eq!(predicted(best(), &q, &k), [".#", ".#"]);
+    let similar = || best().similarity(0.5);
+    assert_eq!(predicted(similar(), &q, &[4.0, 4.0, 3.0]), ["#.", "#."]);
+    // In the original a last block that is shorter is not similar: its row is dense, its column kept.
+    assert_eq!(predicted(similar().original_tails(true), &q, &[4.0, 4.0, 3.0]), ["##", "##"]);
+    assert_eq!(predicted(similar().original_tails(true), &q, &[4.0; 4]), ["#.", "##"]);
+    assert_eq!(predicted(best().original_tails(true), &q, &k), [".#", ".#"], "no similarity is asked for");
+}
+
+#[test]
+fn padding_of_blocks_counts_nowhere() {
+    let bad = f32::NAN;
+    let (q, k) = ([1.0, bad, bad, bad], [1.0, bad, 2.0, 2.0, bad, bad]);
+    let padded = |sizes: &[i32]| PaddedBlocks::new(sizes, 2).unwrap();
+    let vsa = Predictor::vsa(1).smooth_k(true).q_padding(padded(&[1, 0])).k_padding(padded(&[1, 2, 0]));
+    assert_eq!(predicted(vsa.clone(), &q, &k), [".#.", "..."], "a block of padding alone keeps none");
+    assert_eq!(predicted(vsa.sink_k(0..3).sink_q(0..2), &q, &k), ["##.", "..."]);
+}
+
+#[test]
+fn what_is_not_finite_is_kept() {
+    let bad = f32::NAN;
+    assert_eq!(predicted(best(), &[1.0, bad, 1.0, 1.0], &[1.0, 1.0, 2.0, 2.0]), ["##", ".#"]);
+    assert_eq!(predicted(best(), &[1.0, 1.0], &[1.0, bad, 2.0, 2.0]), ["##"]);
+    // With similarities, the block alone is kept beside the best of the others.
+    let sparge = best().similarity(0.5);
+    assert_eq!(predicted(sparge, &[1.0, 1.0], &[1.0, bad, 2.0, 2.0, 1.0, 1.0]), ["##."]);
+}
+
+#[test]
+fn sequences_without_tokens_have_no_blocks() {
+    assert_eq!(predicted(best(), &[], &[1.0]), [] as [&str; 0]);
+    assert_eq!(predicted(best().smooth_k(true), &[1.0; 3], &[]), ["", ""]);
+}
+
+#[test]
+fn heads_of_a_group_share_keys_but_not_their_thresholds() {
+    // Two query heads read one key head, whose second block is not similar to the first head's taste alone.
+    let q = Tensor::new(vec![1.0, 1.0, -1.0, -1.0], &[1, 2, 2, 1]).unwrap();
+    let k = head(1, &[1.0, 1.0, 9.0, -1.0, 2.0, 2.0]);
+    let predictor = best().blocks(2, 2).similarity(vec![0.5, -0.5]);
+    let map = predictor.predict(q.view(), k.view(), Layout::Hnd).unwrap();
+    assert_eq!(map.shape(), [1, 2, 1, 3]);
+    assert_eq!(drawn(&map), [".##", "#.."]);
+}
+
+#[test]
+fn layouts_predict_one_map() {
+    let sizes = Sizes { batch: 2, num_q_heads: 4, num_kv_heads: 2, q_len: 70, kv_len: 90, head_dim: 16 };
+    let sample = Sample::normal(1, sizes).to_dtype(DType::F16);
+    let nhd = |tensor: &Tensor| {
+        let [b, h, n, d] = [0, 1, 2, 3].map(|at| tensor.shape()[at]);
+        let view: TensorView<'_> = tensor.view();
+        let places = (0..b * n * h * d).map(|at| [at / (n * h * d), at / d % h, at / (h * d) % n, at % d]);
+        Tensor::new(places.map(|at| view.at(at)).collect::<Vec<f32>>(), &[b, n, h, d])
+            .unwrap()
+            .to_dtype(DType::F16)
+    };
+    let predictor = Predictor::sparge_attn(Select::Cdf(0.9.into()), 0.05).blocks(16, 8).band(CAUSAL);
+    let map = predictor.predict(sample.q.view(), sample.k.view(), Layout::Hnd).unwrap();
+    let other = predictor.predict(nhd(&sample.q).view(), nhd(&sample.k).view(), Layout::Nhd).unwrap();
+    assert_eq!(map, other);
+    let density = map.density(&CAUSAL, 70, 90).unwrap();
+    assert!((0.1..0.99).contains(&density), "a map of {density} tells nothing");
+}
+
+#[test]
+fn options_that_do_not_fit_are_refused() {
+    let (q, k) = (
+        Tensor::zeros(DType::F32, &[1, 4, 8, 2]).unwrap(),
+        Tensor::zeros(DType::F32, &[1, 2, 8, 2]).unwrap(),
+    );
+    let error =
+        |predictor: Predictor| predictor.predict(q.view(), k.view(), Layout::Hnd).unwrap_err().to_string();
+    assert_eq!(error(best().blocks(0, 64)), "block_q: value is 0, expected at least 1");
+    assert_eq!(error(best().blocks(64, 0)), "block_k: value is 0, expected at least 1");
+    assert_eq!(
+        error(best().similarity(vec![0.5; 3])),
+        "simthreshd1: shape is [3], expected [4], one for each query head"
+    );
+    assert_eq!(error(Predictor::sla(2.0)), "topk: value is 2, expected 0 to 1");
+    let padding = PaddedBlocks::new(&[2, 2, 2], 2).unwrap();
+    assert_eq!(
+        error(best().blocks(2, 2).k_padding(padding)),
+        "k_padding: value is 6 tokens in blocks of 2, expected 8 tokens in blocks of 2"
+    );
+    let three = Tensor::zeros(DType::F32, &[1, 3, 8, 2]).unwrap();
+    let error = best().predict(q.view(), three.view(), Layout::Hnd).unwrap_err().to_string();
+    assert_eq!(error, "k: shape is [1, 3, 8, 2], expected a number of heads that divides q's 4");
+}
+
+/// Tokens whose queries and keys turn slowly, each pair of channels at a speed of its own: the nearer two tokens are,
+/// the more alike. Token `i` of the sequence is at `order(i)`.
+fn local(tokens: usize, head_dim: usize, order: impl Fn(usize) -> usize) -> Sample {
+    let turned = |at: usize| {
+        let (token, channel) = (order(at / head_dim), at % head_dim);
+        let angle = token as f32 * 0.3 / (1 + channel / 2) as f32;
+        1.5 * if channel.is_multiple_of(2) { angle.cos() } else { angle.sin() }
+    };
+    let elements = 0..tokens * head_dim;
+    let noisy = elements.clone().zip(sage_testkit::normal(7, tokens * head_dim));
+    Sample::one_head(
+        head_dim,
+        &elements.map(turned).collect::<Vec<f32>>(),
+        &noisy.map(|(at, noise)| turned(at) + 0.05 * noise).collect::<Vec<f32>>(),
+        &sage_testkit::normal(8, tokens * head_dim),
+    )
+}
+
+/// The density of a predictor's map, and how far attention over it is from attention over all keys (relative L1).
+fn density_and_error(sample: &Sample, predictor: Predictor) -> (f64, f64) {
+    let predictor = predictor.blocks(16, 16);
+    let map = predictor.predict(sample.q.view(), sample.k.view(), Layout::Hnd).unwrap();
+    let options = Options::default();
+    let dense = exact(&sample.call(&options));
+    let inputs = Inputs { block_mask: Some(map.mask()), ..sample.inputs() };
+    let sparse = exact(&Call::check(&inputs, &options).unwrap());
+    let tokens = sample.q.shape()[2];
+    let density = map.density(&Band::FULL, tokens, tokens).unwrap();
+    (density, Accuracy::of(&sparse.out, &dense.out).relative_l1)
+}
+
+#[test]
+fn what_is_near_is_found_and_little_of_it_suffices() {
+    let sample = local(512, 32, |token| token);
+    let sparge = |cdf: f32| Predictor::sparge_attn(Select::Cdf(cdf.into()), 0.6);
+    // Measured: density 0.21, error 0.053.
+    let (density, error) = density_and_error(&sample, sparge(0.95));
+    assert!(density < 0.25 && error < 0.1, "density {density}, error {error}");
+    // Measured: density 0.094, error 0.11. Where scores are normal, 16% exceed the mean by one standard deviation.
+    let (density, error) = density_and_error(&sample, Predictor::sol_attn(1.0));
+    assert!((0.05..0.2).contains(&density) && error < 0.2, "density {density}, error {error}");
+    // The more is kept, the nearer it is.
+    for predictors in [[0.5, 0.8, 0.95, 0.98].map(sparge), [0.1, 0.2, 0.4, 1.0].map(Predictor::sla)] {
+        let found = predictors.map(|predictor| density_and_error(&sample, predictor));
+        assert!(found.is_sorted_by(|less, more| less.0 < more.0 && less.1 > more.1), "{found:?}");
+    }
+    // Without structure there is nothing to be found: the same tenth of all blocks loses most of the result.
+    let random = Sample::normal(3, Sizes::one_head(512, 512, 32));
+    let (_, lost) = density_and_error(&random, Predictor::sla(0.1));
+    assert!(lost > 1.0, "{lost}");
+}
+
+#[test]
+fn where_neighbours_are_not_alike_means_are_not_trusted() {
+    // The tokens of the test above, each far from those that it is like.
+    let sample = local(512, 32, |token| token * 37 % 512);
+    let select = || Select::Cdf(0.95.into());
+    assert_eq!(density_and_error(&sample, Predictor::sparge_attn(select(), 0.6)), (1.0, 0.0));
+    let (_, error) = density_and_error(&sample, Predictor::new(select()));
+    assert!(error > 0.05, "{error}");
+}
