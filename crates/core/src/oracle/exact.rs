@@ -2,7 +2,7 @@
 
 use super::matrix::dot;
 use super::{Matrix, Output, visible_keys};
-use crate::Call;
+use crate::{Call, Sequence};
 
 /// A visible key's score.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -31,12 +31,7 @@ pub fn exact(call: &Call<'_>) -> Output {
             for head in kv_head * problem.group_size()..(kv_head + 1) * problem.group_size() {
                 let q = Matrix::of_head(&call.q, sequence.batch, head, sequence.q_start, sequence.q_len);
                 for (i, q) in q.map(f64::from).iter().enumerate() {
-                    let scores: Vec<Score> = visible_keys(call, &sequence, head, i)
-                        .map(|(key, bias)| {
-                            let score = f64::from(problem.sm_scale) * dot(q, k.row(key));
-                            Score { key, value: softcap(score, problem.logit_softcap) + bias }
-                        })
-                        .collect();
+                    let scores = row_scores(call, &sequence, head, i, q, &k);
                     let (out, lse) = attend(&scores, &v);
                     output.set(call.lse_index(&sequence, head, i), &out, lse);
                 }
@@ -46,8 +41,24 @@ pub fn exact(call: &Call<'_>) -> Output {
     output
 }
 
+/// The scores of the keys that query `i` of `head`, which is `q`, sees among `k`.
+pub(crate) fn row_scores(
+    call: &Call<'_>,
+    sequence: &Sequence,
+    head: usize,
+    i: usize,
+    q: &[f64],
+    k: &Matrix<f64>,
+) -> Vec<Score> {
+    let score = |(key, bias)| {
+        let score = f64::from(call.problem.sm_scale) * dot(q, k.row(key));
+        Score { key, value: softcap(score, call.problem.logit_softcap) + bias }
+    };
+    visible_keys(call, sequence, head, i).map(score).collect()
+}
+
 /// One row: softmax of its scores times V, and its log-sum-exp.
-pub(super) fn attend(scores: &[Score], v: &Matrix<f64>) -> (Vec<f64>, f64) {
+pub(crate) fn attend(scores: &[Score], v: &Matrix<f64>) -> (Vec<f64>, f64) {
     let max = maximum(scores);
     if max == f64::NEG_INFINITY {
         return (vec![0.0; v.width()], max);
@@ -71,13 +82,13 @@ pub(super) fn weighted_sum(scores: &[Score], p: &[f64], v: &Matrix<f64>) -> Vec<
 }
 
 /// The largest score; −∞ when there is none, NaN when one is NaN.
-pub(super) fn maximum(scores: &[Score]) -> f64 {
+pub(crate) fn maximum<'a>(scores: impl IntoIterator<Item = &'a Score>) -> f64 {
     let max = |a: f64, s: &Score| if s.value.is_nan() || a.is_nan() { f64::NAN } else { a.max(s.value) };
-    scores.iter().fold(f64::NEG_INFINITY, max)
+    scores.into_iter().fold(f64::NEG_INFINITY, max)
 }
 
 /// `cap · tanh(score / cap)`.
-pub(super) fn softcap(score: f64, cap: Option<f32>) -> f64 {
+pub(crate) fn softcap(score: f64, cap: Option<f32>) -> f64 {
     cap.map(f64::from).map_or(score, |cap| cap * (score / cap).tanh())
 }
 

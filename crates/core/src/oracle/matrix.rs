@@ -94,6 +94,6 @@ pub fn absmax(values: impl IntoIterator<Item = f32>) -> f32 {
 }
 
 /// `⟨a, b⟩` in double precision.
-pub(super) fn dot(a: &[f64], b: &[f64]) -> f64 {
+pub(crate) fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(x, y)| x * y).sum()
 }

@@ -13,13 +13,13 @@ pub struct Output {
 
 impl Output {
     /// The result of a call in which no query sees a key: zeros, and log-sum-exps of −∞.
-    pub(super) fn without_keys(call: &Call<'_>) -> Self {
+    pub(crate) fn without_keys(call: &Call<'_>) -> Self {
         let elements = call.q.geometry().len();
         Output { out: vec![0.0; elements], lse: vec![f64::NEG_INFINITY; elements / call.problem.head_dim] }
     }
 
     /// Sets the row whose log-sum-exp has index `row`.
-    pub(super) fn set(&mut self, row: usize, out: &[f64], lse: f64) {
+    pub(crate) fn set(&mut self, row: usize, out: &[f64], lse: f64) {
         self.out[row * out.len()..(row + 1) * out.len()].copy_from_slice(out);
         self.lse[row] = lse;
     }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::Band;
+use crate::{Band, Error, Geometry, Result};
 
 /// Queries and keys, each cut into blocks of which the last may be shorter. No size of a block is 0.
 #[derive(Clone, Copy, Debug)]
@@ -36,6 +36,19 @@ impl Grid {
         let (start, end) = (keys(first).start, keys(last).end);
         if start < end { start / self.block_k..end.div_ceil(self.block_k) } else { 0..0 }
     }
+}
+
+/// That blocks of `shape` can be counted, and numbered in 32 bits.
+pub(super) fn check_shape(shape: [usize; 4]) -> Result<Geometry> {
+    if shape[2..].iter().any(|&blocks| i32::try_from(blocks).is_err()) {
+        return Err(Error::shape("block_map", &shape, "fewer than 2³¹ blocks of queries and of keys"));
+    }
+    Geometry::contiguous("block_map", &shape)
+}
+
+/// That a block has tokens.
+pub(super) fn check_block(name: &'static str, tokens: usize) -> Result<()> {
+    if tokens == 0 { Err(Error::value(name, tokens, "at least 1")) } else { Ok(()) }
 }
 
 #[cfg(test)]

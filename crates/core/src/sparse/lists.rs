@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use super::map::check_shape;
+use super::grid::check_shape;
 use crate::{Error, Geometry, Result};
 
 /// The key blocks of each query block as a list of indices and its length, as kernels walk them.

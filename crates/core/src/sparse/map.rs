@@ -1,8 +1,8 @@
 //! Which blocks of the score matrix are computed.
 
 use super::BlockLists;
-use super::grid::Grid;
-use crate::{Band, BlockMask, Error, Geometry, Result, View};
+use super::grid::{Grid, check_block, check_shape};
+use crate::{Band, BlockMask, Error, Result, View};
 
 /// A flag for each block of queries and block of keys of each head: `true` where the block of scores is computed.
 ///
@@ -142,19 +142,6 @@ impl BlockMap {
         let blocks = blocks.expect("a map holds the flags of its shape");
         BlockMask { blocks, block_q: self.block_q, block_k: self.block_k }
     }
-}
-
-/// That blocks of `shape` can be counted, and numbered in 32 bits.
-pub(super) fn check_shape(shape: [usize; 4]) -> Result<Geometry> {
-    if shape[2..].iter().any(|&blocks| i32::try_from(blocks).is_err()) {
-        return Err(Error::shape("block_map", &shape, "fewer than 2³¹ blocks of queries and of keys"));
-    }
-    Geometry::contiguous("block_map", &shape)
-}
-
-/// That a block has tokens.
-pub(super) fn check_block(name: &'static str, tokens: usize) -> Result<()> {
-    if tokens == 0 { Err(Error::value(name, tokens, "at least 1")) } else { Ok(()) }
 }
 
 /// Flags of a map of `shape` that keeps no block.

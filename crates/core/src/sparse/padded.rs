@@ -1,6 +1,6 @@
 //! Sequences that are padded block by block.
 
-use super::map::check_block;
+use super::grid::check_block;
 use crate::{Error, Mask, Result, View};
 
 /// Which tokens count of a sequence in which every block is filled up with padding.

@@ -30,6 +30,12 @@ impl PerHead {
         self.check(name, heads, "a finite number", f32::is_finite)
     }
 
+    /// That there is a finite number that is not negative for each of `heads` heads.
+    pub(super) fn check_not_negative(&self, name: &'static str, heads: usize) -> Result<()> {
+        let fits = |value: f32| value.is_finite() && value >= 0.0;
+        self.check(name, heads, "a finite number of at least 0", fits)
+    }
+
     fn check(
         &self,
         name: &'static str,

@@ -26,10 +26,10 @@ impl PooledBlocks {
     ///   0 where that sum is 0, and the similarity NaN where no token counts. Every `sum` is [`sum`](super::sum()),
     ///   and every product, quotient and root is rounded.
     ///
-    /// SpargeAttn (arXiv 2502.18137, §3.3) defines the similarity by the Gram matrix of the normalised rows x̂. The
+    /// SpargeAttn (arXiv 2502.18137, §3.2) computes the similarity from the Gram matrix of the normalised rows x̂. The
     /// mean of its elements is the same, `Σ_ab ⟨x̂_a, x̂_b⟩ / n² = |Σ_a x̂_a|² / n²`, for n rather than n² products a
-    /// channel. With 128 tokens and 256 channels no value passes more than 64 roundings, so the result is within `64 ·
-    /// 2⁻²⁴` of the definition; the original rounds each x̂ to f16, which is 2⁻¹¹.
+    /// channel. With 128 tokens and 256 channels no value passes more than 64 roundings, so the result is within
+    /// `64 · 2⁻²⁴` of the definition; the original rounds each x̂ to f16, which is 2⁻¹¹.
     ///
     /// # Panics
     /// When `rows` lacks a token.

@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use super::arithmetic::dot;
-use super::grid::Grid;
-use super::map::{check_block, cleared};
+use super::grid::{Grid, check_block};
+use super::map::cleared;
 use super::{BlockMap, PaddedBlocks, PerHead, PooledBlocks, Select, mean_of_blocks};
 use crate::oracle::{Matrix, subtract};
 use crate::problem::default_sm_scale;
@@ -14,7 +14,7 @@ use crate::{Band, Call, Error, Inputs, Layout, Options, Problem, Result, TensorV
 ///
 /// | system | constructor | source |
 /// | --- | --- | --- |
-/// | SpargeAttn | [`Predictor::sparge_attn`] | arXiv 2502.18137, §3.3 |
+/// | SpargeAttn | [`Predictor::sparge_attn`] | arXiv 2502.18137, §3.2, §3.3 |
 /// | SLA, SageSLA | [`Predictor::sla`] | arXiv 2509.24006 |
 /// | SpargeAttention2 | [`Predictor::sparge_attn2`] | arXiv 2602.13515 |
 /// | VSA | [`Predictor::vsa`] | arXiv 2505.13389 |
