@@ -38,10 +38,16 @@ impl Grid {
     }
 }
 
-/// That blocks of `shape` can be counted, and numbered in 32 bits.
+/// That a map of `shape`, and the lists of either side's blocks, can be counted and numbered in 32 bits.
 pub(super) fn check_shape(shape: [usize; 4]) -> Result<Geometry> {
-    if shape[2..].iter().any(|&blocks| i32::try_from(blocks).is_err()) {
-        return Err(Error::shape("block_map", &shape, "fewer than 2³¹ blocks of queries and of keys"));
+    let [batch, heads, q_blocks, k_blocks] = shape;
+    let numbered = |blocks: usize| {
+        let heads = batch.max(1).checked_mul(heads.max(1));
+        heads.and_then(|heads| heads.checked_mul(blocks)).is_some_and(|lists| i32::try_from(lists).is_ok())
+    };
+    if !(numbered(q_blocks) && numbered(k_blocks)) {
+        let wanted = "fewer than 2³¹ blocks of queries and of keys, those of all heads together";
+        return Err(Error::shape("block_map", &shape, wanted));
     }
     Geometry::contiguous("block_map", &shape)
 }

@@ -35,6 +35,7 @@ impl BlockMap {
         check_shape(shape)?;
         check_block("block_q", block_q)?;
         check_block("block_k", block_k)?;
+        // A view that cannot be made names what is wrong.
         View::contiguous("block_map", &flags, &shape)?;
         Ok(BlockMap { flags, shape, block_q, block_k })
     }
@@ -95,10 +96,8 @@ impl BlockMap {
         let grid = Grid { q_len, kv_len, block_q: self.block_q, block_k: self.block_k };
         let [batch, heads, q_blocks, k_blocks] = self.shape;
         if [q_blocks, k_blocks] != [grid.q_blocks(), grid.k_blocks()] {
-            let wanted = format!(
-                "{:?}, the blocks of {q_len} queries and {kv_len} keys",
-                [batch, heads, grid.q_blocks(), grid.k_blocks(),]
-            );
+            let blocks = [batch, heads, grid.q_blocks(), grid.k_blocks()];
+            let wanted = format!("{blocks:?}, the blocks of {q_len} queries and {kv_len} keys");
             return Err(Error::shape("block_map", &self.shape, wanted));
         }
         let (mut seen, mut kept) = (0, 0);
@@ -213,6 +212,8 @@ mod tests {
         assert_eq!(error(1, [1; 4], 0, 64), "block_q: value is 0, expected at least 1");
         assert_eq!(error(1, [1; 4], 64, 0), "block_k: value is 0, expected at least 1");
         assert!(error(0, [0, 1, 1, usize::MAX], 1, 1).contains("fewer than 2³¹ blocks"));
+        // Without flags, but with a list for each block of queries.
+        assert!(error(0, [1 << 20, 1 << 20, 1, 0], 1, 1).contains("fewer than 2³¹ blocks"));
     }
 
     proptest! {

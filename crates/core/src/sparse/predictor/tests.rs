@@ -193,6 +193,76 @@ fn options_that_do_not_fit_are_refused() {
     assert_eq!(error, "k: shape is [1, 3, 8, 2], expected a number of heads that divides q's 4");
 }
 
+/// SpargeAttn's causal map with an attention sink, step by step as its program defines it, in double precision: a Gram
+/// matrix, a softmax, a sort and its running sum.
+fn defined(q: &[Vec<f64>], k: &[Vec<f64>], [block_q, block_k]: [usize; 2], cdf: f64, sim: f64) -> Vec<bool> {
+    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(x, y)| x * y).sum::<f64>();
+    let mean = |rows: &[Vec<f64>]| -> Vec<f64> {
+        (0..rows[0].len()).map(|c| rows.iter().map(|row| row[c]).sum::<f64>() / rows.len() as f64).collect()
+    };
+    let alike = |rows: &[Vec<f64>]| {
+        let cosine = |a: &[f64], b: &[f64]| dot(a, b) / (dot(a, a) * dot(b, b)).sqrt();
+        let sum: f64 = rows.iter().flat_map(|a| rows.iter().map(move |b| cosine(a, b))).sum();
+        sum / (rows.len() * rows.len()) as f64 > sim
+    };
+    let k_mean = mean(k);
+    let k: Vec<Vec<f64>> =
+        k.iter().map(|row| row.iter().zip(&k_mean).map(|(x, mean)| x - mean).collect()).collect();
+    let k: Vec<(Vec<f64>, bool)> = k.chunks(block_k).map(|rows| (mean(rows), alike(rows))).collect();
+    let mut map = Vec::new();
+    for (i, rows) in q.chunks(block_q).enumerate() {
+        let hidden = |j: usize| j * block_k >= (i + 1) * block_q;
+        let q = mean(rows);
+        let score = |(j, (k, alike)): (usize, &(Vec<f64>, bool))| {
+            if *alike && !hidden(j) { dot(&q, k) / (q.len() as f64).sqrt() } else { f64::NEG_INFINITY }
+        };
+        let weights: Vec<f64> = k.iter().enumerate().map(score).map(f64::exp).collect();
+        let mut order: Vec<usize> = (0..k.len()).collect();
+        order.sort_by(|&a, &b| weights[b].total_cmp(&weights[a]));
+        let sums = order.iter().scan(0.0, |sum, &j| {
+            *sum += weights[j] / weights.iter().sum::<f64>();
+            Some(*sum)
+        });
+        let count = sums.filter(|sum| *sum <= cdf).count().max(1);
+        let kept = |j: usize| {
+            let chosen = order[..count].contains(&j);
+            (chosen || !k[j].1 || !alike(rows)) && !hidden(j) || j == 0
+        };
+        map.extend((0..k.len()).map(kept));
+    }
+    map
+}
+
+#[test]
+fn a_map_is_that_of_the_definition() {
+    let (tokens, head_dim) = (203, 12);
+    // Runs of 17 tokens share a direction, from nearly all of a token to nearly nothing of it.
+    let rows = |seed: u64| {
+        let [noise, shared] = [seed, seed + 100].map(|seed| sage_testkit::normal(seed, tokens * head_dim));
+        let element = move |at: usize| {
+            let run = at / head_dim / 17;
+            shared[run * head_dim + at % head_dim] + noise[at] * (run % 4) as f32 * 0.4
+        };
+        (0..tokens * head_dim).map(element).collect::<Vec<f32>>()
+    };
+    let wide = |rows: &[f32]| -> Vec<Vec<f64>> {
+        rows.chunks(head_dim).map(|row| row.iter().map(|&x| f64::from(x)).collect()).collect()
+    };
+    for seed in 0..8 {
+        let (q, k) = (rows(seed), rows(seed + 50));
+        for (blocks, cdf, sim) in [([16, 8], 0.7, 0.4), ([8, 16], 0.9, 0.3), ([16, 16], 0.5, 0.0)] {
+            let predictor = Predictor::sparge_attn(Select::Cdf(cdf.into()), sim).blocks(blocks[0], blocks[1]);
+            let predictor = predictor.band(CAUSAL).sink_k(0..1);
+            let map =
+                predictor.predict(head(head_dim, &q).view(), head(head_dim, &k).view(), Layout::Hnd).unwrap();
+            let expected = defined(&wide(&q), &wide(&k), blocks, cdf.into(), sim.into());
+            assert_eq!(map.flags(), expected, "seed {seed}, blocks of {blocks:?}");
+            let density = map.density(&CAUSAL, tokens, tokens).unwrap();
+            assert!((0.2..0.95).contains(&density), "a map of {density} tells little");
+        }
+    }
+}
+
 /// Tokens whose queries and keys turn slowly, each pair of channels at a speed of its own: the nearer two tokens are,
 /// the more alike. Token `i` of the sequence is at `order(i)`.
 fn local(tokens: usize, head_dim: usize, order: impl Fn(usize) -> usize) -> Sample {
