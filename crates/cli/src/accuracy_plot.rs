@@ -10,7 +10,7 @@ use sageattn_files::qkv_file::printable;
 use crate::accuracy_row::Row;
 use crate::compare::{ComputedBy, Reference};
 use crate::failure::Result;
-use crate::plot::{Area, COLOURS, DrawResult, FAINT, FONT, Figure, INK, PlotFile, legend, text};
+use crate::plot::{Area, COLOURS, DrawResult, FONT, Figure, INK, PlotFile, draw_mesh, legend, text};
 
 /// What is drawn when no scheme is asked for: one of each generation. Twice as many lines could not be told apart.
 const SHOWN: [Preset; 6] = [
@@ -178,22 +178,18 @@ impl AccuracyPlot {
             }
             String::new()
         };
-        chart
-            .configure_mesh()
-            .disable_x_mesh()
-            .set_all_tick_mark_size((5.0 * scale) as i32)
-            .x_labels(total.clamp(2, 26))
-            .x_label_formatter(&head_at)
-            .y_labels(8)
-            .y_label_formatter(&|y| if *y < 1e-4 { format!("{y:.0e}") } else { y.to_string() })
-            .y_desc("relative L1 (log scale)")
-            .x_desc(if self.sets.len() > 1 { "head, within each set of tensors" } else { "head" })
-            .axis_desc_style((FONT, 14.0 * scale).into_font().color(&INK))
-            .label_style((FONT, 13.0 * scale).into_font().color(&INK))
-            .axis_style(INK.stroke_width(scale as u32))
-            .bold_line_style(FAINT.stroke_width(scale as u32))
-            .light_line_style(TRANSPARENT)
-            .draw()?;
+        draw_mesh(
+            chart
+                .configure_mesh()
+                .disable_x_mesh()
+                .x_labels(total.clamp(2, 26))
+                .x_label_formatter(&head_at)
+                .y_labels(8)
+                .y_label_formatter(&|y| if *y < 1e-4 { format!("{y:.0e}") } else { y.to_string() })
+                .y_desc("relative L1 (log scale)")
+                .x_desc(if self.sets.len() > 1 { "head, within each set of tensors" } else { "head" }),
+            scale,
+        )?;
         let mut start = 0;
         for (set, &count) in counts.iter().enumerate() {
             if set > 0 {
@@ -259,22 +255,18 @@ impl AccuracyPlot {
             .x_label_area_size((46.0 * scale) as u32)
             .y_label_area_size((64.0 * scale) as u32)
             .build_cartesian_2d(low..high, 0.0..top.max(1e-9))?;
-        chart
-            .configure_mesh()
-            .disable_x_mesh()
-            .set_all_tick_mark_size((5.0 * scale) as i32)
-            .x_labels(9)
-            .y_labels(6)
-            .x_label_formatter(&|x| format!("{x:.0}"))
-            .y_label_formatter(&|y| format!("{y:.0} %"))
-            .x_desc("value of an element of K")
-            .y_desc("share of elements")
-            .axis_desc_style((FONT, 14.0 * scale).into_font().color(&INK))
-            .label_style((FONT, 13.0 * scale).into_font().color(&INK))
-            .axis_style(INK.stroke_width(scale as u32))
-            .bold_line_style(FAINT.stroke_width(scale as u32))
-            .light_line_style(TRANSPARENT)
-            .draw()?;
+        draw_mesh(
+            chart
+                .configure_mesh()
+                .disable_x_mesh()
+                .x_labels(9)
+                .y_labels(6)
+                .x_label_formatter(&|x| format!("{x:.0}"))
+                .y_label_formatter(&|y| format!("{y:.0} %"))
+                .x_desc("value of an element of K")
+                .y_desc("share of elements"),
+            scale,
+        )?;
         let edge = |bin: usize| low + bin as f64 * (high - low) / BINS as f64;
         let [(given, _), (smoothed, _)] = &histograms;
         let bar = |(bin, &share): (usize, &f64)| {

@@ -5,7 +5,7 @@ use plotters::style::FontStyle;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 use crate::options::CallOptions;
-use crate::plot::{Area, COLOURS, DrawResult, FAINT, FONT, Figure, INK, legend, text};
+use crate::plot::{Area, COLOURS, DrawResult, FONT, Figure, INK, draw_mesh, legend, text};
 use crate::speed::Row;
 
 /// Bars, grouped by shape.
@@ -88,22 +88,18 @@ impl Figure for BenchPlot {
             let index = x.round().max(0.0) as usize;
             if near { self.shapes.get(index).cloned().unwrap_or_default() } else { String::new() }
         };
-        chart
-            .configure_mesh()
-            .disable_x_mesh()
-            .set_all_tick_mark_size((5.0 * scale) as i32)
-            .x_labels(self.shapes.len().max(2))
-            .x_label_formatter(&name)
-            .y_labels(7)
-            .y_label_formatter(&|y| format!("{y:.0}"))
-            .x_desc("batch, heads, sequence, head_dim")
-            .y_desc("GFLOP/s")
-            .axis_desc_style((FONT, 14.0 * scale).into_font().color(&INK))
-            .label_style((FONT, 13.0 * scale).into_font().color(&INK))
-            .axis_style(INK.stroke_width(scale as u32))
-            .bold_line_style(FAINT.stroke_width(scale as u32))
-            .light_line_style(TRANSPARENT)
-            .draw()?;
+        draw_mesh(
+            chart
+                .configure_mesh()
+                .disable_x_mesh()
+                .x_labels(self.shapes.len().max(2))
+                .x_label_formatter(&name)
+                .y_labels(7)
+                .y_label_formatter(&|y| format!("{y:.0}"))
+                .x_desc("batch, heads, sequence, head_dim")
+                .y_desc("GFLOP/s"),
+            scale,
+        )?;
         let width = 0.8 / self.schemes.len().max(1) as f64;
         let left = |bar: &Bar| bar.shape as f64 - 0.4 + bar.scheme as f64 * width;
         chart.draw_series(self.bars.iter().map(|bar| {

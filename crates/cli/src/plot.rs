@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use sage_plot::Format;
-pub use sage_plot::{Area, COLOURS, DrawResult, FAINT, FONT, Figure, INK, legend, text};
+pub use sage_plot::{Area, COLOURS, DrawResult, FONT, Figure, INK, draw_mesh, legend, text};
 
 use crate::atomic_file;
 use crate::failure::{Failure, Result};

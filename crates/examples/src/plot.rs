@@ -7,7 +7,7 @@ use plotters::coord::ranged1d::{AsRangedCoord, DefaultFormatting, KeyPointHint, 
 use plotters::prelude::*;
 use plotters::style::FontStyle;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
-use sage_plot::{Area, COLOURS, DrawResult, FAINT, FONT, Figure, Format, INK, legend, text};
+use sage_plot::{Area, COLOURS, DrawResult, FONT, Figure, Format, INK, draw_mesh, legend, text};
 
 use crate::Result;
 
@@ -171,19 +171,15 @@ where
         .x_label_area_size((46.0 * scale) as u32)
         .y_label_area_size((58.0 * scale) as u32)
         .build_cartesian_2d(Factors(left / 1.12, right * 1.12), y)?;
-    chart
-        .configure_mesh()
-        .set_all_tick_mark_size((4.0 * scale) as i32)
-        .light_line_style(TRANSPARENT)
-        .bold_line_style(FAINT.stroke_width(scale as u32))
-        .axis_style(INK.stroke_width(scale as u32))
-        .label_style((FONT, 13.0 * scale).into_font().color(&INK))
-        .axis_desc_style((FONT, 13.0 * scale).into_font().color(&INK))
-        .x_label_formatter(&|x| format!("{x:.0}"))
-        .y_label_formatter(&|y| number(*y))
-        .y_labels(7)
-        .x_desc("context length, tokens")
-        .draw()?;
+    draw_mesh(
+        chart
+            .configure_mesh()
+            .x_label_formatter(&|x| format!("{x:.0}"))
+            .y_label_formatter(&|y| number(*y))
+            .y_labels(7)
+            .x_desc("context length, tokens"),
+        scale,
+    )?;
     for (name, points) in &panel.series {
         let colour = colour(name);
         let line = colour.mix(0.7).stroke_width((2.0 * scale) as u32);

@@ -5,7 +5,9 @@
 use std::error::Error;
 use std::path::Path;
 
+use plotters::chart::MeshStyle;
 use plotters::coord::Shift;
+use plotters::coord::ranged1d::ValueFormatter;
 use plotters::prelude::*;
 use plotters::style::{FontStyle, register_font};
 
@@ -160,6 +162,27 @@ where
         .color(&INK)
         .pos(Pos::new(HPos::Left, VPos::Center));
     Ok(area.draw(&Text::new(text.to_owned(), ((x * scale) as i32, (y * scale) as i32), font))?)
+}
+
+/// Draws axes and a grid of the bold lines alone, as all plots have them.
+///
+/// # Errors
+/// What the backend says.
+pub fn draw_mesh<X, Y, B>(mesh: &mut MeshStyle<'_, '_, X, Y, B>, scale: f64) -> DrawResult
+where
+    X: Ranged + ValueFormatter<X::ValueType>,
+    Y: Ranged + ValueFormatter<Y::ValueType>,
+    B: DrawingBackend,
+    B::ErrorType: 'static,
+{
+    Ok(mesh
+        .set_all_tick_mark_size((5.0 * scale) as i32)
+        .axis_desc_style((FONT, 14.0 * scale).into_font().color(&INK))
+        .label_style((FONT, 13.0 * scale).into_font().color(&INK))
+        .axis_style(INK.stroke_width(scale as u32))
+        .bold_line_style(FAINT.stroke_width(scale as u32))
+        .light_line_style(TRANSPARENT)
+        .draw()?)
 }
 
 /// Dots with names, from left to right and on as many lines as they need. Returns the height, in points.
