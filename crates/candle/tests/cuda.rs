@@ -14,8 +14,8 @@ use sageattention_candle::{Options, Preset, flash, sage_attention, sage_attentio
 
 const CAUSAL: Band = Band::causal(Alignment::BottomRight);
 
-/// Relative L1 error of INT8 Q·Kᵀ with FP16 P·V on N(0, 1), as `sageattention`'s GPU tests measure it, doubled; and of full
-/// precision with P in 16 bits and a rounded output.
+/// Relative L1 error of INT8 Q·Kᵀ with FP16 P·V on N(0, 1), as `sageattention`'s GPU tests measure it, doubled; and of
+/// full precision with P in 16 bits and a rounded output.
 const LIMITS: [(Preset, f64, f64); 2] =
     [(Preset::SAGE2_INT8_FP16_PER_THREAD, 0.025, 0.03), (Preset::FULL, 1e-3, 8e-3)];
 

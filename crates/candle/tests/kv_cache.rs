@@ -9,8 +9,8 @@ use common::{Question, assert_close, exact, message, normal};
 use sage_core::{Alignment, Band, Options as Exact};
 use sageattention_candle::{KvCache, KvCacheOptions, Options, ValueFormat};
 
-/// Relative L1 error of INT8 keys per token and of each format of values, on these inputs: measured worst 0.0071, 0.0071,
-/// 0.0276 and 0.0095, doubled.
+/// Relative L1 error of INT8 keys per token and of each format of values, on these inputs: measured worst 0.0071,
+/// 0.0071, 0.0276 and 0.0095, doubled.
 const LIMITS: [(ValueFormat, f64); 4] = [
     (ValueFormat::F16, 0.0143),
     (ValueFormat::BF16, 0.0143),

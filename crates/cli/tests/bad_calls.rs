@@ -131,9 +131,7 @@ fn headers_that_are_no_json() {
              expected a JSON object of tensors",
         ),
         (
-            with_q(
-                r#"{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"q":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}"#,
-            ),
+            with_q(&[r#"{"dtype":"F32","shape":[2],"data_offsets":[0,8]}"#; 2].join(r#","q":"#)),
             "header: found invalid JSON (tensor \"q\" occurs twice at line 1 column 57), expected a JSON \
              object of tensors",
         ),

@@ -1,5 +1,5 @@
-//! What the tests of instruction sets and kernels share: each set and each table of this machine, vectors as slices, and
-//! the scalars that they are compared with.
+//! What the tests of instruction sets and kernels share: each set and each table of this machine, vectors as slices,
+//! and the scalars that they are compared with.
 
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;

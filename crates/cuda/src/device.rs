@@ -108,7 +108,7 @@ impl Device {
 
     /// Compiles or finds a kernel and loads it.
     ///
-    /// Of several threads that ask for the same kernel at once, one compiles it and the others wait for it. A look-up
+    /// Where several threads ask for the same kernel at once, one compiles it and the others wait for it. A look-up
     /// hashes the text, so keep the [`Kernel`] rather than asking before every launch.
     pub fn load(&self, source: &KernelSource<'_>) -> Result<Kernel> {
         source.check(&self.0.info)?;

@@ -125,8 +125,8 @@ pub enum Error {
 
 /// What the driver's codes tell a caller. A code that is not listed is [`BackendErrorKind::Other`].
 ///
-/// Codes are listed by their names: which of them the bindings know depends on the toolkit that they were made from, and a
-/// driver knows the name of each that it returns.
+/// Codes are listed by their names: which of them the bindings know depends on the toolkit that they were made from,
+/// and a driver knows the name of each that it returns.
 const KINDS: &[(BackendErrorKind, &[&str])] = &[
     (BackendErrorKind::OutOfMemory, &["CUDA_ERROR_OUT_OF_MEMORY"]),
     (

@@ -17,13 +17,14 @@ impl Kernel {
     /// Checked are the grid, the device, and the arguments' count and types.
     ///
     /// # Errors
-    /// Names what does not fit the kernel, or what the driver says. A kernel that left its memory is a fault that the next
-    /// synchronisation reports and that no later call on the device survives.
+    /// Names what does not fit the kernel, or what the driver says. A kernel that left its memory is a fault that the
+    /// next synchronisation reports and that no later call on the device survives.
     ///
     /// # Safety
-    /// Until the stream has passed the launch, everything that the kernel reads or writes by the addresses and tensor maps
-    /// in `args` is memory of the device, of the type that the kernel takes it for, and nothing else writes what it reads
-    /// or touches what it writes. Where the stream is captured, this holds for every launch of the graph instead.
+    /// Until the stream has passed the launch, everything that the kernel reads or writes by the addresses and tensor
+    /// maps in `args` is memory of the device, of the type that the kernel takes it for, and nothing else writes what
+    /// it reads or touches what it writes. Where the stream is captured, this holds for every launch of the graph
+    /// instead.
     pub unsafe fn launch(&self, stream: &Stream, grid: [u32; 3], args: &[Arg]) -> Result<()> {
         let kernel = self.loaded();
         arguments::check(&kernel.name, &kernel.params, args)?;

@@ -107,8 +107,8 @@ impl Buffer {
         copied.and(done)
     }
 
-    /// Copies the buffer into `values`, which must have its size, after all work so far on the stream, and waits for it.
-    /// Refused during a capture.
+    /// Copies the buffer into `values`, which must have its size, after all work so far on the stream, and waits for
+    /// it. Refused during a capture.
     pub fn copy_to_host<T: bytemuck::AnyBitPattern + bytemuck::NoUninit>(
         &self,
         values: &mut [T],

@@ -71,8 +71,10 @@ cases! {
         let error = Driver::get().unwrap_err();
         assert_eq!(error.kind(), BackendErrorKind::NoDevice);
         let error = error.to_string();
-        let wanted = "CUDA driver: its library has no `cuGetErrorName`, expected libcuda, which the NVIDIA driver installs";
-        assert_eq!(error, wanted);
+        assert_eq!(
+            error,
+            "CUDA driver: its library has no `cuGetErrorName`, expected libcuda, which the NVIDIA driver installs"
+        );
     }
 
     an_old_driver_is_told_what_it_lacks, ["named"], "", {

@@ -12,7 +12,8 @@ use sageattention_candle::{Choice, KvCache, KvCacheOptions, Layout, Options, Pre
 
 use crate::Result;
 
-/// Attention of one layer. A model hands over the new tokens' Q, K and V; what came before is the implementor's to keep.
+/// Attention of one layer. A model hands over the new tokens' Q, K and V; what came before is the implementor's to
+/// keep.
 pub trait Attend {
     /// `q` is `[batch, heads, seq, head_dim]`, `k` and `v` have fewer heads maybe; the result is as `q`.
     ///

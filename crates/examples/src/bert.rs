@@ -21,7 +21,7 @@ pub struct MiniLm {
     tokenizer: Tokenizer,
     words: Embedding,
     positions: Tensor,
-    /// Of the first of the two token types, the only one that embeddings have.
+    /// The first of the two token types, the only one that a sentence by itself has.
     token_type: Tensor,
     norm: LayerNorm,
     layers: Vec<Layer>,

@@ -297,10 +297,9 @@ impl<B: Place> KvCache<B> {
 impl KvCache {
     /// Attention of `q` over everything cached: `[sequences, num_q_heads, q_len, head_dim]` in `attention`'s layout.
     /// The last query is that of the last cached token, so append first; [`Attention::causal`] matters when `q_len`
-    /// is above
-    /// 1. A sequence without tokens gives zeros.
+    /// is above 1. A sequence without tokens gives zeros.
     ///
-    /// Of `attention` everything holds but what speaks of K and V: lengths are the cache's, and so is the scheme.
+    /// Everything of `attention` holds but what speaks of K and V: lengths are the cache's, and so is the scheme.
     ///
     /// # Errors
     /// When q or an option does not fit the cache.

@@ -76,86 +76,210 @@ fn mixed(q: DType, k: DType, v: DType) -> Result<()> {
     Attention::new().forward(&tensor(q)?, &tensor(k)?, &tensor(v)?).map(drop)
 }
 
-fn preset_names() -> String {
-    Preset::ALL.iter().map(Preset::name).collect::<Vec<_>>().join(", ")
+/// Asserts that each call is refused in the words beside it.
+fn refused<const N: usize>(calls: [(Result<()>, &str); N]) {
+    for (result, words) in calls {
+        assert_eq!(result.map_err(|error: Error| error.to_string()), Err(words.to_owned()));
+    }
 }
 
 #[test]
-fn every_bad_call_is_refused_in_words() {
+fn ranks_are_those_of_the_layout() {
     let new = Attention::new;
-    let contiguous = [128, 64, 16, 1];
-    let rows: Vec<(Result<()>, String)> = [
-        // Ranks.
-        (shapes(&new(), &[2, 8, 16], &[2, 2, 6, 16], &[2, 2, 6, 16]), "q: shape is [2, 8, 16], expected [batch, heads, seq, head_dim]"),
-        (shapes(&new(), &[2, 4, 8, 16], &[6, 16], &[6, 16]), "k: shape is [6, 16], expected [batch, heads, seq, head_dim]"),
-        (shapes(&new().layout(Layout::Nhd), &[2, 8, 4, 16], &[2, 6, 2, 16], &[]), "v: shape is [], expected [batch, seq, heads, head_dim]"),
-        (shapes(&new().packed(&[0, 8], &[0, 6]), &[1, 8, 4, 16], &[6, 2, 16], &[6, 2, 16]), "q: shape is [1, 8, 4, 16], expected [total, heads, head_dim]"),
-        (Tensor::zeros(DType::F32, &[1, 1, 1, 1, 1]).map(drop), "tensor: shape is [1, 1, 1, 1, 1], expected at most 4 dimensions"),
-        // Sizes.
-        (shapes(&new(), &[2, 4, 8, 0], &[2, 2, 6, 0], &[2, 2, 6, 0]), "head_dim: value is 0, expected 1 to 256"),
-        (shapes(&new(), &[1, 1, 2, 257], &[1, 1, 2, 257], &[1, 1, 2, 257]), "head_dim: value is 257, expected 1 to 256"),
-        (shapes(&new(), &[2, 4, 8, 16], &[2, 2, 6, 32], &[2, 2, 6, 32]), "k: shape is [2, 2, 6, 32], expected head_dim 16, as q"),
-        (shapes(&new(), &[2, 4, 8, 16], &[3, 2, 6, 16], &[3, 2, 6, 16]), "k: shape is [3, 2, 6, 16], expected batch 2, as q"),
-        (shapes(&new(), &[2, 4, 8, 16], &[2, 3, 6, 16], &[2, 3, 6, 16]), "k: shape is [2, 3, 6, 16], expected a number of heads that divides q's 4"),
-        (shapes(&new(), &[2, 4, 8, 16], &[2, 0, 6, 16], &[2, 0, 6, 16]), "k: shape is [2, 0, 6, 16], expected a number of heads that divides q's 4"),
-        (shapes(&new(), &[2, 4, 8, 16], &[2, 2, 6, 16], &[2, 2, 5, 16]), "v: shape is [2, 2, 5, 16], expected [2, 2, 6, 16], as k"),
-        (shapes(&new().layout(Layout::Nhd), &[2, 8, 4, 16], &[2, 6, 3, 16], &[2, 6, 3, 16]), "k: shape is [2, 6, 3, 16], expected a number of heads that divides q's 4"),
-        // Element types.
+    refused([
+        (
+            shapes(&new(), &[2, 8, 16], &[2, 2, 6, 16], &[2, 2, 6, 16]),
+            "q: shape is [2, 8, 16], expected [batch, heads, seq, head_dim]",
+        ),
+        (
+            shapes(&new(), &[2, 4, 8, 16], &[6, 16], &[6, 16]),
+            "k: shape is [6, 16], expected [batch, heads, seq, head_dim]",
+        ),
+        (
+            shapes(&new().layout(Layout::Nhd), &[2, 8, 4, 16], &[2, 6, 2, 16], &[]),
+            "v: shape is [], expected [batch, seq, heads, head_dim]",
+        ),
+        (
+            shapes(&new().packed(&[0, 8], &[0, 6]), &[1, 8, 4, 16], &[6, 2, 16], &[6, 2, 16]),
+            "q: shape is [1, 8, 4, 16], expected [total, heads, head_dim]",
+        ),
+        (
+            Tensor::zeros(DType::F32, &[1, 1, 1, 1, 1]).map(drop),
+            "tensor: shape is [1, 1, 1, 1, 1], expected at most 4 dimensions",
+        ),
+    ]);
+}
+
+#[test]
+fn sizes_and_dtypes_fit_together() {
+    let new = Attention::new;
+    refused([
+        (
+            shapes(&new(), &[2, 4, 8, 0], &[2, 2, 6, 0], &[2, 2, 6, 0]),
+            "head_dim: value is 0, expected 1 to 256",
+        ),
+        (
+            shapes(&new(), &[1, 1, 2, 257], &[1, 1, 2, 257], &[1, 1, 2, 257]),
+            "head_dim: value is 257, expected 1 to 256",
+        ),
+        (
+            shapes(&new(), &[2, 4, 8, 16], &[2, 2, 6, 32], &[2, 2, 6, 32]),
+            "k: shape is [2, 2, 6, 32], expected head_dim 16, as q",
+        ),
+        (
+            shapes(&new(), &[2, 4, 8, 16], &[3, 2, 6, 16], &[3, 2, 6, 16]),
+            "k: shape is [3, 2, 6, 16], expected batch 2, as q",
+        ),
+        (
+            shapes(&new(), &[2, 4, 8, 16], &[2, 3, 6, 16], &[2, 3, 6, 16]),
+            "k: shape is [2, 3, 6, 16], expected a number of heads that divides q's 4",
+        ),
+        (
+            shapes(&new(), &[2, 4, 8, 16], &[2, 0, 6, 16], &[2, 0, 6, 16]),
+            "k: shape is [2, 0, 6, 16], expected a number of heads that divides q's 4",
+        ),
+        (
+            shapes(&new(), &[2, 4, 8, 16], &[2, 2, 6, 16], &[2, 2, 5, 16]),
+            "v: shape is [2, 2, 5, 16], expected [2, 2, 6, 16], as k",
+        ),
+        (
+            shapes(&new().layout(Layout::Nhd), &[2, 8, 4, 16], &[2, 6, 3, 16], &[2, 6, 3, 16]),
+            "k: shape is [2, 6, 3, 16], expected a number of heads that divides q's 4",
+        ),
         (mixed(DType::F16, DType::F32, DType::F16), "k: dtype is f32, expected f16, as q"),
         (mixed(DType::BF16, DType::BF16, DType::F16), "v: dtype is f16, expected bf16, as q"),
-        // Memory and strides.
-        (Tensor::new(vec![0f32; 5], &[2, 3]).map(drop), "tensor: memory holds 5 elements, expected 6 for shape [2, 3]"),
-        (strided_q(&[1, 2, 4, 16], &contiguous, 127), "q: memory holds 127 elements, expected at least 128 for [1, 2, 4, 16] strides [128, 64, 16, 1] offset 0"),
-        (strided_q(&[1, 2, 4, 16], &[128, 64, -16, 1], 128), "q: memory holds 128 elements, expected none before the first, but [1, 2, 4, 16] strides [128, 64, -16, 1] offset 0 reaches index -48"),
-        (strided_q(&[1, 2, 4, 16], &[128, 64, 1, 4], 128), "q: strides are [128, 64, 1, 4], expected 1 for the last dimension (head_dim)"),
-        (strided_q(&[1, 2, 4, 16], &[64, 16, 1], 128), "q: strides are [64, 16, 1], expected 4 strides, one for each dimension of shape [1, 2, 4, 16]"),
-        (strided_q(&[1 << 40, 1 << 40, 4, 16], &[0, 0, 16, 1], 128), "q: shape is [1099511627776, 1099511627776, 4, 16], expected less than 2⁶³ elements, where a size of 0 counts as 1"),
-        // Options.
+    ]);
+}
+
+#[test]
+fn memory_holds_what_shape_and_strides_say() {
+    let contiguous = [128, 64, 16, 1];
+    refused([
+        (
+            Tensor::new(vec![0f32; 5], &[2, 3]).map(drop),
+            "tensor: memory holds 5 elements, expected 6 for shape [2, 3]",
+        ),
+        (
+            strided_q(&[1, 2, 4, 16], &contiguous, 127),
+            "q: memory holds 127 elements, expected at least 128 for [1, 2, 4, 16] strides [128, 64, 16, \
+             1] offset 0",
+        ),
+        (
+            strided_q(&[1, 2, 4, 16], &[128, 64, -16, 1], 128),
+            "q: memory holds 128 elements, expected none before the first, but [1, 2, 4, 16] strides [128, \
+             64, -16, 1] offset 0 reaches index -48",
+        ),
+        (
+            strided_q(&[1, 2, 4, 16], &[128, 64, 1, 4], 128),
+            "q: strides are [128, 64, 1, 4], expected 1 for the last dimension (head_dim)",
+        ),
+        (
+            strided_q(&[1, 2, 4, 16], &[64, 16, 1], 128),
+            "q: strides are [64, 16, 1], expected 4 strides, one for each dimension of shape [1, 2, 4, 16]",
+        ),
+        (
+            strided_q(&[1 << 40, 1 << 40, 4, 16], &[0, 0, 16, 1], 128),
+            "q: shape is [1099511627776, 1099511627776, 4, 16], expected less than 2⁶³ elements, where a \
+             size of 0 counts as 1",
+        ),
+    ]);
+}
+
+#[test]
+fn options_are_within_their_range() {
+    let new = Attention::new;
+    refused([
         (well_formed(&new().sm_scale(f32::NAN)), "sm_scale: value is NaN, expected a finite number above 0"),
         (well_formed(&new().sm_scale(0.0)), "sm_scale: value is 0, expected a finite number above 0"),
         (well_formed(&new().sm_scale(-0.125)), "sm_scale: value is -0.125, expected a finite number above 0"),
-        (well_formed(&new().sm_scale(f32::INFINITY)), "sm_scale: value is inf, expected a finite number above 0"),
-        (well_formed(&new().logit_softcap(0.0)), "logit_softcap: value is 0, expected a finite number above 0"),
-        (well_formed(&new().logit_softcap(f32::NAN)), "logit_softcap: value is NaN, expected a finite number above 0"),
-        // Masks.
+        (
+            well_formed(&new().sm_scale(f32::INFINITY)),
+            "sm_scale: value is inf, expected a finite number above 0",
+        ),
+        (
+            well_formed(&new().logit_softcap(0.0)),
+            "logit_softcap: value is 0, expected a finite number above 0",
+        ),
+        (
+            well_formed(&new().logit_softcap(f32::NAN)),
+            "logit_softcap: value is NaN, expected a finite number above 0",
+        ),
+    ]);
+    let names = Preset::ALL.iter().map(Preset::name).collect::<Vec<_>>().join(", ");
+    let words = format!("scheme: value is sage9, expected one of {names}");
+    refused([("sage9".parse::<Preset>().map(drop), &words)]);
+}
+
+#[test]
+fn masks_are_broadcast_to_the_scores() {
+    let new = Attention::new;
+    refused([
         (masked(&new(), &[3, 1]), "mask: shape is [3, 1], expected broadcastable to [2, 4, 8, 6]"),
-        (masked(&new().causal(true), &[2, 1, 8, 8]), "mask: shape is [2, 1, 8, 8], expected broadcastable to [2, 4, 8, 6]"),
+        (
+            masked(&new().causal(true), &[2, 1, 8, 8]),
+            "mask: shape is [2, 1, 8, 8], expected broadcastable to [2, 4, 8, 6]",
+        ),
         (masked(&new(), &[1, 1, 1, 8, 6]), "mask: shape is [1, 1, 1, 8, 6], expected at most 4 dimensions"),
         (block_masked(&[2, 4, 2, 2], 0, 4), "block_mask.block_q: value is 0, expected at least 1"),
         (block_masked(&[2, 4, 2, 2], 4, 0), "block_mask.block_k: value is 0, expected at least 1"),
-        (block_masked(&[2, 4, 2, 3], 4, 4), "block_mask: shape is [2, 4, 2, 3], expected broadcastable to [2, 4, 2, 2]"),
-        // Lengths.
+        (
+            block_masked(&[2, 4, 2, 3], 4, 4),
+            "block_mask: shape is [2, 4, 2, 3], expected broadcastable to [2, 4, 2, 2]",
+        ),
+    ]);
+}
+
+#[test]
+fn lengths_are_within_the_tensors() {
+    let new = Attention::new;
+    refused([
         (well_formed(&new().kv_lens(&[6])), "kv_lens: shape is [1], expected [2], one for each batch entry"),
         (well_formed(&new().kv_lens(&[6, 7])), "kv_lens[1]: value is 7, expected 0 to 6, k's length"),
         (well_formed(&new().kv_lens(&[-1, 6])), "kv_lens[0]: value is -1, expected 0 to 6, k's length"),
         (packed(&[1, 6], &[0, 8]), "cu_seqlens_q[0]: value is 1, expected 0"),
-        (packed(&[0, 4, 2, 6], &[0, 2, 4, 8]), "cu_seqlens_q[2]: value is 2, expected at least 4, the entry before"),
+        (
+            packed(&[0, 4, 2, 6], &[0, 2, 4, 8]),
+            "cu_seqlens_q[2]: value is 2, expected at least 4, the entry before",
+        ),
         (packed(&[0, 6], &[0, 7]), "cu_seqlens_k[1]: value is 7, expected 8, the number of packed rows"),
         (packed(&[0, 6], &[0, 9]), "cu_seqlens_k[1]: value is 9, expected 8, the number of packed rows"),
         (packed(&[0, 3, 6], &[0, 8]), "cu_seqlens_k: shape is [2], expected [3], as cu_seqlens_q"),
         (packed(&[], &[]), "cu_seqlens_q: shape is [0], expected [batch + 1]"),
         (packed(&[0, -3, 6], &[0, 4, 8]), "cu_seqlens_q[1]: value is -3, expected at least 0"),
         (packed(&[0], &[0]), "cu_seqlens_q[0]: value is 0, expected 6, the number of packed rows"),
-        // Outputs.
-        (into::<f32>(&[1, 2, 5, 16], &[160, 80, 16, 1], None), "out: shape is [1, 2, 5, 16], expected [1, 2, 4, 16], as q"),
+    ]);
+}
+
+#[test]
+fn outputs_have_their_shape_and_memory() {
+    let contiguous = [128, 64, 16, 1];
+    refused([
+        (
+            into::<f32>(&[1, 2, 5, 16], &[160, 80, 16, 1], None),
+            "out: shape is [1, 2, 5, 16], expected [1, 2, 4, 16], as q",
+        ),
         (into::<f16>(&[1, 2, 4, 16], &contiguous, None), "out: dtype is f16, expected f32, as q"),
-        (into::<f32>(&[2, 4, 16], &[64, 16, 1], None), "out: shape is [2, 4, 16], expected [batch, heads, seq, head_dim]"),
-        (into::<f32>(&[1, 2, 4, 16], &[128, 64, 0, 1], None), "out: strides are [128, 64, 0, 1], expected no two elements of shape [1, 2, 4, 16] in one place"),
-        (into::<f32>(&[1, 2, 4, 16], &[128, 1, 32, 2], None), "out: strides are [128, 1, 32, 2], expected 1 for the last dimension (head_dim)"),
-        (into::<f32>(&[1, 2, 4, 16], &contiguous, Some(7)), "lse: shape is [7], expected [8], the rows of [1, 2, 4]"),
-        (into::<f32>(&[1, 2, 4, 16], &contiguous, Some(0)), "lse: shape is [0], expected [8], the rows of [1, 2, 4]"),
-    ]
-    .into_iter()
-    .map(|(result, message)| (result, message.to_owned()))
-    .chain([(
-        "sage9".parse::<Preset>().map(drop),
-        format!("scheme: value is sage9, expected one of {}", preset_names()),
-    )])
-    .collect();
-    assert!(rows.len() >= 50);
-    for (result, expected) in rows {
-        assert_eq!(result.map_err(|error: Error| error.to_string()), Err(expected));
-    }
+        (
+            into::<f32>(&[2, 4, 16], &[64, 16, 1], None),
+            "out: shape is [2, 4, 16], expected [batch, heads, seq, head_dim]",
+        ),
+        (
+            into::<f32>(&[1, 2, 4, 16], &[128, 64, 0, 1], None),
+            "out: strides are [128, 64, 0, 1], expected no two elements of shape [1, 2, 4, 16] in one place",
+        ),
+        (
+            into::<f32>(&[1, 2, 4, 16], &[128, 1, 32, 2], None),
+            "out: strides are [128, 1, 32, 2], expected 1 for the last dimension (head_dim)",
+        ),
+        (
+            into::<f32>(&[1, 2, 4, 16], &contiguous, Some(7)),
+            "lse: shape is [7], expected [8], the rows of [1, 2, 4]",
+        ),
+        (
+            into::<f32>(&[1, 2, 4, 16], &contiguous, Some(0)),
+            "lse: shape is [0], expected [8], the rows of [1, 2, 4]",
+        ),
+    ]);
 }
 
 /// What no backend does is refused as such, with the scheme's part that stands in the way.
@@ -166,7 +290,8 @@ fn schemes_without_kernels_are_unsupported() {
         let error = well_formed(&attention).unwrap_err();
         assert!(matches!(error, Error::Unsupported { .. }), "{error}");
         assert!(error.to_string().starts_with("NVFP4 Q·Kᵀ in the CPU kernels is not supported: "), "{error}");
-        let nearest = "; the nearest that they compute is `int8-per-token`, INT8 QK per-token · smooth K · 12-bit PV (128)";
+        let nearest = "; the nearest that they compute is `int8-per-token`, INT8 QK per-token · smooth K · 12-bit PV \
+            (128)";
         assert!(error.to_string().ends_with(nearest), "{error}");
     }
 }

@@ -1,5 +1,5 @@
-//! On a real GPU: every scheme and option against the oracle, streams, graphs, and what a call costs the host. Without a
-//! driver each test prints that it is skipped.
+//! On a real GPU: every scheme and option against the oracle, streams, graphs, and what a call costs the host. Without
+//! a driver each test prints that it is skipped.
 
 #![cfg(feature = "cuda")]
 #![allow(clippy::unwrap_used, reason = "tests")]

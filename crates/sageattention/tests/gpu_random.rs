@@ -53,8 +53,8 @@ fn random_calls_agree_with_the_oracle() {
     assert!(failures.is_empty(), "{} of {count} calls failed:\n{}", failures.len(), failures.join("\n"));
     let Found { of_scheme, of_exact } = worst.into_inner().unwrap();
     eprintln!(
-        "{computed} of {count} calls computed; worst errors {of_scheme:.2} of what the scheme and {of_exact:.2} of what \
-         exact attention allows"
+        "{computed} of {count} calls computed; worst errors {of_scheme:.2} of what the scheme and {of_exact:.2} of \
+         what exact attention allows"
     );
     assert!(computed * 10 >= count * 9, "{computed} of {count}");
 }

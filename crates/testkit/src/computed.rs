@@ -24,12 +24,12 @@ pub struct Computed {
 pub struct Tolerance {
     /// `Σ|found − wanted| / Σ|wanted|` of the output as a whole.
     pub relative_l1: f64,
-    /// Of each element, as a part of the largest magnitude expected anywhere: what one hidden key too many, or a row of
-    /// another head, must not stay under. None where single elements are not looked at.
+    /// Error of each element, as a part of the largest magnitude expected anywhere: what one hidden key too many, or a
+    /// row of another head, must not stay under. None where single elements are not looked at.
     pub element: Option<f64>,
-    /// Of each element relative to itself, on top: the rounding of the output.
+    /// Error of each element relative to itself, on top: the rounding of the output.
     pub rounding: f64,
-    /// Of each log-sum-exp, relative to it where it is larger than 1.
+    /// Error of each log-sum-exp, relative to it where it is larger than 1.
     pub lse: f64,
 }
 

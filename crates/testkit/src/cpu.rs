@@ -7,8 +7,8 @@ use crate::computed::shape_of;
 use crate::{Computed, OwnedCall, Runner, Tolerance, poison};
 
 /// Full precision beside exact attention: single precision throughout. Measured worst over the tests of full precision:
-/// relative L1 1.7e-6, element 2.4e-6, log-sum-exp 4.2e-6, all under a soft cap of 50, whose `tanh` is a difference from
-/// 1 (without a cap 7.0e-7, 1.6e-6, 1.8e-6).
+/// relative L1 1.7e-6, element 2.4e-6, log-sum-exp 4.2e-6, all under a soft cap of 50, whose `tanh` is a difference
+/// from 1 (without a cap 7.0e-7, 1.6e-6, 1.8e-6).
 pub const CPU_FULL: Tolerance =
     Tolerance { relative_l1: 5e-6, element: Some(1e-5), rounding: 0.0, lse: 1e-5 };
 

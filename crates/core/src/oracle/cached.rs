@@ -12,14 +12,14 @@ const INT8_MAX: f32 = 127.0;
 
 /// One head of one cached sequence, as scalars.
 ///
-/// **Keys.** A page has a constant `c` (one a channel) that is chosen when its first token is written and never changes.
-/// A token's key is stored as `round((K − c) / s)` with a scale `s = max |K − c| / 127` of its own. So appending never
-/// touches what is stored, and a score is recovered exactly: `⟨q, K⟩ = ⟨q, c⟩ + s·⟨q, codes⟩`, at the price of one
-/// product `⟨q, c⟩` a page. One constant for the whole sequence would need no such product, but must be chosen before
-/// the sequence is known: where the mean of K drifts away from it (by position, by topic), scales grow with the
-/// distance, and the error with them. Constants of pages follow the mean. (Where it drifts by 50 standard deviations over
-/// 1024 tokens that come one by one, the output's relative L1 error is 0.010 with pages of 64 tokens, 0.067 with one
-/// constant, and 0.007 without a mean.)
+/// **Keys.** A page has a constant `c` (one a channel) that is chosen when its first token is written and never
+/// changes. A token's key is stored as `round((K − c) / s)` with a scale `s = max |K − c| / 127` of its own. So
+/// appending never touches what is stored, and a score is recovered exactly: `⟨q, K⟩ = ⟨q, c⟩ + s·⟨q, codes⟩`, at the
+/// price of one product `⟨q, c⟩` a page. One constant for the whole sequence would need no such product, but must be
+/// chosen before the sequence is known: where the mean of K drifts away from it (by position, by topic), scales grow
+/// with the distance, and the error with them. Constants of pages follow the mean. (Where it drifts by 50 standard
+/// deviations over 1024 tokens that come one by one, the output's relative L1 error is 0.010 with pages of 64 tokens,
+/// 0.067 with one constant, and 0.007 without a mean.)
 ///
 /// `c` is the mean of the [`CacheLayout::page_size`] tokens that end with the last token at hand for the page: of the
 /// page's own tokens when a long chunk is appended, and also of those before it while tokens come one by one. Tokens of
@@ -33,15 +33,15 @@ const INT8_MAX: f32 = 127.0;
 #[derive(Clone, Debug)]
 pub struct CachedHead {
     layout: CacheLayout,
-    /// Of each page.
+    /// The constant of each page.
     pub constants: Vec<Vec<f32>>,
-    /// Of each token.
+    /// The codes of each token's key.
     pub key_codes: Vec<Vec<i8>>,
-    /// Of each token.
+    /// The scale of each token's key.
     pub key_scales: Vec<f32>,
-    /// What the stored values stand for, of each token.
+    /// What each token's stored value stands for.
     pub values: Vec<Vec<f64>>,
-    /// Of each token; 1 where the format has no scales.
+    /// The scale of each token's value; 1 where the format has no scales.
     pub value_scales: Vec<f32>,
 }
 

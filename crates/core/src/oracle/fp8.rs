@@ -12,7 +12,8 @@ pub const E4M3_MAX: f32 = 448.0;
 /// that the row maximum itself does not saturate (`2^8.807 = 447.89`).
 pub const E4M3_P_EXPONENT: f32 = 8.807;
 
-/// The largest number that a channel is multiplied by before it becomes E4M3: `2¹²⁶`, whose inverse is the least normal one.
+/// The largest number that a channel is multiplied by before it becomes E4M3: `2¹²⁶`, whose inverse is the least normal
+/// one.
 pub const LARGEST_FACTOR: f32 = f32::from_bits((127 + 126) << 23);
 
 /// The nearest E4M3 value, ties to even, magnitudes above 448 to 448; NaN stays NaN.
@@ -36,8 +37,8 @@ pub struct Fp8Channels {
 }
 
 impl Fp8Channels {
-    /// Quantises V, which is a head of a sequence: with `a` the channel's largest magnitude in the rows that scales are taken
-    /// from, the codes are `e4m3(V · (v_max / a))` and the scale is `a / v_max`.
+    /// Quantises V, which is a head of a sequence: with `a` the channel's largest magnitude in the rows that scales are
+    /// taken from, the codes are `e4m3(V · (v_max / a))` and the scale is `a / v_max`.
     ///
     /// Where `v_max / a` would exceed [`LARGEST_FACTOR`], that is the factor, and its inverse the scale.
     pub fn quantize(v: &Matrix<f32>, v_max: f32, rows: ScaleRows, keys: &SeenKeys) -> Self {

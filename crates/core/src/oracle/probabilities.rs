@@ -30,8 +30,10 @@ pub struct Weights {
 /// | `F32`, `F16`, `BF16` | the nearest value | quantised P | unrounded P |
 /// | `Fp8` | `e4m3(2^8.807 · P) / 2^8.807` | unrounded P | unrounded P |
 /// | `Int8` | `round(127 · P) / 127`, ties to even | unrounded P | unrounded P |
-/// | `Fixed12` | within each block of keys, `round(4095 · P / P_max) / 4095 · P_max`, ties to even | quantised P | quantised P |
-/// | `Nvfp4` | `2688 · P` in groups of 16 keys, each with scale `σ = e4m3(largest / 6)`: `σ · e2m1(2688 · P / σ) / 2688` | unrounded P | unrounded P |
+/// | `Fixed12` | `round(4095 · P / P_max) / 4095 · P_max`, ties to even | quantised P | quantised P |
+/// | `Nvfp4` | `σ · e2m1(2688 · P / σ) / 2688` | unrounded P | unrounded P |
+///
+/// `P_max` is the largest P of a block of keys; `σ` is `e4m3(largest / 6)` of the `2688 · P` of a group of 16 keys.
 ///
 /// # Panics
 /// When [`Pv::Fixed12`]'s block is 0.

@@ -17,8 +17,8 @@ use crate::{Call, Qk, Scheme, SmoothQ};
 /// - the running maximum: P is quantised relative to the row's final maximum (see [`quantize_p`]).
 ///
 /// Visibility, capping and rows without keys are as in [`super::exact()`]. A non-finite value of a key that counts (see
-/// [`SeenKeys`]) makes its whole quantisation group NaN, with smoothing everything that its mean is subtracted from, and
-/// so every row that uses the group.
+/// [`SeenKeys`]) makes its whole quantisation group NaN, with smoothing everything that its mean is subtracted from,
+/// and so every row that uses the group.
 ///
 /// # Panics
 /// When a block or tile of the scheme has no rows; [`Scheme::check`] finds that.

@@ -16,8 +16,8 @@ pub fn mean_of_counted(rows: &Matrix<f32>, keys: &SeenKeys) -> Vec<f32> {
     mean_of(rows, keys.counted().into_iter())
 }
 
-/// What smoothing subtracts from every row of K, `[width]`: zeros where it is off. Rows are sampled evenly from those that
-/// count.
+/// What smoothing subtracts from every row of K, `[width]`: zeros where it is off. Rows are sampled evenly from those
+/// that count.
 pub fn key_mean(rows: &Matrix<f32>, smooth: SmoothK, keys: &SeenKeys) -> Vec<f32> {
     let counted = keys.counted();
     let len = counted.len();

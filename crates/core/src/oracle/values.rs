@@ -7,8 +7,8 @@ use crate::Pv;
 
 /// The real numbers that V's quantised form stands for, `[kv_len, head_dim]`.
 ///
-/// Keys are counted from the start of their sequence: that is where blocks and groups of 16 begin. Rows that no query sees
-/// are zeros.
+/// Keys are counted from the start of their sequence: that is where blocks and groups of 16 begin. Rows that no query
+/// sees are zeros.
 ///
 /// # Panics
 /// When [`Pv::Fixed12`]'s block is 0.

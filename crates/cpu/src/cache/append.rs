@@ -9,8 +9,8 @@ use crate::rows::HeadRows;
 use crate::{Cpu, kernels, threads};
 
 impl Cpu {
-    /// Writes the tokens of `k` and `v`, `[sequences.len(), num_kv_heads, tokens, head_dim]` of any strides, behind what
-    /// the tables count for each of `sequences`. Their pages must have been reserved and prepared;
+    /// Writes the tokens of `k` and `v`, `[sequences.len(), num_kv_heads, tokens, head_dim]` of any strides, behind
+    /// what the tables count for each of `sequences`. Their pages must have been reserved and prepared;
     /// [`BlockTables::advance`] is the caller's to call.
     ///
     /// # Errors

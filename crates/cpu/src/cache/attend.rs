@@ -131,7 +131,7 @@ struct Run<'a, T> {
     k: &'a [i8],
     k_scales: &'a [f32],
     v: &'a [T],
-    /// Of each token, or empty.
+    /// A scale for each token, or nothing.
     v_scales: &'a [f32],
     tokens: usize,
     /// Where its scores begin in a tile.

@@ -16,7 +16,7 @@ pub(crate) struct QuantizeRows<'a, T> {
     pub head_dim: usize,
     /// Rows of `head_dim` codes.
     pub codes: &'a mut [T],
-    /// Of each row.
+    /// A scale for each row.
     pub scales: &'a mut [f32],
 }
 

@@ -100,9 +100,9 @@ pub(crate) trait Isa: 'static {
     unsafe fn load(p: *const f32) -> Self::F;
     unsafe fn load_f16(p: *const half::f16) -> Self::F;
     unsafe fn load_bf16(p: *const half::bf16) -> Self::F;
-    /// Of 8-bit integers.
+    /// Loads 8-bit integers.
     unsafe fn load_i8(p: *const i8) -> Self::F;
-    /// Of E4M3 values that are not NaN, times 2⁻⁸: so their bits are those of a half, moved.
+    /// Loads E4M3 values that are not NaN, times 2⁻⁸: so their bits are those of a half, moved.
     unsafe fn load_e4m3(p: *const u8) -> Self::F;
     unsafe fn store(p: *mut f32, x: Self::F);
     unsafe fn add(a: Self::F, b: Self::F) -> Self::F;

@@ -1,8 +1,8 @@
 //! Scores and outputs of a few queries, with keys and values as a quantised cache stores them.
 //!
 //! Queries are 16-bit integers, which leaves nothing of their own quantisation error. They cost no more than 8-bit ones
-//! where keys are widened to 16 bits in any case, for want of a dot product of signed bytes, as on AVX2; elsewhere memory
-//! is what decoding waits for.
+//! where keys are widened to 16 bits in any case, for want of a dot product of signed bytes, as on AVX2; elsewhere
+//! memory is what decoding waits for.
 
 use half::{bf16, f16};
 
@@ -34,7 +34,7 @@ pub(crate) struct CachedScores<'a> {
     pub constant: &'a [f32],
     /// From the first key on, rows of `head_dim`, and [`CHANNELS`] more.
     pub k: &'a [i8],
-    /// Of each key.
+    /// A scale for each key.
     pub k_scales: &'a [f32],
     pub head_dim: usize,
     /// Where this page's scores begin in each row.
@@ -54,7 +54,7 @@ pub(crate) struct CachedOutputs<'a, T> {
     pub offset: usize,
     /// From the first value on, rows of `head_dim`, and [`CHANNELS`] more.
     pub v: &'a [T],
-    /// Of each value; empty where the format has none.
+    /// A scale for each value; empty where the format has none.
     pub v_scales: &'a [f32],
     pub keys: usize,
     pub head_dim: usize,

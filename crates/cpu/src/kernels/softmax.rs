@@ -158,8 +158,8 @@ fn check_softmax<I: Isa>(args: &Softmax<'_>) {
     assert!(args.state.capacity() >= args.rows);
 }
 
-/// Loads `N` vectors of scores, subtracts `shift` and raises 2 to them. `EXACT_ZERO`: a hidden key's probability is 0 and
-/// not `2^-125`, which in 12 bits rounds to 0 anyway.
+/// Loads `N` vectors of scores, subtracts `shift` and raises 2 to them. `EXACT_ZERO`: a hidden key's probability is 0
+/// and not `2^-125`, which in 12 bits rounds to 0 anyway.
 #[inline(always)]
 unsafe fn probabilities<I: Isa, const N: usize, const EXACT_ZERO: bool>(
     polynomial: &[f32],

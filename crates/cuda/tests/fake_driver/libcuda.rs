@@ -1,8 +1,8 @@
 //! A driver without a GPU behind it, built by the test as `libcuda.so`. It keeps the books that the test asks for:
 //! which context is current, what is open, what a launch passed; and refuses what the real driver refuses.
 //!
-//! Without `--cfg whole` it lacks most functions, without `--cfg named` nearly all, as old or foreign libraries do. With
-//! `--cfg any_kernel` it takes kernels of any name and arguments.
+//! Without `--cfg whole` it lacks most functions, without `--cfg named` nearly all, as old or foreign libraries do.
+//! With `--cfg any_kernel` it takes kernels of any name and arguments.
 
 #![allow(non_snake_case, clippy::missing_safety_doc)]
 
@@ -118,7 +118,10 @@ driver! {
         }.as_ptr().cast();
         SUCCESS
     }
-    named: cuGetErrorString(code: Code, text: *mut *const u8) { *text = c"as the fake puts it".as_ptr().cast(); SUCCESS }
+    named: cuGetErrorString(code: Code, text: *mut *const u8) {
+        *text = c"as the fake puts it".as_ptr().cast();
+        SUCCESS
+    }
     named: cuDriverGetVersion(version: *mut i32) { *version = if cfg!(whole) { 12080 } else { 11020 }; SUCCESS }
 
     whole: cuInit(flags: u32) {
@@ -230,7 +233,9 @@ driver! {
         std::ptr::copy_nonoverlapping(log.as_ptr().cast(), *values, log.count_bytes() + 1);
         create(state, "link")
     }
-    whole: cuLinkAddData_v2(state: usize, kind: u32, text: *const u8, bytes: usize, name: usize, n: u32, o: usize, v: usize) {
+    whole: cuLinkAddData_v2(
+        state: usize, kind: u32, text: *const u8, bytes: usize, name: usize, n: u32, o: usize, v: usize
+    ) {
         let text = std::slice::from_raw_parts(text, bytes);
         if kind != 1 || text.last() != Some(&0) { return INVALID_VALUE }
         if text.starts_with(b"wrong") { INVALID_PTX } else { SUCCESS }
@@ -261,7 +266,9 @@ driver! {
         *value = match which { 0 => 512, 1 => 1024, 4 => 40, _ => 0 };
         SUCCESS
     }
-    whole: cuFuncSetAttribute(function: usize, which: u32, value: i32) { if which == 8 { SUCCESS } else { INVALID_VALUE } }
+    whole: cuFuncSetAttribute(function: usize, which: u32, value: i32) {
+        if which == 8 { SUCCESS } else { INVALID_VALUE }
+    }
     whole: cuOccupancyMaxActiveBlocksPerMultiprocessor(blocks: *mut i32, function: usize, threads: i32, shared: usize) {
         *blocks = 2048 / threads;
         SUCCESS

@@ -137,7 +137,8 @@ fn clusters_launch_where_there_are_any() {
     // The kernel returns at once unless it runs in a cluster of two.
     let ptx = AXPY.replace(".version 7.0", ".version 7.8").replace(".target sm_75", ".target sm_90").replace(
         "    mov.u32 %r0, %ctaid.x;",
-        "    mov.u32 %r0, %cluster_nctaid.x;\n    setp.ne.u32 %p, %r0, 2;\n    @%p bra done;\n    mov.u32 %r0, %ctaid.x;",
+        "    mov.u32 %r0, %cluster_nctaid.x;\n    setp.ne.u32 %p, %r0, 2;\n    @%p bra done;\n    \
+         mov.u32 %r0, %ctaid.x;",
     );
     let clustered = KernelSource { ptx: &ptx, target: Target::SM_90, ..clustered };
     let kernel = device.load(&clustered).unwrap();

@@ -126,8 +126,8 @@ impl Case {
 
     /// Launches `kernel`, which is `axpy` or does as much, on these data.
     pub(crate) fn launch(&self, kernel: &Kernel, stream: &Stream, grid: [u32; 3]) -> sage_cuda::Result<()> {
-        // SAFETY: the kernel stays within `N` elements of each buffer; they are freed in the order of their stream, which
-        // is this one or has waited for this one before.
+        // SAFETY: the kernel stays within `N` elements of each buffer; they are freed in the order of their stream,
+        // which is this one or has waited for this one before.
         unsafe { kernel.launch(stream, grid, &self.args()) }
     }
 

@@ -1,4 +1,5 @@
-//! Attention of the shapes of real models, without their weights: candle's own operations against ours, speed and error.
+//! Attention of the shapes of real models, without their weights: candle's own operations against ours, speed and
+//! error.
 //!
 //! `cargo run --release -p sage-examples --bin attention -- --device cuda`, in a build with `--features cuda`
 
@@ -91,8 +92,9 @@ fn run(args: &Args) -> Result<()> {
     }
     bar.finish_and_clear();
     println!(
-        "Milliseconds of a call, {} in a turn; speed-up over exact, median and range of {} turns. exact: candle's matmul \
-         and softmax in f32; candle: the same in the tensors' type. Error: relative L1 against exact on the CPU.\n",
+        "Milliseconds of a call, {} in a turn; speed-up over exact, median and range of {} turns. exact: candle's \
+         matmul and softmax in f32; candle: the same in the tensors' type. Error: relative L1 against exact on the \
+         CPU.\n",
         args.calls, args.rounds
     );
     table::print(&["shape", "dtype", "attention", "ms", "speed-up", "range", "of candle", "error"], &rows);

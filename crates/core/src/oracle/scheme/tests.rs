@@ -92,7 +92,8 @@ proptest! {
         };
         let options = Options { band, logit_softcap, ..Options::default() };
         let call = Call::check(&inputs, &options).unwrap();
-        let (expected, actual) = (exact(&call), scheme(&call, &Scheme { smooth, rotate, ..Preset::FULL.scheme(head_dim) }));
+        let rotated = Scheme { smooth, rotate, ..Preset::FULL.scheme(head_dim) };
+        let (expected, actual) = (exact(&call), scheme(&call, &rotated));
         for (a, e) in actual.out.iter().zip(&expected.out).chain(actual.lse.iter().zip(&expected.lse)) {
             // Means, differences, rotated rows and P are rounded to single precision (6e-8), values and scores
             // are around 10.
@@ -345,7 +346,8 @@ fn a_row_of_padding_is_the_mean_of_all_values_and_other_rows_do_not_see_it() {
             let column = || v.iter().skip(channel).step_by(16).map(|&x| f64::from(x));
             let (mean, magnitude) =
                 (column().sum::<f64>() / 64.0, column().map(f64::abs).sum::<f64>() / 64.0);
-            // E2M1 is off by a fifth at most; and V saturates at the largest value of keys that count, where 24 rows hold 3.
+            // E2M1 is off by a fifth at most; and V saturates at the largest value of keys that count, where 24 rows
+            // hold 3.
             let largest = column().take(40).fold(0.0, |max: f64, x| max.max(x.abs()));
             let bound = magnitude / 5.0 + 24.0 / 64.0 * (3.0 - largest).max(0.0);
             assert!((output.out[16 + channel] - mean).abs() <= bound, "{preset}, channel {channel}");

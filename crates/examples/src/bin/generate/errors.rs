@@ -12,8 +12,8 @@ pub struct Args {
     /// Tokens of the text.
     #[arg(long, default_value_t = 2048)]
     tokens: usize,
-    /// What is compared with exact attention; several for a comparison. Left out, INT8 per token with rotation, or a GPU's
-    /// own choice.
+    /// What is compared with exact attention; several for a comparison. Left out, INT8 per token with rotation, or a
+    /// GPU's own choice.
     #[arg(long, value_delimiter = ',')]
     method: Vec<Method>,
     /// Another text than the one that scripts/fetch_models.sh fetched.

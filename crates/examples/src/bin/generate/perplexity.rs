@@ -19,8 +19,8 @@ pub struct Args {
     /// Tokens of a window, whose later tokens are predicted from its earlier ones; several for a plot.
     #[arg(long, value_delimiter = ',', default_value = "2048")]
     context: Vec<usize>,
-    /// exact, sage, candle-flash or a scheme; several for a comparison. Left out, INT8 per token with rotation, or a GPU's
-    /// own choice.
+    /// exact, sage, candle-flash or a scheme; several for a comparison. Left out, INT8 per token with rotation, or a
+    /// GPU's own choice.
     #[arg(long, value_delimiter = ',')]
     method: Vec<Method>,
     /// Another text than the one that scripts/fetch_models.sh fetched.

@@ -102,7 +102,8 @@ pub fn run(args: &Args, at_hand: &AtHand) -> Result<()> {
         let (device, dtype) = model.place();
         let place = if device.is_cpu() { "CPU" } else { "GPU" };
         let caption = format!(
-            "SmolLM2-135M-Instruct, {} on a {place}; medians of rounds in which contestants take turns, and their range",
+            "SmolLM2-135M-Instruct, {} on a {place}; medians of rounds in which contestants take turns, and their \
+             range",
             dtype.as_str()
         );
         plot::lines(
