@@ -18,15 +18,7 @@ use sage_ptx::{Arg, Param, ParamType, Target};
 #[path = "fake_driver/harness.rs"]
 mod harness;
 
-use harness::{ALLOCATIONS, cases};
-
-fn ask(symbol: &str, argument: u64) -> u64 {
-    // SAFETY: the fake is loaded already, and its functions take a number or ignore it.
-    unsafe {
-        let library = libloading::Library::new(env::var_os("FAKE_LIBRARY").unwrap()).unwrap();
-        library.get::<unsafe extern "C" fn(u64) -> u64>(symbol).unwrap()(argument)
-    }
-}
+use harness::{ALLOCATIONS, ask, cases};
 
 fn current() -> usize {
     let mut current = ptr::null_mut();

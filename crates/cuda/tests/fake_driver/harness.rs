@@ -42,6 +42,15 @@ pub fn run(case: &str, cfgs: &[&str], behaviour: &str) {
     assert!(child.status.success() && out.contains("1 passed"), "{case}\n{out}\n{err}");
 }
 
+/// Calls a function of the fake's own, such as `fake_open`.
+pub fn ask(symbol: &str, argument: u64) -> u64 {
+    // SAFETY: the fake is loaded already, and its functions take a number or ignore it.
+    unsafe {
+        let library = libloading::Library::new(env::var_os("FAKE_LIBRARY").unwrap()).unwrap();
+        library.get::<unsafe extern "C" fn(u64) -> u64>(symbol).unwrap()(argument)
+    }
+}
+
 /// Tests by name, each with the fake's `cfg`s, its behaviour, and what is done.
 macro_rules! cases {
     ($($(#[$cfg:meta])* $name:ident, $cfgs:expr, $behaviour:expr, $body:block)*) => {

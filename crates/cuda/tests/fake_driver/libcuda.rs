@@ -311,7 +311,7 @@ pub unsafe extern "C" fn cuLaunchKernelEx(config: *const u32, function: usize, v
         b.cluster = if id == 4 && count == 1 { x } else { 0 };
         b.early = if id == 6 && count == 1 { x } else { 0 };
     });
-    in_context(|| SUCCESS)
+    fallible(|| SUCCESS)
 }
 
 #[cfg(whole)]

@@ -1,5 +1,5 @@
-//! A warm call allocates nothing on the host: from the options to the last launch, with a fake driver in place of the
-//! GPU's; and a check of host tensors neither.
+//! Calls with a fake driver in place of the GPU's: what the driver fails with reaches the caller as what it is, and a warm
+//! call allocates nothing on the host, from the options to the last launch. A check of host tensors allocates nothing either.
 
 #![cfg(all(feature = "cuda", target_os = "linux"))]
 #![allow(clippy::unwrap_used, reason = "tests")]
@@ -7,10 +7,13 @@
 #[path = "../../cuda/tests/fake_driver/harness.rs"]
 mod harness;
 
-use harness::{ALLOCATIONS, cases};
-use sageattention::cuda::{Buffer, Cuda, CudaTensor, Device, DeviceInts, DeviceLse, DeviceMask, Stream};
+use harness::{ALLOCATIONS, ask, cases};
+use sageattention::cuda::{
+    Buffer, Cuda, CudaTensor, Device, DeviceInts, DeviceLse, DeviceMask, HostTensors, Stream,
+};
 use sageattention::{
-    Alignment, Attention, Call, DType, Inputs, KvCacheOptions, Lengths, Options, Preset, Tensor,
+    Alignment, Attention, BackendErrorKind, Call, DType, Inputs, KvCacheOptions, Lengths, Options, Preset,
+    Result, Tensor,
 };
 
 const FAKE: [&str; 4] = ["named", "whole", "clusters", "any_kernel"];
@@ -50,10 +53,10 @@ impl There {
         }
     }
 
-    fn run(&self, attention: &Attention<'_>) {
+    fn run(&self, attention: &Attention<'_>) -> Result<()> {
         let tensors = self.tensors.each_ref().map(CudaTensor::view);
         let lse = Some(DeviceLse::of(&self.lse));
-        attention.forward_on(&self.gpu, &self.stream, tensors, self.out.view(), lse).unwrap();
+        attention.forward_on(&self.gpu, &self.stream, tensors, self.out.view(), lse)
     }
 }
 
@@ -76,17 +79,66 @@ fn warm_calls_allocate_nothing() {
             continue;
         }
         // The first compiles; what the second allocates, if anything, the driver keeps.
-        (0..2).for_each(|_| there.run(attention));
-        assert_eq!(allocations(|| (0..3).for_each(|_| there.run(attention))), 0, "{name}");
+        (0..2).for_each(|_| there.run(attention).unwrap());
+        assert_eq!(allocations(|| (0..3).for_each(|_| there.run(attention).unwrap())), 0, "{name}");
+    }
+}
+
+/// Codes of the driver, and what a caller can tell them by.
+const FAILURES: [(u64, BackendErrorKind); 4] = [
+    (2, BackendErrorKind::OutOfMemory),
+    (46, BackendErrorKind::NoDevice),
+    (700, BackendErrorKind::Lost),
+    (701, BackendErrorKind::Kernel),
+];
+
+fn failures_keep_their_kind() {
+    let attention = Attention::new().causal(true);
+    let options = KvCacheOptions::new(8, 64).sequences(2).max_pages(20);
+    let host = Tensor::zeros(DType::F16, &[2, 8, 300, 64]).unwrap();
+    for (code, kind) in FAILURES {
+        let there = There::new();
+        let [q, k, v] = there.tensors.each_ref().map(CudaTensor::view);
+        let mut cache = options.build_on(there.gpu.clone(), &there.stream).unwrap();
+        let fails = |what: &str, call: &mut dyn FnMut() -> Result<()>| {
+            ask("fake_fail", code);
+            let error = call().unwrap_err();
+            ask("fake_fail", 0);
+            assert_eq!(error.backend_kind(), Some(kind), "{what}: {error}");
+        };
+        fails("a kernel's first compilation", &mut || there.run(&attention));
+        there.run(&attention).unwrap();
+        fails("a call", &mut || there.run(&attention));
+        fails("a call of host tensors", &mut || {
+            let (gpu, mut out) = (HostTensors(there.gpu.clone()), host.clone());
+            attention.forward_on(&gpu, &(), [host.view(); 3], out.view_mut(), None)
+        });
+        fails("a new cache", &mut || options.build_on(there.gpu.clone(), &there.stream).map(drop));
+        fails("new tokens", &mut || cache.append(k, v));
+        cache.append(k, v).unwrap();
+        fails("attention over a cache", &mut || {
+            cache.attend_into(&[0, 1], q, &attention, there.out.view(), None)
+        });
     }
 }
 
 cases! {
-    on_sm_90, FAKE, "", { super::warm_calls_allocate_nothing() }
+    failures_keep_their_kind_on_sm_90, FAKE, "", { super::failures_keep_their_kind() }
 
-    on_sm_80, FAKE, "sm_80", { super::warm_calls_allocate_nothing() }
+    failures_keep_their_kind_on_sm_80, FAKE, "sm_80", { super::failures_keep_their_kind() }
 
-    attention_over_a_cache, FAKE, "sm_80", {
+    a_missing_gpu_is_told_apart, FAKE, "no_gpu", {
+        let x = Tensor::zeros(DType::F16, &[1, 1, 4, 64]).unwrap();
+        let on_gpu = Attention::new().device(sageattention::Device::Cuda(0));
+        let error = on_gpu.forward(&x, &x, &x).unwrap_err();
+        assert_eq!(error.backend_kind(), Some(BackendErrorKind::NoDevice), "{error}");
+    }
+
+    warm_calls_allocate_nothing_on_sm_90, FAKE, "", { super::warm_calls_allocate_nothing() }
+
+    warm_calls_allocate_nothing_on_sm_80, FAKE, "sm_80", { super::warm_calls_allocate_nothing() }
+
+    warm_attention_over_a_cache_allocates_nothing, FAKE, "sm_80", {
         let there = There::new();
         let cache = KvCacheOptions::new(8, 64).sequences(2).max_pages(20);
         let mut cache = cache.build_on(there.gpu.clone(), &there.stream).unwrap();
