@@ -131,7 +131,7 @@ impl MiniLm {
             |x: Tensor| -> candle_core::Result<Tensor> { x.reshape((size, seq, HEADS, ()))?.transpose(1, 2) };
         for (at, layer) in self.layers.iter().enumerate() {
             let (q, k, v) = (layer.q.forward(&x)?, layer.k.forward(&x)?, layer.v.forward(&x)?);
-            let out = attend.attend(at, &split(q)?, &split(k)?, &split(v)?, &visible)?;
+            let out = attend.attend(at, [&split(q)?, &split(k)?, &split(v)?], &visible)?;
             let out = out.transpose(1, 2)?.flatten_from(2)?;
             x = layer.out_norm.forward(&(layer.out.forward(&out)? + x)?)?;
             let h = layer.down.forward(&layer.up.forward(&x)?.gelu_erf()?)?;

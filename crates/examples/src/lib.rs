@@ -3,8 +3,10 @@
 
 pub mod attend;
 pub mod bert;
+pub mod caches;
 pub mod files;
 pub mod llama;
+pub mod method;
 pub mod oracle;
 pub mod place;
 pub mod plot;

@@ -201,7 +201,7 @@ impl Llama {
             let q = rope_i(&split(&layer.q.forward(&h)?, heads)?.contiguous()?, &cos, &sin)?;
             let k = rope_i(&split(&layer.k.forward(&h)?, kv_heads)?.contiguous()?, &cos, &sin)?;
             let v = split(&layer.v.forward(&h)?, kv_heads)?;
-            let out = attend.attend(at, &q, &k, &v, &Visible::Causal)?;
+            let out = attend.attend(at, [&q, &k, &v], &Visible::Causal)?;
             let out = out.transpose(1, 2)?.reshape((seq, heads * head_dim))?;
             x = (x + layer.out.forward(&out)?)?;
             let h = norm(&x, &layer.ffn_norm)?;

@@ -9,7 +9,8 @@ use std::process::ExitCode;
 
 use candle_core::{DType, Device, Tensor};
 use clap::Parser;
-use sage_examples::attend::{Method, Visible, relative_l1_by_head};
+use sage_examples::attend::Visible;
+use sage_examples::method::{Method, relative_l1_by_head};
 use sage_examples::place::Place;
 use sage_examples::timing::Rounds;
 use sage_examples::{Result, progress, table};

@@ -11,9 +11,10 @@ use std::process::ExitCode;
 use candle_core::Tensor;
 use clap::Parser;
 use sage_core::{Granularity, IntQuantizer, Preset, Qk, Scheme, SmoothK, Smoothing};
-use sage_examples::attend::{Attend, Method, Recorded, Stateless, Visible, relative_l1_by_head};
+use sage_examples::attend::{Attend, Visible};
 use sage_examples::bert::{Batch, MiniLm};
 use sage_examples::files::Files;
+use sage_examples::method::{Method, Recorded, Stateless, relative_l1_by_head};
 use sage_examples::place::Place;
 use sage_examples::timing::Rounds;
 use sage_examples::{Result, plot, progress, table};
@@ -273,7 +274,7 @@ fn errors(model: &MiniLm, batch: &Batch, method: Method, path: &std::path::Path)
     let mut layers = Vec::new();
     for [q, k, v] in &record(model, batch)?.layers {
         let exact = Method::Exact.compute(q, k, v, &visible)?;
-        layers.push(relative_l1_by_head(&Stateless(method).attend(0, q, k, v, &visible)?, &exact)?);
+        layers.push(relative_l1_by_head(&Stateless(method).attend(0, [q, k, v], &visible)?, &exact)?);
     }
     let caption = format!("all-MiniLM-L6-v2 on {:?} tokens, against exact attention", batch.ids.dims());
     let title = "Relative L1 error of attention, layer by layer and head by head";

@@ -7,8 +7,9 @@ use sage_core::{
     Accumulator, Granularity, IntBits, IntQuantizer, Preset, Pv, Qk, ScaleRows, Scheme, SmoothK, SmoothQ,
     Smoothing,
 };
-use sage_examples::attend::{Method, Recorded, Visible, relative_l1_by_head};
+use sage_examples::attend::Visible;
 use sage_examples::llama::Llama;
+use sage_examples::method::{Method, Recorded, relative_l1_by_head};
 use sage_examples::{Result, progress, table};
 use sageattention_candle::{Options, sage_attention};
 

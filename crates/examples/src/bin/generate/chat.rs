@@ -3,8 +3,10 @@
 use std::time::{Duration, Instant};
 
 use candle_core::{D, IndexOp, Tensor};
-use sage_examples::attend::{Attend, CandleCache, Method, SageCache};
+use sage_examples::attend::Attend;
+use sage_examples::caches::{CandleCache, SageCache};
 use sage_examples::llama::{Llama, chat_prompt};
+use sage_examples::method::Method;
 use sage_examples::{Result, progress};
 use sageattention_candle::{Choice, KvCacheOptions, ValueFormat};
 

@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use sage_examples::attend::{Method, Recorded, Visible, relative_l1_by_head};
+use sage_examples::attend::Visible;
+use sage_examples::method::{Method, Recorded, relative_l1_by_head};
 use sage_examples::{Result, plot, table};
 
 use crate::AtHand;

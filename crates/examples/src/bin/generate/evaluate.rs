@@ -6,8 +6,9 @@ use candle_core::Tensor;
 use indicatif::ProgressBar;
 use rayon::prelude::*;
 use sage_examples::Result;
-use sage_examples::attend::{Method, Stateless, Timed};
+use sage_examples::attend::Timed;
 use sage_examples::llama::Llama;
+use sage_examples::method::{Method, Stateless};
 
 /// Rows of logits at once: the vocabulary is large.
 const ROWS: usize = 256;

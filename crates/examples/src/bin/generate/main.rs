@@ -16,9 +16,9 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use sage_examples::Result;
-use sage_examples::attend::Method;
 use sage_examples::files::Files;
 use sage_examples::llama::Llama;
+use sage_examples::method::Method;
 use sage_examples::place::Place;
 use tokenizers::Tokenizer;
 

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use sage_core::Preset;
-use sage_examples::attend::Method;
+use sage_examples::method::Method;
 use sage_examples::plot::{self, Axis, Panel, Point};
 use sage_examples::{Result, progress, table};
 use sageattention_candle::Choice;

@@ -4,8 +4,10 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use candle_core::Tensor;
-use sage_examples::attend::{Attend, Cache, CandleCache, Method, SageCache, Stateless, Timed, Visible};
+use sage_examples::attend::{Attend, Cache, Timed, Visible};
+use sage_examples::caches::{CandleCache, SageCache};
 use sage_examples::llama::Llama;
+use sage_examples::method::{Method, Stateless};
 use sage_examples::plot::{self, Axis, Panel, Point};
 use sage_examples::timing::Rounds;
 use sage_examples::{Result, progress, table};
@@ -292,14 +294,7 @@ struct Filled {
 }
 
 impl Attend for Filled {
-    fn attend(
-        &mut self,
-        layer: usize,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        visible: &Visible,
-    ) -> Result<Tensor> {
+    fn attend(&mut self, layer: usize, [q, k, v]: [&Tensor; 3], visible: &Visible) -> Result<Tensor> {
         for (_, cache) in &mut self.caches {
             cache.append(layer, k, v)?;
         }
