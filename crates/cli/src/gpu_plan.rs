@@ -3,10 +3,10 @@
 use std::fmt;
 
 use sage_core::{Call, Mask};
-use sage_kernels::Machine;
 use sage_kernels::attention::MaskForm;
-use sage_kernels::forward::{ForwardPlan, Request};
+use sage_kernels::forward::{ForwardPlan, Request, Tensors};
 use sage_kernels::pass::Pass;
+use sage_kernels::{Machine, TensorArg};
 use sageattention::{Choice, Error, Lengths, Problem, Result};
 use serde::Serialize;
 
@@ -132,6 +132,10 @@ impl GpuPlan {
 
 /// What a forward pass of tensors without gaps is asked for.
 fn request(call: &Call<'_>, choice: Choice, lse: bool) -> Request {
+    let mask = call.mask.map_or(TensorArg::default(), |mask| {
+        let strides = mask.geometry().strides();
+        TensorArg { address: 0, strides: [strides[0], strides[1], strides[2], strides[3]] }
+    });
     Request {
         scheme: choice.scheme(call.problem.head_dim),
         accuracy: choice.accuracy(),
@@ -150,6 +154,7 @@ fn request(call: &Call<'_>, choice: Choice, lse: bool) -> Request {
         lse,
         ..Request::new(&call.problem)
     }
+    .with_masks_of(&Tensors { mask, ..Tensors::default() })
 }
 
 /// Refuses kernels with instructions that the target lacks.

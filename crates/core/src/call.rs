@@ -14,7 +14,8 @@ use crate::{
 ///
 /// Keys before the first and after the last that the band lets some query see are no part of it: [`Band::seen`] says
 /// why nothing else changes. Where there is an explicit mask, whose keys are counted from the tensors' first, they
-/// are left; so they are where lengths are given and the band has an offset that would change.
+/// are left; so they are where lengths are given and the band has an offset that would change, and where there is a
+/// block mask and keys before the first would have to go.
 ///
 /// [`Band::seen`]: crate::Band::seen
 #[derive(Clone, Copy, Debug)]
@@ -44,7 +45,7 @@ impl<'a, T: Operand> Call<'a, T> {
     /// Names the first tensor, option or list entry that is wrong, the value found and the value wanted.
     pub fn check(inputs: &Inputs<'a, T>, options: &Options) -> Result<Self> {
         // Explicit masks count keys from the tensors' first one.
-        Self::check_keys(inputs, options, inputs.mask.is_none() && inputs.block_mask.is_none())
+        Self::check_keys(inputs, options, inputs.mask.is_none())
     }
 
     /// [`Call::check`], where `narrows` says whether keys that the band hides from every query are left out.
@@ -60,8 +61,12 @@ impl<'a, T: Operand> Call<'a, T> {
         let sm_scale = check_scores(options, head_dim)?;
 
         let (band, dense) = (options.band, matches!(inputs.lengths, Lengths::Dense));
-        // Kernels that cut the sequences of a list themselves count keys as the list does.
-        let cuts = narrows && (dense || band.on_seen() == band);
+        // Kernels that cut the sequences of a list themselves count keys as the list does; a block mask's blocks begin at
+        // the first key.
+        let from_first = dense && band.seen(q_rows, kv_rows).start == 0 || band.left.is_none();
+        let cuts =
+            narrows && (dense || band.on_seen() == band) && (inputs.block_mask.is_none() || from_first);
+        let given_kv_rows = kv_rows;
         let rows = Rows { batch: q_batch, q: q_rows, kv: kv_rows };
         let sequences = Sequences::check(&inputs.lengths, rows, cuts.then_some(band))?;
         if cuts && dense {
@@ -83,7 +88,8 @@ impl<'a, T: Operand> Call<'a, T> {
             Lengths::Dense | Lengths::KvLens(_) | Lengths::DeviceKvLens(_) => (q_batch, q_rows, kv_rows),
         };
         let scores = [batch, num_q_heads, q_len, kv_len];
-        let (mask, block_mask) = check_masks(inputs, scores)?;
+        let mask = check_mask(inputs, scores)?;
+        let block_mask = check_block_mask(inputs, scores, given_kv_rows)?;
         let problem = Problem {
             dtype: q.dtype(),
             batch,
@@ -97,7 +103,7 @@ impl<'a, T: Operand> Call<'a, T> {
             logit_softcap: options.logit_softcap,
             packed,
             masked: mask.is_some(),
-            block_masked: block_mask.is_some(),
+            blocks: block_mask.map(|mask| [mask.block_q, mask.block_k]),
         };
         Ok(Call { problem, q, k, v, mask, block_mask, lengths: inputs.lengths, sequences, layout })
     }
@@ -241,35 +247,37 @@ fn check_scores(options: &Options, head_dim: usize) -> Result<f32> {
     Ok(sm_scale)
 }
 
-type Masks<T> = (Option<<T as Operand>::Mask>, Option<BlockMask<<T as Operand>::Blocks>>);
-
-/// The masks, broadcast to scores of the shape `[batch, num_q_heads, q_len, kv_len]`.
-fn check_masks<T: Operand>(inputs: &Inputs<'_, T>, scores: [usize; 4]) -> Result<Masks<T>> {
-    let packed = inputs.lengths.packed();
-    if packed && inputs.mask.is_some() {
+/// The explicit mask, broadcast to scores of the shape `[batch, num_q_heads, q_len, kv_len]`.
+fn check_mask<T: Operand>(inputs: &Inputs<'_, T>, scores: [usize; 4]) -> Result<Option<T::Mask>> {
+    let Some(mask) = inputs.mask else { return Ok(None) };
+    if inputs.lengths.packed() {
         return Err(Error::unsupported(
             "mask with cu_seqlens",
             "an explicit mask needs dense tensors, or use causal and window options",
         ));
     }
-    if packed && inputs.block_mask.is_some() {
+    broadcast("mask", mask.geometry(), scores).map(|geometry| Some(mask.with_geometry(geometry)))
+}
+
+/// The block mask, broadcast to the blocks of such scores. It is given for all of the tensors' `kv_rows` keys.
+fn check_block_mask<T: Operand>(
+    inputs: &Inputs<'_, T>,
+    [batch, heads, q_len, kv_len]: [usize; 4],
+    kv_rows: usize,
+) -> Result<Option<BlockMask<T::Blocks>>> {
+    let Some(BlockMask { blocks, block_q, block_k }) = inputs.block_mask else { return Ok(None) };
+    if inputs.lengths.packed() {
         return Err(Error::unsupported("block_mask with cu_seqlens", "a block mask needs dense tensors"));
     }
-    let mask = match inputs.mask {
-        Some(mask) => Some(mask.with_geometry(broadcast("mask", mask.geometry(), scores)?)),
-        None => None,
-    };
-    let Some(block_mask) = inputs.block_mask else { return Ok((mask, None)) };
-    let BlockMask { blocks, block_q, block_k } = block_mask;
     for (name, size) in [("block_mask.block_q", block_q), ("block_mask.block_k", block_k)] {
         if size == 0 {
             return Err(Error::value(name, size, "at least 1"));
         }
     }
-    let [batch, heads, q_len, kv_len] = scores;
-    let wanted = [batch, heads, q_len.div_ceil(block_q), kv_len.div_ceil(block_k)];
-    let blocks = blocks.with_geometry(broadcast("block_mask", blocks.geometry(), wanted)?);
-    Ok((mask, Some(BlockMask { blocks, block_q, block_k })))
+    let wanted = [batch, heads, q_len.div_ceil(block_q), kv_rows.div_ceil(block_k)];
+    let geometry =
+        broadcast("block_mask", blocks.geometry(), wanted)?.narrowed(3, 0..kv_len.div_ceil(block_k));
+    Ok(Some(BlockMask { blocks: blocks.with_geometry(geometry), block_q, block_k }))
 }
 
 /// Sizes of a tensor of four dimensions.

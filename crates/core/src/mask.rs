@@ -180,9 +180,13 @@ pub const fn padding_bias(dtype: DType) -> f32 {
     }
 }
 
-/// Visibility of whole blocks of the score matrix: `true` where the block is computed.
+/// Which blocks of the score matrix are computed (block-sparse attention): `true` where the block is.
 ///
 /// Broadcastable to `[batch, num_q_heads, ⌈q_len / block_q⌉, ⌈kv_len / block_k⌉]`.
+///
+/// It says what is computed, not which tokens there are: keys that it hides from every query still enter means and
+/// scales of quantised K and V, as in SpargeAttn, whose maps are predicted from the smoothed K. What K and V hold
+/// there must be numbers. Padding is hidden by lengths or by a [`Mask`].
 ///
 /// `B` are the flags as the memory holds them that the tensors lie in: [`View<bool>`](View) in the host's.
 #[derive(Clone, Copy, Debug)]

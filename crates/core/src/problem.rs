@@ -107,8 +107,8 @@ pub struct Problem {
     pub packed: bool,
     /// Whether there is an explicit mask.
     pub masked: bool,
-    /// Whether there is a block mask.
-    pub block_masked: bool,
+    /// Queries and keys of a block of a block mask, where there is one.
+    pub blocks: Option<[usize; 2]>,
 }
 
 impl Problem {
@@ -133,7 +133,7 @@ impl Problem {
             logit_softcap: None,
             packed: false,
             masked: false,
-            block_masked: false,
+            blocks: None,
         }
     }
 
@@ -160,7 +160,7 @@ impl Problem {
             parts.push(format!("{name} ({diagonal})"));
         }
         parts.extend(self.masked.then(|| "explicit mask".to_owned()));
-        parts.extend(self.block_masked.then(|| "block mask".to_owned()));
+        parts.extend(self.blocks.map(|[q, k]| format!("block mask of {q} queries × {k} keys")));
         if parts.is_empty() { "all keys".to_owned() } else { parts.join(", ") }
     }
 }

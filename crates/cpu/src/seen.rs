@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use sage_core::{Call, Element, Mask, Sequence, TensorView, View};
 
 use crate::kernels::TILE_KEYS;
-use crate::visibility::{visible_blocks, with_row};
+use crate::visibility::with_row;
 
 /// What the queries of a key head see of one key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -66,16 +66,14 @@ const WORTH_A_THREAD: usize = 256;
 impl SeenHeads {
     /// Looks at the masks of a call.
     pub fn of(call: &Call<'_>) -> Self {
-        let masked = call.mask.is_some() || call.block_mask.is_some();
+        let masked = call.mask.is_some();
         if !masked && (call.leaves_hidden_keys_out() || call.problem.band.is_full()) {
             return SeenHeads::default();
         }
         let num_kv_heads = call.problem.num_kv_heads;
-        let geometries = || {
-            let mask = call.mask.iter().map(Mask::geometry);
-            mask.chain(call.block_mask.iter().map(|mask| mask.blocks.geometry()))
+        let differs = |dimension: usize| {
+            call.mask.as_ref().is_some_and(|mask| mask.geometry().strides()[dimension] != 0)
         };
-        let differs = |dimension: usize| geometries().any(|geometry| geometry.strides()[dimension] != 0);
         let (by_batch, by_head) = (differs(0), differs(1));
         let mut heads: Vec<(usize, Sequence, usize)> = Vec::new();
         let mut index = Vec::with_capacity(call.sequences().len() * num_kv_heads);
@@ -156,10 +154,8 @@ impl Scan<'_, '_> {
         let first_head = kv_head * group_size;
         let heads = first_head..first_head + if self.shares_heads { 1 } else { group_size };
         // Neighbouring rows that the masks do not tell apart.
-        let differ = |strides: &[i64]| strides[2] != 0;
-        let run = match (&call.mask, &call.block_mask) {
-            (Some(mask), _) if differ(mask.geometry().strides()) => 1,
-            (_, Some(mask)) if differ(mask.blocks.geometry().strides()) => mask.block_q,
+        let run = match &call.mask {
+            Some(mask) if mask.geometry().strides()[2] != 0 => 1,
             _ => sequence.q_len.max(1),
         };
         let runs = sequence.q_len.div_ceil(run);
@@ -191,25 +187,23 @@ impl Scan<'_, '_> {
 
     /// Adds what one row sees of `keys`, counted from the sequence's first; `found` counts from `origin`.
     fn row(&self, [batch, head, row]: [usize; 3], keys: Range<usize>, origin: usize, found: &mut [u32]) {
-        visible_blocks(self.call, [batch, head, row], keys, |keys| {
-            let at = [batch, head, row, keys.start];
-            let found = &mut found[keys.start - origin..keys.end - origin];
-            match &self.call.mask {
-                None => found.fill(VISIBLE | COUNTS),
-                Some(Mask::Bool(mask)) => with_row(mask, at, found.len(), |visible| {
-                    let both = |(found, &visible): (&mut u32, &bool)| *found |= u32::from(visible) * 3;
-                    found.iter_mut().zip(visible).for_each(both);
-                }),
-                Some(mask @ Mask::Additive(view)) => {
-                    let padding = mask.padding_bias();
-                    match view {
-                        TensorView::F32(view) => biases(view, at, padding, found),
-                        TensorView::F16(view) => biases(view, at, padding, found),
-                        TensorView::BF16(view) => biases(view, at, padding, found),
-                    }
+        let at = [batch, head, row, keys.start];
+        let found = &mut found[keys.start - origin..keys.end - origin];
+        match &self.call.mask {
+            None => found.fill(VISIBLE | COUNTS),
+            Some(Mask::Bool(mask)) => with_row(mask, at, found.len(), |visible| {
+                let both = |(found, &visible): (&mut u32, &bool)| *found |= u32::from(visible) * 3;
+                found.iter_mut().zip(visible).for_each(both);
+            }),
+            Some(mask @ Mask::Additive(view)) => {
+                let padding = mask.padding_bias();
+                match view {
+                    TensorView::F32(view) => biases(view, at, padding, found),
+                    TensorView::F16(view) => biases(view, at, padding, found),
+                    TensorView::BF16(view) => biases(view, at, padding, found),
                 }
             }
-        });
+        }
     }
 }
 

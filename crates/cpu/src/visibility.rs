@@ -94,12 +94,7 @@ fn block_is_visible(mask: &BlockMask<View<'_, bool>>, [batch, head, row]: [usize
 }
 
 /// Calls `each` for the runs of `keys` that the block mask lets a row see.
-pub(crate) fn visible_blocks(
-    call: &Call<'_>,
-    at: [usize; 3],
-    keys: Range<usize>,
-    mut each: impl FnMut(Range<usize>),
-) {
+fn visible_blocks(call: &Call<'_>, at: [usize; 3], keys: Range<usize>, mut each: impl FnMut(Range<usize>)) {
     let Some(mask) = &call.block_mask else { return each(keys) };
     let mut key = keys.start;
     while key < keys.end {

@@ -9,7 +9,7 @@ use sage_core::{
 };
 use sage_cpu::{Cpu, InstructionSet, nearest_scheme};
 use sage_testkit::{
-    Bias, Case, CaseMask, Extent, OwnedBlocks, OwnedCall, OwnedMask, Runner, Sequences,
+    Bias, Case, CaseBlocks, CaseMask, Extent, OwnedBlocks, OwnedCall, OwnedMask, Runner, Sequences,
     cpu_schemes as schemes, every_cpu,
 };
 
@@ -26,7 +26,7 @@ fn sizes_of_zero_are_calls_like_any_other() {
                 Case::f32(),
                 Case { band: CAUSAL, sequences: Sequences::Staggered, ..Case::f32() },
                 Case { mask: Some(CaseMask::bool(Extent::All)), ..Case::f32() },
-                Case { blocks: Some((3, 2)), ..Case::f32() },
+                Case { blocks: Some(CaseBlocks::new(3, 2)), ..Case::f32() },
             ] {
                 let case = Case { batch, layout, q_heads: 4, kv_heads: 2, q_len, kv_len, ..masked };
                 let built = case.build();

@@ -6,7 +6,7 @@
 use proptest::prelude::*;
 use sage_core::{Alignment, Band, DType, Layout, Preset, oracle};
 use sage_cpu::{Cpu, InstructionSet};
-use sage_testkit::{CPU_FULL, Case, CaseMask, Extent, Runner, Sequences, every_cpu};
+use sage_testkit::{CPU_FULL, Case, CaseBlocks, CaseMask, Extent, Runner, Sequences, every_cpu};
 
 fn check_with(cpu: &Cpu, case: &Case) -> Result<(), String> {
     let built = case.build();
@@ -40,7 +40,7 @@ fn maskings() -> Vec<Case> {
     let none = Case::f32();
     let band = |band| Case { band, ..Case::f32() };
     let mask = |mask| Case { mask: Some(mask), ..Case::f32() };
-    let blocks = |blocks| Case { blocks: Some(blocks), ..Case::f32() };
+    let blocks = |(q, k)| Case { blocks: Some(CaseBlocks::new(q, k)), ..Case::f32() };
     let staggered = Case { sequences: Sequences::Staggered, ..Case::f32() };
     let mut all = vec![
         none,
@@ -61,7 +61,12 @@ fn maskings() -> Vec<Case> {
             ..staggered.clone()
         },
         Case { band: window(Some(20), Some(2), TopLeft), ..mask(CaseMask::bool(Extent::BatchKeys)) },
-        Case { mask: Some(CaseMask::bool(Extent::All)), band: TOP_LEFT, blocks: Some((3, 31)), ..staggered },
+        Case {
+            mask: Some(CaseMask::bool(Extent::All)),
+            band: TOP_LEFT,
+            blocks: Some(CaseBlocks::new(3, 31)),
+            ..staggered
+        },
     ];
     for extent in
         [Extent::All, Extent::Rows, Extent::BatchKeys, Extent::HeadRows, Extent::Keys, Extent::Matrix]
@@ -146,7 +151,7 @@ fn few_queries_are_split_over_keys() {
             sequences: Sequences::Staggered,
             ..Case::f32()
         },
-        Case { blocks: Some((2, 77)), ..Case::f32() },
+        Case { blocks: Some(CaseBlocks::new(2, 77)), ..Case::f32() },
     ];
     for (q_heads, kv_heads) in [(1, 1), (2, 2), (8, 1), (4, 2)] {
         for q_len in [1, 2, 4, 8] {
@@ -294,6 +299,7 @@ fn cases() -> impl Strategy<Value = Case> {
     let blocks = prop_oneof![Just(None), (1usize..70, 1usize..140).prop_map(Some)];
     let masking = (bands(), masks(), blocks, any::<bool>()).prop_map(|(band, mask, blocks, staggered)| {
         let sequences = if staggered { Sequences::Staggered } else { Sequences::Dense };
+        let blocks = blocks.map(|(q, k)| CaseBlocks::new(q, k));
         Case { band, mask, blocks, sequences, ..Case::f32() }
     });
     let softcap = prop_oneof![3 => Just(None), 1 => (0.5f32..60.0).prop_map(Some)];

@@ -7,8 +7,8 @@
 use sage_core::oracle::{self, SeenKeys};
 use sage_core::{Alignment, Band, Call, DType, Geometry, Inputs, Mask, Tensor, View};
 use sage_testkit::{
-    Bias, Case, CaseMask, Extent, Memory, OwnedBlocks, OwnedCall, OwnedMask, Runner, Sequences, Tolerance,
-    cpu_schemes as schemes, every_cpu, run_on_cpu,
+    Bias, Case, CaseBlocks, CaseMask, Extent, Memory, OwnedBlocks, OwnedCall, OwnedMask, Runner, Sequences,
+    Tolerance, cpu_schemes as schemes, every_cpu, run_on_cpu,
 };
 
 /// What stray memory holds.
@@ -186,6 +186,7 @@ fn masked_cases() -> Vec<Case> {
         {
             let band = [Band::FULL, causal, window][(n + m) % 3];
             let blocks = [None, Some((64, 32)), Some((1, 100))][m % 3].or(mask.is_none().then_some((70, 64)));
+            let blocks = blocks.map(|(q, k)| CaseBlocks::new(q, k));
             cases.push(Case {
                 seed: 8 * (3 + m as u64),
                 dtype: DType::ALL[(n + m) % 3],

@@ -10,7 +10,8 @@ use sage_core::{
 };
 use sage_cpu::Cpu;
 use sage_testkit::{
-    Bias, Case, CaseMask, Extent, Memory, OwnedCall, OwnedMask, Runner, Sequences, every_cpu, normal,
+    Bias, Case, CaseBlocks, CaseMask, Extent, Memory, OwnedCall, OwnedMask, Runner, Sequences, every_cpu,
+    normal,
 };
 
 /// The distance from exact attention that is claimed for INT8. Measured worst: 1.34e-2 on N(0, 1) per block, 9.3e-3
@@ -123,8 +124,8 @@ fn masks_groups_of_heads_and_caps() {
         Case { mask: Some(CaseMask::bias(DType::F32, Extent::Rows)), band: CAUSAL, ..staggered.clone() },
         mask(CaseMask::bias(DType::BF16, Extent::Keys)),
         mask(CaseMask::bias(DType::F16, Extent::HeadRows)),
-        Case { blocks: Some((33, 65)), ..none },
-        Case { blocks: Some((1, 128)), band: CAUSAL, ..staggered },
+        Case { blocks: Some(CaseBlocks::new(33, 65)), ..none },
+        Case { blocks: Some(CaseBlocks::new(1, 128)), band: CAUSAL, ..staggered },
     ];
     for (n, masking) in maskings.into_iter().enumerate() {
         for (q_heads, kv_heads) in [(1, 1), (4, 2), (8, 1)] {

@@ -156,6 +156,7 @@ fn addresses(call: &DeviceCall<'_>, out: TensorArg) -> Tensors {
         v: argument(&call.v),
         out,
         mask: call.mask.map_or(TensorArg::default(), |mask| mask.argument()),
+        blocks: call.block_mask.map_or(TensorArg::default(), |mask| mask.blocks.argument()),
         ..Tensors::default()
     }
 }
@@ -181,6 +182,7 @@ fn request(call: &DeviceCall<'_>, choice: Choice, tensors: &Tensors, lse: bool) 
         aligned,
         has_tensor_map: aligned && tensors.k.has_map(call.k.shape()) && tensors.v.has_map(call.v.shape()),
         lse,
-        tiling: None,
+        ..Request::new(&call.problem)
     }
+    .with_masks_of(tensors)
 }

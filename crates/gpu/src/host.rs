@@ -6,7 +6,7 @@ use std::sync::Arc;
 use bytemuck::{AnyBitPattern, NoUninit};
 use sage_core::{
     Backend, BlockTables, CacheSize, Call, Choice, Element, Error, Geometry, Mask, NewTokens, Result, Scheme,
-    TensorView, TensorViewMut, ViewMut,
+    TensorView, TensorViewMut, View, ViewMut,
 };
 use sage_cuda::{Buffer, Stream};
 
@@ -58,10 +58,13 @@ impl Backend for HostTensors {
         let (q, k, v) = (q?, k?, v?);
         let mask = call.mask.as_ref().map(|mask| CopiedMask::new(&stream, mask)).transpose()?;
         let mask = mask.as_ref().map(CopiedMask::view);
+        let blocks =
+            call.block_mask.as_ref().map(|mask| CopiedFlags::new(&stream, &mask.blocks)).transpose()?;
+        let blocks = blocks.as_ref().map(CopiedFlags::view);
         let out_there = CudaTensor::uninitialized(&stream, out.dtype(), out.geometry().shape())?;
         let lse_there =
             lse.as_ref().map(|lse| Buffer::new(&stream, size_of_val(&**lse))).transpose().map_err(driver)?;
-        let there = call.moved([q.view(), k.view(), v.view()], mask, None);
+        let there = call.moved([q.view(), k.view(), v.view()], mask, blocks);
         self.0.run(&stream, &there, choice, out_there.view(), lse_there.as_ref().map(DeviceLse::of))?;
 
         match out {
@@ -143,9 +146,24 @@ fn download<T: Element + NoUninit + AnyBitPattern>(from: &Buffer, mut to: ViewMu
     Ok(())
 }
 
+/// Flags of a host mask on the GPU, a byte each.
+struct CopiedFlags(Buffer, Geometry);
+
+impl CopiedFlags {
+    fn new(stream: &Stream, flags: &View<'_, bool>) -> Result<Self> {
+        let bytes: Vec<u8> = flags.data().iter().map(|&flag| u8::from(flag)).collect();
+        Ok(CopiedFlags(Buffer::from_slice(stream, &bytes).map_err(driver)?, *flags.geometry()))
+    }
+
+    fn view(&self) -> DeviceBytes<'_> {
+        // SAFETY: the view's elements lie in its memory, all of which was copied.
+        unsafe { DeviceBytes::from_raw(self.1, self.0.address()) }
+    }
+}
+
 /// A host mask on the GPU.
 enum CopiedMask {
-    Bool(Buffer, Geometry),
+    Bool(CopiedFlags),
     Additive(CudaTensor),
 }
 
@@ -153,21 +171,14 @@ impl CopiedMask {
     fn new(stream: &Stream, mask: &Mask<'_>) -> Result<Self> {
         match mask {
             Mask::Additive(tensor) => Ok(CopiedMask::Additive(CudaTensor::upload(stream, tensor)?)),
-            Mask::Bool(view) => {
-                let bytes: Vec<u8> = view.data().iter().map(|&visible| u8::from(visible)).collect();
-                let buffer = Buffer::from_slice(stream, &bytes).map_err(driver)?;
-                Ok(CopiedMask::Bool(buffer, *view.geometry()))
-            }
+            Mask::Bool(flags) => Ok(CopiedMask::Bool(CopiedFlags::new(stream, flags)?)),
         }
     }
 
     fn view(&self) -> DeviceMask<'_> {
         match self {
             CopiedMask::Additive(tensor) => DeviceMask::Additive(tensor.view()),
-            CopiedMask::Bool(buffer, geometry) => {
-                // SAFETY: the view's elements lie in its memory, all of which was copied.
-                DeviceMask::Bool(unsafe { DeviceBytes::from_raw(*geometry, buffer.address()) })
-            }
+            CopiedMask::Bool(flags) => DeviceMask::Bool(flags.view()),
         }
     }
 }

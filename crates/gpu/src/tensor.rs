@@ -217,6 +217,16 @@ impl DeviceBytes<'_> {
     pub unsafe fn from_raw(geometry: Geometry, address: u64) -> Self {
         DeviceBytes { geometry, address, memory: PhantomData }
     }
+
+    /// As kernels take them: strides are of batch, heads, queries and keys, or blocks of these.
+    pub(crate) fn argument(&self) -> TensorArg<4> {
+        mask_argument(&self.geometry, self.address.wrapping_add_signed(self.geometry.offset()))
+    }
+}
+
+fn mask_argument(geometry: &Geometry, address: u64) -> TensorArg<4> {
+    let strides = geometry.strides();
+    TensorArg { address, strides: [strides[0], strides[1], strides[2], strides[3]] }
 }
 
 impl Strided for DeviceBytes<'_> {
@@ -232,13 +242,10 @@ impl Strided for DeviceBytes<'_> {
 impl DeviceMask<'_> {
     /// As kernels take it: strides are of batch, heads, queries and keys.
     pub(crate) fn argument(&self) -> TensorArg<4> {
-        let geometry = self.geometry();
-        let strides = geometry.strides();
-        let address = match self {
-            DeviceMask::Bool(bytes) => bytes.address.wrapping_add_signed(geometry.offset()),
-            DeviceMask::Additive(tensor) => tensor.first_element(),
-        };
-        TensorArg { address, strides: [strides[0], strides[1], strides[2], strides[3]] }
+        match self {
+            DeviceMask::Bool(bytes) => bytes.argument(),
+            DeviceMask::Additive(tensor) => mask_argument(tensor.geometry(), tensor.first_element()),
+        }
     }
 }
 

@@ -4,6 +4,7 @@ mod attention;
 mod call;
 mod choice;
 mod fallback;
+mod lists;
 mod masks;
 mod request;
 mod sample;
@@ -25,7 +26,7 @@ use choice::choose;
 pub use choice::int8_scheme;
 pub use fallback::nearest_scheme;
 use fallback::{computed, naming_nearest};
-pub use request::Request;
+pub use request::{Extent, Request};
 pub use tensors::Tensors;
 
 /// How a problem is computed on a GPU.
@@ -58,11 +59,6 @@ impl ForwardPlan {
                 found: "f32".into(),
                 wanted: "f16 or bf16 on a GPU".into(),
             });
-        }
-        if problem.block_masked {
-            let instead =
-                "not on a GPU yet; a mask of single elements computes the same, without skipping work";
-            return Err(Error::unsupported("block_mask", instead));
         }
         check_sizes(problem, request)?;
         let mut reasons = Vec::new();
@@ -165,6 +161,15 @@ fn check_sizes(problem: &Problem, request: &Request) -> Result<()> {
         return Err(Error::unsupported(
             "an alignment whose offset is above the window's left limit, with kv_lens or cu_seqlens, on a GPU",
             "leave out the keys before the window, and so much of the offset",
+        ));
+    }
+    // So would the blocks of a block mask.
+    let leaves_out_first = problem.band.left.is_some()
+        && (request.lengths != Lengths::Dense || problem.band.seen(problem.q_len, problem.kv_len).start > 0);
+    if problem.blocks.is_some() && request.mask == MaskForm::None && leaves_out_first {
+        return Err(Error::unsupported(
+            "a block mask with a window that hides the first keys from every query, on a GPU",
+            "leave out those keys, and their blocks",
         ));
     }
     if problem.batch.saturating_mul(problem.num_q_heads) > MAX_HEADS {

@@ -17,6 +17,7 @@ pub mod pass;
 pub mod preprocess;
 mod rotation;
 mod sequence;
+pub mod sparse;
 mod tensor;
 mod tiling;
 pub mod tuning;

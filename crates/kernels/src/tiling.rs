@@ -46,7 +46,7 @@ pub struct WarpTiling {
 /// A tile shape for [`Engine::Warpgroups`], each of which has 64 query rows.
 #[derive(Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct WarpgroupTiling {
-    /// Warpgroups of a block that compute: 2 or 3.
+    /// Warpgroups of a block that compute: 2 or 3, or 1 where a multiprocessor holds two blocks, whose tiles of keys differ.
     pub groups: usize,
     /// Keys of a tile: 64 or 128.
     pub tile_keys: usize,
@@ -126,6 +126,7 @@ impl Tiling {
     pub const fn min_blocks(&self) -> u32 {
         match self {
             Tiling::Warps(tiling) => tiling.min_blocks,
+            Tiling::Warpgroups(WarpgroupTiling { groups: 1, .. }) => 2,
             Tiling::Warpgroups(_) => 1,
         }
     }

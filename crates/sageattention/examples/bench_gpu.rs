@@ -6,7 +6,10 @@
 //! bench_gpu --launch SCHEME,… SHAPE…  launches every kernel once, for profilers
 //! ```
 //!
-//! A shape is `BATCH,HEADS[/KV_HEADS],LENGTH,HEAD_DIM[,causal]`. A scheme that cannot run is reported and passed over.
+//! A shape is `BATCH,HEADS[/KV_HEADS],LENGTH,HEAD_DIM` and what is visible, each after a comma: `causal`;
+//! `blocks=QxK@DENSITY`, a block mask of random blocks; `mask=padding`, a boolean mask that hides the last tenth of the
+//! keys; `mask=dense`, one of random scores; `mask=triangle`, a causal one; `mask=bias`, an additive one of random biases.
+//! A scheme that cannot run is reported and passed over.
 
 use std::error::Error;
 use std::io::{self, Write};
@@ -15,8 +18,10 @@ use std::time::Duration;
 
 use half::f16;
 use sage_core::{Geometry, Strided};
-use sageattention::cuda::{Cuda, CudaTensor, DeviceCall, DeviceTensor, Stream};
-use sageattention::{Backend, Band, Call, Choice, DType, Inputs, Options, Preset, Tensor};
+use sageattention::cuda::{
+    Buffer, Cuda, CudaTensor, DeviceBytes, DeviceCall, DeviceMask, DeviceTensor, Stream,
+};
+use sageattention::{Backend, Band, BlockMask, Call, Choice, DType, Inputs, Options, Preset, Tensor};
 use serde_json::{Value, json};
 
 type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
@@ -31,7 +36,7 @@ const TIMED: Duration = Duration::from_millis(80);
 const GROUPS: std::ops::RangeInclusive<usize> = 7..=50;
 
 const USAGE: &str =
-    "bench_gpu [--launch] SCHEME,… SHAPE…, a shape BATCH,HEADS[/KV_HEADS],LENGTH,HEAD_DIM[,causal] or -";
+    "bench_gpu [--launch] SCHEME,… SHAPE…, a shape BATCH,HEADS[/KV_HEADS],LENGTH,HEAD_DIM[,VISIBLE…] or -";
 
 fn main() -> Result<()> {
     let mut arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -64,20 +69,51 @@ struct Shape {
     length: usize,
     head_dim: usize,
     causal: bool,
+    /// Queries and keys of a block, and the share of blocks that are computed.
+    blocks: Option<(usize, usize, f64)>,
+    mask: Option<MaskKind>,
+}
+
+/// An explicit mask, of all heads and batch entries alike.
+#[derive(Clone, Copy)]
+enum MaskKind {
+    Padding,
+    Dense,
+    Triangle,
+    Bias,
 }
 
 impl FromStr for Shape {
     type Err = Box<dyn Error>;
 
     fn from_str(text: &str) -> Result<Self> {
-        let wrong = || format!("shape is {text:?}, expected BATCH,HEADS[/KV_HEADS],LENGTH,HEAD_DIM[,causal]");
-        let (sizes, causal) = match text.strip_suffix(",causal") {
-            Some(sizes) => (sizes, true),
-            None => (text, false),
-        };
-        let [batch, heads, length, head_dim] = sizes.split(',').collect::<Vec<_>>()[..] else {
+        let wrong =
+            || format!("shape is {text:?}, expected BATCH,HEADS[/KV_HEADS],LENGTH,HEAD_DIM[,VISIBLE…]");
+        let parts: Vec<&str> = text.split(',').collect();
+        let [batch, heads, length, head_dim, ref visible @ ..] = parts[..] else {
             return Err(wrong().into());
         };
+        let (mut causal, mut blocks, mut mask) = (false, None, None);
+        for visible in visible {
+            match visible.split_once('=') {
+                None if *visible == "causal" => causal = true,
+                Some(("blocks", sizes)) => {
+                    let (sizes, density) = sizes.split_once('@').ok_or_else(wrong)?;
+                    let (q, k) = sizes.split_once('x').ok_or_else(wrong)?;
+                    blocks = Some((q.parse()?, k.parse()?, density.parse()?));
+                }
+                Some(("mask", kind)) => {
+                    mask = Some(match kind {
+                        "padding" => MaskKind::Padding,
+                        "dense" => MaskKind::Dense,
+                        "triangle" => MaskKind::Triangle,
+                        "bias" => MaskKind::Bias,
+                        _ => return Err(wrong().into()),
+                    });
+                }
+                _ => return Err(wrong().into()),
+            }
+        }
         let (heads, kv_heads) = heads.split_once('/').unwrap_or((heads, heads));
         let number = |text: &str| text.parse::<usize>().map_err(|_| wrong());
         Ok(Shape {
@@ -87,6 +123,8 @@ impl FromStr for Shape {
             length: number(length)?,
             head_dim: number(head_dim)?,
             causal,
+            blocks,
+            mask,
         })
     }
 }
@@ -125,7 +163,13 @@ impl Bench {
             self.out = CudaTensor::uninitialized(&self.stream, DType::F16, &[len])?;
         }
         let [q, k, v] = &self.inputs;
-        let inputs = Inputs::new(seen_as(q, &q_sizes)?, seen_as(k, &kv_sizes)?, seen_as(v, &kv_sizes)?);
+        let blocks = shape.blocks.map(|blocks| Blocks::new(&self.stream, &shape, blocks)).transpose()?;
+        let mask = shape.mask.map(|mask| ExplicitMask::new(&self.stream, &shape, mask)).transpose()?;
+        let inputs = Inputs {
+            mask: mask.as_ref().map(ExplicitMask::view).transpose()?,
+            block_mask: blocks.as_ref().map(Blocks::view).transpose()?,
+            ..Inputs::new(seen_as(q, &q_sizes)?, seen_as(k, &kv_sizes)?, seen_as(v, &kv_sizes)?)
+        };
         let out = seen_as(&self.out, &q_sizes)?;
         let band = Band { right: shape.causal.then_some(0), ..Band::FULL };
         let call = Call::check(&inputs, &Options { band, ..Options::default() })?;
@@ -157,6 +201,72 @@ impl Bench {
     }
 }
 
+/// A block mask of random blocks on the GPU.
+struct Blocks {
+    flags: Buffer,
+    shape: [usize; 4],
+    sizes: [usize; 2],
+}
+
+impl Blocks {
+    fn new(stream: &Stream, shape: &Shape, (q, k, density): (usize, usize, f64)) -> Result<Self> {
+        let blocks = [shape.batch, shape.heads, shape.length.div_ceil(q), shape.length.div_ceil(k)];
+        let mut random = uniform(4);
+        let flags: Vec<u8> = (0..blocks.iter().product()).map(|_| u8::from(random() < density)).collect();
+        Ok(Blocks { flags: Buffer::from_slice(stream, &flags)?, shape: blocks, sizes: [q, k] })
+    }
+
+    fn view(&self) -> Result<BlockMask<DeviceBytes<'_>>> {
+        let [block_q, block_k] = self.sizes;
+        Ok(BlockMask { blocks: bytes(&self.flags, &self.shape)?, block_q, block_k })
+    }
+}
+
+/// An explicit mask on the GPU.
+enum ExplicitMask {
+    Bool(Buffer, [usize; 4]),
+    Additive(CudaTensor),
+}
+
+impl ExplicitMask {
+    fn new(stream: &Stream, shape: &Shape, kind: MaskKind) -> Result<Self> {
+        let len = shape.length;
+        let scores = [1, 1, len, len];
+        let bools =
+            |flags: Vec<u8>, sizes| Ok(ExplicitMask::Bool(Buffer::from_slice(stream, &flags)?, sizes));
+        match kind {
+            MaskKind::Padding => {
+                bools((0..len).map(|key| u8::from(key < len - len / 10)).collect(), [1, 1, 1, len])
+            }
+            MaskKind::Dense => {
+                let mut random = uniform(5);
+                bools((0..len * len).map(|_| u8::from(random() < 0.5)).collect(), scores)
+            }
+            MaskKind::Triangle => {
+                bools((0..len * len).map(|at| u8::from(at % len <= at / len)).collect(), scores)
+            }
+            MaskKind::Bias => {
+                let biases = Tensor::new(normal(6, len * len), &scores)?;
+                Ok(ExplicitMask::Additive(CudaTensor::upload(stream, &biases.view())?))
+            }
+        }
+    }
+
+    fn view(&self) -> Result<DeviceMask<'_>> {
+        Ok(match self {
+            ExplicitMask::Bool(flags, shape) => DeviceMask::Bool(bytes(flags, shape)?),
+            ExplicitMask::Additive(biases) => DeviceMask::Additive(biases.view()),
+        })
+    }
+}
+
+/// A buffer's bytes as a row-major tensor of such a shape, which it has.
+fn bytes<'a>(buffer: &'a Buffer, shape: &[usize]) -> Result<DeviceBytes<'a>> {
+    let geometry = Geometry::contiguous("mask", shape)?;
+    // SAFETY: the buffer was made of as many bytes as the shape has elements.
+    Ok(unsafe { DeviceBytes::from_raw(geometry, buffer.address()) })
+}
+
 fn elements(tensor: &CudaTensor) -> usize {
     tensor.view().geometry().len()
 }
@@ -182,6 +292,17 @@ fn times(calls: impl Fn(usize) -> sageattention::Result<Duration>) -> Result<Vec
     }
     times.sort();
     Ok(times)
+}
+
+/// Numbers from 0 to 1, from the generator of [`normal`].
+fn uniform(seed: u64) -> impl FnMut() -> f64 {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 11) as f64 / (1u64 << 53) as f64
+    }
 }
 
 /// About N(0, 1): sums of uniform numbers, from a generator that fills gigabytes in no time.

@@ -46,8 +46,8 @@ pub struct Case {
     pub sm_scale: Option<f32>,
     /// Explicit mask.
     pub mask: Option<CaseMask>,
-    /// Queries and keys of a block of a block mask; about every third block is hidden.
-    pub blocks: Option<(usize, usize)>,
+    /// A block mask.
+    pub blocks: Option<CaseBlocks>,
     /// Lengths of the sequences.
     pub sequences: Sequences,
     /// What K and V hold where no query sees a key.
@@ -80,6 +80,30 @@ pub enum Sequences {
     KvLens(Vec<i32>),
     /// Boundaries of packed queries and keys.
     Packed(Vec<i32>, Vec<i32>),
+}
+
+/// A block mask of random blocks, of every head of every batch entry.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct CaseBlocks {
+    /// Queries of a block.
+    pub block_q: usize,
+    /// Keys of a block.
+    pub block_k: usize,
+    /// The share of blocks that are computed.
+    pub kept: f64,
+}
+
+impl CaseBlocks {
+    /// Of such blocks about every third is hidden.
+    pub const fn new(block_q: usize, block_k: usize) -> Self {
+        CaseBlocks { block_q, block_k, kept: 0.67 }
+    }
+
+    /// The same, computing this share of blocks.
+    #[must_use]
+    pub const fn keeping(self, kept: f64) -> Self {
+        CaseBlocks { kept, ..self }
+    }
 }
 
 /// An explicit mask.
@@ -212,10 +236,10 @@ impl Case {
         let v = self.tensor(2, self.kv_heads, kv_rows, self.v_bias, 0.0);
         let mut rng = ChaCha8Rng::seed_from_u64(self.seed + 3);
         let mask = self.mask.map(|mask| self.explicit(&mask, &mut rng));
-        let blocks = self.blocks.map(|(block_q, block_k)| {
+        let blocks = self.blocks.map(|CaseBlocks { block_q, block_k, kept }| {
             let blocks = [self.q_len.div_ceil(block_q), self.kv_len.div_ceil(block_k)];
             let shape = [self.batch, self.q_heads, blocks[0], blocks[1]];
-            let visible = (0..shape.iter().product()).map(|_| rng.random_bool(0.67)).collect();
+            let visible = (0..shape.iter().product()).map(|_| rng.random_bool(kept)).collect();
             OwnedBlocks::new(visible, &shape, [block_q, block_k])
         });
         OwnedCall {

@@ -71,7 +71,8 @@ impl Emulated {
             lse: call.lse,
             tiling: self.tiling,
             ..Request::new(&checked.problem)
-        };
+        }
+        .with_masks_of(tensors);
         let [q_len, kv_len] = self.longest.unwrap_or([checked.problem.q_len, checked.problem.kv_len]);
         ForwardPlan::new(&Problem { q_len, kv_len, ..checked.problem }, &request, &self.machine)
     }
@@ -164,6 +165,14 @@ impl Device {
         let mask_address = call.mask.as_ref().map_or(0, |mask| upload_mask(&mut emulator, mask));
         let mask_strides =
             checked.mask.map_or([0; 4], |mask| std::array::from_fn(|i| mask.geometry().strides()[i]));
+        let flags = |flags: &[bool]| flags.iter().map(|&flag| u8::from(flag)).collect::<Vec<u8>>();
+        let blocks = call
+            .blocks
+            .as_ref()
+            .map_or(0, |blocks| emulator.buffer("blocks", &flags(&blocks.visible)).address());
+        let blocks_strides = checked
+            .block_mask
+            .map_or([0; 4], |mask| std::array::from_fn(|i| mask.blocks.geometry().strides()[i]));
         let mut list = |name: &str, values: Option<&Vec<i32>>| {
             values.map_or(0, |values| emulator.buffer(name, values).address())
         };
@@ -179,6 +188,7 @@ impl Device {
             out,
             lse: lse.map_or(0, |lse| lse.address()),
             mask: TensorArg { address: mask_address, strides: mask_strides },
+            blocks: TensorArg { address: blocks, strides: blocks_strides },
             cu_seqlens_q,
             cu_seqlens_k,
         };

@@ -2,7 +2,7 @@
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
-use sage_core::{Backend, Call, Choice, DType, Geometry, Inputs, Problem, Scheme};
+use sage_core::{Backend, BlockMask, Call, Choice, DType, Geometry, Inputs, Problem, Scheme};
 use sage_gpu::{Buffer, Cuda, CudaTensor, DeviceBytes, DeviceInputs, DeviceLse, DeviceMask, Stream, devices};
 use sage_kernels::forward::{ForwardPlan, Request};
 
@@ -41,8 +41,16 @@ impl Runner for Cuda {
         let unwritten = poison::output(call.q.dtype(), call.out);
         let [q, k, v, out] = [&call.q, &call.k, &call.v, &unwritten].map(upload);
         let mask = call.mask.as_ref().map(|mask| MaskThere::new(&stream, mask));
+        let given = call.inputs().block_mask;
+        let blocks = given.map(|mask| (mask, FlagsThere::new(&stream, mask.blocks.data())));
+        let block_mask = blocks.as_ref().map(|(mask, there)| BlockMask {
+            blocks: there.view(*mask.blocks.geometry()),
+            block_q: mask.block_q,
+            block_k: mask.block_k,
+        });
         let inputs: DeviceInputs<'_> = Inputs {
             mask: mask.as_ref().map(MaskThere::view),
+            block_mask,
             lengths: call.lengths(),
             ..Inputs::new(q.view(), k.view(), v.view())
         };
@@ -73,9 +81,24 @@ impl Runner for Cuda {
     }
 }
 
+/// Flags on the GPU, a byte each.
+struct FlagsThere(Buffer);
+
+impl FlagsThere {
+    fn new(stream: &Stream, flags: &[bool]) -> Self {
+        let bytes: Vec<u8> = flags.iter().map(|&flag| u8::from(flag)).collect();
+        FlagsThere(Buffer::from_slice(stream, &bytes).unwrap())
+    }
+
+    fn view(&self, geometry: Geometry) -> DeviceBytes<'_> {
+        // SAFETY: the buffer has all bytes that the geometry reaches.
+        unsafe { DeviceBytes::from_raw(geometry, self.0.address()) }
+    }
+}
+
 /// A mask on the GPU.
 enum MaskThere {
-    Bool(Buffer, Geometry),
+    Bool(FlagsThere, Geometry),
     Additive(CudaTensor),
 }
 
@@ -83,8 +106,7 @@ impl MaskThere {
     fn new(stream: &Stream, mask: &OwnedMask) -> Self {
         match mask {
             OwnedMask::Bool(visible, geometry) => {
-                let bytes: Vec<u8> = visible.iter().map(|&x| u8::from(x)).collect();
-                MaskThere::Bool(Buffer::from_slice(stream, &bytes).unwrap(), *geometry)
+                MaskThere::Bool(FlagsThere::new(stream, visible), *geometry)
             }
             OwnedMask::Additive(biases) => {
                 MaskThere::Additive(CudaTensor::upload(stream, &biases.view()).unwrap())
@@ -95,10 +117,7 @@ impl MaskThere {
     fn view(&self) -> DeviceMask<'_> {
         match self {
             MaskThere::Additive(tensor) => DeviceMask::Additive(tensor.view()),
-            MaskThere::Bool(buffer, geometry) => {
-                // SAFETY: the buffer has all bytes of the mask.
-                DeviceMask::Bool(unsafe { DeviceBytes::from_raw(*geometry, buffer.address()) })
-            }
+            MaskThere::Bool(flags, geometry) => DeviceMask::Bool(flags.view(*geometry)),
         }
     }
 }

@@ -34,7 +34,7 @@ mod runner;
 mod table;
 
 pub use call::{OwnedBlocks, OwnedCall, OwnedMask};
-pub use case::{Bias, Case, CaseMask, Extent, Hidden, MaskKind, Sequences};
+pub use case::{Bias, Case, CaseBlocks, CaseMask, Extent, Hidden, MaskKind, Sequences};
 pub use computed::{Computed, Tolerance, unit_roundoff};
 #[cfg(feature = "cpu")]
 pub use cpu::{CPU_FULL, CPU_QUANTISED, CPU_TIES, cpu_schemes, every_cpu, run_on_cpu};

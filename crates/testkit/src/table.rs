@@ -2,7 +2,7 @@
 
 use sage_core::{Alignment, Band, DType, Layout, Preset, Scheme, SmoothK, SmoothQ};
 
-use crate::{Bias, Case, CaseMask, Extent, Sequences};
+use crate::{Bias, Case, CaseBlocks, CaseMask, Extent, Sequences};
 
 const CAUSAL: Band = Band::causal(Alignment::BottomRight);
 const TOP_LEFT: Band = Band::causal(Alignment::TopLeft);
@@ -71,8 +71,8 @@ fn masks() -> Vec<Case> {
         Case { band: WINDOW, scheme: int8(), ..heads.clone() },
         Case { band: Band { alignment: Alignment::TopLeft, ..WINDOW }, ..heads.clone() },
         Case { band: Band { alignment: Alignment::Offset(100), ..WINDOW }, ..heads.clone() },
-        Case { band: CAUSAL, blocks: Some((64, 64)), ..heads.clone() },
-        Case { blocks: Some((33, 65)), scheme: int8(), ..heads.clone() },
+        Case { band: CAUSAL, blocks: Some(CaseBlocks::new(64, 64)), ..heads.clone() },
+        Case { blocks: Some(CaseBlocks::new(33, 65)), scheme: int8(), ..heads.clone() },
         Case { softcap: Some(20.0), sm_scale: Some(0.3), ..heads.clone() },
         Case { softcap: Some(5.0), band: CAUSAL, mask: Some(CaseMask::bool(Extent::Rows)), ..heads.clone() },
         Case {

@@ -39,6 +39,7 @@ pub(super) fn run(
         mask: call.mask.as_ref().map_or(TensorArg::default(), |mask| upload_mask(gpu, mask)),
         cu_seqlens_q,
         cu_seqlens_k,
+        ..Tensors::default()
     };
     gpu.run(plan.pass(), &tensors)?;
     let found = gpu.read(out, &geometry, dtype);

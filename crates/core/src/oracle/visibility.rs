@@ -16,6 +16,17 @@ pub fn visible_keys<'c>(
     let in_block = move |j: usize| {
         call.block_mask.is_none_or(|mask| mask.blocks.at([batch, head, i / mask.block_q, j / mask.block_k]))
     };
+    unhidden_keys(call, sequence, head, i).filter(move |&(j, _)| in_block(j))
+}
+
+/// The same without the block mask, which says what is computed.
+fn unhidden_keys<'c>(
+    call: &'c Call<'_>,
+    sequence: &'c Sequence,
+    head: usize,
+    i: usize,
+) -> impl Iterator<Item = (usize, f64)> + 'c {
+    let batch = sequence.batch;
     let bias = move |j: usize| match &call.mask {
         None => Some(0.0),
         Some(Mask::Bool(mask)) => mask.at([batch, head, i, j]).then_some(0.0),
@@ -26,7 +37,6 @@ pub fn visible_keys<'c>(
     call.problem
         .band
         .keys(i, sequence.q_len, sequence.kv_len)
-        .filter(move |&j| in_block(j))
         .filter_map(move |j| bias(j).map(|bias| (j, bias)))
 }
 
@@ -35,8 +45,9 @@ pub fn visible_keys<'c>(
 /// What no query sees has no influence on any result, whatever K and V hold there. So quantisation must not look at it
 /// either: one stray value would be enough to spoil a mean or a scale.
 ///
-/// - A key is **visible** when some query row of some head that reads it sees it: the band, the block mask and the
-///   explicit mask all let it be seen, an additive mask by any bias above −∞. Other keys count as zeros after smoothing.
+/// - A key is **visible** when some query row of some head that reads it sees it: the band and the explicit mask both
+///   let it be seen, an additive mask by any bias above −∞. Other keys count as zeros after smoothing. A
+///   [`BlockMask`](crate::BlockMask) hides no key from all of this: it says what is computed.
 /// - A key **counts** when moreover some of these rows gives it a bias above [`Mask::padding_bias`]: at and below that
 ///   bias lies what programs write for padding, which softmax sees only in rows that hold nothing else. Where no key of
 ///   the head counts, all visible ones do.
@@ -62,7 +73,7 @@ impl SeenKeys {
         let group_size = call.problem.group_size();
         for head in kv_head * group_size..(kv_head + 1) * group_size {
             for i in 0..sequence.q_len {
-                for (key, bias) in visible_keys(call, sequence, head, i) {
+                for (key, bias) in unhidden_keys(call, sequence, head, i) {
                     visible[key] = true;
                     // A bias of NaN is no padding: it is to be seen.
                     counts[key] |= bias > padding || bias.is_nan();

@@ -2,12 +2,11 @@
 
 use sage_ptx::Val;
 
-use super::config::AttentionParams;
-use crate::sequence::Sequence;
+use crate::sequence::{LengthParams, Sequence};
 
 /// The band around the diagonal of a sequence's scores, and the end of its keys.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Band<'k> {
+pub(crate) struct Band<'k> {
     q_len: Val<'k, i32>,
     kv_len: Val<'k, i32>,
     /// What a key's index is compared with: `key ≤ row + diagonal + window_right`.
@@ -17,7 +16,7 @@ pub(super) struct Band<'k> {
 }
 
 impl<'k> Band<'k> {
-    pub fn new(p: &AttentionParams<'k>, sequence: &Sequence<'k>) -> Self {
+    pub fn new(p: &LengthParams<'k>, sequence: &Sequence<'k>) -> Self {
         let aligned = p.bottom_right.ne(0).select(sequence.kv_len - sequence.q_len, 0);
         Band {
             q_len: sequence.q_len,

@@ -7,6 +7,7 @@ use crate::operand::Operands;
 use crate::params::kernel_params;
 use crate::rotation::rotated_dim;
 use crate::sequence::Lengths;
+use crate::sparse::Packing;
 use crate::tiling::{Engine, Tiling};
 
 /// Threads of a warpgroup.
@@ -29,6 +30,10 @@ pub struct AttentionConfig {
     pub operands: Operands,
     /// Explicit mask.
     pub mask: MaskForm,
+    /// Whether an additive mask is read as it was given, not packed.
+    pub given_biases: bool,
+    /// Whether a block mask's blocks end within tiles, and so are packed, with the explicit mask.
+    pub block_edges: bool,
     /// Whether scores are capped.
     pub softcap: bool,
     /// Whether the log-sum-exp is written.
@@ -68,7 +73,7 @@ pub enum TileSource {
 pub enum MaskForm {
     /// None.
     None,
-    /// A byte for each score: not 0 where visible.
+    /// One flag for each score: whether the key is visible.
     Bool,
     /// Added to the scaled scores.
     Bias(DType),
@@ -86,6 +91,15 @@ impl MaskForm {
 }
 
 impl AttentionConfig {
+    /// How the masks that tiles read are packed, where they are.
+    pub fn packing(&self) -> Option<Packing> {
+        match self.mask {
+            MaskForm::Bias(dtype) if !self.given_biases => Some(Packing::Biases(dtype)),
+            MaskForm::Bool => Some(Packing::Bits),
+            MaskForm::None | MaskForm::Bias(_) => self.block_edges.then_some(Packing::Bits),
+        }
+    }
+
     /// Query rows of a block.
     pub fn block_q(&self) -> usize {
         self.tiling.block_q()

@@ -44,6 +44,8 @@ impl Kernel for AttentionConfig {
             name += &format!("_{}", self.mask.name());
         }
         for (on, part) in [
+            (self.given_biases, "_given"),
+            (self.block_edges, "_edges"),
             (self.softcap, "_softcap"),
             (self.lse, "_lse"),
             (self.smooth_k, "_sk"),
@@ -85,6 +87,8 @@ impl Kernel for AttentionConfig {
             MaskForm::Bias(dtype) => text += &format!(", additive mask in {dtype}"),
         }
         for (on, what) in [
+            (self.given_biases, " as given"),
+            (self.block_edges, ", blocks that end within tiles"),
             (self.softcap, ", softcap"),
             (self.lse && !self.split, ", with LSE"),
             (self.smooth_q.is_some(), ", smooth Q"),

@@ -5,16 +5,20 @@
 //! list in device memory gives each position its tile, for maps of blocks and for masks whose tiles somebody has
 //! classed.
 
-use sage_ptx::{Code, Global, Val};
+use sage_ptx::{Code, Global, Val, Var};
 
 use super::band::Band;
 use super::config::{AttentionConfig, AttentionParams};
 use crate::params::kernel_params;
+use crate::sparse::{MaskWords, Packing, STRIP_ROWS};
 use crate::tiling::Engine;
 
-/// What an entry of a list has beside the index of a tile that the band or the end of the keys cuts: keys of such a
-/// tile are compared with both. (An explicit mask is read for every tile.)
+/// What an entry of a list has beside the index of a tile of which the band or the end of the keys hides some score: keys
+/// of such a tile are compared with both.
 pub const CUT_TILE: u32 = 1 << 31;
+
+/// What an entry of a list has beside the index of a tile of which a mask hides or changes some score: there it is read.
+pub const MASKED_TILE: u32 = 1 << 30;
 
 kernel_params! {
     /// What a launch of a kernel whose tiles are those of lists passes after [`AttentionArgs`](super::AttentionArgs).
@@ -24,7 +28,7 @@ kernel_params! {
         /// Tiles of each list.
         tile_counts: [i32],
         /// The lists: indices of tiles of [`tile_keys`](crate::Tiling::tile_keys) keys that the sequence has, in any
-        /// order, none twice, with [`CUT_TILE`] where the band or the end of the keys hides some key from some row.
+        /// order, none twice, with [`CUT_TILE`] and [`MASKED_TILE`] where these are so.
         tile_lists: [u32],
         /// Entries from one list to the next.
         list_stride: i32,
@@ -32,6 +36,14 @@ kernel_params! {
         list_stride_sequence: i32,
         /// Lists from one query head's to the next's.
         list_stride_head: i32,
+        /// The words of a mask: see [`PackMaskConfig`](crate::sparse::PackMaskConfig).
+        mask_words: [u32],
+        /// Words from one sequence's to the next's.
+        words_stride_sequence: i64,
+        /// Words from one query head's to the next's.
+        words_stride_head: i64,
+        /// Words from those of one strip of rows to the next's.
+        words_stride_strip: i64,
     }
 }
 
@@ -53,6 +65,25 @@ impl<'k> TileListParams<'k> {
         let list = sequence * self.list_stride_sequence + head * self.list_stride_head + q_tile;
         let entries = self.tile_lists.at(list.mul_wide(self.list_stride));
         TileList { count: self.tile_counts.at(list).load().named("tile_count"), entries }
+    }
+
+    /// The words of a head's mask, for a lane; the sequence has `q_len` rows.
+    pub(super) fn mask_words(
+        &self,
+        packing: Packing,
+        sequence: Val<'k, i32>,
+        head: Val<'k, i32>,
+        lane: Val<'k, i32>,
+        q_len: Val<'k, i32>,
+    ) -> MaskWords<'k> {
+        let first = sequence.widen() * self.words_stride_sequence + head.widen() * self.words_stride_head;
+        MaskWords {
+            packing,
+            start: self.mask_words.at(first),
+            lane,
+            stride_strip: self.words_stride_strip,
+            last_strip: (q_len - 1) / STRIP_ROWS as i32,
+        }
     }
 }
 
@@ -115,7 +146,20 @@ enum Cut<'k> {
 }
 
 impl<'k> KeyTile<'k> {
-    /// Whether some key is hidden from some row of the group.
+    fn of_entry(position: Val<'k, i32>, entry: Val<'k, u32>) -> Self {
+        let index = (entry & !(CUT_TILE | MASKED_TILE)).reinterpret::<i32>().named("tile");
+        KeyTile { position, index, cut: Cut::Entry(entry) }
+    }
+
+    /// Whether a mask hides or changes some of its scores.
+    pub fn is_masked(&self) -> Val<'k, bool> {
+        match self.cut {
+            Cut::Entry(entry) => (entry & MASKED_TILE).ne(0u32),
+            Cut::Known(_) | Cut::Outside(_) => self.index.code().constant(false),
+        }
+    }
+
+    /// Whether the band or the end of the keys hides some key from some row of the group.
     pub fn is_cut(&self) -> Val<'k, bool> {
         match self.cut {
             Cut::Known(cut) => self.index.code().constant(cut),
@@ -194,11 +238,7 @@ impl<'k> KeyTiles<'k> {
     pub fn at(&self, position: Val<'k, i32>) -> KeyTile<'k> {
         match *self {
             KeyTiles::Band { inner, .. } => KeyTile { position, index: position, cut: Cut::Outside(inner) },
-            KeyTiles::List { entries, .. } => {
-                let entry = entries.at(position).load();
-                let index = (entry & !CUT_TILE).reinterpret::<i32>().named("tile");
-                KeyTile { position, index, cut: Cut::Entry(entry) }
-            }
+            KeyTiles::List { entries, .. } => KeyTile::of_entry(position, entries.at(position).load()),
         }
     }
 
@@ -210,7 +250,18 @@ impl<'k> KeyTiles<'k> {
     /// Calls `load` with the index of each tile that the block loads.
     pub fn for_each_loaded(&self, code: &'k Code, load: impl FnOnce(Val<'k, i32>)) {
         let Span { start, end } = self.loaded();
-        code.range(start, end, |position| load(self.at(position).index));
+        match *self {
+            KeyTiles::Band { .. } => code.range(start, end, load),
+            // An entry is asked for a tile ahead of its use.
+            KeyTiles::List { entries, .. } => code.when(start.lt(end), || {
+                let next = code.var(entries.at(start).load()).named("next_entry");
+                code.range(start, end, |position| {
+                    let this = code.var(next.get());
+                    next.set(entries.at((position + 1).min(end - 1)).load());
+                    load(KeyTile::of_entry(position, this.get()).index);
+                });
+            }),
+        }
     }
 
     /// Calls `pass` with each tile that the block loads for other groups before this one's.
@@ -244,6 +295,52 @@ impl<'k> KeyTiles<'k> {
             KeyTiles::List { positions, .. } => {
                 code.range(positions.start, positions.end, |position| compute(self.at(position)));
             }
+        }
+    }
+}
+
+/// The tiles that a group computes, one after the other, of which the next is known while this one is computed: entries
+/// of a list are asked for a tile ahead of their use.
+pub(super) struct Walk<'k> {
+    tiles: KeyTiles<'k>,
+    /// This tile's entry and the next one's, where there is a list.
+    entries: Option<[Var<'k, u32>; 2]>,
+}
+
+impl<'k> Walk<'k> {
+    /// From the first tile on, which there is.
+    pub fn start(code: &'k Code, tiles: KeyTiles<'k>) -> Self {
+        let entries = match tiles {
+            KeyTiles::Band { .. } => None,
+            KeyTiles::List { entries, positions } => {
+                let first = entries.at(positions.start).load();
+                Some([code.var(first).named("entry"), code.var(first).named("next_entry")])
+            }
+        };
+        Walk { tiles, entries }
+    }
+
+    /// The tile at a position, where the walk is.
+    pub fn this(&self, position: Val<'k, i32>) -> KeyTile<'k> {
+        match self.entries {
+            None => self.tiles.at(position),
+            Some([this, _]) => KeyTile::of_entry(position, this.get()),
+        }
+    }
+
+    /// The tile after the one at a position, which there is.
+    pub fn next(&self, position: Val<'k, i32>) -> KeyTile<'k> {
+        let next = self.tiles.at(position + 1);
+        if let (Some([_, entry]), Cut::Entry(loaded)) = (self.entries, next.cut) {
+            entry.set(loaded);
+        }
+        next
+    }
+
+    /// Moves to the tile that was the next.
+    pub fn advance(&self) {
+        if let Some([this, next]) = self.entries {
+            this.set(next.get());
         }
     }
 }

@@ -36,11 +36,13 @@ use crate::kernel::Kernel;
 use crate::operand::Element;
 use crate::tiling::Engine;
 
+pub(crate) use band::Band;
 use config::AttentionParams;
 pub use config::{AttentionArgs, AttentionConfig, MaskForm, TileSource, padded_dim};
 pub(crate) use epilogue::least_lse;
 use key_tiles::TileListParams;
-pub use key_tiles::{CUT_TILE, TileListArgs};
+pub use key_tiles::{CUT_TILE, MASKED_TILE, TileListArgs};
+pub(crate) use score_tile::LEAST_BIAS;
 pub use warpgroups::{TENSOR_MAPS, boxed_tensors, stage_bytes};
 
 /// The attention kernel of a configuration.

@@ -8,6 +8,7 @@ use super::key_tiles::{KeyTiles, TileListParams};
 use crate::grid::BlockHead;
 use crate::preprocess::SeenKeys;
 use crate::sequence::{KEY_TILE, LengthParams, Lengths, Sequence};
+use crate::sparse::{MaskWords, STRIP_ROWS};
 
 /// A block's queries, and the tiles of keys that they see.
 #[derive(Clone, Copy, Debug)]
@@ -27,6 +28,8 @@ pub(super) struct Place<'k> {
     pub key_tiles: KeyTiles<'k>,
     /// Where a mask hides keys: those that some query sees.
     pub seen: Option<SeenKeys<'k>>,
+    /// The words of a mask, where it is packed.
+    pub mask_words: Option<MaskWords<'k>>,
     /// Index of the part of the keys, where they are split.
     pub split: Val<'k, i32>,
     /// Whether the sequence has no such queries.
@@ -76,9 +79,10 @@ impl<'k> Place<'k> {
         } else {
             (sequence, lane.code().constant(0))
         };
-        let sequence = sequence_of(config, p, sequence_index);
+        let lengths = lengths(p);
+        let sequence = sequence_of(config, p, &lengths, sequence_index);
         let first_row = (q_tile * config.block_q() as i32).named("first_row");
-        let band = Band::new(p, &sequence);
+        let band = Band::new(&lengths, &sequence);
         let key_tiles = match lists {
             Some(lists) => KeyTiles::of_list(config, p, &lists.list(sequence_index, head, q_tile), split),
             None => KeyTiles::of_band(config, p, &band, [first_row, warp, split]),
@@ -87,6 +91,10 @@ impl<'k> Place<'k> {
             let first = sequence_index * p.seen_stride_sequence + kv_head * p.seen_stride_head;
             SeenKeys::new(p.seen, first)
         });
+        let words_of = |(lists, packing): (&TileListParams<'k>, _)| {
+            lists.mask_words(packing, sequence_index, head, lane, sequence.q_len)
+        };
+        let mask_words = lists.zip(config.packing()).map(words_of);
         Place {
             sequence,
             sequence_index,
@@ -99,6 +107,7 @@ impl<'k> Place<'k> {
             band,
             key_tiles,
             seen,
+            mask_words,
             split,
             empty: first_row.ge(sequence.q_len),
         }
@@ -107,6 +116,11 @@ impl<'k> Place<'k> {
     /// The row of the sequence that the lane holds in slot `slot`.
     pub fn row(&self, slot: usize) -> Val<'k, i32> {
         self.warp_row + lane_row(self.lane) + (SLOT_ROWS * slot) as i32
+    }
+
+    /// Which strip of 16 rows the warp's strip `index` is of the sequence's.
+    pub fn strip(&self, index: usize) -> Val<'k, i32> {
+        (self.warp_row >> STRIP_ROWS.ilog2() as i32) + index as i32
     }
 
     /// Index of the row's block of `rows` queries among those of all heads: of the last one that has a mean, where
@@ -128,9 +142,9 @@ impl<'k> Place<'k> {
     }
 }
 
-/// Sequence `index` of the call.
-fn sequence_of<'k>(config: &AttentionConfig, p: &AttentionParams<'k>, index: Val<'k, i32>) -> Sequence<'k> {
-    let lengths = LengthParams {
+/// What the kernel is told about lengths.
+fn lengths<'k>(p: &AttentionParams<'k>) -> LengthParams<'k> {
+    LengthParams {
         q_rows: p.q_rows,
         kv_rows: p.kv_rows,
         cu_seqlens_q: p.cu_seqlens_q,
@@ -138,9 +152,18 @@ fn sequence_of<'k>(config: &AttentionConfig, p: &AttentionParams<'k>, index: Val
         window_left: p.window_left,
         window_right: p.window_right,
         bottom_right: p.bottom_right,
-    };
+    }
+}
+
+/// Sequence `index` of the call.
+fn sequence_of<'k>(
+    config: &AttentionConfig,
+    p: &AttentionParams<'k>,
+    lengths: &LengthParams<'k>,
+    index: Val<'k, i32>,
+) -> Sequence<'k> {
     let masked = config.mask != MaskForm::None;
-    let mut sequence = Sequence::new(index.code(), config.lengths, masked, &lengths, index);
+    let mut sequence = Sequence::new(index.code(), config.lengths, masked, lengths, index);
     if config.lengths == Lengths::Packed {
         // Lengths in device memory may exceed the longest that the caller spoke of: nobody has prepared such tiles.
         sequence.kv_len = sequence.kv_len.min(p.max_tiles * KEY_TILE as i32).named("kv_len");

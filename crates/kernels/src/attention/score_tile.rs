@@ -2,6 +2,7 @@
 
 use std::f32::consts::LOG2_E;
 
+use sage_core::DType;
 use sage_ptx::{Rows, Stored, Tile, Val, Var, lane_column};
 
 use super::config::AttentionParams;
@@ -9,10 +10,11 @@ use super::place::Place;
 use super::queries::Queries;
 use crate::integer::ROUNDING_MAGIC;
 use crate::sequence::KEY_TILE;
+use crate::sparse::LaneWords;
 
 /// The least bias that is finite in base 2, where the least finite reference still lies below it: `-2¹²⁷`, in natural
 /// units.
-const LEAST_BIAS: f32 = -LEAST_REFERENCE / LOG2_E;
+pub(crate) const LEAST_BIAS: f32 = -LEAST_REFERENCE / LOG2_E;
 
 /// `2¹²⁷`: rows whose scores are all biased by less have this reference, negative.
 pub(super) const LEAST_REFERENCE: f32 = f32::from_bits(254 << 23);
@@ -31,6 +33,13 @@ pub(super) struct ScoreTile<'k> {
 /// A scale of zero stands for zeros; a tiny one does as well, and hidden keys stay at minus infinity times it.
 pub(super) fn nonzero<'k>(scale: Val<'k, f32>) -> Val<'k, f32> {
     scale.eq(0.0).select(1e-30, scale)
+}
+
+/// A score in base 2 with a bias in natural units added. A bias of −∞ hides the key whatever its score is, and no other
+/// bias does: in base 2 the least finite ones would overflow. A score of −∞ stays so whatever is added.
+fn biased<'k>(score: Val<'k, f32>, bias: Val<'k, f32>) -> Val<'k, f32> {
+    let biased = bias.max_nan(LEAST_BIAS).mul_add(LOG2_E, score);
+    bias.eq(f32::NEG_INFINITY).select(f32::NEG_INFINITY, biased)
 }
 
 impl<'k> ScoreTile<'k> {
@@ -88,11 +97,23 @@ impl<'k> ScoreTile<'k> {
         });
     }
 
-    /// Hides the keys whose byte of the mask is 0.
-    pub fn mask(&self, p: &AttentionParams<'k>, place: &Place<'k>) {
-        self.first_key.code().note("scores: boolean mask");
-        self.for_each_of_mask::<u8>(p, place, |value, mask| {
-            value.set(mask.ne(0u32).select(value, f32::NEG_INFINITY));
+    /// Hides the keys that the bits of a mask hide, whose columns are counted from `first_column` on.
+    pub fn hide_by_bits(&self, words: &LaneWords<'k>, first_column: usize) {
+        self.first_key.code().note("scores: bits of a mask");
+        self.values.for_each(|slot, column, value| {
+            let visible = words.is_visible(slot, first_column + column);
+            value.set(visible.select(value, f32::NEG_INFINITY));
+        });
+    }
+
+    /// Adds packed biases, whose columns are counted from `first_column` on: but for −∞ they were made finite in base 2
+    /// when they were packed.
+    pub fn add_packed_biases(&self, words: &LaneWords<'k>, dtype: DType, first_column: usize) {
+        self.first_key.code().note("scores: packed additive mask");
+        self.values.for_each(|slot, column, value| {
+            let bias = words.bias(dtype, slot, first_column + column);
+            let biased = bias.mul_add(LOG2_E, value.get());
+            value.set(bias.eq(f32::NEG_INFINITY).select(f32::NEG_INFINITY, biased));
         });
     }
 
@@ -104,31 +125,17 @@ impl<'k> ScoreTile<'k> {
         to_f32: impl Fn(Val<'k, B::Value>) -> Val<'k, f32>,
     ) {
         self.first_key.code().note("scores: additive mask");
-        self.for_each_of_mask::<B>(p, place, |value, bias| {
-            let bias = to_f32(bias);
-            // A bias of −∞ hides the key whatever its score is, and no other bias does: in base 2 the least finite ones
-            // would overflow. A score of −∞ stays so whatever is added.
-            let biased = bias.max_nan(LEAST_BIAS).mul_add(LOG2_E, value.get());
-            value.set(bias.eq(f32::NEG_INFINITY).select(f32::NEG_INFINITY, biased));
-        });
-    }
-
-    /// Calls `visit` with each value and its element of the mask; hidden rows and keys read the last valid one.
-    fn for_each_of_mask<B: Stored>(
-        &self,
-        p: &AttentionParams<'k>,
-        place: &Place<'k>,
-        visit: impl Fn(Var<'k, f32>, Val<'k, B::Value>),
-    ) {
         let first_key = self.lane_key(place);
         let base = p.mask.head(place.sequence.batch, place.head);
+        // Hidden rows and keys read the last valid one.
         let rows = Rows::from_fn(self.values.slots(), |slot| {
             let row = place.row(slot).min(place.sequence.q_len - 1);
             p.mask.start.cast::<B>().at(base + row.widen() * p.mask.row_stride())
         });
         self.values.for_each(|slot, key, value| {
             let key = (first_key + key as i32).min(place.sequence.kv_len - 1);
-            visit(value, rows[slot].at(key.widen() * p.mask.key_stride()).load());
+            let bias = to_f32(rows[slot].at(key.widen() * p.mask.key_stride()).load());
+            value.set(biased(value.get(), bias));
         });
     }
 

@@ -1,5 +1,7 @@
 //! Q·Kᵀ of a tile, and what comes between it and the softmax: scales, caps, biases, masks.
 
+use std::ops::Range;
+
 use half::{bf16, f16};
 use sage_core::{DType, Granularity, ZeroGroup};
 use sage_ptx::{
@@ -14,6 +16,7 @@ use crate::integer::ROUNDING_MAGIC_BITS;
 use crate::operand::Element;
 use crate::preprocess::groups_of_tile;
 use crate::sequence::KEY_TILE;
+use crate::sparse::{LaneWords, Packing, STRIP_ROWS};
 
 /// How a warp's scores are computed.
 pub(super) struct Scoring<'k, 'c> {
@@ -31,8 +34,18 @@ pub(super) struct Keys<'k> {
     pub fragments: FragmentSource<'k>,
     /// The lane's scales: see [`KeyScales`].
     pub scales: Vec<Val<'k, f32>>,
-    /// Whether some key is hidden from some row of the block.
+    /// What is hidden of it.
+    pub masking: Masking<'k>,
+}
+
+/// What is hidden of a tile's scores, and added to them.
+pub(super) struct Masking<'k> {
+    /// Whether the band or the end of the keys hides some.
     pub cut: Val<'k, bool>,
+    /// Whether a mask hides or changes some.
+    pub masked: Val<'k, bool>,
+    /// The words of a mask for each 64 keys of the tile; empty where they are loaded when they are needed.
+    pub words: Vec<LaneWords<'k>>,
 }
 
 impl<'k> Scoring<'k, '_> {
@@ -50,12 +63,56 @@ impl<'k> Scoring<'k, '_> {
         };
         let first_key = keys.index * tile_keys as i32 + first_column as i32;
         let scores = self.scaled(values, first_key, first_column, &keys.scales);
-        self.code.when(keys.cut, || scores.hide(&self.place));
+        self.hide(std::slice::from_ref(&scores), first_column, &keys.masking);
         scores
     }
 
+    /// Hides what a mask, the band and the end of the keys hide, and adds biases, where they say that they do:
+    /// `scores` are those of each 64 keys of a tile, or of its columns from `first_column` on.
+    pub fn hide(&self, scores: &[ScoreTile<'k>], first_column: usize, masking: &Masking<'k>) {
+        let (config, p, place) = (self.config, &self.params, &self.place);
+        self.code.when(masking.masked, || {
+            for (part, scores) in scores.iter().enumerate() {
+                match config.mask {
+                    MaskForm::Bias(DType::F16) if config.given_biases => {
+                        scores.add_bias::<f16>(p, place, |x| x.to_f32());
+                    }
+                    MaskForm::Bias(DType::BF16) if config.given_biases => {
+                        scores.add_bias::<bf16>(p, place, |x| x.to_f32());
+                    }
+                    MaskForm::Bias(DType::F32) if config.given_biases => {
+                        scores.add_bias::<f32>(p, place, |x| x)
+                    }
+                    _ => {}
+                }
+                let loaded = masking.words.get(part).cloned();
+                let columns = first_column..first_column + scores.values.columns();
+                let first_key = scores.first_key - first_column as i32;
+                match loaded.or_else(|| self.mask_words(first_key, columns)) {
+                    Some(words) => match words.packing {
+                        Packing::Bits => scores.hide_by_bits(&words, first_column),
+                        Packing::Biases(dtype) => scores.add_packed_biases(&words, dtype, first_column),
+                    },
+                    None => {}
+                }
+            }
+        });
+        self.code.when(masking.cut, || scores.iter().for_each(|scores| scores.hide(place)));
+    }
+
+    /// The words of a mask for some columns of the keys from `first_key` on, where it is packed.
+    pub fn mask_words(&self, first_key: Val<'k, i32>, columns: Range<usize>) -> Option<LaneWords<'k>> {
+        let tiling = &self.config.tiling;
+        let (tile, column) = first_key.split_index(KEY_TILE);
+        let strips: Vec<_> =
+            (0..tiling.rows_per_warp() / STRIP_ROWS).map(|strip| self.place.strip(strip)).collect();
+        let words = self.place.mask_words?.load(&strips, tile, columns);
+        // Of a tile with some of the 64 keys the bits are moved to the first.
+        Some(if tiling.tile_keys() < KEY_TILE { words.map(|word| word >> (column >> 2)) } else { words })
+    }
+
     /// Scores of products with the keys from `first_key` on, which is column `first_column` of those that `key_scales`
-    /// are for: with their scales, smooth-Q's correction, cap and explicit mask.
+    /// are for: with their scales, smooth-Q's correction and cap.
     pub fn scaled(
         &self,
         values: Tile<Var<'k, f32>>,
@@ -103,10 +160,10 @@ impl<'k> Scoring<'k, '_> {
         sums.reinterpret()
     }
 
-    /// Applies smooth-Q's correction, cap and explicit mask.
+    /// Applies smooth-Q's correction and cap.
     fn finish(&self, mut scores: ScoreTile<'k>) -> ScoreTile<'k> {
         let (config, p, place) = (self.config, &self.params, &self.place);
-        if config.smooth_q.is_some() || config.softcap || config.mask != MaskForm::None {
+        if config.smooth_q.is_some() || config.softcap || matches!(config.mask, MaskForm::Bias(_)) {
             scores = scores.unbiased();
         }
         if let Some(block) = config.smooth_q {
@@ -116,13 +173,6 @@ impl<'k> Scoring<'k, '_> {
         if config.softcap {
             self.code.note("scores: soft cap");
             scores.cap(p, &self.queries);
-        }
-        match config.mask {
-            MaskForm::None => {}
-            MaskForm::Bool => scores.mask(p, place),
-            MaskForm::Bias(DType::F16) => scores.add_bias::<f16>(p, place, |x| x.to_f32()),
-            MaskForm::Bias(DType::BF16) => scores.add_bias::<bf16>(p, place, |x| x.to_f32()),
-            MaskForm::Bias(DType::F32) => scores.add_bias::<f32>(p, place, |x| x),
         }
         scores
     }

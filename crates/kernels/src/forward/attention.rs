@@ -4,6 +4,7 @@ use sage_core::{Accumulator, Granularity, IntQuantizer, Scheme};
 
 use super::call::{ForwardCall, ForwardPass, slot};
 use super::choice::FEW_QUERIES;
+use super::lists::TileLists;
 use super::tensors::Tensors;
 use crate::attention::{
     AttentionArgs, AttentionConfig, MaskForm, TileSource, boxed_tensors, padded_dim, stage_bytes,
@@ -15,7 +16,7 @@ use crate::pass::{Addresses, Slot};
 use crate::sequence::{KEY_TILE, Lengths};
 use crate::tensor::TensorArg;
 use crate::tiling::Engine;
-use crate::tuning::{Key, Tuned, tiling};
+use crate::tuning::{Key, Tuned, of_blocks, tiling};
 
 /// Most heads that attention works on at once: their pieces are many times a GPU's multiprocessors, and the search
 /// for a divisor is short.
@@ -46,11 +47,20 @@ impl PlannedAttention {
             Some(tiling) => Tuned { tiling, reason: "as asked for, or as `sageattn tune` measured" },
             None => tiling(&call.machine, &key),
         };
+        let tuned = problem.blocks.map_or(tuned, |blocks| of_blocks(&call.machine, &key, tuned, blocks));
+        let whole_tiles = |[rows, keys]: [usize; 2]| {
+            rows.is_multiple_of(tuned.tiling.block_q()) && keys.is_multiple_of(tuned.tiling.tile_keys())
+        };
         let mut config = AttentionConfig {
             dtype: problem.dtype,
             head_dim: problem.head_dim,
             operands,
             mask: request.mask,
+            given_biases: matches!(request.mask, MaskForm::Bias(_))
+                && (request.mask_extent.batches
+                    || request.mask_extent.heads
+                    || tuned.tiling.tile_keys() < KEY_TILE),
+            block_edges: !problem.blocks.is_none_or(whole_tiles),
             softcap: problem.logit_softcap.is_some(),
             lse: request.lse,
             smooth_k: scheme.smooth.k.is_on(),
@@ -60,7 +70,7 @@ impl PlannedAttention {
             lengths: request.lengths,
             aligned: request.aligned,
             split: false,
-            tiles: TileSource::Band,
+            tiles: if call.lists_tiles() { TileSource::List } else { TileSource::Band },
             tiling: tuned.tiling,
         };
         reasons.push(format!(
@@ -80,6 +90,7 @@ impl PlannedAttention {
 
     /// Adds the launches, whose operands are those of the launches before.
     pub fn launch(&self, pass: &mut ForwardPass) {
+        let lists = self.call.lists_tiles().then(|| TileLists::make(&self.call, &self.config, pass));
         let slots = AttentionSlots::of(self, pass);
         let (call, config, splits) = (self.call, self.config, self.splits);
         let [q_tiles, all_heads] = self.pieces();
@@ -105,11 +116,14 @@ impl PlannedAttention {
                 splits: splits as i32,
                 ..slots.args(&call, &config, at)
             };
+            let (plain, listed) = (args.args(), lists.map(|lists| lists.args(&args, at)));
+            let values = listed.as_ref().map_or(&plain[..], |listed| &listed[..]);
             match config.tiling.engine() {
-                Engine::Warps => launch(grid(q_tiles, all_heads), &args.args(), &[]),
+                Engine::Warps => launch(grid(q_tiles, all_heads), values, &[]),
                 Engine::Warpgroups => {
-                    let blocks = (q_tiles * all_heads).min(call.machine.multiprocessors);
-                    launch([blocks as u32, 1, 1], &args.args(), &boxed(at, &args));
+                    let resident = call.machine.multiprocessors * config.tiling.min_blocks() as usize;
+                    let blocks = (q_tiles * all_heads).min(resident);
+                    launch([blocks as u32, 1, 1], values, &boxed(at, &args));
                 }
             }
         });
@@ -250,7 +264,7 @@ fn key(call: &ForwardCall, operands: &Operands, smooth_q: Option<usize>) -> Key 
         fp8: operands.v.element == Element::E4M3,
         two_level: operands.sums_tiles_first(),
         padded_dim: padded_dim(call.problem.head_dim),
-        plain: call.request.mask != MaskForm::None
+        plain: matches!(call.request.mask, MaskForm::Bias(_))
             || call.problem.logit_softcap.is_some()
             || smooth_q.is_some()
             || granularity == Some(Granularity::PerToken),

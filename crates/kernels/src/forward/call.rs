@@ -28,6 +28,12 @@ pub(crate) mod slot {
     pub const SEEN: &str = "seen";
     /// How many keys before each tile count, where a mask hides keys.
     pub const RANKS: &str = "ranks";
+    /// Classes of the tiles of a mask, and its packed elements.
+    pub const MASK_CLASSES: &str = "mask_classes";
+    pub const MASK_WORDS: &str = "mask_words";
+    /// Lists of tiles of keys, and how many tiles each has.
+    pub const TILE_COUNTS: &str = "tile_counts";
+    pub const TILE_LISTS: &str = "tile_lists";
     /// Means of query blocks.
     pub const Q_MEAN: &str = "q_mean";
     /// Quantised tiles of K, their scales and the means of its channels.
@@ -107,7 +113,12 @@ impl ForwardCall {
 
     /// Whether every query sees as many keys.
     pub fn pieces_alike(&self) -> bool {
-        self.problem.band.is_full() && self.request.lengths == Lengths::Dense
+        self.problem.band.is_full() && self.request.lengths == Lengths::Dense && !self.lists_tiles()
+    }
+
+    /// Whether an explicit mask or a block mask says which tiles of keys are multiplied.
+    pub fn lists_tiles(&self) -> bool {
+        self.request.mask != MaskForm::None || self.problem.blocks.is_some()
     }
 
     /// Key heads and sequences with a mask of their own.

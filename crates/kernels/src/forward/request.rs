@@ -2,6 +2,7 @@
 
 use sage_core::{Problem, Scheme};
 
+use super::tensors::Tensors;
 use crate::attention::MaskForm;
 use crate::sequence::Lengths;
 use crate::tiling::Tiling;
@@ -18,6 +19,12 @@ pub struct Request {
     pub accuracy: Option<f32>,
     /// Explicit mask.
     pub mask: MaskForm,
+    /// Which dimensions of an explicit mask are not broadcast.
+    pub mask_extent: Extent,
+    /// Whether an explicit mask's keys are pairs that lie side by side, each at a multiple of its size.
+    pub mask_pairs: bool,
+    /// Which dimensions of a block mask are not broadcast.
+    pub blocks_extent: Extent,
     /// Where lengths come from.
     pub lengths: Lengths,
     /// Query rows of the tensors: of a sequence, or of all when packed.
@@ -34,6 +41,39 @@ pub struct Request {
     pub tiling: Option<Tiling>,
 }
 
+/// Which dimensions of a mask are not broadcast.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Whether batch entries differ.
+    pub batches: bool,
+    /// Whether heads differ.
+    pub heads: bool,
+    /// Whether query rows differ.
+    pub rows: bool,
+}
+
+impl Extent {
+    /// All of them.
+    pub const ALL: Extent = Extent { batches: true, heads: true, rows: true };
+
+    pub(super) const NONE: Extent = Extent { batches: false, heads: false, rows: false };
+
+    /// That of a mask with such strides: an element that is at the same place for all indices is broadcast.
+    pub fn of(strides: &[i64; 4]) -> Self {
+        let [batches, heads, rows, _] = strides.map(|stride| stride != 0);
+        Extent { batches, heads, rows }
+    }
+
+    /// That of two masks together.
+    pub(super) fn or(self, other: Self) -> Self {
+        Extent {
+            batches: self.batches || other.batches,
+            heads: self.heads || other.heads,
+            rows: self.rows || other.rows,
+        }
+    }
+}
+
 impl Request {
     /// The planner's choices for a problem whose tensors are dense, without gaps and without the log-sum-exp; its mask, if it
     /// has one, is boolean.
@@ -43,6 +83,9 @@ impl Request {
             scheme: None,
             accuracy: None,
             mask: if problem.masked { MaskForm::Bool } else { MaskForm::None },
+            mask_extent: Extent::ALL,
+            mask_pairs: pairs(problem.kv_len),
+            blocks_extent: Extent::ALL,
             lengths: if problem.packed { Lengths::Packed } else { Lengths::Dense },
             q_rows: problem.q_len,
             kv_rows: problem.kv_len,
@@ -52,4 +95,26 @@ impl Request {
             tiling: None,
         }
     }
+
+    /// The same for masks that lie so in memory.
+    #[must_use]
+    pub fn with_masks_of(self, tensors: &Tensors) -> Self {
+        let [of_others @ .., of_keys] = &tensors.mask.strides;
+        let element_bytes = match self.mask {
+            MaskForm::None | MaskForm::Bool => 1,
+            MaskForm::Bias(dtype) => dtype.bytes() as u64,
+        };
+        let mask_pairs = pairs(self.kv_rows)
+            && *of_keys == 1
+            && of_others.iter().all(|stride| stride % 2 == 0)
+            && tensors.mask.address.is_multiple_of(2 * element_bytes);
+        let [mask_extent, blocks_extent] =
+            [tensors.mask, tensors.blocks].map(|mask| Extent::of(&mask.strides));
+        Request { mask_extent, mask_pairs, blocks_extent, ..self }
+    }
+}
+
+/// Whether so many keys are pairs.
+fn pairs(keys: usize) -> bool {
+    keys >= 2 && keys.is_multiple_of(2)
 }

@@ -18,6 +18,8 @@ pub struct Tensors {
     pub lse: u64,
     /// Explicit mask, `[batch, heads, queries, keys]`.
     pub mask: TensorArg<4>,
+    /// Flags of a block mask, a byte each, `[batch, heads, blocks of queries, blocks of keys]`.
+    pub blocks: TensorArg<4>,
     /// Boundaries of packed queries.
     pub cu_seqlens_q: u64,
     /// Boundaries of packed keys, or valid keys of each batch entry.

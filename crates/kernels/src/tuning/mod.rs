@@ -1,6 +1,7 @@
 //! Tile shapes for each GPU and kind of kernel: tables of rows by architecture, each with its measured reason.
 
 mod ampere;
+mod blocks;
 mod candidates;
 mod hopper;
 
@@ -9,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::machine::Machine;
 use crate::tiling::Tiling;
 
+pub(crate) use blocks::of_blocks;
 pub use candidates::candidates;
 
 /// What the tile shape of a kernel is chosen by.

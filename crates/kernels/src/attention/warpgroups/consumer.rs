@@ -13,14 +13,15 @@ use super::pipeline::Cursor;
 use super::tma_ring::TmaRing;
 use crate::attention::config::{AttentionConfig, AttentionParams};
 use crate::attention::epilogue::Epilogue;
-use crate::attention::key_tiles::{KeyTile, Span};
+use crate::attention::key_tiles::{KeyTile, Span, Walk};
 use crate::attention::place::Place;
 use crate::attention::queries::{Queries, depth_steps};
-use crate::attention::scores::{KeyScales, Scoring};
+use crate::attention::scores::{KeyScales, Masking, Scoring};
 use crate::attention::softmax::Softmax;
 use crate::integer::ROUNDING_MAGIC_BITS;
 use crate::operand::{Element, OperandSource};
 use crate::sequence::{KEY_TILE, Lengths};
+use crate::sparse::LaneWords;
 
 /// Where a warpgroup stands in the ring.
 pub(super) struct Cursors<'k> {
@@ -55,6 +56,8 @@ pub(super) struct Consumer<'k, 'c, 'r, E> {
     key_scales: KeyScales<'k>,
     /// Scales of the next tile's keys, for each 64 of them.
     scales: Vec<Vec<Var<'k, f32>>>,
+    /// Words of a mask for each 64 keys of the next tile.
+    mask_words: Vec<Vec<Var<'k, u32>>>,
     softmax: Softmax<'k>,
     output: OutputInFlight<'k, 'c>,
     /// Scores of a tile.
@@ -78,6 +81,9 @@ impl<'k, 'c, 'r, E: RoundedElement> Consumer<'k, 'c, 'r, E> {
         let tile_keys = config.tiling.tile_keys();
         let output = OutputInFlight::new(code, config);
         let softmax = Softmax::new(code, config);
+        let words = place.mask_words.map_or(0, |words| words.packing.lane_words());
+        let parts = if words > 0 { tile_keys / KEY_TILE } else { 0 };
+        let mask_words = (0..parts).map(|_| (0..words).map(|_| code.var(0u32)).collect()).collect();
         let output = output.beside(softmax.sums_in_flight());
         Consumer {
             code,
@@ -86,6 +92,7 @@ impl<'k, 'c, 'r, E: RoundedElement> Consumer<'k, 'c, 'r, E> {
             scoring: Scoring { code, config, params: *p, place, queries },
             softmax,
             output,
+            mask_words,
             scales: (0..tile_keys / KEY_TILE)
                 .map(|_| (0..key_scales.count()).map(|_| Var::new(code)).collect())
                 .collect(),
@@ -111,12 +118,17 @@ impl<'k, 'c, 'r, E: RoundedElement> Consumer<'k, 'c, 'r, E> {
         let last = end - 1;
         tiles.for_each_before(k, |tile| self.pass(tile));
         k.when(start.le(last), || {
-            self.load_scales(tiles.at(start).index);
+            let walk = Walk::start(k, *tiles);
+            self.load_scales(walk.this(start).index);
             self.output.clear_parts();
             self.start_scores::<H>();
+            self.load_mask(&walk.this(start));
             self.take_scores(0);
-            k.range(start, last, |position| self.tile::<H>(&tiles.at(position), true));
-            self.tile::<H>(&tiles.at(last), false);
+            k.range(start, last, |position| {
+                self.tile::<H>(&walk, position, true);
+                walk.advance();
+            });
+            self.tile::<H>(&walk, last, false);
             self.output.drain();
             self.ring.values.release(place.lane, &self.cursors.own);
         });
@@ -129,16 +141,18 @@ impl<'k, 'c, 'r, E: RoundedElement> Consumer<'k, 'c, 'r, E> {
         self.ring.keys.wait(next);
         self.ring.keys.release(place.lane, next);
         self.ring.values.wait(next);
-        self.clear_values(tile, next);
+        self.clear_values(tile, self.code.constant(true), next);
         self.ring.values.release(place.lane, next);
         next.advance();
     }
 
     /// The work of a tile whose scores are there: its softmax, then the start of the next tile's scores, where there is
     /// one, and of its own product with V, until those scores are there.
-    fn tile<H: Half + MmaElement>(&self, tile: &KeyTile<'k>, has_next: bool) {
+    fn tile<H: Half + MmaElement>(&self, walk: &Walk<'k>, position: Val<'k, i32>, has_next: bool) {
         let (k, place) = (self.code, &self.scoring.place);
-        let p = self.exponentials(tile, has_next);
+        let tile = walk.this(position);
+        let next = has_next.then(|| walk.next(position));
+        let p = self.exponentials(&tile, next);
         // The tile's values have mostly arrived by now. The loop around the wait keeps the compiler from moving the
         // exponentials behind the end of the product in flight, which they overlap with.
         self.ring.values.wait(&self.cursors.own);
@@ -149,8 +163,9 @@ impl<'k, 'c, 'r, E: RoundedElement> Consumer<'k, 'c, 'r, E> {
         if has_next {
             self.start_scores::<H>();
         }
-        self.start_output(tile.index);
-        if has_next {
+        self.start_output(&tile);
+        if let Some(next) = &next {
+            self.load_mask(next);
             self.take_scores(1);
         }
     }
@@ -160,6 +175,18 @@ impl<'k, 'c, 'r, E: RoundedElement> Consumer<'k, 'c, 'r, E> {
         self.scores.wait_products(self.code, later);
         self.ring.keys.release(self.scoring.place.lane, &self.cursors.next);
         self.cursors.advance();
+    }
+
+    /// Starts loading the words of a mask for a tile, while its scores are computed.
+    fn load_mask(&self, tile: &KeyTile<'k>) {
+        let first_key = tile.index * self.config.tiling.tile_keys() as i32;
+        self.code.when(tile.is_masked(), || {
+            for (part, words) in self.mask_words.iter().enumerate() {
+                let loaded = self.scoring.mask_words(first_key + (part * KEY_TILE) as i32, 0..KEY_TILE);
+                let loaded = loaded.iter().flat_map(LaneWords::words);
+                words.iter().zip(loaded).for_each(|(var, word)| var.set(word));
+            }
+        });
     }
 
     /// Starts loading the scales of a tile of keys, which must be one of the sequence's, a tile ahead of their use.
@@ -204,13 +231,18 @@ impl<'k, 'c, 'r, E: RoundedElement> Consumer<'k, 'c, 'r, E> {
     }
 
     /// The exponentials of a tile's scores, while the product of the tile before is in flight.
-    fn exponentials(&self, tile: &KeyTile<'k>, has_next: bool) -> Tile<Val<'k, f32>> {
-        let (k, place) = (self.code, &self.scoring.place);
+    fn exponentials(&self, tile: &KeyTile<'k>, next: Option<KeyTile<'k>>) -> Tile<Val<'k, f32>> {
+        let k = self.code;
         let parts = self.config.tiling.tile_keys() / KEY_TILE;
         let scales: Vec<Vec<_>> =
             self.scales.iter().map(|scales| scales.iter().map(|scale| scale.get()).collect()).collect();
-        if has_next {
-            self.load_scales(place.key_tiles.at(tile.position + 1).index);
+        let loaded = |words: &Vec<Var<'k, u32>>| {
+            let packing = self.scoring.place.mask_words.map(|words| words.packing)?;
+            Some(LaneWords::of_strip(packing, words.iter().map(|word| word.get())))
+        };
+        let words = self.mask_words.iter().filter_map(loaded).collect();
+        if let Some(next) = next {
+            self.load_scales(next.index);
         }
         let of_part = |(part, scales): (usize, &Vec<_>)| {
             let first_key = (tile.index * parts as i32 + part as i32) * KEY_TILE as i32;
@@ -218,7 +250,8 @@ impl<'k, 'c, 'r, E: RoundedElement> Consumer<'k, 'c, 'r, E> {
             self.scoring.scaled(scores, first_key, 0, scales)
         };
         let tiles: Vec<_> = scales.iter().enumerate().map(of_part).collect();
-        k.when(tile.is_cut(), || tiles.iter().for_each(|scores| scores.hide(place)));
+        let masking = Masking { cut: tile.is_cut(), masked: tile.is_masked(), words };
+        self.scoring.hide(&tiles, 0, &masking);
         let p = self.softmax.advance(k, &tiles, |alphas| {
             self.output.drain();
             // They are in, and shall not count a second time.
@@ -230,16 +263,16 @@ impl<'k, 'c, 'r, E: RoundedElement> Consumer<'k, 'c, 'r, E> {
     }
 
     /// Starts the product of P, which is that of tile `tile`, with its values, which have arrived.
-    fn start_output(&self, tile: Val<'k, i32>) {
+    fn start_output(&self, tile: &KeyTile<'k>) {
         self.code.note("output: p * v");
         let values = self.ring.values.matrix(&self.cursors.own);
-        self.clear_values(tile, &self.cursors.own);
+        self.clear_values(tile.index, tile.is_cut() | tile.is_masked(), &self.cursors.own);
         self.output.start_product(&self.probabilities, &values);
     }
 
     /// Clears what no query sees in a tile of V as given, whether a mask hides it or it lies behind the end of the
-    /// sequence: all groups meet there.
-    fn clear_values(&self, tile: Val<'k, i32>, cursor: &Cursor<'k>) {
+    /// sequence: all groups meet there. Nothing is hidden of a tile that is not cut.
+    fn clear_values(&self, tile: Val<'k, i32>, cut: Val<'k, bool>, cursor: &Cursor<'k>) {
         let (k, config, place) = (self.code, self.config, &self.scoring.place);
         let tile_keys = config.tiling.tile_keys() as i32;
         if config.operands.v.source != OperandSource::Given {
@@ -253,15 +286,17 @@ impl<'k, 'c, 'r, E: RoundedElement> Consumer<'k, 'c, 'r, E> {
                 let last = place.sequence.kv_len.div_ceil(KEY_TILE) - 1;
                 seen.tile(if part == 0 { first } else { (first + part).min(last) })
             };
-            let all = (0..parts).map(|part| words(part).all_visible());
-            let all = all.reduce(|a, b| a & b).unwrap_or(k.constant(true));
-            k.when(!all, || {
-                let hides = |row: Val<'k, i32>| {
-                    let key = tile * tile_keys + row;
-                    let there = key.lt(place.sequence.kv_len);
-                    !(there & seen.is_visible(there.select(key, 0)))
-                };
-                self.ring.clear_values(hides, cursor);
+            k.when(cut, || {
+                let all = (0..parts).map(|part| words(part).all_visible());
+                let all = all.reduce(|a, b| a & b).unwrap_or(k.constant(true));
+                k.when(!all, || {
+                    let hides = |row: Val<'k, i32>| {
+                        let key = tile * tile_keys + row;
+                        let there = key.lt(place.sequence.kv_len);
+                        !(there & seen.is_visible(there.select(key, 0)))
+                    };
+                    self.ring.clear_values(hides, cursor);
+                });
             });
         } else if config.lengths != Lengths::Dense {
             let rows = place.sequence.kv_len - tile * tile_keys;

@@ -26,7 +26,7 @@ const MOST_REGISTERS: u32 = 240;
 
 /// Registers of each consumer's thread.
 fn consumer_registers(config: &AttentionConfig) -> u32 {
-    let left = REGISTERS - WARPGROUP * PRODUCER_REGISTERS;
+    let left = REGISTERS / config.tiling.min_blocks() - WARPGROUP * PRODUCER_REGISTERS;
     (left / config.threads() / 8 * 8).min(MOST_REGISTERS)
 }
 
