@@ -4,9 +4,10 @@ use std::f32::consts::{LN_2, LOG2_E};
 
 use sage_core::{Call, Sequence, View};
 
-use crate::kernels::{Kernels, Load, RowState, SoftCap, TILE_KEYS};
+use crate::kernels::{Kernels, Load, RowState, SoftCap};
 use crate::rows::{HeadRows, OutputRows};
 use crate::seen::SeenHeads;
+use crate::tile::TILE_KEYS;
 use crate::visibility::{Row, apply_masks};
 
 /// A call with its element type known.

@@ -43,6 +43,7 @@ mod forward;
 mod isa;
 mod kernels;
 mod machine;
+mod mask_rows;
 mod nearest;
 mod plan;
 mod rows;

@@ -2,7 +2,7 @@
 
 use sage_core::{Granularity, IntBits, Preset, Pv, Qk, Scheme, SmoothQ};
 
-use crate::kernels::TILE_KEYS;
+use crate::tile::TILE_KEYS;
 
 /// What a message offers by name where the nearest scheme is no preset: of the CPU's integer schemes the most accurate.
 pub(crate) const BY_NAME: Preset = Preset::INT8_PER_TOKEN;

@@ -5,10 +5,10 @@ use std::fmt;
 use sage_core::{Error, Granularity, Preset, Problem, Pv, Qk, Result, Scheme, SmoothQ};
 
 use crate::isa::InstructionSet;
-use crate::kernels::{Kernels, TILE_KEYS};
+use crate::kernels::Kernels;
 use crate::machine::Machine;
 use crate::nearest::{BY_NAME, nearest_scheme};
-use crate::tile::{PvForm, QkForm, TileLayout};
+use crate::tile::{PvForm, QkForm, TILE_KEYS, TileLayout};
 
 /// Query rows that share a key head up to which keys are read as they lie in memory: packing them would cost more
 /// than it saves.

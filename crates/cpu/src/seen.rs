@@ -6,8 +6,8 @@ use std::ops::Range;
 use rayon::prelude::*;
 use sage_core::{Call, Element, Mask, Sequence, TensorView, View};
 
-use crate::kernels::TILE_KEYS;
-use crate::visibility::with_row;
+use crate::mask_rows::with_row;
+use crate::tile::TILE_KEYS;
 
 /// What the queries of a key head see of one key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -5,9 +5,10 @@ use rayon::prelude::*;
 use sage_core::Sequence;
 
 use crate::forward::{Attention, totals};
-use crate::kernels::{DirectScores, DirectValues, Load, RowState, Softmax, TILE_KEYS};
+use crate::kernels::{DirectScores, DirectValues, Load, RowState, Softmax};
 use crate::plan::SPLIT_KEYS;
 use crate::rows::HeadRows;
+use crate::tile::TILE_KEYS;
 use crate::visibility::{Row, tile_is_hidden, union};
 
 /// All queries of one key head, and the keys that any of them sees.

@@ -1,15 +1,13 @@
-//! A tile of keys and values in the order that the kernels read it, a block of queries likewise, and how they are
-//! packed.
+//! A tile of keys and values in the order that the kernels read it.
 
-mod values;
-
-use sage_core::oracle::HADAMARD_LARGE;
-use sage_core::{IntQuantizer, Rounding};
+use sage_core::IntQuantizer;
 
 use crate::isa::IntWord;
-use crate::kernels::TILE_KEYS;
-use crate::seen::Seen;
-use values::{fixed12_values, float_values};
+
+/// Keys in a tile: what the softmax sees at once, and what 12-bit P and V share scales over.
+///
+/// 128 · 4095 · 4095 is the largest sum of 12-bit products that stays below 2³¹.
+pub(crate) const TILE_KEYS: usize = 128;
 
 /// How Q·Kᵀ is computed.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -115,7 +113,8 @@ impl TileLayout {
         Tile { k, k_scale, v, v_scale }
     }
 
-    fn lengths(&self) -> [usize; 4] {
+    /// Words of each part of a tile, in order.
+    pub fn lengths(&self) -> [usize; 4] {
         let k_scales = if self.qk == QkForm::Float { 0 } else { TILE_KEYS };
         let v_scales = match self.pv {
             // One, and room that keeps the next tile on a cache line.
@@ -125,226 +124,3 @@ impl TileLayout {
         [self.k_panel * (TILE_KEYS / self.width), k_scales, self.v_panel * self.channel_panels, v_scales]
     }
 }
-
-/// Packs a tile of keys and values.
-pub(crate) struct PackTile<'a> {
-    pub layout: TileLayout,
-    /// Index of the first key in its sequence: a multiple of [`TILE_KEYS`].
-    pub first: usize,
-    /// Keys, up to [`TILE_KEYS`].
-    pub keys: usize,
-    /// What the queries see of each key; empty where all count. Keys that none sees have rows of zeros.
-    pub seen: &'a [Seen],
-    /// Rows of `qk_dim` numbers, smoothed; rotated here.
-    pub k: &'a mut [f32],
-    /// Rows of `head_dim` numbers; those of padding are saturated here.
-    pub v: &'a mut [f32],
-    /// [`TileLayout::words`] words.
-    pub tile: &'a mut [u32],
-}
-
-/// Packs a block of queries.
-pub(crate) struct PackQueries<'a> {
-    pub layout: TileLayout,
-    /// Index of the first query in its sequence.
-    pub first: usize,
-    /// Queries.
-    pub rows: usize,
-    /// `sm_scale · log₂e`.
-    pub score_scale: f32,
-    /// Rows of `qk_dim` numbers, rotated; scaled here.
-    pub q: &'a mut [f32],
-    /// Largest magnitude, as bits, of each group of rows from `first_group` on.
-    pub group_max: &'a [u32],
-    pub first_group: usize,
-    /// Rows of `depth` words; rows beyond `rows` are zero.
-    pub words: &'a mut [u32],
-    /// A factor for each row.
-    pub scale: &'a mut [f32],
-}
-
-#[inline(always)]
-pub(crate) fn pack_tile(args: &mut PackTile<'_>) {
-    let layout = args.layout;
-    assert!(args.keys <= TILE_KEYS && args.first.is_multiple_of(TILE_KEYS));
-    args.tile.fill(0);
-    let [k_words, k_scale_words, v_words, _] = layout.lengths();
-    let (k, rest) = args.tile.split_at_mut(k_words);
-    let (k_scale, rest) = rest.split_at_mut(k_scale_words);
-    let (v, v_scale) = rest.split_at_mut(v_words);
-    let k_rows = &mut args.k[..args.keys * layout.qk_dim];
-    if layout.rotate {
-        k_rows.chunks_exact_mut(layout.qk_dim).for_each(hadamard);
-    }
-    match layout.qk {
-        QkForm::Float => float_keys(&layout, k_rows, k),
-        QkForm::Int(quantizer) => int_keys(&layout, &quantizer, (args.first, args.seen), k_rows, k, k_scale),
-    }
-    let v_rows = &mut args.v[..args.keys * layout.head_dim];
-    match layout.pv {
-        PvForm::Float => v_scale[0] = float_values(&layout, v_rows, v).to_bits(),
-        PvForm::Fixed12 => fixed12_values(&layout, args.seen, v_rows, v, v_scale),
-    }
-}
-
-#[inline(always)]
-fn float_keys(layout: &TileLayout, rows: &[f32], out: &mut [u32]) {
-    for (panel, rows) in out.chunks_exact_mut(layout.k_panel).zip(rows.chunks(layout.width * layout.qk_dim)) {
-        for (key, row) in rows.chunks_exact(layout.qk_dim).enumerate() {
-            for (words, x) in panel.chunks_exact_mut(layout.width).zip(row) {
-                words[key] = x.to_bits();
-            }
-        }
-    }
-}
-
-#[inline(always)]
-fn int_keys(
-    layout: &TileLayout,
-    quantizer: &IntQuantizer,
-    (first, seen): (usize, &[Seen]),
-    rows: &mut [f32],
-    out: &mut [u32],
-    scales: &mut [u32],
-) {
-    // Groups lie within a tile, and are counted from the start of the sequence.
-    let first_group = quantizer.k_group(first);
-    let mut group_max = [0; TILE_KEYS];
-    let mut counts = [Seen::Hidden; TILE_KEYS];
-    for (j, row) in rows.chunks_exact(layout.qk_dim).enumerate() {
-        let group = quantizer.k_group(first + j) - first_group;
-        let (max, best) = (&mut group_max[group], &mut counts[group]);
-        // Padding is measured where a group has nothing else.
-        match seen.get(j).copied().unwrap_or(Seen::Counts) {
-            of if of > *best => (*max, *best) = (absmax_bits(row), of),
-            of if of == *best => *max = absmax_bits(row).max(*max),
-            _ => {}
-        }
-    }
-    for (j, row) in rows.chunks_exact_mut(layout.qk_dim).enumerate().take(seen.len()) {
-        if seen[j] == Seen::Padding {
-            let max = f32::from_bits(group_max[quantizer.k_group(first + j) - first_group]);
-            row.iter_mut().for_each(|x| *x = saturated(*x, max));
-        }
-    }
-    let rows = &*rows;
-    let levels = quantizer.bits.max() as f32;
-    let mut ints = [0; 256];
-    let ints = &mut ints[..layout.qk_dim];
-    for (j, row) in rows.chunks_exact(layout.qk_dim).enumerate() {
-        let max = f32::from_bits(group_max[quantizer.k_group(first + j) - first_group]);
-        let scale = quantizer.scale(max);
-        scales[j] = scale.to_bits();
-        quantize(row, scale, levels, quantizer.rounding, ints);
-        let panel = &mut out[j / layout.width * layout.k_panel..][..layout.k_panel];
-        let (start, words) = panel.split_at_mut(layout.width);
-        let key = j % layout.width;
-        start[key] = (-layout.word.q_offset() * ints.iter().sum::<i32>()) as u32;
-        layout.word.pack_row(ints, words[key..].iter_mut().step_by(layout.width));
-    }
-}
-
-#[inline(always)]
-pub(crate) fn pack_queries(args: &mut PackQueries<'_>) {
-    let layout = args.layout;
-    let rows = &mut args.q[..args.rows * layout.qk_dim];
-    args.words.fill(0);
-    args.scale.fill(0.0);
-    let QkForm::Int(quantizer) = layout.qk else {
-        for (word, x) in args.words.iter_mut().zip(rows) {
-            *word = (*x * args.score_scale).to_bits();
-        }
-        return;
-    };
-    let (before, after) =
-        if quantizer.scale_q_first { (args.score_scale, 1.0) } else { (1.0, args.score_scale) };
-    let levels = quantizer.bits.max() as f32;
-    let mut ints = [0; 256];
-    let ints = &mut ints[..layout.qk_dim];
-    for (i, row) in rows.chunks_exact_mut(layout.qk_dim).enumerate() {
-        let max = f32::from_bits(args.group_max[quantizer.q_group(args.first + i) - args.first_group]);
-        row.iter_mut().for_each(|x| *x *= before);
-        let scale = quantizer.scale(max * before);
-        args.scale[i] = scale * after;
-        quantize(row, scale, levels, quantizer.rounding, ints);
-        ints.iter_mut().for_each(|x| *x += layout.word.q_offset());
-        layout.word.pack_row(ints, args.words[i * layout.depth..][..layout.depth].iter_mut());
-    }
-}
-
-/// `x`, but of no magnitude above `max`, and 0 for NaN; anything where `max` is NaN.
-#[inline(always)]
-fn saturated(x: f32, max: f32) -> f32 {
-    if x.is_nan() { 0.0 } else { x.max(-max).min(max) }
-}
-
-/// Bits of `|x|`: as integers they order like the numbers, and NaN lies above infinity, so that a maximum over them
-/// loses neither.
-#[inline(always)]
-fn magnitude_bits(x: f32) -> u32 {
-    x.to_bits() & 0x7fff_ffff
-}
-
-/// Bits of the largest magnitude.
-#[inline(always)]
-pub(crate) fn absmax_bits(row: &[f32]) -> u32 {
-    row.iter().fold(0, |max, x| max.max(magnitude_bits(*x)))
-}
-
-/// `row / scale`, rounded, of magnitudes up to `levels`; zeros where the scale is zero or NaN.
-#[inline(always)]
-fn quantize(row: &[f32], scale: f32, levels: f32, rounding: Rounding, out: &mut [i32]) {
-    let inverse = 1.0 / scale;
-    if inverse.is_finite() {
-        return integers(row.iter().map(|x| x * inverse), rounding, out);
-    }
-    if scale > 0.0 {
-        // So small that it has no inverse, and coarse, so that a quotient may be too large.
-        return integers(row.iter().map(|x| (x / scale).clamp(-levels, levels)), rounding, out);
-    }
-    out.fill(0);
-}
-
-#[inline(always)]
-fn integers(quotients: impl Iterator<Item = f32>, rounding: Rounding, out: &mut [i32]) {
-    match rounding {
-        Rounding::NearestEven => out.iter_mut().zip(quotients).for_each(|(out, x)| *out = nearest_even(x)),
-        Rounding::HalfAwayFromZero => {
-            out.iter_mut().zip(quotients).for_each(|(out, x)| *out = (x + 0.5f32.copysign(x)) as i32);
-        }
-    }
-}
-
-/// The nearest integer of a magnitude below 2²², without a rounding instruction; anything for NaN.
-#[inline(always)]
-fn nearest_even(x: f32) -> i32 {
-    const SHIFT: f32 = 12_582_912.0;
-    ((x + SHIFT).to_bits() as i32).wrapping_sub(SHIFT.to_bits() as i32)
-}
-
-/// Multiplies a row, whose length is a power of two, by the orthonormal Walsh–Hadamard matrix.
-#[inline(always)]
-pub(crate) fn hadamard(row: &mut [f32]) {
-    let norm = 1.0 / (row.len() as f32).sqrt();
-    // The product with it comes last, but where the sums would overflow before.
-    let large = absmax_bits(row) > HADAMARD_LARGE.to_bits();
-    if large {
-        row.iter_mut().for_each(|x| *x *= norm);
-    }
-    let mut half = 1;
-    while half < row.len() {
-        for pair in row.chunks_exact_mut(2 * half) {
-            let (low, high) = pair.split_at_mut(half);
-            for (a, b) in low.iter_mut().zip(high) {
-                (*a, *b) = (*a + *b, *a - *b);
-            }
-        }
-        half *= 2;
-    }
-    if !large {
-        row.iter_mut().for_each(|x| *x *= norm);
-    }
-}
-
-#[cfg(test)]
-mod tests;

@@ -10,10 +10,10 @@ use rayon::prelude::*;
 use sage_core::{Granularity, IntQuantizer, Sequence, SmoothK};
 
 use crate::forward::{Attention, totals};
-use crate::kernels::{Load, RowState, Scores, Softmax, TILE_KEYS, Values};
+use crate::kernels::{Load, PackQueries, PackTile, RowState, Scores, Softmax, Values, absmax_bits, hadamard};
 use crate::plan::PACKED_BYTES_MAX;
 use crate::seen::{Seen, SeenKeys};
-use crate::tile::{PackQueries, PackTile, PvForm, QkForm, Tile, TileLayout, absmax_bits, hadamard};
+use crate::tile::{PvForm, QkForm, TILE_KEYS, Tile, TileLayout};
 use crate::visibility::{Row, tile_is_hidden, union};
 
 /// One key head of one sequence, and where its tiles lie among those packed together.

@@ -5,7 +5,9 @@ use std::ops::Range;
 use half::{bf16, f16};
 use sage_core::{BlockMask, Call, Mask, Sequence, TensorView, View};
 
-use crate::kernels::{AddBias, HideKeys, Kernels, Load, TILE_KEYS};
+use crate::kernels::{AddBias, HideKeys, Kernels, Load};
+use crate::mask_rows::with_row;
+use crate::tile::TILE_KEYS;
 
 /// A query row of a block.
 #[derive(Clone, Debug)]
@@ -151,26 +153,4 @@ pub(crate) fn apply_masks(
 
 fn add_bias<E: Load>(kernels: &Kernels, mask: &View<'_, E>, at: [usize; 4], scores: &mut [f32]) {
     with_row(mask, at, scores.len(), |bias| E::add_bias(kernels, AddBias { bias, scores }));
-}
-
-/// Hands over `len` elements of a mask, up to [`TILE_KEYS`], from the one at `at` on along the last dimension.
-pub(crate) fn with_row<T: Copy, R>(
-    mask: &View<'_, T>,
-    at: [usize; 4],
-    len: usize,
-    work: impl FnOnce(&[T]) -> R,
-) -> R {
-    let (data, geometry) = (mask.data(), mask.geometry());
-    let start = geometry.index(at);
-    let stride = geometry.strides()[3];
-    if stride == 1 || len <= 1 {
-        return work(&data[start as usize..][..len]);
-    }
-    let mut copy = [data[start as usize]; TILE_KEYS];
-    if stride != 0 {
-        for (copy, j) in copy[..len].iter_mut().zip(0i64..) {
-            *copy = data[(start + j * stride) as usize];
-        }
-    }
-    work(&copy[..len])
 }

@@ -3,8 +3,8 @@
 use rayon::prelude::*;
 use sage_core::{BlockTables, CacheLayout, Element, Error, Result, TensorView, View};
 
-use super::{CachePages, Page, Pages, QuantizeRows, checked_table, typed, width};
-use crate::kernels::{Kernels, Load, Stored};
+use super::{CachePages, Page, Pages, checked_table, typed, width};
+use crate::kernels::{Kernels, Load, QuantizeRows, Stored};
 use crate::rows::HeadRows;
 use crate::{Cpu, kernels, threads};
 

@@ -10,12 +10,11 @@ use sage_core::{
 
 use super::{CachePages, Page, Pages, checked_table, typed, width};
 use crate::forward::Attention;
-use crate::kernels::{
-    Ahead, CachedOutputs, CachedScores, Load, QUERY_MAX, RowState, Softmax, Stored, TILE_KEYS,
-};
+use crate::kernels::{Ahead, CachedOutputs, CachedScores, Load, QUERY_MAX, RowState, Softmax, Stored};
 use crate::plan::SPLIT_KEYS;
 use crate::seen::{Seen, SeenHeads, SeenKeys};
 use crate::split::Part;
+use crate::tile::TILE_KEYS;
 use crate::visibility::{Row, tile_is_hidden, union};
 use crate::{Cpu, OutputRows, kernels, threads};
 

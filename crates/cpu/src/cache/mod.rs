@@ -2,15 +2,12 @@
 
 mod append;
 mod attend;
-mod quantize;
 
 use aligned_vec::AVec;
 use half::{bf16, f16};
 use sage_core::{BlockTables, CacheLayout, Error, PageCopy, Result, ValueFormat};
 
 use crate::kernels::{CHANNELS, Stored};
-
-pub(crate) use quantize::{QuantizeRows, quantize_e4m3, quantize_int8};
 
 /// The pages of a quantised KV cache.
 ///

@@ -6,8 +6,9 @@
 
 use half::{bf16, f16};
 
-use super::{Kernels, TILE_KEYS};
+use super::Kernels;
 use crate::isa::Isa;
+use crate::tile::TILE_KEYS;
 
 /// Channels to which rows of queries, constants and outputs are padded with zeros: a whole number of vectors of
 /// every set, of integers and of singles. Keys and values are not padded, but may be read that far.

@@ -1,8 +1,9 @@
 //! Scores and outputs of a few queries, with keys and values read as they lie in memory.
 
-use super::{AddBias, Kernels, RowState, TILE_KEYS};
+use super::{AddBias, Kernels, RowState};
 use crate::isa::Isa;
 use crate::seen::Seen;
+use crate::tile::TILE_KEYS;
 
 /// Scores of a few queries and keys read as they lie in memory.
 pub(crate) struct DirectScores<'a, E> {

@@ -2,8 +2,9 @@
 
 use std::f32::consts::LOG2_E;
 
-use super::{Load, TILE_KEYS};
+use super::Load;
 use crate::isa::Isa;
+use crate::tile::TILE_KEYS;
 
 /// Hides keys: their scores become −∞, whatever they are.
 pub(crate) struct HideKeys<'a> {

@@ -3,28 +3,22 @@
 mod cached;
 mod direct;
 mod mask;
+mod pack;
 mod product;
+mod quantize;
 mod softmax;
 
 pub(crate) use cached::{Ahead, CHANNELS, CachedOutputs, CachedScores, QUERY_MAX, Stored};
 pub(crate) use direct::{DirectScores, DirectValues, Load};
 pub(crate) use mask::{AddBias, HideKeys};
+pub(crate) use pack::{PackQueries, PackTile, absmax_bits, hadamard};
 pub(crate) use product::{Scores, Values};
+pub(crate) use quantize::QuantizeRows;
 pub(crate) use softmax::{RowState, SoftCap, Softmax};
 
 use half::{bf16, f16};
 
-use crate::cache::{QuantizeRows, quantize_e4m3, quantize_int8};
 use crate::isa::{self, IntWord, Isa};
-use crate::tile::{PackQueries, PackTile, pack_queries, pack_tile};
-
-/// Keys in a tile: what the softmax sees at once, and what 12-bit P and V share scales over.
-///
-/// 128 · 4095 · 4095 is the largest sum of 12-bit products that stays below 2³¹.
-pub(crate) const TILE_KEYS: usize = 128;
-
-/// Largest 12-bit magnitude.
-pub(crate) const FIXED12_MAX: f32 = 4095.0;
 
 /// Declares the table: its fields are the kernels, its methods call them.
 macro_rules! kernels {
@@ -131,8 +125,8 @@ macro_rules! table {
                 rows: $R,
                 width: $V * <$Isa as Isa>::LANES,
                 word: <$Isa as Isa>::WORD,
-                pack_tile: kernel!(pack_tile, PackTile<'_>),
-                pack_queries: kernel!(pack_queries, PackQueries<'_>),
+                pack_tile: kernel!(pack::pack_tile, PackTile<'_>),
+                pack_queries: kernel!(pack::pack_queries, PackQueries<'_>),
                 scores_float: kernel!(product::scores_float::<$Isa, $R, $V>, Scores<'_>),
                 scores_int: kernel!(product::scores_int::<$Isa, $R, $V>, Scores<'_>),
                 soft_cap: kernel!(softmax::soft_cap::<$Isa>, SoftCap<'_>),
@@ -150,8 +144,8 @@ macro_rules! table {
                 direct_values_f32: kernel!(direct::direct_values::<$Isa, f32>, DirectValues<'_, f32>),
                 direct_values_f16: kernel!(direct::direct_values::<$Isa, f16>, DirectValues<'_, f16>),
                 direct_values_bf16: kernel!(direct::direct_values::<$Isa, bf16>, DirectValues<'_, bf16>),
-                quantize_int8: kernel!(quantize_int8, QuantizeRows<'_, i8>),
-                quantize_e4m3: kernel!(quantize_e4m3, QuantizeRows<'_, u8>),
+                quantize_int8: kernel!(quantize::quantize_int8, QuantizeRows<'_, i8>),
+                quantize_e4m3: kernel!(quantize::quantize_e4m3, QuantizeRows<'_, u8>),
                 cached_scores: kernel!(cached::cached_scores::<$Isa>, CachedScores<'_>),
                 cached_outputs_f16: kernel!(
                     cached::cached_outputs::<$Isa, f16, CHANNEL_VECTORS>,

@@ -3,8 +3,9 @@
 //! All operands are 32-bit words: a number, two 16-bit integers or four 8-bit integers. So one micro-kernel
 //! ([`multiply`]) serves both products, in floating point and in integers.
 
-use super::{RowState, TILE_KEYS};
+use super::RowState;
 use crate::isa::Isa;
+use crate::tile::TILE_KEYS;
 
 /// `Q·Kᵀ` of a block of queries and a tile of keys.
 pub(crate) struct Scores<'a> {

@@ -1,7 +1,9 @@
 //! Online softmax of a tile of scores, in base 2, and the soft cap.
 
-use super::{FIXED12_MAX, TILE_KEYS};
+use sage_core::oracle::FIXED12_MAX;
+
 use crate::isa::{EXP2, EXP2_LOWEST, Isa, exp2, exp2_or_zero, scaled_exp2};
+use crate::tile::TILE_KEYS;
 
 /// One step of online softmax, in base 2.
 pub(crate) struct Softmax<'a> {

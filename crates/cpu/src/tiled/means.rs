@@ -5,7 +5,8 @@ use sage_core::SmoothK;
 
 use super::Unit;
 use crate::forward::Attention;
-use crate::kernels::{Load, TILE_KEYS};
+use crate::kernels::Load;
+use crate::tile::TILE_KEYS;
 
 /// Keys whose sum one thread takes. A constant, so that results do not depend on the threads.
 const MEAN_KEYS: usize = 2048;

@@ -6,8 +6,9 @@ use sage_testkit::normal;
 
 use super::*;
 use crate::InstructionSet;
-use crate::isa::Isa;
+use crate::isa::{IntWord, Isa};
 use crate::testing::{close, int_lanes, on_each_isa, tables, words};
+use crate::tile::Tile;
 
 fn matrix(rows: usize, width: usize, data: &[f32]) -> Matrix<f32> {
     Matrix::from_fn(rows, width, |i, c| data[i * width + c])

@@ -1,10 +1,10 @@
 //! Values as words.
 
-use sage_core::oracle::fixed12_scale;
+use sage_core::oracle::{FIXED12_MAX, fixed12_scale};
 
-use super::{TileLayout, absmax_bits, magnitude_bits, nearest_even, saturated};
-use crate::kernels::{FIXED12_MAX, TILE_KEYS};
+use super::{absmax_bits, magnitude_bits, nearest_even, saturated};
 use crate::seen::Seen;
+use crate::tile::{TILE_KEYS, TileLayout};
 
 /// Returns what the words must be multiplied by: 1, but where a sum of the tile's values might overflow.
 #[inline(always)]

@@ -2,7 +2,7 @@
 
 use sage_core::oracle::E4M3_MAX;
 
-use crate::tile::absmax_bits;
+use super::absmax_bits;
 
 /// Largest magnitude of an INT8 code.
 const INT8_MAX: f32 = 127.0;
@@ -22,7 +22,7 @@ pub(crate) struct QuantizeRows<'a, T> {
 
 /// Codes are `x / scale` to the nearest integer, the scale a row's largest magnitude over 127.
 #[inline(always)]
-pub(crate) fn quantize_int8(args: &mut QuantizeRows<'_, i8>) {
+pub(super) fn quantize_int8(args: &mut QuantizeRows<'_, i8>) {
     rows(args, INT8_MAX, |quotient| {
         const SHIFT: f32 = 12_582_912.0;
         // Adding 1.5 · 2²³ leaves no bits for a fraction, and the integer in the lowest ones.
@@ -32,7 +32,7 @@ pub(crate) fn quantize_int8(args: &mut QuantizeRows<'_, i8>) {
 
 /// Codes are `x / scale` to the nearest E4M3 value, the scale a row's largest magnitude over 448.
 #[inline(always)]
-pub(crate) fn quantize_e4m3(args: &mut QuantizeRows<'_, u8>) {
+pub(super) fn quantize_e4m3(args: &mut QuantizeRows<'_, u8>) {
     rows(args, E4M3_MAX, |quotient| {
         let magnitude = quotient.abs().min(E4M3_MAX);
         // Normal ones: round away 20 of 23 bits, ties to even, and move the exponent's bias from 127 to 7.
