@@ -6,9 +6,9 @@ use sage_kernels::decode::{AppendCall, AttendCall, AttendTensors, Storage};
 use sage_kernels::pass::Pass;
 use sageattention::{DType, Error, Inputs, Lengths, Options, Problem, Result, TensorView};
 
-use crate::gpu_plan::PassSummary;
 use crate::made_up::MadeUp;
 use crate::options::{CacheOptions, ProblemOptions};
+use crate::pass_summary::PassSummary;
 
 /// How tokens come into a cache, and how queries attend to them.
 #[derive(Debug)]

@@ -8,11 +8,11 @@ use sage_kernels::forward::{ForwardPlan, Request, Tensors};
 use sage_kernels::pass::Pass;
 use sage_kernels::{Machine, TensorArg};
 use sageattention::{Choice, Error, Lengths, Problem, Result};
-use serde::Serialize;
 
 use crate::decode_plan::DecodePlan;
 use crate::made_up::MadeUp;
 use crate::options::ProblemOptions;
+use crate::pass_summary::PassSummary;
 
 /// Most scores of a call that is planned: with more, bytes of the workspace would not fit 64 bits.
 const MAX_SCORES: u128 = 1 << 52;
@@ -35,40 +35,6 @@ pub enum Passes {
     Forward(ForwardPlan),
     /// Attention over a KV cache.
     Decode(DecodePlan),
-}
-
-/// A pass in words.
-#[derive(Clone, Debug, Serialize)]
-pub struct PassSummary {
-    /// What it does.
-    pub pass: &'static str,
-    /// Names of its kernels, in the order of their launches.
-    pub kernels: Vec<String>,
-    /// The parts of its workspace.
-    pub workspace: Vec<Slot>,
-    /// Bytes of the whole workspace.
-    pub workspace_bytes: usize,
-}
-
-/// A part of a pass's workspace, which one kernel writes and later ones read.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub struct Slot {
-    /// Its name.
-    pub slot: &'static str,
-    /// Its bytes.
-    pub bytes: usize,
-}
-
-impl PassSummary {
-    /// A pass that is called so.
-    pub fn new<T>(name: &'static str, pass: &Pass<T>) -> Self {
-        PassSummary {
-            pass: name,
-            kernels: pass.kernel_names(),
-            workspace: pass.slots().map(|(slot, bytes)| Slot { slot, bytes }).collect(),
-            workspace_bytes: pass.workspace_bytes(),
-        }
-    }
 }
 
 impl GpuPlan {

@@ -20,6 +20,7 @@ mod made_up;
 mod memory;
 mod metrics;
 mod options;
+mod pass_summary;
 mod plot;
 mod shape;
 mod speed;
