@@ -20,11 +20,6 @@ pub trait Backend {
     type Queue: ?Sized;
     /// How a call is carried out.
     type Plan: BackendPlan + 'static;
-    /// The memory of a KV cache.
-    type Cache;
-
-    /// Whether sequences of a KV cache can share pages.
-    const SHARES_PAGES: bool;
 
     /// The name that users give it.
     fn name(&self) -> String;
@@ -69,8 +64,17 @@ pub trait Backend {
         out: Self::Output<'_>,
         lse: Option<Self::Lse<'_>>,
     ) -> Result<()>;
+}
 
-    /// The memory of an empty KV cache, whose work will be put on `queue`.
+/// A backend that also keeps KV caches.
+pub trait CacheBackend: Backend {
+    /// The memory of a cache.
+    type Cache;
+
+    /// Whether sequences of a cache can share pages.
+    const SHARES_PAGES: bool;
+
+    /// An empty cache, whose work will be put on `queue`.
     ///
     /// # Errors
     /// When the backend has no cache of such a size.

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use sage_core::{
-    Backend, BackendPlan, BlockTables, CacheSize, Call, Choice, Error, NewTokens, Preset, Result, Scheme,
-    TensorView, TensorViewMut,
+    Backend, BackendPlan, BlockTables, CacheBackend, CacheSize, Call, Choice, Error, NewTokens, Preset,
+    Result, Scheme, TensorView, TensorViewMut,
 };
 
 use crate::{CachePages, Cpu, CpuPlan, nearest_scheme};
@@ -21,9 +21,6 @@ impl Backend for Cpu {
     type Lse<'a> = &'a mut [f32];
     type Queue = ();
     type Plan = CpuPlan;
-    type Cache = CachePages;
-
-    const SHARES_PAGES: bool = true;
 
     fn name(&self) -> String {
         "cpu".to_owned()
@@ -48,6 +45,12 @@ impl Backend for Cpu {
         let plan = Backend::plan(self, call, choice, lse.is_some())?;
         self.forward(&plan, call, out, lse)
     }
+}
+
+impl CacheBackend for Cpu {
+    type Cache = CachePages;
+
+    const SHARES_PAGES: bool = true;
 
     fn cache(&self, (): &(), size: &CacheSize) -> Result<CachePages> {
         if size.sequences > MAX_SEQUENCES {

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use sage_core::{
-    Backend, BackendPlan, BlockTables, CacheSize, Choice, Lengths, NewTokens, Operand, Result, Scheme,
-    Strided,
+    Backend, BackendPlan, BlockTables, CacheBackend, CacheSize, Choice, Lengths, NewTokens, Operand, Result,
+    Scheme, Strided,
 };
 use sage_cuda::Stream;
 use sage_kernels::TensorArg;
@@ -27,9 +27,6 @@ impl Backend for Cuda {
     type Lse<'a> = DeviceLse<'a>;
     type Queue = Stream;
     type Plan = CudaPlan;
-    type Cache = CachePool;
-
-    const SHARES_PAGES: bool = false;
 
     fn name(&self) -> String {
         format!("cuda:{}", self.device().info().ordinal)
@@ -61,6 +58,12 @@ impl Backend for Cuda {
             unsafe { kernel.launch(stream, grid, args) }.map_err(driver)
         })
     }
+}
+
+impl CacheBackend for Cuda {
+    type Cache = CachePool;
+
+    const SHARES_PAGES: bool = false;
 
     fn cache(&self, stream: &Stream, size: &CacheSize) -> Result<CachePool> {
         CachePool::new(stream, size)

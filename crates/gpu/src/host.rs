@@ -1,12 +1,10 @@
 //! Host tensors on a GPU: copied there, computed, copied back.
 
-use std::convert::Infallible;
 use std::sync::Arc;
 
 use bytemuck::{AnyBitPattern, NoUninit};
 use sage_core::{
-    Backend, BlockTables, CacheSize, Call, Choice, Element, Error, Geometry, Mask, NewTokens, Result, Scheme,
-    TensorView, TensorViewMut, View, ViewMut,
+    Backend, Call, Choice, Element, Geometry, Mask, Result, Scheme, TensorView, TensorViewMut, View, ViewMut,
 };
 use sage_cuda::{Buffer, Stream};
 
@@ -14,7 +12,8 @@ use crate::{
     Cuda, CudaPlan, CudaTensor, DeviceBytes, DeviceCall, DeviceLse, DeviceMask, DeviceTensor, driver,
 };
 
-/// A GPU as a backend of host tensors: they are copied to it, and the result is waited for and copied back.
+/// A GPU as a backend of host tensors: they are copied to it, and the result is waited for and copied back. It keeps no
+/// KV cache, to which tokens are appended from the GPU's own memory.
 #[derive(Clone, Debug)]
 pub struct HostTensors(pub Cuda);
 
@@ -24,10 +23,6 @@ impl Backend for HostTensors {
     type Lse<'a> = &'a mut [f32];
     type Queue = ();
     type Plan = CudaPlan;
-    /// There is none: tokens are appended to a GPU's cache from its own memory.
-    type Cache = Infallible;
-
-    const SHARES_PAGES: bool = false;
 
     fn name(&self) -> String {
         self.0.name()
@@ -76,42 +71,6 @@ impl Backend for HostTensors {
             (Some(lse), Some(there)) => there.copy_to_host(lse).map_err(driver),
             _ => Ok(()),
         }
-    }
-
-    fn cache(&self, (): &(), _: &CacheSize) -> Result<Infallible> {
-        Err(Error::unsupported(
-            format!("a KV cache on {} for host tensors", self.name()),
-            "append tokens that lie in the GPU's memory, or keep the cache on the CPU",
-        ))
-    }
-
-    fn cache_bytes(&self, cache: &Infallible) -> usize {
-        match *cache {}
-    }
-
-    fn append(
-        &self,
-        cache: &mut Infallible,
-        _: &BlockTables,
-        _: &NewTokens<'_, TensorView<'_>>,
-    ) -> Result<()> {
-        match *cache {}
-    }
-
-    fn attend<'c>(
-        &self,
-        cache: &Infallible,
-        _: &BlockTables,
-        _: &[usize],
-        _: &Call<'c>,
-        _: TensorViewMut<'_>,
-        _: Option<&mut [f32]>,
-    ) -> Result<()> {
-        match *cache {}
-    }
-
-    fn shorten(&self, cache: &mut Infallible, _: &BlockTables) -> Result<()> {
-        match *cache {}
     }
 }
 

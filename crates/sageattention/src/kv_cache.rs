@@ -1,8 +1,8 @@
 //! A quantised KV cache: decoding without keeping, or reading, keys and values in 16 bits.
 
 use sage_core::{
-    Backend, BlockTables, CacheLayout, CacheSize, Call, Error, Layout, NewTokens, Result, Strided, Tensor,
-    TensorView, ValueFormat,
+    BlockTables, CacheBackend, CacheLayout, CacheSize, Call, Error, Layout, NewTokens, Result, Strided,
+    Tensor, TensorView, ValueFormat,
 };
 use sage_cpu::Cpu;
 
@@ -77,7 +77,7 @@ impl KvCacheOptions {
     ///
     /// # Errors
     /// Names the option that is outside its range, or says why there is no memory.
-    pub fn build_on<B: Backend>(self, backend: B, queue: &B::Queue) -> Result<KvCache<B>> {
+    pub fn build_on<B: CacheBackend>(self, backend: B, queue: &B::Queue) -> Result<KvCache<B>> {
         let KvCacheOptions { sequences, num_kv_heads, head_dim, values, page_size, max_pages, .. } = self;
         let layout = CacheLayout { num_kv_heads, head_dim, page_size, values };
         let cache = backend.cache(queue, &CacheSize { layout, sequences, max_pages })?;
@@ -117,14 +117,14 @@ impl KvCacheOptions {
 /// # Ok::<(), sageattention::Error>(())
 /// ```
 ///
-/// It lies in the memory of a [`Backend`]: this machine's, or a GPU's ([`KvCacheOptions::build_on`]).
+/// It lies in the memory of a [`CacheBackend`]: this machine's, or a GPU's ([`KvCacheOptions::build_on`]).
 ///
 /// # Accuracy
 /// Keys have a scale for each token and head, and a constant for each page that is subtracted before quantising and
 /// accounted for exactly, so a bias of K's channels costs nothing even where it drifts along the sequence. Queries are
 /// used in 16 bits. What is stored is defined by `sage_core::oracle::CachedHead`.
 #[derive(Clone, Debug)]
-pub struct KvCache<B: Backend = Cpu> {
+pub struct KvCache<B: CacheBackend = Cpu> {
     backend: B,
     cache: B::Cache,
     layout: CacheLayout,
@@ -136,7 +136,7 @@ pub struct KvCache<B: Backend = Cpu> {
     lens: Vec<i32>,
 }
 
-impl<B: Place> KvCache<B> {
+impl<B: Place + CacheBackend> KvCache<B> {
     /// Number of sequences.
     pub fn sequences(&self) -> usize {
         self.tables.sequences()

@@ -41,7 +41,8 @@ pub use place::{AnyBlockMask, AnyLengths, AnyMask, Place};
 pub use plan::Plan;
 
 pub use sage_core::{
-    Alignment, Backend, BackendErrorKind, BackendPlan, Band, BlockMask, CacheLayout, Call, Choice, DType,
-    Element, Error, Geometry, Inputs, Layout, Lengths, MAX_HEAD_DIM, MAX_RANK, Mask, Options, Preset,
-    Problem, Result, Scheme, SmoothK, Tensor, TensorView, TensorViewMut, ValueFormat, View, ViewMut, single,
+    Alignment, Backend, BackendErrorKind, BackendPlan, Band, BlockMask, CacheBackend, CacheLayout, Call,
+    Choice, DType, Element, Error, Geometry, Inputs, Layout, Lengths, MAX_HEAD_DIM, MAX_RANK, Mask, Options,
+    Preset, Problem, Result, Scheme, SmoothK, Tensor, TensorView, TensorViewMut, ValueFormat, View, ViewMut,
+    single,
 };
