@@ -16,13 +16,16 @@ use std::io::{self, Write};
 use std::str::FromStr;
 use std::time::Duration;
 
-use half::f16;
 use sage_core::{Geometry, Strided};
 use sageattention::cuda::{
     Buffer, Cuda, CudaTensor, DeviceBytes, DeviceCall, DeviceMask, DeviceTensor, Stream,
 };
 use sageattention::{Backend, Band, BlockMask, Call, Choice, DType, Inputs, Options, Preset, Tensor};
 use serde_json::{Value, json};
+
+mod noise;
+
+use noise::normal;
 
 type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
 
@@ -31,7 +34,8 @@ const WARM_UP_RUNS: usize = 3;
 const WARM_UP_TIME: Duration = Duration::from_millis(20);
 /// Calls between two events last this long together, so that launching the first does not count.
 const GROUP: Duration = Duration::from_millis(1);
-/// Groups are timed for this long, but so many at least and at most. `scripts/bench_gpu.py` does all of this the same way.
+/// Groups are timed for this long, but so many at least and at most. `scripts/bench_gpu.py` does all of this the same
+/// way.
 const TIMED: Duration = Duration::from_millis(80);
 const GROUPS: std::ops::RangeInclusive<usize> = 7..=50;
 
@@ -294,31 +298,8 @@ fn times(calls: impl Fn(usize) -> sageattention::Result<Duration>) -> Result<Vec
     Ok(times)
 }
 
-/// Numbers from 0 to 1, from the generator of [`normal`].
+/// Numbers from 0 to 1.
 fn uniform(seed: u64) -> impl FnMut() -> f64 {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15);
-    move || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 11) as f64 / (1u64 << 53) as f64
-    }
-}
-
-/// About N(0, 1): sums of uniform numbers, from a generator that fills gigabytes in no time.
-fn normal(seed: u64, len: usize) -> Vec<f16> {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15);
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        let uniform = |shift: u32| (state >> shift & 0xffff) as f32 / 65536.0;
-        // Four uniform numbers have the variance 1/3.
-        f16::from_f32((uniform(0) + uniform(16) + uniform(32) + uniform(48) - 2.0) * 3f32.sqrt())
-    };
-    let mut values: Vec<f16> = (0..len.min(1 << 22)).map(|_| next()).collect();
-    while values.len() < len {
-        values.extend_from_within(..values.len().min(len - values.len()));
-    }
-    values
+    let mut bits = noise::bits(seed);
+    move || (bits() >> 11) as f64 / (1u64 << 53) as f64
 }

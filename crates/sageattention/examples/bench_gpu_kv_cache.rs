@@ -4,9 +4,12 @@
 
 use std::error::Error;
 
-use half::f16;
 use sageattention::cuda::{Cuda, CudaTensor};
 use sageattention::{Attention, DType, KvCacheOptions, Preset, Tensor, ValueFormat};
+
+mod noise;
+
+use noise::normal;
 
 /// Runs before times are taken, and runs that are timed.
 const WARM_UP: usize = 3;
@@ -89,19 +92,4 @@ fn main() -> Result<(), Box<dyn Error>> {
         );
     }
     Ok(())
-}
-
-/// About N(0, 1): sums of uniform numbers, from a generator that fills gigabytes in no time.
-fn normal(seed: u64, len: usize) -> Vec<f16> {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15);
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        let uniform = |shift: u32| (state >> shift & 0xffff) as f32 / 65536.0;
-        // Four uniform numbers have the variance 1/3.
-        f16::from_f32((uniform(0) + uniform(16) + uniform(32) + uniform(48) - 2.0) * 3f32.sqrt())
-    };
-    let pattern: Vec<f16> = (0..len.min(1 << 22)).map(|_| next()).collect();
-    pattern.iter().copied().cycle().take(len).collect()
 }
