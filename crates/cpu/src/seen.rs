@@ -54,7 +54,7 @@ impl SeenKeys {
 /// The seen keys of each key head of a call. Heads whose masks are the same share theirs.
 #[derive(Debug, Default)]
 pub(crate) struct SeenHeads {
-    /// Of each sequence and key head, its place in `distinct`; empty where every key of all heads counts.
+    /// The place in `distinct` of each sequence and key head; empty where every key of all heads counts.
     index: Vec<usize>,
     distinct: Vec<Option<SeenKeys>>,
     num_kv_heads: usize,

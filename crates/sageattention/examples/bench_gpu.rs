@@ -8,8 +8,8 @@
 //!
 //! A shape is `BATCH,HEADS[/KV_HEADS],LENGTH,HEAD_DIM` and what is visible, each after a comma: `causal`;
 //! `blocks=QxK@DENSITY`, a block mask of random blocks; `mask=padding`, a boolean mask that hides the last tenth of the
-//! keys; `mask=dense`, one of random scores; `mask=triangle`, a causal one; `mask=bias`, an additive one of random biases.
-//! A scheme that cannot run is reported and passed over.
+//! keys; `mask=dense`, one of random scores; `mask=triangle`, a causal one; `mask=bias`, an additive one of random
+//! biases. A scheme that cannot run is reported and passed over.
 
 use std::error::Error;
 use std::io::{self, Write};

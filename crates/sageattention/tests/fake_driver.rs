@@ -1,5 +1,6 @@
-//! Calls with a fake driver in place of the GPU's: what the driver fails with reaches the caller as what it is, and a warm
-//! call allocates nothing on the host, from the options to the last launch. A check of host tensors allocates nothing either.
+//! Calls with a fake driver in place of the GPU's: what the driver fails with reaches the caller as what it is, and a
+//! warm call allocates nothing on the host, from the options to the last launch. A check of host tensors allocates
+//! nothing either.
 
 #![cfg(all(feature = "cuda", target_os = "linux"))]
 #![allow(clippy::unwrap_used, reason = "tests")]

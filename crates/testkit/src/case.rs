@@ -94,7 +94,7 @@ pub struct CaseBlocks {
 }
 
 impl CaseBlocks {
-    /// Of such blocks about every third is hidden.
+    /// Blocks of these sizes, about every third of which is hidden.
     pub const fn new(block_q: usize, block_k: usize) -> Self {
         CaseBlocks { block_q, block_k, kept: 0.67 }
     }

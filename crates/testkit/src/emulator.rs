@@ -34,7 +34,7 @@ pub struct Emulated {
     pub tiling: Option<Tiling>,
     /// Whether grids are folded as those of very many heads are: three numbers along y, and some blocks too many.
     pub folded: bool,
-    /// Of packed sequences: the most queries and keys that the caller speaks of, where lengths are in device memory.
+    /// The most queries and keys that the caller says packed sequences have, where lengths are in device memory.
     pub longest: Option<[usize; 2]>,
 }
 

@@ -1,5 +1,5 @@
-//! What the tests of all crates share: one way to describe a call, to make its data and to compare what came out, and one
-//! [`Runner`] for each backend, so that one [`table()`] of cases runs everywhere.
+//! What the tests of all crates share: one way to describe a call, to make its data and to compare what came out, and
+//! one [`Runner`] for each backend, so that one [`table()`] of cases runs everywhere.
 //!
 //! - [`Case`] describes a call; [`Case::build`] makes an [`OwnedCall`] of it, with tensors of its own;
 //! - [`RandomCall`] is such a call made from a number alone, with strides that nobody would write down;
