@@ -126,11 +126,11 @@ fn request(call: &Call<'_>, choice: Choice, lse: bool) -> Request {
 /// Refuses kernels with instructions that the target lacks.
 fn check_target<T>(pass: &Pass<T>, machine: &Machine) -> Result<()> {
     for program in pass.programs() {
-        program.ptx(machine.target).map_err(|lacking| {
+        if let Some(lacking) = program.missing_on(machine.target) {
             let wanted =
                 format!("{} for `{}` of {}", lacking.needs.target, lacking.instruction, lacking.kernel);
-            Error::value("target", machine.target, wanted)
-        })?;
+            return Err(Error::value("target", machine.target, wanted));
+        }
     }
     Ok(())
 }

@@ -26,14 +26,14 @@ pub(crate) fn fast(op: Lane, s: &[&Lanes]) -> Option<Lanes> {
     let bits = |x: f32| u64::from(x.to_bits());
     Some(match (op, s) {
         (Lane::Mov(_), [a]) => **a,
-        (Lane::Add(Ty::S32 | Ty::U32 | Ty::B32), [a, b]) => two(a, b, |a, b| low(a.wrapping_add(b))),
-        (Lane::Add(Ty::S64 | Ty::U64 | Ty::B64), [a, b]) => two(a, b, u64::wrapping_add),
+        (Lane::Add(Ty::S32 | Ty::U32), [a, b]) => two(a, b, |a, b| low(a.wrapping_add(b))),
+        (Lane::Add(Ty::S64 | Ty::U64), [a, b]) => two(a, b, u64::wrapping_add),
         (Lane::Add(Ty::F32), [a, b]) => two(a, b, |a, b| bits(f(a) + f(b))),
-        (Lane::Sub(Ty::S32 | Ty::U32 | Ty::B32), [a, b]) => two(a, b, |a, b| low(a.wrapping_sub(b))),
+        (Lane::Sub(Ty::S32 | Ty::U32), [a, b]) => two(a, b, |a, b| low(a.wrapping_sub(b))),
         (Lane::Sub(Ty::F32), [a, b]) => two(a, b, |a, b| bits(f(a) - f(b))),
-        (Lane::Mul(Ty::S32 | Ty::U32 | Ty::B32), [a, b]) => two(a, b, |a, b| low(a.wrapping_mul(b))),
+        (Lane::Mul(Ty::S32 | Ty::U32), [a, b]) => two(a, b, |a, b| low(a.wrapping_mul(b))),
         (Lane::Mul(Ty::F32), [a, b]) => two(a, b, |a, b| bits(f(a) * f(b))),
-        (Lane::Fma(Ty::S32 | Ty::U32 | Ty::B32), [a, b, c]) => {
+        (Lane::Fma(Ty::S32 | Ty::U32), [a, b, c]) => {
             three(a, b, c, |a, b, c| low(a.wrapping_mul(b).wrapping_add(c)))
         }
         (Lane::Fma(Ty::F32), [a, b, c]) => three(a, b, c, |a, b, c| bits(fused(f(a), f(b), f(c)))),
@@ -42,13 +42,13 @@ pub(crate) fn fast(op: Lane, s: &[&Lanes]) -> Option<Lanes> {
         }),
         (Lane::Max(Ty::F32), [a, b]) => two(a, b, |a, b| extreme(a, b, f(a) > f(b), a & b)),
         (Lane::Min(Ty::F32), [a, b]) => two(a, b, |a, b| extreme(a, b, f(a) < f(b), a | b)),
-        (Lane::Shl(Ty::S32 | Ty::U32 | Ty::B32), [a, b]) => {
+        (Lane::Shl(Ty::S32 | Ty::U32), [a, b]) => {
             two(a, b, |a, b| if b as u32 >= 32 { 0 } else { low(a << (b as u32)) })
         }
         (Lane::Shr(Ty::S32), [a, b]) => {
             two(a, b, |a, b| u64::from(((a as i32) >> (b as u32).min(31)) as u32))
         }
-        (Lane::Shr(Ty::U32 | Ty::B32), [a, b]) => two(a, b, |a, b| a.checked_shr(b as u32).unwrap_or(0)),
+        (Lane::Shr(Ty::U32), [a, b]) => two(a, b, |a, b| a.checked_shr(b as u32).unwrap_or(0)),
         (Lane::And(_), [a, b]) => two(a, b, |a, b| a & b),
         (Lane::Or(_), [a, b]) => two(a, b, |a, b| a | b),
         (Lane::Xor(_), [a, b]) => two(a, b, |a, b| a ^ b),
@@ -104,7 +104,7 @@ pub(crate) fn apply(op: Lane, s: &[&Lanes], lanes: u32) -> Lanes {
             for (to, from) in operands.iter_mut().zip(s) {
                 *to = from[lane];
             }
-            *result = op.eval(&operands[..s.len().min(3)]);
+            *result = op.eval(operands);
         }
     }
     result
@@ -112,6 +112,8 @@ pub(crate) fn apply(op: Lane, s: &[&Lanes], lanes: u32) -> Lanes {
 
 #[cfg(test)]
 mod tests {
+    use sage_ptx::isa::Instruction;
+
     use super::*;
 
     /// Bits that look like numbers of all sizes, and the odd ones.
@@ -145,7 +147,7 @@ mod tests {
             Lane::Mov(Ty::B32),
             Lane::Add(Ty::S64),
         ];
-        for ty in [Ty::S32, Ty::U32, Ty::B32] {
+        for ty in [Ty::S32, Ty::U32] {
             ops.extend([Lane::Add(ty), Lane::Sub(ty), Lane::Mul(ty), Lane::Fma(ty)]);
             ops.extend([Lane::Shl(ty), Lane::Shr(ty)]);
             ops.extend([Lane::And(ty), Lane::Or(ty), Lane::Xor(ty)]);
@@ -154,20 +156,15 @@ mod tests {
             [Cmp::Eq, Cmp::Ne, Cmp::NeU, Cmp::Lt, Cmp::Le, Cmp::Gt, Cmp::Ge]
                 .map(|cmp| Lane::Set(cmp, Ty::S32)),
         );
-        let counts = |op| match op {
-            Lane::Mov(_) | Lane::Convert(_) => 1,
-            Lane::Fma(_) | Lane::MadWide(_) | Lane::Select(_) => 3,
-            _ => 2,
-        };
         for op in ops {
             for seed in 0..500 {
                 let [a, b, c] = [1, 2, 3].map(|i| samples(seed * 7 + i));
                 let operands = [&a, &b, &c];
-                let s = &operands[..counts(op)];
-                let found = fast(op, s).unwrap();
+                let count = op.operands().iter().filter_map(|group| group.count).sum();
+                let found = fast(op, &operands[..count]).unwrap();
                 for lane in 0..32 {
-                    let inputs: Vec<u64> = s.iter().map(|s| s[lane]).collect();
-                    let expected = op.eval(&inputs);
+                    let inputs = operands.map(|operand| operand[lane]);
+                    let expected = op.eval(inputs);
                     let float = matches!(
                         op,
                         Lane::Add(Ty::F32) | Lane::Sub(Ty::F32) | Lane::Mul(Ty::F32) | Lane::Fma(Ty::F32)

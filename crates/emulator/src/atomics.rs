@@ -1,13 +1,12 @@
 //! Read-modify-write instructions.
 
 use sage_ptx::isa::{AtomicOp, Lane, Space, Ty};
-use sage_ptx::program::Width;
 
 use crate::access::AccessKind;
 use crate::banks;
 use crate::block::{Context, Flow, Status};
 use crate::execute::lanes;
-use crate::fault::{FaultKind, Outcome, Trouble};
+use crate::fault::Outcome;
 
 impl Context<'_, '_> {
     pub fn atomic(
@@ -20,10 +19,11 @@ impl Context<'_, '_> {
         src: &[u32],
     ) -> Outcome<Flow> {
         let active = self.warp.active;
-        let bytes = match ty.width() {
-            Width::B32 => 4,
-            Width::B64 => 8,
-            _ => return Err(Trouble::new(FaultKind::InvalidProgram, format!("an atomic of {ty:?}"))),
+        let bytes = ty.width().bits() / 8;
+        let op = match op {
+            AtomicOp::Add => Lane::Add(ty),
+            AtomicOp::Min => Lane::Min(ty),
+            AtomicOp::Max => Lane::Max(ty),
         };
         let operands = *self.warp.read(&self.cx.code, src[1], active)?;
         let mut old = [0; 32];
@@ -35,7 +35,7 @@ impl Context<'_, '_> {
                 let access = self.access(AccessKind::Atomic);
                 let index = self.index();
                 for lane in lanes(active) {
-                    let change = |old| combine(op, ty, old, operands[lane]);
+                    let change = |old| op.eval([old, operands[lane], 0]);
                     let (layout, clocks) = (&self.cx.layout, &self.state.clocks);
                     let update =
                         self.state.shared.update(layout, clocks, &access, addresses[lane], bytes, change);
@@ -49,7 +49,7 @@ impl Context<'_, '_> {
             Space::Global => {
                 let addresses = self.global_addresses(src[0], offset)?;
                 for lane in lanes(active) {
-                    let change = |old| combine(op, ty, old, operands[lane]);
+                    let change = |old| op.eval([old, operands[lane], 0]);
                     let update = self.cx.global.update(addresses[lane], bytes, change);
                     old[lane] = update.map_err(|trouble| trouble.lane(lane))?;
                     changed |= change(old[lane]) != old[lane];
@@ -67,22 +67,5 @@ impl Context<'_, '_> {
             return Ok(Flow::Next);
         }
         Ok(if self.warp.polls_in_vain(seen) { Flow::Wait(Status::Polling) } else { Flow::Yield })
-    }
-}
-
-/// What an atomic leaves in memory.
-fn combine(op: AtomicOp, ty: Ty, old: u64, operand: u64) -> u64 {
-    match op {
-        AtomicOp::Add => Lane::Add(ty).eval(&[old, operand]),
-        AtomicOp::Min => Lane::Min(ty).eval(&[old, operand]),
-        AtomicOp::Max => Lane::Max(ty).eval(&[old, operand]),
-        AtomicOp::Exchange => operand,
-        AtomicOp::IncrementWrap => {
-            if old >= operand {
-                0
-            } else {
-                old + 1
-            }
-        }
     }
 }

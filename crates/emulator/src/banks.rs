@@ -1,6 +1,6 @@
 //! What an access costs: wavefronts of shared memory, sectors of global memory.
 
-/// Of one access: wavefronts, and how many it would take without conflicts.
+/// The wavefronts of one access, and how many it would take without conflicts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Wavefronts {
     pub taken: u32,

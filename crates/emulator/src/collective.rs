@@ -39,13 +39,8 @@ impl Context<'_, '_> {
                     Redux::Min => Lane::Min(ty),
                     Redux::Max => Lane::Max(ty),
                 };
-                let all = lanes(active).map(|lane| values[lane]).reduce(|a, b| op.eval(&[a, b]));
+                let all = lanes(active).map(|lane| values[lane]).reduce(|a, b| op.eval([a, b, 0]));
                 [all.unwrap_or(0); 32]
-            }
-            WarpOp::Elect => {
-                self.together("an election")?;
-                let elected = active.trailing_zeros() as usize;
-                std::array::from_fn(|lane| u64::from(lane == elected))
             }
             WarpOp::Sync => {
                 self.together("bar.warp.sync")?;
@@ -66,7 +61,7 @@ impl Context<'_, '_> {
         offset: i32,
     ) -> Outcome<Flow> {
         self.all_lanes("ldmatrix")?;
-        let rows = matrix_rows(count)?;
+        let rows = matrix_rows(count);
         let addresses = self.shared_addresses(address, rows, offset)?;
         let access = self.access(AccessKind::Read);
         let mut row_bits = [0u128; 32];
@@ -95,7 +90,7 @@ impl Context<'_, '_> {
 
     pub fn store_matrix(&mut self, src: &[u32], count: u8, transposed: bool, offset: i32) -> Outcome<Flow> {
         self.all_lanes("stmatrix")?;
-        let rows = matrix_rows(count)?;
+        let rows = matrix_rows(count);
         let addresses = self.shared_addresses(src[0], rows, offset)?;
         let mut row_bits = [0u128; 32];
         for (matrix, &register) in src[1..].iter().enumerate() {
@@ -117,16 +112,12 @@ impl Context<'_, '_> {
     }
 }
 
-/// Lanes whose addresses count.
-fn matrix_rows(count: u8) -> Outcome<u32> {
+/// Lanes whose addresses count: eight for each matrix.
+const fn matrix_rows(count: u8) -> u32 {
     match count {
-        1 => Ok(0xff),
-        2 => Ok(0xffff),
-        4 => Ok(u32::MAX),
-        _ => {
-            let detail = format!("{count} matrices, expected 1, 2 or 4");
-            Err(Trouble::new(FaultKind::InvalidProgram, detail))
-        }
+        1 => 0xff,
+        2 => 0xffff,
+        _ => u32::MAX,
     }
 }
 

@@ -28,10 +28,6 @@ impl Context<'_, '_> {
     pub fn copy_async(&mut self, bytes: u32, src: &[u32]) -> Outcome<Flow> {
         let active = self.warp.active;
         let code = &self.cx.code;
-        if !matches!(bytes, 4 | 8 | 16) {
-            let detail = format!("cp.async of {bytes} bytes, expected 4, 8 or 16");
-            return Err(Trouble::new(FaultKind::InvalidProgram, detail));
-        }
         let to = self.shared_addresses(src[0], active, 0)?;
         let from = *self.warp.read(code, src[1], active)?;
         let valid = *self.warp.read(code, src[2], active)?;

@@ -1,7 +1,7 @@
 //! The device: buffers, and launches.
 
 use bytemuck::{NoUninit, Pod};
-use sage_ptx::{Arg, Program};
+use sage_ptx::{Arg, Invalid, Program};
 
 use crate::block::Launch;
 use crate::decode::Code;
@@ -175,10 +175,7 @@ impl Emulator {
 
     fn prepare<'a>(&'a self, program: &'a Program, grid: [u32; 3], args: &'a [Arg]) -> Outcome<Launch<'a>> {
         let wrong = |detail: String| Err(Trouble::new(FaultKind::Arguments, detail));
-        let threads = program.block.iter().try_fold(1u32, |product, &n| product.checked_mul(n));
-        if !threads.is_some_and(|threads| (1..=1024).contains(&threads)) {
-            return wrong(format!("blocks of {:?} threads, expected 1 to 1024 together", program.block));
-        }
+        program.validate().map_err(invalid)?;
         let [x, y, z] = grid;
         if grid.contains(&0) || x > i32::MAX as u32 || y > 65535 || z > 65535 {
             return wrong(format!(
@@ -201,13 +198,22 @@ impl Emulator {
             }
         }
         Ok(Launch {
-            code: Code::new(program)?,
-            layout: Layout::new(program)?,
+            code: Code::new(program),
+            layout: Layout::new(program),
             global: &self.global,
             args,
             grid,
             options: &self.options,
         })
+    }
+}
+
+fn invalid(error: Invalid) -> Box<Trouble> {
+    let detail = format!("{} is {}, expected {}", error.what, error.found, error.wanted);
+    let trouble = Trouble::new(FaultKind::InvalidProgram, detail);
+    match error.at {
+        Some(at) => trouble.statement(at),
+        None => trouble,
     }
 }
 
@@ -218,8 +224,8 @@ fn not_begun(trouble: Trouble) -> Fault {
         block: [0; 3],
         warp: 0,
         lanes: 0,
-        at: None,
-        instruction: String::new(),
+        at: trouble.statement,
+        instruction: "nothing was run".to_owned(),
         object: trouble.object,
         other: None,
         detail: trouble.detail,

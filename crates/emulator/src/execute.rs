@@ -1,7 +1,7 @@
 //! One instruction of one warp: arithmetic, loads and stores here, everything else where it belongs.
 
 use sage_ptx::Arg;
-use sage_ptx::isa::{Access as Order, Control, Matrix, Memory, Op, Space, Special, Warp as WarpOp, Word};
+use sage_ptx::isa::{Control, LoadMode, Matrix, Memory, Op, Space, Special, Warp as WarpOp, Word};
 
 use crate::access::AccessKind;
 use crate::arithmetic;
@@ -60,8 +60,6 @@ impl Context<'_, '_> {
         match op {
             Control::Barrier { threads } => self.barrier(src[0], threads, true),
             Control::BarrierArrive { threads } => self.barrier(src[0], Some(threads), false),
-            // Every access to global memory is seen at once, in the order of the program.
-            Control::FenceDevice => Ok(Flow::Next),
             Control::FenceAsyncProxy => {
                 let (index, lanes) = (self.index(), self.warp.active);
                 self.state.clocks.fence(index, lanes);
@@ -124,10 +122,10 @@ impl Context<'_, '_> {
     fn memory(&mut self, op: Memory, dst: &[u32], src: &[u32]) -> Outcome<Flow> {
         let active = self.warp.active;
         let constant = match op {
-            Memory::Load { space, word, count, offset, access } => {
-                return self.load(space, word, count, offset, access, dst, src[0]);
+            Memory::Load { space, word, count, offset, mode } => {
+                return self.load(space, word, count, offset, mode, dst, src[0]);
             }
-            Memory::Store { space, word, count, offset, access: _ } => {
+            Memory::Store { space, word, count, offset, mode: _ } => {
                 return self.store(space, word, count, offset, src);
             }
             Memory::Atomic { space, op, ty, offset } => {
@@ -138,17 +136,10 @@ impl Context<'_, '_> {
                 self.warp.write(&self.cx.code, dst[0], active, &values)?;
                 return Ok(Flow::Next);
             }
-            Memory::Param { index, ty } => match self.cx.args.get(index as usize) {
-                Some(Arg::Pointer(x)) => *x,
-                Some(Arg::I64(x)) => *x as u64,
-                Some(Arg::U32(x)) => u64::from(*x),
-                Some(Arg::I32(x)) => u64::from(*x as u32),
-                Some(Arg::F32(x)) => u64::from(x.to_bits()),
-                Some(Arg::TensorMap(_)) | None => {
-                    let detail = format!("parameter {index} read as {ty:?}");
-                    return Err(Trouble::new(FaultKind::InvalidProgram, detail));
-                }
-            },
+            Memory::Param { index, .. } => {
+                // A valid program reads no tensor map as a number.
+                self.cx.args.get(index as usize).and_then(Arg::bits).unwrap_or_default()
+            }
             Memory::ParamAddress { index } => PARAM_BASE + PARAM_BYTES * u64::from(index),
             Memory::SharedAddress { offset, .. } => u64::from(BASE + offset),
         };
@@ -157,22 +148,18 @@ impl Context<'_, '_> {
     }
 
     fn special(&self, special: Special) -> Lanes {
-        let [x, y, _] = self.cx.code.program.block;
-        let thread = |lane: usize| 32 * self.warp.index + lane as u32;
+        let [x, ..] = self.cx.code.program.block;
         let [bx, by, bz] = self.state.index;
         let [gx, gy, gz] = self.cx.grid;
         std::array::from_fn(|lane| {
             u64::from(match special {
-                Special::TidX => thread(lane) % x,
-                Special::TidY => thread(lane) / x % y,
-                Special::TidZ => thread(lane) / x / y,
+                Special::TidX => (32 * self.warp.index + lane as u32) % x,
                 Special::CtaIdX => bx,
                 Special::CtaIdY => by,
                 Special::CtaIdZ => bz,
                 Special::NumCtaX => gx,
                 Special::NumCtaY => gy,
                 Special::NumCtaZ => gz,
-                Special::LaneId => lane as u32,
             })
         })
     }
@@ -195,13 +182,13 @@ impl Context<'_, '_> {
         word: Word,
         count: u8,
         offset: i32,
-        order: Order,
+        mode: LoadMode,
         dst: &[u32],
         address: u32,
     ) -> Outcome<Flow> {
         let active = self.warp.active;
         let size = word.bytes();
-        let bytes = vector_bytes(word, count)?;
+        let bytes = size * u32::from(count);
         let mut result = [[0; 32]; 4];
         let mut put = |lane: usize, value: u128| {
             for (i, result) in result.iter_mut().enumerate().take(usize::from(count)) {
@@ -233,7 +220,7 @@ impl Context<'_, '_> {
                         .rotate_left(23);
                 }
                 self.stats.global(self.warp.instr, banks::sectors(&addresses, active, bytes), bytes);
-                if order == Order::Acquire {
+                if mode == LoadMode::Acquire {
                     flow =
                         if self.warp.polls_in_vain(seen) { Flow::Wait(Status::Polling) } else { Flow::Yield };
                 }
@@ -248,7 +235,7 @@ impl Context<'_, '_> {
     fn store(&mut self, space: Space, word: Word, count: u8, offset: i32, src: &[u32]) -> Outcome<Flow> {
         let active = self.warp.active;
         let size = word.bytes();
-        let bytes = vector_bytes(word, count)?;
+        let bytes = size * u32::from(count);
         let code = &self.cx.code;
         let mut values = [0u128; 32];
         for (i, &register) in src[1..].iter().enumerate() {
@@ -299,16 +286,6 @@ impl Context<'_, '_> {
         self.state.clocks.stored(index, active);
         Ok(())
     }
-}
-
-/// Bytes of an access, which the hardware limits to 16.
-fn vector_bytes(word: Word, count: u8) -> Outcome<u32> {
-    let bytes = word.bytes() * u32::from(count);
-    if matches!(count, 1 | 2 | 4) && bytes <= 16 {
-        return Ok(bytes);
-    }
-    let detail = format!("a vector of {count} {word:?}, expected 1, 2 or 4 of at most 16 bytes together");
-    Err(Trouble::new(FaultKind::InvalidProgram, detail))
 }
 
 /// What a register gets of a word in memory.

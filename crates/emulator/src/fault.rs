@@ -7,9 +7,9 @@ use std::panic::Location;
 /// Kinds of faults.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum FaultKind {
-    /// Arguments do not fit the program's parameters, or the grid or block is impossible.
+    /// Arguments do not fit the program's parameters, or the grid is impossible.
     Arguments,
-    /// The program itself is malformed: a wrong number of operands, an unknown register, a forbidden shape.
+    /// The program is not [valid](sage_ptx::Program::validate), or copies more bytes than it says.
     InvalidProgram,
     /// An address that lies in no buffer, or an access that leaves the array it began in.
     OutOfBounds,

@@ -30,10 +30,6 @@ static F16_VALUES: LazyLock<Vec<f64>> =
 static BF16_VALUES: LazyLock<Vec<f64>> =
     LazyLock::new(|| (0..=u16::MAX).map(|x| bf16::from_bits(x).to_f64()).collect());
 
-pub(crate) fn is_integer(ty: MmaTy) -> bool {
-    matches!(ty, MmaTy::S8 | MmaTy::U8 | MmaTy::S4 | MmaTy::S32)
-}
-
 /// Values of all codes of a type of 16, 8 or 4 bits.
 fn values(ty: MmaTy) -> &'static [f64] {
     match ty {
@@ -175,5 +171,5 @@ fn scatter_by<const PER: usize>(registers: &[&Lanes], mut put: impl FnMut(usize,
 
 /// Room for so many numbers.
 pub(crate) fn empty(ty: MmaTy, len: usize) -> Numbers {
-    if is_integer(ty) { Numbers::Integers(vec![0; len]) } else { Numbers::Floats(vec![0.0; len]) }
+    if ty.is_integer() { Numbers::Integers(vec![0; len]) } else { Numbers::Floats(vec![0.0; len]) }
 }

@@ -6,8 +6,6 @@ use crate::fault::{FaultKind, Outcome, Trouble};
 
 /// Address of the first byte, so that null is no address; a multiple of every alignment in use.
 pub(crate) const BASE: u32 = 1024;
-/// What a block can have on the largest GPU.
-const MAX_BYTES: u32 = 227 * 1024;
 
 /// Which array each word of the program's shared memory belongs to.
 #[derive(Debug)]
@@ -19,28 +17,9 @@ pub(crate) struct Layout<'a> {
 }
 
 impl<'a> Layout<'a> {
-    pub fn new(program: &'a Program) -> Outcome<Layout<'a>> {
-        let mut bytes = 0;
-        for array in &program.shared {
-            let end = array.offset.checked_add(array.bytes).filter(|&end| end <= MAX_BYTES);
-            let Some(end) = end else {
-                let name = &array.name;
-                let detail = format!(
-                    "shared array `{name}`: offset {} and {} bytes, at most {MAX_BYTES} together",
-                    array.offset, array.bytes
-                );
-                return Err(Trouble::new(FaultKind::InvalidProgram, detail).object(name));
-            };
-            if !array.align.is_power_of_two() || array.align > 1024 || array.offset % array.align != 0 {
-                let name = &array.name;
-                let detail = format!(
-                    "shared array `{name}`: offset {} and alignment {}, expected a multiple of a power of two up to 1024",
-                    array.offset, array.align
-                );
-                return Err(Trouble::new(FaultKind::InvalidProgram, detail).object(name));
-            }
-            bytes = bytes.max(end);
-        }
+    /// The layout of a [valid](Program::validate) program.
+    pub fn new(program: &'a Program) -> Layout<'a> {
+        let bytes = program.shared_bytes();
         let mut home = vec![u16::MAX; bytes.div_ceil(4) as usize];
         let end_of =
             |i: u16| program.shared.get(usize::from(i)).map_or(0, |array| array.offset + array.bytes);
@@ -53,7 +32,7 @@ impl<'a> Layout<'a> {
                 }
             }
         }
-        Ok(Layout { program, bytes, home })
+        Layout { program, bytes, home }
     }
 
     /// Offset in the block's shared memory of an access that stays in one array.

@@ -27,21 +27,22 @@
 //! # What is computed
 //!
 //! Lane instructions mean what [`sage_ptx::isa::Lane::eval`] says. Tensor cores sum integers exactly (modulo 2³²), and
-//! floats in double precision with one rounding an instruction: hardware's order and width are not documented, and differ
-//! by less than the last place of the largest term. For 8-bit floats, [`Fp8Accumulation`] offers Hopper's narrower sums.
+//! floats in double precision with one rounding an instruction: hardware's order and width are not documented, and
+//! differ by less than the last place of the largest term. For 8-bit floats, [`Fp8Accumulation`] offers Hopper's
+//! narrower sums.
 //!
 //! # Time
 //!
 //! The lanes of a warp execute in lock step, one side of a branch after the other. The warps of a block take turns,
 //! switching where they wait, or after some steps; [`EmulatorOptions::seed`] gives other interleavings. Blocks start in
 //! the order of their linear index; further blocks become resident when those that are stall. Asynchronous work becomes
-//! visible as late as it may: `cp.async` lands when its thread waits for it, bulk loads some turns after their issue, and
-//! products of `wgmma` may be touched only after the wait that covers them.
+//! visible as late as it may: `cp.async` lands when its thread waits for it, bulk loads some turns after their issue,
+//! and products of `wgmma` may be touched only after the wait that covers them.
 //!
 //! # What is not modelled
 //!
-//! Races between blocks in global memory, and between lanes of one warp; the cache hierarchy; the order in which writes to
-//! global memory become visible without fences (every write is seen at once); clusters; a warp whose lanes must make
+//! Races between blocks in global memory, and between lanes of one warp; the cache hierarchy; the order in which writes
+//! to global memory become visible without fences (every write is seen at once); clusters; a warp whose lanes must make
 //! progress on both sides of a branch to end (reported as a deadlock).
 
 #![forbid(unsafe_code)]

@@ -56,8 +56,8 @@ impl Mbarriers {
     pub fn describe(&self, address: u32, parity: u32, place: &str) -> String {
         match self.table.get(&address) {
             Some(barrier) => format!(
-                "waits for the phase of parity {parity} of the mbarrier at {place} (in phase {}: {} of {} arrivals and {} \
-                 bytes outstanding)",
+                "waits for the phase of parity {parity} of the mbarrier at {place} (in phase {}: {} of {} arrivals \
+                 and {} bytes outstanding)",
                 barrier.phase, barrier.pending, barrier.expected, barrier.bytes
             ),
             None => format!("waits at {place}"),

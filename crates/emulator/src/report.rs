@@ -152,7 +152,7 @@ pub struct Conflicts {
     pub requests: u64,
     /// Turns that the banks took.
     pub wavefronts: u64,
-    /// Of these, those that another layout would save.
+    /// Those of them that another layout would save.
     pub extra: u64,
     /// Largest extra of one access.
     pub worst: u32,
@@ -262,20 +262,13 @@ fn class(op: Op) -> String {
     let space = |space| if space == Space::Global { "global" } else { "shared" };
     match op {
         Op::Lane(op) => match op {
-            Lane::Mov(_)
-            | Lane::Join16
-            | Lane::Join32
-            | Lane::Low16
-            | Lane::High16
-            | Lane::Low32
-            | Lane::High32 => "mov",
+            Lane::Mov(_) | Lane::Join16 | Lane::Join32 | Lane::Low16 | Lane::High16 => "mov",
             Lane::Convert(Convert::Integer { .. }) => "cvt integer",
             Lane::Convert(_) => "cvt",
-            Lane::Exp2 | Lane::Exp2F16x2 => "ex2",
+            Lane::Exp2 => "ex2",
             Lane::Log2 => "lg2",
             Lane::Tanh => "tanh",
             Lane::Reciprocal | Lane::ReciprocalApprox => "rcp",
-            Lane::Sqrt => "sqrt",
             Lane::Set(..) => "setp",
             Lane::Select(_) => "selp",
             Lane::Div(_) | Lane::Rem(_) => "div",
@@ -302,7 +295,6 @@ fn class(op: Op) -> String {
             Warp::Shuffle(_) => "shfl".to_owned(),
             Warp::Vote(_) => "vote".to_owned(),
             Warp::Redux(..) => "redux".to_owned(),
-            Warp::Elect => "elect".to_owned(),
             Warp::Sync => "bar.warp".to_owned(),
             Warp::LoadMatrix { count, .. } => format!("ldmatrix.x{count}"),
             Warp::StoreMatrix { count, .. } => format!("stmatrix.x{count}"),
@@ -318,7 +310,7 @@ fn class(op: Op) -> String {
         Op::Control(op) => match op {
             Control::Barrier { .. } => "bar.sync",
             Control::BarrierArrive { .. } => "bar.arrive",
-            Control::FenceDevice | Control::FenceAsyncProxy | Control::FenceMbarrierInit => "fence",
+            Control::FenceAsyncProxy | Control::FenceMbarrierInit => "fence",
             Control::MbarrierInit
             | Control::MbarrierArrive
             | Control::MbarrierArriveExpect

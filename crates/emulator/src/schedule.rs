@@ -88,8 +88,8 @@ impl Shared<'_, '_> {
         self.board.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Holds blocks and lets them take turns. A further block is started only when all that are held are stalled, so that
-    /// few are in memory at once.
+    /// Holds blocks and lets them take turns. A further block is started only when all that are held are stalled, so
+    /// that few are in memory at once.
     fn work(&self, worker: usize) -> Stats {
         let mut stats = Stats::new(self.cx.code.instrs.len());
         let mut blocks: Vec<Block> = Vec::new();

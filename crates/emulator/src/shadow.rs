@@ -68,7 +68,7 @@ pub(crate) struct Shadow {
 }
 
 impl Shadow {
-    /// Of so many words, read by so many components.
+    /// The shadow of so many words, read by so many components.
     pub fn new(words: usize, columns: usize) -> Shadow {
         Shadow {
             words: vec![Word::default(); words],

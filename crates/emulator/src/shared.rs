@@ -14,7 +14,7 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    /// Of so many bytes, read by so many components.
+    /// Shared memory of so many bytes, read by so many components.
     pub fn new(bytes: u32, columns: usize) -> Shared {
         let words = bytes.div_ceil(4) as usize;
         Shared { bytes: vec![0; 4 * words], shadow: Shadow::new(words, columns) }

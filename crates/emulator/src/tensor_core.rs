@@ -10,7 +10,7 @@ use sage_ptx::isa::{Mma, MmaBlockScaled, MmaTy};
 
 use crate::block::{Context, Flow};
 use crate::decode::Lanes;
-use crate::fault::{FaultKind, Outcome, Trouble};
+use crate::fault::Outcome;
 use crate::fragment::{ACCUMULATOR, Numbers, float, fragment_a, fragment_b, scale};
 
 /// How products of 8-bit floats are summed in single precision.
@@ -94,18 +94,6 @@ impl Context<'_, '_> {
         let code = &self.cx.code;
         let read = |register: u32| self.warp.read(code, register, u32::MAX);
         let half = mma.acc == MmaTy::F16;
-        use MmaTy::*;
-        let exists = matches!(
-            (mma.a, mma.b, mma.acc),
-            (S8 | U8, S8 | U8, S32)
-                | (S4, S4, S32)
-                | (F16, F16, F16 | F32)
-                | (BF16, BF16, F32)
-                | (E4M3 | E5M2, E4M3 | E5M2, F16 | F32)
-        );
-        if !exists {
-            return Err(Trouble::new(FaultKind::InvalidProgram, format!("no such mma: {mma:?}")));
-        }
         let k = mma.k();
         let a = fragment_a(mma, [read(src[0])?, read(src[1])?, read(src[2])?, read(src[3])?]);
         let b = fragment_b(mma, [read(src[4])?, read(src[5])?]);

@@ -167,8 +167,8 @@ impl TensorMap {
         self.box_shape.iter().skip(1).product()
     }
 
-    /// Address of a row of the box at `corner` and the elements of it inside of the tensor, or `None` where the row lies
-    /// outside.
+    /// Address of a row of the box at `corner` and the elements of it inside of the tensor, or `None` where the row
+    /// lies outside.
     pub(crate) fn row(&self, corner: &[i32], row: u32) -> Option<(u64, std::ops::Range<i64>)> {
         let mut address = self.address;
         let mut rest = row;

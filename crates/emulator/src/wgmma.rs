@@ -7,7 +7,7 @@ use crate::block::{Context, Flow, Launch, State};
 use crate::decode::{Code, Decoded, Lanes};
 use crate::descriptor::Descriptor;
 use crate::fault::{FaultKind, Outcome, Trouble};
-use crate::fragment::{Numbers, empty, float, fragment_a, integer, is_integer};
+use crate::fragment::{Numbers, empty, float, fragment_a, integer};
 use crate::tensor_core::{Fp8Accumulation, add_floats, add_integers, add_truncated, round};
 use crate::warp::{Hold, Warp, mask_of};
 
@@ -27,7 +27,6 @@ impl State {
     pub fn issue_wgmma(&mut self, cx: &Launch<'_>, group: &mut [Warp], instr: &Decoded) -> Outcome<()> {
         let Op::Matrix(Matrix::Wgmma(op)) = instr.op else { return Ok(()) };
         let code = &cx.code;
-        valid(op)?;
         let (a_operands, rest) = instr.src.split_at(if op.a_in_registers { 4 } else { 1 });
         let scale = uniform_bits(group, code, rest[1], |values| u64::from(mask_of(values)))?;
         if scale != 0 && scale != u64::from(u32::MAX) {
@@ -69,11 +68,7 @@ impl State {
                 Some(Numbers::Integers(a)) => Numbers::Integers(a[16 * op.k() * w..][..16 * op.k()].to_vec()),
                 Some(Numbers::Floats(a)) => Numbers::Floats(a[16 * op.k() * w..][..16 * op.k()].to_vec()),
                 None => {
-                    let registers: [Lanes; 4] =
-                        std::array::from_fn(|i| match a_operands[i].checked_sub(code.registers) {
-                            None => *warp.raw(a_operands[i]),
-                            Some(constant) => code.constants[constant as usize],
-                        });
+                    let registers: [Lanes; 4] = std::array::from_fn(|i| *warp.raw(a_operands[i]));
                     let [r0, r1, r2, r3] = &registers;
                     fragment_a(Mma { a: op.a, b: op.b, acc: op.acc }, [r0, r1, r2, r3])
                 }
@@ -85,25 +80,6 @@ impl State {
         }
         Ok(())
     }
-}
-
-fn valid(op: Wgmma) -> Outcome<()> {
-    let shape = op.n != 0 && op.n.is_multiple_of(8) && op.n <= 256;
-    // Sizes that the integer form has: 8, 16, 24, 32, and then multiples of 16.
-    let integers = !is_integer(op.a) || op.n <= 32 || op.n.is_multiple_of(16);
-    let types = match op.acc {
-        MmaTy::S32 => matches!(op.a, MmaTy::S8 | MmaTy::U8) && matches!(op.b, MmaTy::S8 | MmaTy::U8),
-        MmaTy::F32 => match op.a {
-            MmaTy::F16 | MmaTy::BF16 => op.b == op.a,
-            MmaTy::E4M3 | MmaTy::E5M2 => matches!(op.b, MmaTy::E4M3 | MmaTy::E5M2),
-            _ => false,
-        },
-        _ => false,
-    };
-    if shape && integers && types && (!op.b_transposed || op.a.bits() == 16) {
-        return Ok(());
-    }
-    Err(Trouble::new(FaultKind::InvalidProgram, format!("no such wgmma: {op:?}")))
 }
 
 fn uniform_bits(group: &[Warp], code: &Code<'_>, register: u32, of: impl Fn(&Lanes) -> u64) -> Outcome<u64> {
@@ -133,9 +109,6 @@ fn uniform(group: &[Warp], code: &Code<'_>, register: u32, what: &str) -> Outcom
 
 /// Whether a register may be an accumulator or operand now.
 fn check_register(warp: &Warp, code: &Code<'_>, register: u32, accumulator: bool, read: bool) -> Outcome<()> {
-    if register >= code.registers {
-        return Ok(());
-    }
     let hold = warp.holds.get(register as usize).copied().unwrap_or_default();
     let other = match (hold, accumulator) {
         (Hold::Operand { at, .. }, true) | (Hold::Accumulator { at, .. }, false) => Some(at),
@@ -190,7 +163,7 @@ fn read_b(
     let (k, n) = (op.k(), usize::from(op.n));
     let mut numbers = empty(op.b, k * n);
     let place =
-        |depth: usize, column: usize| if is_integer(op.b) { column * k + depth } else { depth * n + column };
+        |depth: usize, column: usize| if op.b.is_integer() { column * k + depth } else { depth * n + column };
     let per = 128 / op.b.bits();
     if op.b_transposed {
         for depth in 0..k {
@@ -278,7 +251,7 @@ fn hold(warp: &mut Warp, code: &Code<'_>, accumulators: &[u32], operands: &[u32]
     for &register in accumulators {
         warp.holds[register as usize] = Hold::Accumulator { group, at };
     }
-    for &register in operands.iter().filter(|&&register| register < code.registers) {
+    for &register in operands {
         warp.holds[register as usize] = Hold::Operand { group, at };
     }
 }

@@ -371,9 +371,9 @@ fn mbarriers_are_not_data() {
     let mut raw = Raw::new(32);
     let full = raw.shared("full", 8);
     raw.warp(Warp::Sync, &[], &[]);
-    let p = raw.reg(sage_ptx::program::Width::Pred);
-    raw.warp(Warp::Elect, &[p], &[]);
-    raw.when(p, |raw| raw.control(Control::MbarrierInit, &[full.operand(), 1.operand()]));
+    let thread = raw.thread();
+    let first = raw.compare(Cmp::Eq, thread, 0);
+    raw.when(first, |raw| raw.control(Control::MbarrierInit, &[full.operand(), 1.operand()]));
     raw.load(Space::Shared, full);
     fault_naming(Emulator::new().launch(&raw.done(), [1, 1, 1], &[]), FaultKind::Mbarrier, &["`full` + 0"]);
 }
@@ -409,7 +409,7 @@ fn a_wait_may_give_up() {
     let thread = raw.thread();
     let first = raw.compare(Cmp::Eq, thread, 0);
     raw.when(first, |raw| raw.control(Control::MbarrierInit, &[full.operand(), 1.operand()]));
-    let done = raw.reg(sage_ptx::program::Width::Pred);
+    let done = raw.reg(sage_ptx::isa::Width::Pred);
     raw.emit(sage_ptx::isa::Op::Control(Control::MbarrierTryWait), &[done], &[full.operand(), 0.operand()]);
     let select = sage_ptx::isa::Lane::Select(sage_ptx::isa::Ty::B32);
     let result = raw.lane(select, &[1.operand(), 2.operand(), done.operand()]);

@@ -16,7 +16,7 @@ fn sums() -> Program {
         let (x, y) = (k.global::<f32>("x"), k.global::<f32>("y"));
         let parts = k.shared::<f32>("parts", 4);
         let [block, ..] = k.block_index();
-        let sum = x.at(block * 128 + k.thread()).load().warp_sum();
+        let sum = x.at(block * 128 + k.thread()).load().reduce_lanes(31, |a, b| a + b);
         k.when(k.lane_index().eq(0), || parts.at(k.warp_index_of_thread()).store(sum));
         k.barrier();
         k.when(k.thread().eq(0), || {
@@ -79,7 +79,6 @@ fn rendezvous(arrivals: i32) -> Program {
         let [block, ..] = k.block_index();
         let counter = counter.at(block >> 2);
         y.at(block).store(block + 1);
-        k.fence_device();
         k.barrier();
         k.when(k.thread().eq(0), || {
             counter.atomic(AtomicOp::Add, 1);

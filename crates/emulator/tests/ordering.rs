@@ -1,4 +1,5 @@
-//! Races, barriers, `cp.async`: each planted bug is caught, and each corrected kernel passes, in any order of the warps.
+//! Races, barriers, `cp.async`: each planted bug is caught, and each corrected kernel passes, in any order of the
+//! warps.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use sage_emulator::{Emulator, EmulatorOptions, Failure, FaultKind, Report};
@@ -147,7 +148,8 @@ fn bytes_of_one_word_are_told_apart() {
 
 #[test]
 fn named_barriers_order_only_who_takes_part() {
-    // Warps 0 and 1 meet at barrier 1, warps 2 and 3 at barrier 2; reading the neighbour's is fine, the other pair's not.
+    // Warps 0 and 1 meet at barrier 1, warps 2 and 3 at barrier 2; reading the neighbour's is fine, the other pair's
+    // not.
     let program = |distance: i32| {
         kernel("pairs", 128, |k| {
             let tile = k.shared::<i32>("tile", 128);

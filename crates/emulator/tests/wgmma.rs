@@ -3,8 +3,8 @@
 
 use half::f16;
 use sage_emulator::{Emulator, EmulatorOptions, Failure, FaultKind, Report};
-use sage_ptx::isa::{Cmp, Control, E4M3, Lane, Matrix, Mma, MmaTy, Op, Space, Ty, Wgmma};
-use sage_ptx::program::{Operand, Program, Reg, Width};
+use sage_ptx::isa::{Cmp, Control, E4M3, Lane, Matrix, Mma, MmaTy, Op, Space, Ty, Wgmma, Width};
+use sage_ptx::program::{Operand, Program, Reg};
 
 mod support;
 use support::{Raw, Source, fault_naming};
@@ -121,9 +121,9 @@ fn program(op: Wgmma, a: Place, b: Place, bugs: Bugs) -> Program {
             })
             .collect()
     } else {
-        vec![a.descriptor(tile_a, 64).operand()]
+        vec![raw.mov_wide(a.descriptor(tile_a, 64)).operand()]
     };
-    let descriptor_b = b.descriptor(tile_b, n);
+    let descriptor_b = raw.mov_wide(b.descriptor(tile_b, n));
     if !bugs.no_fence {
         raw.matrix(Matrix::WgmmaFence, &[], &[]);
     }
@@ -350,7 +350,7 @@ fn operands_in_registers_are_out_of_reach() {
     let no = raw.compare(Cmp::Ne, thread, thread);
     raw.matrix(Matrix::WgmmaFence, &[], &[]);
     let mut src: Vec<Operand> = a.iter().map(|reg| reg.operand()).collect();
-    src.extend([PLAIN.descriptor(tile, 64).operand(), no.operand()]);
+    src.extend([raw.mov_wide(PLAIN.descriptor(tile, 64)).operand(), no.operand()]);
     raw.matrix(Matrix::Wgmma(op), &d, &src);
     raw.matrix(Matrix::WgmmaCommit, &[], &[]);
     raw.emit(Op::Lane(Lane::Mov(Ty::B32)), &[a[2]], &[1.operand()]);
@@ -365,8 +365,8 @@ fn descriptors_are_checked() {
     let thread = raw.thread();
     let yes = raw.compare(Cmp::Eq, thread, thread);
     raw.matrix(Matrix::WgmmaFence, &[], &[]);
-    let src = [PLAIN.descriptor(1024, 64).operand(), (1u64 << 55).operand(), yes.operand()];
-    raw.matrix(Matrix::Wgmma(OP), &d, &src);
+    let (a, b) = (raw.mov_wide(PLAIN.descriptor(1024, 64)), raw.mov_wide(1 << 55));
+    raw.matrix(Matrix::Wgmma(OP), &d, &[a.operand(), b.operand(), yes.operand()]);
     let result = Emulator::new().launch(&raw.done(), [1, 1, 1], &[]);
     fault_naming(result, FaultKind::Descriptor, &["bits set that mean nothing"]);
 }

@@ -42,20 +42,15 @@ impl<'k> Registers<'k> {
 
     fn of(&self, ty: Ty) -> Operand {
         match ty.width() {
-            crate::program::Width::Pred => self.pred(),
-            crate::program::Width::B16 => self.b16(),
-            crate::program::Width::B32 => self.b32(),
-            crate::program::Width::B64 => self.b64(),
+            Width::Pred => self.pred(),
+            Width::B16 => self.b16(),
+            Width::B32 => self.b32(),
+            Width::B64 => self.b64(),
         }
     }
 
     fn dst(&self, ty: Ty) -> Reg {
-        match ty.width() {
-            crate::program::Width::Pred => self.code.register::<bool>(),
-            crate::program::Width::B16 => self.code.register::<half::f16>(),
-            crate::program::Width::B32 => self.code.register::<u32>(),
-            crate::program::Width::B64 => self.code.register::<u64>(),
-        }
+        self.code.register(ty.width())
     }
 
     fn many(&self, ty: Ty, count: usize) -> Vec<Operand> {
@@ -66,91 +61,102 @@ impl<'k> Registers<'k> {
         (0..count).map(|_| self.dst(ty)).collect()
     }
 
+    /// An instruction whose operands may be anything of their widths.
+    fn emit(&self, op: Lane) {
+        let operands = op.operands().into_iter().flat_map(|group| {
+            let each = move || match group.width {
+                Width::Pred => self.pred(),
+                Width::B16 => self.b16(),
+                Width::B32 => self.b32(),
+                Width::B64 => self.b64(),
+            };
+            std::iter::repeat_with(each).take(group.count.unwrap_or(0))
+        });
+        let operands: Vec<_> = operands.collect();
+        self.code.emit(op, &[self.code.register(op.results().width)], &operands);
+    }
+
     fn shared(&self) -> Operand {
         self.code.shared::<u64>("memory", 64).address().operand()
     }
 }
 
-const INTEGERS: [Ty; 4] = [Ty::S32, Ty::U32, Ty::S64, Ty::U64];
-const FLOATS: [Ty; 7] = [Ty::F32, Ty::F64, Ty::F16, Ty::BF16, Ty::F16x2, Ty::BF16x2, Ty::F32];
+const TYPES: [Ty; 13] = [
+    Ty::Pred,
+    Ty::B16,
+    Ty::B32,
+    Ty::B64,
+    Ty::S32,
+    Ty::U32,
+    Ty::S64,
+    Ty::U64,
+    Ty::F16,
+    Ty::BF16,
+    Ty::F16x2,
+    Ty::BF16x2,
+    Ty::F32,
+];
 
-/// Emits every lane instruction with every type that it has.
+/// Every lane instruction with every type that its row has.
 fn lanes(r: &Registers<'_>) {
-    use crate::isa::Convert;
-    use Lane::{Convert as Cvt, *};
-    let emit = |op: Lane, src: &[Operand]| r.code.emit(op, &[r.dst(op.result())], src);
-    for ty in INTEGERS.into_iter().chain(FLOATS) {
-        let (a, b, c) = (r.of(ty), r.of(ty), r.of(ty));
-        for op in [Add(ty), Sub(ty), Mul(ty), Min(ty), Max(ty)] {
-            emit(op, &[a, b]);
-        }
-        emit(Fma(ty), &[a, b, c]);
-        if !ty.is_float() || ty == Ty::F32 {
-            emit(Div(ty), &[a, b]);
-        }
-        if !matches!(ty, Ty::U32 | Ty::U64) {
-            emit(Neg(ty), &[a]);
-            emit(Abs(ty), &[a]);
-        }
-        if !matches!(ty, Ty::F16x2 | Ty::BF16x2 | Ty::F16 | Ty::BF16) {
-            for cmp in [Cmp::Eq, Cmp::Ne, Cmp::Lt, Cmp::Le, Cmp::Gt, Cmp::Ge] {
-                emit(Set(cmp, ty), &[a, b]);
-            }
-        }
-        emit(Select(ty), &[a, b, r.pred()]);
+    let of_a_type: [fn(Ty) -> Lane; 22] = [
+        Lane::Mov,
+        Lane::Add,
+        Lane::Sub,
+        Lane::Mul,
+        Lane::MulHigh,
+        Lane::MulWide,
+        Lane::Div,
+        Lane::Rem,
+        Lane::Min,
+        Lane::Max,
+        Lane::MinNan,
+        Lane::MaxNan,
+        Lane::And,
+        Lane::Or,
+        Lane::Xor,
+        Lane::Not,
+        Lane::Shl,
+        Lane::Shr,
+        Lane::Neg,
+        Lane::Abs,
+        Lane::Fma,
+        Lane::MadWide,
+    ];
+    let conversions: [fn(Ty) -> Convert; 3] =
+        [Convert::IntToF32, Convert::F32ToIntNearest, Convert::F32ToIntTruncate];
+    let comparisons = [Cmp::Eq, Cmp::Ne, Cmp::Lt, Cmp::Le, Cmp::Gt, Cmp::Ge, Cmp::NeU];
+    let mut all = vec![
+        Lane::Reciprocal,
+        Lane::ReciprocalApprox,
+        Lane::Exp2,
+        Lane::Log2,
+        Lane::Tanh,
+        Lane::Permute,
+        Lane::PopCount,
+        Lane::Join16,
+        Lane::Low16,
+        Lane::High16,
+        Lane::Join32,
+        Lane::Dot4,
+        Lane::Convert(Convert::F16ToF32),
+        Lane::Convert(Convert::BF16ToF32),
+        Lane::Convert(Convert::F32ToF16),
+        Lane::Convert(Convert::F32ToBF16),
+        Lane::Convert(Convert::F32ToF16x2),
+        Lane::Convert(Convert::F32ToBF16x2),
+        Lane::Convert(Convert::F32ToE4M3x2),
+    ];
+    for ty in TYPES {
+        all.extend(of_a_type.map(|op| op(ty)));
+        all.extend(comparisons.map(|cmp| Lane::Set(cmp, ty)));
+        all.extend(conversions.map(|convert| Lane::Convert(convert(ty))));
+        all.extend(TYPES.map(|from| Lane::Convert(Convert::Integer { from, to: ty })));
+        all.push(Lane::Select(ty));
     }
-    for ty in [Ty::F32, Ty::F16x2, Ty::BF16x2] {
-        emit(MinNan(ty), &[r.of(ty), r.of(ty)]);
-        emit(MaxNan(ty), &[r.of(ty), r.of(ty)]);
+    for op in all.into_iter().filter(Lane::exists) {
+        r.emit(op);
     }
-    emit(Set(Cmp::NeU, Ty::F32), &[r.b32(), r.b32()]);
-    for ty in INTEGERS {
-        let (a, b) = (r.of(ty), r.of(ty));
-        for op in [MulHigh(ty), Rem(ty), And(ty), Or(ty), Xor(ty)] {
-            emit(op, &[a, b]);
-        }
-        emit(Not(ty), &[a]);
-        emit(Shl(ty), &[a, r.b32()]);
-        emit(Shr(ty), &[a, r.b32()]);
-    }
-    for ty in [Ty::S32, Ty::U32] {
-        emit(MulWide(ty), &[r.b32(), r.b32()]);
-        emit(MadWide(ty), &[r.b32(), r.b32(), r.b64()]);
-        emit(BitField(ty), &[r.b32(), r.b32(), r.b32()]);
-        for op in [Convert::IntToF32(ty), Convert::F32ToIntNearest(ty), Convert::F32ToIntTruncate(ty)] {
-            emit(Cvt(op), &[r.b32()]);
-        }
-        let (from, to) = (ty, if ty == Ty::S32 { Ty::S64 } else { Ty::U64 });
-        emit(Cvt(Convert::Integer { from, to }), &[r.b32()]);
-        emit(Cvt(Convert::Integer { from: to, to: from }), &[r.b64()]);
-    }
-    for ty in [Ty::Pred, Ty::B16, Ty::B32, Ty::B64] {
-        emit(Mov(ty), &[r.of(ty)]);
-    }
-    for op in [And(Ty::Pred), Or(Ty::Pred), Xor(Ty::Pred)] {
-        emit(op, &[r.pred(), r.pred()]);
-    }
-    for op in [Reciprocal, ReciprocalApprox, Sqrt, Exp2, Exp2F16x2, Log2, Tanh, PopCount, LeadingZeros] {
-        emit(op, &[r.b32()]);
-    }
-    for op in [Convert::F16ToF32, Convert::BF16ToF32, Convert::E4M3x2ToF16x2, Convert::E5M2x2ToF16x2] {
-        emit(Cvt(op), &[r.b16()]);
-    }
-    for op in [Convert::F32ToF16, Convert::F32ToBF16] {
-        emit(Cvt(op), &[r.b32()]);
-    }
-    for op in [Convert::F32ToF16x2, Convert::F32ToBF16x2, Convert::F32ToE4M3x2, Convert::F32ToE5M2x2] {
-        emit(Cvt(op), &[r.b32(), r.b32()]);
-    }
-    for op in [Permute, FunnelLeft, Dot4] {
-        emit(op, &[r.b32(), r.b32(), r.b32()]);
-    }
-    emit(Join16, &[r.b16(), r.b16()]);
-    emit(Join32, &[r.b32(), r.b32()]);
-    emit(Low16, &[r.b32()]);
-    emit(High16, &[r.b32()]);
-    emit(Low32, &[r.b64()]);
-    emit(High32, &[r.b64()]);
 }
 
 fn memory(r: &Registers<'_>) {
@@ -170,31 +176,32 @@ fn memory(r: &Registers<'_>) {
                     continue;
                 }
                 let offset = 16;
-                let load = Memory::Load { space, word, count, offset, access: Access::Plain };
+                let load = Memory::Load { space, word, count, offset, mode: LoadMode::Plain };
                 r.code.emit(load, &r.dsts(ty, count.into()), &[address()]);
                 let mut src = vec![address()];
                 src.extend(r.many(ty, count.into()));
-                r.code.emit(Memory::Store { space, word, count, offset, access: Access::Plain }, &[], &src);
+                r.code.emit(Memory::Store { space, word, count, offset, mode: StoreMode::Plain }, &[], &src);
             }
         }
-        for op in [AtomicOp::Add, AtomicOp::Min, AtomicOp::Max, AtomicOp::IncrementWrap] {
-            let atomic = Memory::Atomic { space, op, ty: Ty::U32, offset: 4 };
-            r.code.emit(atomic, &[r.dst(Ty::U32)], &[address(), r.b32()]);
+        for op in [AtomicOp::Add, AtomicOp::Min, AtomicOp::Max] {
+            for ty in TYPES {
+                let atomic = Memory::Atomic { space, op, ty, offset: 4 };
+                if atomic.exists() {
+                    r.code.emit(atomic, &[r.dst(ty)], &[address(), r.of(ty)]);
+                }
+            }
         }
-        let exchange = Memory::Atomic { space, op: AtomicOp::Exchange, ty: Ty::B32, offset: 0 };
-        r.code.emit(exchange, &[r.dst(Ty::B32)], &[address(), r.b32()]);
     }
     let (space, word, count, offset) = (Space::Global, Word::B32, 1, 0);
-    for access in [Access::Streaming, Access::Acquire] {
-        r.code.emit(Memory::Load { space, word, count, offset, access }, &[r.dst(Ty::B32)], &[r.b64()]);
+    for mode in [LoadMode::Streaming, LoadMode::Acquire] {
+        r.code.emit(Memory::Load { space, word, count, offset, mode }, &[r.dst(Ty::B32)], &[r.b64()]);
     }
-    for access in [Access::Streaming, Access::Release] {
-        r.code.emit(Memory::Store { space, word, count, offset, access }, &[], &[r.b64(), r.b32()]);
-    }
+    let mode = StoreMode::Release;
+    r.code.emit(Memory::Store { space, word, count, offset, mode }, &[], &[r.b64(), r.b32()]);
 }
 
 fn warps(r: &Registers<'_>) {
-    for mode in [Shuffle::Xor, Shuffle::Index, Shuffle::Up, Shuffle::Down] {
+    for mode in [Shuffle::Xor, Shuffle::Index] {
         r.code.emit(Warp::Shuffle(mode), &[r.dst(Ty::B32)], &[r.b32(), r.b32()]);
     }
     for (vote, ty) in [(Vote::All, Ty::Pred), (Vote::Any, Ty::Pred), (Vote::Ballot, Ty::B32)] {
@@ -237,7 +244,6 @@ fn copies(r: &Registers<'_>) {
     r.code.emit(Control::Barrier { threads: None }, &[], &[r.b32()]);
     r.code.emit(Control::Barrier { threads: Some(64) }, &[], &[r.b32()]);
     r.code.emit(Control::BarrierArrive { threads: 64 }, &[], &[r.b32()]);
-    r.code.emit(Control::FenceDevice, &[], &[]);
     r.code.emit(Control::Sleep, &[], &[r.b32()]);
 }
 
@@ -257,7 +263,6 @@ fn hopper(r: &Registers<'_>) {
     r.code.emit(Control::FenceMbarrierInit, &[], &[]);
     r.code.emit(Control::MbarrierArriveExpect, &[], &[r.shared(), r.b32()]);
     r.code.emit(Control::MbarrierTryWait, &[r.dst(Ty::Pred)], &[r.shared(), r.b32()]);
-    r.code.emit(Warp::Elect, &[r.dst(Ty::Pred)], &[]);
     for count in [1u8, 2, 4] {
         let mut src = vec![r.shared()];
         src.extend(r.many(Ty::B32, count.into()));

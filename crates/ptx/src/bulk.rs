@@ -81,8 +81,8 @@ impl<'k> Mbarrier<'k> {
 }
 
 impl<'k, T: Stored> Shared<'k, T> {
-    /// Starts copying the box at `corner`, the innermost coordinate first, of the tensor map at `map` to here, which must
-    /// be aligned to 128 bytes (1024 for the swizzle of 128); its bytes count at `done`.
+    /// Starts copying the box at `corner`, the innermost coordinate first, of the tensor map at `map` to here, which
+    /// must be aligned to 128 bytes (1024 for the swizzle of 128); its bytes count at `done`.
     #[track_caller]
     pub fn copy_tensor(self, map: Val<'k, u64>, corner: &[Val<'k, i32>], done: &Mbarrier<'k>) {
         let mut src = vec![self.address().in_register_operand(), map.operand(), done.operand()];

@@ -1,14 +1,16 @@
 //! Tensor-core operands and accumulators in registers, and swizzled tiles of shared memory that they come from.
 
+use std::marker::PhantomData;
+
 use half::{bf16, f16};
 
-use crate::code::{Code, Phantom};
-use crate::isa::{Matrix, Mma, MmaTy, Warp};
+use crate::code::Code;
+use crate::isa::{Matrix, Mma, MmaTy, Warp, Width};
 use crate::pointer::{Pointer, Shared, Stored};
 use crate::program::Operand;
-use crate::value::{BF16x2, F16x2, Scalar, Use, Val, Var};
-
-use std::marker::PhantomData;
+use crate::scalar::{BF16x2, F16x2, Phantom, Scalar};
+use crate::value::{Use, Val};
+use crate::var::Var;
 
 /// Element types of A and B.
 pub trait MmaElement: Copy + 'static {
@@ -292,7 +294,7 @@ impl<'k> FragmentSource<'k> {
     fn load(&self, rows: usize, chunks: usize) -> [Val<'k, u32>; 4] {
         let pointer = self.address.step(rows, chunks);
         let code = pointer.code();
-        let registers = [(); 4].map(|()| code.register::<u32>());
+        let registers = [(); 4].map(|()| code.register(Width::B32));
         let (address, offset) = pointer.parts();
         let op = Warp::LoadMatrix { count: 4, transposed: self.transposed, offset };
         code.emit(op, &registers, &[address]);

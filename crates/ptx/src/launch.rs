@@ -1,5 +1,7 @@
 //! What a launch passes to a kernel.
 
+use crate::isa::Ty;
+
 /// Type of a kernel parameter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ParamType {
@@ -27,15 +29,23 @@ impl ParamType {
         }
     }
 
+    /// Type of the value that a kernel reads; a tensor map is not read but named.
+    pub const fn ty(self) -> Option<Ty> {
+        match self {
+            ParamType::Pointer => Some(Ty::U64),
+            ParamType::U32 => Some(Ty::U32),
+            ParamType::I32 => Some(Ty::S32),
+            ParamType::I64 => Some(Ty::S64),
+            ParamType::F32 => Some(Ty::F32),
+            ParamType::TensorMap => None,
+        }
+    }
+
     /// The declaration's type in PTX.
     pub const fn ptx(self) -> &'static str {
-        match self {
-            ParamType::Pointer => ".u64",
-            ParamType::U32 => ".u32",
-            ParamType::I32 => ".s32",
-            ParamType::I64 => ".s64",
-            ParamType::F32 => ".f32",
-            ParamType::TensorMap => ".align 64 .b8",
+        match self.ty() {
+            Some(ty) => ty.ptx(),
+            None => ".align 64 .b8",
         }
     }
 }
@@ -71,8 +81,8 @@ pub enum Arg {
 #[repr(align(64))]
 pub struct TensorMapBytes(pub [u64; 16]);
 
-/// A tensor and the box of it that a bulk copy moves, before whoever launches makes its tensor map. Dimensions go from the
-/// innermost out; a tensor of fewer has ones.
+/// A tensor and the box of it that a bulk copy moves, before whoever launches makes its tensor map. Dimensions go from
+/// the innermost out; a tensor of fewer has ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BoxedTensor {
     /// Name, for messages.
@@ -101,6 +111,18 @@ impl Arg {
             Arg::I64(_) => ParamType::I64,
             Arg::F32(_) => ParamType::F32,
             Arg::TensorMap(_) => ParamType::TensorMap,
+        }
+    }
+
+    /// The bits of a number or address, extended with zeros.
+    pub const fn bits(&self) -> Option<u64> {
+        match *self {
+            Arg::Pointer(x) => Some(x),
+            Arg::I64(x) => Some(x as u64),
+            Arg::U32(x) => Some(x as u64),
+            Arg::I32(x) => Some(x as u32 as u64),
+            Arg::F32(x) => Some(x.to_bits() as u64),
+            Arg::TensorMap(_) => None,
         }
     }
 }

@@ -1,11 +1,15 @@
 //! Operands of whole rows of A: a fragment for each strip of 16 rows and each step of 32 bytes of the depth.
 
+use std::marker::PhantomData;
+
 use crate::code::Code;
 use crate::fragment::{CHUNK_BYTES, FragmentA, MmaElement, RoundedElement, SharedTile};
 use crate::pointer::Shared;
 use crate::rows::{Rows, SLOT_ROWS};
+use crate::scalar::Phantom;
 use crate::tile::Tile;
-use crate::value::{Val, Var};
+use crate::value::Val;
+use crate::var::Var;
 
 /// The operand A of a warp's rows, which is read for each step.
 #[derive(Clone, Debug)]
@@ -104,14 +108,14 @@ impl<'k> OperandTile<'k> {
 pub struct OperandVars<'k, E> {
     /// The words of each step's fragment.
     words: Vec<[Var<'k, u32>; 4]>,
-    element: crate::code::Phantom<E>,
+    element: Phantom<E>,
 }
 
 impl<'k, E: RoundedElement> OperandVars<'k, E> {
     /// An operand as deep as `columns` of sums, without values as yet.
     pub fn new(code: &'k Code, columns: usize) -> Self {
         let words = (0..columns / E::DEPTH).map(|_| std::array::from_fn(|_| Var::new(code))).collect();
-        OperandVars { words, element: std::marker::PhantomData }
+        OperandVars { words, element: PhantomData }
     }
 
     /// Sets it to a tile of one strip, rounded.

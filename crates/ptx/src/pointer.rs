@@ -4,9 +4,11 @@ use std::marker::PhantomData;
 
 use half::{bf16, f16};
 
-use crate::code::{Code, Phantom};
-use crate::isa::{Access, AtomicOp, Control, Convert, Lane, Memory, Space, Ty, Word};
-use crate::value::{Scalar, Use, Val};
+use crate::code::Code;
+use crate::isa::{AtomicOp, Control, Lane, LoadMode, Memory, Space, StoreMode, Ty, Word};
+use crate::program::Operand;
+use crate::scalar::{Phantom, Scalar};
+use crate::value::{Use, Val};
 
 /// Types of elements in memory.
 pub trait Stored: Copy + 'static {
@@ -175,15 +177,15 @@ impl<'k, S: AddressSpace, T: Stored> Pointer<'k, S, T> {
 
     /// The register and the offset that an instruction names.
     #[track_caller]
-    pub(crate) fn parts(self) -> (crate::program::Operand, i32) {
+    pub(crate) fn parts(self) -> (Operand, i32) {
         (self.address.in_register_operand(), self.offset)
     }
 
     #[track_caller]
-    fn load_as(self, count: u8, access: Access) -> Vec<Val<'k, T::Value>> {
+    fn load_as(self, count: u8, mode: LoadMode) -> Vec<Val<'k, T::Value>> {
         let code = self.code();
-        let registers: Vec<_> = (0..count).map(|_| code.register::<T::Value>()).collect();
-        let op = Memory::Load { space: S::SPACE, word: T::WORD, count, offset: self.offset, access };
+        let registers: Vec<_> = (0..count).map(|_| code.register(T::Value::TY.width())).collect();
+        let op = Memory::Load { space: S::SPACE, word: T::WORD, count, offset: self.offset, mode };
         code.emit(op, &registers, &[self.address.in_register_operand()]);
         registers.into_iter().map(|reg| Val::of_register(code, reg)).collect()
     }
@@ -191,32 +193,31 @@ impl<'k, S: AddressSpace, T: Stored> Pointer<'k, S, T> {
     /// The element.
     #[track_caller]
     pub fn load(self) -> Val<'k, T::Value> {
-        self.load_as(1, Access::Plain)[0]
+        self.load_as(1, LoadMode::Plain)[0]
     }
 
     /// `N` elements in one access: 2 or 4, at most 16 bytes, at a multiple of their size.
     #[track_caller]
     pub fn load_vector<const N: usize>(self) -> [Val<'k, T::Value>; N] {
-        let values = self.load_as(N as u8, Access::Plain);
+        let values = self.load_as(N as u8, LoadMode::Plain);
         std::array::from_fn(|i| values[i])
     }
 
     /// Stores the element.
     #[track_caller]
     pub fn store(self, value: impl Use<'k, T::Value>) {
-        self.store_as([value.value(self.code())], Access::Plain);
+        self.store_as([value.value(self.code())], StoreMode::Plain);
     }
 
     /// Stores `N` elements in one access: 2 or 4, at most 16 bytes, at a multiple of their size.
     #[track_caller]
     pub fn store_vector<const N: usize>(self, values: [Val<'k, T::Value>; N]) {
-        self.store_as(values, Access::Plain);
+        self.store_as(values, StoreMode::Plain);
     }
 
     #[track_caller]
-    fn store_as<const N: usize>(self, values: [Val<'k, T::Value>; N], access: Access) {
-        let op =
-            Memory::Store { space: S::SPACE, word: T::WORD, count: N as u8, offset: self.offset, access };
+    fn store_as<const N: usize>(self, values: [Val<'k, T::Value>; N], mode: StoreMode) {
+        let op = Memory::Store { space: S::SPACE, word: T::WORD, count: N as u8, offset: self.offset, mode };
         let mut src = vec![self.address.in_register_operand()];
         src.extend(values.map(Val::in_register_operand));
         self.code().emit(op, &[], &src);
@@ -235,20 +236,20 @@ impl<'k, T: Stored> Global<'k, T> {
     /// `N` elements that nothing writes during the kernel's life and that are read once.
     #[track_caller]
     pub fn load_streaming<const N: usize>(self) -> [Val<'k, T::Value>; N] {
-        let values = self.load_as(N as u8, Access::Streaming);
+        let values = self.load_as(N as u8, LoadMode::Streaming);
         std::array::from_fn(|i| values[i])
     }
 
     /// The element, as other blocks released it.
     #[track_caller]
     pub fn load_acquire(self) -> Val<'k, T::Value> {
-        self.load_as(1, Access::Acquire)[0]
+        self.load_as(1, LoadMode::Acquire)[0]
     }
 
     /// Stores the element; who acquires it sees all that this thread wrote before.
     #[track_caller]
     pub fn store_release(self, value: impl Use<'k, T::Value>) {
-        self.store_as([value.value(self.code())], Access::Release);
+        self.store_as([value.value(self.code())], StoreMode::Release);
     }
 }
 
@@ -263,22 +264,5 @@ impl<'k, T: Stored> Shared<'k, T> {
             valid.value(code).operand(),
         ];
         code.emit(Control::CopyAsync { bytes }, &[], &src);
-    }
-}
-
-impl<'k> Val<'k, u64> {
-    /// The address as a signed number.
-    #[track_caller]
-    pub fn to_i64(self) -> Val<'k, i64> {
-        self.reinterpret()
-    }
-}
-
-impl<'k> Val<'k, u32> {
-    /// In 64 bits.
-    #[track_caller]
-    pub fn widen(self) -> Val<'k, u64> {
-        let op = Lane::Convert(Convert::Integer { from: Ty::U32, to: Ty::U64 });
-        self.code().lane(op, &[self.operand()])
     }
 }

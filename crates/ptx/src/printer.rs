@@ -1,74 +1,70 @@
 //! PTX text of a program.
 
 use std::collections::HashMap;
-use std::fmt::Write;
+use std::fmt::{self, Write};
 
-use crate::isa::{Memory, Op, SHARED_SYMBOL};
+use crate::isa::{Control, Memory, Op, SHARED_SYMBOL, Width};
 use crate::launch::ParamType;
-use crate::program::{Instr, Operand, Program, Reg, Stmt, Width};
-use crate::target::{Needs, Target};
+use crate::program::{Instr, Operand, Program, Reg, Stmt};
+use crate::requirements::Unsupported;
+use crate::target::Target;
+use crate::validate::Invalid;
 
-/// Largest static shared memory; more must be asked for at launch.
-const STATIC_SHARED_BYTES: u32 = 48 * 1024;
-
-/// A program uses an instruction that its target does not have.
+/// Why there is no text of a program.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Unsupported {
-    /// The kernel.
-    pub kernel: String,
-    /// The target asked for.
-    pub target: Target,
-    /// The instruction's text.
-    pub instruction: String,
-    /// What it needs.
-    pub needs: Needs,
+pub enum PtxError {
+    /// No GPU could run it.
+    Invalid(Invalid),
+    /// The target cannot.
+    Unsupported(Unsupported),
 }
 
-impl std::fmt::Display for Unsupported {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Unsupported { kernel, target, instruction, needs } = self;
-        write!(f, "{kernel}: target is {target}, expected {} for `{instruction}`", needs.target)
+impl fmt::Display for PtxError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            PtxError::Invalid(error) => error.fmt(f),
+            PtxError::Unsupported(error) => error.fmt(f),
+        }
     }
 }
 
-impl std::error::Error for Unsupported {}
+impl std::error::Error for PtxError {}
+
+impl From<Invalid> for PtxError {
+    fn from(error: Invalid) -> PtxError {
+        PtxError::Invalid(error)
+    }
+}
+
+impl From<Unsupported> for PtxError {
+    fn from(error: Unsupported) -> PtxError {
+        PtxError::Unsupported(error)
+    }
+}
 
 /// What every kernel for sm_90 and newer begins with. Where it is launched so that its blocks may take their places
-/// while the last blocks of the launch before are still at work, it waits until that is over and its writes are visible.
+/// while the last blocks of the launch before are still at work, it waits until that is over and its writes are
+/// visible.
 const WAIT_FOR_LAUNCHES_BEFORE: &str = "griddepcontrol.wait";
 
-/// First architecture that starts launches early.
-const EARLY_START: u16 = 90;
-
 impl Program {
-    /// Bytes of shared memory that a launch must ask for: none where it fits the static limit.
-    pub fn dynamic_shared_bytes(&self) -> u32 {
-        let bytes = self.shared_bytes();
-        if bytes > STATIC_SHARED_BYTES { bytes } else { 0 }
-    }
-
-    /// Whether the text for `target` begins with a wait for the end of the launches before, so that the kernel may be
-    /// launched while they are still at work.
-    pub fn waits_for_launches_before(&self, target: Target) -> bool {
-        target.sm() >= EARLY_START
-    }
-
     /// PTX text for `target`, of the lowest version that knows its instructions.
     ///
+    /// No driver is given the text of a program that is not valid.
+    ///
     /// # Errors
-    /// When the target lacks an instruction.
-    pub fn ptx(&self, target: Target) -> Result<String, Unsupported> {
-        let names = Names::new(self);
-        if let Some((instr, needs)) = self.missing_on(target) {
-            let instruction = names.instr(instr);
-            return Err(Unsupported { kernel: self.name.clone(), target, instruction, needs });
+    /// When the program is not [valid](Program::validate), or the target lacks an instruction.
+    pub fn ptx(&self, target: Target) -> Result<String, PtxError> {
+        self.validate()?;
+        if let Some(missing) = self.missing_on(target) {
+            return Err(missing.into());
         }
         let mut out = String::new();
-        let _ = self.print(&names, target, &mut out);
+        let _ = self.print(&Names::new(self), target, &mut out);
         Ok(out)
     }
 
-    fn print(&self, names: &Names<'_>, target: Target, out: &mut String) -> std::fmt::Result {
+    fn print(&self, names: &Names<'_>, target: Target, out: &mut String) -> fmt::Result {
         writeln!(out, ".version {}\n.target {target}\n.address_size 64\n", self.version(target))?;
         let bytes = self.shared_bytes();
         if bytes > 0 {
@@ -169,7 +165,8 @@ impl<'p> Names<'p> {
                 Operand::Const(constant) => constant.to_string(),
             })
             .collect();
-        instr.op.text(&dst, &src, |index| self.program.param_name(index))
+        let param = instr.op.param().map(|index| self.program.param_name(index)).unwrap_or_default();
+        instr.op.text(&dst, &src, &param)
     }
 }
 
@@ -187,11 +184,11 @@ impl Printer<'_> {
         self.labels
     }
 
-    fn block(&mut self, stmts: &[Stmt], depth: usize) -> std::fmt::Result {
+    fn block(&mut self, stmts: &[Stmt], depth: usize) -> fmt::Result {
         stmts.iter().try_for_each(|stmt| self.stmt(stmt, depth))
     }
 
-    fn stmt(&mut self, stmt: &Stmt, depth: usize) -> std::fmt::Result {
+    fn stmt(&mut self, stmt: &Stmt, depth: usize) -> fmt::Result {
         let indent = "    ".repeat(depth);
         match stmt {
             Stmt::Note(text) => writeln!(self.out, "\n{indent}// {text}"),
@@ -232,7 +229,7 @@ impl Printer<'_> {
     }
 
     /// Names the line of the kernel's source that an instruction comes from, where it is another than before.
-    fn source_line(&mut self, instr: &Instr, indent: &str) -> std::fmt::Result {
+    fn source_line(&mut self, instr: &Instr, indent: &str) -> fmt::Result {
         let here = (instr.at.file(), instr.at.line());
         if self.source == Some(here) {
             return Ok(());
@@ -243,35 +240,15 @@ impl Printer<'_> {
     }
 }
 
-/// Whether a conditional's body is better predicated than jumped over: a few instructions that do not change its condition.
+/// Whether a conditional's body is better predicated than jumped over: a few instructions that do not change its
+/// condition.
 fn is_short(stmts: &[Stmt]) -> bool {
-    let predicable = |stmt: &Stmt| {
-        matches!(stmt, Stmt::Instr(Instr { op, .. })
-            if matches!(op, Op::Lane(_) | Op::Memory(_) | Op::Control(crate::isa::Control::Exit | crate::isa::Control::CopyAsync { .. }))
-                && !matches!(op, Op::Memory(Memory::Atomic { .. })))
+    let predicable = |stmt: &Stmt| match stmt {
+        Stmt::Instr(Instr { op: Op::Memory(op), .. }) => !matches!(op, Memory::Atomic { .. }),
+        Stmt::Instr(Instr { op, .. }) => {
+            matches!(op, Op::Lane(_) | Op::Control(Control::Exit | Control::CopyAsync { .. }))
+        }
+        _ => false,
     };
     stmts.len() <= 4 && stmts.iter().all(predicable)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::code::kernel;
-
-    #[test]
-    fn a_text_waits_where_its_program_says_so() {
-        let program = kernel("empty", 32, |_| {});
-        for (target, waits) in [
-            (Target::SM_75, false),
-            (Target::SM_80, false),
-            (Target::SM_89, false),
-            (Target::SM_90, true),
-            (Target::SM_90A, true),
-            (Target::SM_120A, true),
-        ] {
-            let ptx = program.ptx(target).unwrap();
-            assert_eq!(ptx.matches("griddepcontrol.wait").count(), usize::from(waits), "{ptx}");
-            assert_eq!(program.waits_for_launches_before(target), waits, "{target}");
-        }
-    }
 }

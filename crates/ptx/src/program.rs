@@ -3,9 +3,8 @@
 use std::fmt;
 use std::panic::Location;
 
-use crate::isa::{Control, Matrix, Op};
+use crate::isa::{Op, Width};
 use crate::launch::Param;
-use crate::target::{Needs, Target, Version};
 
 /// A kernel, ready to be printed for a GPU or run by the emulator.
 #[derive(Clone, Debug)]
@@ -37,31 +36,6 @@ pub struct Register {
     pub width: Width,
     /// Name in the kernel's source, where it has one.
     pub name: Option<String>,
-}
-
-/// Width of a register.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Width {
-    /// A predicate.
-    Pred,
-    /// 16 bits.
-    B16,
-    /// 32 bits.
-    B32,
-    /// 64 bits.
-    B64,
-}
-
-impl Width {
-    /// Declaration in PTX.
-    pub const fn ptx(self) -> &'static str {
-        match self {
-            Width::Pred => ".pred",
-            Width::B16 => ".b16",
-            Width::B32 => ".b32",
-            Width::B64 => ".b64",
-        }
-    }
 }
 
 /// An array in shared memory.
@@ -126,8 +100,18 @@ pub struct Instr {
 pub enum Operand {
     /// A register.
     Reg(Reg),
-    /// A constant's bits, extended with zeros, and whether it prints as a float.
+    /// A constant.
     Const(Const),
+}
+
+impl Operand {
+    /// The bits of a constant, extended with zeros.
+    pub(crate) const fn constant_bits(&self) -> Option<u64> {
+        match self {
+            Operand::Const(constant) => Some(constant.bits()),
+            Operand::Reg(_) => None,
+        }
+    }
 }
 
 /// A constant.
@@ -143,11 +127,19 @@ pub enum Const {
     I64(i64),
     /// Single precision.
     F32(f32),
-    /// Double precision.
-    F64(f64),
 }
 
 impl Const {
+    /// Width of a register that it fits.
+    pub const fn width(self) -> Width {
+        match self {
+            Const::Pred(_) => Width::Pred,
+            Const::B16(_) => Width::B16,
+            Const::I32(_) | Const::F32(_) => Width::B32,
+            Const::I64(_) => Width::B64,
+        }
+    }
+
     /// The bits, extended with zeros.
     pub const fn bits(self) -> u64 {
         match self {
@@ -156,7 +148,6 @@ impl Const {
             Const::I32(x) => x as u32 as u64,
             Const::I64(x) => x as u64,
             Const::F32(x) => x.to_bits() as u64,
-            Const::F64(x) => x.to_bits(),
         }
     }
 }
@@ -170,7 +161,6 @@ impl fmt::Display for Const {
             Const::I32(x) => write!(f, "{x}"),
             Const::I64(x) => write!(f, "{x}"),
             Const::F32(x) => write!(f, "0f{:08X}", x.to_bits()),
-            Const::F64(x) => write!(f, "0d{:016X}", x.to_bits()),
         }
     }
 }
@@ -205,93 +195,5 @@ impl Program {
             }
         }
         walk(&self.body, &mut visit);
-    }
-
-    /// Whether the program needs a compiler that sees the whole of it, for its products of warpgroups or because it moves
-    /// registers between warpgroups. A linker, which compiles for programs of several parts, ignores the latter, so that
-    /// registers spill, and waits for each of the former at once (ptxas C7504, C7509): a third of the speed.
-    pub fn needs_whole_compilation(&self) -> bool {
-        let mut needs = false;
-        self.for_each_instr(|instr| {
-            needs |= matches!(
-                instr.op,
-                Op::Matrix(
-                    Matrix::Wgmma(_) | Matrix::WgmmaFence | Matrix::WgmmaCommit | Matrix::WgmmaWait(_)
-                ) | Op::Control(Control::RegistersIncrease(_) | Control::RegistersDecrease(_))
-            );
-        });
-        needs
-    }
-
-    /// The first instruction that `target` does not have, with what it needs.
-    pub fn missing_on(&self, target: Target) -> Option<(&Instr, Needs)> {
-        let mut missing = None;
-        self.for_each_instr(|instr| {
-            let needs = instr.op.needs();
-            if missing.is_none() && !needs.met_by(target) {
-                missing = Some((instr, needs));
-            }
-        });
-        missing
-    }
-
-    /// Lowest PTX version that knows every instruction used, and `target`.
-    pub fn version(&self, target: Target) -> Version {
-        let mut version = target.version();
-        self.for_each_instr(|instr| version = version.max(instr.op.needs().version));
-        version
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::code::{Code, kernel};
-    use crate::isa::{MmaTy, Wgmma};
-
-    #[test]
-    fn a_program_with_any_instruction_of_warpgroups_is_compiled_as_a_whole() {
-        let wgmma = Wgmma {
-            n: 8,
-            a: MmaTy::F16,
-            b: MmaTy::F16,
-            acc: MmaTy::F32,
-            a_in_registers: false,
-            b_transposed: false,
-        };
-        let product = |code: &Code| {
-            let registers: Vec<Reg> = (0..wgmma.acc_registers()).map(|_| code.register::<f32>()).collect();
-            let matrix = || code.thread().widen().operand();
-            code.emit(Matrix::Wgmma(wgmma), &registers, &[matrix(), matrix(), code.thread().eq(0).operand()]);
-        };
-        let write: [&dyn Fn(&Code); 6] = [
-            &product,
-            &|code| code.emit(Matrix::WgmmaFence, &[], &[]),
-            &|code| code.emit(Matrix::WgmmaCommit, &[], &[]),
-            &|code| code.emit(Matrix::WgmmaWait(1), &[], &[]),
-            &|code| code.more_registers(200),
-            &|code| code.fewer_registers(40),
-        ];
-        for write in write {
-            // An instruction counts wherever it stands.
-            let nested = kernel("nested", 128, |code| {
-                code.if_else(
-                    code.thread().eq(0),
-                    || code.barrier(),
-                    || code.while_loop(|| code.thread().eq(1), || write(code)),
-                );
-            });
-            for program in [kernel("flat", 128, |code| write(code)), nested] {
-                let ptx = program.ptx(Target::SM_90A).unwrap();
-                assert!(program.needs_whole_compilation(), "{ptx}");
-                assert!(ptx.contains("wgmma.") || ptx.contains("setmaxnreg"), "{ptx}");
-            }
-        }
-        let other = kernel("other", 128, |code| {
-            code.barrier();
-            code.commit_copies();
-            code.fence_async_proxy();
-        });
-        assert!(!other.needs_whole_compilation());
     }
 }

@@ -6,7 +6,8 @@
 
 use std::ops::{Index, IndexMut};
 
-use crate::value::{Scalar, Val};
+use crate::scalar::Scalar;
+use crate::value::Val;
 
 /// Rows of a tile from one slot of a lane to the next.
 pub const SLOT_ROWS: usize = 8;

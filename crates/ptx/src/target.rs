@@ -143,7 +143,10 @@ pub struct Needs {
 }
 
 impl Needs {
-    /// Of every target from `target` on.
+    /// What every target and every driver in use has.
+    pub const BASE: Needs = Needs::since(Target::SM_75, 6, 3);
+
+    /// What every target from `target` on has.
     pub const fn since(target: Target, major: u8, minor: u8) -> Needs {
         Needs { target, version: Version { major, minor } }
     }

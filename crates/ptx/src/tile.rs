@@ -12,7 +12,9 @@ use half::f16;
 use crate::code::Code;
 use crate::fragment::{Accumulator, FragmentA, FragmentB, MmaAccumulator, MmaElement, RoundedElement};
 use crate::rows::Rows;
-use crate::value::{F16x2, Val, Var};
+use crate::scalar::F16x2;
+use crate::value::Val;
+use crate::var::Var;
 
 /// Rows of a strip, and columns of a block.
 const STRIP_ROWS: usize = 16;

@@ -6,7 +6,8 @@ use crate::isa::{Matrix, Wgmma};
 use crate::pointer::Shared;
 use crate::program::Operand;
 use crate::tile::Tile;
-use crate::value::{Use, Val, Var};
+use crate::value::{Use, Val};
+use crate::var::Var;
 
 /// A matrix in shared memory in panels: rows of `row_bytes` (64 or 128), whose 16-byte chunks are exchanged as the
 /// tensor copies' swizzle of that span does, one panel after the other.

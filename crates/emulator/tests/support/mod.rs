@@ -5,8 +5,11 @@
 use std::panic::Location;
 
 use sage_emulator::{Failure, Fault, FaultKind, Report};
-use sage_ptx::isa::{Access, Cmp, Control, Lane, Matrix, Memory, Op, Space, Special, Ty, Warp, Word};
-use sage_ptx::program::{Const, Instr, Operand, Program, Reg, Register, SharedArray, Stmt, Width};
+use sage_ptx::isa::{
+    Cmp, Control, Instruction, Lane, LoadMode, Matrix, Memory, Op, Space, Special, StoreMode, Ty, Warp,
+    Width, Word,
+};
+use sage_ptx::program::{Const, Instr, Operand, Program, Reg, Register, SharedArray, Stmt};
 use sage_ptx::{Param, ParamType};
 
 /// An operand, from whatever a test has.
@@ -142,8 +145,7 @@ impl Raw {
 
     #[track_caller]
     pub fn lane(&mut self, op: Lane, src: &[Operand]) -> Reg {
-        let width = op.result().width();
-        let dst = self.reg(width);
+        let dst = self.reg(op.results().width);
         self.emit(Op::Lane(op), &[dst], src);
         dst
     }
@@ -151,6 +153,11 @@ impl Raw {
     #[track_caller]
     pub fn mov(&mut self, value: impl Source) -> Reg {
         self.lane(Lane::Mov(Ty::B32), &[value.operand()])
+    }
+
+    #[track_caller]
+    pub fn mov_wide(&mut self, value: u64) -> Reg {
+        self.lane(Lane::Mov(Ty::B64), &[value.operand()])
     }
 
     #[track_caller]
@@ -185,14 +192,14 @@ impl Raw {
     #[track_caller]
     pub fn load(&mut self, space: Space, address: impl Source) -> Reg {
         let reg = self.b32();
-        let op = Memory::Load { space, word: Word::B32, count: 1, offset: 0, access: Access::Plain };
+        let op = Memory::Load { space, word: Word::B32, count: 1, offset: 0, mode: LoadMode::Plain };
         self.emit(Op::Memory(op), &[reg], &[address.operand()]);
         reg
     }
 
     #[track_caller]
     pub fn store(&mut self, space: Space, address: impl Source, value: impl Source) {
-        let op = Memory::Store { space, word: Word::B32, count: 1, offset: 0, access: Access::Plain };
+        let op = Memory::Store { space, word: Word::B32, count: 1, offset: 0, mode: StoreMode::Plain };
         self.emit(Op::Memory(op), &[], &[address.operand(), value.operand()]);
     }
 

@@ -1,6 +1,7 @@
 //! Tensor-core instructions, and which lane holds which element of their operands.
 
-use super::types::MmaTy;
+use super::row::{Group, instructions};
+use super::types::{MmaTy, Width};
 use crate::target::{Needs, Target};
 
 /// `mma.sync.m16n8k*`: `D[16×8] = A[16×k] · B[k×8] + C[16×8]`, with 256 bits of A's row in k.
@@ -15,6 +16,32 @@ pub struct Mma {
 }
 
 impl Mma {
+    /// Whether there is such a product.
+    const fn exists(self) -> bool {
+        use MmaTy::{BF16, E4M3, E5M2, F16, F32, S4, S8, S32, U8};
+        matches!(
+            (self.a, self.b, self.acc),
+            (S8 | U8, S8 | U8, S32)
+                | (S4, S4, S32)
+                | (F16, F16, F16 | F32)
+                | (BF16, BF16, F32)
+                | (E4M3 | E5M2, E4M3 | E5M2, F16 | F32)
+        )
+    }
+
+    const fn needs(self) -> Needs {
+        match (self.a, self.acc) {
+            (MmaTy::E4M3 | MmaTy::E5M2, MmaTy::F16) => Needs::since(Target::SM_89, 8, 7),
+            (MmaTy::E4M3 | MmaTy::E5M2, _) => Needs::since(Target::SM_89, 8, 4),
+            _ => Needs::since(Target::SM_80, 7, 0),
+        }
+    }
+
+    fn opcode(self) -> String {
+        let (a, b, acc) = (self.a.ptx(), self.b.ptx(), self.acc.ptx());
+        format!("mma.sync.aligned.m16n8k{}.row.col{acc}{a}{b}{acc}", self.k())
+    }
+
     /// Depth of the product: 16, 32 or 64 elements of 16, 8 or 4 bits.
     pub const fn k(self) -> usize {
         256 / self.a.bits()
@@ -72,8 +99,8 @@ impl MmaBlockScaled {
 
 /// `wgmma.mma_async.m64nNk*`: the 128 threads of a warpgroup compute `D[64×n] = A[64×k] · B[k×n] (+ D)`.
 ///
-/// Warp `w` of the group holds rows `16w..16w + 16` of A and D as `mma.sync` does; register `4j + i` of D is element `i`
-/// of columns `8j..8j + 8`.
+/// Warp `w` of the group holds rows `16w..16w + 16` of A and D as `mma.sync` does; register `4j + i` of D is element
+/// `i` of columns `8j..8j + 8`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Wgmma {
     /// Columns of B and D, a multiple of 8 up to 256.
@@ -91,6 +118,48 @@ pub struct Wgmma {
 }
 
 impl Wgmma {
+    /// Whether there is such a product.
+    fn exists(self) -> bool {
+        let columns = self.n != 0 && self.n.is_multiple_of(8) && self.n <= 256;
+        // Sizes that the integer form has: 8, 16, 24, 32, and then multiples of 16.
+        let columns = columns && (!self.a.is_integer() || self.n <= 32 || self.n.is_multiple_of(16));
+        let types = match self.acc {
+            MmaTy::S32 => matches!((self.a, self.b), (MmaTy::S8 | MmaTy::U8, MmaTy::S8 | MmaTy::U8)),
+            MmaTy::F32 => match self.a {
+                MmaTy::F16 | MmaTy::BF16 => self.b == self.a,
+                MmaTy::E4M3 | MmaTy::E5M2 => matches!(self.b, MmaTy::E4M3 | MmaTy::E5M2),
+                _ => false,
+            },
+            _ => false,
+        };
+        columns && types && (!self.b_transposed || self.a.bits() == 16)
+    }
+
+    fn opcode(self) -> String {
+        let (a, b, acc) = (self.a.ptx(), self.b.ptx(), self.acc.ptx());
+        format!("wgmma.mma_async.sync.aligned.m64n{}k{}{acc}{a}{b}", self.n, self.k())
+    }
+
+    fn operand_a(self) -> Group {
+        if self.a_in_registers { registers(4) } else { DESCRIPTOR }
+    }
+
+    fn template(self) -> String {
+        let mut modes = String::new();
+        // Floats can be negated, and those of 16 bits be transposed in shared memory.
+        if !self.a.is_integer() {
+            modes += ", 1, 1";
+        }
+        if self.a.bits() == 16 {
+            if !self.a_in_registers {
+                modes += ", 0";
+            }
+            modes += if self.b_transposed { ", 1" } else { ", 0" };
+        }
+        let a = if self.a_in_registers { "{$0}" } else { "$0" };
+        format!("{} {{$d}}, {a}, $1, $2{modes}", self.opcode())
+    }
+
     /// Depth of the product: 16 or 32 elements of 16 or 8 bits.
     pub const fn k(self) -> usize {
         256 / self.a.bits()
@@ -102,99 +171,40 @@ impl Wgmma {
     }
 }
 
-/// Matrix instructions.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Matrix {
-    /// `dst` = D; `src` = 4 registers of A, 2 of B, then C.
-    Mma(Mma),
-    /// As [`Matrix::Mma`], then the scales of A and of B.
-    MmaBlockScaled,
-    /// `dst` = D, read as well; `src` = 4 registers of A or its descriptor, B's descriptor, and a predicate: whether D is
-    /// added to. Asynchronous: D and A must not be touched until waited for.
-    Wgmma(Wgmma),
-    /// Orders registers and earlier `wgmma`s before later ones.
-    WgmmaFence,
-    /// Puts the `wgmma`s issued since the last commit into a group.
-    WgmmaCommit,
-    /// Waits until at most this many of the latest groups are in flight; `dst` = the registers that they wrote, and
-    /// that may be read from here on.
-    WgmmaWait(u32),
+instructions! {
+    /// Matrix instructions.
+    Matrix {
+        /// `dst` = D; `src` = 4 registers of A, 2 of B, then C.
+        Mma(mma: Mma): [registers(mma.acc_registers())] <- [registers(4), registers(2), registers(mma.acc_registers())]
+            if mma.exists(), mma.needs(),
+            format!("{} {{$d}}, {{$0}}, {{$1}}, {{$2}}", mma.opcode());
+        /// As [`Matrix::Mma`], then the scales of A and of B.
+        MmaBlockScaled: [registers(4)] <- [registers(4), registers(2), registers(4), registers(1), registers(1)],
+            Needs::since(Target::SM_120A, 8, 7),
+            "mma.sync.aligned.m16n8k64.row.col.kind::mxf4nvf4.block_scale.scale_vec::4X.f32.e2m1.e2m1.f32.ue4m3 \
+             {$d}, {$0}, {$1}, {$2}, $3, {0, 0}, $4, {0, 0}";
+        /// `dst` = D, read as well; `src` = 4 registers of A or its descriptor, B's descriptor, and a predicate:
+        /// whether D is added to. Asynchronous: D and A must not be touched until waited for.
+        Wgmma(wgmma: Wgmma): [registers(wgmma.acc_registers())] <- [wgmma.operand_a(), DESCRIPTOR, PREDICATE]
+            if wgmma.exists(), Needs::since(Target::SM_90A, 8, 0), wgmma.template();
+        /// Orders registers and earlier `wgmma`s before later ones.
+        WgmmaFence: [] <- [], Needs::since(Target::SM_90A, 8, 0), "wgmma.fence.sync.aligned";
+        /// Puts the `wgmma`s issued since the last commit into a group.
+        WgmmaCommit: [] <- [], Needs::since(Target::SM_90A, 8, 0), "wgmma.commit_group.sync.aligned";
+        /// Waits until at most this many of the latest groups are in flight; `dst` = the registers that they wrote, and
+        /// that may be read from here on.
+        WgmmaWait(pending: u32): [Width::B32.any_number()] <- [], Needs::since(Target::SM_90A, 8, 0),
+            format!("wgmma.wait_group.sync.aligned {pending}");
+    }
 }
 
-impl Matrix {
-    pub(super) fn text(self, d: &[String], s: &[String]) -> String {
-        let group = |registers: &[String]| format!("{{{}}}", registers.join(", "));
-        match self {
-            Matrix::Mma(mma) => {
-                let (a, rest) = s.split_at(4);
-                let (b, c) = rest.split_at(2);
-                let name = format!(
-                    "mma.sync.aligned.m16n8k{}.row.col{}{}{}{}",
-                    mma.k(),
-                    mma.acc.ptx(),
-                    mma.a.ptx(),
-                    mma.b.ptx(),
-                    mma.acc.ptx()
-                );
-                format!("{name} {}, {}, {}, {}", group(d), group(a), group(b), group(c))
-            }
-            Matrix::MmaBlockScaled => {
-                let (a, rest) = s.split_at(4);
-                let (b, rest) = rest.split_at(2);
-                let (c, scales) = rest.split_at(4);
-                format!(
-                    "mma.sync.aligned.m16n8k64.row.col.kind::mxf4nvf4.block_scale.scale_vec::4X.f32.e2m1.e2m1.f32.ue4m3 \
-                     {}, {}, {}, {}, {}, {{0, 0}}, {}, {{0, 0}}",
-                    group(d),
-                    group(a),
-                    group(b),
-                    group(c),
-                    scales[0],
-                    scales[1]
-                )
-            }
-            Matrix::Wgmma(wgmma) => {
-                let (a, rest) = s.split_at(if wgmma.a_in_registers { 4 } else { 1 });
-                let a = if wgmma.a_in_registers { group(a) } else { a[0].clone() };
-                let integer = matches!(wgmma.acc, MmaTy::S32);
-                let halves = matches!(wgmma.a, MmaTy::F16 | MmaTy::BF16);
-                let mut modes = String::new();
-                if !integer {
-                    modes += ", 1, 1";
-                }
-                if halves {
-                    if !wgmma.a_in_registers {
-                        modes += ", 0";
-                    }
-                    modes += if wgmma.b_transposed { ", 1" } else { ", 0" };
-                }
-                let name = format!(
-                    "wgmma.mma_async.sync.aligned.m64n{}k{}{}{}{}",
-                    wgmma.n,
-                    wgmma.k(),
-                    wgmma.acc.ptx(),
-                    wgmma.a.ptx(),
-                    wgmma.b.ptx()
-                );
-                format!("{name} {}, {a}, {}, {}{modes}", group(d), rest[0], rest[1])
-            }
-            Matrix::WgmmaFence => "wgmma.fence.sync.aligned".into(),
-            Matrix::WgmmaCommit => "wgmma.commit_group.sync.aligned".into(),
-            Matrix::WgmmaWait(pending) => format!("wgmma.wait_group.sync.aligned {pending}"),
-        }
-    }
+/// Where a matrix lies in shared memory.
+const DESCRIPTOR: Group = Width::B64.times(1).registers_only();
+const PREDICATE: Group = Width::Pred.times(1).registers_only();
 
-    pub(super) fn needs(self) -> Needs {
-        match self {
-            Matrix::Mma(mma) => match (mma.a, mma.acc) {
-                (MmaTy::E4M3 | MmaTy::E5M2, MmaTy::F16) => Needs::since(Target::SM_89, 8, 7),
-                (MmaTy::E4M3 | MmaTy::E5M2, _) => Needs::since(Target::SM_89, 8, 4),
-                _ => Needs::since(Target::SM_80, 7, 0),
-            },
-            Matrix::MmaBlockScaled => Needs::since(Target::SM_120A, 8, 7),
-            _ => Needs::since(Target::SM_90A, 8, 0),
-        }
-    }
+/// Registers of a fragment.
+const fn registers(count: usize) -> Group {
+    Width::B32.times(count).registers_only()
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! Loads, stores, atomics, and what a thread knows of itself.
 
-use super::types::Ty;
+use super::row::instructions;
+use super::types::{Ty, Width};
 use crate::target::{Needs, Target};
 
 /// A state space.
@@ -17,6 +18,14 @@ impl Space {
         match self {
             Space::Global => ".global",
             Space::Shared => ".shared",
+        }
+    }
+
+    /// Width of an address.
+    const fn address(self) -> Width {
+        match self {
+            Space::Global => Width::B64,
+            Space::Shared => Width::B32,
         }
     }
 }
@@ -47,6 +56,20 @@ impl Word {
         }
     }
 
+    /// Width of its register.
+    const fn width(self) -> Width {
+        match self {
+            Word::U8 | Word::S8 | Word::U16 | Word::B32 => Width::B32,
+            Word::B16 => Width::B16,
+            Word::B64 => Width::B64,
+        }
+    }
+
+    /// Whether one access can move so many.
+    const fn fits(self, count: u8) -> bool {
+        matches!(count, 1 | 2 | 4) && self.bytes() * count as u32 <= 16
+    }
+
     const fn ptx(self) -> &'static str {
         match self {
             Word::U8 => ".u8",
@@ -59,17 +82,25 @@ impl Word {
     }
 }
 
-/// How an access is ordered, and what the caches are told.
+/// How a load is ordered, and what the caches are told.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum Access {
+pub enum LoadMode {
     /// Ordinary.
     #[default]
     Plain,
-    /// Read only for the life of the kernel, and not kept in the first-level cache.
+    /// Read only for the life of the kernel, and not kept in the first-level cache. Global memory only.
     Streaming,
-    /// Seen by all of the device, before every later access of this thread (`acquire.gpu`).
+    /// As all of the device sees it, before every later access of this thread (`acquire.gpu`). Global memory only.
     Acquire,
-    /// After every earlier access of this thread, seen by all of the device (`release.gpu`).
+}
+
+/// How a store is ordered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum StoreMode {
+    /// Ordinary.
+    #[default]
+    Plain,
+    /// After every earlier access of this thread, seen by all of the device (`release.gpu`). Global memory only.
     Release,
 }
 
@@ -80,72 +111,113 @@ pub enum AtomicOp {
     Add,
     Min,
     Max,
-    Exchange,
-    /// To `a + 1`, or to 0 where the old value is at least the operand.
-    IncrementWrap,
 }
 
-/// Memory instructions.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Memory {
-    /// `dst[0..count] = [src[0] + offset]`.
-    Load {
-        /// State space.
-        space: Space,
-        /// Each register's part.
-        word: Word,
-        /// Registers: 1, 2 or 4, at most 16 bytes together.
-        count: u8,
-        /// Bytes added to the address.
-        offset: i32,
-        /// Ordering.
-        access: Access,
-    },
-    /// `[src[0] + offset] = src[1..=count]`.
-    Store {
-        /// State space.
-        space: Space,
-        /// Each register's part.
-        word: Word,
-        /// Registers: 1, 2 or 4, at most 16 bytes together.
-        count: u8,
-        /// Bytes added to the address.
-        offset: i32,
-        /// Ordering.
-        access: Access,
-    },
-    /// `dst[0] = [src[0] + offset]`, which becomes `op` of it and `src[1]`; acquires and releases.
-    Atomic {
-        /// State space.
-        space: Space,
-        /// Operation.
-        op: AtomicOp,
-        /// Operands' type.
-        ty: Ty,
-        /// Bytes added to the address.
-        offset: i32,
-    },
-    /// `dst[0]` = a kernel parameter.
-    Param {
-        /// Index of the parameter.
-        index: u32,
-        /// Its type.
-        ty: Ty,
-    },
-    /// `dst[0]` = the generic address of a parameter: of a tensor map.
-    ParamAddress {
-        /// Index of the parameter.
-        index: u32,
-    },
-    /// `dst[0]` = the address of a shared array.
-    SharedAddress {
-        /// Index of the array.
-        array: u32,
-        /// Its offset in the block's shared memory.
-        offset: u32,
-    },
-    /// `dst[0]` = what a thread knows of itself.
-    Special(Special),
+impl AtomicOp {
+    const fn ptx(self) -> &'static str {
+        match self {
+            AtomicOp::Add => "add",
+            AtomicOp::Min => "min",
+            AtomicOp::Max => "max",
+        }
+    }
+
+    const fn has(self, ty: Ty) -> bool {
+        match self {
+            AtomicOp::Add => matches!(ty, Ty::S32 | Ty::U32 | Ty::U64 | Ty::F32),
+            AtomicOp::Min | AtomicOp::Max => ty.is_integer(),
+        }
+    }
+}
+
+instructions! {
+    /// Memory instructions.
+    Memory {
+        /// `dst[0..count] = [src[0] + offset]`.
+        Load {
+            /// State space.
+            space: Space,
+            /// Each register's part.
+            word: Word,
+            /// Registers: 1, 2 or 4, at most 16 bytes together.
+            count: u8,
+            /// Bytes added to the address.
+            offset: i32,
+            /// Ordering.
+            mode: LoadMode,
+        }: [word.width().times(count.into())] <- [space.address()]
+            if word.fits(count) && (space == Space::Global || mode == LoadMode::Plain),
+            if mode == LoadMode::Streaming { Needs::since(Target::SM_75, 7, 4) } else { Needs::BASE },
+            {
+                let (order, cache) = match mode {
+                    LoadMode::Plain => ("", ""),
+                    LoadMode::Streaming => ("", ".nc.L1::no_allocate"),
+                    LoadMode::Acquire => (".acquire.gpu", ""),
+                };
+                let (vector, registers) = vector(count, "$d");
+                let (space, word) = (space.ptx(), word.ptx());
+                format!("ld{order}{space}{cache}{vector}{word} {registers}, {}", address(offset))
+            };
+        /// `[src[0] + offset] = src[1..=count]`.
+        Store {
+            /// State space.
+            space: Space,
+            /// Each register's part.
+            word: Word,
+            /// Registers: 1, 2 or 4, at most 16 bytes together.
+            count: u8,
+            /// Bytes added to the address.
+            offset: i32,
+            /// Ordering.
+            mode: StoreMode,
+        }: [] <- [space.address(), word.width().times(count.into())]
+            if word.fits(count) && (space == Space::Global || mode == StoreMode::Plain), Needs::BASE,
+            {
+                let order = if mode == StoreMode::Release { ".release.gpu" } else { "" };
+                let (vector, registers) = vector(count, "$1");
+                format!("st{order}{}{vector}{} {}, {registers}", space.ptx(), word.ptx(), address(offset))
+            };
+        /// `dst[0] = [src[0] + offset]`, which becomes `op` of it and `src[1]`; acquires and releases.
+        Atomic {
+            /// State space.
+            space: Space,
+            /// Operation.
+            op: AtomicOp,
+            /// Operands' type.
+            ty: Ty,
+            /// Bytes added to the address.
+            offset: i32,
+        }: [ty] <- [space.address(), ty.width()] if op.has(ty), Needs::BASE,
+            {
+                let scope = if space == Space::Global { ".acq_rel.gpu" } else { "" };
+                format!("atom{scope}{}.{}{} $d, {}, $1", space.ptx(), op.ptx(), ty.ptx(), address(offset))
+            };
+        /// `dst[0]` = a kernel parameter.
+        Param {
+            /// Index of the parameter.
+            index: u32,
+            /// Its type.
+            ty: Ty,
+        }: [ty] <- [], Needs::BASE, format!("ld.param{} $d, [$p]", ty.ptx());
+        /// `dst[0]` = the generic address of a parameter: of a tensor map.
+        ParamAddress {
+            /// Index of the parameter.
+            index: u32,
+        }: [Width::B64] <- [], Needs::BASE, "mov.b64 $d, $p; cvta.param.u64 $d, $d";
+        /// `dst[0]` = the address of a shared array.
+        SharedAddress {
+            /// Index of the array.
+            array: u32,
+            /// Its offset in the block's shared memory.
+            offset: u32,
+        }: [Width::B32] <- [], Needs::BASE,
+            match offset {
+                0 => format!("mov.b32 $d, {SHARED_SYMBOL}"),
+                offset => format!("mov.b32 $d, {SHARED_SYMBOL}+{offset}"),
+            };
+        /// `dst[0]` = what a thread knows of itself.
+        Special(special: Special): [Width::B32] <- [], Needs::BASE, format!("mov.b32 $d, {}", special.ptx());
+    }
 }
 
 /// Special registers, 32 bits each.
@@ -153,30 +225,24 @@ pub enum Memory {
 #[allow(missing_docs, reason = "the names are PTX's own")]
 pub enum Special {
     TidX,
-    TidY,
-    TidZ,
     CtaIdX,
     CtaIdY,
     CtaIdZ,
     NumCtaX,
     NumCtaY,
     NumCtaZ,
-    LaneId,
 }
 
 impl Special {
     const fn ptx(self) -> &'static str {
         match self {
             Special::TidX => "%tid.x",
-            Special::TidY => "%tid.y",
-            Special::TidZ => "%tid.z",
             Special::CtaIdX => "%ctaid.x",
             Special::CtaIdY => "%ctaid.y",
             Special::CtaIdZ => "%ctaid.z",
             Special::NumCtaX => "%nctaid.x",
             Special::NumCtaY => "%nctaid.y",
             Special::NumCtaZ => "%nctaid.z",
-            Special::LaneId => "%laneid",
         }
     }
 }
@@ -184,79 +250,18 @@ impl Special {
 /// Name of the array that all shared memory lies in.
 pub(crate) const SHARED_SYMBOL: &str = "shared_memory";
 
-pub(super) fn address(base: &str, offset: i32) -> String {
+/// `[a]` or `[a+8]` of the address in the first group of operands.
+pub(super) fn address(offset: i32) -> String {
     match offset {
-        0 => format!("[{base}]"),
-        offset => format!("[{base}{offset:+}]"),
+        0 => "[$0]".to_owned(),
+        offset => format!("[$0{offset:+}]"),
     }
 }
 
-fn vector(registers: &[String]) -> String {
-    match registers {
-        [one] => one.clone(),
-        many => format!("{{{}}}", many.join(", ")),
-    }
-}
-
-impl Memory {
-    pub(super) fn text(self, d: &[String], s: &[String], param: impl Fn(u32) -> String) -> String {
-        let width = |count: u8| match count {
-            1 => String::new(),
-            n => format!(".v{n}"),
-        };
-        match self {
-            Memory::Load { space, word, count, offset, access } => {
-                let how = match access {
-                    Access::Plain => space.ptx().to_owned(),
-                    Access::Streaming => format!("{}.nc.L1::no_allocate", space.ptx()),
-                    Access::Acquire => format!(".acquire.gpu{}", space.ptx()),
-                    // A load has nothing to release, nor a store to acquire: the nearest that exists.
-                    Access::Release => format!(".relaxed.gpu{}", space.ptx()),
-                };
-                let (count, word) = (width(count), word.ptx());
-                format!("ld{how}{count}{word} {}, {}", vector(d), address(&s[0], offset))
-            }
-            Memory::Store { space, word, count, offset, access } => {
-                let how = match access {
-                    Access::Plain => space.ptx().to_owned(),
-                    Access::Streaming => format!("{}.cs", space.ptx()),
-                    Access::Release => format!(".release.gpu{}", space.ptx()),
-                    Access::Acquire => format!(".relaxed.gpu{}", space.ptx()),
-                };
-                let (count, word) = (width(count), word.ptx());
-                format!("st{how}{count}{word} {}, {}", address(&s[0], offset), vector(&s[1..]))
-            }
-            Memory::Atomic { space, op, ty, offset } => {
-                let op = match op {
-                    AtomicOp::Add => "add",
-                    AtomicOp::Min => "min",
-                    AtomicOp::Max => "max",
-                    AtomicOp::Exchange => "exch",
-                    AtomicOp::IncrementWrap => "inc",
-                };
-                let scope = match space {
-                    Space::Global => ".acq_rel.gpu",
-                    Space::Shared => "",
-                };
-                let (space, ty) = (space.ptx(), ty.ptx());
-                format!("atom{scope}{space}.{op}{ty} {}, {}, {}", d[0], address(&s[0], offset), s[1])
-            }
-            Memory::Param { index, ty } => format!("ld.param{} {}, [{}]", ty.ptx(), d[0], param(index)),
-            Memory::ParamAddress { index } => {
-                format!("mov.b64 {0}, {1}; cvta.param.u64 {0}, {0}", d[0], param(index))
-            }
-            Memory::SharedAddress { offset, .. } => match offset {
-                0 => format!("mov.b32 {}, {SHARED_SYMBOL}", d[0]),
-                offset => format!("mov.b32 {}, {SHARED_SYMBOL}+{offset}", d[0]),
-            },
-            Memory::Special(special) => format!("mov.b32 {}, {}", d[0], special.ptx()),
-        }
-    }
-
-    pub(super) fn needs(self) -> Needs {
-        match self {
-            Memory::Load { access: Access::Streaming, .. } => Needs::since(Target::SM_75, 7, 4),
-            _ => Needs::since(Target::SM_75, 6, 3),
-        }
+/// What PTX writes of a vector of `count`: behind the space, and for its registers.
+fn vector(count: u8, registers: &str) -> (String, String) {
+    match count {
+        1 => (String::new(), registers.to_owned()),
+        count => (format!(".v{count}"), format!("{{{registers}}}")),
     }
 }

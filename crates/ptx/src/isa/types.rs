@@ -1,6 +1,39 @@
-//! Types that instructions name.
+//! Types that instructions name, and the widths of registers that hold them.
 
-use crate::program::Width;
+/// Width of a register.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Width {
+    /// A predicate.
+    Pred,
+    /// 16 bits.
+    B16,
+    /// 32 bits.
+    B32,
+    /// 64 bits.
+    B64,
+}
+
+impl Width {
+    /// Declaration in PTX.
+    pub const fn ptx(self) -> &'static str {
+        match self {
+            Width::Pred => ".pred",
+            Width::B16 => ".b16",
+            Width::B32 => ".b32",
+            Width::B64 => ".b64",
+        }
+    }
+
+    /// Number of bits.
+    pub const fn bits(self) -> u32 {
+        match self {
+            Width::Pred => 1,
+            Width::B16 => 16,
+            Width::B32 => 32,
+            Width::B64 => 64,
+        }
+    }
+}
 
 /// Type of an instruction's operands, as PTX writes it after the instruction's name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -19,7 +52,6 @@ pub enum Ty {
     F16x2,
     BF16x2,
     F32,
-    F64,
 }
 
 impl Ty {
@@ -39,7 +71,6 @@ impl Ty {
             Ty::F16x2 => ".f16x2",
             Ty::BF16x2 => ".bf16x2",
             Ty::F32 => ".f32",
-            Ty::F64 => ".f64",
         }
     }
 
@@ -49,12 +80,39 @@ impl Ty {
             Ty::Pred => Width::Pred,
             Ty::B16 | Ty::F16 | Ty::BF16 => Width::B16,
             Ty::B32 | Ty::S32 | Ty::U32 | Ty::F16x2 | Ty::BF16x2 | Ty::F32 => Width::B32,
-            Ty::B64 | Ty::S64 | Ty::U64 | Ty::F64 => Width::B64,
+            Ty::B64 | Ty::S64 | Ty::U64 => Width::B64,
         }
     }
 
     pub(crate) const fn is_float(self) -> bool {
-        matches!(self, Ty::F16 | Ty::BF16 | Ty::F16x2 | Ty::BF16x2 | Ty::F32 | Ty::F64)
+        matches!(self, Ty::F16 | Ty::BF16 | Ty::F16x2 | Ty::BF16x2 | Ty::F32)
+    }
+
+    pub(super) const fn is_bfloat(self) -> bool {
+        matches!(self, Ty::BF16 | Ty::BF16x2)
+    }
+
+    pub(super) const fn is_signed(self) -> bool {
+        matches!(self, Ty::S32 | Ty::S64)
+    }
+
+    pub(super) const fn is_integer(self) -> bool {
+        matches!(self, Ty::S32 | Ty::U32 | Ty::S64 | Ty::U64)
+    }
+
+    /// An integer of 32 bits.
+    pub(super) const fn is_int32(self) -> bool {
+        matches!(self, Ty::S32 | Ty::U32)
+    }
+
+    /// A type that arithmetic is done in.
+    pub(super) const fn is_number(self) -> bool {
+        self.is_integer() || self.is_float()
+    }
+
+    /// The integer of the same sign and twice the 32 bits.
+    pub(super) const fn widened(self) -> Ty {
+        if self.is_signed() { Ty::S64 } else { Ty::U64 }
     }
 }
 
@@ -99,5 +157,10 @@ impl MmaTy {
             MmaTy::F16 | MmaTy::BF16 => 16,
             MmaTy::F32 | MmaTy::S32 => 32,
         }
+    }
+
+    /// Whether products with it are exact in integers.
+    pub const fn is_integer(self) -> bool {
+        matches!(self, MmaTy::S8 | MmaTy::U8 | MmaTy::S4 | MmaTy::S32)
     }
 }
