@@ -1,115 +1,11 @@
-//! A block: its warps, its shared memory, what they wait for, and in which order they take turns.
+//! A block: its warps, and in which order they take turns.
 
-use sage_ptx::Arg;
-
-use crate::access::{Access, AccessKind};
-use crate::barrier::Barriers;
-use crate::bulk::Flight;
-use crate::decode::{Code, Step};
-use crate::diagnosis::{at_statement, diverges, runaway};
-use crate::emulator::EmulatorOptions;
+use crate::decode::Step;
+use crate::diagnosis::{at_statement, deadlock, fault, runaway};
+use crate::execute::Context;
 use crate::fault::{Fault, FaultKind, Outcome, Trouble};
-use crate::layout::Layout;
-use crate::mbarrier::Mbarriers;
-use crate::memory::Global;
-use crate::races::Clocks;
-use crate::report::Stats;
-use crate::shared::Shared;
-use crate::warp::Warp;
-
-/// What all blocks of a launch share.
-#[derive(Debug)]
-pub(crate) struct Launch<'a> {
-    pub code: Code<'a>,
-    pub layout: Layout<'a>,
-    pub global: &'a Global,
-    pub args: &'a [Arg],
-    pub grid: [u32; 3],
-    pub options: &'a EmulatorOptions,
-}
-
-/// Why a warp does not run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Status {
-    Ready,
-    /// Sees the same values of global memory again and again.
-    Polling,
-    Barrier(u32),
-    /// At `try_wait`, which will say `false` once when nothing else can run, and after that no more.
-    Mbarrier {
-        address: u32,
-        parity: u32,
-    },
-    /// At a `wgmma`, for the other warps of the group.
-    Wgmma,
-    /// At `setmaxnreg`, for registers that others give back.
-    Registers,
-    Done,
-}
-
-/// How execution goes on after an instruction.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Flow {
-    Next,
-    /// The instruction is done; the warp waits behind it.
-    Wait(Status),
-    /// The instruction will be executed again when the warp runs again.
-    Retry(Status),
-    /// The warp's turn ends.
-    Yield,
-}
-
-/// What the warps of a block share.
-#[derive(Debug)]
-pub(crate) struct State {
-    pub index: [u32; 3],
-    pub shared: Shared,
-    pub clocks: Clocks,
-    pub barriers: Barriers,
-    pub mbarriers: Mbarriers,
-    pub status: Vec<Status>,
-    /// Bulk loads under way.
-    pub flights: Vec<Flight>,
-    /// Turns taken, the clock of the bulk copies.
-    pub turn: u64,
-    /// Registers that each thread of a warp may use.
-    pub register_limits: Vec<u32>,
-}
-
-/// One warp about to execute an instruction, with all it can touch.
-pub(crate) struct Context<'c, 'a> {
-    pub cx: &'c Launch<'a>,
-    pub state: &'c mut State,
-    pub warp: &'c mut Warp,
-    pub stats: &'c mut Stats,
-}
-
-impl Context<'_, '_> {
-    /// This warp's access to shared memory by the current instruction.
-    pub fn access(&self, kind: AccessKind) -> Access {
-        Access::of_warp(self.warp.index as usize, &self.state.clocks, self.warp.instr, kind)
-    }
-
-    pub fn index(&self) -> usize {
-        self.warp.index as usize
-    }
-
-    /// An instruction that the whole warp must execute together.
-    pub fn together(&self, what: &str) -> Outcome<()> {
-        if self.warp.active == self.warp.live {
-            return Ok(());
-        }
-        Err(diverges(self.warp, what, self.warp.live))
-    }
-
-    /// An instruction that needs all 32 lanes.
-    pub fn all_lanes(&self, what: &str) -> Outcome<()> {
-        if self.warp.active == u32::MAX {
-            return Ok(());
-        }
-        Err(diverges(self.warp, what, u32::MAX))
-    }
-}
+use crate::machine::{Barriers, Clocks, Flow, Launch, Mbarriers, Shared, State, Status, Warp};
+use crate::stats::Stats;
 
 /// How a block's turn ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -160,7 +56,7 @@ impl Block {
                 barriers: Barriers::default(),
                 mbarriers: Mbarriers::default(),
                 status: vec![Status::Ready; count],
-                flights: Vec::new(),
+                bulk_loads: Vec::new(),
                 turn: 0,
                 register_limits: vec![per_thread; count],
             },
@@ -200,21 +96,22 @@ impl Block {
                 let slice = if cx.options.seed == 0 { SLICE } else { 1 + self.random() % SLICE };
                 let before = self.warps[warp].steps;
                 let outcome = self.run_warp(cx, stats, warp, slice).and_then(|()| self.deliver(cx));
-                outcome.map_err(|trouble| self.fault(cx, warp, *trouble))?;
+                outcome.map_err(|trouble| fault(cx, &self.state, &self.warps[warp], *trouble))?;
                 let waits = matches!(self.state.status[warp], Status::Polling | Status::Registers);
                 ran |= self.warps[warp].steps > before && !waits;
             }
             if self.state.status.iter().all(|&status| status == Status::Done) {
-                self.leaves_nothing_behind().map_err(|(warp, trouble)| self.fault(cx, warp, *trouble))?;
+                self.leaves_nothing_behind()
+                    .map_err(|(warp, trouble)| fault(cx, &self.state, &self.warps[warp], *trouble))?;
                 stats.shared_bytes = stats.shared_bytes.max(cx.layout.bytes);
                 return Ok(Turn::Done);
             }
             if ran {
                 continue;
             }
-            if let Some(first) = self.state.flights.iter().map(|flight| flight.lands_at).min() {
+            if let Some(first) = self.state.bulk_loads.iter().map(|load| load.lands_at).min() {
                 self.state.turn = self.state.turn.max(first);
-                self.deliver(cx).map_err(|trouble| self.fault(cx, 0, *trouble))?;
+                self.deliver(cx).map_err(|trouble| fault(cx, &self.state, &self.warps[0], *trouble))?;
                 continue;
             }
             if self.time_out() {
@@ -228,22 +125,27 @@ impl Block {
         Ok(Turn::Ran)
     }
 
+    /// Everything waits.
+    pub fn deadlock(&self, cx: &Launch<'_>, why: &str) -> Box<Fault> {
+        deadlock(cx, &self.state, &self.warps, why)
+    }
+
     /// Bulk loads whose time has come arrive.
     fn deliver(&mut self, cx: &Launch<'_>) -> Outcome<()> {
         self.state.turn += 1;
-        while let Some(i) = self.state.flights.iter().position(|flight| flight.lands_at <= self.state.turn) {
-            let flight = self.state.flights.remove(i);
-            self.state.land(cx, flight)?;
+        while let Some(i) = self.state.bulk_loads.iter().position(|load| load.lands_at <= self.state.turn) {
+            let load = self.state.bulk_loads.remove(i);
+            self.state.land(cx, load)?;
         }
         Ok(())
     }
 
     /// Bulk copies that outlive the block would touch the shared memory of the next one.
     fn leaves_nothing_behind(&self) -> Result<(), (usize, Box<Trouble>)> {
-        if let Some(flight) = self.state.flights.first() {
+        if let Some(load) = self.state.bulk_loads.first() {
             let detail = "the block ends while a bulk load to its shared memory is in flight";
-            let trouble = Trouble::new(FaultKind::MissingWait, detail).other(flight.at);
-            return Err((flight.warp, trouble));
+            let trouble = Trouble::new(FaultKind::MissingWait, detail).other(load.at);
+            return Err((load.warp, trouble));
         }
         match self.warps.iter().find(|warp| warp.bulk.pending()) {
             Some(warp) => {
@@ -356,11 +258,5 @@ impl Block {
         self.state.status[index] = Status::Done;
         let live = self.state.live_warps();
         self.state.barriers.warp_ended(live, &mut self.state.clocks, &mut self.state.status);
-    }
-}
-
-impl State {
-    pub fn live_warps(&self) -> u32 {
-        self.status.iter().filter(|&&status| status != Status::Done).count() as u32
     }
 }

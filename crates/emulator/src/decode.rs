@@ -7,8 +7,7 @@ use sage_ptx::Program;
 use sage_ptx::isa::{Control, Matrix, Op};
 use sage_ptx::program::{Instr, Operand, Reg, Stmt};
 
-/// A value for each lane.
-pub(crate) type Lanes = [u64; 32];
+use crate::lanes::Lanes;
 
 /// What a warp does next.
 #[derive(Clone, Copy, Debug)]

@@ -1,75 +1,72 @@
 //! From what went wrong to a fault that names its place.
 
-use crate::block::{Block, Launch, Status};
 use crate::decode::Step;
 use crate::fault::{Fault, FaultKind, Trouble};
-use crate::warp::Warp;
+use crate::machine::{Launch, State, Status, Warp};
 
-impl Block {
-    pub fn fault(&self, cx: &Launch<'_>, warp: usize, trouble: Trouble) -> Box<Fault> {
-        let warp = &self.warps[warp];
-        let (at, instruction) = match (trouble.statement, cx.code.instrs.get(warp.instr as usize)) {
-            (Some(at), _) => (Some(at), "a condition or loop".to_owned()),
-            (None, Some(instr)) => (Some(instr.at), cx.code.text(warp.instr)),
-            (None, None) => (None, String::new()),
-        };
-        Box::new(Fault {
-            kind: trouble.kind,
-            block: self.state.index,
-            warp: warp.index,
-            lanes: if trouble.lanes == 0 { warp.active } else { trouble.lanes },
-            at,
-            instruction,
-            object: trouble.object.filter(|name| !name.is_empty()),
-            other: trouble.other.and_then(|instr| cx.code.instrs.get(instr as usize)).map(|instr| instr.at),
-            detail: trouble.detail,
-        })
-    }
+/// The fault of a warp.
+pub(crate) fn fault(cx: &Launch<'_>, state: &State, warp: &Warp, trouble: Trouble) -> Box<Fault> {
+    let (at, instruction) = match (trouble.statement, cx.code.instrs.get(warp.instr as usize)) {
+        (Some(at), _) => (Some(at), "a condition or loop".to_owned()),
+        (None, Some(instr)) => (Some(instr.at), cx.code.text(warp.instr)),
+        (None, None) => (None, String::new()),
+    };
+    Box::new(Fault {
+        kind: trouble.kind,
+        block: state.index,
+        warp: warp.index,
+        lanes: if trouble.lanes == 0 { warp.active } else { trouble.lanes },
+        at,
+        instruction,
+        object: trouble.object.filter(|name| !name.is_empty()),
+        other: trouble.other.and_then(|instr| cx.code.instrs.get(instr as usize)).map(|instr| instr.at),
+        detail: trouble.detail,
+    })
+}
 
-    /// Everything waits: says where each warp stands.
-    pub fn deadlock(&self, cx: &Launch<'_>, why: &str) -> Box<Fault> {
-        let mut detail = why.to_owned();
-        let mut first = None;
-        let mut kind = FaultKind::Deadlock;
-        for (warp, status) in self.warps.iter().zip(&self.state.status) {
-            let what = match status {
-                Status::Done => continue,
-                Status::Ready | Status::Polling => "polls global memory".to_owned(),
-                Status::Barrier(id) => self.state.barriers.describe(*id, self.state.live_warps()),
-                Status::Mbarrier { address, parity } => {
-                    let (place, _) = cx.layout.place(*address);
-                    self.state.mbarriers.describe(*address, *parity, &place)
-                }
-                Status::Wgmma => "waits at a wgmma for the other warps of its group".to_owned(),
-                Status::Registers => {
-                    kind = FaultKind::RegisterBudget;
-                    let sum: u32 = self.state.register_limits.iter().map(|limit| 32 * limit).sum();
-                    format!("waits at setmaxnreg for registers; the block holds {sum} of 65536")
-                }
-            };
-            first = first.or(Some(warp));
-            let at =
-                cx.code.instrs.get(warp.instr as usize).map(|instr| instr.at.to_string()).unwrap_or_default();
-            detail += &format!("\n      warp {} {what}, at {at}", warp.index);
-        }
-        let (at, instruction) = match first {
-            Some(warp) => {
-                (cx.code.instrs.get(warp.instr as usize).map(|instr| instr.at), cx.code.text(warp.instr))
+/// Everything waits: says where each warp stands.
+pub(crate) fn deadlock(cx: &Launch<'_>, state: &State, warps: &[Warp], why: &str) -> Box<Fault> {
+    let mut detail = why.to_owned();
+    let mut first = None;
+    let mut kind = FaultKind::Deadlock;
+    for (warp, status) in warps.iter().zip(&state.status) {
+        let what = match status {
+            Status::Done => continue,
+            Status::Ready | Status::Polling => "polls global memory".to_owned(),
+            Status::Barrier(id) => state.barriers.describe(*id, state.live_warps()),
+            Status::Mbarrier { address, parity } => {
+                let (place, _) = cx.layout.place(*address);
+                state.mbarriers.describe(*address, *parity, &place)
             }
-            None => (None, String::new()),
+            Status::Wgmma => "waits at a wgmma for the other warps of its group".to_owned(),
+            Status::Registers => {
+                kind = FaultKind::RegisterBudget;
+                let sum: u32 = state.register_limits.iter().map(|limit| 32 * limit).sum();
+                format!("waits at setmaxnreg for registers; the block holds {sum} of 65536")
+            }
         };
-        Box::new(Fault {
-            kind,
-            block: self.state.index,
-            warp: first.map_or(0, |warp| warp.index),
-            lanes: first.map_or(0, |warp| warp.active),
-            at,
-            instruction,
-            object: None,
-            other: None,
-            detail,
-        })
+        first = first.or(Some(warp));
+        let at =
+            cx.code.instrs.get(warp.instr as usize).map(|instr| instr.at.to_string()).unwrap_or_default();
+        detail += &format!("\n      warp {} {what}, at {at}", warp.index);
     }
+    let (at, instruction) = match first {
+        Some(warp) => {
+            (cx.code.instrs.get(warp.instr as usize).map(|instr| instr.at), cx.code.text(warp.instr))
+        }
+        None => (None, String::new()),
+    };
+    Box::new(Fault {
+        kind,
+        block: state.index,
+        warp: first.map_or(0, |warp| warp.index),
+        lanes: first.map_or(0, |warp| warp.active),
+        at,
+        instruction,
+        object: None,
+        other: None,
+        detail,
+    })
 }
 
 /// Lanes that are missing at an instruction, and why.

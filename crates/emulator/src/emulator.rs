@@ -3,45 +3,13 @@
 use bytemuck::{NoUninit, Pod};
 use sage_ptx::{Arg, Invalid, Program};
 
-use crate::block::Launch;
 use crate::decode::Code;
 use crate::fault::{Failure, Fault, FaultKind, Outcome, Trouble};
-use crate::layout::Layout;
-use crate::memory::{Global, MAX_BYTES};
+use crate::machine::{Global, Launch, Layout, MAX_BYTES};
+use crate::options::EmulatorOptions;
 use crate::report::Report;
 use crate::schedule;
-use crate::tensor_core::Fp8Accumulation;
 use crate::tensor_map::TensorMap;
-
-/// How an [`Emulator`] runs programs.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct EmulatorOptions {
-    /// Faults that a [`Failure`] tells of. A block ends at its first; blocks after enough faulty ones do not run.
-    pub max_faults: usize,
-    /// How products of 8-bit floats are summed.
-    pub fp8: Fp8Accumulation,
-    /// Threads that run blocks; 0 takes as many as the machine has.
-    pub workers: usize,
-    /// Steps of one warp after which its loop is taken to be endless.
-    pub step_limit: u64,
-    /// Another seed is another interleaving of a block's warps; 0 lets them take turns in order.
-    pub seed: u64,
-    /// Blocks that can be resident at once, and so wait for each other: what the GPU at hand would hold.
-    pub resident_blocks: u64,
-}
-
-impl Default for EmulatorOptions {
-    fn default() -> Self {
-        EmulatorOptions {
-            max_faults: 1,
-            fp8: Fp8Accumulation::Exact,
-            workers: 0,
-            step_limit: 100_000_000,
-            seed: 0,
-            resident_blocks: 132,
-        }
-    }
-}
 
 /// A GPU on the CPU: global memory, and launches that check everything.
 #[derive(Debug, Default)]
@@ -170,7 +138,7 @@ impl Emulator {
         let prepared =
             self.prepare(program, grid, args).map_err(|trouble| failure(vec![not_begun(*trouble)]))?;
         let (stats, faults) = schedule::run(&prepared);
-        if faults.is_empty() { Ok(stats.report(&prepared)) } else { Err(failure(faults)) }
+        if faults.is_empty() { Ok(Report::new(&stats, &prepared)) } else { Err(failure(faults)) }
     }
 
     fn prepare<'a>(&'a self, program: &'a Program, grid: [u32; 3], args: &'a [Arg]) -> Outcome<Launch<'a>> {

@@ -47,37 +47,23 @@
 
 #![forbid(unsafe_code)]
 
-mod access;
-mod arithmetic;
-mod atomics;
 mod banks;
-mod barrier;
 mod block;
-mod bulk;
-mod collective;
-mod copies;
 mod decode;
-mod descriptor;
 mod diagnosis;
 mod emulator;
 mod execute;
 mod fault;
-mod fragment;
-mod layout;
-mod mbarrier;
-mod memory;
-mod races;
+mod lanes;
+mod machine;
+mod options;
 mod report;
 mod schedule;
-mod shadow;
-mod shared;
-mod tensor_core;
+mod stats;
 mod tensor_map;
-mod warp;
-mod wgmma;
 
-pub use emulator::{Buffer, Emulator, EmulatorOptions};
+pub use emulator::{Buffer, Emulator};
 pub use fault::{Failure, Fault, FaultKind};
+pub use options::{EmulatorOptions, Fp8Accumulation};
 pub use report::{Conflicts, Report, Sectors};
-pub use tensor_core::Fp8Accumulation;
 pub use tensor_map::{Swizzle, TensorMap};

@@ -6,136 +6,8 @@ use std::panic::Location;
 
 use sage_ptx::isa::{Control, Convert, Lane, Matrix, Memory, MmaTy, Op, Space, Warp};
 
-use crate::banks::Wavefronts;
-use crate::block::Launch;
-
-/// Costs of one instruction's accesses to shared memory.
-#[derive(Clone, Copy, Debug, Default)]
-struct SharedCost {
-    requests: u64,
-    taken: u64,
-    ideal: u64,
-    worst: u32,
-}
-
-/// Costs of one instruction's accesses to global memory.
-#[derive(Clone, Copy, Debug, Default)]
-struct GlobalCost {
-    requests: u64,
-    sectors: u64,
-    ideal: u64,
-}
-
-/// Counts of one worker.
-#[derive(Debug, Default)]
-pub(crate) struct Stats {
-    /// Executions of each instruction by a warp.
-    pub executed: Vec<u64>,
-    shared: Vec<SharedCost>,
-    global: Vec<GlobalCost>,
-    pub shared_bytes: u32,
-    pub bulk_bytes: u64,
-    /// Stores and atomics that could let somebody go on who polls.
-    pub global_changes: u64,
-}
-
-impl Stats {
-    pub fn new(instructions: usize) -> Stats {
-        Stats {
-            executed: vec![0; instructions],
-            shared: vec![SharedCost::default(); instructions],
-            global: vec![GlobalCost::default(); instructions],
-            ..Stats::default()
-        }
-    }
-
-    pub fn shared(&mut self, instr: u32, cost: Wavefronts) {
-        let total = &mut self.shared[instr as usize];
-        total.requests += 1;
-        total.taken += u64::from(cost.taken);
-        total.ideal += u64::from(cost.ideal);
-        total.worst = total.worst.max(cost.taken - cost.ideal);
-    }
-
-    pub fn global(&mut self, instr: u32, (sectors, ideal): (u32, u32), _bytes: u32) {
-        let total = &mut self.global[instr as usize];
-        total.requests += 1;
-        total.sectors += u64::from(sectors);
-        total.ideal += u64::from(ideal);
-    }
-
-    pub fn merge(&mut self, other: &Stats) {
-        self.executed.iter_mut().zip(&other.executed).for_each(|(a, b)| *a += b);
-        for (a, b) in self.shared.iter_mut().zip(&other.shared) {
-            a.requests += b.requests;
-            a.taken += b.taken;
-            a.ideal += b.ideal;
-            a.worst = a.worst.max(b.worst);
-        }
-        for (a, b) in self.global.iter_mut().zip(&other.global) {
-            a.requests += b.requests;
-            a.sectors += b.sectors;
-            a.ideal += b.ideal;
-        }
-        self.shared_bytes = self.shared_bytes.max(other.shared_bytes);
-        self.bulk_bytes += other.bulk_bytes;
-    }
-
-    pub fn report(&self, cx: &Launch<'_>) -> Report {
-        let code = &cx.code;
-        let mut counts = BTreeMap::new();
-        let mut shared = BTreeMap::<Place, Conflicts>::new();
-        let mut global = BTreeMap::<Place, Sectors>::new();
-        for (i, instr) in code.instrs.iter().enumerate() {
-            if self.executed[i] != 0 {
-                *counts.entry(class(instr.op)).or_insert(0) += self.executed[i];
-            }
-            let at = Place(instr.at);
-            let cost = self.shared[i];
-            if cost.requests != 0 {
-                let entry = shared.entry(at).or_insert_with(|| Conflicts {
-                    at: instr.at,
-                    instruction: class(instr.op),
-                    requests: 0,
-                    wavefronts: 0,
-                    extra: 0,
-                    worst: 0,
-                });
-                entry.requests += cost.requests;
-                entry.wavefronts += cost.taken;
-                entry.extra += cost.taken - cost.ideal;
-                entry.worst = entry.worst.max(cost.worst);
-            }
-            let cost = self.global[i];
-            if cost.requests != 0 {
-                let entry = global.entry(at).or_insert_with(|| Sectors {
-                    at: instr.at,
-                    instruction: class(instr.op),
-                    requests: 0,
-                    sectors: 0,
-                    ideal: 0,
-                });
-                entry.requests += cost.requests;
-                entry.sectors += cost.sectors;
-                entry.ideal += cost.ideal;
-            }
-        }
-        let mut shared: Vec<Conflicts> = shared.into_values().collect();
-        shared.sort_by_key(|place| std::cmp::Reverse(place.extra));
-        let mut global: Vec<Sectors> = global.into_values().collect();
-        global.sort_by_key(|place| std::cmp::Reverse(place.sectors - place.ideal));
-        Report {
-            program: code.program.name.clone(),
-            grid: cx.grid,
-            block: code.program.block,
-            instructions: counts,
-            shared,
-            global,
-            shared_bytes: self.shared_bytes,
-            bulk_bytes: self.bulk_bytes,
-        }
-    }
-}
+use crate::machine::Launch;
+use crate::stats::Stats;
 
 /// A location that sorts.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -195,6 +67,62 @@ pub struct Report {
 }
 
 impl Report {
+    /// The report of a launch.
+    pub(crate) fn new(stats: &Stats, cx: &Launch<'_>) -> Report {
+        let code = &cx.code;
+        let mut counts = BTreeMap::new();
+        let mut shared = BTreeMap::<Place, Conflicts>::new();
+        let mut global = BTreeMap::<Place, Sectors>::new();
+        for (i, instr) in code.instrs.iter().enumerate() {
+            if stats.executed[i] != 0 {
+                *counts.entry(class(instr.op)).or_insert(0) += stats.executed[i];
+            }
+            let at = Place(instr.at);
+            let cost = stats.shared[i];
+            if cost.requests != 0 {
+                let entry = shared.entry(at).or_insert_with(|| Conflicts {
+                    at: instr.at,
+                    instruction: class(instr.op),
+                    requests: 0,
+                    wavefronts: 0,
+                    extra: 0,
+                    worst: 0,
+                });
+                entry.requests += cost.requests;
+                entry.wavefronts += cost.taken;
+                entry.extra += cost.taken - cost.ideal;
+                entry.worst = entry.worst.max(cost.worst);
+            }
+            let cost = stats.global[i];
+            if cost.requests != 0 {
+                let entry = global.entry(at).or_insert_with(|| Sectors {
+                    at: instr.at,
+                    instruction: class(instr.op),
+                    requests: 0,
+                    sectors: 0,
+                    ideal: 0,
+                });
+                entry.requests += cost.requests;
+                entry.sectors += cost.sectors;
+                entry.ideal += cost.ideal;
+            }
+        }
+        let mut shared: Vec<Conflicts> = shared.into_values().collect();
+        shared.sort_by_key(|place| std::cmp::Reverse(place.extra));
+        let mut global: Vec<Sectors> = global.into_values().collect();
+        global.sort_by_key(|place| std::cmp::Reverse(place.sectors - place.ideal));
+        Report {
+            program: code.program.name.clone(),
+            grid: cx.grid,
+            block: code.program.block,
+            instructions: counts,
+            shared,
+            global,
+            shared_bytes: stats.shared_bytes,
+            bulk_bytes: stats.bulk_bytes,
+        }
+    }
+
     /// Instructions executed by warps.
     pub fn total(&self) -> u64 {
         self.instructions.values().sum()

@@ -4,9 +4,10 @@ use std::collections::BTreeSet;
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::thread;
 
-use crate::block::{Block, Launch, Turn};
+use crate::block::{Block, Turn};
 use crate::fault::{Fault, FaultKind};
-use crate::report::Stats;
+use crate::machine::Launch;
+use crate::stats::Stats;
 
 /// What the workers share.
 #[derive(Debug, Default)]

@@ -2,25 +2,15 @@
 
 use sage_ptx::isa::{Matrix, Mma, MmaTy, Op, Wgmma};
 
-use crate::access::{Access, AccessKind};
-use crate::block::{Context, Flow, Launch, State};
-use crate::decode::{Code, Decoded, Lanes};
-use crate::descriptor::Descriptor;
+use super::context::Context;
+use super::descriptor::Descriptor;
+use super::fragment::{Numbers, empty, float, fragment_a, integer};
+use super::tensor_core::{add_floats, add_integers, add_truncated, round};
+use crate::decode::{Code, Decoded};
 use crate::fault::{FaultKind, Outcome, Trouble};
-use crate::fragment::{Numbers, empty, float, fragment_a, integer};
-use crate::tensor_core::{Fp8Accumulation, add_floats, add_integers, add_truncated, round};
-use crate::warp::{Hold, Warp, mask_of};
-
-/// Groups of `wgmma`s of a warp that were not waited for.
-#[derive(Debug, Default)]
-pub(crate) struct Products {
-    /// Number of the group that the next `wgmma` belongs to.
-    open: u32,
-    /// Clock count of the open group's last shared-memory reads.
-    open_count: u32,
-    /// Groups committed, the latest last, and their counts.
-    groups: Vec<(u32, u32)>,
-}
+use crate::lanes::{Lanes, mask_of};
+use crate::machine::{Access, AccessKind, Flow, Hold, Launch, State, Warp};
+use crate::options::Fp8Accumulation;
 
 impl State {
     /// Computes a `wgmma` at which all warps of a group stand, and takes its registers away from them.

@@ -1,8 +1,8 @@
 //! An access to shared memory, and what is said of one that should not have been.
 
+use super::clocks::Clocks;
+use super::layout::Layout;
 use crate::fault::{FaultKind, Trouble};
-use crate::layout::Layout;
-use crate::races::Clocks;
 
 /// Who accesses shared memory, and how.
 #[derive(Clone, Copy, Debug)]

@@ -3,67 +3,33 @@
 
 use sage_ptx::Arg;
 
-use crate::access::{Access, AccessKind};
-use crate::block::{Context, Flow, Launch, State};
-use crate::descriptor::swizzle;
-use crate::execute::{PARAM_BASE, PARAM_BYTES, lanes};
+use super::context::Context;
+use super::descriptor::swizzle;
 use crate::fault::{FaultKind, Outcome, Trouble};
+use crate::lanes::lanes;
+use crate::machine::{Access, AccessKind, BulkLoad, Flow, Launch, PARAM_BASE, PARAM_BYTES, State};
 use crate::tensor_map::{Swizzle, TensorMap};
-
-/// A bulk load on its way.
-#[derive(Debug)]
-pub(crate) struct Flight {
-    /// The turn in which it arrives.
-    pub lands_at: u64,
-    mbarrier: u32,
-    bytes: i64,
-    pub warp: usize,
-    pub at: u32,
-    /// Offsets in shared memory and data.
-    chunks: Vec<(u32, u128)>,
-}
-
-/// Bulk stores of a warp that were not waited for.
-#[derive(Debug, Default)]
-pub(crate) struct BulkGroups {
-    /// Count of the last store since the last commit.
-    open: Option<u32>,
-    groups: Vec<Option<u32>>,
-}
-
-impl BulkGroups {
-    /// Whether some store was not waited for.
-    pub fn pending(&self) -> bool {
-        self.open.is_some() || self.groups.iter().any(Option::is_some)
-    }
-}
 
 impl State {
     /// A bulk load arrives.
-    pub fn land(&mut self, cx: &Launch<'_>, flight: Flight) -> Outcome<()> {
-        let Some(barrier) = self.mbarriers.get(flight.mbarrier) else { return Ok(()) };
+    pub fn land(&mut self, cx: &Launch<'_>, load: BulkLoad) -> Outcome<()> {
+        let Some(barrier) = self.mbarriers.get(load.mbarrier) else { return Ok(()) };
         let component = self.clocks.mbarrier_component(barrier.index);
         let count = self.clocks.tick(component);
         barrier.stamp.add(component, count);
-        barrier.bytes -= flight.bytes;
+        barrier.bytes -= load.bytes;
         let (bytes, init_at) = (barrier.bytes, barrier.init_at);
         if bytes < -(1 << 20) {
-            let (place, name) = cx.layout.place(flight.mbarrier);
+            let (place, name) = cx.layout.place(load.mbarrier);
             let detail = format!("the mbarrier at {place} got {} bytes more than announced", -bytes);
             return Err(Trouble::new(FaultKind::Mbarrier, detail).object(name).other(init_at));
         }
-        let who = Access {
-            warp: flight.warp,
-            component,
-            count,
-            at: flight.at,
-            kind: AccessKind::Write,
-            proxy: true,
-        };
-        for (offset, data) in flight.chunks {
+        let who =
+            Access { warp: load.warp, component, count, at: load.at, kind: AccessKind::Write, proxy: true };
+        for (offset, data) in load.chunks {
             self.shared.land(offset as usize, 16, data, &who);
         }
-        self.settle_mbarrier(flight.mbarrier);
+        self.settle_mbarrier(load.mbarrier);
         Ok(())
     }
 }
@@ -157,7 +123,7 @@ impl Context<'_, '_> {
         }
         let bytes = i64::from(map.rows() * row_bytes);
         self.stats.bulk_bytes += bytes as u64;
-        self.state.flights.push(Flight {
+        self.state.bulk_loads.push(BulkLoad {
             // Later than the next turn, and not in the order of issue.
             lands_at: self.state.turn + 2 + (u64::from(copy) * 5) % 7,
             mbarrier,

@@ -1,89 +1,12 @@
-//! `mbarrier`s: phases that end when all arrivals and all announced bytes are in.
+//! Instructions on `mbarrier`s.
 
-use std::collections::BTreeMap;
-
-use crate::access::AccessKind;
-use crate::block::{Context, Flow, State, Status};
+use super::context::Context;
 use crate::fault::{FaultKind, Outcome, Trouble};
-use crate::races::Stamp;
+use crate::lanes::lanes;
+use crate::machine::{AccessKind, Flow, Mbarrier, Stamp, Status};
 
 /// What the hardware can count of bytes.
 const MAX_BYTES: u32 = (1 << 20) - 1;
-
-/// An `mbarrier`.
-#[derive(Debug)]
-pub(crate) struct Mbarrier {
-    /// Number among the block's, which gives its copies a clock component of their own.
-    pub index: usize,
-    /// Arrivals of a phase.
-    expected: u32,
-    /// Arrivals outstanding.
-    pending: u32,
-    /// Bytes announced and not yet arrived; negative where copies were faster.
-    pub bytes: i64,
-    /// Phases completed.
-    phase: u64,
-    /// What this phase's arrivals pass on.
-    pub stamp: Stamp,
-    /// What completed phases pass on.
-    completed: Stamp,
-    /// The warp that initialised it, and whether it has fenced that for the copy engine.
-    init_warp: usize,
-    pub fenced: bool,
-    pub init_at: u32,
-}
-
-/// The block's `mbarrier`s by address.
-#[derive(Debug, Default)]
-pub(crate) struct Mbarriers {
-    table: BTreeMap<u32, Mbarrier>,
-    count: usize,
-}
-
-impl Mbarriers {
-    pub fn get(&mut self, address: u32) -> Option<&mut Mbarrier> {
-        self.table.get_mut(&address)
-    }
-
-    /// A warp's fence makes its initialisations visible to the copy engine.
-    pub fn fence(&mut self, warp: usize) {
-        self.table
-            .values_mut()
-            .filter(|barrier| barrier.init_warp == warp)
-            .for_each(|barrier| barrier.fenced = true);
-    }
-
-    pub fn describe(&self, address: u32, parity: u32, place: &str) -> String {
-        match self.table.get(&address) {
-            Some(barrier) => format!(
-                "waits for the phase of parity {parity} of the mbarrier at {place} (in phase {}: {} of {} arrivals \
-                 and {} bytes outstanding)",
-                barrier.phase, barrier.pending, barrier.expected, barrier.bytes
-            ),
-            None => format!("waits at {place}"),
-        }
-    }
-}
-
-impl State {
-    /// Ends the phase of an `mbarrier` if nothing is outstanding, and wakes who waits for it.
-    pub fn settle_mbarrier(&mut self, address: u32) {
-        let Some(barrier) = self.mbarriers.get(address) else { return };
-        if barrier.pending != 0 || barrier.bytes != 0 {
-            return;
-        }
-        barrier.phase += 1;
-        barrier.pending = barrier.expected;
-        let Mbarrier { stamp, completed, .. } = barrier;
-        completed.join(stamp);
-        stamp.clear();
-        for status in &mut self.status {
-            if matches!(status, Status::Mbarrier { address: at, .. } if *at == address) {
-                *status = Status::Ready;
-            }
-        }
-    }
-}
 
 impl Context<'_, '_> {
     /// Checks that an initialised `mbarrier` is at an address.
@@ -98,16 +21,11 @@ impl Context<'_, '_> {
         Ok(())
     }
 
-    fn active_lanes(&self) -> impl Iterator<Item = usize> + use<> {
-        let active = self.warp.active;
-        (0..32).filter(move |lane| active >> lane & 1 == 1)
-    }
-
     pub fn mbarrier_init(&mut self, address: u32, count: u32) -> Outcome<Flow> {
         let code = &self.cx.code;
         let addresses = *self.warp.read(code, address, self.warp.active)?;
         let counts = *self.warp.read(code, count, self.warp.active)?;
-        for lane in self.active_lanes() {
+        for lane in lanes(self.warp.active) {
             let (address, expected) = (addresses[lane] as u32, counts[lane] as u32);
             if expected == 0 || expected > (1 << 20) - 1 {
                 let detail = format!("mbarrier of {expected} arrivals, expected 1 to 1048575");
@@ -144,7 +62,7 @@ impl Context<'_, '_> {
             None => [0; 32],
         };
         let index = self.index();
-        for lane in self.active_lanes() {
+        for lane in lanes(self.warp.active) {
             let address = addresses[lane] as u32;
             self.use_mbarrier(address).map_err(|trouble| trouble.lane(lane))?;
             let Some(barrier) = self.state.mbarriers.get(address) else { continue };
@@ -179,7 +97,7 @@ impl Context<'_, '_> {
         let parities = *self.warp.read(code, parity, self.warp.active)?;
         let mut done = [0; 32];
         let (mut waits_for, mut checked) = (None, None);
-        for lane in self.active_lanes() {
+        for lane in lanes(self.warp.active) {
             let address = addresses[lane] as u32;
             let parity = parities[lane] as u32;
             if parity > 1 {
@@ -204,7 +122,7 @@ impl Context<'_, '_> {
         }
         let index = self.index();
         let mut last = None;
-        for lane in self.active_lanes().filter(|&lane| done[lane] == 1) {
+        for lane in lanes(self.warp.active).filter(|&lane| done[lane] == 1) {
             if last.replace(addresses[lane]) == Some(addresses[lane]) {
                 continue;
             }

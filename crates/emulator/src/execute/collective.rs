@@ -2,13 +2,11 @@
 
 use sage_ptx::isa::{Lane, Redux, Shuffle, Vote, Warp as WarpOp};
 
-use crate::access::AccessKind;
+use super::context::Context;
 use crate::banks;
-use crate::block::{Context, Flow};
-use crate::decode::Lanes;
-use crate::execute::lanes;
 use crate::fault::{FaultKind, Outcome, Trouble};
-use crate::warp::mask_of;
+use crate::lanes::{Lanes, lanes, mask_of};
+use crate::machine::{AccessKind, Flow};
 
 impl Context<'_, '_> {
     pub fn warp_wide(&mut self, op: WarpOp, dst: &[u32], src: &[u32]) -> Outcome<Flow> {
@@ -71,7 +69,7 @@ impl Context<'_, '_> {
             row_bits[lane] = row.map_err(|trouble| trouble.lane(lane))?;
         }
         let cost = banks::wavefronts(&addresses, rows, 16);
-        self.stats.shared(self.warp.instr, cost);
+        self.stats.count_shared(self.warp.instr, cost);
         for (matrix, &register) in dst.iter().enumerate() {
             let rows = &row_bits[8 * matrix..8 * matrix + 8];
             let element = |row: usize, column: usize| (rows[row] >> (16 * column)) as u64 & 0xffff;
@@ -106,7 +104,7 @@ impl Context<'_, '_> {
         }
         self.store_shared(&addresses, &row_bits, rows, 16)?;
         let cost = banks::wavefronts(&addresses, rows, 16);
-        self.stats.shared(self.warp.instr, cost);
+        self.stats.count_shared(self.warp.instr, cost);
         self.warp.progressed();
         Ok(Flow::Next)
     }

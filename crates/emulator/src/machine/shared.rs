@@ -1,10 +1,10 @@
 //! Shared memory of a block: bytes, each access to which passes its shadow.
 
-use crate::access::Access;
+use super::access::Access;
+use super::clocks::Clocks;
+use super::layout::{BASE, Layout};
+use super::shadow::Shadow;
 use crate::fault::{FaultKind, Outcome, Trouble};
-use crate::layout::{BASE, Layout};
-use crate::races::Clocks;
-use crate::shadow::Shadow;
 
 /// Shared memory of a block.
 #[derive(Debug, Default)]

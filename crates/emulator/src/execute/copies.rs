@@ -1,28 +1,10 @@
 //! `cp.async`: data that is fetched now and lands in shared memory when its thread waits for it.
 
-use crate::access::{Access, AccessKind};
+use super::context::Context;
 use crate::banks;
-use crate::block::{Context, Flow};
-use crate::execute::lanes;
 use crate::fault::{FaultKind, Outcome, Trouble};
-
-/// A copy on its way.
-#[derive(Clone, Copy, Debug)]
-struct Flight {
-    lane: u8,
-    bytes: u8,
-    offset: u32,
-    at: u32,
-    data: u128,
-}
-
-/// Copies of a warp that have not landed.
-#[derive(Debug, Default)]
-pub(crate) struct Copies {
-    uncommitted: Vec<Flight>,
-    /// Lanes that committed each group, the latest last, and its copies.
-    groups: Vec<(u32, Vec<Flight>)>,
-}
+use crate::lanes::lanes;
+use crate::machine::{Access, AccessKind, AsyncCopy, Flow};
 
 impl Context<'_, '_> {
     pub fn copy_async(&mut self, bytes: u32, src: &[u32]) -> Outcome<Flow> {
@@ -47,11 +29,12 @@ impl Context<'_, '_> {
             let offset = self.state.shared.check(layout, clocks, &access, to[lane], bytes);
             let offset = offset.map_err(|trouble| trouble.lane(lane))?;
             self.state.shared.mark_busy(offset, bytes, copy);
-            let flight = Flight { lane: lane as u8, bytes: bytes as u8, offset: offset as u32, at, data };
-            self.warp.copies.uncommitted.push(flight);
+            let copy_of_lane =
+                AsyncCopy { lane: lane as u8, bytes: bytes as u8, offset: offset as u32, at, data };
+            self.warp.copies.uncommitted.push(copy_of_lane);
         }
-        self.stats.shared(at, banks::wavefronts(&to, active, bytes));
-        self.stats.global(at, banks::sectors(&from, fetched, bytes), bytes);
+        self.stats.count_shared(at, banks::wavefronts(&to, active, bytes));
+        self.stats.count_global(at, banks::sectors(&from, fetched, bytes));
         self.warp.progressed();
         Ok(Flow::Next)
     }
@@ -78,8 +61,8 @@ impl Context<'_, '_> {
     pub fn commit_copies(&mut self) -> Outcome<Flow> {
         let active = self.warp.active;
         let copies = &mut self.warp.copies;
-        let mine: Vec<Flight> =
-            copies.uncommitted.extract_if(.., |flight| active >> flight.lane & 1 == 1).collect();
+        let mine: Vec<AsyncCopy> =
+            copies.uncommitted.extract_if(.., |copy| active >> copy.lane & 1 == 1).collect();
         copies.groups.push((active, mine));
         Ok(Flow::Next)
     }
@@ -90,7 +73,7 @@ impl Context<'_, '_> {
         let mut later = [0; 32];
         let mut landed = 0;
         let groups = &mut self.warp.copies.groups;
-        for (committed, flights) in groups.iter_mut().rev() {
+        for (committed, copies) in groups.iter_mut().rev() {
             let mut arrive = 0;
             for lane in lanes(active & *committed) {
                 if later[lane] >= pending {
@@ -99,10 +82,10 @@ impl Context<'_, '_> {
                 later[lane] += 1;
             }
             *committed &= !arrive;
-            for flight in flights.extract_if(.., |flight| arrive >> flight.lane & 1 == 1) {
-                let who = Access { at: flight.at, ..access };
-                self.state.shared.land(flight.offset as usize, u32::from(flight.bytes), flight.data, &who);
-                landed |= 1 << flight.lane;
+            for copy in copies.extract_if(.., |copy| arrive >> copy.lane & 1 == 1) {
+                let who = Access { at: copy.at, ..access };
+                self.state.shared.land(copy.offset as usize, u32::from(copy.bytes), copy.data, &who);
+                landed |= 1 << copy.lane;
             }
         }
         groups.retain(|(committed, _)| *committed != 0);

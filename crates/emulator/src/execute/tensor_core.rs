@@ -8,25 +8,12 @@
 use half::f16;
 use sage_ptx::isa::{Mma, MmaBlockScaled, MmaTy};
 
-use crate::block::{Context, Flow};
-use crate::decode::Lanes;
+use super::context::Context;
+use super::fragment::{ACCUMULATOR, Numbers, float, fragment_a, fragment_b, scale};
 use crate::fault::Outcome;
-use crate::fragment::{ACCUMULATOR, Numbers, float, fragment_a, fragment_b, scale};
-
-/// How products of 8-bit floats are summed in single precision.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum Fp8Accumulation {
-    /// As all other floats: exact products, one rounding.
-    #[default]
-    Exact,
-    /// As measured on Ada and Hopper: the products of one instruction and the accumulator are aligned to the largest
-    /// exponent among them, cut off 13 bits below it, added, and the sum is cut to 13 fraction bits (1 sign, 8 exponent
-    /// and 13 fraction bits in all).
-    ///
-    /// Sources: SageAttention2 (arXiv 2411.10958, the `FP22` accumulator of `mma.f32.f8.f8.f32`) and the DeepSeek-V3
-    /// report (arXiv 2412.19437, 3.3.2: about 14 bits of each product are kept). Cutting is towards zero.
-    Truncated,
-}
+use crate::lanes::Lanes;
+use crate::machine::Flow;
+use crate::options::Fp8Accumulation;
 
 /// `c[rows × n] += a[rows × k] · b`, with `b` as `n × k` for integers.
 pub(crate) fn add_integers(a: &[i16], b: &[i16], c: &mut [i32], k: usize, n: usize) {

@@ -2,10 +2,10 @@
 
 use std::collections::HashMap;
 
-use crate::access::{Access, AccessKind, race, unfenced};
+use super::access::{Access, AccessKind, race, unfenced};
+use super::clocks::Clocks;
+use super::layout::{BASE, Layout};
 use crate::fault::{FaultKind, Outcome, Trouble};
-use crate::layout::{BASE, Layout};
-use crate::races::Clocks;
 
 const WRITTEN: u8 = 0xf;
 const ATOMIC: u8 = 0x10;

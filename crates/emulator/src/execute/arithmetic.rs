@@ -2,7 +2,7 @@
 
 use sage_ptx::isa::{Cmp, Convert, Lane, Ty};
 
-use crate::decode::Lanes;
+use crate::lanes::Lanes;
 
 fn f(bits: u64) -> f32 {
     f32::from_bits(bits as u32)

@@ -2,11 +2,11 @@
 
 use sage_ptx::isa::{AtomicOp, Lane, Space, Ty};
 
-use crate::access::AccessKind;
+use super::context::Context;
 use crate::banks;
-use crate::block::{Context, Flow, Status};
-use crate::execute::lanes;
 use crate::fault::Outcome;
+use crate::lanes::lanes;
+use crate::machine::{AccessKind, Flow, Status};
 
 impl Context<'_, '_> {
     pub fn atomic(
@@ -43,7 +43,7 @@ impl Context<'_, '_> {
                 }
                 self.state.clocks.stored(index, active);
                 let cost = banks::wavefronts(&addresses, active, bytes);
-                self.stats.shared(self.warp.instr, cost);
+                self.stats.count_shared(self.warp.instr, cost);
                 changed = true;
             }
             Space::Global => {
@@ -57,7 +57,7 @@ impl Context<'_, '_> {
                         .wrapping_mul(0x9e37_79b9_7f4a_7c15)
                         .rotate_left(23);
                 }
-                self.stats.global(self.warp.instr, banks::sectors(&addresses, active, bytes), bytes);
+                self.stats.count_global(self.warp.instr, banks::sectors(&addresses, active, bytes));
                 self.stats.global_changes += u64::from(changed);
             }
         }

@@ -2,11 +2,10 @@
 
 use std::panic::Location;
 
-use crate::bulk::BulkGroups;
-use crate::copies::Copies;
-use crate::decode::{Code, Lanes, Step};
+use super::in_flight::{BulkGroups, Copies, Products};
+use crate::decode::{Code, Step};
 use crate::fault::{FaultKind, Outcome, Trouble};
-use crate::wgmma::Products;
+use crate::lanes::{Lanes, mask_of};
 
 /// A control statement that the warp is inside.
 #[derive(Clone, Copy, Debug)]
@@ -283,11 +282,6 @@ impl Warp {
             Frame::Loop { at, .. } | Frame::If { at, .. } => *at,
         })
     }
-}
-
-/// Lanes whose value is odd: a predicate as a mask.
-pub(crate) fn mask_of(values: &Lanes) -> u32 {
-    values.iter().enumerate().fold(0, |mask, (lane, value)| mask | ((*value & 1) as u32) << lane)
 }
 
 #[cold]

@@ -6,7 +6,7 @@ use std::sync::LazyLock;
 use half::{bf16, f16};
 use sage_ptx::isa::{E2M1, E4M3, E5M2, Minifloat, Mma, MmaTy};
 
-use crate::decode::Lanes;
+use crate::lanes::Lanes;
 
 /// Numbers of an operand, in a form that multiplies fast.
 #[derive(Clone, Debug)]
