@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::panic::Location;
 
 use sage_ptx::Program;
-use sage_ptx::isa::{Control, Matrix, Op};
+use sage_ptx::isa::{Matrix, Op};
 use sage_ptx::program::{Instr, Operand, Reg, Stmt};
 
 use crate::lanes::Lanes;
@@ -58,7 +58,6 @@ pub(crate) struct Code<'a> {
     pub registers: u32,
     /// Registers that some `wgmma` accumulates in or reads; empty where there is none.
     pub wgmma_registers: Vec<bool>,
-    pub uses_bulk_stores: bool,
 }
 
 impl<'a> Code<'a> {
@@ -72,7 +71,6 @@ impl<'a> Code<'a> {
                 constants: Vec::new(),
                 registers: program.registers.len() as u32,
                 wgmma_registers: Vec::new(),
-                uses_bulk_stores: false,
             },
             known: HashMap::new(),
         };
@@ -165,16 +163,12 @@ impl<'a> Decoder<'a> {
     fn instr(&mut self, instr: &Instr) {
         let dst: Box<[u32]> = instr.dst.iter().map(|&Reg(register)| register).collect();
         let src: Box<[u32]> = instr.src.iter().map(|&operand| self.operand(operand)).collect();
-        match instr.op {
-            Op::Matrix(Matrix::Wgmma(wgmma)) => {
-                self.code.wgmma_registers.resize(self.code.registers as usize, false);
-                let a = if wgmma.a_in_registers { 4 } else { 0 };
-                for &register in dst.iter().chain(&src[..a]) {
-                    self.code.wgmma_registers[register as usize] = true;
-                }
+        if let Op::Matrix(Matrix::Wgmma(wgmma)) = instr.op {
+            self.code.wgmma_registers.resize(self.code.registers as usize, false);
+            let a = if wgmma.a_in_registers { 4 } else { 0 };
+            for &register in dst.iter().chain(&src[..a]) {
+                self.code.wgmma_registers[register as usize] = true;
             }
-            Op::Control(Control::BulkTensorStore { .. }) => self.code.uses_bulk_stores = true,
-            _ => {}
         }
         self.code.steps.push(Step::Instr(self.code.instrs.len() as u32));
         self.code.instrs.push(Decoded { op: instr.op, dst, src, at: instr.at });

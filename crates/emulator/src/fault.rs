@@ -31,8 +31,6 @@ pub enum FaultKind {
     MissingWgmmaFence,
     /// A register or shared memory touched while a `wgmma` that uses it is in flight.
     WgmmaInFlight,
-    /// Shared memory overwritten while a bulk store still reads it.
-    BulkStoreInFlight,
     /// Lanes missing where the warp, or all of the block, must act together.
     Divergent,
     /// Everything waits, and nothing is left that could end the waiting.
@@ -49,8 +47,6 @@ pub enum FaultKind {
     Descriptor,
     /// A tensor map, or a bulk copy by one, that the hardware would not take.
     TensorMap,
-    /// The kernel executed `trap`.
-    Trap,
 }
 
 impl FaultKind {
@@ -69,7 +65,6 @@ impl FaultKind {
             FaultKind::MissingProxyFence => "missing fence.proxy.async",
             FaultKind::MissingWgmmaFence => "missing wgmma.fence",
             FaultKind::WgmmaInFlight => "wgmma in flight",
-            FaultKind::BulkStoreInFlight => "bulk store in flight",
             FaultKind::Divergent => "divergent warp",
             FaultKind::Deadlock => "deadlock",
             FaultKind::Runaway => "runaway loop",
@@ -78,7 +73,6 @@ impl FaultKind {
             FaultKind::RegisterBudget => "register budget",
             FaultKind::Descriptor => "wrong descriptor",
             FaultKind::TensorMap => "wrong tensor map",
-            FaultKind::Trap => "trap",
         }
     }
 }

@@ -225,7 +225,6 @@ fn class(op: Op) -> String {
             Warp::Redux(..) => "redux".to_owned(),
             Warp::Sync => "bar.warp".to_owned(),
             Warp::LoadMatrix { count, .. } => format!("ldmatrix.x{count}"),
-            Warp::StoreMatrix { count, .. } => format!("stmatrix.x{count}"),
         },
         Op::Matrix(op) => match op {
             Matrix::Mma(mma) => format!("mma.m16n8k{}.{}.{}", mma.k(), ty(mma.acc), ty(mma.a)),
@@ -246,12 +245,9 @@ fn class(op: Op) -> String {
             Control::CopyAsync { .. } => "cp.async",
             Control::CopyAsyncCommit | Control::CopyAsyncWait(_) => "cp.async commit/wait",
             Control::BulkTensorLoad { .. } => "cp.async.bulk load",
-            Control::BulkTensorStore { .. } => "cp.async.bulk store",
-            Control::BulkCommit | Control::BulkWaitRead(_) => "cp.async.bulk commit/wait",
             Control::RegistersIncrease(_) | Control::RegistersDecrease(_) => "setmaxnreg",
             Control::Sleep => "nanosleep",
             Control::Exit => "exit",
-            Control::Trap => "trap",
         }
         .to_owned(),
     }

@@ -253,21 +253,11 @@ fn hopper(r: &Registers<'_>) {
         let mut load = vec![r.shared(), map, r.shared()];
         load.extend(r.many(Ty::S32, dims.into()));
         r.code.emit(Control::BulkTensorLoad { dims }, &[], &load);
-        let mut store = vec![map, r.shared()];
-        store.extend(r.many(Ty::S32, dims.into()));
-        r.code.emit(Control::BulkTensorStore { dims }, &[], &store);
     }
-    r.code.emit(Control::BulkCommit, &[], &[]);
-    r.code.emit(Control::BulkWaitRead(0), &[], &[]);
     r.code.emit(Control::FenceAsyncProxy, &[], &[]);
     r.code.emit(Control::FenceMbarrierInit, &[], &[]);
     r.code.emit(Control::MbarrierArriveExpect, &[], &[r.shared(), r.b32()]);
     r.code.emit(Control::MbarrierTryWait, &[r.dst(Ty::Pred)], &[r.shared(), r.b32()]);
-    for count in [1u8, 2, 4] {
-        let mut src = vec![r.shared()];
-        src.extend(r.many(Ty::B32, count.into()));
-        r.code.emit(Warp::StoreMatrix { count, transposed: true, offset: 0 }, &[], &src);
-    }
 }
 
 fn warpgroups(r: &Registers<'_>) {

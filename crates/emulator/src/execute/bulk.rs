@@ -1,5 +1,4 @@
-//! Bulk tensor copies: loads that arrive some turns later and tell an `mbarrier`, stores that read their source until
-//! waited for.
+//! Bulk tensor loads, which arrive some turns later and tell an `mbarrier`.
 
 use sage_ptx::Arg;
 
@@ -149,73 +148,6 @@ impl Context<'_, '_> {
             i += bytes;
         }
         Ok(data)
-    }
-
-    pub fn bulk_store(&mut self, dims: usize, src: &[u32]) -> Outcome<Flow> {
-        let active = self.warp.active;
-        let code = &self.cx.code;
-        let maps = *self.warp.read(code, src[0], active)?;
-        let from = *self.warp.read(code, src[1], active)?;
-        for lane in lanes(active) {
-            let store = self.bulk_store_of(dims, lane, maps[lane], from[lane] as u32, &src[2..]);
-            store.map_err(|trouble| trouble.lane(lane))?;
-        }
-        self.stats.global_changes += 1;
-        self.warp.progressed();
-        Ok(Flow::Next)
-    }
-
-    fn bulk_store_of(
-        &mut self,
-        dims: usize,
-        lane: usize,
-        map: u64,
-        from: u32,
-        corner: &[u32],
-    ) -> Outcome<()> {
-        let map = self.checked(self.map_at(map)?, dims, from)?;
-        let corner = self.corner(dims, corner, lane)?;
-        let component = self.state.clocks.bulk_component();
-        let count = self.state.clocks.tick(component);
-        let access = Access { proxy: true, component, count, ..self.access(AccessKind::Read) };
-        let row_bytes = map.row_bytes();
-        for row in 0..map.rows() {
-            let mut data = Vec::with_capacity(row_bytes as usize);
-            for i in 0..row_bytes / 16 {
-                let address = place_of(&map, from, row * row_bytes + 16 * i);
-                let (layout, clocks) = (&self.cx.layout, &self.state.clocks);
-                let value = self.state.shared.read(layout, clocks, &access, address, 16)?;
-                data.extend(value.to_le_bytes());
-            }
-            let Some((address, inside)) = map.row(&corner, row) else { continue };
-            let size = map.element_bytes as usize;
-            for i in inside {
-                let mut value = [0; 16];
-                value[..size].copy_from_slice(&data[i as usize * size..][..size]);
-                let to = address.wrapping_add(i as u64 * size as u64);
-                self.cx.global.write(to, size as u32, u128::from_le_bytes(value))?;
-            }
-        }
-        self.stats.bulk_bytes += u64::from(map.rows() * row_bytes);
-        self.warp.bulk.open = Some(count);
-        Ok(())
-    }
-
-    pub fn commit_bulk(&mut self) -> Outcome<Flow> {
-        let bulk = &mut self.warp.bulk;
-        bulk.groups.push(bulk.open.take());
-        Ok(Flow::Next)
-    }
-
-    pub fn wait_bulk(&mut self, pending: u32) -> Outcome<Flow> {
-        let index = self.index();
-        let groups = &mut self.warp.bulk.groups;
-        let done = groups.len().saturating_sub(pending as usize);
-        if let Some(count) = groups.drain(..done).flatten().max() {
-            let component = self.state.clocks.bulk_component();
-            self.state.clocks.saw(index, component, count);
-        }
-        Ok(Flow::Next)
     }
 }
 

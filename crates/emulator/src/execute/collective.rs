@@ -1,4 +1,4 @@
-//! What the lanes of a warp do together: shuffles, votes, reductions, matrix loads and stores.
+//! What the lanes of a warp do together: shuffles, votes, reductions, matrix loads.
 
 use sage_ptx::isa::{Lane, Redux, Shuffle, Vote, Warp as WarpOp};
 
@@ -44,7 +44,7 @@ impl Context<'_, '_> {
                 self.together("bar.warp.sync")?;
                 return Ok(Flow::Next);
             }
-            WarpOp::LoadMatrix { .. } | WarpOp::StoreMatrix { .. } => return Ok(Flow::Next),
+            WarpOp::LoadMatrix { .. } => return Ok(Flow::Next),
         };
         self.warp.write(code, dst[0], active, &result)?;
         Ok(Flow::Next)
@@ -83,29 +83,6 @@ impl Context<'_, '_> {
             });
             self.warp.write(&self.cx.code, register, u32::MAX, &values)?;
         }
-        Ok(Flow::Next)
-    }
-
-    pub fn store_matrix(&mut self, src: &[u32], count: u8, transposed: bool, offset: i32) -> Outcome<Flow> {
-        self.all_lanes("stmatrix")?;
-        let rows = matrix_rows(count);
-        let addresses = self.shared_addresses(src[0], rows, offset)?;
-        let mut row_bits = [0u128; 32];
-        for (matrix, &register) in src[1..].iter().enumerate() {
-            let values = self.warp.read(&self.cx.code, register, u32::MAX)?;
-            for (lane, &value) in values.iter().enumerate() {
-                for i in 0..2 {
-                    let (row, column) = (lane / 4, 2 * (lane % 4) + i);
-                    let (row, column) = if transposed { (column, row) } else { (row, column) };
-                    let element = (value >> (16 * i)) as u128 & 0xffff;
-                    row_bits[8 * matrix + row] |= element << (16 * column);
-                }
-            }
-        }
-        self.store_shared(&addresses, &row_bits, rows, 16)?;
-        let cost = banks::wavefronts(&addresses, rows, 16);
-        self.stats.count_shared(self.warp.instr, cost);
-        self.warp.progressed();
         Ok(Flow::Next)
     }
 }

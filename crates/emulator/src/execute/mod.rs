@@ -42,9 +42,6 @@ impl Context<'_, '_> {
                 WarpOp::LoadMatrix { count, transposed, offset } => {
                     self.load_matrix(dst, src[0], count, transposed, offset)
                 }
-                WarpOp::StoreMatrix { count, transposed, offset } => {
-                    self.store_matrix(src, count, transposed, offset)
-                }
                 _ => self.warp_wide(op, dst, src),
             },
             Op::Matrix(op) => match op {
@@ -85,9 +82,6 @@ impl Context<'_, '_> {
             Control::CopyAsyncCommit => self.commit_copies(),
             Control::CopyAsyncWait(pending) => self.wait_copies(pending),
             Control::BulkTensorLoad { dims } => self.bulk_load(usize::from(dims), src),
-            Control::BulkTensorStore { dims } => self.bulk_store(usize::from(dims), src),
-            Control::BulkCommit => self.commit_bulk(),
-            Control::BulkWaitRead(pending) => self.wait_bulk(pending),
             Control::RegistersIncrease(count) => self.set_registers(count, true),
             Control::RegistersDecrease(count) => self.set_registers(count, false),
             Control::Sleep => {
@@ -98,7 +92,6 @@ impl Context<'_, '_> {
                 self.warp.exit();
                 Ok(Flow::Next)
             }
-            Control::Trap => Err(Trouble::new(FaultKind::Trap, "the kernel executed trap")),
         }
     }
 

@@ -72,9 +72,7 @@ pub(crate) fn race(
     let component = usize::from(component);
     let (kind, earlier) = if component < clocks.warps {
         (FaultKind::Race, format!("warp {component} {did}, with no barrier between"))
-    } else if component == clocks.bulk_component() {
-        (FaultKind::BulkStoreInFlight, "a bulk store reads, without waiting for it".to_owned())
-    } else if component < clocks.bulk_component() {
+    } else if component < clocks.readers() {
         let group = component - clocks.warps;
         (FaultKind::WgmmaInFlight, format!("a wgmma of warpgroup {group} reads, without waiting for it"))
     } else {

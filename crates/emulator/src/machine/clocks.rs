@@ -52,7 +52,7 @@ impl Clocks {
         let groups = warps.div_ceil(4);
         let seen = (0..warps)
             .map(|warp| {
-                let mut counts = vec![0; warps + groups + 1];
+                let mut counts = vec![0; warps + groups];
                 if let Some(own) = counts.get_mut(warp) {
                     *own = 1;
                 }
@@ -69,17 +69,13 @@ impl Clocks {
         }
     }
 
-    /// Components that can read shared memory: warps, `wgmma` of each warpgroup, bulk stores.
+    /// Components that can read shared memory: warps, and `wgmma` of each warpgroup.
     pub fn readers(&self) -> usize {
-        self.warps + self.groups + 1
+        self.warps + self.groups
     }
 
     pub fn wgmma_component(&self, warp: usize) -> usize {
         self.warps + warp / 4
-    }
-
-    pub fn bulk_component(&self) -> usize {
-        self.warps + self.groups
     }
 
     /// The component of the copies that complete at the `mbarrier` of this index.

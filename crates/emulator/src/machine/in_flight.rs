@@ -31,21 +31,6 @@ pub(crate) struct BulkLoad {
     pub chunks: Vec<(u32, u128)>,
 }
 
-/// Bulk stores of a warp that were not waited for.
-#[derive(Debug, Default)]
-pub(crate) struct BulkGroups {
-    /// Count of the last store since the last commit.
-    pub open: Option<u32>,
-    pub groups: Vec<Option<u32>>,
-}
-
-impl BulkGroups {
-    /// Whether some store was not waited for.
-    pub fn pending(&self) -> bool {
-        self.open.is_some() || self.groups.iter().any(Option::is_some)
-    }
-}
-
 /// Groups of `wgmma`s of a warp that were not waited for.
 #[derive(Debug, Default)]
 pub(crate) struct Products {

@@ -2,7 +2,7 @@
 
 use std::panic::Location;
 
-use super::in_flight::{BulkGroups, Copies, Products};
+use super::in_flight::{Copies, Products};
 use crate::decode::{Code, Step};
 use crate::fault::{FaultKind, Outcome, Trouble};
 use crate::lanes::{Lanes, mask_of};
@@ -63,7 +63,6 @@ pub(crate) struct Warp {
     /// What this warp waits for of its asynchronous copies and products.
     pub copies: Copies,
     pub products: Products,
-    pub bulk: BulkGroups,
     /// What each instruction that polls memory saw last, since the warp last did anything else of effect.
     polls: Vec<(u32, u64)>,
     /// `try_wait`s that have said `false` since then, and the one that is about to.

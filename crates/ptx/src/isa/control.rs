@@ -55,17 +55,6 @@ instructions! {
                 "cp.async.bulk.tensor.{dims}d.shared::cluster.global.mbarrier::complete_tx::bytes \
                  [$0], [$1, {{$3}}], [$2]"
             );
-        /// Starts copying shared `src[1]` to the box at coordinates `src[2..]` of the tensor map at `src[0]`. Elements
-        /// outside the tensor are dropped.
-        BulkTensorStore {
-            /// 1 to 5.
-            dims: u8,
-        }: [] <- [Width::B64, Width::B32, Width::B32.times(dims.into())] if matches!(dims, 1..=5), HOPPER,
-            format!("cp.async.bulk.tensor.{dims}d.global.shared::cta.bulk_group [$0, {{$2}}], [$1]");
-        /// Puts the bulk stores that this thread started into a group.
-        BulkCommit: [] <- [], HOPPER, "cp.async.bulk.commit_group";
-        /// Waits until at most this many of the thread's latest bulk groups have not read their source.
-        BulkWaitRead(pending: u32): [] <- [], HOPPER, format!("cp.async.bulk.wait_group.read {pending}");
         /// Sets how many registers each thread of this warpgroup may use: to more, waiting until there are that many.
         RegistersIncrease(count: u32): [] <- [], Needs::since(Target::SM_90A, 8, 0),
             format!("setmaxnreg.inc.sync.aligned.u32 {count}");
@@ -76,8 +65,6 @@ instructions! {
         Sleep: [] <- [Width::B32], Needs::BASE, "nanosleep.u32 $*";
         /// The thread ends.
         Exit: [] <- [], Needs::BASE, "exit";
-        /// The kernel fails.
-        Trap: [] <- [], Needs::BASE, "trap";
     }
 }
 

@@ -104,25 +104,12 @@ instructions! {
             offset: i32,
         }: [Width::B32.times(count.into())] <- [Width::B32] if matches!(count, 1 | 2 | 4),
             Needs::since(Target::SM_75, 6, 5),
-            format!("ldmatrix{} {{$d}}, {}", matrices(count, transposed), address(offset));
-        /// Stores what [`Warp::LoadMatrix`] loads: `src[0]` is the address, the registers follow.
-        StoreMatrix {
-            /// 1, 2 or 4.
-            count: u8,
-            /// Whether each matrix is transposed.
-            transposed: bool,
-            /// Bytes added to the address.
-            offset: i32,
-        }: [] <- [Width::B32, Width::B32.times(count.into()).registers_only()] if matches!(count, 1 | 2 | 4),
-            Needs::since(Target::SM_90, 7, 8),
-            format!("stmatrix{} {}, {{$1}}", matrices(count, transposed), address(offset));
+            {
+                let transposed = if transposed { ".trans" } else { "" };
+                format!("ldmatrix.sync.aligned.m8n8.x{count}{transposed}.shared.b16 {{$d}}, {}", address(offset))
+            };
     }
 }
 
 /// All lanes.
 const ALL: &str = "0xffffffff";
-
-fn matrices(count: u8, transposed: bool) -> String {
-    let transposed = if transposed { ".trans" } else { "" };
-    format!(".sync.aligned.m8n8.x{count}{transposed}.shared.b16")
-}
