@@ -4,7 +4,7 @@
 
 use std::panic::Location;
 
-use sage_emulator::{Failure, Fault, FaultKind, Report};
+use sage_emulator::{Emulator, EmulatorOptions, Failure, Fault, FaultKind, Report};
 use sage_ptx::isa::{
     Cmp, Control, Instruction, Lane, LoadMode, Matrix, Memory, Op, Space, Special, StoreMode, Ty, Warp,
     Width, Word,
@@ -245,6 +245,22 @@ impl Raw {
             |_| {},
         );
     }
+}
+
+/// Launches with several interleavings; every one must end alike.
+pub fn interleaved(program: &Program, data: &[i32]) -> Result<(Report, Vec<i32>), Failure> {
+    let mut last = None;
+    for seed in 0..6 {
+        let mut emulator = Emulator::with_options(EmulatorOptions { seed, ..EmulatorOptions::default() });
+        let (x, y) = (emulator.buffer("x", data), emulator.uninitialized("y", 4 * data.len()));
+        let report = emulator.launch(program, [1, 1, 1], &[x.arg(), y.arg()][..program.params.len()])?;
+        let result = emulator.read(y);
+        if let Some((_, before)) = &last {
+            assert_eq!(before, &result, "seed {seed}");
+        }
+        last = Some((report, result));
+    }
+    Ok(last.unwrap())
 }
 
 /// The one fault of a launch, which must be of this kind and lie in the calling test's file.
