@@ -7,7 +7,7 @@ use sageattention::{BlockMask, DType, Error, Lengths, Mask, Result, TensorViewMu
 use crate::errors::{exception, guarded};
 use crate::host;
 use crate::options::Options;
-use crate::tensor::{RawTensor, TensorArg};
+use crate::tensor::RawTensor;
 
 /// Boundaries of packed sequences: addresses of 32-bit integers without gaps, on the device of the tensors.
 #[derive(FromPyObject)]
@@ -15,7 +15,7 @@ pub(crate) struct Packed(u64, u64, usize, usize, usize);
 
 /// The blocks of the score matrix to compute, and how many queries and keys a block has.
 #[derive(FromPyObject)]
-pub(crate) struct Blocks<'py>(TensorArg<'py>, usize, usize);
+pub(crate) struct Blocks(RawTensor, usize, usize);
 
 /// A call's tensors.
 struct Tensors {
@@ -25,46 +25,36 @@ struct Tensors {
     out: RawTensor,
     lse: Option<RawTensor>,
     mask: Option<RawTensor>,
-    block_mask: Option<(RawTensor, usize, usize)>,
+    block_mask: Option<Blocks>,
     packed: Option<Packed>,
 }
 
 /// Computes attention of `q`, `k` and `v` into `out`, and each row's log-sum-exp into `lse`.
 ///
-/// A tensor is a tuple (address, shape, strides in elements, name of the dtype) or a DLPack capsule. All lie in the
-/// memory of one device: this machine's, or where `stream` is given (the GPU's number, the stream's handle) that GPU's.
+/// What a tensor may be, [`RawTensor`] says. All lie in the memory of one device: this machine's, or where `stream` is
+/// given (the GPU's number, the stream's handle) that GPU's.
 /// With `wait`, a GPU is done when the call returns.
 /// `packed` is (address of cu_seqlens_q, of cu_seqlens_k, sequences, longest q, longest k).
 ///
 /// The caller answers for addresses, shapes and strides, and for `out` and `lse` being nobody else's.
 #[pyfunction]
-#[pyo3(signature = (q, k, v, out, options, *, lse=None, mask=None, block_mask=None, packed=None, stream=None, wait=false))]
-#[expect(clippy::too_many_arguments, reason = "keywords of a Python function")]
+#[pyo3(signature = (q, k, v, out, options, lse=None, mask=None, block_mask=None, packed=None, stream=None, wait=false))]
+#[expect(clippy::too_many_arguments, reason = "arguments of a Python function")]
 pub(crate) fn forward(
     py: Python<'_>,
-    q: TensorArg<'_>,
-    k: TensorArg<'_>,
-    v: TensorArg<'_>,
-    out: TensorArg<'_>,
+    q: RawTensor,
+    k: RawTensor,
+    v: RawTensor,
+    out: RawTensor,
     options: &Options,
-    lse: Option<TensorArg<'_>>,
-    mask: Option<TensorArg<'_>>,
-    block_mask: Option<Blocks<'_>>,
+    lse: Option<RawTensor>,
+    mask: Option<RawTensor>,
+    block_mask: Option<Blocks>,
     packed: Option<Packed>,
     stream: Option<(u32, u64)>,
     wait: bool,
 ) -> PyResult<()> {
-    let block_mask = block_mask.map(|Blocks(tensor, q, k)| tensor.open().map(|tensor| (tensor, q, k)));
-    let tensors = Tensors {
-        q: q.open()?,
-        k: k.open()?,
-        v: v.open()?,
-        out: out.open()?,
-        lse: lse.map(TensorArg::open).transpose()?,
-        mask: mask.map(TensorArg::open).transpose()?,
-        block_mask: block_mask.transpose()?,
-        packed,
-    };
+    let tensors = Tensors { q, k, v, out, lse, mask, block_mask, packed };
     let run = || match stream {
         None => on_cpu(&tensors, options),
         Some((ordinal, stream)) => on_gpu(&tensors, options, ordinal, stream, wait),
@@ -93,8 +83,9 @@ fn on_cpu(tensors: &Tensors, options: &Options) -> Result<()> {
         // SAFETY: as above.
         attention = attention.mask(Mask::Additive(unsafe { host::view("mask", mask) }?));
     }
-    let blocks = tensors.block_mask.as_ref().map(|(tensor, _, _)| flags("block_mask", tensor)).transpose()?;
-    if let (Some((blocks, geometry)), Some((_, block_q, block_k))) = (&blocks, &tensors.block_mask) {
+    let blocks =
+        tensors.block_mask.as_ref().map(|Blocks(tensor, ..)| flags("block_mask", tensor)).transpose()?;
+    if let (Some((blocks, geometry)), Some(Blocks(_, block_q, block_k))) = (&blocks, &tensors.block_mask) {
         let blocks = View::strided("block_mask", blocks, *geometry)?;
         attention = attention.block_mask(BlockMask { blocks, block_q: *block_q, block_k: *block_k });
     }
@@ -138,7 +129,7 @@ fn on_gpu(tensors: &Tensors, options: &Options, ordinal: u32, stream: u64, wait:
     if let Some(mask) = mask {
         attention = attention.mask(mask);
     }
-    if let Some((flags, block_q, block_k)) = &tensors.block_mask {
+    if let Some(Blocks(flags, block_q, block_k)) = &tensors.block_mask {
         // SAFETY: as above.
         let blocks = unsafe { DeviceBytes::from_raw(flags.geometry("block_mask")?, flags.address) };
         attention = attention.block_mask(BlockMask { blocks, block_q: *block_q, block_k: *block_k });

@@ -1,21 +1,23 @@
 //! Tensors as Python hands them over.
 
 use std::borrow::Cow;
+use std::fmt::Display;
 
-use dlpark::ffi::{DLDataType, DLDataTypeCode};
+use dlpark::ffi::{
+    DLDataType, DLDataTypeCode, DLPACK_MAJOR_VERSION, DLPackExchangeAPI, DLPackExchangeAPIHeader, DLTensor,
+};
 use dlpark::python::{ImportedDlpack, from_dlpack};
+use dlpark::tensor::TensorRef;
 use pyo3::exceptions::PyBufferError;
+use pyo3::intern;
 use pyo3::prelude::*;
+use pyo3::types::{PyCapsule, PyTuple};
 use sageattention::{DType, Error, Geometry, Result};
 
-/// A tensor argument: where its elements lie, or a DLPack capsule that says so.
-#[derive(FromPyObject)]
-pub(crate) enum TensorArg<'py> {
-    Raw(u64, Vec<usize>, Vec<i64>, String),
-    Capsule(Bound<'py, PyAny>),
-}
-
 /// A tensor in memory that somebody else keeps alive.
+///
+/// In Python it is a tuple (address, shape, strides in elements, name of the dtype), a DLPack capsule, or a tensor of
+/// torch's.
 pub(crate) struct RawTensor {
     pub address: u64,
     pub shape: Vec<usize>,
@@ -26,28 +28,75 @@ pub(crate) struct RawTensor {
     _owner: Option<ImportedDlpack>,
 }
 
-impl TensorArg<'_> {
-    pub(crate) fn open(self) -> PyResult<RawTensor> {
-        match self {
-            TensorArg::Raw(address, shape, strides, dtype) => {
-                Ok(RawTensor { address, shape, strides, dtype: dtype.into(), _owner: None })
-            }
-            TensorArg::Capsule(capsule) => RawTensor::of_capsule(&capsule),
+impl<'py> FromPyObject<'_, 'py> for RawTensor {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
+        if object.is_instance_of::<PyTuple>() {
+            let (address, shape, strides, dtype): (_, _, _, String) = object.extract()?;
+            return Ok(RawTensor { address, shape, strides, dtype: dtype.into(), _owner: None });
+        }
+        if object.is_instance_of::<PyCapsule>() {
+            let capsule = from_dlpack(object, None, None)?;
+            let tensor = RawTensor::described(capsule.validate().map_err(refused)?)?;
+            return Ok(RawTensor { _owner: Some(capsule), ..tensor });
+        }
+        match description(object)? {
+            // SAFETY: torch describes a tensor of its own, which its caller keeps alive.
+            Some(tensor) => RawTensor::described(unsafe { TensorRef::from_raw(&tensor) }.map_err(refused)?),
+            None => RawTensor::of_attributes(object),
         }
     }
 }
 
+/// A tensor of torch's as its table of C functions describes it, in a fraction of the time that attributes take. None
+/// where torch has no table that is known here: before 2.10 it has none.
+///
+/// Nobody asks for the current stream here: for that torch looks for GPUs, even where the tensor is the CPU's.
+fn description(tensor: Borrowed<'_, '_, PyAny>) -> PyResult<Option<DLTensor>> {
+    let py = tensor.py();
+    let Some(capsule) = tensor.get_type().getattr_opt(intern!(py, "__dlpack_c_exchange_api__"))? else {
+        return Ok(None);
+    };
+    let table = capsule.cast::<PyCapsule>()?.pointer_checked(Some(c"dlpack_exchange_api"))?;
+    // SAFETY: a capsule of this name holds a table for as long as the process lives, and each begins with this header.
+    let header = unsafe { table.cast::<DLPackExchangeAPIHeader>().as_ref() };
+    if header.version.major != DLPACK_MAJOR_VERSION {
+        return Ok(None);
+    }
+    // SAFETY: as above, and the version is the one whose fields these are.
+    let table = unsafe { table.cast::<DLPackExchangeAPI>().as_ref() };
+    let Some(describe) = table.dltensor_from_py_object_no_sync else { return Ok(None) };
+    let mut described = DLTensor::default();
+    // SAFETY: the object is of the type that has the table.
+    match unsafe { describe(tensor.as_ptr().cast(), &mut described) } {
+        0 => Ok(Some(described)),
+        _ => Err(PyErr::fetch(py)),
+    }
+}
+
 impl RawTensor {
-    fn of_capsule(capsule: &Bound<'_, PyAny>) -> PyResult<Self> {
-        let refused = |error: &dyn std::fmt::Display| PyBufferError::new_err(error.to_string());
-        let imported = from_dlpack(capsule.as_borrowed(), None, None)?;
-        let tensor = imported.validate().map_err(|error| refused(&error))?;
-        let strides = tensor.strides_or_compact().map_err(|error| refused(&error))?.into_owned();
-        // Validated: no size is negative.
-        let shape = tensor.shape().iter().map(|&size| size as usize).collect();
-        let address = tensor.data_ptr().expose_provenance() as u64;
-        let dtype = name(tensor.dtype());
-        Ok(RawTensor { address, shape, strides, dtype, _owner: Some(imported) })
+    fn of_attributes(tensor: Borrowed<'_, '_, PyAny>) -> PyResult<Self> {
+        let py = tensor.py();
+        let dtype = tensor.getattr(intern!(py, "dtype"))?.str()?.to_string();
+        Ok(RawTensor {
+            address: tensor.call_method0(intern!(py, "data_ptr"))?.extract()?,
+            shape: tensor.getattr(intern!(py, "shape"))?.extract()?,
+            strides: tensor.call_method0(intern!(py, "stride"))?.extract()?,
+            dtype: dtype.trim_start_matches("torch.").to_owned().into(),
+            _owner: None,
+        })
+    }
+
+    fn described(tensor: TensorRef<'_>) -> PyResult<Self> {
+        Ok(RawTensor {
+            address: tensor.data_ptr().expose_provenance() as u64,
+            // A `TensorRef` has no negative size.
+            shape: tensor.shape().iter().map(|&size| size as usize).collect(),
+            strides: tensor.strides_or_compact().map_err(refused)?.into_owned(),
+            dtype: name(tensor.dtype()),
+            _owner: None,
+        })
     }
 
     /// Whether elements are booleans, one a byte.
@@ -75,13 +124,20 @@ impl RawTensor {
     }
 }
 
+fn refused(error: impl Display) -> PyErr {
+    PyBufferError::new_err(error.to_string())
+}
+
 fn name(dtype: DLDataType) -> Cow<'static, str> {
     match (dtype.code, dtype.bits, dtype.lanes) {
         (DLDataTypeCode::FLOAT, 32, 1) => "float32".into(),
         (DLDataTypeCode::FLOAT, 16, 1) => "float16".into(),
         (DLDataTypeCode::BFLOAT, 16, 1) => "bfloat16".into(),
         (DLDataTypeCode::BOOL, 8, 1) => "bool".into(),
+        (DLDataTypeCode::FLOAT8_E4M3FN, 8, 1) => "float8_e4m3fn".into(),
+        (DLDataTypeCode::FLOAT8_E5M2, 8, 1) => "float8_e5m2".into(),
         (DLDataTypeCode::FLOAT, bits, 1) => format!("float{bits}").into(),
+        (DLDataTypeCode::COMPLEX, bits, 1) => format!("complex{bits}").into(),
         (DLDataTypeCode::INT, bits, 1) => format!("int{bits}").into(),
         (DLDataTypeCode::UINT, bits, 1) => format!("uint{bits}").into(),
         (code, bits, lanes) => format!("DLPack type {} of {bits} bits × {lanes}", code.0).into(),

@@ -84,11 +84,11 @@ def test_fake_and_real_outputs_agree(device):
     request = Request(tensor_layout="NHD", is_causal=True)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     for operator in (_torch._dense_op, _torch._dense_lse_op):
-        torch.library.opcheck(operator, (q, k, v, None, None, 0, 0, *request), test_utils=checks)
+        torch.library.opcheck(operator.overload, (q, k, v, None, None, 0, 0, *request), test_utils=checks)
     cu = torch.tensor([0, 15, 40], dtype=torch.int32, device=device)
     packed = (q[0], k[0, :40], v[0, :40], cu, cu, 25, 25, *Request())
     for operator in (_torch._varlen_op, _torch._varlen_lse_op):
-        torch.library.opcheck(operator, packed, test_utils=checks)
+        torch.library.opcheck(operator.overload, packed, test_utils=checks)
 
     from sageattention import _sdpa
 
@@ -97,7 +97,7 @@ def test_fake_and_real_outputs_agree(device):
         [x.transpose(1, 2) for x in fused.unbind(2)],
         qkv(2, 4, 4, 40, 40, 64, dtype=dtype, device=device),
     ):
-        torch.library.opcheck(_sdpa._sdpa_op, (*heads_first, None, True, None, None), test_utils=checks)
+        torch.library.opcheck(_sdpa._sdpa_op.overload, (*heads_first, None, True, None, None), test_utils=checks)
 
 
 def test_the_meta_device_gives_shapes():

@@ -103,7 +103,7 @@ def test_the_operator_s_contract_holds_for_views(device):
 
     q, k, v = (channels_apart(x) for x in qkv(1, 2, 2, 20, 20, 64, dtype=torch.float16, device=device))
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(_sdpa._sdpa_op, (q, k, v, None, True, None, None), test_utils=checks)
+    torch.library.opcheck(_sdpa._sdpa_op.overload, (q, k, v, None, True, None, None), test_utils=checks)
 
     def call(q, k, v):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any, Optional
 
@@ -12,6 +13,9 @@ from sageattention._tally import tally
 from sageattention._torch_inputs import autocast_dtype, has_tangent
 
 _log = logging.getLogger("sageattention")
+
+# Remembered: torch reads all that there is to know of a GPU for it, each time.
+_read_capability = functools.lru_cache(maxsize=None)(torch.cuda.get_device_capability)
 
 _MASK_DTYPES = (torch.bool, torch.float16, torch.bfloat16, torch.float32)
 # Smaller ones are 0 in single precision, larger ones infinite.
@@ -27,10 +31,22 @@ def why_not(
     is_causal: bool,
     scale: Optional[float],
     enable_gqa: bool,
+    plain: bool,
 ) -> Optional[str]:
-    """Why torch must compute a call of its function, in words that are the same for all such calls."""
+    """Why torch must compute a call of its function, in words that are the same for all such calls. `plain` is what
+    `is_plain` says of its tensors."""
     if dropout_p > 0.0:
         return "dropout_p is above 0"
+    reason = None if plain else _why_not_tensors(query, key, value, attn_mask)
+    return (
+        reason
+        or _why_not_dtypes(query, key, value)
+        or _why_not_shapes(query, key, value, enable_gqa)
+        or _why_not_options(query, key, attn_mask, is_causal, scale)
+    )
+
+
+def _why_not_tensors(query: Tensor, key: Tensor, value: Tensor, attn_mask: Optional[Tensor]) -> Optional[str]:
     tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return "a tensor requires its gradient, and there is no backward pass yet"
@@ -43,40 +59,46 @@ def why_not(
     if any(tensor.is_nested or tensor.layout is not torch.strided for tensor in tensors):
         return "a tensor is not strided"
     device = query.device
-    if device.type not in ("cpu", "cuda") or torch.version.hip is not None:
+    if device.type != "cpu" and (device.type != "cuda" or torch.version.hip is not None):
         return f"tensors are on {device.type}"
     if any(tensor.device != device for tensor in tensors):
         return "tensors are on several devices"
-    return _why_not_dtypes(query, key, value) or _why_not_shapes(query, key, value, enable_gqa) or (
-        _why_not_options(query, key, attn_mask, is_causal, scale)
-    )  # fmt: skip
+    return None
 
 
 def _why_not_dtypes(query: Tensor, key: Tensor, value: Tensor) -> Optional[str]:
-    device = query.device
-    cast = autocast_dtype(device)
-    dtypes = [
-        cast if cast is not None and tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor.dtype
-        for tensor in (query, key, value)
-    ]
-    if dtypes[0] != dtypes[1] or dtypes[0] != dtypes[2]:
+    on_gpu = query.is_cuda
+    dtype, key_dtype, value_dtype = query.dtype, key.dtype, value.dtype
+    cast = autocast_dtype(query.device)
+    if cast is not None:
+        dtype, key_dtype, value_dtype = (
+            cast if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor.dtype
+            for tensor in (query, key, value)
+        )
+    if dtype != key_dtype or dtype != value_dtype:
         return "tensors are of several dtypes"
-    if dtypes[0] not in (torch.float16, torch.bfloat16) and (device.type == "cuda" or dtypes[0] != torch.float32):
-        return f"tensors are {dtypes[0]} on {device.type}"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+    if dtype not in (torch.float16, torch.bfloat16) and (on_gpu or dtype != torch.float32):
+        return f"tensors are {dtype} on {query.device.type}"
+    if on_gpu and _capability(query.device) < (8, 0):
         return "the GPU's compute capability is below 8.0"
     return None
 
 
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device) -> tuple[int, int]:
+    return _read_capability(device)
+
+
 def _why_not_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> Optional[str]:
-    if query.ndim not in (3, 4) or not query.ndim == key.ndim == value.ndim:
+    q, k, v = query.shape, key.shape, value.shape
+    if len(q) not in (3, 4) or not len(q) == len(k) == len(v):
         return "tensors have other than 3 or 4 dimensions"
-    if not 1 <= query.shape[-1] <= 256 or not query.shape[-1] == key.shape[-1] == value.shape[-1]:
+    if not 1 <= q[-1] <= 256 or not q[-1] == k[-1] == v[-1]:
         return "head_dim is above 256, or not the same for query, key and value"
-    if key.shape != value.shape or query.shape[0] != key.shape[0]:
+    if k != v or q[0] != k[0]:
         return "batches or heads are broadcast"
-    if query.ndim == 4 and query.shape[1] != key.shape[1]:
-        if not enable_gqa or key.shape[1] == 0 or query.shape[1] % key.shape[1] != 0:
+    if len(q) == 4 and q[1] != k[1]:
+        if not enable_gqa or k[1] == 0 or q[1] % k[1] != 0:
             return "heads are broadcast"
     if query.numel() == 0 or key.numel() == 0:
         return "a tensor has no element"

@@ -7,11 +7,28 @@ from typing import Any, Optional
 
 from sageattention._request import Request
 
+# The module for torch's tensors, once some have come: importing takes its time even where there is nothing left to do.
+_torch: Any = None
+
 
 def is_torch(x: Any) -> bool:
     """Whether a tensor is torch's."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(x, torch.Tensor)
+
+
+def _module_for(q: Any) -> Any:
+    """The module that computes tensors of q's kind."""
+    global _torch
+    if not is_torch(q):
+        from sageattention import _arrays
+
+        return _arrays
+    if _torch is None:
+        from sageattention import _torch as module
+
+        _torch = module
+    return _torch
 
 
 def has_capability_9(x: Any) -> bool:
@@ -32,13 +49,7 @@ def dense(
     return_lse: bool = False,
 ) -> Any:
     """Attention of tensors `[batch, heads, seq, head_dim]`, or in the order that the request says."""
-    if is_torch(q):
-        from sageattention import _torch
-
-        return _torch.dense(q, k, v, request, attn_mask, block_mask, return_lse)
-    from sageattention import _arrays
-
-    return _arrays.dense(q, k, v, request, attn_mask, block_mask, return_lse)
+    return _module_for(q).dense(q, k, v, request, attn_mask, block_mask, return_lse)
 
 
 def varlen(
@@ -54,10 +65,5 @@ def varlen(
     return_lse: bool = False,
 ) -> Any:
     """Attention of packed sequences, `[total, heads, head_dim]`."""
-    if is_torch(q):
-        from sageattention import _torch
-
-        return _torch.varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, request, return_lse)
-    from sageattention import _arrays
-
-    return _arrays.varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, request, return_lse)
+    module = _module_for(q)
+    return module.varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, request, return_lse)

@@ -2,7 +2,7 @@
 
 from typing import Any, Optional, Union
 
-# Address, shape, strides in elements, name of the dtype; or a DLPack capsule.
+# Address, shape, strides in elements, name of the dtype; or a DLPack capsule; or a tensor of torch's.
 Tensor = Union[tuple[int, tuple[int, ...], tuple[int, ...], str], Any]
 
 class Options:
@@ -27,7 +27,6 @@ def forward(
     v: Tensor,
     out: Tensor,
     options: Options,
-    *,
     lse: Optional[Tensor] = None,
     mask: Optional[Tensor] = None,
     block_mask: Optional[tuple[Tensor, int, int]] = None,

@@ -12,6 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from sageattention import _flops, _torch
 from sageattention._fallback import fell_back, why_not
+from sageattention._operators import define_operator, is_plain
 from sageattention._request import Request, check_scheme
 from sageattention._torch_inputs import autocast
 
@@ -78,6 +79,7 @@ def scaled_dot_product_attention(
     if enable_gqa:
         # torch 2.4 does not have it.
         options["enable_gqa"] = enable_gqa
+    plain = is_plain(*tensors)
     reason = None
     if has_torch_function(tensors) or _a_traced_mode_is_on():
         # As torch's functions begin: subclasses and modes see the call first, by the name that they look it up by.
@@ -91,26 +93,28 @@ def scaled_dot_product_attention(
             return handle_torch_function(
                 scaled_dot_product_attention, relevant, query, key, value, attn_mask=attn_mask, **options
             )
-    elif not all(isinstance(tensor, Tensor) for tensor in (query, key, value)) or (
-        attn_mask is not None and not isinstance(attn_mask, Tensor)
+    elif not plain and not (
+        all(isinstance(tensor, Tensor) for tensor in (query, key, value))
+        and (attn_mask is None or isinstance(attn_mask, Tensor))
     ):
         # torch says what is wrong with them.
         return _torch_sdpa(query, key, value, attn_mask=attn_mask, **options)
     if reason is None and _backends_are_selected():
         reason = "backends of torch's own are selected (sdpa_kernel, or torch.backends.cuda.enable_..._sdp)"
-    reason = reason or why_not(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    reason = reason or why_not(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, plain)
     if reason is not None:
         fell_back(_NAME, reason)
         return _torch_sdpa(query, key, value, attn_mask=attn_mask, **options)
     query, key, value, attn_mask = autocast(query, key, value, attn_mask)
     if scale is not None and not isinstance(scale, (float, torch.SymFloat)):
         scale = float(scale)
+    call = _sdpa_op.compute if plain else _sdpa_op.overload
     if query.ndim == 3:
         if attn_mask is not None and attn_mask.ndim == 3:
             attn_mask = attn_mask.unsqueeze(1)
         query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
-        return _sdpa_op(query, key, value, attn_mask, is_causal, scale, _scheme).squeeze(1)
-    return _sdpa_op(query, key, value, attn_mask, is_causal, scale, _scheme)
+        return call(query, key, value, attn_mask, is_causal, scale, _scheme).squeeze(1)
+    return call(query, key, value, attn_mask, is_causal, scale, _scheme)
 
 
 def _a_traced_mode_is_on() -> bool:
@@ -128,7 +132,7 @@ def _backends_are_selected() -> bool:
 
 def _sdpa(query, key, value, attn_mask, is_causal, scale, scheme):
     out = _out_as(query)
-    request = Request(is_causal=is_causal, causal_alignment="top_left", sm_scale=scale, scheme=scheme)
+    request = Request(is_causal=bool(is_causal), causal_alignment="top_left", sm_scale=scale, scheme=scheme)
     _torch.forward(query, key, value, out, request, attn_mask=attn_mask)
     return out
 
@@ -142,7 +146,7 @@ def _out_as(query, *_):
     return torch.empty_like(query, memory_format=torch.contiguous_format)
 
 
-_sdpa_op = _torch.define_operator(
+_sdpa_op = define_operator(
     "sdpa",
     "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, float? scale, str? scheme) -> Tensor",
     _sdpa,

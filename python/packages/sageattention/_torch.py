@@ -1,4 +1,4 @@
-"""torch's tensors: custom operators, so that compilers and graphs see one node, and what they do to memory."""
+"""torch's tensors: the operators, and what they do to memory."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sageattention import _flops, _native, _values
+from sageattention._operators import define_operator, is_plain
 from sageattention._request import Request, native_options
 from sageattention._tally import tally
 from sageattention._torch_inputs import autocast, check_tensors, plain_mask, refuse_derivatives
@@ -23,13 +24,6 @@ def version_is_at_least(*wanted: int) -> bool:
 
 if not version_is_at_least(*_OLDEST):
     raise ImportError(f"torch: version is {torch.__version__}, expected {_OLDEST[0]}.{_OLDEST[1]} or later")
-
-_DTYPES = {
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-    torch.float32: "float32",
-    torch.bool: "bool",
-}
 
 _SCHEMA_TYPES = {
     str: "str",
@@ -49,18 +43,6 @@ _VARLEN = (
 # What kernels read is int32.
 _LARGEST_BOUNDARY = 2**31 - 1
 
-# The registrations live as long as this object.
-_LIBRARY = torch.library.Library("sageattention", "DEF")
-
-
-def define_operator(name: str, schema: str, compute: Any, fake: Any) -> Any:
-    """An operator of torch with what it computes, and what shapes it gives without computing."""
-    _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-    for device in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, compute, device)
-    torch.library.register_fake(f"sageattention::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.sageattention, name).default
-
 
 def dense(
     q: Tensor,
@@ -73,12 +55,15 @@ def dense(
 ) -> Any:
     """See `_frameworks.dense`."""
     blocks, block_q, block_k = block_mask if block_mask is not None else (None, 0, 0)
-    attn_mask = plain_mask(attn_mask, q.device)
-    check_tensors(q, k=k, v=v, attn_mask=attn_mask, block_mask=blocks)
-    refuse_derivatives(q=q, k=k, v=v, attn_mask=attn_mask)
-    q, k, v, attn_mask = autocast(q, k, v, attn_mask)
     operator = _dense_lse_op if return_lse else _dense_op
-    return operator(q, k, v, attn_mask, blocks, block_q, block_k, *request)
+    call = operator.compute
+    if not is_plain(q, k, v, attn_mask, blocks):
+        attn_mask = plain_mask(attn_mask, q.device)
+        check_tensors(q, k=k, v=v, attn_mask=attn_mask, block_mask=blocks)
+        refuse_derivatives(q=q, k=k, v=v, attn_mask=attn_mask)
+        call = operator.overload
+    q, k, v, attn_mask = autocast(q, k, v, attn_mask)
+    return call(q, k, v, attn_mask, blocks, block_q, block_k, *request)
 
 
 def varlen(
@@ -93,16 +78,19 @@ def varlen(
     return_lse: bool,
 ) -> Any:
     """See `_frameworks.varlen`."""
-    check_tensors(q, k=k, v=v)
-    refuse_derivatives(q=q, k=k, v=v)
+    operator = _varlen_lse_op if return_lse else _varlen_op
+    call = operator.compute
+    if not is_plain(q, k, v, cu_seqlens_q, cu_seqlens_k):
+        check_tensors(q, k=k, v=v)
+        refuse_derivatives(q=q, k=k, v=v)
+        call = operator.overload
     q, k, v = autocast(q, k, v)
     cu_seqlens_q, cu_seqlens_k = _listed("cu_seqlens_q", cu_seqlens_q, q), _listed("cu_seqlens_k", cu_seqlens_k, q)
     if max_seqlen_q is None:
         max_seqlen_q = _longest(cu_seqlens_q, q)
     if max_seqlen_k is None:
         max_seqlen_k = _longest(cu_seqlens_k, k)
-    operator = _varlen_lse_op if return_lse else _varlen_op
-    return operator(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *request)
+    return call(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *request)
 
 
 def _listed(name: str, cu_seqlens: Any, q: Tensor) -> Tensor:
@@ -129,14 +117,14 @@ def forward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    request: Request,
+    request: tuple[Any, ...],
     *,
     lse: Optional[Tensor] = None,
     attn_mask: Optional[Tensor] = None,
     block_mask: Optional[tuple[Tensor, int, int]] = None,
     cu_seqlens: Optional[tuple[Tensor, Tensor, int, int]] = None,
 ) -> None:
-    """Computes on q's device and, on a GPU, the caller's current stream."""
+    """Computes on q's device and, on a GPU, the caller's current stream. `request` is a `Request`'s fields."""
     q, k, v = _with_neighbouring_channels(q), _with_neighbouring_channels(k), _with_neighbouring_channels(v)
     packed = None
     if cu_seqlens is not None:
@@ -145,31 +133,21 @@ def forward(
             found, wanted = list(on_device[1].shape), list(on_device[0].shape)
             raise ValueError(f"cu_seqlens_k: shape is {found}, expected {wanted}, as cu_seqlens_q")
         packed = (on_device[0].data_ptr(), on_device[1].data_ptr(), on_device[0].numel() - 1, *cu_seqlens[2:])
-    _native.forward(
-        _raw(q),
-        _raw(k),
-        _raw(v),
-        _raw(out),
-        native_options(request),
-        lse=None if lse is None else _raw(lse),
-        mask=None if attn_mask is None else _raw(attn_mask),
-        block_mask=None if block_mask is None else (_raw(block_mask[0]), *block_mask[1:]),
-        packed=packed,
-        stream=_current_stream(q.device),
-    )
+    _native.forward(q, k, v, out, native_options(request), lse, attn_mask, block_mask, packed, _current_stream(q))
     tally.accelerated()
 
 
 def _with_neighbouring_channels(tensor: Tensor) -> Tensor:
     """The tensor, copied where the channels of a head are not neighbours in memory."""
-    if tensor.ndim > 0 and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+    strides = tensor.stride()
+    if strides and strides[-1] != 1 and tensor.shape[-1] > 1:
         return tensor.contiguous()
     return tensor
 
 
 def _boundaries(name: str, cu_seqlens: Tensor, q: Tensor) -> Tensor:
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name}: dtype is {_name(cu_seqlens.dtype)}, expected int32 or int64")
+        raise TypeError(f"{name}: dtype is {str(cu_seqlens.dtype).removeprefix('torch.')}, expected int32 or int64")
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() == 0:
         raise ValueError(f"{name}: shape is {list(cu_seqlens.shape)}, expected [batch + 1]")
     if cu_seqlens.dtype == torch.int64 and cu_seqlens.device.type == "cpu":
@@ -184,20 +162,14 @@ def _boundaries(name: str, cu_seqlens: Tensor, q: Tensor) -> Tensor:
     return cu_seqlens.to(device=q.device, dtype=torch.int32).contiguous()
 
 
-def _raw(tensor: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...], str]:
-    return (tensor.data_ptr(), tensor.shape, tensor.stride(), _name(tensor.dtype))
-
-
-def _name(dtype: torch.dtype) -> str:
-    return _DTYPES.get(dtype) or str(dtype).removeprefix("torch.")
-
-
-def _current_stream(device: torch.device) -> Optional[tuple[int, int]]:
-    if device.type != "cuda":
+def _current_stream(q: Tensor) -> Optional[tuple[int, int]]:
+    if not q.is_cuda:
         return None
     if torch.version.hip is not None:
-        raise NotImplementedError(f"q: device is {device} of AMD, expected cpu or an NVIDIA GPU")
-    return (device.index, torch.cuda.current_stream(device).cuda_stream)
+        raise NotImplementedError(f"q: device is {q.device} of AMD, expected cpu or an NVIDIA GPU")
+    ordinal = q.get_device()
+    # The handle alone: an object of torch.cuda's takes as long as a launch.
+    return (ordinal, torch._C._cuda_getCurrentRawStream(ordinal))
 
 
 def _lse_like(q: Tensor, tensor_layout: str) -> Tensor:
@@ -216,28 +188,28 @@ def _check_rank(q: Tensor, rank: int, wanted: str) -> None:
 def _dense(q, k, v, attn_mask, block_mask, block_q, block_k, *request):
     out = _out_like(q)
     blocks = None if block_mask is None else (block_mask, block_q, block_k)
-    forward(q, k, v, out, Request(*request), attn_mask=attn_mask, block_mask=blocks)
+    forward(q, k, v, out, request, attn_mask=attn_mask, block_mask=blocks)
     return out
 
 
 def _dense_lse(q, k, v, attn_mask, block_mask, block_q, block_k, *request):
     out, lse = _dense_lse_fake(q, k, v, attn_mask, block_mask, block_q, block_k, *request)
     blocks = None if block_mask is None else (block_mask, block_q, block_k)
-    forward(q, k, v, out, Request(*request), lse=lse, attn_mask=attn_mask, block_mask=blocks)
+    forward(q, k, v, out, request, lse=lse, attn_mask=attn_mask, block_mask=blocks)
     return out, lse
 
 
 def _varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *request):
     out = _out_like(q)
     cu_seqlens = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    forward(q, k, v, out, Request(*request), cu_seqlens=cu_seqlens)
+    forward(q, k, v, out, request, cu_seqlens=cu_seqlens)
     return out
 
 
 def _varlen_lse(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *request):
     out, lse = _varlen_lse_fake(q)
     cu_seqlens = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    forward(q, k, v, out, Request(*request), lse=lse, cu_seqlens=cu_seqlens)
+    forward(q, k, v, out, request, lse=lse, cu_seqlens=cu_seqlens)
     return out, lse
 
 

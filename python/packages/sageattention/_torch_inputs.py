@@ -77,6 +77,9 @@ def has_tangent(tensor: Tensor) -> bool:
 
 def autocast_dtype(device: torch.device) -> Optional[torch.dtype]:
     """The dtype that autocast casts to, if it is on for a device: torch's own function is on its list."""
+    # The usual answer, for all devices at once: a device's type is a string that is made anew each time.
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return None
     kind = device.type
     if kind not in ("cpu", "cuda"):
         return None

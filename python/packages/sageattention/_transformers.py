@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sageattention._fallback import fell_back, why_not
+from sageattention._operators import is_plain
 from sageattention._request import check_scheme, request
 from sageattention._torch import dense
 
@@ -56,7 +57,8 @@ def attention_forward(
         reason: Optional[str] = "attention sinks (s_aux) are not computed"
     else:
         # A bias goes on top of a causal mask here, so that only a mask of its own would be a reason.
-        reason = why_not(query, key, value, mask, dropout, False, scaling, enable_gqa=True)
+        plain = is_plain(query, key, value, mask)
+        reason = why_not(query, key, value, mask, dropout, False, scaling, enable_gqa=True, plain=plain)
     if reason is not None:
         options = dict(dropout=dropout, scaling=scaling, is_causal=is_causal, position_bias=position_bias)
         if softcap is not None:

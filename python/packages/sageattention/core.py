@@ -41,7 +41,8 @@ are a TypeError. A keyword that would change the result and that nothing here co
 
 **Without the kernel's GPU**: functions that name a GPU kernel compute on the CPU too, with a scheme that is at least as
 accurate: the same integers for Q and K, and values in float32 (for FP16) or in 12 bits with exact sums (for FP8). So do
-GPUs that lack the kernel: scales of fewer keys where it has tiles of its own, and before sm_89 values in 16 bits (for FP8).
+GPUs that lack the kernel: scales of fewer keys where it has tiles of its own, and before sm_89 values in 16 bits (for
+FP8).
 """
 
 from __future__ import annotations
@@ -206,18 +207,21 @@ def sageattn_qk_int8_pv_fp16_triton(
     """
     schemes = {"triton": "sage1-int8-fp16", "cuda": "sage1-int8-fp16-cuda-quantiser"}
     scheme = _one_of("quantization_backend", quantization_backend, schemes)
-    asked = request(
-        tensor_layout,
-        is_causal,
-        sm_scale,
+    return _by_scheme(
+        scheme,
+        q,
+        k,
+        v,
+        attn_mask,
+        return_lse,
+        tensor_layout=tensor_layout,
+        is_causal=is_causal,
+        sm_scale=sm_scale,
         causal_alignment=causal_alignment,
         window=window,
         logit_softcap=logit_softcap,
-        scheme=scheme,
-        nearest=True,
         smooth_k=smooth_k,
     )
-    return dense(q, k, v, asked, attn_mask=attn_mask, return_lse=_values.flag("return_lse", return_lse))
 
 
 @callers_keywords
@@ -251,18 +255,21 @@ def sageattn_qk_int8_pv_fp16_cuda(
     sums = _one_of("pv_accum_dtype", pv_accum_dtype, {"fp32": "", "fp16": "-f16", "fp16+fp32": "-f16f32"})
     smooth = _smooth_v(smooth_v, pv_accum_dtype, "fp16")
     scheme = f"sage2-int8-fp16{sums}{smooth}{_granularity(qk_quant_gran)}"
-    asked = request(
-        tensor_layout,
-        is_causal,
-        sm_scale,
+    return _by_scheme(
+        scheme,
+        q,
+        k,
+        v,
+        attn_mask,
+        return_lse,
+        tensor_layout=tensor_layout,
+        is_causal=is_causal,
+        sm_scale=sm_scale,
         causal_alignment=causal_alignment,
         window=window,
         logit_softcap=logit_softcap,
-        scheme=scheme,
-        nearest=True,
         smooth_k=smooth_k,
     )
-    return dense(q, k, v, asked, attn_mask=attn_mask, return_lse=_values.flag("return_lse", return_lse))
 
 
 @callers_keywords
@@ -295,18 +302,21 @@ def sageattn_qk_int8_pv_fp8_cuda(
     forms = {"fp32+fp16": "sage2pp-int8-fp8", "fp32+fp32": "sage2-int8-fp8", "fp32": "sage2-int8-fp8-f32"}
     form = _one_of("pv_accum_dtype", pv_accum_dtype, forms)
     scheme = f"{form}{_smooth_v(smooth_v, pv_accum_dtype, 'fp32')}{_granularity(qk_quant_gran)}"
-    asked = request(
-        tensor_layout,
-        is_causal,
-        sm_scale,
+    return _by_scheme(
+        scheme,
+        q,
+        k,
+        v,
+        attn_mask,
+        return_lse,
+        tensor_layout=tensor_layout,
+        is_causal=is_causal,
+        sm_scale=sm_scale,
         causal_alignment=causal_alignment,
         window=window,
         logit_softcap=logit_softcap,
-        scheme=scheme,
-        nearest=True,
         smooth_k=smooth_k,
     )
-    return dense(q, k, v, asked, attn_mask=attn_mask, return_lse=_values.flag("return_lse", return_lse))
 
 
 @callers_keywords
@@ -339,17 +349,26 @@ def sageattn_qk_int8_pv_fp8_cuda_sm90(
         raise NotImplementedError("pv_accum_dtype: value is fp32, expected fp32+fp32: one level is too coarse here")
     _one_of("pv_accum_dtype", pv_accum_dtype, {"fp32+fp32": ""})
     scheme = f"sage2-int8-fp8-sm90{_granularity(qk_quant_gran)}"
-    asked = request(
-        tensor_layout,
-        is_causal,
-        sm_scale,
+    return _by_scheme(
+        scheme,
+        q,
+        k,
+        v,
+        attn_mask,
+        return_lse,
+        tensor_layout=tensor_layout,
+        is_causal=is_causal,
+        sm_scale=sm_scale,
         causal_alignment=causal_alignment,
         window=window,
         logit_softcap=logit_softcap,
-        scheme=scheme,
-        nearest=True,
         smooth_k=smooth_k,
     )
+
+
+def _by_scheme(scheme: str, q: Any, k: Any, v: Any, attn_mask: Any, return_lse: Any, **options: Any) -> Any:
+    """Attention with a kernel's scheme, or with the nearest that the device has; `options` are those of `request`."""
+    asked = request(scheme=scheme, nearest=True, **options)
     return dense(q, k, v, asked, attn_mask=attn_mask, return_lse=_values.flag("return_lse", return_lse))
 
 
