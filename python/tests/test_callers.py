@@ -153,10 +153,6 @@ def test_block_sparse(device):
     blocks = (random(1, 4, 3, 5, seed=11, device=device) > 0).to(torch.int8)
     blocks[0, 0, 1] = 0
     call = partial(spas_sage_attn.block_sparse_sage2_attn_cuda, q, k, v, mask_id=blocks)
-    if device == "cuda":
-        with pytest.raises(NotImplementedError, match="block_mask is not supported: not on a GPU yet"):
-            call()
-        return
     visible = blocks.bool().repeat_interleave(128, 2).repeat_interleave(64, 3)[:, :, :300, :260]
     out, sparsity = call(return_sparsity=True)
     assert_close(out, attention(q, k, v, mask=visible)[0], TOLERANCE["fp8"])

@@ -262,6 +262,7 @@ fn atomics_count() {
             (AtomicOp::Add, Ty::S32, 5, 2, 5 + 2 * 64),
             (AtomicOp::Max, Ty::S32, -7i32, 63, 63),
             (AtomicOp::Min, Ty::S32, 9, -3, -3),
+            (AtomicOp::Or, Ty::U32, 5, 6, 7),
         ];
         for (op, ty, first, operand, expected) in cases {
             let mut raw = Raw::new(64);

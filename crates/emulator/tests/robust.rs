@@ -104,7 +104,7 @@ fn instruction(random: &mut Random) -> Op {
             Op::Memory(Memory::Store { space, word, count, offset, mode })
         }
         10 => {
-            let op = random.pick(&[AtomicOp::Add, AtomicOp::Min, AtomicOp::Max]);
+            let op = random.pick(&[AtomicOp::Add, AtomicOp::Min, AtomicOp::Max, AtomicOp::Or]);
             Op::Memory(Memory::Atomic { space, op, ty: random.pick(&TY), offset })
         }
         11 => Op::Memory(Memory::Special(Special::CtaIdX)),

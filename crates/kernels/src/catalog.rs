@@ -13,7 +13,7 @@ use sage_core::{Accumulator, Band, DType, Preset, Problem, Pv, Scheme, SmoothK};
 use sage_ptx::Target;
 
 use crate::attention::{AttentionConfig, MaskForm};
-use crate::forward::{ForwardPlan, Request, int8_scheme};
+use crate::forward::{Extent, ForwardPlan, Request, int8_scheme};
 use crate::kernel::Kernel;
 use crate::machine::Machine;
 use crate::pass::Pass;
@@ -84,6 +84,8 @@ struct Call {
     scheme: Option<Scheme>,
     size: Size,
     mask: MaskForm,
+    /// Whether all heads have the same mask.
+    one_mask: bool,
     blocks: Option<[usize; 2]>,
     lengths: Lengths,
     aligned: bool,
@@ -112,6 +114,7 @@ impl Default for Call {
             scheme: None,
             size: Size::Common,
             mask: MaskForm::None,
+            one_mask: false,
             blocks: None,
             lengths: Lengths::Dense,
             aligned: true,
@@ -150,6 +153,7 @@ impl Call {
         let request = Request {
             scheme: self.scheme,
             mask: self.mask,
+            mask_extent: Extent { batches: !self.one_mask, heads: !self.one_mask, rows: true },
             lengths: self.lengths,
             q_rows: rows(q_len),
             kv_rows: rows(kv_len),
@@ -240,6 +244,9 @@ impl List {
             for call in [
                 Call { mask: MaskForm::Bool, ..call },
                 Call { mask: MaskForm::Bias(DType::F16), ..call },
+                Call { mask: MaskForm::Bias(DType::F16), one_mask: true, ..call },
+                Call { mask: MaskForm::Bias(DType::BF16), one_mask: true, ..call },
+                Call { mask: MaskForm::Bias(DType::F32), one_mask: true, ..call },
                 Call { mask: MaskForm::Bias(DType::BF16), ..call },
                 Call { mask: MaskForm::Bias(DType::F32), ..call },
                 Call { blocks: Some([128, 64]), ..call },

@@ -183,7 +183,7 @@ fn memory(r: &Registers<'_>) {
                 r.code.emit(Memory::Store { space, word, count, offset, mode: StoreMode::Plain }, &[], &src);
             }
         }
-        for op in [AtomicOp::Add, AtomicOp::Min, AtomicOp::Max] {
+        for op in [AtomicOp::Add, AtomicOp::Min, AtomicOp::Max, AtomicOp::Or] {
             for ty in TYPES {
                 let atomic = Memory::Atomic { space, op, ty, offset: 4 };
                 if atomic.exists() {

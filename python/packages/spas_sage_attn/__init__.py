@@ -1,7 +1,7 @@
 """SpargeAttn's functions, by the original's names.
 
-A map of blocks that the caller gives is computed on the CPU. GPU kernels that skip blocks, and the prediction of such a
-map from Q and K, do not exist here yet: those calls raise NotImplementedError.
+The blocks of a map that the caller gives are computed, on the CPU and on GPUs. The prediction of such a map from Q and K
+does not exist here yet: those calls raise NotImplementedError.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def block_sparse_sage2_attn_cuda(
     logit_softcap: Optional[float] = None,
     **kwargs: Any,
 ) -> Any:
-    """Attention of the blocks that a map names. CPU tensors; on a GPU NotImplementedError.
+    """Attention of the blocks that a map names, on the CPU and on GPUs; the others are left out.
 
     Args:
         q: `[batch, heads, q_len, head_dim]` ("HND") or `[batch, q_len, heads, head_dim]` ("NHD").
@@ -58,7 +58,7 @@ def block_sparse_sage2_attn_cuda(
         v: As k.
         mask_id: `[batch, heads, ceil(q_len / 128), ceil(kv_len / 64)]`, or of 64 queries and 128 keys as the original's
             callers have it on Hopper: decided by shape, and by the device's architecture where both fit. Not 0 where
-            the block is computed; None is all.
+            the block is computed; None is all. Tokens of blocks that are left out still enter means and scales.
         dropout_p: Must be 0.
         scale: Factor on QKᵀ; `1 / sqrt(head_dim)` when None.
         smooth_k: Whether K's mean is subtracted before quantising.
@@ -100,7 +100,10 @@ def block_sparse_sage2_attn_cuda(
         blocks = mask_id != 0
         if _values.flag("attention_sink", attention_sink):
             blocks[..., 0] = True
-        sparsity = 1.0 - float(blocks.sum()) / max(1, blocks.size if isinstance(blocks.size, int) else blocks.numel())
+        if return_sparsity:
+            # Waits for the device, which a call that does not ask must not.
+            all_blocks = blocks.size if isinstance(blocks.size, int) else blocks.numel()
+            sparsity = 1.0 - float(blocks.sum()) / max(1, all_blocks)
         block_mask = (blocks, *sizes)
     result = dense(q, k, v, asked, block_mask=block_mask, return_lse=return_lse)
     out, *lse = result if return_lse else (result,)
@@ -137,7 +140,7 @@ def _block_sizes(q: Any, k: Any, mask_id: Any, tensor_layout: str) -> tuple[int,
 def _no_prediction(function: str) -> NotImplementedError:
     return NotImplementedError(
         f"{function} is not supported: the prediction of blocks from Q and K is not built yet; sageattention.sageattn "
-        "computes all blocks, block_sparse_sage2_attn_cuda those of a map of yours (CPU)"
+        "computes all blocks, block_sparse_sage2_attn_cuda those of a map of yours"
     )
 
 

@@ -24,6 +24,7 @@ impl Context<'_, '_> {
             AtomicOp::Add => Lane::Add(ty),
             AtomicOp::Min => Lane::Min(ty),
             AtomicOp::Max => Lane::Max(ty),
+            AtomicOp::Or => Lane::Or(ty),
         };
         let operands = *self.warp.read(&self.cx.code, src[1], active)?;
         let mut old = [0; 32];

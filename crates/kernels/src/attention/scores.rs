@@ -88,11 +88,12 @@ impl<'k> Scoring<'k, '_> {
                 let loaded = masking.words.get(part).cloned();
                 let columns = first_column..first_column + scores.values.columns();
                 let first_key = scores.first_key - first_column as i32;
-                match loaded.or_else(|| self.mask_words(first_key, columns)) {
-                    Some(words) => match words.packing {
-                        Packing::Bits => scores.hide_by_bits(&words, first_column),
-                        Packing::Biases(dtype) => scores.add_packed_biases(&words, dtype, first_column),
-                    },
+                let words = loaded.or_else(|| self.mask_words(first_key, columns));
+                match words.as_ref().map(|words| (words, words.packing)) {
+                    Some((words, Packing::Bits)) => scores.hide_by_bits(words, first_column),
+                    Some((words, Packing::Biases(dtype))) => {
+                        scores.add_packed_biases(words, dtype, first_column);
+                    }
                     None => {}
                 }
             }

@@ -6,6 +6,7 @@
 
 use half::{bf16, f16};
 use sage_core::{DType, padding_bias};
+use sage_ptx::isa::AtomicOp;
 use sage_ptx::{Code, Global, Program, Stored, Val, Var, kernel};
 
 use crate::attention::MaskForm;
@@ -100,6 +101,10 @@ impl SeenKeysConfig {
         let mask = p.mask.start.cast::<B>().at(sequence.batch.widen() * p.mask.batch_stride());
         let of_keys = keys.map(|key| key.min(sequence.kv_len - 1).max(0).widen() * p.mask.key_stride());
 
+        // Keys that count and keys that are visible, as far as all warps have found any.
+        let words = code.shared::<u32>("words", SEEN_WORDS);
+        code.when(code.thread().lt(SEEN_WORDS as i32), || words.at(code.thread()).store(0u32));
+        code.barrier();
         // Of the lane's two keys: whether they count, and whether they are visible. There are none beyond the end.
         let found = keys.map(|_| [(); 2].map(|()| code.var(0i32)));
         let settled = |half: usize| found[half][0].get().ne(0) | keys[half].ge(sequence.kv_len);
@@ -130,22 +135,28 @@ impl SeenKeysConfig {
                         }
                     }
                 }
+                // What other warps have found need not be found again.
+                let ballot = |part: usize, half: usize| code.ballot(found[half][part].get().ne(0));
+                let own = [ballot(0, 0), ballot(0, 1), ballot(1, 0), ballot(1, 1)];
+                let of_lane = (0..SEEN_WORDS)
+                    .rev()
+                    .fold(code.constant(0u32), |word, i| lane.eq(i as i32).select(own[i], word));
+                let together = code.var(0u32);
+                code.when(lane.lt(SEEN_WORDS as i32), || {
+                    together.set(words.at(lane).atomic(AtomicOp::Or, of_lane) | of_lane);
+                });
+                for (half, found) in found.iter().enumerate() {
+                    for (part, found) in found.iter().enumerate() {
+                        let word = together.get().shuffle((2 * part + half) as i32);
+                        found.set(((word >> lane) & 1u32).reinterpret());
+                    }
+                }
                 row.set(row.get() - (IN_FLIGHT * WARPS) as i32);
             },
         );
-
-        let words = |part: usize| [0, 1].map(|half: usize| code.ballot(found[half][part].get().ne(0)));
-        let words = [words(0), words(1)];
-        let shared = code.shared::<u32>("words", WARPS * SEEN_WORDS);
-        code.when(lane.eq(0), || {
-            let of_warp = shared.at(warp * SEEN_WORDS as i32);
-            of_warp.store_vector([words[0][0], words[0][1], words[1][0], words[1][1]]);
-        });
         code.barrier();
         code.when(code.thread().lt(SEEN_WORDS as i32), || {
-            let word = shared.at(code.thread());
-            let of_warps = (0..WARPS).map(|warp| word.plus((warp * SEEN_WORDS) as i32).load());
-            let together = of_warps.reduce(|a, b| a | b).unwrap_or(code.constant(0u32));
+            let together = words.at(code.thread()).load();
             let first = index * p.stride_sequence + head * p.stride_head + tile;
             p.seen.at(first.mul_wide(SEEN_WORDS as i32)).at(code.thread()).store(together);
         });

@@ -51,11 +51,10 @@ fn of_warpgroups(machine: &Machine, key: &Key, own: WarpgroupTiling) -> Vec<Tili
             for sums_by_mma in [false, true] {
                 let tiling = WarpgroupTiling { groups, tile_keys, queries_in_registers, sums_by_mma, ..own };
                 let most = hopper::most_stages(machine, &tiling, key);
-                let registers = if groups == 2 { 240 } else { 160 };
                 // Products and tiles of more have no room for the ones.
                 let ones = !sums_by_mma || key.padded_dim <= 128 && tile_keys == 64;
                 let blocks = !(key.per_block && groups == 3);
-                if most >= 2 && ones && blocks && warpgroup_registers(&tiling, key) <= registers {
+                if most >= 2 && ones && blocks && warpgroup_registers(&tiling, key) <= registers(groups) {
                     let numbers = [most.min(MAX_STAGES), own.stages, 4].map(|stages| stages.min(most));
                     let with = |stages| Tiling::Warpgroups(WarpgroupTiling { stages, ..tiling });
                     all.extend(numbers.map(with));
@@ -66,8 +65,13 @@ fn of_warpgroups(machine: &Machine, key: &Key, own: WarpgroupTiling) -> Vec<Tili
     all
 }
 
+/// Registers that there are for a thread of so many warpgroups.
+pub(super) const fn registers(groups: usize) -> usize {
+    if groups == 3 { 160 } else { 240 }
+}
+
 /// Registers of a thread of a warpgroup, about.
-fn warpgroup_registers(tiling: &WarpgroupTiling, key: &Key) -> usize {
+pub(super) fn warpgroup_registers(tiling: &WarpgroupTiling, key: &Key) -> usize {
     let sums = key.padded_dim / 2 * if key.two_level { 2 } else { 1 };
     let probabilities = tiling.tile_keys / if key.fp8 { 8 } else { 4 };
     let queries = key.padded_dim / if key.integer { 8 } else { 4 };

@@ -111,6 +111,7 @@ pub enum AtomicOp {
     Add,
     Min,
     Max,
+    Or,
 }
 
 impl AtomicOp {
@@ -119,6 +120,7 @@ impl AtomicOp {
             AtomicOp::Add => "add",
             AtomicOp::Min => "min",
             AtomicOp::Max => "max",
+            AtomicOp::Or => "or",
         }
     }
 
@@ -126,6 +128,7 @@ impl AtomicOp {
         match self {
             AtomicOp::Add => matches!(ty, Ty::S32 | Ty::U32 | Ty::U64 | Ty::F32),
             AtomicOp::Min | AtomicOp::Max => ty.is_integer(),
+            AtomicOp::Or => matches!(ty, Ty::U32),
         }
     }
 }
@@ -190,6 +193,8 @@ instructions! {
         }: [ty] <- [space.address(), ty.width()] if op.has(ty), Needs::BASE,
             {
                 let scope = if space == Space::Global { ".acq_rel.gpu" } else { "" };
+                // Operations on bits have no signs.
+                let ty = if op == AtomicOp::Or { Ty::B32 } else { ty };
                 format!("atom{scope}{}.{}{} $d, {}, $1", space.ptx(), op.ptx(), ty.ptx(), address(offset))
             };
         /// `dst[0]` = a kernel parameter.

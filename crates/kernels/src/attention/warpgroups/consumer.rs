@@ -21,7 +21,7 @@ use crate::attention::softmax::Softmax;
 use crate::integer::ROUNDING_MAGIC_BITS;
 use crate::operand::{Element, OperandSource};
 use crate::sequence::{KEY_TILE, Lengths};
-use crate::sparse::LaneWords;
+use crate::sparse::{LaneWords, Packing};
 
 /// Where a warpgroup stands in the ring.
 pub(super) struct Cursors<'k> {
@@ -119,10 +119,11 @@ impl<'k, 'c, 'r, E: RoundedElement> Consumer<'k, 'c, 'r, E> {
         tiles.for_each_before(k, |tile| self.pass(tile));
         k.when(start.le(last), || {
             let walk = Walk::start(k, *tiles);
-            self.load_scales(walk.this(start).index);
+            let first = walk.this(start);
+            self.load_ahead(&first);
             self.output.clear_parts();
             self.start_scores::<H>();
-            self.load_mask(&walk.this(start));
+            self.load_biases(&first);
             self.take_scores(0);
             k.range(start, last, |position| {
                 self.tile::<H>(&walk, position, true);
@@ -151,8 +152,7 @@ impl<'k, 'c, 'r, E: RoundedElement> Consumer<'k, 'c, 'r, E> {
     fn tile<H: Half + MmaElement>(&self, walk: &Walk<'k>, position: Val<'k, i32>, has_next: bool) {
         let (k, place) = (self.code, &self.scoring.place);
         let tile = walk.this(position);
-        let next = has_next.then(|| walk.next(position));
-        let p = self.exponentials(&tile, next);
+        let p = self.exponentials(&tile, has_next.then(|| walk.next(position)));
         // The tile's values have mostly arrived by now. The loop around the wait keeps the compiler from moving the
         // exponentials behind the end of the product in flight, which they overlap with.
         self.ring.values.wait(&self.cursors.own);
@@ -164,8 +164,7 @@ impl<'k, 'c, 'r, E: RoundedElement> Consumer<'k, 'c, 'r, E> {
             self.start_scores::<H>();
         }
         self.start_output(&tile);
-        if let Some(next) = &next {
-            self.load_mask(next);
+        if has_next {
             self.take_scores(1);
         }
     }
@@ -177,16 +176,36 @@ impl<'k, 'c, 'r, E: RoundedElement> Consumer<'k, 'c, 'r, E> {
         self.cursors.advance();
     }
 
-    /// Starts loading the words of a mask for a tile, while its scores are computed.
-    fn load_mask(&self, tile: &KeyTile<'k>) {
-        let first_key = tile.index * self.config.tiling.tile_keys() as i32;
-        self.code.when(tile.is_masked(), || {
-            for (part, words) in self.mask_words.iter().enumerate() {
-                let loaded = self.scoring.mask_words(first_key + (part * KEY_TILE) as i32, 0..KEY_TILE);
-                let loaded = loaded.iter().flat_map(LaneWords::words);
-                words.iter().zip(loaded).for_each(|(var, word)| var.set(word));
-            }
-        });
+    /// Starts loading what is read of a tile a tile ahead of its use: scales of its keys, and bits of a mask.
+    fn load_ahead(&self, tile: &KeyTile<'k>) {
+        self.load_scales(tile.index);
+        if self.packing() == Some(Packing::Bits) {
+            self.load_mask(tile.index);
+        }
+    }
+
+    /// Starts loading the biases of the next tile once those of this one are added, as registers are few.
+    fn load_biases(&self, tile: &KeyTile<'k>) {
+        if let Some(Packing::Biases(_)) = self.packing() {
+            self.code.when(tile.is_masked(), || self.load_mask(tile.index));
+        }
+    }
+
+    fn packing(&self) -> Option<Packing> {
+        self.scoring.place.mask_words.map(|words| words.packing)
+    }
+
+    fn load_mask(&self, tile: Val<'k, i32>) {
+        let first_key = tile * self.config.tiling.tile_keys() as i32;
+        for (part, words) in self.mask_words.iter().enumerate() {
+            let first_key = first_key + (part * KEY_TILE) as i32;
+            // Only the first of several parts always has keys.
+            let first_key =
+                if part == 0 { first_key } else { first_key.min(self.scoring.place.sequence.kv_len - 1) };
+            let loaded = self.scoring.mask_words(first_key, 0..KEY_TILE);
+            let loaded = loaded.iter().flat_map(LaneWords::words);
+            words.iter().zip(loaded).for_each(|(var, word)| var.set(word));
+        }
     }
 
     /// Starts loading the scales of a tile of keys, which must be one of the sequence's, a tile ahead of their use.
@@ -237,12 +256,12 @@ impl<'k, 'c, 'r, E: RoundedElement> Consumer<'k, 'c, 'r, E> {
         let scales: Vec<Vec<_>> =
             self.scales.iter().map(|scales| scales.iter().map(|scale| scale.get()).collect()).collect();
         let loaded = |words: &Vec<Var<'k, u32>>| {
-            let packing = self.scoring.place.mask_words.map(|words| words.packing)?;
+            let packing = self.packing()?;
             Some(LaneWords::of_strip(packing, words.iter().map(|word| word.get())))
         };
         let words = self.mask_words.iter().filter_map(loaded).collect();
         if let Some(next) = next {
-            self.load_scales(next.index);
+            self.load_ahead(&next);
         }
         let of_part = |(part, scales): (usize, &Vec<_>)| {
             let first_key = (tile.index * parts as i32 + part as i32) * KEY_TILE as i32;
@@ -252,6 +271,9 @@ impl<'k, 'c, 'r, E: RoundedElement> Consumer<'k, 'c, 'r, E> {
         let tiles: Vec<_> = scales.iter().enumerate().map(of_part).collect();
         let masking = Masking { cut: tile.is_cut(), masked: tile.is_masked(), words };
         self.scoring.hide(&tiles, 0, &masking);
+        if let Some(next) = next {
+            self.load_biases(&next);
+        }
         let p = self.softmax.advance(k, &tiles, |alphas| {
             self.output.drain();
             // They are in, and shall not count a second time.
