@@ -51,6 +51,7 @@ pub fn catalog(target: Target) -> Vec<Entry> {
     for head_dim in PADDED_DIMS {
         list.schemes(head_dim);
         list.options(head_dim);
+        list.sparse(head_dim);
         list.preparation(head_dim);
     }
     list.cache();
@@ -259,6 +260,17 @@ impl List {
                 Call { aligned: false, ..call },
                 Call { size: Size::FewBlocks, lse: true, ..call },
             ] {
+                self.add(&call, false, |_| true);
+            }
+        }
+    }
+
+    /// Block masks beside FP8 values, summed in one level and in two.
+    fn sparse(&mut self, head_dim: usize) {
+        for preset in [Preset::INT8_FP8, Preset::SAGE2_INT8_FP8_PER_THREAD] {
+            for blocks in [[128, 64], [64, 128]] {
+                let scheme = Some(preset.scheme(head_dim));
+                let call = Call { head_dim, scheme, blocks: Some(blocks), ..Call::default() };
                 self.add(&call, false, |_| true);
             }
         }
