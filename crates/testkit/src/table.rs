@@ -21,6 +21,7 @@ pub fn table() -> Vec<Case> {
         case.dtype = types[number % types.len()];
     }
     cases.extend(schemes());
+    cases.extend(block_masks());
     for (number, case) in cases.iter_mut().enumerate() {
         case.seed = 8 * number as u64;
     }
@@ -139,6 +140,36 @@ fn data() -> Vec<Case> {
         Case { k_bias: Bias::EveryFourth(10.0), scheme: int8(), lse: false, ..biased.clone() },
         Case { outlier: 12.0, scheme: Some(rotated), ..of(130, 150, 64) },
         biased,
+    ]
+}
+
+/// Block masks of blocks that are made of whole tiles, and of others, beside everything that hides keys as well.
+fn block_masks() -> Vec<Case> {
+    let blocks = |q, k, kept| Some(CaseBlocks::new(q, k).keeping(kept));
+    let case = Case { q_heads: 4, kv_heads: 2, ..of(300, 400, 64) };
+    let fp8 = Some(Preset::INT8_FP8.scheme(64));
+    let two_level = Some(Preset::SAGE2_INT8_FP8_PER_THREAD.scheme(64));
+    vec![
+        Case { blocks: blocks(128, 64, 0.5), scheme: fp8, ..case.clone() },
+        Case { blocks: blocks(64, 128, 0.5), scheme: fp8, band: CAUSAL, ..case.clone() },
+        Case { blocks: blocks(64, 64, 0.3), scheme: two_level, layout: Layout::Nhd, ..case.clone() },
+        Case { blocks: blocks(128, 128, 0.3), scheme: int8(), dtype: DType::BF16, ..case.clone() },
+        Case { blocks: blocks(128, 64, 0.02), head_dim: 128, band: TOP_LEFT, ..case.clone() },
+        Case { blocks: blocks(128, 64, 0.0), ..case.clone() },
+        Case { blocks: blocks(48, 80, 0.5), mask: Some(CaseMask::bool(Extent::BatchKeys)), ..case.clone() },
+        Case {
+            batch: 3,
+            blocks: blocks(64, 128, 0.5),
+            sequences: Sequences::Staggered,
+            scheme: int8(),
+            ..case.clone()
+        },
+        Case {
+            blocks: blocks(64, 64, 0.5),
+            mask: Some(CaseMask::bias(DType::F16, Extent::Matrix)),
+            softcap: Some(20.0),
+            ..case
+        },
     ]
 }
 
