@@ -226,33 +226,30 @@ fn run(case: &Case) -> Option<()> {
         None => None,
     };
 
-    let inputs = Inputs {
-        mask: match &mask {
+    let inputs = Inputs::new(q.view("q")?, k.view("k")?, v.view("v")?)
+        .mask(match &mask {
             Some((true, memory)) => Some(Mask::Bool(memory.flags("mask")?)),
             Some((false, memory)) => Some(Mask::Additive(memory.view("mask")?)),
             None => None,
-        },
-        block_mask: match &block_mask {
+        })
+        .block_mask(match &block_mask {
             Some((block_q, block_k, memory)) => {
                 Some(BlockMask { blocks: memory.flags("block_mask")?, block_q: *block_q, block_k: *block_k })
             }
             None => None,
-        },
-        lengths,
-        ..Inputs::new(q.view("q")?, k.view("k")?, v.view("v")?)
-    };
+        })
+        .lengths(lengths);
     // Hardly a random number is a usable scale: half of them become one.
     let positive = |x: f32| if x.to_bits() & 1 == 0 { x.abs() } else { x };
-    let options = Options {
-        layout: if case.nhd { Layout::Nhd } else { Layout::Hnd },
-        sm_scale: case.sm_scale.map(positive),
-        band: Band {
+    let options = Options::default()
+        .layout(if case.nhd { Layout::Nhd } else { Layout::Hnd })
+        .sm_scale(case.sm_scale.map(positive))
+        .band(Band {
             left: case.left.map(limit),
             right: case.right.map(limit),
             alignment: if case.top_left { Alignment::TopLeft } else { Alignment::BottomRight },
-        },
-        logit_softcap: case.logit_softcap.map(positive),
-    };
+        })
+        .logit_softcap(case.logit_softcap.map(positive));
     let call = match Call::check(&inputs, &options) {
         Ok(call) => call,
         Err(error) => {

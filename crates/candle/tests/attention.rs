@@ -55,7 +55,7 @@ fn dtypes_layouts_and_grouped_heads_agree() {
         ] {
             let (q, k, v) =
                 (normal(1, &q_shape, dtype), normal(2, &kv_shape, dtype), normal(3, &kv_shape, dtype));
-            let exact = Exact { layout, band: CAUSAL, ..Exact::default() };
+            let exact = Exact::default().layout(layout).band(CAUSAL);
             let options = Options::new().layout(layout).causal(true);
             check("causal", [&q, &k, &v], &options, &Question { options: exact, ..Question::default() });
         }
@@ -73,28 +73,28 @@ fn every_option_reaches_the_kernels() {
     let plain = Exact::default();
     let ask = |options| Question { options, ..Question::default() };
     check("nothing", tensors, &Options::new(), &ask(plain));
-    check("scale", tensors, &Options::new().sm_scale(0.3), &ask(Exact { sm_scale: Some(0.3), ..plain }));
+    check("scale", tensors, &Options::new().sm_scale(0.3), &ask(plain.sm_scale(0.3)));
     check(
         "soft cap",
         tensors,
         &Options::new().sm_scale(1.0).logit_softcap(4.0),
-        &ask(Exact { sm_scale: Some(1.0), logit_softcap: Some(4.0), ..plain }),
+        &ask(plain.sm_scale(1.0).logit_softcap(4.0)),
     );
     let top_left = Band::causal(Alignment::TopLeft);
     check(
         "top left",
         tensors,
         &Options::new().causal_alignment(Alignment::TopLeft),
-        &ask(Exact { band: top_left, ..plain }),
+        &ask(plain.band(top_left)),
     );
     let window = Band { left: Some(20), right: Some(3), ..Band::FULL };
-    check("window", tensors, &Options::new().window(20, 3), &ask(Exact { band: window, ..plain }));
+    check("window", tensors, &Options::new().window(20, 3), &ask(plain.band(window)));
     let causal_window = Band { left: Some(20), right: Some(0), ..Band::FULL };
     check(
         "causal window",
         tensors,
         &Options::new().causal(true).window(20, None),
-        &ask(Exact { band: causal_window, ..plain }),
+        &ask(plain.band(causal_window)),
     );
 }
 
@@ -125,11 +125,8 @@ fn masks_of_every_dtype_broadcast() {
         let what = format!("mask {:?} {:?}", mask.dtype(), mask.layout());
         for causal in [false, true] {
             let band = if causal { CAUSAL } else { Band::FULL };
-            let question = Question {
-                options: Exact { band, ..Exact::default() },
-                mask: Some(mask),
-                ..Question::default()
-            };
+            let question =
+                Question { options: Exact::default().band(band), mask: Some(mask), ..Question::default() };
             check(&what, [&q, &k, &v], &Options::new().causal(causal).mask(mask), &question);
         }
     }
@@ -154,7 +151,7 @@ fn padded_and_packed_batches_agree() {
     );
     let (cu_q, cu_k) = ([0, 130, 131, 131, 171], [0, 140, 150, 150, 190]);
     let question = Question {
-        options: Exact { band: CAUSAL, ..Exact::default() },
+        options: Exact::default().band(CAUSAL),
         lengths: Lengths::Packed { cu_seqlens_q: &cu_q, cu_seqlens_k: &cu_k },
         ..Question::default()
     };

@@ -20,12 +20,11 @@ fn dense() -> [Tensor; 3] {
 }
 
 fn question(left: Option<usize>, right: Option<usize>, softcap: Option<f32>) -> Exact {
-    Exact {
-        layout: Layout::Nhd,
-        sm_scale: Some(SCALE),
-        band: Band { left, right, ..Band::FULL },
-        logit_softcap: softcap,
-    }
+    Exact::default()
+        .layout(Layout::Nhd)
+        .sm_scale(SCALE)
+        .band(Band { left, right, ..Band::FULL })
+        .logit_softcap(softcap)
 }
 
 #[test]

@@ -35,8 +35,7 @@ fn decoding_is_attention_over_all_tokens_so_far() {
                 let out = cache.attend(&new, &Options::new().causal(true)).unwrap();
                 assert_eq!((out.dims(), out.dtype()), (new.dims(), dtype));
                 let band = Band::causal(Alignment::BottomRight);
-                let question =
-                    Question { options: Exact { band, ..Exact::default() }, ..Question::default() };
+                let question = Question { options: Exact::default().band(band), ..Question::default() };
                 let (expected, _) = exact(&new, &part(&k, 0, from), &part(&v, 0, from), &question);
                 assert_close(&out, &expected, limit, &format!("{dtype:?}, {values:?}, {from} tokens"));
             }

@@ -164,7 +164,7 @@ impl DecodePlan {
     /// # Errors
     /// None: they were checked before.
     pub fn exact_call<'a>(&'a self, [q, k, v]: [TensorView<'a>; 3]) -> Result<Call<'a>> {
-        let inputs = Inputs { lengths: Lengths::KvLens(&self.kv_lens), ..Inputs::new(q, k, v) };
+        let inputs = Inputs::new(q, k, v).lengths(Lengths::KvLens(&self.kv_lens));
         Call::check(&inputs, &self.options)
     }
 }

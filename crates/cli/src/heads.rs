@@ -76,7 +76,7 @@ impl<'a> Heads<'a> {
             slice("v", self.qkv.v.view(), layout, kv_head)?,
         );
         // The slices are all in one order, whatever the tensors' layout was.
-        let call = Call::check(&inputs, &Options { layout: Layout::Hnd, ..self.options })?;
+        let call = Call::check(&inputs, &self.options.layout(Layout::Hnd))?;
         Ok(compute(&call))
     }
 }
@@ -137,7 +137,7 @@ mod tests {
             let tensor = |heads, rows, seed| inputs::normal(DType::F32, &shape(heads, rows), seed).unwrap();
             let qkv =
                 Qkv { prefix: String::new(), q: tensor(4, 5, 1), k: tensor(2, 7, 2), v: tensor(2, 7, 3) };
-            let options = Options { layout, ..Options::default() };
+            let options = Options::default().layout(layout);
             let heads = Heads::new(&qkv, options).unwrap();
             let inputs = Inputs::new(qkv.q.view(), qkv.k.view(), qkv.v.view());
             let whole = oracle::exact(&Call::check(&inputs, &options).unwrap()).out;

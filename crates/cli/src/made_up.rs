@@ -65,7 +65,7 @@ impl<'o> MadeUp<'o> {
     pub fn inputs(&self) -> Result<Inputs<'_>> {
         let [q, k, v] = self.tensors();
         let mask = self.mask.as_ref().map(Laid::view).transpose()?;
-        Ok(Inputs { mask, lengths: self.options.lengths(), ..Inputs::new(q, k, v) })
+        Ok(Inputs::new(q, k, v).mask(mask).lengths(self.options.lengths()))
     }
 
     /// Attention with all options, the mask included.

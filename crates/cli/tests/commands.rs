@@ -21,7 +21,7 @@ fn tensors() -> [Tensor; 3] {
 
 fn exact(attention: &Attention<'_>, mask: Option<Mask<'_>>) -> oracle::Output {
     let [q, k, v] = tensors();
-    let inputs = Inputs { mask, ..Inputs::new(q.view(), k.view(), v.view()) };
+    let inputs = Inputs::new(q.view(), k.view(), v.view()).mask(mask);
     oracle::exact(&Call::check(&inputs, &attention.options()).unwrap())
 }
 

@@ -61,8 +61,8 @@ impl<'a, T: Operand> Call<'a, T> {
         let sm_scale = check_scores(options, head_dim)?;
 
         let (band, dense) = (options.band, matches!(inputs.lengths, Lengths::Dense));
-        // Kernels that cut the sequences of a list themselves count keys as the list does; a block mask's blocks begin at
-        // the first key.
+        // Kernels that cut the sequences of a list themselves count keys as the list does; a block mask's blocks begin
+        // at the first key.
         let from_first = dense && band.seen(q_rows, kv_rows).start == 0 || band.left.is_none();
         let cuts =
             narrows && (dense || band.on_seen() == band) && (inputs.block_mask.is_none() || from_first);

@@ -240,8 +240,8 @@ presets! {
         Some("sparse_sageattn"), int(TRITON_PER_BLOCK, Pv::F16(Accumulator::F16ThenF32));
 }
 
-/// Rows whose statistics stand for all: a mean of so many makes scales 1/256 larger than the mean of all would, and K and V are
-/// read once.
+/// Rows whose statistics stand for all: a mean of so many makes scales 1/256 larger than the mean of all would, and K
+/// and V are read once.
 const SAMPLED_ROWS: usize = 128;
 
 const SMOOTH_NOTHING: Smoothing = Smoothing { q: SmoothQ::Off, k: SmoothK::Off, v: false };

@@ -40,6 +40,7 @@ impl Layout {
 
 /// Everything a caller hands over, unchecked. `T` says whose memory it lies in.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct Inputs<'a, T: Operand = TensorView<'a>> {
     /// Queries.
     pub q: T,
@@ -55,15 +56,41 @@ pub struct Inputs<'a, T: Operand = TensorView<'a>> {
     pub lengths: Lengths<'a, T::List>,
 }
 
-impl<T: Operand> Inputs<'_, T> {
+impl<'a, T: Operand> Inputs<'a, T> {
     /// Dense queries, keys and values without an explicit mask.
     pub fn new(q: T, k: T, v: T) -> Self {
         Inputs { q, k, v, mask: None, block_mask: None, lengths: Lengths::Dense }
     }
+
+    /// The same with an explicit mask, or without.
+    #[must_use]
+    pub fn mask(self, mask: impl Into<Option<T::Mask>>) -> Self {
+        Inputs { mask: mask.into(), ..self }
+    }
+
+    /// The same with a block mask, or without.
+    #[must_use]
+    pub fn block_mask(self, block_mask: impl Into<Option<BlockMask<T::Blocks>>>) -> Self {
+        Inputs { block_mask: block_mask.into(), ..self }
+    }
+
+    /// The same with these lengths.
+    #[must_use]
+    pub fn lengths(self, lengths: Lengths<'a, T::List>) -> Self {
+        Inputs { lengths, ..self }
+    }
 }
 
 /// What a caller asks for beside the tensors.
+///
+/// ```
+/// use sage_core::{Alignment, Band, Options};
+///
+/// let options = Options::default().band(Band::causal(Alignment::TopLeft)).logit_softcap(20.0);
+/// assert_eq!(options.sm_scale, None);
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[non_exhaustive]
 pub struct Options {
     /// Order of the dimensions of dense tensors.
     pub layout: Layout,
@@ -75,6 +102,32 @@ pub struct Options {
     pub logit_softcap: Option<f32>,
 }
 
+impl Options {
+    /// The same with this order of the dimensions.
+    #[must_use]
+    pub const fn layout(self, layout: Layout) -> Self {
+        Options { layout, ..self }
+    }
+
+    /// The same with this factor on Q·Kᵀ.
+    #[must_use]
+    pub fn sm_scale(self, sm_scale: impl Into<Option<f32>>) -> Self {
+        Options { sm_scale: sm_scale.into(), ..self }
+    }
+
+    /// The same with this causal mask or sliding window.
+    #[must_use]
+    pub const fn band(self, band: Band) -> Self {
+        Options { band, ..self }
+    }
+
+    /// The same with this soft cap.
+    #[must_use]
+    pub fn logit_softcap(self, cap: impl Into<Option<f32>>) -> Self {
+        Options { logit_softcap: cap.into(), ..self }
+    }
+}
+
 /// The factor on Q·Kᵀ of a call that names none.
 pub(crate) fn default_sm_scale(head_dim: usize) -> f32 {
     1.0 / (head_dim as f32).sqrt()
@@ -82,6 +135,7 @@ pub(crate) fn default_sm_scale(head_dim: usize) -> f32 {
 
 /// The shape of a checked call: what a plan depends on.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct Problem {
     /// Element type of Q, K, V and the output.
     pub dtype: DType,
@@ -135,6 +189,18 @@ impl Problem {
             masked: false,
             blocks: None,
         }
+    }
+
+    /// The same with a band.
+    #[must_use]
+    pub const fn band(self, band: Band) -> Self {
+        Problem { band, ..self }
+    }
+
+    /// The same with a block mask of blocks of so many queries and keys.
+    #[must_use]
+    pub fn blocks(self, blocks: impl Into<Option<[usize; 2]>>) -> Self {
+        Problem { blocks: blocks.into(), ..self }
     }
 
     /// Query heads that share a key head.

@@ -68,9 +68,9 @@ pub enum Pv {
 pub enum ScaleRows {
     /// All of the sequence.
     All,
-    /// This many that lie evenly in the sequence, which spares V being read twice. Other rows may hold larger values, for which
-    /// `v_max` must leave room; where some channel of a head has a value that would exceed 448, all of the head's rows
-    /// are taken after all. A floating-point format loses no precision by such room.
+    /// This many that lie evenly in the sequence, which spares V being read twice. Other rows may hold larger values,
+    /// for which `v_max` must leave room; where some channel of a head has a value that would exceed 448, all of the
+    /// head's rows are taken after all. A floating-point format loses no precision by such room.
     Sampled(usize),
 }
 
@@ -133,9 +133,9 @@ pub enum SmoothK {
     Off,
     /// The mean of the whole sequence.
     Mean,
-    /// The mean of this many rows that lie evenly in the sequence, or of all where it has no more. Softmax takes no notice of
-    /// any constant, so this is as exact, and it spares K being read twice: a mean of `n` rows is off by `1 / √n` of K's
-    /// spread, which makes scales larger by `1 / 2n`.
+    /// The mean of this many rows that lie evenly in the sequence, or of all where it has no more. Softmax takes no
+    /// notice of any constant, so this is as exact, and it spares K being read twice: a mean of `n` rows is off by `1 /
+    /// √n` of K's spread, which makes scales larger by `1 / 2n`.
     Sampled(usize),
 }
 

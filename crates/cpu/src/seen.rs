@@ -307,13 +307,11 @@ mod tests {
             let blocks = View::contiguous("block_mask", &blocks, &block_shape).unwrap();
             let block_mask = (case % 5 < 2).then_some(BlockMask { blocks, block_q, block_k });
             let kv_lens = [300, [300, 170][case / 3 % 2]];
-            let inputs = Inputs {
-                mask,
-                block_mask,
-                lengths: if case % 7 < 4 { Lengths::Dense } else { Lengths::KvLens(&kv_lens) },
-                ..Inputs::new(q.view(), k.view(), k.view())
-            };
-            let call = Call::check(&inputs, &Options { band, ..Options::default() }).unwrap();
+            let inputs = Inputs::new(q.view(), k.view(), k.view())
+                .mask(mask)
+                .block_mask(block_mask)
+                .lengths(if case % 7 < 4 { Lengths::Dense } else { Lengths::KvLens(&kv_lens) });
+            let call = Call::check(&inputs, &Options::default().band(band)).unwrap();
             check(&call, &format!("case {case}: {shape:?} {dtype} {band:?}"));
         }
     }

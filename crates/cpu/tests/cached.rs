@@ -35,7 +35,7 @@ fn case() -> Case {
         group_size: 1,
         chunks: vec![vec![200]],
         q_len: 1,
-        options: Options { band: Band::causal(Alignment::BottomRight), ..Options::default() },
+        options: Options::default().band(Band::causal(Alignment::BottomRight)),
         dtype: DType::F32,
         bias: (3.0, 0.0),
     }
@@ -200,7 +200,7 @@ fn chunks_of_queries_windows_and_soft_caps_are_the_oracles() {
         Band { left: Some(0), right: Some(9), ..causal },
     ] {
         for logit_softcap in [None, Some(5.0)] {
-            let options = Options { band, logit_softcap, sm_scale: Some(0.2), ..Options::default() };
+            let options = Options::default().band(band).logit_softcap(logit_softcap).sm_scale(0.2);
             for (q_len, tokens) in [(2, 300), (37, 200), (150, 150), (9, 5)] {
                 check(&Case { q_len, chunks: vec![vec![tokens]], group_size: 3, options, ..case() });
             }
@@ -238,10 +238,8 @@ fn against_exact(case: &Case) -> (f64, f64) {
     let inputs = CachedInputs { q: q.view(), mask: None, block_mask: None, kv_lens: &lens };
     let call = Call::check_cached(&inputs, &case.layout, &case.options).unwrap();
     let (out, lse) = filled.attend(&cpu, &call, case.dtype);
-    let inputs = Inputs {
-        lengths: Lengths::KvLens(&lens),
-        ..Inputs::new(q.view(), filled.k[0].view(), filled.v[0].view())
-    };
+    let inputs =
+        Inputs::new(q.view(), filled.k[0].view(), filled.v[0].view()).lengths(Lengths::KvLens(&lens));
     let exact = exact(&Call::check(&inputs, &case.options).unwrap());
     (Accuracy::of(&out, &exact.out).relative_l1, Accuracy::of(&lse, &exact.lse).max_abs_error)
 }
@@ -324,7 +322,7 @@ fn numbers_that_are_not_finite_are_never_silently_wrong() {
                 // All but the last hundred keys are hidden from every row of this window, and so is token 200 from all
                 // but the first: whoever sees it is not finite.
                 let band = Band { left: Some(97), ..Band::causal(Alignment::BottomRight) };
-                let options = Options { band, ..Options::default() };
+                let options = Options::default().band(band);
                 let call = Call::check_cached(&inputs, &case.layout, &options).unwrap();
                 let (out, lse) = filled.attend(&cpu, &call, DType::F32);
                 assert!(out[..64].iter().any(|x| !x.is_finite()), "{bad} in a key: {in_key}");
@@ -361,7 +359,7 @@ fn tokens_that_no_query_sees_reach_nothing() {
                 layout: CacheLayout { values, ..LAYOUT },
                 group_size: 2,
                 q_len,
-                options: Options { band, ..Options::default() },
+                options: Options::default().band(band),
                 ..case()
             };
             let spoilt = |token: usize| match mask {

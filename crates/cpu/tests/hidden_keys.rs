@@ -5,7 +5,7 @@
 #![allow(clippy::unwrap_used)]
 
 use sage_core::oracle::{self, SeenKeys};
-use sage_core::{Alignment, Band, Call, DType, Geometry, Inputs, Mask, Tensor, View};
+use sage_core::{Alignment, Band, Call, DType, Geometry, Mask, Tensor, View};
 use sage_testkit::{
     Bias, Case, CaseBlocks, CaseMask, Extent, Memory, OwnedBlocks, OwnedCall, OwnedMask, Runner, Sequences,
     Tolerance, cpu_schemes as schemes, every_cpu, run_on_cpu,
@@ -299,7 +299,7 @@ fn strides_of_a_mask_do_not_matter() {
                 let bools = View::strided("mask", memory, geometry).unwrap();
                 let biases = View::strided("mask", &biases, geometry).unwrap();
                 for mask in [Mask::Bool(bools), Mask::Additive(biases.into())] {
-                    let inputs = Inputs { mask: Some(mask), ..built.inputs() };
+                    let inputs = built.inputs().mask(mask);
                     let call = Call::check(&inputs, &built.options).unwrap();
                     let found = run_on_cpu(&cpu, &call, built.out, Some(scheme)).bits();
                     assert_eq!(&found, wanted.get_or_insert(found.clone()), "{strides:?} {scheme}");

@@ -44,7 +44,7 @@ where
     TensorView<'a>: From<View<'a, E>>,
 {
     let mut built = OwnedCall::dense(copied(&q), copied(&k), copied(&v));
-    built.options = Options { layout, band: Band::causal(Alignment::BottomRight), ..Options::default() };
+    built.options = Options::default().layout(layout).band(Band::causal(Alignment::BottomRight));
     let inputs = Inputs::new(q.into(), k.into(), v.into());
     let call = Call::check(&inputs, &built.options).unwrap();
     for cpu in every_cpu() {

@@ -39,8 +39,8 @@ fn one_group(q: &Tensor, k: &Tensor, v: &Tensor, visible: &Visible, scheme: &Sch
             (Band::FULL, Lengths::KvLens(&lens))
         }
     };
-    let inputs = Inputs { lengths, ..Inputs::new(plain_q.view(), k.view(), v.view()) };
-    let call = Call::check(&inputs, &Options { band, ..Options::default() })?;
+    let inputs = Inputs::new(plain_q.view(), k.view(), v.view()).lengths(lengths);
+    let call = Call::check(&inputs, &Options::default().band(band))?;
     let out: Vec<f32> = oracle::scheme(&call, scheme).out.into_iter().map(|x| x as f32).collect();
     Ok(Tensor::from_vec(out, q.dims(), q.device())?.to_dtype(q.dtype())?)
 }

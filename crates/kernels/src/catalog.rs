@@ -9,7 +9,7 @@ mod cache;
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use sage_core::{Accumulator, Band, DType, Preset, Problem, Pv, Scheme, SmoothK};
+use sage_core::{Accumulator, DType, Preset, Problem, Pv, Scheme, SmoothK};
 use sage_ptx::Target;
 
 use crate::attention::{AttentionConfig, MaskForm};
@@ -136,21 +136,11 @@ impl Call {
         };
         let packed = self.lengths == Lengths::Packed;
         let rows = |len: usize| if packed { batch * len } else { len };
-        let problem = Problem {
-            dtype: self.dtype,
-            batch,
-            num_q_heads: heads,
-            num_kv_heads: heads,
-            q_len,
-            kv_len,
-            head_dim: self.head_dim,
-            sm_scale: 1.0,
-            band: Band::FULL,
-            logit_softcap: self.softcap.then_some(1.0),
-            packed,
-            masked: self.mask != MaskForm::None,
-            blocks: self.blocks,
-        };
+        let mut problem = Problem::dense(self.dtype, [batch, heads, heads], [q_len, kv_len], self.head_dim)
+            .blocks(self.blocks);
+        problem.logit_softcap = self.softcap.then_some(1.0);
+        problem.packed = packed;
+        problem.masked = self.mask != MaskForm::None;
         let request = Request {
             scheme: self.scheme,
             mask: self.mask,

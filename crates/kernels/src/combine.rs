@@ -1,5 +1,5 @@
-//! Merges the outputs of parts of the keys (flash decoding): `O = Σ wₛ Oₛ / Σ wₛ` with `wₛ = ℓₛ · 2^(mₛ − max m)`, where a
-//! part's exponentials are relative to `2^mₛ` and sum to `ℓₛ`.
+//! Merges the outputs of parts of the keys (flash decoding): `O = Σ wₛ Oₛ / Σ wₛ` with `wₛ = ℓₛ · 2^(mₛ − max m)`,
+//! where a part's exponentials are relative to `2^mₛ` and sum to `ℓₛ`.
 
 use half::{bf16, f16};
 use sage_core::DType;
@@ -31,9 +31,9 @@ kernel_params! {
     CombineParams, CombineArgs {
         /// Outputs of the parts, `[splits, rows, head_dim]`.
         partial: [f32],
-        /// Of each part and row, `[splits, rows, `[`PART`]`]`: the base-2 score that exponentials are relative to; their sum as
-        /// they were multiplied with V, 0 where the row sees no key of the part; where the log-sum-exp is wanted their sum
-        /// before they were rounded, and what smoothing K took from the row's scores in natural units.
+        /// For each part and row, `[splits, rows, `[`PART`]`]`: the base-2 score that exponentials are relative to;
+        /// their sum as they were multiplied with V, 0 where the row sees no key of the part; where the log-sum-exp is
+        /// wanted their sum before they were rounded, and what smoothing K took from the row's scores in natural units.
         partial_sums: [f32],
         /// Output.
         out: (tensor 3),

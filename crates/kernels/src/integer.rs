@@ -12,8 +12,8 @@ pub(crate) const ROUNDING_MAGIC_BITS: i32 = 0x4B40_0000;
 /// What the original adds to, or puts under, a scale to keep it above zero.
 const EPSILON: f32 = 1e-7;
 
-/// Bits of a magnitude: ordered like the magnitudes themselves, infinities and NaN above all numbers, so that an integer
-/// maximum does not lose them as a maximum of floats would.
+/// Bits of a magnitude: ordered like the magnitudes themselves, infinities and NaN above all numbers, so that an
+/// integer maximum does not lose them as a maximum of floats would.
 #[track_caller]
 pub(crate) fn magnitude_bits<'k>(x: Val<'k, f32>) -> Val<'k, i32> {
     x.abs().reinterpret()
@@ -30,7 +30,7 @@ pub(crate) struct Step<'k> {
     quantizer: IntQuantizer,
     /// Bits of the group's largest magnitude.
     max_bits: Val<'k, i32>,
-    /// Of a careful step: what values are multiplied by first.
+    /// What a careful step multiplies values by first.
     lift: Option<Val<'k, f32>>,
 }
 
@@ -62,8 +62,8 @@ impl<'k> Step<'k> {
         Step { scale, inverse, quantizer: *quantizer, max_bits, lift: None }
     }
 
-    /// Whether [`Step::round`] gives exactly the oracle's integers: the group holds no value that is not finite, and not
-    /// only tiny ones.
+    /// Whether [`Step::round`] gives exactly the oracle's integers: the group holds no value that is not finite, and
+    /// not only tiny ones.
     #[track_caller]
     pub fn is_ordinary(&self) -> Val<'k, bool> {
         let finite = self.max_bits.lt(f32::INFINITY.to_bits() as i32);
@@ -114,7 +114,8 @@ impl<'k> Step<'k> {
         }
     }
 
-    /// The integers of neighbouring channels in one register, the first in the lowest bits: four of 8 bits or eight of 4.
+    /// The integers of neighbouring channels in one register, the first in the lowest bits: four of 8 bits or eight of
+    /// 4.
     #[track_caller]
     pub fn round_word(&self, x: &[Val<'k, f32>]) -> Val<'k, u32> {
         let integers: Vec<_> = x.iter().map(|&x| self.round(x)).collect();

@@ -7,8 +7,8 @@ use sage_ptx::{Program, Target};
 
 /// A kernel, specialised by the fields of the type that implements this.
 pub trait Kernel: Any + fmt::Debug + Send + Sync {
-    /// Its name: unique for the configuration, and the same in every version of the library that builds the same program
-    /// from it.
+    /// Its name: unique for the configuration, and the same in every version of the library that builds the same
+    /// program from it.
     fn name(&self) -> String;
 
     /// What it does, in one line.

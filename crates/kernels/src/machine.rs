@@ -16,8 +16,8 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// A GPU of that target as it is sold most, where none is at hand: an A100, RTX 3090, RTX 4090, H100, B200 or RTX 5090,
-    /// by NVIDIA's architecture whitepapers and the CUDA C++ Programming Guide, table of compute capabilities.
+    /// A GPU of that target as it is sold most, where none is at hand: an A100, RTX 3090, RTX 4090, H100, B200 or RTX
+    /// 5090, by NVIDIA's architecture whitepapers and the CUDA C++ Programming Guide, table of compute capabilities.
     pub fn typical(target: Target) -> Self {
         let (multiprocessors, shared_kib, l2_mib) = match target.sm() {
             0..=79 => (40, 64, 4),

@@ -107,7 +107,8 @@ pub struct Operands {
 }
 
 impl Operands {
-    /// For tensors of type `dtype`: Q and K as given or as `quantizer` makes them, P and V as elements of type `values`.
+    /// For tensors of type `dtype`: Q and K as given or as `quantizer` makes them, P and V as elements of type
+    /// `values`.
     pub fn new(dtype: DType, quantizer: Option<IntQuantizer>, values: Element, sums: Accumulator) -> Self {
         let given =
             Operand { element: Element::of(dtype), source: OperandSource::Given, scales: Scales::None };

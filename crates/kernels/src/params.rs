@@ -3,8 +3,8 @@
 /// Declares a kernel's parameters as two structs with the same fields: the values inside the kernel, and the numbers
 /// that a launch passes.
 ///
-/// Field kinds: `[T]` is an array of `T` in device memory (an address for the host), `i32`, `i64` and `f32` are numbers,
-/// `(tensor N)` is a tensor with N strides ([`TensorParam`](crate::tensor::TensorParam),
+/// Field kinds: `[T]` is an array of `T` in device memory (an address for the host), `i32`, `i64` and `f32` are
+/// numbers, `(tensor N)` is a tensor with N strides ([`TensorParam`](crate::tensor::TensorParam),
 /// [`TensorArg`](crate::tensor::TensorArg)), and `input` one whose rows are sequences': the fields of
 /// [`InputParams`](crate::preprocess::InputParams). `pool` is a KV cache's: [`PoolParams`](crate::decode::PoolParams).
 macro_rules! kernel_params {

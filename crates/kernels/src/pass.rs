@@ -1,9 +1,9 @@
 //! A pass: launches that follow one another on a stream and share a workspace.
 //!
-//! A planner makes one with a `PassBuilder`: each kernel reserves the slots of the workspace that it writes, finds those
-//! that it reads, and says how a launch's arguments follow from the caller's tensors. A [`Pass`] knows no driver: whoever
-//! runs it, on a GPU or in the emulator, loads [`Pass::programs`], zeroes [`Pass::zeroed_bytes`] at the workspace's start
-//! (often none), and launches what [`Pass::run`] hands over, in order.
+//! A planner makes one with a `PassBuilder`: each kernel reserves the slots of the workspace that it writes, finds
+//! those that it reads, and says how a launch's arguments follow from the caller's tensors. A [`Pass`] knows no driver:
+//! whoever runs it, on a GPU or in the emulator, loads [`Pass::programs`], zeroes [`Pass::zeroed_bytes`] at the
+//! workspace's start (often none), and launches what [`Pass::run`] hands over, in order.
 
 use std::fmt;
 use std::sync::Arc;

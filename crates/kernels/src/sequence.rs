@@ -57,8 +57,8 @@ pub(crate) struct Sequence<'k> {
     pub q_len: Val<'k, i32>,
     /// First key row.
     pub kv_start: Val<'k, i32>,
-    /// Valid key rows, but where no explicit mask counts keys from the first: from `kv_start` on, those that the band lets
-    /// some query see. (Of dense tensors the host has left out the others.)
+    /// Valid key rows, but where no explicit mask counts keys from the first: from `kv_start` on, those that the band
+    /// lets some query see. (Of dense tensors the host has left out the others.)
     pub kv_len: Val<'k, i32>,
     /// First key tile in the workspace.
     pub first_tile: Val<'k, i32>,

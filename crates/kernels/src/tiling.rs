@@ -46,7 +46,8 @@ pub struct WarpTiling {
 /// A tile shape for [`Engine::Warpgroups`], each of which has 64 query rows.
 #[derive(Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct WarpgroupTiling {
-    /// Warpgroups of a block that compute: 2 or 3, or 1 where a multiprocessor holds two blocks, whose tiles of keys differ.
+    /// Warpgroups of a block that compute: 2 or 3, or 1 where a multiprocessor holds two blocks, whose tiles of keys
+    /// differ.
     pub groups: usize,
     /// Keys of a tile: 64 or 128.
     pub tile_keys: usize,

@@ -1,6 +1,6 @@
-//! Every kernel of the catalogue goes through NVIDIA's assembler: it must be accepted, and use as many registers and spill
-//! as many bytes as `registers.txt` says. Spills that stand there are known: the assembler fills registers with loads in
-//! flight and spills loop bounds for them, and every arrangement without was slower
+//! Every kernel of the catalogue goes through NVIDIA's assembler: it must be accepted, and use as many registers and
+//! spill as many bytes as `registers.txt` says. Spills that stand there are known: the assembler fills registers with
+//! loads in flight and spills loop bounds for them, and every arrangement without was slower
 //! (docs/performance/ampere.md#what-limits-it-now). New ones fail.
 //!
 //! Needs no GPU, but `ptxas`: the one that the variable `PTXAS` names, or the one that `scripts/fetch_ptxas.sh`

@@ -162,8 +162,7 @@ fn two_halves_of_the_keys_are_the_whole() {
 #[test]
 fn tiles_are_those_that_blocks_are_made_of() {
     let config = |target: Target, scheme: Scheme, blocks: [usize; 2]| {
-        let problem =
-            Problem { blocks: Some(blocks), ..Problem::dense(DType::F16, [1, 24, 24], [4096, 4096], 128) };
+        let problem = Problem::dense(DType::F16, [1, 24, 24], [4096, 4096], 128).blocks(blocks);
         let request = Request { scheme: Some(scheme), ..Request::new(&problem) };
         let plan = ForwardPlan::new(&problem, &request, &Machine::typical(target)).unwrap();
         let found =

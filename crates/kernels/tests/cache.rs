@@ -45,7 +45,7 @@ fn case() -> Case {
         chunks: vec![70, 1, 1, 30],
         split: Some(64),
         rows: None,
-        options: Options { band: Band::causal(Alignment::BottomRight), ..Options::default() },
+        options: Options::default().band(Band::causal(Alignment::BottomRight)),
     }
 }
 
@@ -321,7 +321,7 @@ fn chunks_of_queries_windows_and_soft_caps_are_the_oracles() {
     let causal = Band::causal(Alignment::BottomRight);
     for band in [Band::FULL, causal, Band { left: Some(20), ..causal }] {
         for logit_softcap in [None, Some(5.0)] {
-            let options = Options { band, logit_softcap, ..Options::default() };
+            let options = Options::default().band(band).logit_softcap(logit_softcap);
             for q_len in [2, 7] {
                 Case { q_len, options, dtype: DType::BF16, ..case() }.check();
             }
@@ -367,7 +367,7 @@ fn a_row_that_is_not_finite_spoils_what_sees_it_and_no_other() {
 #[test]
 fn planned_passes_are_the_oracles() {
     let window = Band { left: Some(50), right: Some(0), alignment: Alignment::BottomRight };
-    let windowed = Options { band: window, logit_softcap: Some(20.0), ..Options::default() };
+    let windowed = Options::default().band(window).logit_softcap(20.0);
     for (q_len, group, options) in [(1, 1, case().options), (1, 2, windowed), (3, 4, case().options)] {
         // More than the 256 tokens that a part has at least.
         Case { split: None, chunks: vec![290, 1, 40], q_len, group, options, ..case() }.check();

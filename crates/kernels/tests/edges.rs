@@ -249,7 +249,7 @@ fn a_scheme_does_not_depend_on_how_tensors_lie_in_memory() {
                 (4096, 9000),
             ] {
                 for (heads, band) in [([1, 1], Band::FULL), ([8, 2], CAUSAL)] {
-                    let problem = Problem { band, ..problem([2, heads[0], heads[1], q_len, kv_len]) };
+                    let problem = problem([2, heads[0], heads[1], q_len, kv_len]).band(band);
                     let schemes =
                         [(true, true), (true, false), (false, false)].map(|(aligned, has_tensor_map)| {
                             let request =

@@ -1,5 +1,5 @@
-//! What no query sees must not count, on both engines, whatever K and V hold there: masked keys, keys outside the band, and
-//! the biases that programs write for padding.
+//! What no query sees must not count, on both engines, whatever K and V hold there: masked keys, keys outside the band,
+//! and the biases that programs write for padding.
 
 use sage_core::{Alignment, Band, DType, Preset, Scheme, oracle};
 use sage_kernels::forward::int8_scheme;
@@ -11,8 +11,8 @@ const LEAST: f32 = f32::from_bits(0xff7f_0000);
 
 const TOP_LEFT: Band = Band { left: None, right: Some(0), alignment: Alignment::TopLeft };
 
-/// Schemes that read K and V as they are, that quantise K, that rotate it first, that quantise both from all rows or from some,
-/// and that convert V.
+/// Schemes that read K and V as they are, that quantise K, that rotate it first, that quantise both from all rows or
+/// from some, and that convert V.
 fn schemes() -> [Scheme; 6] {
     [
         Preset::FULL.scheme(64),

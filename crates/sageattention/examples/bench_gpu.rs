@@ -169,14 +169,12 @@ impl Bench {
         let [q, k, v] = &self.inputs;
         let blocks = shape.blocks.map(|blocks| Blocks::new(&self.stream, &shape, blocks)).transpose()?;
         let mask = shape.mask.map(|mask| ExplicitMask::new(&self.stream, &shape, mask)).transpose()?;
-        let inputs = Inputs {
-            mask: mask.as_ref().map(ExplicitMask::view).transpose()?,
-            block_mask: blocks.as_ref().map(Blocks::view).transpose()?,
-            ..Inputs::new(seen_as(q, &q_sizes)?, seen_as(k, &kv_sizes)?, seen_as(v, &kv_sizes)?)
-        };
+        let inputs = Inputs::new(seen_as(q, &q_sizes)?, seen_as(k, &kv_sizes)?, seen_as(v, &kv_sizes)?)
+            .mask(mask.as_ref().map(ExplicitMask::view).transpose()?)
+            .block_mask(blocks.as_ref().map(Blocks::view).transpose()?);
         let out = seen_as(&self.out, &q_sizes)?;
         let band = Band { right: shape.causal.then_some(0), ..Band::FULL };
-        let call = Call::check(&inputs, &Options { band, ..Options::default() })?;
+        let call = Call::check(&inputs, &Options::default().band(band))?;
         for &scheme in schemes {
             let row = self.scheme(scheme, &call, out);
             let mut row = row.unwrap_or_else(|error| json!({ "error": error.to_string() }));

@@ -262,12 +262,11 @@ impl<'a> Attention<'a> {
     /// The options that a check of a call takes, in core's words.
     pub fn options(&self) -> Options {
         let right = if self.causal { Some(0) } else { self.window.right };
-        Options {
-            layout: self.layout,
-            sm_scale: self.sm_scale,
-            band: Band { right, ..self.window },
-            logit_softcap: self.logit_softcap,
-        }
+        Options::default()
+            .layout(self.layout)
+            .sm_scale(self.sm_scale)
+            .band(Band { right, ..self.window })
+            .logit_softcap(self.logit_softcap)
     }
 
     /// Computes into new memory of this machine.
@@ -296,12 +295,10 @@ impl<'a> Attention<'a> {
         [q, k, v]: [B::Tensor<'t>; 3],
     ) -> Result<Call<'t, B::Tensor<'t>>> {
         self.check_device(backend)?;
-        let inputs = Inputs {
-            mask: self.mask.map(|mask| B::mask(mask)).transpose()?,
-            block_mask: self.block_mask.map(|mask| B::block_mask(mask)).transpose()?,
-            lengths: B::lengths(self.lengths)?,
-            ..Inputs::new(q, k, v)
-        };
+        let inputs = Inputs::new(q, k, v)
+            .mask(self.mask.map(|mask| B::mask(mask)).transpose()?)
+            .block_mask(self.block_mask.map(|mask| B::block_mask(mask)).transpose()?)
+            .lengths(B::lengths(self.lengths)?);
         Call::check(&inputs, &self.options())
     }
 

@@ -167,8 +167,8 @@ fn a_check_of_host_tensors_allocates_nothing() {
     let band = Attention::new().causal(true).window(7, 0).options();
     for inputs in [
         dense,
-        Inputs { lengths: Lengths::KvLens(&[40, 11]), ..dense },
-        Inputs { lengths: lists, ..Inputs::new(packed.view(), packed.view(), packed.view()) },
+        dense.lengths(Lengths::KvLens(&[40, 11])),
+        Inputs::new(packed.view(), packed.view(), packed.view()).lengths(lists),
     ] {
         for options in [Options::default(), band] {
             let check = || {

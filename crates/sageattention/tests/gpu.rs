@@ -168,15 +168,16 @@ fn shapes_and_options() {
         let visible: Vec<bool> = normal(9, shape.iter().product()).iter().map(|&x| x < 0.5).collect();
         let mask = Mask::Bool(View::contiguous("mask", &visible, &shape).unwrap());
         let masked = base.clone().mask(mask).causal(true);
-        check("mask", &masked, Inputs { mask: Some(mask), ..inputs() }, scheme, limit);
+        check("mask", &masked, inputs().mask(mask), scheme, limit);
         for bias_dtype in [DType::F32, DType::F16, DType::BF16] {
             let bias = random(10, &[1, 4, 1, kv_len], bias_dtype, 0.0);
             let mask = Mask::Additive(bias.view());
-            check("bias", &base.clone().mask(mask), Inputs { mask: Some(mask), ..inputs() }, scheme, limit);
+            let inputs = Inputs::new(q.view(), k.view(), v.view()).mask(mask);
+            check("bias", &base.clone().mask(mask), inputs, scheme, limit);
         }
         let kv_lens = [200, 0];
         let lengths = sageattention::Lengths::KvLens(&kv_lens);
-        check("kv_lens", &base.clone().kv_lens(&kv_lens), Inputs { lengths, ..inputs() }, scheme, limit);
+        check("kv_lens", &base.clone().kv_lens(&kv_lens), inputs().lengths(lengths), scheme, limit);
         let (cu_q, cu_k) = ([0, 100, 100, 190], [0, 64, 130, 260]);
         let packed = |x: &Tensor, heads: usize, rows: usize| {
             let x = x.to_f32_vec();
@@ -184,7 +185,7 @@ fn shapes_and_options() {
         };
         let (pq, pk, pv) = (packed(&q, 4, q_len), packed(&k, 2, kv_len), packed(&v, 2, kv_len));
         let lengths = sageattention::Lengths::Packed { cu_seqlens_q: &cu_q, cu_seqlens_k: &cu_k };
-        let inputs = Inputs { lengths, ..Inputs::new(pq.view(), pk.view(), pv.view()) };
+        let inputs = Inputs::new(pq.view(), pk.view(), pv.view()).lengths(lengths);
         check("packed", &base.clone().packed(&cu_q, &cu_k).causal(true), inputs, scheme, limit);
         count += 16;
     }

@@ -79,12 +79,10 @@ impl OwnedCall {
             block_q: blocks.block_q,
             block_k: blocks.block_k,
         });
-        Inputs {
-            mask: self.mask.as_ref().map(OwnedMask::view),
-            block_mask,
-            lengths: self.lengths(),
-            ..Inputs::new(self.q.view(), self.k.view(), self.v.view())
-        }
+        Inputs::new(self.q.view(), self.k.view(), self.v.view())
+            .mask(self.mask.as_ref().map(OwnedMask::view))
+            .block_mask(block_mask)
+            .lengths(self.lengths())
     }
 
     /// Lengths of the sequences.

@@ -247,12 +247,11 @@ impl Case {
             q,
             k,
             v,
-            options: Options {
-                layout: self.layout,
-                sm_scale: self.sm_scale,
-                band: self.band,
-                logit_softcap: self.softcap,
-            },
+            options: Options::default()
+                .layout(self.layout)
+                .sm_scale(self.sm_scale)
+                .band(self.band)
+                .logit_softcap(self.softcap),
             mask,
             blocks,
             kv_lens: match &self.sequences {

@@ -73,8 +73,11 @@ impl Emulated {
             ..Request::new(&checked.problem)
         }
         .with_masks_of(tensors);
-        let [q_len, kv_len] = self.longest.unwrap_or([checked.problem.q_len, checked.problem.kv_len]);
-        ForwardPlan::new(&Problem { q_len, kv_len, ..checked.problem }, &request, &self.machine)
+        let mut problem = checked.problem;
+        if let Some(longest) = self.longest {
+            [problem.q_len, problem.kv_len] = longest;
+        }
+        ForwardPlan::new(&problem, &request, &self.machine)
     }
 }
 

@@ -48,12 +48,10 @@ impl Runner for Cuda {
             block_q: mask.block_q,
             block_k: mask.block_k,
         });
-        let inputs: DeviceInputs<'_> = Inputs {
-            mask: mask.as_ref().map(MaskThere::view),
-            block_mask,
-            lengths: call.lengths(),
-            ..Inputs::new(q.view(), k.view(), v.view())
-        };
+        let inputs: DeviceInputs<'_> = Inputs::new(q.view(), k.view(), v.view())
+            .mask(mask.as_ref().map(MaskThere::view))
+            .block_mask(block_mask)
+            .lengths(call.lengths());
         let lse = call.lse.then(|| Buffer::new(&stream, 4 * checked.lse_rows()).unwrap());
         let choice = scheme.map_or(Choice::Automatic, Choice::Scheme);
         let to = lse.as_ref().map(DeviceLse::of);

@@ -144,12 +144,11 @@ impl RandomCall {
             let factor: f32 = rng.random_range(0.3..1.5);
             factor / (kind.head_dim as f32).sqrt()
         });
-        let options = Options {
-            layout,
-            sm_scale,
-            band,
-            logit_softcap: kind.softcap.then(|| rng.random_range(5.0..30.0)),
-        };
+        let options = Options::default()
+            .layout(layout)
+            .sm_scale(sm_scale)
+            .band(band)
+            .logit_softcap(kind.softcap.then(|| rng.random_range(5.0..30.0)));
         let cu_seqlens = packed.then(|| (boundaries(0), boundaries(1)));
         let call = OwnedCall {
             out: out.0,

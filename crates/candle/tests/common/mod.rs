@@ -61,7 +61,7 @@ pub fn exact(q: &Tensor, k: &Tensor, v: &Tensor, question: &Question<'_>) -> (Ve
             Some(Mask::Additive(bias.view()))
         }
     };
-    let inputs = Inputs { mask, lengths: question.lengths, ..Inputs::new(q.view(), k.view(), v.view()) };
+    let inputs = Inputs::new(q.view(), k.view(), v.view()).mask(mask).lengths(question.lengths);
     let call = Call::check(&inputs, &question.options).unwrap();
     let output = oracle::exact(&call);
     // The oracle's order is [batch, heads, seq, head_dim]; the output's is Q's.

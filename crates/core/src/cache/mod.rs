@@ -27,8 +27,8 @@ pub enum ValueFormat {
     BF16,
     /// E4M3 with a scale for each token and head. Relative error of a value: up to 1/16.
     Fp8E4M3,
-    /// INT8 with a scale for each token and head. Error of a value: up to 1/254 of its row's largest magnitude, which is
-    /// less than E4M3's unless a few channels are much larger than the others.
+    /// INT8 with a scale for each token and head. Error of a value: up to 1/254 of its row's largest magnitude, which
+    /// is less than E4M3's unless a few channels are much larger than the others.
     Int8,
 }
 

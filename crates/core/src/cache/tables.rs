@@ -82,8 +82,8 @@ impl BlockTables {
         self.entry(sequence).map(|entry| &entry.pages[..])
     }
 
-    /// Gives every sequence of `sequences` pages of its own for `tokens` more tokens, and says which shared pages must be
-    /// copied first. Lengths stay as they are until [`BlockTables::advance`].
+    /// Gives every sequence of `sequences` pages of its own for `tokens` more tokens, and says which shared pages must
+    /// be copied first. Lengths stay as they are until [`BlockTables::advance`].
     ///
     /// # Errors
     /// When a sequence does not exist or is named twice, would be longer than 2³¹ − 1 tokens, or when the pool has too

@@ -97,7 +97,7 @@ impl Select {
 struct Weights(Vec<u64>);
 
 impl Weights {
-    /// Of blocks with finite scores, the highest first.
+    /// The weights of blocks with finite scores, the highest first.
     fn of(ranked: &[(usize, f32)]) -> Self {
         let mut sum = 0;
         let add = |&(_, score): &(usize, f32)| {

@@ -178,7 +178,7 @@ kernel_params! {
         /// Log-sum-exp, `[sequences, q_heads, q_rows]`, or `[q_heads, total]` when packed. Of a split: pairs for
         /// [`CombineConfig`](crate::combine::CombineConfig), `[splits]` such.
         lse: [f32],
-        /// Of a split: unrounded outputs `[splits, sequences, q_heads, q_rows, head_dim]`.
+        /// For a split: unrounded outputs `[splits, sequences, q_heads, q_rows, head_dim]`.
         partial: [f32],
         /// Scales of quantised K.
         k_scale: [f32],
@@ -194,11 +194,11 @@ kernel_params! {
         delta_s: [f32],
         /// Explicit mask.
         mask: (tensor 4),
-        /// Of a mask: which keys of a tile some query sees, [`SeenKeysConfig`](crate::preprocess::SeenKeysConfig).
+        /// For a mask: which keys of a tile some query sees, [`SeenKeysConfig`](crate::preprocess::SeenKeysConfig).
         seen: [u32],
-        /// Of a mask: tiles from one sequence's words to the next.
+        /// For a mask: tiles from one sequence's words to the next.
         seen_stride_sequence: i32,
-        /// Of a mask: tiles from one key head's words to the next.
+        /// For a mask: tiles from one key head's words to the next.
         seen_stride_head: i32,
         /// Boundaries of packed queries.
         cu_seqlens_q: [i32],
@@ -226,13 +226,13 @@ kernel_params! {
         bottom_right: i32,
         /// Parts of the keys.
         splits: i32,
-        /// Of warpgroups: pieces of work that were taken, zero before every launch; null where pieces are all alike.
+        /// For warpgroups: pieces of work that were taken, zero before every launch; null where pieces are all alike.
         taken: [u32],
-        /// Of warpgroups: tiles of queries of the longest sequence.
+        /// For warpgroups: tiles of queries of the longest sequence.
         q_tiles: i32,
         /// Heads of all sequences and parts of the keys.
         all_heads: i32,
-        /// Of warpgroups: heads whose pieces are handed out together, a divisor of `all_heads`.
+        /// For warpgroups: heads whose pieces are handed out together, a divisor of `all_heads`.
         heads_together: i32,
         /// Query rows of all heads and batch entries: rows of the log-sum-exp.
         total_rows: i64,

@@ -13,11 +13,12 @@ use crate::params::kernel_params;
 use crate::sparse::{MaskWords, Packing, STRIP_ROWS};
 use crate::tiling::Engine;
 
-/// What an entry of a list has beside the index of a tile of which the band or the end of the keys hides some score: keys
-/// of such a tile are compared with both.
+/// What an entry of a list has beside the index of a tile of which the band or the end of the keys hides some score:
+/// keys of such a tile are compared with both.
 pub const CUT_TILE: u32 = 1 << 31;
 
-/// What an entry of a list has beside the index of a tile of which a mask hides or changes some score: there it is read.
+/// What an entry of a list has beside the index of a tile of which a mask hides or changes some score: there it is
+/// read.
 pub const MASKED_TILE: u32 = 1 << 30;
 
 kernel_params! {

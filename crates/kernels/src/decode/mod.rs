@@ -1,7 +1,7 @@
 //! A quantised KV cache in device memory: appending to it, and attention over it through block tables.
 //!
-//! What is stored is defined by [`sage_core::oracle::CachedHead`]. Every part of the pool is an array with a row for each
-//! `[page][kv_head][slot]`, or `[page][kv_head]`; rows of codes are padded to whole chunks of 16 channels.
+//! What is stored is defined by [`sage_core::oracle::CachedHead`]. Every part of the pool is an array with a row for
+//! each `[page][kv_head][slot]`, or `[page][kv_head]`; rows of codes are padded to whole chunks of 16 channels.
 
 mod advance;
 mod append;
@@ -62,7 +62,7 @@ impl PoolBytes {
 }
 
 impl Storage {
-    /// Of a cache with this layout.
+    /// For a cache with this layout.
     pub fn new(layout: &CacheLayout) -> Self {
         Storage { head_dim: layout.head_dim, page_size: layout.page_size, values: layout.values }
     }

@@ -323,8 +323,8 @@ fn splits(call: &ForwardCall, config: &AttentionConfig) -> usize {
     if blocks == 0 || blocks * 2 > wanted { 1 } else { (wanted / blocks).min(tiles / 4).max(1) }
 }
 
-/// Heads whose pieces of work are handed out together. Where pieces differ in length there must be many to even out, but their
-/// keys and values must stay in cache: in half of it, as each half of a large GPU's may hold a copy.
+/// Heads whose pieces of work are handed out together. Where pieces differ in length there must be many to even out,
+/// but their keys and values must stay in cache: in half of it, as each half of a large GPU's may hold a copy.
 fn heads_together(call: &ForwardCall, config: &AttentionConfig, all_heads: usize) -> usize {
     if call.pieces_alike() {
         return 1;

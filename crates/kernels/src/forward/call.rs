@@ -91,9 +91,9 @@ impl ForwardCall {
         4 * self.problem.batch * self.problem.num_q_heads * self.query_blocks(rows) * columns
     }
 
-    /// By how many heads statistics run ahead of what needs them: of as many heads a quarter of the L2 cache holds K or V. On
-    /// large GPUs these are more blocks than run at once, so that none waits; and their cache is cut in halves that may both
-    /// hold a line, with what is being written beside it.
+    /// By how many heads statistics run ahead of what needs them: of as many heads a quarter of the L2 cache holds K or
+    /// V. On large GPUs these are more blocks than run at once, so that none waits; and their cache is cut in halves
+    /// that may both hold a line, with what is being written beside it.
     pub fn lead(&self) -> usize {
         let of_head = (2 * self.problem.kv_len * self.problem.head_dim).max(1);
         (self.machine.l2_bytes / 4 / of_head).min(self.all_kv_heads()).max(1)
@@ -128,7 +128,8 @@ impl ForwardCall {
         (number(head, self.problem.num_kv_heads), number(sequence, self.problem.batch))
     }
 
-    /// Tiles from one sequence's words of keys that are seen to the next, and from one head's: 0 where the mask is the same.
+    /// Tiles from one sequence's words of keys that are seen to the next, and from one head's: 0 where the mask is the
+    /// same.
     pub fn seen_strides(&self, tensors: &Tensors) -> [i32; 2] {
         let [batch, head, ..] = tensors.mask.strides;
         let tiles = self.seen_tiles();

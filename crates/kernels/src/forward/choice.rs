@@ -18,20 +18,20 @@ pub fn int8_scheme(dtype: DType) -> Scheme {
     Scheme { pv, ..Preset::INT8_FP8.scheme(64) }
 }
 
-/// Relative L1 errors on N(0, 1) at 4096 keys, head_dim 128, a little above what was measured on an H100: full precision in
-/// bf16, INT8 scores with 16-bit P·V, and with FP8 P·V (docs/performance/hopper.md#accuracy-on-the-gpu).
+/// Relative L1 errors on N(0, 1) at 4096 keys, head_dim 128, a little above what was measured on an H100: full
+/// precision in bf16, INT8 scores with 16-bit P·V, and with FP8 P·V (docs/performance/hopper.md#accuracy-on-the-gpu).
 const FULL_ERROR: f32 = 0.0025;
 const INT8_ERROR: f32 = 0.0135;
 const FP8_ERROR: f32 = 0.039;
 
-/// Keys of each query of a key head up to which full precision is as fast as INT8 scores on Hopper, as the pass over K costs what
-/// they save: all keys of the sequence, or those that a query sees on average. On an H200 INT8 is 1.00 of it at 1024 keys, 0.93
-/// with a causal mask, and 1.1 to 1.2 at 2048.
+/// Keys of each query of a key head up to which full precision is as fast as INT8 scores on Hopper, as the pass over K
+/// costs what they save: all keys of the sequence, or those that a query sees on average. On an H200 INT8 is 1.00 of it
+/// at 1024 keys, 0.93 with a causal mask, and 1.1 to 1.2 at 2048.
 const FULL_KEYS: usize = 1024;
 const FULL_SEEN_KEYS: usize = 512;
 
-/// Keys that a query of each key head sees on average, from which FP8 P·V repays the pass over V: on an H200 INT8 with FP8 is 0.96 of
-/// INT8 with 16-bit P·V at 2048 and 1.03 at 4096.
+/// Keys that a query of each key head sees on average, from which FP8 P·V repays the pass over V: on an H200 INT8 with
+/// FP8 is 0.96 of INT8 with 16-bit P·V at 2048 and 1.03 at 4096.
 const FP8_KEYS: usize = 3072;
 
 /// The planner's own choice: the fastest of those that are accurate enough.
@@ -95,7 +95,7 @@ mod tests {
         let x = Tensor::new(vec![half::f16::ZERO; len * 128], &[1, 1, len, 128])?;
         let inputs = Inputs::new(x.view(), x.view(), x.view());
         let band = Band { right: causal.then_some(0), ..Band::FULL };
-        let call = Call::check(&inputs, &Options { band, ..Options::default() })?;
+        let call = Call::check(&inputs, &Options::default().band(band))?;
         let request = Request { accuracy, ..Request::new(&call.problem) };
         Ok(choose(&call.problem, &request, &Machine::typical(target))?.0)
     }

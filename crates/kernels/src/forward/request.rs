@@ -75,8 +75,8 @@ impl Extent {
 }
 
 impl Request {
-    /// The planner's choices for a problem whose tensors are dense, without gaps and without the log-sum-exp; its mask, if it
-    /// has one, is boolean.
+    /// The planner's choices for a problem whose tensors are dense, without gaps and without the log-sum-exp; its mask,
+    /// if it has one, is boolean.
     pub fn new(problem: &Problem) -> Self {
         let aligned = problem.head_dim.is_multiple_of(CHUNK);
         Request {

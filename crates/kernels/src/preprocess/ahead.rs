@@ -53,8 +53,8 @@ impl<'k> Work<'k> {
         Work { collects, sequence, head, tile, in_grid: Some(tiles) }
     }
 
-    /// The head's tiles that some block collects. Lengths in device memory may exceed the longest that the grid was made
-    /// for: what has no block never comes, and must not be waited for.
+    /// The head's tiles that some block collects. Lengths in device memory may exceed the longest that the grid was
+    /// made for: what has no block never comes, and must not be waited for.
     #[track_caller]
     pub fn collected_tiles(&self, head: &Head<'k>) -> Val<'k, i32> {
         match (head.source.lengths, self.in_grid) {

@@ -17,8 +17,8 @@ pub(crate) const fn groups_of_tile(granularity: Granularity) -> usize {
     }
 }
 
-/// The largest magnitude of a group as bits, which are ordered as magnitudes are, NaN above all; and the group's index in
-/// the tile.
+/// The largest magnitude of a group as bits, which are ordered as magnitudes are, NaN above all; and the group's index
+/// in the tile.
 pub(super) type Group<'k> = (Val<'k, i32>, Val<'k, i32>);
 
 /// The group that all the thread's rows belong to; `max` is their largest magnitude, as bits.

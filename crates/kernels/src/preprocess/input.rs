@@ -17,23 +17,23 @@ kernel_params! {
         sequences: i32,
         /// Boundaries of packed sequences, or the valid rows of each batch entry.
         cu_seqlens: [i32],
-        /// Of keys: query rows of the tensors.
+        /// For keys: query rows of the tensors.
         q_rows: i32,
-        /// Of keys: boundaries of packed queries.
+        /// For keys: boundaries of packed queries.
         cu_seqlens_q: [i32],
-        /// Of keys: those visible before the diagonal; 2³⁰ for all.
+        /// For keys: those visible before the diagonal; 2³⁰ for all.
         window_left: i32,
-        /// Of keys: those visible after the diagonal; 2³⁰ for all.
+        /// For keys: those visible after the diagonal; 2³⁰ for all.
         window_right: i32,
-        /// Of keys: whether the last query sees the last key at the diagonal (1), or the first the first (0).
+        /// For keys: whether the last query sees the last key at the diagonal (1), or the first the first (0).
         bottom_right: i32,
-        /// Of masked keys: which of a tile some query sees, [`SeenKeysConfig`](super::SeenKeysConfig).
+        /// For masked keys: which of a tile some query sees, [`SeenKeysConfig`](super::SeenKeysConfig).
         seen: [u32],
-        /// Of masked keys: how many before a tile count.
+        /// For masked keys: how many before a tile count.
         ranks: [i32],
-        /// Of masked keys: tiles from one sequence's to the next; 0 where all have the same mask.
+        /// For masked keys: tiles from one sequence's to the next; 0 where all have the same mask.
         seen_stride_sequence: i32,
-        /// Of masked keys: tiles from one head's to the next; 0 where all have the same mask.
+        /// For masked keys: tiles from one head's to the next; 0 where all have the same mask.
         seen_stride_head: i32,
     }
 }

@@ -17,9 +17,9 @@
 //! Every byte of a tile that belongs to a sequence is written: zeros where the sequence has no row or the head no
 //! channel, and in rows that an explicit mask hides from every query.
 //!
-//! A kernel that needs statistics of whole columns computes them itself: in its launch they run a few heads ahead
-//! of the blocks that need them, so that hardly any block waits, and tiles are read again from the L2 cache. Statistics of a few
-//! rows take a launch of their own.
+//! A kernel that needs statistics of whole columns computes them itself: in its launch they run a few heads ahead of
+//! the blocks that need them, so that hardly any block waits, and tiles are read again from the L2 cache. Statistics of
+//! a few rows take a launch of their own.
 
 mod ahead;
 mod convert_v;

@@ -5,7 +5,7 @@ use sage_ptx::{Code, Program, Val, Var, kernel};
 
 use super::ahead::{self, Work};
 use super::groups::{Group, group_maxima_per_token, group_maximum, groups_of_tile};
-use super::statistics::{ColumnStatistics, Meeting, Outputs};
+use super::statistics::{ColumnStatistics, LastBlock, Outputs};
 use super::tile_load::{CHUNK, Head, ROWS, RowOrder, Rows, Source, tile_grid};
 use crate::integer::{Step, magnitude_bits};
 use crate::kernel::Kernel;
@@ -98,8 +98,8 @@ impl QuantizeKConfig {
         self.source.threads()
     }
 
-    /// Blocks along x, y and z, where the longest sequence has `max_kv_len` keys and, where they are collected, statistics are
-    /// `lead` heads ahead.
+    /// Blocks along x, y and z, where the longest sequence has `max_kv_len` keys and, where they are collected,
+    /// statistics are `lead` heads ahead.
     pub fn grid(&self, max_kv_len: usize, kv_heads: usize, sequences: usize, lead: usize) -> [u32; 3] {
         if self.mean == KeyMean::Collected {
             ahead::grid(max_kv_len, kv_heads, sequences, lead)
@@ -127,14 +127,14 @@ impl QuantizeKConfig {
         let head = Head::at(code, &self.source, &p.input, [work.sequence, work.head]);
         let first_tile = head.head * p.key_tiles + head.sequence.first_tile;
         let mean = ColumnStatistics::Mean;
-        let meeting = collected
-            .then(|| Meeting::new(&head, mean, first_tile, work.tile, &work, p.partials, p.arrivals));
-        if let Some(meeting) = &meeting {
+        let last_block = collected
+            .then(|| LastBlock::new(&head, mean, first_tile, work.tile, &work, p.partials, p.arrivals));
+        if let Some(last_block) = &last_block {
             let outputs =
                 Outputs { mean: p.mean, scale: p.scale, factor: p.scale, v_max: code.constant(0.0) };
-            let collect = || outputs.collect(&head, work.tile, mean, RowOrder::Modulo8, meeting);
+            let collect = || outputs.collect(&head, work.tile, mean, RowOrder::Modulo8, last_block);
             code.if_else(work.collects, collect, || {
-                self.quantise(&head, &p, &work, first_tile, Some(meeting))
+                self.quantise(&head, &p, &work, first_tile, Some(last_block))
             });
         } else {
             self.quantise(&head, &p, &work, first_tile, None);
@@ -147,15 +147,15 @@ impl QuantizeKConfig {
         p: &QuantizeKParams<'k>,
         work: &Work<'k>,
         first_tile: Val<'k, i32>,
-        meeting: Option<&Meeting<'k>>,
+        last_block: Option<&LastBlock<'k>>,
     ) {
         let (code, tile) = (head.code, work.tile);
         code.exit_when((tile * KEY_TILE as i32).ge(head.len()));
         // The tile does not depend on the statistics: it is on its way while the block looks whether they are there.
         let rows = head.load(tile, RowOrder::Modulo8);
         let workspace_tile = (first_tile + tile).named("workspace_tile");
-        if let Some(meeting) = meeting {
-            meeting.wait(head);
+        if let Some(last_block) = last_block {
+            last_block.wait(head);
         }
         let mean = (self.mean != KeyMean::Zero).then(|| head.channels(p.mean));
         let rotated = self.rotate.then(|| self.rotated(head, &rows, mean));
@@ -166,7 +166,8 @@ impl QuantizeKConfig {
 
         code.note("scales");
         let groups = self.groups_of_rows(head, &rows, mean, prepared);
-        // Steps of rows that have their own are computed where they are used: eight of them would not fit the registers.
+        // Steps of rows that have their own are computed where they are used: eight of them would not fit the
+        // registers.
         let shared = Step::of_group(&self.quantizer(), groups[0].0);
         let step = |i: usize| match self.granularity {
             Granularity::PerToken => Step::of_group(&self.quantizer(), groups[i].0),

@@ -4,7 +4,7 @@ use sage_core::oracle::E4M3_MAX;
 use sage_ptx::{Code, Program, Target, Val, kernel};
 
 use super::ahead::{self, Work};
-use super::statistics::{ColumnStatistics, Meeting, Outputs, Part};
+use super::statistics::{ColumnStatistics, LastBlock, Outputs, Part};
 use super::tile_load::{CHUNK, Head, ROWS, RowOrder, Rows, Source, tile_grid};
 use crate::grid::grid;
 use crate::kernel::Kernel;
@@ -22,8 +22,8 @@ pub struct QuantizeVConfig {
     pub scales: ValueScales,
 }
 
-/// Blocks that collect the tiles of a head that was marked, and as many that quantise them. Those of the other heads end at once:
-/// a block for each tile would take 24 µs to do so with 128 heads of 8192 tokens.
+/// Blocks that collect the tiles of a head that was marked, and as many that quantise them. Those of the other heads
+/// end at once: a block for each tile would take 24 µs to do so with 128 heads of 8192 tokens.
 const MARKED_BLOCKS: i32 = 16;
 
 /// Where the scales of V's channels come from.
@@ -54,8 +54,8 @@ kernel_params! {
         partials: [f32],
         /// `[sequences][kv_heads]`, zeros before every launch.
         arrivals: [u32],
-        /// Heads in which a value exceeds what E4M3 holds, where scales are from some rows: `[sequences][kv_heads]`, not zero
-        /// for such a head. Zeros before the launch that marks them.
+        /// Heads in which a value exceeds what E4M3 holds, where scales are from some rows: `[sequences][kv_heads]`,
+        /// not zero for such a head. Zeros before the launch that marks them.
         marked: [u32],
         /// Tiles of the workspace, all sequences together.
         key_tiles: i32,
@@ -66,8 +66,8 @@ kernel_params! {
     }
 }
 
-/// Words between neighbouring chunks' channels in shared memory: 64 bytes of a channel, and 16 that spread the writes of a
-/// warp over the banks and keep reads of 16 bytes aligned.
+/// Words between neighbouring chunks' channels in shared memory: 64 bytes of a channel, and 16 that spread the writes
+/// of a warp over the banks and keep reads of 16 bytes aligned.
 const CHANNEL_WORDS: usize = 20;
 
 impl QuantizeVConfig {
@@ -86,8 +86,8 @@ impl QuantizeVConfig {
         self.source.threads()
     }
 
-    /// Blocks along x, y and z, where the longest sequence has `max_kv_len` keys and, where they are collected, statistics are
-    /// `lead` heads ahead.
+    /// Blocks along x, y and z, where the longest sequence has `max_kv_len` keys and, where they are collected,
+    /// statistics are `lead` heads ahead.
     pub fn grid(&self, max_kv_len: usize, kv_heads: usize, sequences: usize, lead: usize) -> [u32; 3] {
         match self.scales {
             ValueScales::Collected => ahead::grid(max_kv_len, kv_heads, sequences, lead),
@@ -108,10 +108,11 @@ impl QuantizeVConfig {
         let head = Head::at(code, &self.source, &p.input, [work.sequence, work.head]);
         let statistics = self.statistics();
         let first_tile = head.head * p.key_tiles + head.sequence.first_tile;
-        let meeting = |tile| Meeting::new(&head, statistics, first_tile, tile, &work, p.partials, p.arrivals);
+        let last_block =
+            |tile| LastBlock::new(&head, statistics, first_tile, tile, &work, p.partials, p.arrivals);
         let outputs = Outputs { mean: p.mean, scale: p.scale, factor: p.factor, v_max: p.v_max };
-        let collect = |tile| outputs.collect(&head, tile, statistics, RowOrder::Quads, &meeting(tile));
-        let quantise = |tile| self.quantise(&head, &p, tile, first_tile, Some(&meeting(tile)));
+        let collect = |tile| outputs.collect(&head, tile, statistics, RowOrder::Quads, &last_block(tile));
+        let quantise = |tile| self.quantise(&head, &p, tile, first_tile, Some(&last_block(tile)));
         match self.scales {
             ValueScales::Collected => {
                 code.if_else(work.collects, || collect(work.tile), || quantise(work.tile));
@@ -136,19 +137,19 @@ impl QuantizeVConfig {
         p: &QuantizeVParams<'k>,
         tile: Val<'k, i32>,
         first_tile: Val<'k, i32>,
-        meeting: Option<&Meeting<'k>>,
+        last_block: Option<&LastBlock<'k>>,
     ) {
         let code = head.code;
         code.exit_when((tile * KEY_TILE as i32).ge(head.len()));
         // The tile does not depend on the statistics: it is on its way while the block looks whether they are there.
         let rows = head.load(tile, RowOrder::Quads);
-        if let Some(meeting) = meeting {
-            meeting.wait(head);
+        if let Some(last_block) = last_block {
+            last_block.wait(head);
         }
 
         code.note("E4M3, four tokens of a channel to a register");
         let factor = head.channels(p.factor);
-        if meeting.is_none() {
+        if last_block.is_none() {
             let magnitudes = Part::Magnitude.of_rows(&rows.only_counted());
             let exceeds = |channel: usize| {
                 let (magnitude, factor) = (magnitudes[channel], factor[channel]);

@@ -1,8 +1,8 @@
 //! Which keys the queries of a head see where there is an explicit mask: core's `SeenKeys`, for each tile of keys.
 //!
-//! Two launches: the first reads the mask, a block for each tile of keys, and stops early where all of its keys count; the
-//! second, a warp for each head of a sequence, says how many keys before each tile count, so that some of them can be
-//! picked by their rank.
+//! Two launches: the first reads the mask, a block for each tile of keys, and stops early where all of its keys count;
+//! the second, a warp for each head of a sequence, says how many keys before each tile count, so that some of them can
+//! be picked by their rank.
 
 use half::{bf16, f16};
 use sage_core::{DType, padding_bias};
@@ -196,8 +196,8 @@ fn of_bias(bias: Val<'_, f32>, dtype: DType) -> [Val<'_, bool>; 2] {
     [!bias.le(padding_bias(dtype)), !bias.le(f32::NEG_INFINITY)]
 }
 
-/// Says how many keys before each tile count, `[tiles + 1]` for each head, where `tiles` are those of the words. Where no key
-/// of a head counts, all visible ones shall: their words are then written over the others.
+/// Says how many keys before each tile count, `[tiles + 1]` for each head, where `tiles` are those of the words. Where
+/// no key of a head counts, all visible ones shall: their words are then written over the others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct RankKeysConfig;
 
@@ -290,7 +290,7 @@ pub(crate) struct SeenKeys<'k> {
 }
 
 impl<'k> SeenKeys<'k> {
-    /// Of the head whose words are those from tile `first` on.
+    /// The keys of the head whose words are those from tile `first` on.
     pub fn new(seen: Global<'k, u32>, first: Val<'k, i32>) -> Self {
         SeenKeys { words: seen.at(first.mul_wide(SEEN_WORDS as i32)) }
     }
@@ -318,7 +318,7 @@ pub(super) struct RankedKeys<'k> {
 }
 
 impl<'k> RankedKeys<'k> {
-    /// Of the head whose words and ranks are those from tile `first` on.
+    /// The keys of the head whose words and ranks are those from tile `first` on.
     pub fn new(seen: Global<'k, u32>, ranks: Global<'k, i32>, first: Val<'k, i32>) -> Self {
         RankedKeys { seen: SeenKeys::new(seen, first), ranks: ranks.at(first) }
     }

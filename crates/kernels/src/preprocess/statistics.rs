@@ -55,7 +55,7 @@ pub(super) enum Part {
 }
 
 impl Part {
-    /// Of no rows.
+    /// The part of no rows.
     const fn identity(self) -> f32 {
         match self {
             Part::Sum | Part::Magnitude => 0.0,
@@ -87,7 +87,7 @@ impl Part {
         }
     }
 
-    /// Of the thread's rows, for each of its channels.
+    /// The part of the thread's rows, for each of its channels.
     #[track_caller]
     pub fn of_rows<'k>(self, rows: &Rows<'k>) -> [Val<'k, f32>; CHUNK] {
         let extremes = |largest, zeros| rows.source.widen_chunk(rows.extremes(largest, zeros));
@@ -172,9 +172,9 @@ pub(super) fn across_block<'k>(head: &Head<'k>, part: Part, values: [Val<'k, f32
     part.tree(&parts)
 }
 
-/// Where the blocks of a head meet.
+/// Where the blocks of a head leave their contributions, which the last one to arrive adds up.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Meeting<'k> {
+pub(super) struct LastBlock<'k> {
     /// Contributions of the head's blocks, `[blocks][parts][padded_dim]`.
     partials: Global<'k, f32>,
     /// Counts the blocks that have contributed, and one more when their statistics are written.
@@ -185,8 +185,8 @@ pub(super) struct Meeting<'k> {
     block: Val<'k, i32>,
 }
 
-impl<'k> Meeting<'k> {
-    /// Of the blocks of a head whose first tile of the workspace is `first_tile`; this one's tile is `tile`.
+impl<'k> LastBlock<'k> {
+    /// For the blocks of a head whose first tile of the workspace is `first_tile`; this one's tile is `tile`.
     /// `partials` are `[kv_heads][key_tiles][parts][padded_dim]`, `arrivals` are `[sequences][kv_heads]`.
     #[track_caller]
     pub fn new(
@@ -199,7 +199,7 @@ impl<'k> Meeting<'k> {
         arrivals: Global<'k, u32>,
     ) -> Self {
         let of_tile = i64::from((statistics.partials() * head.source.padded_dim()) as i32);
-        Meeting {
+        LastBlock {
             partials: partials.at(first_tile.widen() * of_tile),
             arrivals: arrivals.at(head.index),
             blocks: work.collected_tiles(head),
@@ -313,7 +313,7 @@ impl<'k> Outputs<'k> {
         tile: Val<'k, i32>,
         statistics: ColumnStatistics,
         order: RowOrder,
-        meeting: &Meeting<'k>,
+        last_block: &LastBlock<'k>,
     ) {
         let code = head.code;
         code.when(tile.eq(0) & head.len().le(0), || self.write_empty(head, statistics));
@@ -322,7 +322,7 @@ impl<'k> Outputs<'k> {
         let parts = statistics.parts();
         let columns: Vec<_> =
             parts.iter().map(|&part| across_block(head, part, part.of_rows(&rows))).collect();
-        meeting.arrive(head, parts, &columns, |totals| {
+        last_block.arrive(head, parts, &columns, |totals| {
             self.write(head, statistics, totals, head.counted_len());
         });
     }

@@ -46,8 +46,8 @@ impl Source {
         self.padded_dim() as u32
     }
 
-    /// Asks that `threads` threads fit a multiprocessor. With 1024 of 64 registers, 128 KiB of tiles are on their way to
-    /// registers or waiting there, which covers the latency of memory. Loads of single elements need more registers:
+    /// Asks that `threads` threads fit a multiprocessor. With 1024 of 64 registers, 128 KiB of tiles are on their way
+    /// to registers or waiting there, which covers the latency of memory. Loads of single elements need more registers:
     /// with a tighter bound, or none, the driver's compiler spills.
     pub(super) fn bound_registers(&self, code: &Code, threads: u32) {
         let threads = if self.aligned { threads } else { 256 };
@@ -107,7 +107,7 @@ pub(super) fn tile_grid(max_rows: usize, heads: usize, sequences: usize) -> [u32
 pub(super) enum RowOrder {
     /// Rows that are equal modulo 8: those that share a scale per thread lie in few threads.
     Modulo8,
-    /// Of two groups of 16 rows, the four rows that E4M3 operands hold in neighbouring bytes.
+    /// The four rows of two groups of 16 that E4M3 operands hold in neighbouring bytes.
     Quads,
 }
 
@@ -215,8 +215,8 @@ impl<'k> Head<'k> {
         [a, b, c, d, e, f, g, h]
     }
 
-    /// Starts loading the thread's rows of a tile that has at least one row. Rows beyond the sequence's end, rows that no query
-    /// sees, and channels beyond the head's are zeros.
+    /// Starts loading the thread's rows of a tile that has at least one row. Rows beyond the sequence's end, rows that
+    /// no query sees, and channels beyond the head's are zeros.
     #[track_caller]
     pub fn load(&self, tile: Val<'k, i32>, order: RowOrder) -> Rows<'k> {
         let offsets = order.offsets();
@@ -233,8 +233,8 @@ impl<'k> Head<'k> {
         rows
     }
 
-    /// Loads rows `first` to `first + 63` of `count` that lie evenly among those that count; zeros beyond the last, and in place
-    /// of rows that there are not.
+    /// Loads rows `first` to `first + 63` of `count` that lie evenly among those that count; zeros beyond the last, and
+    /// in place of rows that there are not.
     #[track_caller]
     pub fn load_sample(&self, first: usize, count: usize) -> Rows<'k> {
         let offsets = RowOrder::Modulo8.offsets();
@@ -358,8 +358,8 @@ impl<'k> Rows<'k> {
         std::array::from_fn(|i| self.source.widen(self.words[i][channel / 2].get())[channel % 2])
     }
 
-    /// The largest or least element of each channel, two channels to a register; NaN where one is. Rows that the sequence
-    /// does not have count as zeros, or as nothing.
+    /// The largest or least element of each channel, two channels to a register; NaN where one is. Rows that the
+    /// sequence does not have count as zeros, or as nothing.
     #[track_caller]
     pub fn extremes(&self, largest: bool, zeros: bool) -> [Val<'k, u32>; CHUNK / 2] {
         std::array::from_fn(|pair| {

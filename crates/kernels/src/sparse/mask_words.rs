@@ -111,7 +111,7 @@ impl<'k> MaskWords<'k> {
 #[derive(Clone, Debug)]
 pub(crate) struct LaneWords<'k> {
     pub packing: Packing,
-    /// Of each strip its words, as far as they were loaded.
+    /// The words of each strip, as far as they were loaded.
     strips: Vec<Vec<Option<Val<'k, u32>>>>,
 }
 

@@ -2,13 +2,13 @@
 //! and explicit masks.
 //!
 //! ```text
-//! explicit mask ──pack_mask──> words of a lane's scores, class of each 64 × 64 scores: none, some, all ─┐
-//! block mask, band, lengths ────────────────────────────────────────────────────────────────────────────┴─list_tiles──> lists
+//! explicit mask ──pack_mask──> words of a lane's scores, and the class of each 64 × 64: none, some, all ─┐
+//! block mask, band, lengths ─────────────────────────────────────────────────────────────────────────────┴─> lists
 //! ```
 //!
 //! A list has the tiles that some row sees, in order. Those that every row sees wholly pay for no mask in the attention
-//! kernel; the others are marked: those that the band or the end of the keys cuts, where it compares with both, and those
-//! that a mask hides or changes some scores of, where it reads the mask. Nothing returns to the host in between.
+//! kernel; the others are marked: those that the band or the end of the keys cuts, where it compares with both, and
+//! those that a mask hides or changes some scores of, where it reads the mask. Nothing returns to the host in between.
 
 mod list_tiles;
 mod mask_words;

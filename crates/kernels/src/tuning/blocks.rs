@@ -1,4 +1,5 @@
-//! Tile shapes for block masks: those that a mask's blocks are made of, so that each tile is computed or left out whole.
+//! Tile shapes for block masks: those that a mask's blocks are made of, so that each tile is computed or left out
+//! whole.
 
 use super::candidates::{registers, warpgroup_registers};
 use super::{Key, Tuned, ampere, hopper};
@@ -36,8 +37,8 @@ fn of_warps(machine: &Machine, key: &Key, tiling: WarpTiling) -> Vec<Tiling> {
     all
 }
 
-/// Fewer groups, and the longer tiles where three of them are in flight: on an H200, of FP8 with blocks of 64 × 128, half of
-/// which are computed, tiles of 128 keys take 0.95 of the time of 64, and of 128 × 128 blocks 0.99.
+/// Fewer groups, and the longer tiles where three of them are in flight: on an H200, of FP8 with blocks of 64 × 128,
+/// half of which are computed, tiles of 128 keys take 0.95 of the time of 64, and of 128 × 128 blocks 0.99.
 fn of_warpgroups(machine: &Machine, key: &Key, tiling: WarpgroupTiling) -> Vec<Tiling> {
     let mut all = Vec::new();
     for groups in [3, 2, 1] {

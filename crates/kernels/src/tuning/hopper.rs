@@ -1,5 +1,5 @@
-//! Tile shapes for warpgroups. Figures are TFLOP/s of the attention kernel alone on an H100, 2 × 32 heads of 4096 tokens, or on an
-//! H200, 4 × 32 heads, where it says so: to be compared within a row.
+//! Tile shapes for warpgroups. Figures are TFLOP/s of the attention kernel alone on an H100, 2 × 32 heads of 4096
+//! tokens, or on an H200, 4 × 32 heads, where it says so: to be compared within a row.
 
 use super::{Key, Row, Tuned};
 use crate::machine::Machine;
@@ -23,7 +23,8 @@ const THREE: WarpgroupTiling = WarpgroupTiling { groups: 3, sums_by_mma: true, .
 
 const THREE_FP8: WarpgroupTiling = WarpgroupTiling { lazy_rescale: 4, ..THREE };
 
-/// Masks and scales of single rows or keys need registers, groups of 128 rows need one block, and few rows no third group.
+/// Masks and scales of single rows or keys need registers, groups of 128 rows need one block, and few rows no third
+/// group.
 const fn two_groups(key: &Key) -> bool {
     key.plain || key.per_block || key.few_rows
 }

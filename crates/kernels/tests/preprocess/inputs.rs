@@ -286,7 +286,7 @@ impl Random {
         ((self.next() >> 40) as f32 + 0.5) / (1u32 << 24) as f32
     }
 
-    /// Of the normal distribution (Box and Muller).
+    /// A number of the normal distribution (Box and Muller).
     pub fn normal(&mut self) -> f32 {
         (-2.0 * self.uniform().ln()).sqrt() * (std::f32::consts::TAU * self.uniform()).cos()
     }

@@ -61,8 +61,8 @@ impl Masked {
             Mask::Additive(View::contiguous("mask", &self.biases, &shape).unwrap().into())
         };
         let lengths = self.kv_lens.as_deref().map_or(Lengths::Dense, Lengths::KvLens);
-        let inputs = Inputs { mask: Some(mask), lengths, ..Inputs::new(q.view(), k.view(), k.view()) };
-        let call = Call::check(&inputs, &Options { band: self.band, ..Options::default() }).unwrap();
+        let inputs = Inputs::new(q.view(), k.view(), k.view()).mask(mask).lengths(lengths);
+        let call = Call::check(&inputs, &Options::default().band(self.band)).unwrap();
         let of = |sequence| [0, 1].map(|head| SeenKeys::of(&call, &sequence, head));
         call.sequences().flat_map(of).collect()
     }

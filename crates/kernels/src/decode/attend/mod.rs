@@ -1,8 +1,9 @@
 //! Attention of a few queries over a cache (flash decoding): keys and values are read once, where they lie.
 //!
-//! A block has some query rows of one key head and a run of its tokens. Neighbouring lanes hold a token together, sixteen
-//! channels each; each such group of lanes goes through tokens of its own with an online softmax of its own, and the
-//! groups' results are merged at the end. So nothing is exchanged while tokens stream by but the sums of dot products.
+//! A block has some query rows of one key head and a run of its tokens. Neighbouring lanes hold a token together,
+//! sixteen channels each; each such group of lanes goes through tokens of its own with an online softmax of its own,
+//! and the groups' results are merged at the end. So nothing is exchanged while tokens stream by but the sums of dot
+//! products.
 //!
 //! Queries are 16-bit integers in two bytes: twice the dot products, which memory hides, leave no error of theirs.
 
@@ -56,7 +57,7 @@ kernel_params! {
         pool: pool,
         /// Outputs of the parts, `[splits, batch · q_heads · q_len, head_dim]`.
         partial: [f32],
-        /// Of each, `[.., `[`PART`]`]`, as [`CombineArgs`](crate::combine::CombineArgs) has them.
+        /// What each part sums to, `[.., `[`PART`]`]`, as [`CombineArgs`](crate::combine::CombineArgs) has it.
         partial_sums: [f32],
         /// Pages in a row of the tables.
         table_stride: i32,

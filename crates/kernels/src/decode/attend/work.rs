@@ -30,7 +30,7 @@ pub(super) struct Work<'k> {
     pub head: Val<'k, i32>,
     /// Index of the part of the tokens.
     pub split: Val<'k, i32>,
-    /// Of each row, its query and query head.
+    /// The query and query head of each row.
     pub queries: Vec<(Val<'k, i32>, Val<'k, i32>)>,
     pub rows: Vec<Row<'k>>,
     /// First and one past the last token that some row sees.
