@@ -5,8 +5,8 @@ use half::{bf16, f16};
 use sage_core::DType;
 use sage_ptx::{Code, Half, Program, Stored, Val, kernel};
 
-use crate::attention::least_lse;
 use crate::kernel::Kernel;
+use crate::least_bias::least_lse;
 use crate::params::kernel_params;
 
 /// Floats that a part of the keys hands over for each row, beside its output.

@@ -19,6 +19,12 @@ pub(crate) fn magnitude_bits<'k>(x: Val<'k, f32>) -> Val<'k, i32> {
     x.abs().reinterpret()
 }
 
+/// A scale of zero stands for zeros; a tiny one does as well, and hidden keys stay at minus infinity times it.
+#[track_caller]
+pub(crate) fn nonzero<'k>(scale: Val<'k, f32>) -> Val<'k, f32> {
+    scale.eq(0.0).select(1e-30, scale)
+}
+
 /// The step of a group of values.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Step<'k> {

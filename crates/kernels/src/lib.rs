@@ -10,6 +10,7 @@ pub mod forward;
 mod grid;
 mod integer;
 mod kernel;
+mod least_bias;
 mod machine;
 mod operand;
 mod params;

@@ -7,9 +7,9 @@ use sage_ptx::{Code, Global, Half, Rows, SLOT_ROWS, SharedTile, Stored, Val, lan
 use super::config::{AttentionConfig, AttentionParams, MaskForm};
 use super::output::Output;
 use super::place::Place;
-use super::score_tile::LEAST_REFERENCE;
 use super::softmax::RowSum;
 use crate::combine::PART;
+use crate::least_bias::least_lse;
 use crate::operand::Scales;
 
 /// Where a warp's rows go.
@@ -220,12 +220,6 @@ impl<'k, 'a> Epilogue<'k, 'a> {
             });
         }
     }
-}
-
-/// `lse`, or the least finite number where a bias of about that much was on every key of the row: in base 2, where
-/// `reference` is, it did not fit.
-pub(crate) fn least_lse<'k>(reference: Val<'k, f32>, lse: Val<'k, f32>) -> Val<'k, f32> {
-    (reference.le(-LEAST_REFERENCE / 2.0) & lse.gt(f32::NEG_INFINITY)).select(f32::MIN, lse)
 }
 
 /// Transposes four words of each lane of a quad: afterwards lane `i` has what was word `i` of each.

@@ -39,10 +39,8 @@ use crate::tiling::Engine;
 pub(crate) use band::Band;
 use config::AttentionParams;
 pub use config::{AttentionArgs, AttentionConfig, MaskForm, TileSource, padded_dim};
-pub(crate) use epilogue::least_lse;
 use key_tiles::TileListParams;
 pub use key_tiles::{CUT_TILE, MASKED_TILE, TileListArgs};
-pub(crate) use score_tile::LEAST_BIAS;
 pub use warpgroups::{TENSOR_MAPS, boxed_tensors, stage_bytes};
 
 /// The attention kernel of a configuration.

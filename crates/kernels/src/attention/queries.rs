@@ -8,8 +8,7 @@ use sage_ptx::{
 
 use super::config::{AttentionConfig, AttentionParams};
 use super::place::Place;
-use super::score_tile::nonzero;
-use crate::integer::{Step, magnitude_bits};
+use crate::integer::{Step, magnitude_bits, nonzero};
 use crate::rotation::{RowLayout, rotate};
 use crate::tiling::Engine;
 

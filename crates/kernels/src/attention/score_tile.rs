@@ -8,16 +8,10 @@ use sage_ptx::{Rows, Stored, Tile, Val, Var, lane_column};
 use super::config::AttentionParams;
 use super::place::Place;
 use super::queries::Queries;
-use crate::integer::ROUNDING_MAGIC;
+use crate::integer::{ROUNDING_MAGIC, nonzero};
+use crate::least_bias::LEAST_BIAS;
 use crate::sequence::KEY_TILE;
 use crate::sparse::LaneWords;
-
-/// The least bias that is finite in base 2, where the least finite reference still lies below it: `-2¹²⁷`, in natural
-/// units.
-pub(crate) const LEAST_BIAS: f32 = -LEAST_REFERENCE / LOG2_E;
-
-/// `2¹²⁷`: rows whose scores are all biased by less have this reference, negative.
-pub(super) const LEAST_REFERENCE: f32 = f32::from_bits(254 << 23);
 
 /// A warp's scores of one step's keys, before the exponential: rows are queries, columns keys.
 pub(super) struct ScoreTile<'k> {
@@ -28,11 +22,6 @@ pub(super) struct ScoreTile<'k> {
     pub factor: Rows<Val<'k, f32>>,
     /// Whether values are integers plus [`ROUNDING_MAGIC`].
     pub biased: bool,
-}
-
-/// A scale of zero stands for zeros; a tiny one does as well, and hidden keys stay at minus infinity times it.
-pub(super) fn nonzero<'k>(scale: Val<'k, f32>) -> Val<'k, f32> {
-    scale.eq(0.0).select(1e-30, scale)
 }
 
 /// A score in base 2 with a bias in natural units added. A bias of −∞ hides the key whatever its score is, and no other

@@ -11,8 +11,8 @@ use sage_ptx::{
 use super::config::{AttentionConfig, AttentionParams, MaskForm};
 use super::place::Place;
 use super::queries::{Queries, depth_steps};
-use super::score_tile::{ScoreTile, nonzero};
-use crate::integer::ROUNDING_MAGIC_BITS;
+use super::score_tile::ScoreTile;
+use crate::integer::{ROUNDING_MAGIC_BITS, nonzero};
 use crate::operand::Element;
 use crate::preprocess::groups_of_tile;
 use crate::sequence::KEY_TILE;

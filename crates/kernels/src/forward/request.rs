@@ -2,13 +2,10 @@
 
 use sage_core::{Problem, Scheme};
 
-use super::tensors::Tensors;
+use super::tensors::{CHUNK, Tensors};
 use crate::attention::MaskForm;
 use crate::sequence::Lengths;
 use crate::tiling::Tiling;
-
-/// Elements of the 16 bytes that aligned rows start at multiples of, and are whole chunks of.
-pub(super) const CHUNK: usize = 8;
 
 /// What a forward pass is asked for, beside the problem: options, and how the tensors lie in memory.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -1,7 +1,9 @@
 //! What a forward pass reads and writes.
 
-use super::request::CHUNK;
 use crate::tensor::TensorArg;
+
+/// Elements of the 16 bytes that aligned rows start at multiples of, and are whole chunks of.
+pub(super) const CHUNK: usize = 8;
 
 /// What a forward pass reads and writes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

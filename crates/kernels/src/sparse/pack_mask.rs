@@ -6,9 +6,10 @@ use sage_ptx::{Code, Program, SLOT_ROWS, Stored, Val, kernel, lane_column, lane_
 
 use super::mask_words::LANES;
 use super::{ALL, CLASS_ROWS, NONE, Packing, SOME, STRIP_ROWS, VECTOR, element};
-use crate::attention::{LEAST_BIAS, MaskForm};
+use crate::attention::MaskForm;
 use crate::grid::{BlockHead, grid};
 use crate::kernel::Kernel;
+use crate::least_bias::LEAST_BIAS;
 use crate::params::kernel_params;
 use crate::sequence::KEY_TILE;
 
