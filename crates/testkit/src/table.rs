@@ -156,6 +156,9 @@ fn block_masks() -> Vec<Case> {
         Case { blocks: blocks(128, 128, 0.3), scheme: int8(), dtype: DType::BF16, ..case.clone() },
         Case { blocks: blocks(128, 64, 0.02), head_dim: 128, band: TOP_LEFT, ..case.clone() },
         Case { blocks: blocks(128, 64, 0.0), ..case.clone() },
+        Case { blocks: blocks(33, 64, 0.5), kv_len: 0, ..case.clone() },
+        Case { mask: Some(CaseMask::bool(Extent::All)), kv_len: 0, scheme: int8(), ..case.clone() },
+        Case { mask: Some(CaseMask::bias(DType::F16, Extent::Rows)), kv_len: 1, ..case.clone() },
         Case { blocks: blocks(48, 80, 0.5), mask: Some(CaseMask::bool(Extent::BatchKeys)), ..case.clone() },
         Case {
             batch: 3,

@@ -74,6 +74,8 @@ impl PackMaskConfig {
 
     fn write<'k, B: Stored>(&self, code: &'k Code, read: impl Fn(Val<'k, B::Value>) -> Element<'k>) {
         let p = PackMaskParams::declare(code);
+        // A launch has a block even where there are no keys, and so no classes.
+        code.exit_when(p.keys.le(0));
         let BlockHead { sequence, head } = BlockHead::new(code, p.heads, p.all_heads);
         let tiles = p.keys.div_ceil(KEY_TILE);
         let [block, ..] = code.block_index();
