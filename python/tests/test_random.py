@@ -186,6 +186,9 @@ def compare(label, out, lse, wanted, wanted_lse, values):
     error = ((out.double() - wanted).abs().sum() / size).item()
     # Of 6,000 calls on a CPU the largest error was 0.78 of this, of a single query.
     tolerance = TOLERANCE[values] + (2**-8 if out.dtype == torch.bfloat16 else 0)
+    # That is of many outputs. The mean of a few scatters around it by the root of their number: of two outputs of one
+    # channel, P and V as E4M3 have an error of 0.09 by their definition.
+    tolerance *= 1 + wanted.numel() ** -0.5
     assert error <= tolerance, f"{label}: relative L1 is {error}, at most {tolerance} wanted"
 
 
