@@ -47,7 +47,8 @@ impl GpuPlan {
         let call = Call::check(&inputs, &made_up.attention()?.options())?;
         check_scores(&call.problem)?;
         let Some(cache) = &options.cache else {
-            let request = request(&call, options.forward.scheme.choice(), options.forward.lse);
+            let request =
+                request(&call, made_up.mask_argument(), options.forward.scheme.choice(), options.forward.lse);
             let forward = ForwardPlan::new(&call.problem, &request, &machine)?;
             check_target(forward.pass(), &machine)?;
             return Ok(GpuPlan { problem: call.problem, machine, passes: Passes::Forward(forward) });
@@ -97,11 +98,7 @@ impl GpuPlan {
 }
 
 /// What a forward pass of tensors without gaps is asked for.
-fn request(call: &Call<'_>, choice: Choice, lse: bool) -> Request {
-    let mask = call.mask.map_or(TensorArg::default(), |mask| {
-        let strides = mask.geometry().strides();
-        TensorArg { address: 0, strides: [strides[0], strides[1], strides[2], strides[3]] }
-    });
+fn request(call: &Call<'_>, mask: TensorArg<4>, choice: Choice, lse: bool) -> Request {
     Request {
         scheme: choice.scheme(call.problem.head_dim),
         accuracy: choice.accuracy(),

@@ -1,6 +1,7 @@
 //! Tensors and masks of a call that options describe: random, or stand-ins that take no memory.
 
 use sage_core::Strided;
+use sage_kernels::TensorArg;
 use sageattention::{Attention, DType, Error, Geometry, Inputs, Mask, Result, Tensor, TensorView, View};
 
 use crate::inputs;
@@ -66,6 +67,21 @@ impl<'o> MadeUp<'o> {
         let [q, k, v] = self.tensors();
         let mask = self.mask.as_ref().map(Laid::view).transpose()?;
         Ok(Inputs::new(q, k, v).mask(mask).lengths(self.options.lengths()))
+    }
+
+    /// The mask as kernels take it, where it has memory without gaps: strides of batch, heads, queries and keys, 0 where it
+    /// is broadcast. All 0 without a mask.
+    pub fn mask_argument(&self) -> TensorArg<4> {
+        let mut strides = [0; 4];
+        if let Some(Laid { geometry, .. }) = &self.mask {
+            let shape = geometry.shape();
+            let mut elements = 1;
+            for (stride, &size) in strides[4 - shape.len()..].iter_mut().zip(shape).rev() {
+                *stride = if size == 1 { 0 } else { elements };
+                elements *= size as i64;
+            }
+        }
+        TensorArg { address: 0, strides }
     }
 
     /// Attention with all options, the mask included.
