@@ -8,7 +8,7 @@ use super::map::cleared;
 use super::{BlockMap, PaddedBlocks, PerHead, PooledBlocks, Select, mean_of_blocks};
 use crate::oracle::{Matrix, subtract};
 use crate::problem::default_sm_scale;
-use crate::{Band, Call, Error, Inputs, Layout, Options, Problem, Result, TensorView};
+use crate::{Band, Call, Error, Inputs, Layout, Lengths, Options, Problem, Result, Sequence, TensorView};
 
 /// A predictor of block maps: it scores pairs of blocks by their means, and lets each block of queries choose.
 ///
@@ -174,23 +174,42 @@ impl Predictor {
     /// # Errors
     /// Names the tensor or option that is wrong, the value found and the value wanted.
     pub fn predict(&self, q: TensorView<'_>, k: TensorView<'_>, layout: Layout) -> Result<BlockMap> {
+        self.predict_lengths(q, k, layout, Lengths::Dense)
+    }
+
+    /// [`Predictor::predict`] where only the first `kv_lens[b]` keys of batch entry `b` are valid. Each entry's map is
+    /// that of these keys by themselves, and keeps none of the blocks behind them: means, shares of blocks and the band
+    /// know no other keys, and the block that they end in is a shorter last one.
+    ///
+    /// # Errors
+    /// As [`Predictor::predict`], and when sequences are packed.
+    pub fn predict_lengths(
+        &self,
+        q: TensorView<'_>,
+        k: TensorView<'_>,
+        layout: Layout,
+        lengths: Lengths<'_>,
+    ) -> Result<BlockMap> {
+        if lengths.packed() {
+            return Err(Error::unsupported(
+                "a predictor with cu_seqlens",
+                "a block map needs dense tensors: predict each sequence by itself",
+            ));
+        }
         // Values have no part in a prediction, and any that fit the keys pass the checks.
         let options = Options { layout, ..Options::default() };
-        let call = Call::check(&Inputs::new(q, k, k), &options)?;
+        let call = Call::check(&Inputs { lengths, ..Inputs::new(q, k, k) }, &options)?;
         let Problem { batch, num_q_heads, num_kv_heads, q_len, kv_len, .. } = call.problem;
-        check_block("block_q", self.block_q)?;
-        check_block("block_k", self.block_k)?;
-        self.select.check(num_q_heads)?;
-        if let Some(threshold) = &self.similarity {
-            threshold.check_finite("simthreshd1", num_q_heads)?;
-        }
+        self.check(num_q_heads, q_len, kv_len)?;
         let grid = Grid { q_len, kv_len, block_q: self.block_q, block_k: self.block_k };
-        let q_tokens = tokens("q_padding", self.q_padding.as_ref(), q_len, self.block_q)?;
-        let k_tokens = tokens("k_padding", self.k_padding.as_ref(), kv_len, self.block_k)?;
-        let shape = [batch, num_q_heads, grid.q_blocks(), grid.k_blocks()];
+        let q_tokens = tokens(self.q_padding.as_ref(), q_len, self.block_q);
+        let (shape, columns) = ([batch, num_q_heads, grid.q_blocks(), grid.k_blocks()], grid.k_blocks());
         let mut flags = cleared(shape)?;
 
-        for (b, kv_head) in (0..batch).flat_map(|b| (0..num_kv_heads).map(move |head| (b, head))) {
+        let heads = call.sequences().flat_map(|sequence| (0..num_kv_heads).map(move |head| (sequence, head)));
+        for (Sequence { batch: b, kv_len, .. }, kv_head) in heads {
+            let grid = Grid { kv_len, ..grid };
+            let k_tokens = tokens(self.k_padding.as_ref(), kv_len, self.block_k);
             let mut k = Matrix::of_head(&call.k, b, kv_head, 0, kv_len);
             if self.smooth_k {
                 k = subtract(&k, &mean_of_blocks(&k, &k_tokens));
@@ -210,12 +229,27 @@ impl Predictor {
                     } else {
                         self.kept(head, q.means.row(i), &k, &k_similar, seen)
                     };
-                    let row = ((b * num_q_heads + head) * grid.q_blocks() + i) * grid.k_blocks();
+                    let row = ((b * num_q_heads + head) * grid.q_blocks() + i) * columns;
                     kept.into_iter().for_each(|j| flags[row + j] = true);
                 }
             }
         }
         BlockMap::new(flags, shape, self.block_q, self.block_k)
+    }
+
+    /// That the options fit each other, and queries and keys of these sizes.
+    ///
+    /// # Errors
+    /// Names the option that is wrong, the value found and the value wanted.
+    pub fn check(&self, num_q_heads: usize, q_len: usize, kv_len: usize) -> Result<()> {
+        check_block("block_q", self.block_q)?;
+        check_block("block_k", self.block_k)?;
+        self.select.check(num_q_heads)?;
+        if let Some(threshold) = &self.similarity {
+            threshold.check_finite("simthreshd1", num_q_heads)?;
+        }
+        check_padding("q_padding", self.q_padding.as_ref(), q_len, self.block_q)?;
+        check_padding("k_padding", self.k_padding.as_ref(), kv_len, self.block_k)
     }
 
     /// Whether the mean of each block stands for its tokens.
@@ -252,24 +286,21 @@ impl Predictor {
     }
 }
 
-/// The tokens of each block that count, where the sequence has `len` with all padding.
-fn tokens(
-    name: &'static str,
-    padding: Option<&PaddedBlocks>,
-    len: usize,
-    block: usize,
-) -> Result<Vec<Range<usize>>> {
-    let end = |b: usize| match padding {
-        Some(padding) => b * block + padding.sizes()[b],
-        None => len.min((b + 1) * block),
-    };
-    if let Some(padding) = padding
-        && (padding.block() != block || padding.len() != len)
-    {
-        let found = format!("{} tokens in blocks of {}", padding.len(), padding.block());
-        return Err(Error::value(name, found, format!("{len} tokens in blocks of {block}")));
+/// That blocks which are padded are those of a sequence that has `len` tokens with all padding.
+fn check_padding(name: &'static str, padding: Option<&PaddedBlocks>, len: usize, block: usize) -> Result<()> {
+    match padding {
+        Some(padding) if padding.block() != block || padding.len() != len => {
+            let found = format!("{} tokens in blocks of {}", padding.len(), padding.block());
+            Err(Error::value(name, found, format!("{len} tokens in blocks of {block}")))
+        }
+        _ => Ok(()),
     }
-    Ok((0..len.div_ceil(block)).map(|b| b * block..end(b)).collect())
+}
+
+/// The tokens of each block that count, where the sequence ends after `len` with all padding.
+fn tokens(padding: Option<&PaddedBlocks>, len: usize, block: usize) -> Vec<Range<usize>> {
+    let size = |b: usize| padding.map_or(block, |padding| padding.sizes()[b]);
+    (0..len.div_ceil(block)).map(|b| b * block..len.min(b * block + size(b))).collect()
 }
 
 #[cfg(test)]

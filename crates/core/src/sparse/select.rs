@@ -10,8 +10,8 @@ use crate::{Error, Result};
 /// that come first; at least one, where one competes.
 ///
 /// The score of a pair of blocks is that of their means. A weight is what a block has in the softmax of its row's
-/// scores, as [`weight`](super::weight()) has it. Sums of weights are integers, and so exact; they are compared in
-/// double precision, where the product of a share and a sum is rounded.
+/// scores, as [`weight`](super::weight()) has it. Weights and their sums are integers, and a share of them is exact: the
+/// share in units of 2⁻³², what is below one dropped, times the sum. No share of at least 2⁻⁸ loses anything so.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum Select {
@@ -75,12 +75,15 @@ impl Select {
         match self {
             Select::TopK(share) => top_k(share),
             Select::Count(count) => *count,
-            Select::Cdf(share) => {
-                Weights::of(ranked).leading(|sum, all| sum <= f64::from(share.of(head)) * all)
+            Select::Cdf(threshold) => {
+                let weights = Weights::of(ranked);
+                let share = weights.share(threshold.of(head));
+                weights.leading(|sum| sum <= share)
             }
             Select::TopKTopP { k, p } => {
-                let below = Weights::of(ranked).leading(|sum, all| sum < f64::from(p.of(head)) * all);
-                top_k(k).max(below + 1)
+                let weights = Weights::of(ranked);
+                let share = weights.share(p.of(head));
+                top_k(k).max(weights.leading(|sum| sum < share) + 1)
             }
             Select::Sigmas(tau) => {
                 let count = ranked.len() as f32;
@@ -92,6 +95,9 @@ impl Select {
         }
     }
 }
+
+/// Units of a share in the whole.
+const UNIT: u128 = 1 << 32;
 
 /// Sums of the weights of the first blocks, one block more from one to the next.
 struct Weights(Vec<u64>);
@@ -107,10 +113,16 @@ impl Weights {
         Weights(ranked.iter().map(add).collect())
     }
 
-    /// How many sums meet `holds(sum, sum of all)`, up to the first that does not.
-    fn leading(&self, holds: impl Fn(f64, f64) -> bool) -> usize {
-        let all = self.0.last().map_or(0.0, |&all| all as f64);
-        self.0.iter().take_while(|&&sum| holds(sum as f64, all)).count()
+    /// The share of all weight, in units of 2⁻³².
+    fn share(&self, share: f32) -> u128 {
+        // Exact, as the exponent alone changes; then what is below a unit is dropped.
+        let units = (f64::from(share) * UNIT as f64) as u128;
+        units * self.0.last().map_or(0, |&all| u128::from(all))
+    }
+
+    /// How many sums meet `holds`, which is handed each in units of 2⁻³², up to the first that does not.
+    fn leading(&self, holds: impl Fn(u128) -> bool) -> usize {
+        self.0.iter().take_while(|&&sum| holds(u128::from(sum) * UNIT)).count()
     }
 }
 
@@ -162,6 +174,8 @@ mod tests {
         // Equal weights have exact sums: a sum at the threshold counts.
         let equal = |share: f32| chosen(Select::Cdf(share.into()), &[3.0; 4]).len();
         assert_eq!((equal(0.5), equal(0.499), equal(0.0)), (2, 1, 1));
+        // The next below ½ is half a unit of 2⁻²⁴ less, and so not enough for two.
+        assert_eq!(equal(0.5f32.next_down()), 1);
     }
 
     #[test]

@@ -138,6 +138,39 @@ fn sequences_without_tokens_have_no_blocks() {
 }
 
 #[test]
+fn a_shorter_sequence_is_predicted_by_itself() {
+    let sizes = Sizes { batch: 3, num_q_heads: 2, num_kv_heads: 1, q_len: 30, kv_len: 50, head_dim: 8 };
+    let sample = Sample::normal(5, sizes);
+    for band in [Band::FULL, CAUSAL, Band::causal(Alignment::BottomRight)] {
+        let predictor = Predictor::sla(0.4).blocks(8, 16).band(band);
+        let lens = [50, 37, 0];
+        let map = predictor
+            .predict_lengths(sample.q.view(), sample.k.view(), Layout::Hnd, Lengths::KvLens(&lens))
+            .unwrap();
+        assert_eq!(map.shape(), [3, 2, 4, 4]);
+        for (b, len) in lens.into_iter().enumerate() {
+            let part = |tensor: &Tensor, heads: usize, len: usize| {
+                let places =
+                    (0..heads).flat_map(|h| (0..len).flat_map(move |i| (0..8).map(move |c| [b, h, i, c])));
+                let view: TensorView<'_> = tensor.view();
+                Tensor::new(places.map(|at| view.at(at)).collect::<Vec<f32>>(), &[1, heads, len, 8]).unwrap()
+            };
+            let (q, k) = (part(&sample.q, 2, 30), part(&sample.k, 1, len as usize));
+            let alone = predictor.predict(q.view(), k.view(), Layout::Hnd).unwrap();
+            let columns = alone.shape()[3];
+            let rows = map.rows().skip(8 * b).take(8);
+            for (row, alone) in rows.zip(alone.rows()) {
+                assert_eq!(row[..columns], *alone, "entry {b} of {band:?}");
+                assert!(row[columns..].iter().all(|&kept| !kept));
+            }
+        }
+    }
+    let packed = Lengths::Packed { cu_seqlens_q: &[0, 1], cu_seqlens_k: &[0, 1] };
+    let error = best().predict_lengths(sample.q.view(), sample.k.view(), Layout::Hnd, packed).unwrap_err();
+    assert!(error.to_string().contains("cu_seqlens"), "{error}");
+}
+
+#[test]
 fn heads_of_a_group_share_keys_but_not_their_thresholds() {
     // Two query heads read one key head, whose second block is not similar to the first head's taste alone.
     let q = Tensor::new(vec![1.0, 1.0, -1.0, -1.0], &[1, 2, 2, 1]).unwrap();
