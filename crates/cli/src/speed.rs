@@ -195,7 +195,7 @@ impl OnGpu {
     fn time(&self, attention: &Attention<'_>) -> Result<Duration> {
         let tensors = || self.inputs.each_ref().map(CudaTensor::view);
         self.gpu.time(&self.stream, || {
-            attention.forward_on(&self.gpu, &self.stream, tensors(), self.out.view(), None)
+            attention.forward_on(&self.gpu, &self.stream, tensors(), self.out.view(), None).map(drop)
         })
     }
 }

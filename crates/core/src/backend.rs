@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
+use crate::sparse::Predictor;
 use crate::{BlockTables, CacheLayout, Call, Choice, Operand, PageCopy, Result, Scheme};
 
 /// What computes attention: a processor, a GPU.
@@ -39,17 +40,6 @@ pub trait Backend {
         choice: Choice,
         lse: bool,
     ) -> Result<Arc<Self::Plan>>;
-
-    /// The scheme that a choice means for a call.
-    ///
-    /// # Errors
-    /// As [`Backend::plan`].
-    fn choose<'c>(&self, call: &Call<'c, Self::Tensor<'c>>, choice: Choice) -> Result<Scheme> {
-        match choice.scheme(call.problem.head_dim) {
-            Some(scheme) => Ok(scheme),
-            None => self.plan(call, choice, false).map(|plan| *plan.scheme()),
-        }
-    }
 
     /// Computes a call into `out`, which has q's shape and element type in the caller's layout, and each row's natural
     /// log-sum-exp into `lse`.
@@ -113,6 +103,49 @@ pub trait CacheBackend: Backend {
     /// # Errors
     /// When the backend fails.
     fn shorten(&self, cache: &mut Self::Cache, tables: &BlockTables) -> Result<()>;
+}
+
+/// A backend that also predicts which blocks of the score matrix are worth computing.
+pub trait SparseBackend: Backend {
+    /// A map of blocks in the backend's memory.
+    type Map;
+
+    /// How [`SparseBackend::run_sparse`] carries a call out, prediction included: as [`Backend::plan`].
+    ///
+    /// # Errors
+    /// As [`Backend::plan`], and when the backend lacks an option of the predictor.
+    fn plan_sparse<'c>(
+        &self,
+        call: &Call<'c, Self::Tensor<'c>>,
+        predictor: &Predictor,
+        choice: Choice,
+        lse: bool,
+    ) -> Result<Arc<Self::Plan>>;
+
+    /// The map of a call that [`Call::check_sparse`] checked: bit for bit that of [`Predictor::map`].
+    ///
+    /// # Errors
+    /// When the backend lacks an option of the predictor, or fails.
+    fn predict<'c>(
+        &self,
+        queue: &Self::Queue,
+        call: &Call<'c, Self::Tensor<'c>>,
+        predictor: &Predictor,
+    ) -> Result<Self::Map>;
+
+    /// Predicts the map of such a call, computes the call over it as [`Backend::run`] does, and returns the map.
+    ///
+    /// # Errors
+    /// As [`Backend::run`] and [`SparseBackend::predict`].
+    fn run_sparse<'c>(
+        &self,
+        queue: &Self::Queue,
+        call: &Call<'c, Self::Tensor<'c>>,
+        predictor: &Predictor,
+        choice: Choice,
+        out: Self::Output<'_>,
+        lse: Option<Self::Lse<'_>>,
+    ) -> Result<Self::Map>;
 }
 
 /// How a backend carries a call out. Prints itself, in rows `name value`.

@@ -2,6 +2,7 @@
 
 use crate::lengths::{Rows, Sequences};
 use crate::problem::default_sm_scale;
+use crate::sparse::{BlockMap, Predictor};
 use crate::{
     BlockMask, DType, Error, Geometry, Inputs, Layout, Lengths, List, MAX_HEAD_DIM, MAX_HEADS, Operand,
     Options, Problem, Result, Sequence, Strided, TensorView,
@@ -44,12 +45,28 @@ impl<'a, T: Operand> Call<'a, T> {
     /// # Errors
     /// Names the first tensor, option or list entry that is wrong, the value found and the value wanted.
     pub fn check(inputs: &Inputs<'a, T>, options: &Options) -> Result<Self> {
-        // Explicit masks count keys from the tensors' first one.
-        Self::check_keys(inputs, options, inputs.mask.is_none())
+        Self::check_keys(inputs, options, Omitted::of(inputs, inputs.block_mask.is_some()))
     }
 
-    /// [`Call::check`], where `narrows` says whether keys that the band hides from every query are left out.
-    pub(crate) fn check_keys(inputs: &Inputs<'a, T>, options: &Options, narrows: bool) -> Result<Self> {
+    /// [`Call::check`] of a call whose block map `predictor` will predict from its queries and keys.
+    ///
+    /// # Errors
+    /// As [`Call::check`], and where the predictor's options do not fit; also with a block mask or packed sequences.
+    pub fn check_sparse(inputs: &Inputs<'a, T>, options: &Options, predictor: &Predictor) -> Result<Self> {
+        if inputs.block_mask.is_some() {
+            return Err(Error::unsupported("block_mask with a predictor", "give one of them"));
+        }
+        if inputs.lengths.packed() {
+            return Err(Error::unsupported("a predictor with cu_seqlens", "block maps need dense tensors"));
+        }
+        let call = Self::check_keys(inputs, options, Omitted::of(inputs, true))?;
+        let kv_len = dimensions(&canonical("k", inputs.k, options.layout, false)?)[2];
+        predictor.check(&call.problem, kv_len)?;
+        Ok(call)
+    }
+
+    /// [`Call::check`], where `omitted` says which of the keys that the band hides from every query are left out.
+    pub(crate) fn check_keys(inputs: &Inputs<'a, T>, options: &Options, omitted: Omitted) -> Result<Self> {
         let packed = inputs.lengths.packed();
         let layout = options.layout;
         let q = canonical("q", inputs.q, layout, packed)?;
@@ -61,11 +78,14 @@ impl<'a, T: Operand> Call<'a, T> {
         let sm_scale = check_scores(options, head_dim)?;
 
         let (band, dense) = (options.band, matches!(inputs.lengths, Lengths::Dense));
-        // Kernels that cut the sequences of a list themselves count keys as the list does; a block mask's blocks begin
-        // at the first key.
         let from_first = dense && band.seen(q_rows, kv_rows).start == 0 || band.left.is_none();
-        let cuts =
-            narrows && (dense || band.on_seen() == band) && (inputs.block_mask.is_none() || from_first);
+        // Kernels that cut the sequences of a list themselves count keys as the list does.
+        let cuts = (dense || band.on_seen() == band)
+            && match omitted {
+                Omitted::None => false,
+                Omitted::After => from_first,
+                Omitted::All => true,
+            };
         let given_kv_rows = kv_rows;
         let rows = Rows { batch: q_batch, q: q_rows, kv: kv_rows };
         let sequences = Sequences::check(&inputs.lengths, rows, cuts.then_some(band))?;
@@ -177,6 +197,29 @@ impl<'a, T: Operand> Call<'a, T> {
 }
 
 impl<'a> Call<'a> {
+    /// This call over a block map that was predicted for it.
+    ///
+    /// # Errors
+    /// When the map has other blocks than the call.
+    pub fn over<'m>(&self, map: &'m BlockMap) -> Result<Call<'m>>
+    where
+        'a: 'm,
+    {
+        let Problem { batch, num_q_heads, q_len, kv_len, .. } = self.problem;
+        let (block_q, block_k) = (map.block_q(), map.block_k());
+        let wanted = [batch, num_q_heads, q_len.div_ceil(block_q), kv_len.div_ceil(block_k)];
+        if map.shape() != wanted {
+            return Err(Error::shape(
+                "block_map",
+                &map.shape(),
+                format!("{wanted:?}, the blocks of the call"),
+            ));
+        }
+        let problem = Problem { blocks: Some([block_q, block_k]), ..self.problem };
+        let Call { q, k, v, mask, lengths, sequences, layout, .. } = *self;
+        Ok(Call { problem, q, k, v, mask, block_mask: Some(map.mask()), lengths, sequences, layout })
+    }
+
     /// This call with its tensors copied to another memory, where each has the geometry that it has here.
     pub fn moved<U: Operand>(
         &self,
@@ -192,6 +235,27 @@ impl<'a> Call<'a> {
         };
         let block_mask = self.block_mask.zip(blocks).map(moved);
         Call { problem, q, k, v, mask, block_mask, lengths: self.lengths.beside(), sequences, layout }
+    }
+}
+
+/// Which of the keys that the band hides from every query a call leaves out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Omitted {
+    /// None: an explicit mask counts keys from the tensors' first to their last.
+    None,
+    /// All, where these only come after those that are seen: blocks of a map begin at the first key.
+    After,
+    /// All.
+    All,
+}
+
+impl Omitted {
+    fn of<T: Operand>(inputs: &Inputs<'_, T>, blocks: bool) -> Self {
+        match (inputs.mask.is_some(), blocks) {
+            (true, _) => Omitted::None,
+            (false, true) => Omitted::After,
+            (false, false) => Omitted::All,
+        }
     }
 }
 

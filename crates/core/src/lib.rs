@@ -31,7 +31,7 @@ mod single;
 pub mod sparse;
 mod tensor;
 
-pub use backend::{Backend, BackendPlan, CacheBackend, CacheSize, NewTokens};
+pub use backend::{Backend, BackendPlan, CacheBackend, CacheSize, NewTokens, SparseBackend};
 pub use cache::{BlockTables, CacheLayout, CachedInputs, PageCopy, ValueFormat};
 pub use call::Call;
 pub use choice::Choice;

@@ -101,7 +101,7 @@ impl BackendPlan for CpuPlan {
 }
 
 /// The scheme of a choice; none where the plan chooses.
-fn chosen(choice: Choice, head_dim: usize) -> Result<Option<Scheme>> {
+pub(crate) fn chosen(choice: Choice, head_dim: usize) -> Result<Option<Scheme>> {
     match choice.accuracy() {
         Some(error) if error.is_nan() || error <= 0.0 => {
             Err(Error::value("accuracy", error, "a relative error above 0"))
@@ -134,6 +134,5 @@ mod tests {
         assert!(!Arc::ptr_eq(&own, &full));
         let other = cpu.clone().with_instruction_set(crate::InstructionSet::Portable).unwrap();
         assert!(!Arc::ptr_eq(&own, &other.plan(&call.problem, None).unwrap()));
-        assert_eq!(cpu.choose(&call, Choice::Automatic), Ok(*own.scheme()));
     }
 }

@@ -48,6 +48,7 @@ mod nearest;
 mod plan;
 mod rows;
 mod seen;
+mod sparse;
 mod split;
 #[cfg(test)]
 mod testing;

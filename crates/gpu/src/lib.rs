@@ -14,6 +14,7 @@ mod host;
 mod kv_cache;
 mod lists;
 mod plan;
+mod sparse;
 mod tensor;
 mod timing;
 mod tuning;

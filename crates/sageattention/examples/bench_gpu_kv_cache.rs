@@ -50,7 +50,8 @@ fn main() -> Result<(), Box<dyn Error>> {
             let appended = gpu.time(&stream, || cache.append(k.view(), v.view()))?;
             caches.push((cache, appended));
         }
-        let full = || in_full_precision.forward_on(&gpu, &stream, [q, k.view(), v.view()], out, None);
+        let full =
+            || in_full_precision.forward_on(&gpu, &stream, [q, k.view(), v.view()], out, None).map(drop);
         let mut times = vec![Vec::new(); 1 + caches.len()];
         for run in 0..WARM_UP + RUNS {
             let full_time = gpu.time(&stream, full)?;

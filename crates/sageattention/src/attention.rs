@@ -1,8 +1,11 @@
 //! Attention with its options: what users write.
 
+use std::sync::Arc;
+
+use sage_core::sparse::{BlockMap, Predictor};
 use sage_core::{
-    Alignment, Backend, Band, CachedInputs, Call, Choice, Error, Inputs, Layout, Lengths, Options, Result,
-    SmoothK, Tensor, TensorView, TensorViewMut,
+    Alignment, Backend, BackendPlan, Band, CachedInputs, Call, Choice, Error, Inputs, Layout, Lengths,
+    Options, Result, Scheme, SmoothK, SparseBackend, Tensor, TensorView, TensorViewMut,
 };
 
 use crate::backend::{self, Device};
@@ -18,6 +21,8 @@ pub struct Output {
     /// Natural logarithm of each row's sum of exponentials, f32, where [`Attention::return_lse`] asked for it:
     /// `[batch, num_q_heads, q_len]`, or `[num_q_heads, total]` for packed sequences.
     pub lse: Option<Tensor>,
+    /// The blocks that were computed, where [`Attention::sparse`] had them predicted.
+    pub map: Option<BlockMap>,
 }
 
 /// Attention with its options. One value serves any number of calls, of host tensors and of those in a GPU's memory.
@@ -36,6 +41,7 @@ pub struct Attention<'a> {
     logit_softcap: Option<f32>,
     mask: Option<AnyMask<'a>>,
     block_mask: Option<AnyBlockMask<'a>>,
+    predictor: Option<Predictor>,
     lengths: AnyLengths<'a>,
     choice: Choice,
     nearest: bool,
@@ -54,6 +60,7 @@ impl Default for Attention<'_> {
             logit_softcap: None,
             mask: None,
             block_mask: None,
+            predictor: None,
             lengths: Lengths::Dense,
             choice: Choice::Automatic,
             nearest: false,
@@ -113,9 +120,26 @@ impl<'a> Attention<'a> {
         Attention { mask: Some(mask.into()), ..self }
     }
 
-    /// The blocks of the score matrix to compute. On a CPU.
+    /// The blocks of the score matrix to compute. It lies where q does.
+    ///
+    /// Keys of the other blocks still count for what K and V are quantised by, so that they must be numbers.
     pub fn block_mask(self, mask: impl Into<AnyBlockMask<'a>>) -> Self {
         Attention { block_mask: Some(mask.into()), ..self }
+    }
+
+    /// Computes only the blocks of the score matrix that `predictor` finds worth it; [`Output::map`] has them.
+    ///
+    /// ```
+    /// use sageattention::sparse::Predictor;
+    /// use sageattention::{Attention, Tensor};
+    ///
+    /// let x = Tensor::new(vec![0.5f32; 4 * 256 * 64], &[1, 4, 256, 64])?;
+    /// let sla = Attention::new().sparse(Predictor::sla(0.25)).forward(&x, &x, &x)?;
+    /// assert_eq!(sla.map.expect("predicted").kept(), 4 * 4); // One of four blocks of keys for each of 4 × 4.
+    /// # Ok::<(), sageattention::Error>(())
+    /// ```
+    pub fn sparse(self, predictor: Predictor) -> Self {
+        Attention { predictor: Some(predictor), ..self }
     }
 
     /// Only the first `kv_lens[b]` keys of batch entry `b` are valid.
@@ -202,16 +226,19 @@ impl<'a> Attention<'a> {
     ) -> Result<()> {
         let tensors = [q.into(), k.into(), v.into()];
         match self.device.unwrap_or_default() {
-            Device::Cpu => self.forward_on(backend::cpu(), &(), tensors, out, lse),
+            Device::Cpu => self.forward_on(backend::cpu(), &(), tensors, out, lse).map(drop),
             #[cfg(feature = "cuda")]
-            Device::Cuda(ordinal) => self.forward_on(&backend::copying(ordinal)?, &(), tensors, out, lse),
+            Device::Cuda(ordinal) => {
+                self.forward_on(&backend::copying(ordinal)?, &(), tensors, out, lse).map(drop)
+            }
             #[cfg(not(feature = "cuda"))]
             Device::Cuda(ordinal) => Err(backend::no_cuda(ordinal)),
         }
     }
 
     /// Computes attention of `[q, k, v]` in a backend's memory, as that backend says: on a GPU
-    /// ([`Cuda`](crate::cuda::Cuda)), the work is put on the stream `queue`.
+    /// ([`Cuda`](crate::cuda::Cuda)), the work is put on the stream `queue`. Returns the map that
+    /// [`Attention::sparse`] had predicted.
     ///
     /// # Errors
     /// Names the first tensor or option that is wrong, or what the backend cannot do; `out` and `lse` are then
@@ -223,10 +250,47 @@ impl<'a> Attention<'a> {
         tensors: [B::Tensor<'_>; 3],
         out: B::Output<'_>,
         lse: Option<B::Lse<'_>>,
-    ) -> Result<()> {
+    ) -> Result<Option<B::Map>> {
         self.check_lse(lse.is_some())?;
         let call = self.call(backend, tensors.map(|tensor| B::reborrow(tensor)))?;
-        backend.run(queue, &call, self.choice_on(backend, &call)?, out, lse)
+        self.run(backend, queue, &call, out, lse)
+    }
+
+    /// The blocks that the predictor of [`Attention::sparse`] keeps of host tensors, without attention over them.
+    ///
+    /// # Errors
+    /// As [`Attention::forward`]; also without a predictor.
+    pub fn predict<'t>(
+        &self,
+        q: impl Into<TensorView<'t>>,
+        k: impl Into<TensorView<'t>>,
+    ) -> Result<BlockMap> {
+        let tensors = [q.into(), k.into()];
+        match self.device.unwrap_or_default() {
+            Device::Cpu => self.predict_on(backend::cpu(), &(), tensors),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(ordinal) => self.predict_on(&backend::copying(ordinal)?, &(), tensors),
+            #[cfg(not(feature = "cuda"))]
+            Device::Cuda(ordinal) => Err(backend::no_cuda(ordinal)),
+        }
+    }
+
+    /// The blocks that the predictor of [`Attention::sparse`] keeps of `[q, k]` in a backend's memory.
+    ///
+    /// # Errors
+    /// As [`Attention::forward_on`]; also without a predictor.
+    pub fn predict_on<B: Place>(
+        &self,
+        backend: &B,
+        queue: &B::Queue,
+        [q, k]: [B::Tensor<'_>; 2],
+    ) -> Result<B::Map> {
+        let Some(predictor) = &self.predictor else {
+            return Err(Error::unsupported("a prediction without a predictor", "choose one by `sparse`"));
+        };
+        // Values have no part in it, and any that fit the keys pass the checks.
+        let call = self.call(backend, [q, k, k].map(|tensor| B::reborrow(tensor)))?;
+        backend.predict(queue, &call, predictor)
     }
 
     /// What [`Attention::forward`] would do with such host tensors, and why.
@@ -255,8 +319,10 @@ impl<'a> Attention<'a> {
     /// As [`Attention::forward_on`].
     pub fn plan_on<B: Place>(&self, backend: &B, tensors: [B::Tensor<'_>; 3]) -> Result<Plan> {
         let call = self.call(backend, tensors.map(|tensor| B::reborrow(tensor)))?;
-        let plan = backend.plan(&call, self.choice_on(backend, &call)?, self.return_lse)?;
-        Ok(Plan::new(call.problem, plan))
+        let choice = self.choice_on(backend, &call)?;
+        let plan = self.backend_plan(backend, &call, choice, self.return_lse)?;
+        let predicted = self.predictor.as_ref().map(|predictor| [predictor.block_q, predictor.block_k]);
+        Ok(Plan::new(call.problem.blocks(predicted.or(call.problem.blocks)), plan))
     }
 
     /// The options that a check of a call takes, in core's words.
@@ -277,15 +343,45 @@ impl<'a> Attention<'a> {
                 Output<'x> = TensorViewMut<'x>,
                 Lse<'x> = &'x mut [f32],
                 Queue = (),
-            > + Place,
+            > + SparseBackend<Map = BlockMap>
+            + Place,
     {
         let call = self.call(backend, tensors)?;
-        let choice = self.choice_on(backend, &call)?;
         let mut out = Tensor::zeros(tensors[0].dtype(), tensors[0].shape())?;
         let mut lse = self.return_lse.then(|| vec![0f32; call.lse_rows()]);
-        backend.run(&(), &call, choice, out.view_mut(), lse.as_deref_mut())?;
+        let map = self.run(backend, &(), &call, out.view_mut(), lse.as_deref_mut())?;
         let lse = lse.map(|lse| Tensor::new(lse, &call.lse_shape())).transpose()?;
-        Ok(Output { out, lse })
+        Ok(Output { out, lse, map })
+    }
+
+    /// Computes a call, over predicted blocks where these were asked for.
+    fn run<'t, B: Place>(
+        &self,
+        backend: &B,
+        queue: &B::Queue,
+        call: &Call<'t, B::Tensor<'t>>,
+        out: B::Output<'_>,
+        lse: Option<B::Lse<'_>>,
+    ) -> Result<Option<B::Map>> {
+        let choice = self.choice_on(backend, call)?;
+        match &self.predictor {
+            Some(predictor) => backend.run_sparse(queue, call, predictor, choice, out, lse).map(Some),
+            None => backend.run(queue, call, choice, out, lse).map(|()| None),
+        }
+    }
+
+    /// How a backend carries a call out.
+    fn backend_plan<'t, B: Place>(
+        &self,
+        backend: &B,
+        call: &Call<'t, B::Tensor<'t>>,
+        choice: Choice,
+        lse: bool,
+    ) -> Result<Arc<B::Plan>> {
+        match &self.predictor {
+            Some(predictor) => backend.plan_sparse(call, predictor, choice, lse),
+            None => backend.plan(call, choice, lse),
+        }
     }
 
     /// The call, checked.
@@ -299,7 +395,10 @@ impl<'a> Attention<'a> {
             .mask(self.mask.map(|mask| B::mask(mask)).transpose()?)
             .block_mask(self.block_mask.map(|mask| B::block_mask(mask)).transpose()?)
             .lengths(B::lengths(self.lengths)?);
-        Call::check(&inputs, &self.options())
+        match &self.predictor {
+            Some(predictor) => Call::check_sparse(&inputs, &self.options(), predictor),
+            None => Call::check(&inputs, &self.options()),
+        }
     }
 
     /// The choice, with what other options change about it.
@@ -311,7 +410,10 @@ impl<'a> Attention<'a> {
         if self.smooth_k {
             return Ok(choice);
         }
-        let mut scheme = backend.choose(call, choice)?;
+        let mut scheme: Scheme = match choice.scheme(call.problem.head_dim) {
+            Some(scheme) => scheme,
+            None => *self.backend_plan(backend, call, choice, false)?.scheme(),
+        };
         scheme.smooth.k = SmoothK::Off;
         Ok(Choice::Scheme(scheme))
     }
@@ -329,6 +431,9 @@ impl<'a> Attention<'a> {
                 "kv_lens or cu_seqlens over a KV cache",
                 "it has lengths of its own",
             ));
+        }
+        if self.predictor.is_some() {
+            return Err(Error::unsupported("a predictor over a KV cache", "give a block_mask"));
         }
         if self.choice != Choice::Automatic || self.nearest || !self.smooth_k {
             return Err(Error::unsupported(

@@ -328,6 +328,6 @@ impl KvCache {
         let mut lse = attention.returns_lse().then(|| vec![0f32; shape.iter().product()]);
         self.attend_into(sequences, q, attention, out.view_mut(), lse.as_deref_mut())?;
         let lse = lse.map(|lse| Tensor::new(lse, &shape)).transpose()?;
-        Ok(Output { out, lse })
+        Ok(Output { out, lse, map: None })
     }
 }

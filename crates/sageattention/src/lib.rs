@@ -40,9 +40,10 @@ pub use nearest::nearest_scheme;
 pub use place::{AnyBlockMask, AnyLengths, AnyMask, Place};
 pub use plan::Plan;
 
+pub use sage_core::sparse;
 pub use sage_core::{
     Alignment, Backend, BackendErrorKind, BackendPlan, Band, BlockMask, CacheBackend, CacheLayout, Call,
     Choice, DType, Element, Error, Geometry, Inputs, Layout, Lengths, MAX_HEAD_DIM, MAX_RANK, Mask, Options,
-    Preset, Problem, Result, Scheme, SmoothK, Tensor, TensorView, TensorViewMut, ValueFormat, View, ViewMut,
-    single,
+    Preset, Problem, Result, Scheme, SmoothK, SparseBackend, Tensor, TensorView, TensorViewMut, ValueFormat,
+    View, ViewMut, single,
 };

@@ -1,6 +1,6 @@
 //! Where masks and lengths lie: those of a call in the memory of the backend that computes it.
 
-use sage_core::{Backend, BlockMask, Error, Lengths, Mask, Operand, Result, TensorView, View};
+use sage_core::{BlockMask, Error, Lengths, Mask, Operand, Result, SparseBackend, TensorView, View};
 use sage_cpu::Cpu;
 #[cfg(feature = "cuda")]
 use sage_gpu::{Cuda, DeviceBytes, DeviceInts, DeviceMask, DeviceTensor, HostTensors};
@@ -61,7 +61,7 @@ impl<'a> From<BlockMask<DeviceBytes<'a>>> for AnyBlockMask<'a> {
 }
 
 /// A backend, and what it makes of masks and lengths: an error that names those which lie in another memory.
-pub trait Place: Backend {
+pub trait Place: SparseBackend {
     /// The same tensor for a shorter time, which generic code cannot know to be possible.
     fn reborrow<'short, 'long: 'short>(tensor: Self::Tensor<'long>) -> Self::Tensor<'short>;
 

@@ -57,7 +57,7 @@ impl There {
     fn run(&self, attention: &Attention<'_>) -> Result<()> {
         let tensors = self.tensors.each_ref().map(CudaTensor::view);
         let lse = Some(DeviceLse::of(&self.lse));
-        attention.forward_on(&self.gpu, &self.stream, tensors, self.out.view(), lse)
+        attention.forward_on(&self.gpu, &self.stream, tensors, self.out.view(), lse).map(drop)
     }
 }
 
@@ -112,7 +112,7 @@ fn failures_keep_their_kind() {
         fails("a call", &mut || there.run(&attention));
         fails("a call of host tensors", &mut || {
             let (gpu, mut out) = (HostTensors(there.gpu.clone()), host.clone());
-            attention.forward_on(&gpu, &(), [host.view(); 3], out.view_mut(), None)
+            attention.forward_on(&gpu, &(), [host.view(); 3], out.view_mut(), None).map(drop)
         });
         fails("a new cache", &mut || options.build_on(there.gpu.clone(), &there.stream).map(drop));
         fails("new tokens", &mut || cache.append(k, v));

@@ -9,7 +9,7 @@ mod tables;
 
 use std::fmt;
 
-use crate::call::canonical;
+use crate::call::{Omitted, canonical};
 use crate::{
     BlockMask, Call, Error, Geometry, Inputs, Layout, Lengths, MAX_HEAD_DIM, MAX_HEADS, Operand, Options,
     Result, TensorView,
@@ -223,6 +223,6 @@ impl<'a, T: Operand> Call<'a, T> {
             ..Inputs::new(inputs.q, stand_in, stand_in)
         };
         // Pages hold all keys of a sequence, whatever the band lets its queries see.
-        Call::check_keys(&inputs, options, false)
+        Call::check_keys(&inputs, options, Omitted::None)
     }
 }

@@ -38,6 +38,14 @@ impl<T: Copy> Matrix<T> {
         &self.data[i * self.width..(i + 1) * self.width]
     }
 
+    /// Row `i`, to write to.
+    ///
+    /// # Panics
+    /// When there is no such row.
+    pub fn row_mut(&mut self, i: usize) -> &mut [T] {
+        &mut self.data[i * self.width..(i + 1) * self.width]
+    }
+
     /// All rows, in order.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = &[T]> {
         (0..self.rows).map(|i| self.row(i))

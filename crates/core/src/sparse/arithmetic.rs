@@ -3,6 +3,8 @@
 
 use std::f32::consts::LOG2_E;
 
+use crate::oracle::Matrix;
+
 /// [`weight`] of the largest score.
 const WEIGHT_OF_MAX: f32 = (1 << 30) as f32;
 
@@ -26,27 +28,36 @@ const EXP2: [f32; 5] = [0.001_867_13, 0.009_017_031, 0.055_799_913, 0.240_164_44
 /// assert_eq!(terms.into_iter().sum::<f32>(), 16_777_216.0);
 /// ```
 pub fn sum(terms: impl IntoIterator<Item = f32>) -> f32 {
-    let mut sums = Vec::new();
-    for (at, term) in terms.into_iter().enumerate() {
+    sum_of_rows(1, terms.into_iter().map(|term| [term]))[0]
+}
+
+/// The [`sum`] of each channel over rows of `width` channels.
+pub(super) fn sum_of_rows<R: AsRef<[f32]>>(width: usize, rows: impl IntoIterator<Item = R>) -> Vec<f32> {
+    let mut sums = vec![0.0; width];
+    let mut last = 0;
+    for (at, row) in rows.into_iter().enumerate() {
         if at % 8 == 0 {
-            sums.push(0.0);
+            last = at / 8 * width;
+            sums.resize(last + width, 0.0);
         }
-        if let Some(sum) = sums.last_mut() {
-            *sum += term;
-        }
+        sums[last..].iter_mut().zip(row.as_ref()).for_each(|(sum, term)| *sum += *term);
     }
-    while sums.len() > 1 {
-        let half = sums.len().next_power_of_two() / 2;
+    while sums.len() > width {
+        let half = (sums.len() / width).next_power_of_two() / 2 * width;
         let (low, high) = sums.split_at_mut(half);
         low.iter_mut().zip(high).for_each(|(low, high)| *low += *high);
         sums.truncate(half);
     }
-    sums.first().copied().unwrap_or(0.0)
+    sums
 }
 
-/// `⟨a, b⟩` in single precision: products are rounded and then added in order.
-pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
-    a.iter().zip(b).fold(0.0, |sum, (x, y)| sum + x * y)
+/// `⟨a, b_j⟩` of a row with each column of a matrix, in single precision: products are rounded and then added in order.
+pub(super) fn products(a: &[f32], b: &Matrix<f32>) -> Vec<f32> {
+    let mut sums = vec![0.0; b.width()];
+    for (x, row) in a.iter().zip(b.iter()) {
+        sums.iter_mut().zip(row).for_each(|(sum, y)| *sum += x * y);
+    }
+    sums
 }
 
 /// `⌊2³⁰ · exp(score − max)⌋`, for finite scores and `score ≤ max`: what a block weighs in its row's softmax.

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use half::{bf16, f16};
 
-use super::arithmetic::sum;
+use super::arithmetic::{sum, sum_of_rows};
 use crate::DType;
 use crate::oracle::Matrix;
 
@@ -34,10 +34,13 @@ impl PooledBlocks {
     /// # Panics
     /// When `rows` lacks a token.
     pub fn new(rows: &Matrix<f32>, tokens: &[Range<usize>], dtype: DType) -> Self {
-        let means = Matrix::from_fn(tokens.len(), rows.width(), |b, c| {
-            let total = sum(tokens[b].clone().map(|i| rows.row(i)[c]));
-            rounded(total / tokens[b].len().max(1) as f32, dtype)
-        });
+        let width = rows.width();
+        let mut means = Matrix::from_fn(tokens.len(), width, |_, _| 0.0);
+        for (b, tokens) in tokens.iter().enumerate() {
+            let count = tokens.len().max(1) as f32;
+            let sums = sum_of_rows(width, tokens.clone().map(|i| rows.row(i)));
+            means.row_mut(b).iter_mut().zip(sums).for_each(|(mean, sum)| *mean = rounded(sum / count, dtype));
+        }
         let similarities = tokens.iter().map(|tokens| similarity(rows, tokens)).collect();
         PooledBlocks { means, similarities }
     }
@@ -53,8 +56,10 @@ impl PooledBlocks {
 /// When `rows` lacks a token.
 pub fn mean_of_blocks(rows: &Matrix<f32>, tokens: &[Range<usize>]) -> Vec<f32> {
     let count: usize = tokens.iter().map(Range::len).sum();
-    let total = |c: usize| sum(tokens.iter().map(|tokens| sum(tokens.clone().map(|i| rows.row(i)[c]))));
-    (0..rows.width()).map(|c| total(c) / count.max(1) as f32).collect()
+    let of_block = |tokens: &Range<usize>| sum_of_rows(rows.width(), tokens.clone().map(|i| rows.row(i)));
+    let mut mean = sum_of_rows(rows.width(), tokens.iter().map(of_block));
+    mean.iter_mut().for_each(|total| *total /= count.max(1) as f32);
+    mean
 }
 
 fn similarity(rows: &Matrix<f32>, tokens: &Range<usize>) -> f32 {
@@ -62,10 +67,13 @@ fn similarity(rows: &Matrix<f32>, tokens: &Range<usize>) -> f32 {
         0.0 => 0.0,
         norm => 1.0 / norm,
     };
-    let inverses: Vec<f32> = tokens.clone().map(inverse).collect();
-    let channel = |c: usize| sum(tokens.clone().zip(&inverses).map(|(i, inverse)| rows.row(i)[c] * inverse));
+    let unit = |i: usize| {
+        let inverse = inverse(i);
+        rows.row(i).iter().map(|x| x * inverse).collect::<Vec<f32>>()
+    };
+    let channels = sum_of_rows(rows.width(), tokens.clone().map(unit));
     let count = tokens.len() as f32;
-    sum((0..rows.width()).map(|c| channel(c) * channel(c))) / (count * count)
+    sum(channels.into_iter().map(|u| u * u)) / (count * count)
 }
 
 /// The nearest value of an element type, ties to even.

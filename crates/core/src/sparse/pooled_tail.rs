@@ -86,7 +86,7 @@ mod tests {
     use crate::metrics::Accuracy;
     use crate::oracle::testing::{Sample, Sizes};
     use crate::sparse::{BlockMap, Predictor, Select};
-    use crate::{Alignment, Band, Inputs, Layout, Lengths, Mask, Options, Tensor};
+    use crate::{Alignment, Band, Inputs, Lengths, Mask, Options, Tensor};
 
     const LN_2: f32 = std::f32::consts::LN_2;
 
@@ -180,7 +180,7 @@ mod tests {
         let mut sample = Sample::normal(5, Sizes::one_head(tokens, tokens, head_dim));
         sample.k = Tensor::new(drifting.collect::<Vec<f32>>(), &[1, 1, tokens, head_dim]).unwrap();
         let predictor = Predictor::new(Select::TopK(0.25.into())).blocks(16, 16);
-        let map = predictor.predict(sample.q.view(), sample.k.view(), Layout::Hnd).unwrap();
+        let map = predictor.predict(sample.q.view(), sample.k.view(), &Options::default()).unwrap();
         let options = Options::default();
         let inputs = Inputs { block_mask: Some(map.mask()), ..sample.inputs() };
         let sparse = Call::check(&inputs, &options).unwrap();

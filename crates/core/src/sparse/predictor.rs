@@ -2,13 +2,14 @@
 
 use std::ops::Range;
 
-use super::arithmetic::dot;
-use super::grid::{Grid, check_block};
+use super::arithmetic::products;
+use super::grid::{Grid, check_block, check_shape};
 use super::map::cleared;
 use super::{BlockMap, PaddedBlocks, PerHead, PooledBlocks, Select, mean_of_blocks};
+use crate::call::Omitted;
 use crate::oracle::{Matrix, subtract};
 use crate::problem::default_sm_scale;
-use crate::{Band, Call, Error, Inputs, Layout, Lengths, Options, Problem, Result, Sequence, TensorView};
+use crate::{Call, Error, Inputs, Options, Problem, Result, TensorView};
 
 /// A predictor of block maps: it scores pairs of blocks by their means, and lets each block of queries choose.
 ///
@@ -20,30 +21,32 @@ use crate::{Band, Call, Error, Inputs, Layout, Lengths, Options, Problem, Result
 /// | VSA | [`Predictor::vsa`] | arXiv 2505.13389 |
 /// | Sol-Attn | [`Predictor::sol_attn`] | arXiv 2607.24027, §3.1 |
 ///
-/// For each head:
+/// For each head of each sequence, of which tokens count that its lengths give it and padding leaves, and of keys those
+/// that the [`Band`](crate::Band) lets some query see (its blocks are those up to the last that has such a key):
 /// 1. the mean of K over all its tokens is subtracted from K where [`smooth_k`](Self::smooth_k) says so
 ///    ([`mean_of_blocks`]);
 /// 2. blocks of Q and K become their means, and get their similarities ([`PooledBlocks`]);
 /// 3. the score of a pair is `⟨q̄, k̄⟩ / √head_dim`: products are rounded to single precision and added in the order of
 ///    the channels, and the sum is multiplied by the rounded `1 / √head_dim`, whatever scale attention uses;
-/// 4. each block of queries chooses among the key blocks that the [`band`](Self::band) shows it, by [`Select`]. A key
-///    block that is not similar does not compete;
+/// 4. each block of queries chooses among the key blocks that the band shows it, by [`Select`]. A key block that is not
+///    similar does not compete;
 /// 5. beside the chosen ones it keeps the key blocks that are not similar and those of [`sink_k`](Self::sink_k), or
 ///    all if it is itself not similar or one of [`sink_q`](Self::sink_q). A block that the band hides is never kept,
 ///    nor one in which no token counts.
 ///
-/// Everything is done in single precision in a stated order, so that kernels predict the same map bit for bit.
+/// Everything is done in single precision in a stated order, so that kernels predict the same map bit for bit. An
+/// explicit mask has no part in it.
 ///
 /// ```
 /// use sage_core::sparse::{Predictor, Select};
-/// use sage_core::{Alignment, Band, DType, Layout, Tensor};
+/// use sage_core::{Alignment, Band, DType, Options, Tensor};
 ///
 /// let q = Tensor::zeros(DType::F16, &[1, 4, 300, 64])?;
 /// let k = Tensor::zeros(DType::F16, &[1, 2, 300, 64])?;
 /// let predictor = Predictor::sparge_attn(Select::Cdf(0.98.into()), 0.6)
-///     .band(Band::causal(Alignment::TopLeft))
 ///     .sink_k(0..1);
-/// let map = predictor.predict(q.view(), k.view(), Layout::Hnd)?;
+/// let options = Options::default().band(Band::causal(Alignment::TopLeft));
+/// let map = predictor.predict(q.view(), k.view(), &options)?;
 /// assert_eq!(map.shape(), [1, 4, 3, 5]);
 /// # Ok::<(), sage_core::Error>(())
 /// ```
@@ -57,8 +60,6 @@ pub struct Predictor {
     pub block_q: usize,
     /// Keys in a block.
     pub block_k: usize,
-    /// What queries see: only blocks in which some query sees a key take part.
-    pub band: Band,
     /// Whether the mean of K over all tokens is subtracted first.
     pub smooth_k: bool,
     /// The similarity that a block must exceed for its mean to stand for it. Where it is given, a block that is not
@@ -84,7 +85,6 @@ impl Predictor {
             select,
             block_q: 64,
             block_k: 64,
-            band: Band::FULL,
             smooth_k: false,
             similarity: None,
             sink_k: 0..0,
@@ -128,11 +128,6 @@ impl Predictor {
         Predictor { block_q, block_k, ..self }
     }
 
-    /// What queries see at all.
-    pub fn band(self, band: Band) -> Self {
-        Predictor { band, ..self }
-    }
-
     /// Whether the mean of K over all tokens is subtracted first.
     pub fn smooth_k(self, smooth_k: bool) -> Self {
         Predictor { smooth_k, ..self }
@@ -169,87 +164,117 @@ impl Predictor {
     }
 
     /// The map of queries `[batch, num_q_heads, q_len, head_dim]` and keys `[batch, num_kv_heads, kv_len, head_dim]`,
-    /// or as `layout` has them. Fewer key heads than query heads is grouped-query attention.
+    /// or as the layout of `options` has them. Fewer key heads than query heads is grouped-query attention. Only blocks
+    /// in which the band of `options` lets some query see a key take part; scale and soft cap do not change a map.
     ///
     /// # Errors
     /// Names the tensor or option that is wrong, the value found and the value wanted.
-    pub fn predict(&self, q: TensorView<'_>, k: TensorView<'_>, layout: Layout) -> Result<BlockMap> {
-        self.predict_lengths(q, k, layout, Lengths::Dense)
+    pub fn predict(&self, q: TensorView<'_>, k: TensorView<'_>, options: &Options) -> Result<BlockMap> {
+        // Values have no part in a prediction, and any that fit the keys pass the checks. The map has blocks of all
+        // keys, also of those that nothing sees.
+        let call = Call::check_keys(&Inputs::new(q, k, k), options, Omitted::None)?;
+        self.check(&call.problem, call.problem.kv_len)?;
+        self.map(&call)
     }
 
-    /// [`Predictor::predict`] where only the first `kv_lens[b]` keys of batch entry `b` are valid. Each entry's map is
-    /// that of these keys by themselves, and keeps none of the blocks behind them: means, shares of blocks and the band
-    /// know no other keys, and the block that they end in is a shorter last one.
+    /// The map of a call that [`Call::check_sparse`] checked.
     ///
     /// # Errors
-    /// As [`Predictor::predict`], and when sequences are packed.
-    pub fn predict_lengths(
+    /// When memory does not hold it.
+    pub fn map(&self, call: &Call<'_>) -> Result<BlockMap> {
+        let mut flags = self.cleared_flags(&call.problem)?;
+        let groups = self.groups(call, &mut flags);
+        groups.for_each(|(group, flags)| self.predict_group(call, group, flags));
+        self.map_of_flags(&call.problem, flags)
+    }
+
+    /// Flags of a map of a problem that keeps no block.
+    ///
+    /// # Errors
+    /// When memory does not hold them.
+    pub fn cleared_flags(&self, problem: &Problem) -> Result<Vec<bool>> {
+        cleared(self.shape(problem))
+    }
+
+    /// The groups of query heads that share a key head, each with its flags among those of the map.
+    pub fn groups<'f>(
         &self,
-        q: TensorView<'_>,
-        k: TensorView<'_>,
-        layout: Layout,
-        lengths: Lengths<'_>,
-    ) -> Result<BlockMap> {
-        if lengths.packed() {
-            return Err(Error::unsupported(
-                "a predictor with cu_seqlens",
-                "a block map needs dense tensors: predict each sequence by itself",
-            ));
-        }
-        // Values have no part in a prediction, and any that fit the keys pass the checks.
-        let options = Options { layout, ..Options::default() };
-        let call = Call::check(&Inputs { lengths, ..Inputs::new(q, k, k) }, &options)?;
-        let Problem { batch, num_q_heads, num_kv_heads, q_len, kv_len, .. } = call.problem;
-        self.check(num_q_heads, q_len, kv_len)?;
-        let grid = Grid { q_len, kv_len, block_q: self.block_q, block_k: self.block_k };
-        let q_tokens = tokens(self.q_padding.as_ref(), q_len, self.block_q);
-        let (shape, columns) = ([batch, num_q_heads, grid.q_blocks(), grid.k_blocks()], grid.k_blocks());
-        let mut flags = cleared(shape)?;
-
-        let heads = call.sequences().flat_map(|sequence| (0..num_kv_heads).map(move |head| (sequence, head)));
-        for (Sequence { batch: b, kv_len, .. }, kv_head) in heads {
-            let grid = Grid { kv_len, ..grid };
-            let k_tokens = tokens(self.k_padding.as_ref(), kv_len, self.block_k);
-            let mut k = Matrix::of_head(&call.k, b, kv_head, 0, kv_len);
-            if self.smooth_k {
-                k = subtract(&k, &mean_of_blocks(&k, &k_tokens));
-            }
-            let k = PooledBlocks::new(&k, &k_tokens, call.problem.dtype);
-            let group_size = call.problem.group_size();
-            for head in kv_head * group_size..(kv_head + 1) * group_size {
-                let q = Matrix::of_head(&call.q, b, head, 0, q_len);
-                let q = PooledBlocks::new(&q, &q_tokens, call.problem.dtype);
-                let q_similar = self.similar(head, &q, &q_tokens, self.block_q);
-                let k_similar = self.similar(head, &k, &k_tokens, self.block_k);
-                for i in (0..grid.q_blocks()).filter(|&i| !q_tokens[i].is_empty()) {
-                    let seen: Vec<usize> =
-                        grid.seen(&self.band, i).filter(|&j| !k_tokens[j].is_empty()).collect();
-                    let kept = if !q_similar[i] || self.sink_q.contains(&i) {
-                        seen
-                    } else {
-                        self.kept(head, q.means.row(i), &k, &k_similar, seen)
-                    };
-                    let row = ((b * num_q_heads + head) * grid.q_blocks() + i) * columns;
-                    kept.into_iter().for_each(|j| flags[row + j] = true);
-                }
-            }
-        }
-        BlockMap::new(flags, shape, self.block_q, self.block_k)
+        call: &Call<'_>,
+        flags: &'f mut [bool],
+    ) -> impl Iterator<Item = (usize, &'f mut [bool])> + use<'f> {
+        let [_, _, q_blocks, k_blocks] = self.shape(&call.problem);
+        let of_group = call.problem.group_size() * q_blocks * k_blocks;
+        // Without blocks there are no flags, and no group has any.
+        flags.chunks_mut(of_group.max(1)).enumerate()
     }
 
-    /// That the options fit each other, and queries and keys of these sizes.
+    /// Predicts the flags of one of the [`Predictor::groups`], which keep no block so far.
+    ///
+    /// # Panics
+    /// When there is no such group in the call.
+    pub fn predict_group(&self, call: &Call<'_>, group: usize, flags: &mut [bool]) {
+        let Problem { num_kv_heads, dtype, band, .. } = call.problem;
+        let [_, _, q_blocks, k_blocks] = self.shape(&call.problem);
+        let (index, kv_head) = (group / num_kv_heads, group % num_kv_heads);
+        let sequence = call.sequences().nth(index).expect("a group is of a sequence of the call");
+        let (q_len, kv_len) = (sequence.q_len, sequence.kv_len);
+        let grid = Grid { q_len, kv_len, block_q: self.block_q, block_k: self.block_k };
+        let q_tokens = tokens(self.q_padding.as_ref(), 0..q_len, self.block_q);
+        let k_tokens = tokens(self.k_padding.as_ref(), band.seen(q_len, kv_len), self.block_k);
+
+        let mut k = Matrix::of_head(&call.k, sequence.batch, kv_head, sequence.kv_start, kv_len);
+        if self.smooth_k {
+            k = subtract(&k, &mean_of_blocks(&k, &k_tokens));
+        }
+        let k = PooledBlocks::new(&k, &k_tokens, dtype);
+        let k_means = k.means.transposed();
+        let of_head = (q_blocks * k_blocks).max(1);
+        for (flags, head) in flags.chunks_mut(of_head).zip(kv_head * call.problem.group_size()..) {
+            let q = Matrix::of_head(&call.q, sequence.batch, head, sequence.q_start, q_len);
+            let q = PooledBlocks::new(&q, &q_tokens, dtype);
+            let q_similar = self.similar(head, &q, &q_tokens, self.block_q);
+            let k_similar = self.similar(head, &k, &k_tokens, self.block_k);
+            for i in (0..grid.q_blocks()).filter(|&i| !q_tokens[i].is_empty()) {
+                let seen: Vec<usize> = grid.seen(&band, i).filter(|&j| !k_tokens[j].is_empty()).collect();
+                let kept = if !q_similar[i] || self.sink_q.contains(&i) {
+                    seen
+                } else {
+                    self.kept(head, q.means.row(i), &k_means, &k_similar, seen)
+                };
+                kept.into_iter().for_each(|j| flags[i * k_blocks + j] = true);
+            }
+        }
+    }
+
+    /// The map that has these flags.
     ///
     /// # Errors
-    /// Names the option that is wrong, the value found and the value wanted.
-    pub fn check(&self, num_q_heads: usize, q_len: usize, kv_len: usize) -> Result<()> {
+    /// When they are not those of the problem's map.
+    pub fn map_of_flags(&self, problem: &Problem, flags: Vec<bool>) -> Result<BlockMap> {
+        BlockMap::new(flags, self.shape(problem), self.block_q, self.block_k)
+    }
+
+    /// `[batch, num_q_heads, q_blocks, k_blocks]` of a problem's map.
+    pub fn shape(&self, problem: &Problem) -> [usize; 4] {
+        let Problem { batch, num_q_heads, q_len, kv_len, .. } = *problem;
+        [batch, num_q_heads, q_len.div_ceil(self.block_q), kv_len.div_ceil(self.block_k)]
+    }
+
+    /// That every option fits a problem, where the tensors have `kv_rows` keys, those among them that the problem
+    /// leaves out.
+    ///
+    /// # Errors
+    /// Names the option that does not fit, the value found and the value wanted.
+    pub fn check(&self, problem: &Problem, kv_rows: usize) -> Result<()> {
         check_block("block_q", self.block_q)?;
         check_block("block_k", self.block_k)?;
-        self.select.check(num_q_heads)?;
+        check_shape(self.shape(problem))?;
+        self.select.check(problem.num_q_heads)?;
         if let Some(threshold) = &self.similarity {
-            threshold.check_finite("simthreshd1", num_q_heads)?;
+            threshold.check_finite("simthreshd1", problem.num_q_heads)?;
         }
-        check_padding("q_padding", self.q_padding.as_ref(), q_len, self.block_q)?;
-        check_padding("k_padding", self.k_padding.as_ref(), kv_len, self.block_k)
+        check_padding("q_padding", self.q_padding.as_ref(), problem.q_len, self.block_q)?;
+        check_padding("k_padding", self.k_padding.as_ref(), kv_rows, self.block_k)
     }
 
     /// Whether the mean of each block stands for its tokens.
@@ -266,19 +291,21 @@ impl Predictor {
         pooled.similarities.iter().zip(tokens).map(similar).collect()
     }
 
-    /// The key blocks among `seen` that a block of queries with the mean `q` keeps.
+    /// The key blocks among `seen` that a block of queries with the mean `q` keeps. Column `j` of `k_means` is the mean
+    /// of key block `j`.
     fn kept(
         &self,
         head: usize,
         q: &[f32],
-        k: &PooledBlocks,
+        k_means: &Matrix<f32>,
         k_similar: &[bool],
         seen: Vec<usize>,
     ) -> Vec<usize> {
         let scale = default_sm_scale(q.len());
+        let products = products(q, k_means);
         let mut scores = vec![None; k_similar.len()];
         for &j in seen.iter().filter(|&&j| k_similar[j]) {
-            scores[j] = Some(dot(q, k.means.row(j)) * scale);
+            scores[j] = Some(products[j] * scale);
         }
         let mut kept = self.select.choose(head, &scores);
         kept.extend(seen.into_iter().filter(|j| !k_similar[*j] || self.sink_k.contains(j)));
@@ -286,21 +313,26 @@ impl Predictor {
     }
 }
 
-/// That blocks which are padded are those of a sequence that has `len` tokens with all padding.
-fn check_padding(name: &'static str, padding: Option<&PaddedBlocks>, len: usize, block: usize) -> Result<()> {
-    match padding {
-        Some(padding) if padding.block() != block || padding.len() != len => {
-            let found = format!("{} tokens in blocks of {}", padding.len(), padding.block());
-            Err(Error::value(name, found, format!("{len} tokens in blocks of {block}")))
-        }
-        _ => Ok(()),
-    }
+/// The tokens of each block that count, of a sequence in which those of `seen` do: of blocks up to the last that has
+/// some.
+fn tokens(padding: Option<&PaddedBlocks>, seen: Range<usize>, block: usize) -> Vec<Range<usize>> {
+    let of_block = |b: usize| {
+        let size = padding.map_or(block, |padding| padding.sizes()[b]);
+        let start = seen.start.max(b * block);
+        start..seen.end.min(b * block + size).max(start)
+    };
+    (0..seen.end.div_ceil(block)).map(of_block).collect()
 }
 
-/// The tokens of each block that count, where the sequence ends after `len` with all padding.
-fn tokens(padding: Option<&PaddedBlocks>, len: usize, block: usize) -> Vec<Range<usize>> {
-    let size = |b: usize| padding.map_or(block, |padding| padding.sizes()[b]);
-    (0..len.div_ceil(block)).map(|b| b * block..len.min(b * block + size(b))).collect()
+/// That padding is of a sequence of `len` tokens, in the predictor's blocks.
+fn check_padding(name: &'static str, padding: Option<&PaddedBlocks>, len: usize, block: usize) -> Result<()> {
+    if let Some(padding) = padding
+        && (padding.block() != block || padding.len() != len)
+    {
+        let found = format!("{} tokens in blocks of {}", padding.len(), padding.block());
+        return Err(Error::value(name, found, format!("{len} tokens in blocks of {block}")));
+    }
+    Ok(())
 }
 
 #[cfg(test)]

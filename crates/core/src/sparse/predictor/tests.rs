@@ -2,7 +2,7 @@ use super::*;
 use crate::metrics::Accuracy;
 use crate::oracle::exact;
 use crate::oracle::testing::{Sample, Sizes};
-use crate::{Alignment, DType, Tensor, TensorView};
+use crate::{Alignment, Band, DType, Layout, Lengths, Tensor, TensorView};
 
 const CAUSAL: Band = Band::causal(Alignment::TopLeft);
 
@@ -18,8 +18,13 @@ fn head(head_dim: usize, elements: &[f32]) -> Tensor {
 
 /// What a predictor with blocks of two tokens keeps of one head with one channel.
 fn predicted(predictor: Predictor, q: &[f32], k: &[f32]) -> Vec<String> {
-    let predictor = predictor.blocks(2, 2);
-    drawn(&predictor.predict(head(1, q).view(), head(1, k).view(), Layout::Hnd).unwrap())
+    within(Band::FULL, predictor, q, k)
+}
+
+/// The same of the blocks that a band shows.
+fn within(band: Band, predictor: Predictor, q: &[f32], k: &[f32]) -> Vec<String> {
+    let options = Options::default().band(band);
+    drawn(&predictor.blocks(2, 2).predict(head(1, q).view(), head(1, k).view(), &options).unwrap())
 }
 
 /// The two best of the key blocks.
@@ -42,7 +47,7 @@ fn scores_are_scaled_by_the_root_of_head_dim() {
     let (q, k) = (head(4, &[1.0; 4]), head(4, &[1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]));
     let kept = |p: f32| {
         let predictor = Predictor::sparge_attn2(0.0, p).blocks(1, 1);
-        drawn(&predictor.predict(q.view(), k.view(), Layout::Hnd).unwrap())
+        drawn(&predictor.predict(q.view(), k.view(), &Options::default()).unwrap())
     };
     assert_eq!((kept(0.87), kept(0.89)), (vec!["#.".to_owned()], vec!["##".to_owned()]));
 }
@@ -54,7 +59,7 @@ fn smoothing_takes_the_mean_of_all_keys_away() {
     let (q, k) = (bf16(&[1.0, 1.0]), bf16(&[256.0, 256.0, 256.0, 258.0]));
     let kept = |smooth_k| {
         let predictor = best().blocks(2, 2).smooth_k(smooth_k);
-        drawn(&predictor.predict(q.view(), k.view(), Layout::Hnd).unwrap())
+        drawn(&predictor.predict(q.view(), k.view(), &Options::default()).unwrap())
     };
     assert_eq!((kept(false), kept(true)), (vec!["#.".to_owned()], vec![".#".to_owned()]));
 }
@@ -73,21 +78,21 @@ fn a_key_block_that_is_not_similar_is_kept_and_does_not_compete() {
 fn a_query_block_that_is_not_similar_keeps_all_it_sees() {
     let (q, k) = ([1.0, -1.0, 1.0, 1.0], [1.0, 1.0, 2.0, 2.0, 3.0, 3.0]);
     assert_eq!(predicted(best().similarity(0.5), &q, &k), ["###", "..#"]);
-    assert_eq!(predicted(best().similarity(0.5).band(CAUSAL), &q, &k), ["#..", ".#."]);
+    assert_eq!(within(CAUSAL, best().similarity(0.5), &q, &k), ["#..", ".#."]);
 }
 
 #[test]
 fn only_blocks_that_the_band_shows_compete_and_are_kept() {
     let (q, k) = ([1.0; 6], [1.0, 1.0, 3.0, 3.0, 2.0, 2.0]);
-    assert_eq!(predicted(best().band(CAUSAL), &q, &k), ["#..", ".#.", ".#."]);
+    assert_eq!(within(CAUSAL, best(), &q, &k), ["#..", ".#.", ".#."]);
     let window = Band { left: Some(0), ..CAUSAL };
-    assert_eq!(predicted(best().band(window).sink_k(0..1), &q, &k), ["#..", ".#.", "..#"]);
+    assert_eq!(within(window, best().sink_k(0..1), &q, &k), ["#..", ".#.", "..#"]);
     // Two queries after four keys: the last query sees the last key.
     let late = Band::causal(Alignment::BottomRight);
-    assert_eq!(predicted(best().band(late), &[1.0; 2], &k), [".#."]);
+    assert_eq!(within(late, best(), &[1.0; 2], &k), [".#."]);
     // Four queries before any key.
     let early = Band::causal(Alignment::Offset(-4));
-    assert_eq!(predicted(best().band(early), &q, &k), ["...", "...", "#.."]);
+    assert_eq!(within(early, best(), &q, &k), ["...", "...", "#.."]);
 }
 
 #[test]
@@ -142,11 +147,10 @@ fn a_shorter_sequence_is_predicted_by_itself() {
     let sizes = Sizes { batch: 3, num_q_heads: 2, num_kv_heads: 1, q_len: 30, kv_len: 50, head_dim: 8 };
     let sample = Sample::normal(5, sizes);
     for band in [Band::FULL, CAUSAL, Band::causal(Alignment::BottomRight)] {
-        let predictor = Predictor::sla(0.4).blocks(8, 16).band(band);
+        let (predictor, options) = (Predictor::sla(0.4).blocks(8, 16), Options::default().band(band));
         let lens = [50, 37, 0];
-        let map = predictor
-            .predict_lengths(sample.q.view(), sample.k.view(), Layout::Hnd, Lengths::KvLens(&lens))
-            .unwrap();
+        let inputs = sample.inputs().lengths(Lengths::KvLens(&lens));
+        let map = predictor.map(&Call::check_sparse(&inputs, &options, &predictor).unwrap()).unwrap();
         assert_eq!(map.shape(), [3, 2, 4, 4]);
         for (b, len) in lens.into_iter().enumerate() {
             let part = |tensor: &Tensor, heads: usize, len: usize| {
@@ -156,7 +160,7 @@ fn a_shorter_sequence_is_predicted_by_itself() {
                 Tensor::new(places.map(|at| view.at(at)).collect::<Vec<f32>>(), &[1, heads, len, 8]).unwrap()
             };
             let (q, k) = (part(&sample.q, 2, 30), part(&sample.k, 1, len as usize));
-            let alone = predictor.predict(q.view(), k.view(), Layout::Hnd).unwrap();
+            let alone = predictor.predict(q.view(), k.view(), &options).unwrap();
             let columns = alone.shape()[3];
             let rows = map.rows().skip(8 * b).take(8);
             for (row, alone) in rows.zip(alone.rows()) {
@@ -165,9 +169,6 @@ fn a_shorter_sequence_is_predicted_by_itself() {
             }
         }
     }
-    let packed = Lengths::Packed { cu_seqlens_q: &[0, 1], cu_seqlens_k: &[0, 1] };
-    let error = best().predict_lengths(sample.q.view(), sample.k.view(), Layout::Hnd, packed).unwrap_err();
-    assert!(error.to_string().contains("cu_seqlens"), "{error}");
 }
 
 #[test]
@@ -176,7 +177,7 @@ fn heads_of_a_group_share_keys_but_not_their_thresholds() {
     let q = Tensor::new(vec![1.0, 1.0, -1.0, -1.0], &[1, 2, 2, 1]).unwrap();
     let k = head(1, &[1.0, 1.0, 9.0, -1.0, 2.0, 2.0]);
     let predictor = best().blocks(2, 2).similarity(vec![0.5, -0.5]);
-    let map = predictor.predict(q.view(), k.view(), Layout::Hnd).unwrap();
+    let map = predictor.predict(q.view(), k.view(), &Options::default()).unwrap();
     assert_eq!(map.shape(), [1, 2, 1, 3]);
     assert_eq!(drawn(&map), [".##", "#.."]);
 }
@@ -193,12 +194,42 @@ fn layouts_predict_one_map() {
             .unwrap()
             .to_dtype(DType::F16)
     };
-    let predictor = Predictor::sparge_attn(Select::Cdf(0.9.into()), 0.05).blocks(16, 8).band(CAUSAL);
-    let map = predictor.predict(sample.q.view(), sample.k.view(), Layout::Hnd).unwrap();
-    let other = predictor.predict(nhd(&sample.q).view(), nhd(&sample.k).view(), Layout::Nhd).unwrap();
+    let predictor = Predictor::sparge_attn(Select::Cdf(0.9.into()), 0.05).blocks(16, 8);
+    let options = Options::default().band(CAUSAL);
+    let map = predictor.predict(sample.q.view(), sample.k.view(), &options).unwrap();
+    let options = options.layout(Layout::Nhd);
+    let other = predictor.predict(nhd(&sample.q).view(), nhd(&sample.k).view(), &options).unwrap();
     assert_eq!(map, other);
     let density = map.density(&CAUSAL, 70, 90).unwrap();
     assert!((0.1..0.99).contains(&density), "a map of {density} tells nothing");
+}
+
+#[test]
+fn keys_that_no_query_sees_count_in_no_block() {
+    // The last key of the second block is beyond what two queries see: its mean is 4, not 0.
+    let (q, k) = ([1.0, 1.0, 1.0], [3.0, 3.0, 4.0, -4.0, f32::NAN, 1.0]);
+    assert_eq!(within(CAUSAL, best().smooth_k(true), &q, &k), ["#..", ".#."]);
+
+    // The same by lengths: the first sequence has three keys, the second four, the third none.
+    let q = Tensor::new(vec![1.0; 9], &[3, 1, 3, 1]).unwrap();
+    let k = Tensor::new(k.repeat(3), &[3, 1, 6, 1]).unwrap();
+    let inputs = Inputs::new(q.view(), k.view(), k.view()).lengths(Lengths::KvLens(&[3, 4, 0]));
+    let predictor = best().blocks(4, 2).smooth_k(true);
+    let call = Call::check_sparse(&inputs, &Options::default(), &predictor).unwrap();
+    assert_eq!(drawn(&predictor.map(&call).unwrap()), [".#.", "#..", "..."]);
+}
+
+#[test]
+fn a_call_of_a_predictor_has_neither_another_map_nor_packed_sequences() {
+    let x = Tensor::zeros(DType::F32, &[8, 1, 2]).unwrap();
+    let lengths = Lengths::Packed { cu_seqlens_q: &[0, 8], cu_seqlens_k: &[0, 8] };
+    let packed = Inputs::new(x.view(), x.view(), x.view()).lengths(lengths);
+    let error = |inputs| Call::check_sparse(&inputs, &Options::default(), &best()).unwrap_err().to_string();
+    assert_eq!(error(packed), "a predictor with cu_seqlens is not supported: block maps need dense tensors");
+    let x = Tensor::zeros(DType::F32, &[1, 1, 8, 2]).unwrap();
+    let map = BlockMap::new(vec![true], [1, 1, 1, 1], 64, 64).unwrap();
+    let mapped = Inputs::new(x.view(), x.view(), x.view()).block_mask(map.mask());
+    assert_eq!(error(mapped), "block_mask with a predictor is not supported: give one of them");
 }
 
 #[test]
@@ -207,8 +238,9 @@ fn options_that_do_not_fit_are_refused() {
         Tensor::zeros(DType::F32, &[1, 4, 8, 2]).unwrap(),
         Tensor::zeros(DType::F32, &[1, 2, 8, 2]).unwrap(),
     );
-    let error =
-        |predictor: Predictor| predictor.predict(q.view(), k.view(), Layout::Hnd).unwrap_err().to_string();
+    let error = |predictor: Predictor| {
+        predictor.predict(q.view(), k.view(), &Options::default()).unwrap_err().to_string()
+    };
     assert_eq!(error(best().blocks(0, 64)), "block_q: value is 0, expected at least 1");
     assert_eq!(error(best().blocks(64, 0)), "block_k: value is 0, expected at least 1");
     assert_eq!(
@@ -222,7 +254,7 @@ fn options_that_do_not_fit_are_refused() {
         "k_padding: value is 6 tokens in blocks of 2, expected 8 tokens in blocks of 2"
     );
     let three = Tensor::zeros(DType::F32, &[1, 3, 8, 2]).unwrap();
-    let error = best().predict(q.view(), three.view(), Layout::Hnd).unwrap_err().to_string();
+    let error = best().predict(q.view(), three.view(), &Options::default()).unwrap_err().to_string();
     assert_eq!(error, "k: shape is [1, 3, 8, 2], expected a number of heads that divides q's 4");
 }
 
@@ -285,9 +317,10 @@ fn a_map_is_that_of_the_definition() {
         let (q, k) = (rows(seed), rows(seed + 50));
         for (blocks, cdf, sim) in [([16, 8], 0.7, 0.4), ([8, 16], 0.9, 0.3), ([16, 16], 0.5, 0.0)] {
             let predictor = Predictor::sparge_attn(Select::Cdf(cdf.into()), sim).blocks(blocks[0], blocks[1]);
-            let predictor = predictor.band(CAUSAL).sink_k(0..1);
+            let predictor = predictor.sink_k(0..1);
+            let options = Options::default().band(CAUSAL);
             let map =
-                predictor.predict(head(head_dim, &q).view(), head(head_dim, &k).view(), Layout::Hnd).unwrap();
+                predictor.predict(head(head_dim, &q).view(), head(head_dim, &k).view(), &options).unwrap();
             let expected = defined(&wide(&q), &wide(&k), blocks, cdf.into(), sim.into());
             assert_eq!(map.flags(), expected, "seed {seed}, blocks of {blocks:?}");
             let density = map.density(&CAUSAL, tokens, tokens).unwrap();
@@ -317,7 +350,7 @@ fn local(tokens: usize, head_dim: usize, order: impl Fn(usize) -> usize) -> Samp
 /// The density of a predictor's map, and how far attention over it is from attention over all keys (relative L1).
 fn density_and_error(sample: &Sample, predictor: Predictor) -> (f64, f64) {
     let predictor = predictor.blocks(16, 16);
-    let map = predictor.predict(sample.q.view(), sample.k.view(), Layout::Hnd).unwrap();
+    let map = predictor.predict(sample.q.view(), sample.k.view(), &Options::default()).unwrap();
     let options = Options::default();
     let dense = exact(&sample.call(&options));
     let inputs = Inputs { block_mask: Some(map.mask()), ..sample.inputs() };
