@@ -11,7 +11,7 @@ use crate::{
 /// A checked call. All tensors are in one order, whatever the caller's layout:
 /// Q `[batch, num_q_heads, seq, head_dim]`, K and V `[batch, num_kv_heads, seq, head_dim]` (packed tensors have a
 /// batch dimension of 1), mask `[batch, num_q_heads, q_len, kv_len]`,
-/// block mask `[batch, num_q_heads, blocks, blocks]`.
+/// block mask `[batch, num_q_heads, blocks, blocks]` with an entry of the batch for each sequence, packed ones too.
 ///
 /// Keys before the first and after the last that the band lets some query see are no part of it: [`Band::seen`] says
 /// why nothing else changes. Where there is an explicit mask, whose keys are counted from the tensors' first, they
@@ -37,6 +37,8 @@ pub struct Call<'a, T: Operand = TensorView<'a>> {
     pub lengths: Lengths<'a, T::List>,
     sequences: Sequences<'a>,
     layout: Layout,
+    /// Keys of the longest sequence, those that are left out among them.
+    given_kv_len: usize,
 }
 
 impl<'a, T: Operand> Call<'a, T> {
@@ -51,17 +53,13 @@ impl<'a, T: Operand> Call<'a, T> {
     /// [`Call::check`] of a call whose block map `predictor` will predict from its queries and keys.
     ///
     /// # Errors
-    /// As [`Call::check`], and where the predictor's options do not fit; also with a block mask or packed sequences.
+    /// As [`Call::check`], and where the predictor's options do not fit; also with a block mask.
     pub fn check_sparse(inputs: &Inputs<'a, T>, options: &Options, predictor: &Predictor) -> Result<Self> {
         if inputs.block_mask.is_some() {
             return Err(Error::unsupported("block_mask with a predictor", "give one of them"));
         }
-        if inputs.lengths.packed() {
-            return Err(Error::unsupported("a predictor with cu_seqlens", "block maps need dense tensors"));
-        }
         let call = Self::check_keys(inputs, options, Omitted::of(inputs, true))?;
-        let kv_len = dimensions(&canonical("k", inputs.k, options.layout, false)?)[2];
-        predictor.check(&call.problem, kv_len)?;
+        predictor.check(&call.problem, call.given_kv_len)?;
         Ok(call)
     }
 
@@ -86,7 +84,7 @@ impl<'a, T: Operand> Call<'a, T> {
                 Omitted::After => from_first,
                 Omitted::All => true,
             };
-        let given_kv_rows = kv_rows;
+        let mut given_kv_len = kv_rows;
         let rows = Rows { batch: q_batch, q: q_rows, kv: kv_rows };
         let sequences = Sequences::check(&inputs.lengths, rows, cuts.then_some(band))?;
         if cuts && dense {
@@ -97,19 +95,21 @@ impl<'a, T: Operand> Call<'a, T> {
         let (batch, q_len, kv_len) = match inputs.lengths {
             Lengths::DevicePacked { cu_seqlens_q, max_q_len, max_kv_len, .. } => {
                 let batch = cu_seqlens_q.entries() - 1;
-                (batch, max_q_len.min(q_rows), max_kv_len.min(kv_rows))
+                given_kv_len = max_kv_len.min(kv_rows);
+                (batch, max_q_len.min(q_rows), given_kv_len)
             }
             Lengths::Packed { .. } => {
-                let longest = |len: fn(Sequence) -> usize| {
-                    (0..sequences.count()).map(|index| len(sequences.get(index))).max().unwrap_or(0)
-                };
-                (sequences.count(), longest(|s| s.q_len), longest(|s| s.kv_len))
+                let longest =
+                    |len: &dyn Fn(usize) -> usize| (0..sequences.count()).map(len).max().unwrap_or(0);
+                given_kv_len = longest(&|index| sequences.given(index).kv_len);
+                let q_len = longest(&|index| sequences.get(index).q_len);
+                (sequences.count(), q_len, longest(&|index| sequences.get(index).kv_len))
             }
             Lengths::Dense | Lengths::KvLens(_) | Lengths::DeviceKvLens(_) => (q_batch, q_rows, kv_rows),
         };
         let scores = [batch, num_q_heads, q_len, kv_len];
         let mask = check_mask(inputs, scores)?;
-        let block_mask = check_block_mask(inputs, scores, given_kv_rows)?;
+        let block_mask = check_block_mask(inputs, scores, given_kv_len)?;
         let problem = Problem {
             dtype: q.dtype(),
             batch,
@@ -125,7 +125,8 @@ impl<'a, T: Operand> Call<'a, T> {
             masked: mask.is_some(),
             blocks: block_mask.map(|mask| [mask.block_q, mask.block_k]),
         };
-        Ok(Call { problem, q, k, v, mask, block_mask, lengths: inputs.lengths, sequences, layout })
+        let lengths = inputs.lengths;
+        Ok(Call { problem, q, k, v, mask, block_mask, lengths, sequences, layout, given_kv_len })
     }
 
     /// Whether the sequences hold only keys that the band lets some query see.
@@ -216,8 +217,9 @@ impl<'a> Call<'a> {
             ));
         }
         let problem = Problem { blocks: Some([block_q, block_k]), ..self.problem };
-        let Call { q, k, v, mask, lengths, sequences, layout, .. } = *self;
-        Ok(Call { problem, q, k, v, mask, block_mask: Some(map.mask()), lengths, sequences, layout })
+        let Call { q, k, v, mask, lengths, sequences, layout, given_kv_len, .. } = *self;
+        let block_mask = Some(map.mask());
+        Ok(Call { problem, q, k, v, mask, block_mask, lengths, sequences, layout, given_kv_len })
     }
 
     /// This call with its tensors copied to another memory, where each has the geometry that it has here.
@@ -227,14 +229,15 @@ impl<'a> Call<'a> {
         mask: Option<U::Mask>,
         blocks: Option<U::Blocks>,
     ) -> Call<'a, U> {
-        let Call { problem, sequences, layout, .. } = *self;
+        let Call { problem, sequences, layout, given_kv_len, .. } = *self;
         let moved = |(mask, blocks): (BlockMask<_>, U::Blocks)| BlockMask {
             blocks,
             block_q: mask.block_q,
             block_k: mask.block_k,
         };
         let block_mask = self.block_mask.zip(blocks).map(moved);
-        Call { problem, q, k, v, mask, block_mask, lengths: self.lengths.beside(), sequences, layout }
+        let lengths = self.lengths.beside();
+        Call { problem, q, k, v, mask, block_mask, lengths, sequences, layout, given_kv_len }
     }
 }
 
@@ -323,22 +326,20 @@ fn check_mask<T: Operand>(inputs: &Inputs<'_, T>, scores: [usize; 4]) -> Result<
     broadcast("mask", mask.geometry(), scores).map(|geometry| Some(mask.with_geometry(geometry)))
 }
 
-/// The block mask, broadcast to the blocks of such scores. It is given for all of the tensors' `kv_rows` keys.
+/// The block mask, broadcast to the blocks of such scores. It is given for the `given_kv_len` keys of the longest
+/// sequence.
 fn check_block_mask<T: Operand>(
     inputs: &Inputs<'_, T>,
     [batch, heads, q_len, kv_len]: [usize; 4],
-    kv_rows: usize,
+    given_kv_len: usize,
 ) -> Result<Option<BlockMask<T::Blocks>>> {
     let Some(BlockMask { blocks, block_q, block_k }) = inputs.block_mask else { return Ok(None) };
-    if inputs.lengths.packed() {
-        return Err(Error::unsupported("block_mask with cu_seqlens", "a block mask needs dense tensors"));
-    }
     for (name, size) in [("block_mask.block_q", block_q), ("block_mask.block_k", block_k)] {
         if size == 0 {
             return Err(Error::value(name, size, "at least 1"));
         }
     }
-    let wanted = [batch, heads, q_len.div_ceil(block_q), kv_rows.div_ceil(block_k)];
+    let wanted = [batch, heads, q_len.div_ceil(block_q), given_kv_len.div_ceil(block_k)];
     let geometry =
         broadcast("block_mask", blocks.geometry(), wanted)?.narrowed(3, 0..kv_len.div_ceil(block_k));
     Ok(Some(BlockMask { blocks: blocks.with_geometry(geometry), block_q, block_k }))

@@ -61,6 +61,8 @@ impl<'a> Lengths<'a> {
 /// Rows of one sequence in the tensors of a [`Call`](crate::Call).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sequence {
+    /// Index among the call's sequences, which block masks count.
+    pub index: usize,
     /// Index in the tensors' batch dimension.
     pub batch: usize,
     /// First query row.
@@ -162,16 +164,16 @@ impl<'a> Sequences<'a> {
     }
 
     /// The sequence with all keys that the lengths give it. No entry is negative: [`Sequences::check`] has seen them.
-    fn given(&self, index: usize) -> Sequence {
+    pub fn given(&self, index: usize) -> Sequence {
         let Rows { q, kv, .. } = self.rows;
-        let dense = |kv_len| Sequence { batch: index, q_start: 0, q_len: q, kv_start: 0, kv_len };
+        let dense = |kv_len| Sequence { index, batch: index, q_start: 0, q_len: q, kv_start: 0, kv_len };
         match self.lists {
             Lists::Dense | Lists::OnDevice => dense(kv),
             Lists::KvLens(kv_lens) => dense(kv_lens[index] as usize),
             Lists::Packed(q, k) => {
                 let rows = |list: &[i32]| (list[index] as usize, (list[index + 1] - list[index]) as usize);
                 let ((q_start, q_len), (kv_start, kv_len)) = (rows(q), rows(k));
-                Sequence { batch: 0, q_start, q_len, kv_start, kv_len }
+                Sequence { index, batch: 0, q_start, q_len, kv_start, kv_len }
             }
         }
     }

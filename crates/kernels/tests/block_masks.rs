@@ -64,6 +64,8 @@ fn beside_lengths_masks_caps_and_odd_heads() {
     let odd = Some(CaseBlocks::new(100, 40).keeping(0.5));
     for gpu in engines() {
         let lens = Sequences::KvLens(vec![330, 0, 70]);
+        let packed = Sequences::Packed(vec![0, 150, 150, 170, 300], vec![0, 330, 400, 400, 650]);
+        let fp8 = Some(Preset::INT8_FP8.scheme(64));
         for case in [
             Case { batch: 3, sequences: lens.clone(), blocks, ..heads() },
             Case { batch: 3, sequences: lens, blocks: odd, band: CAUSAL, ..heads() },
@@ -71,6 +73,10 @@ fn beside_lengths_masks_caps_and_odd_heads() {
             Case { blocks: odd, mask: Some(CaseMask::bool(Extent::BatchKeys)), band: CAUSAL, ..heads() },
             Case { blocks: odd, mask: Some(CaseMask::bias(DType::F16, Extent::Matrix)), ..heads() },
             Case { blocks: odd, mask: Some(CaseMask::bias(DType::F32, Extent::All)), ..heads() },
+            // Packed sequences, of which one has no query and one no key.
+            Case { sequences: packed.clone(), blocks, ..heads() },
+            Case { sequences: packed.clone(), blocks, band: CAUSAL, scheme: fp8, ..heads() },
+            Case { sequences: packed.clone(), blocks: odd, band: TOP_LEFT, ..heads() },
             Case { blocks, softcap: Some(5.0), ..heads() },
             Case { blocks, head_dim: 40, ..heads() },
             Case { blocks, head_dim: 256, ..heads() },

@@ -310,9 +310,10 @@ fn masks_need_dense_tensors() {
         call(&packed.clone().mask(Mask::Bool(mask))),
         "mask with cu_seqlens is not supported: an explicit mask needs dense tensors, or use causal and window options"
     );
+    // A block mask has an entry for each sequence.
     assert_eq!(
-        call(&packed.block_mask(BlockMask { blocks: mask, block_q: 1, block_k: 1 })),
-        "block_mask with cu_seqlens is not supported: a block mask needs dense tensors"
+        call(&packed.block_mask(BlockMask { blocks: mask, block_q: 1, block_k: 2 })),
+        "block_mask: shape is [6, 8], expected broadcastable to [1, 4, 6, 4]"
     );
 }
 

@@ -106,6 +106,11 @@ impl CaseBlocks {
     }
 }
 
+/// The longest of packed sequences.
+fn longest(boundaries: &[i32]) -> usize {
+    boundaries.windows(2).map(|ends| (ends[1] - ends[0]) as usize).max().unwrap_or(0)
+}
+
 /// An explicit mask.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct CaseMask {
@@ -237,8 +242,11 @@ impl Case {
         let mut rng = ChaCha8Rng::seed_from_u64(self.seed + 3);
         let mask = self.mask.map(|mask| self.explicit(&mask, &mut rng));
         let blocks = self.blocks.map(|CaseBlocks { block_q, block_k, kept }| {
-            let blocks = [self.q_len.div_ceil(block_q), self.kv_len.div_ceil(block_k)];
-            let shape = [self.batch, self.q_heads, blocks[0], blocks[1]];
+            let [batch, q_len, kv_len] = match &self.sequences {
+                Sequences::Packed(q, k) => [q.len() - 1, longest(q), longest(k)],
+                _ => [self.batch, self.q_len, self.kv_len],
+            };
+            let shape = [batch, self.q_heads, q_len.div_ceil(block_q), kv_len.div_ceil(block_k)];
             let visible = (0..shape.iter().product()).map(|_| rng.random_bool(kept)).collect();
             OwnedBlocks::new(visible, &shape, [block_q, block_k])
         });

@@ -168,6 +168,18 @@ fn block_masks() -> Vec<Case> {
             ..case.clone()
         },
         Case {
+            blocks: blocks(128, 64, 0.5),
+            sequences: Sequences::Packed(vec![0, 300, 300, 370], vec![0, 400, 500, 510]),
+            scheme: int8(),
+            ..case.clone()
+        },
+        Case {
+            blocks: blocks(48, 80, 0.5),
+            sequences: Sequences::Packed(vec![0, 70, 300], vec![0, 350, 400]),
+            band: TOP_LEFT,
+            ..case.clone()
+        },
+        Case {
             blocks: blocks(64, 64, 0.5),
             mask: Some(CaseMask::bias(DType::F16, Extent::Matrix)),
             softcap: Some(20.0),

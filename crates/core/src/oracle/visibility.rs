@@ -12,9 +12,10 @@ pub fn visible_keys<'c>(
     head: usize,
     i: usize,
 ) -> impl Iterator<Item = (usize, f64)> + 'c {
-    let batch = sequence.batch;
+    let sequence_index = sequence.index;
     let in_block = move |j: usize| {
-        call.block_mask.is_none_or(|mask| mask.blocks.at([batch, head, i / mask.block_q, j / mask.block_k]))
+        call.block_mask
+            .is_none_or(|mask| mask.blocks.at([sequence_index, head, i / mask.block_q, j / mask.block_k]))
     };
     unhidden_keys(call, sequence, head, i).filter(move |&(j, _)| in_block(j))
 }

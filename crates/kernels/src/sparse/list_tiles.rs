@@ -57,8 +57,10 @@ kernel_params! {
         q_rows: i32,
         /// Key rows of the tensors.
         kv_rows: i32,
-        /// Valid keys of each batch entry.
-        cu_seqlens: [i32],
+        /// Boundaries of packed queries.
+        cu_seqlens_q: [i32],
+        /// Boundaries of packed keys, or valid keys of each batch entry.
+        cu_seqlens_k: [i32],
         /// Keys visible before the diagonal; 2³⁰ for all.
         window_left: i32,
         /// Keys visible after the diagonal; 2³⁰ for all.
@@ -96,8 +98,8 @@ impl ListTilesConfig {
         let lengths = LengthParams {
             q_rows: p.q_rows,
             kv_rows: p.kv_rows,
-            cu_seqlens_q: p.cu_seqlens,
-            cu_seqlens_k: p.cu_seqlens,
+            cu_seqlens_q: p.cu_seqlens_q,
+            cu_seqlens_k: p.cu_seqlens_k,
             window_left: p.window_left,
             window_right: p.window_right,
             bottom_right: p.bottom_right,

@@ -220,16 +220,26 @@ fn keys_that_no_query_sees_count_in_no_block() {
 }
 
 #[test]
-fn a_call_of_a_predictor_has_neither_another_map_nor_packed_sequences() {
-    let x = Tensor::zeros(DType::F32, &[8, 1, 2]).unwrap();
-    let lengths = Lengths::Packed { cu_seqlens_q: &[0, 8], cu_seqlens_k: &[0, 8] };
-    let packed = Inputs::new(x.view(), x.view(), x.view()).lengths(lengths);
-    let error = |inputs| Call::check_sparse(&inputs, &Options::default(), &best()).unwrap_err().to_string();
-    assert_eq!(error(packed), "a predictor with cu_seqlens is not supported: block maps need dense tensors");
+fn packed_sequences_are_predicted_each_by_itself() {
+    let (q, k) = ([1.0, 1.0, -1.0, 1.0, 1.0], [1.0, 1.0, 2.0, -2.0, 5.0]);
+    let packed = |elements: &[f32]| Tensor::new(elements.to_vec(), &[elements.len(), 1, 1]).unwrap();
+    let (q, k) = (packed(&q), packed(&k));
+    // Sequences of three queries and two keys, of one and two, of one and one.
+    let lengths = Lengths::Packed { cu_seqlens_q: &[0, 3, 4, 5], cu_seqlens_k: &[0, 2, 4, 5] };
+    let inputs = Inputs::new(q.view(), k.view(), k.view()).lengths(lengths);
+    let predictor = best().blocks(2, 1);
+    let map = predictor.map(&Call::check_sparse(&inputs, &Options::default(), &predictor).unwrap()).unwrap();
+    assert_eq!(map.shape(), [3, 1, 2, 2]);
+    assert_eq!(drawn(&map), ["#.", "#.", "#.", "..", "#.", ".."]);
+}
+
+#[test]
+fn a_call_of_a_predictor_has_no_other_map() {
     let x = Tensor::zeros(DType::F32, &[1, 1, 8, 2]).unwrap();
     let map = BlockMap::new(vec![true], [1, 1, 1, 1], 64, 64).unwrap();
     let mapped = Inputs::new(x.view(), x.view(), x.view()).block_mask(map.mask());
-    assert_eq!(error(mapped), "block_mask with a predictor is not supported: give one of them");
+    let error = Call::check_sparse(&mapped, &Options::default(), &best()).unwrap_err().to_string();
+    assert_eq!(error, "block_mask with a predictor is not supported: give one of them");
 }
 
 #[test]
