@@ -8,7 +8,7 @@ use rand_distr::{Distribution, StandardNormal};
 use sage_core::{Alignment, Band, DType, Geometry, Layout, Options, Preset, SmoothK};
 
 use crate::random_geometry::{Strides, Use};
-use crate::{MaskKind, Memory, OwnedCall, OwnedMask, for_each_index};
+use crate::{MaskKind, Memory, OwnedBlocks, OwnedCall, OwnedMask, for_each_index};
 
 /// Calls that share what kernels are specialised for, so that not every call compiles new ones.
 const CALLS_OF_A_KERNEL: usize = 4;
@@ -35,6 +35,8 @@ struct Kind {
     softcap: bool,
     lengths: LengthsKind,
     lse: bool,
+    /// Queries and keys of a block of a block mask.
+    blocks: Option<[usize; 2]>,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -65,6 +67,9 @@ impl Kind {
             softcap: rng.random_bool(0.2),
             lengths,
             lse: rng.random_bool(0.6),
+            blocks: rng
+                .random_bool(0.2)
+                .then(|| *pick(rng, &[[128, 64], [64, 128], [64, 64], [128, 128], [48, 80], [16, 32]])),
         }
     }
 }
@@ -144,16 +149,29 @@ impl RandomCall {
             let factor: f32 = rng.random_range(0.3..1.5);
             factor / (kind.head_dim as f32).sqrt()
         });
-        let options = Options::default()
+        let mut options = Options::default()
             .layout(layout)
             .sm_scale(sm_scale)
             .band(band)
             .logit_softcap(kind.softcap.then(|| rng.random_range(5.0..30.0)));
         let cu_seqlens = packed.then(|| (boundaries(0), boundaries(1)));
+        let blocks = kind.blocks.map(|[block_q, block_k]| {
+            // No kernel counts blocks from another key than the first.
+            options.band.left = None;
+            let longest = |of: usize| lens.iter().map(|len| len[of]).max().unwrap_or(0);
+            let [q_len, kv_len] = if packed { [longest(0), longest(1)] } else { [q_rows, kv_rows] };
+            let some = |rng: &mut ChaCha8Rng, size| if rng.random_bool(0.3) { 1 } else { size };
+            let (batch, heads) = (some(rng, sequences), some(rng, q_heads));
+            let shape = [batch, heads, q_len.div_ceil(block_q), kv_len.div_ceil(block_k)];
+            let kept = *pick(rng, &[0.0, 0.1, 0.5, 0.9, 1.0]);
+            let visible = (0..shape.iter().product()).map(|_| rng.random_bool(kept)).collect();
+            OwnedBlocks::new(visible, &shape, [block_q, block_k])
+        });
         let call = OwnedCall {
             out: out.0,
             options,
             mask,
+            blocks,
             kv_lens,
             cu_seqlens,
             lse: kind.lse,
