@@ -96,7 +96,8 @@ pub enum Error {
 }
 
 impl Error {
-    pub(crate) fn shape(
+    /// A tensor `name` of the shape `found` where `wanted` was needed.
+    pub fn shape(
         name: impl Into<Cow<'static, str>>,
         found: &[usize],
         wanted: impl Into<String>,

@@ -42,7 +42,7 @@ pub use lengths::{Lengths, Sequence};
 pub use mask::{Alignment, Band, BlockMask, Mask, padding_bias};
 pub use operand::{List, Operand, Strided};
 pub use preset::Preset;
-pub use problem::{Inputs, Layout, MAX_HEAD_DIM, MAX_HEADS, Options, Problem};
+pub use problem::{Inputs, Layout, MAX_HEAD_DIM, MAX_HEADS, Options, Problem, default_sm_scale};
 pub use recent::Recent;
 pub use scheme::{
     Accumulator, Granularity, IntBits, IntQuantizer, Pv, Qk, Rounding, ScaleRows, Scheme, SmoothK, SmoothQ,

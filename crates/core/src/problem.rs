@@ -129,7 +129,7 @@ impl Options {
 }
 
 /// The factor on Q·Kᵀ of a call that names none.
-pub(crate) fn default_sm_scale(head_dim: usize) -> f32 {
+pub fn default_sm_scale(head_dim: usize) -> f32 {
     1.0 / (head_dim as f32).sqrt()
 }
 

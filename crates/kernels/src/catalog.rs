@@ -5,6 +5,7 @@
 //! of its own accord, and of every other option each value at each padded head dimension.
 
 mod cache;
+mod predict;
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -55,6 +56,7 @@ pub fn catalog(target: Target) -> Vec<Entry> {
         list.preparation(head_dim);
     }
     list.cache();
+    list.predictions();
     list.entries
 }
 
@@ -193,6 +195,15 @@ impl List {
             self.add_pass(&call.append().pass(), call.is_default(), |_| true);
             if let Ok(pass) = call.attend().pass(&machine) {
                 self.add_pass(&pass, call.is_default(), |_| true);
+            }
+        }
+    }
+
+    /// The kernels that predict block maps.
+    fn predictions(&mut self) {
+        for (call, predictor) in predict::calls() {
+            if let Ok(pass) = call.pass(&predictor) {
+                self.add_pass(&pass, false, |_| true);
             }
         }
     }

@@ -15,6 +15,7 @@ mod machine;
 mod operand;
 mod params;
 pub mod pass;
+pub mod predict;
 pub mod preprocess;
 mod rotation;
 mod sequence;

@@ -7,6 +7,8 @@
 /// numbers, `(tensor N)` is a tensor with N strides ([`TensorParam`](crate::tensor::TensorParam),
 /// [`TensorArg`](crate::tensor::TensorArg)), and `input` one whose rows are sequences': the fields of
 /// [`InputParams`](crate::preprocess::InputParams). `pool` is a KV cache's: [`PoolParams`](crate::decode::PoolParams).
+/// `per_head` is a number that heads may have of their own: [`PerHeadParam`](crate::predict::PerHeadParam). `tokens`
+/// says which tokens are whose: [`TokensParams`](crate::predict::TokensParams).
 macro_rules! kernel_params {
     (
         $(#[$doc:meta])*
@@ -58,6 +60,8 @@ macro_rules! inside {
     ((tensor $n:literal)) => { $crate::tensor::TensorParam<'k, $n> };
     (input) => { $crate::preprocess::InputParams<'k> };
     (pool) => { $crate::decode::PoolParams<'k> };
+    (per_head) => { $crate::predict::PerHeadParam<'k> };
+    (tokens) => { $crate::predict::TokensParams<'k> };
     ([$element:ty]) => { sage_ptx::Global<'k, $element> };
     ($scalar:ty) => { sage_ptx::Val<'k, $scalar> };
 }
@@ -71,6 +75,12 @@ macro_rules! outside {
     };
     (pool) => {
         $crate::decode::PoolTensors
+    };
+    (per_head) => {
+        $crate::predict::PerHeadArg
+    };
+    (tokens) => {
+        $crate::predict::TokensArgs
     };
     ([$element:ty]) => {
         u64
@@ -90,6 +100,12 @@ macro_rules! declare {
     ($code:ident, pool, $name:expr) => {
         $crate::decode::PoolParams::declare($code)
     };
+    ($code:ident, per_head, $name:expr) => {
+        $crate::predict::PerHeadParam::declare($code, $name)
+    };
+    ($code:ident, tokens, $name:expr) => {
+        $crate::predict::TokensParams::declare($code)
+    };
     ($code:ident, [$element:ty], $name:expr) => {
         $code.global::<$element>($name)
     };
@@ -108,6 +124,12 @@ macro_rules! count {
     (pool) => {
         $crate::decode::PoolTensors::COUNT
     };
+    (per_head) => {
+        $crate::predict::PerHeadArg::COUNT
+    };
+    (tokens) => {
+        $crate::predict::TokensArgs::COUNT
+    };
     ($kind:tt) => {
         1
     };
@@ -121,6 +143,12 @@ macro_rules! arg {
         $value.args()
     };
     (pool, $value:expr) => {
+        $value.args()
+    };
+    (per_head, $value:expr) => {
+        $value.args()
+    };
+    (tokens, $value:expr) => {
         $value.args()
     };
     ([$element:ty], $value:expr) => {

@@ -1,5 +1,6 @@
 //! Which rows of the tensors are a sequence's, and where its key tiles lie in the workspace.
 
+use sage_core::{Alignment, Band};
 use sage_ptx::{Code, Global, Val};
 
 /// Keys of a tile: what the quantised K and V are cut into.
@@ -85,6 +86,18 @@ pub(crate) struct LengthParams<'k> {
 
 /// "No limit" of a window: far beyond any key, and far from overflow.
 pub(crate) const NO_LIMIT: i32 = 1 << 30;
+
+/// Keys visible before and after the diagonal of a band, which an offset moves; [`NO_LIMIT`] for all.
+pub(crate) fn window(band: &Band) -> [i32; 2] {
+    let (left, right) = band.limits();
+    let no_limit = i64::from(NO_LIMIT);
+    [left, right].map(|side| side.map_or(NO_LIMIT, |reach| reach.clamp(-no_limit, no_limit) as i32))
+}
+
+/// Whether the last query sees the last key at the diagonal of a band (1), or the first the first (0).
+pub(crate) fn bottom_right(band: &Band) -> i32 {
+    i32::from(band.alignment == Alignment::BottomRight)
+}
 
 impl<'k> Sequence<'k> {
     /// Sequence `index` of the call, which has an explicit mask or not.

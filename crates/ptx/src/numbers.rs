@@ -83,6 +83,18 @@ impl<'k> Val<'k, u32> {
         self.unary::<u32>(Lane::PopCount).reinterpret()
     }
 
+    /// Number of zeros above the highest one.
+    #[track_caller]
+    pub fn leading_zeros(self) -> Val<'k, i32> {
+        self.unary::<u32>(Lane::LeadingZeros).reinterpret()
+    }
+
+    /// The bits in reverse.
+    #[track_caller]
+    pub fn reverse_bits(self) -> Self {
+        self.unary(Lane::ReverseBits)
+    }
+
     /// `addend` plus the products of the four signed bytes of both.
     #[track_caller]
     pub fn dot_bytes(self, other: impl Use<'k, u32>, addend: impl Use<'k, i32>) -> Val<'k, i32> {
@@ -97,7 +109,27 @@ impl<'k> Val<'k, u32> {
     }
 }
 
+impl<'k> Val<'k, u64> {
+    /// The low 32 bits.
+    #[track_caller]
+    pub fn narrow(self) -> Val<'k, u32> {
+        self.unary(Lane::Convert(Convert::Integer { from: Ty::U64, to: Ty::U32 }))
+    }
+
+    /// The high half of the product in 128 bits.
+    #[track_caller]
+    pub fn mul_high(self, other: impl Use<'k, u64>) -> Self {
+        self.binary(Lane::MulHigh(Ty::U64), other)
+    }
+}
+
 impl<'k> Val<'k, f32> {
+    /// `√self`, correctly rounded.
+    #[track_caller]
+    pub fn sqrt(self) -> Self {
+        self.unary(Lane::SquareRoot)
+    }
+
     /// `2^self` within 2⁻²² relative; subnormals are zeros.
     #[track_caller]
     pub fn exp2(self) -> Self {
@@ -138,6 +170,12 @@ impl<'k> Val<'k, f32> {
     #[track_caller]
     pub fn truncate_to_i32(self) -> Val<'k, i32> {
         self.unary(Lane::Convert(Convert::F32ToIntTruncate(Ty::S32)))
+    }
+
+    /// Towards zero, saturating; NaN and what is negative to 0.
+    #[track_caller]
+    pub fn truncate_to_u32(self) -> Val<'k, u32> {
+        self.unary(Lane::Convert(Convert::F32ToIntTruncate(Ty::U32)))
     }
 
     /// The nearest value of a type of 16 bits.

@@ -1,7 +1,7 @@
 //! The lanes of a warp together: values of other lanes, votes, reductions.
 
 use crate::code::Code;
-use crate::isa::{Redux, Shuffle, Ty, Vote, Warp};
+use crate::isa::{Redux, Shuffle, Vote, Warp};
 use crate::scalar::Scalar;
 use crate::value::{Use, Val};
 
@@ -32,13 +32,25 @@ impl<'k, T: Scalar> Val<'k, T> {
     }
 }
 
-impl<'k> Val<'k, i32> {
-    /// Largest value over the warp's lanes, in one instruction (sm_80).
-    #[track_caller]
-    pub fn warp_max(self) -> Self {
-        self.code().value(Warp::Redux(Redux::Max, Ty::S32), &[self.in_register_operand()])
-    }
+macro_rules! reductions {
+    ($($ty:ty),*) => {$(
+        impl<'k> Val<'k, $ty> {
+            /// Largest value over the warp's lanes, in one instruction (sm_80).
+            #[track_caller]
+            pub fn warp_max(self) -> Self {
+                self.code().value(Warp::Redux(Redux::Max, <$ty>::TY), &[self.in_register_operand()])
+            }
+
+            /// Sum over the warp's lanes, modulo 2³², in one instruction (sm_80).
+            #[track_caller]
+            pub fn warp_sum(self) -> Self {
+                self.code().value(Warp::Redux(Redux::Add, <$ty>::TY), &[self.in_register_operand()])
+            }
+        }
+    )*};
 }
+
+reductions!(i32, u32);
 
 impl Code {
     /// Waits for the other lanes of the warp, and sees what they wrote before.

@@ -221,10 +221,11 @@ fn mask_form(mask: Option<&OwnedMask>) -> MaskForm {
     }
 }
 
-struct Launches<'a> {
-    emulator: &'a mut Emulator,
-    programs: &'a [Program],
-    folded: bool,
+/// Runs a pass's launches.
+pub(crate) struct Launches<'a> {
+    pub emulator: &'a mut Emulator,
+    pub programs: &'a [Program],
+    pub folded: bool,
 }
 
 impl Launcher for Launches<'_> {

@@ -17,6 +17,8 @@ mod computed;
 #[cfg(feature = "cpu")]
 mod cpu;
 #[cfg(feature = "emulator")]
+mod emulated_prediction;
+#[cfg(feature = "emulator")]
 mod emulator;
 #[cfg(unix)]
 mod fork;
@@ -26,6 +28,7 @@ mod memory;
 mod oracle;
 #[cfg(any(feature = "cpu", feature = "emulator"))]
 mod poison;
+mod prediction;
 mod random;
 mod random_call;
 mod random_geometry;
@@ -44,6 +47,7 @@ pub use emulator::{Emulated, presets};
 pub use fork::in_child;
 pub use memory::{Memory, for_each_index};
 pub use oracle::Oracle;
+pub use prediction::{Prediction, Spoil, Tokens, predictions};
 pub use random::{normal, normal_tensor, uniform, uniform_tensor};
 pub use random_call::{RandomCall, count};
 pub use required::skip;

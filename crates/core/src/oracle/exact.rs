@@ -1,6 +1,5 @@
 //! Attention without quantisation.
 
-use super::heads::{Head, for_each_head};
 use super::matrix::dot;
 use super::{Matrix, Output, visible_keys};
 use crate::{Call, Sequence};
@@ -21,13 +20,24 @@ pub struct Score {
 /// - A row that sees no key, or none with a score above −∞, is zero and its log-sum-exp −∞.
 /// - A row that sees a score of NaN or +∞ is NaN, and so is its log-sum-exp, as in PyTorch.
 pub fn exact(call: &Call<'_>) -> Output {
+    let problem = &call.problem;
     let mut output = Output::without_keys(call);
-    for_each_head(call, |Head { sequence, head, q, k, v }| {
-        for (i, q) in q.iter().enumerate() {
-            let (out, lse) = attend(&row_scores(call, sequence, head, i, q, k), v);
-            output.set(call.lse_index(sequence, head, i), &out, lse);
+    for sequence in call.sequences() {
+        for kv_head in 0..problem.num_kv_heads {
+            let read = |tensor, head| {
+                Matrix::of_head(tensor, sequence.batch, head, sequence.kv_start, sequence.kv_len)
+            };
+            let (k, v) = (read(&call.k, kv_head).map(f64::from), read(&call.v, kv_head).map(f64::from));
+            for head in kv_head * problem.group_size()..(kv_head + 1) * problem.group_size() {
+                let q = Matrix::of_head(&call.q, sequence.batch, head, sequence.q_start, sequence.q_len);
+                for (i, q) in q.map(f64::from).iter().enumerate() {
+                    let scores = row_scores(call, &sequence, head, i, q, &k);
+                    let (out, lse) = attend(&scores, &v);
+                    output.set(call.lse_index(&sequence, head, i), &out, lse);
+                }
+            }
         }
-    });
+    }
     output
 }
 

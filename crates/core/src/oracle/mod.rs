@@ -10,7 +10,6 @@ mod exact;
 mod fixed;
 mod fp4;
 mod fp8;
-mod heads;
 mod integer;
 mod matrix;
 mod output;
@@ -32,7 +31,6 @@ pub use fp4::{
     scale_offset,
 };
 pub use fp8::{E4M3_MAX, E4M3_P_EXPONENT, Fp8Channels, LARGEST_FACTOR, round_e4m3, v_token_slot};
-pub(crate) use heads::{Head, for_each_head};
 pub use integer::IntRows;
 pub(crate) use matrix::dot;
 pub use matrix::{Matrix, absmax};

@@ -22,7 +22,7 @@ mod predictor;
 mod pv_filter;
 mod select;
 
-pub use arithmetic::{sum, weight};
+pub use arithmetic::{EXP2, sum, weight};
 pub use lists::BlockLists;
 pub use map::BlockMap;
 pub use padded::PaddedBlocks;

@@ -1,6 +1,6 @@
 //! Attention in which the blocks that a map leaves out count with their means.
 
-use crate::oracle::{Head, Matrix, Output, Score, attend, dot, exact, for_each_head, softcap, visible_keys};
+use crate::oracle::{Matrix, Output, Score, attend, dot, exact, softcap, visible_keys};
 use crate::{Call, Problem};
 
 /// Attention in double precision where each block that `call`'s block mask leaves out contributes one pooled term, as
@@ -16,23 +16,34 @@ use crate::{Call, Problem};
 /// nothing of later keys. Without a block mask this is [`oracle::exact`](crate::oracle::exact()), and so it is where
 /// the keys of a block are all alike.
 pub fn pooled_tail(call: &Call<'_>) -> Output {
+    let problem = &call.problem;
     // Without its block mask, the call shows the keys that are left out too.
     let mut open = *call;
     let Some(mask) = open.block_mask.take() else { return exact(call) };
 
     let mut output = Output::without_keys(call);
-    for_each_head(call, |Head { sequence, head, q, k, v }| {
-        for (i, q) in q.iter().enumerate() {
-            let block = |key: usize| key / mask.block_k;
-            let kept = |key| mask.blocks.at([sequence.index, head, i / mask.block_q, block(key)]);
-            // A key that is kept is a group of its own.
-            let seen: Vec<(usize, f64)> = visible_keys(&open, sequence, head, i).collect();
-            let groups: Vec<Group<'_>> =
-                seen.chunk_by(|a, b| block(a.0) == block(b.0) && !kept(a.0)).map(Group).collect();
-            let (out, lse) = attend_groups(&call.problem, q, k, v, &groups);
-            output.set(call.lse_index(sequence, head, i), &out, lse);
+    for sequence in call.sequences() {
+        for kv_head in 0..problem.num_kv_heads {
+            let read = |tensor, head| {
+                Matrix::of_head(tensor, sequence.batch, head, sequence.kv_start, sequence.kv_len)
+                    .map(f64::from)
+            };
+            let (k, v) = (read(&call.k, kv_head), read(&call.v, kv_head));
+            for head in kv_head * problem.group_size()..(kv_head + 1) * problem.group_size() {
+                let q = Matrix::of_head(&call.q, sequence.batch, head, sequence.q_start, sequence.q_len);
+                for (i, q) in q.map(f64::from).iter().enumerate() {
+                    let block = |key: usize| key / mask.block_k;
+                    let kept = |key| mask.blocks.at([sequence.batch, head, i / mask.block_q, block(key)]);
+                    // A key that is kept is a group of its own.
+                    let seen: Vec<(usize, f64)> = visible_keys(&open, &sequence, head, i).collect();
+                    let groups: Vec<Group<'_>> =
+                        seen.chunk_by(|a, b| block(a.0) == block(b.0) && !kept(a.0)).map(Group).collect();
+                    let (out, lse) = attend_groups(problem, q, &k, &v, &groups);
+                    output.set(call.lse_index(&sequence, head, i), &out, lse);
+                }
+            }
         }
-    });
+    }
     output
 }
 

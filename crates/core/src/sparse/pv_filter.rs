@@ -5,7 +5,7 @@ use std::f64::consts::LOG2_E;
 
 use super::PerHead;
 use super::grid::check_block;
-use crate::oracle::{Head, Matrix, Output, Score, attend, for_each_head, maximum, row_scores};
+use crate::oracle::{Matrix, Output, Score, attend, maximum, row_scores};
 use crate::{Call, Result, Tile};
 
 /// SpargeAttn's second filter (arXiv 2502.18137, §3.4): where all scores of a tile lie far below what its rows have
@@ -114,25 +114,37 @@ pub struct Filtered {
 /// # Errors
 /// When the filter has no row or no key in a tile, or a threshold that is no finite number of at least 0.
 pub fn filtered(call: &Call<'_>, filter: &PvFilter) -> Result<Filtered> {
+    let problem = &call.problem;
     check_block("block_q", filter.block_q)?;
     check_block("rows", filter.rows)?;
     check_block("block_k", filter.block_k)?;
-    filter.threshold.check_not_negative("pvthreshd", call.problem.num_q_heads)?;
+    filter.threshold.check_not_negative("pvthreshd", problem.num_q_heads)?;
 
     let mut found = Filtered { output: Output::without_keys(call), skipped: 0, visited: 0 };
-    for_each_head(call, |Head { sequence, head, q, k, v }| {
-        let scores = q.iter().enumerate().map(|(i, q)| row_scores(call, sequence, head, i, q, k));
-        let mut rows: Vec<Vec<Score>> = scores.collect();
-        for block in rows.chunks_mut(filter.block_q) {
-            let [skipped, visited] = filter.drop_skipped(head, block);
-            found.skipped += skipped;
-            found.visited += visited;
+    for sequence in call.sequences() {
+        for kv_head in 0..problem.num_kv_heads {
+            let read = |tensor, head| {
+                Matrix::of_head(tensor, sequence.batch, head, sequence.kv_start, sequence.kv_len)
+                    .map(f64::from)
+            };
+            let (k, v) = (read(&call.k, kv_head), read(&call.v, kv_head));
+            for head in kv_head * problem.group_size()..(kv_head + 1) * problem.group_size() {
+                let q = Matrix::of_head(&call.q, sequence.batch, head, sequence.q_start, sequence.q_len);
+                let q = q.map(f64::from);
+                let scores = q.iter().enumerate().map(|(i, q)| row_scores(call, &sequence, head, i, q, &k));
+                let mut rows: Vec<Vec<Score>> = scores.collect();
+                for block in rows.chunks_mut(filter.block_q) {
+                    let [skipped, visited] = filter.drop_skipped(head, block);
+                    found.skipped += skipped;
+                    found.visited += visited;
+                }
+                for (i, row) in rows.iter().enumerate() {
+                    let (out, lse) = attend(row, &v);
+                    found.output.set(call.lse_index(&sequence, head, i), &out, lse);
+                }
+            }
         }
-        for (i, row) in rows.iter().enumerate() {
-            let (out, lse) = attend(row, v);
-            found.output.set(call.lse_index(sequence, head, i), &out, lse);
-        }
-    });
+    }
     Ok(found)
 }
 

@@ -1,6 +1,6 @@
 //! What the kernels of a forward pass are told of the call.
 
-use sage_core::{Alignment, Problem};
+use sage_core::Problem;
 
 use super::request::Request;
 use super::tensors::Tensors;
@@ -8,7 +8,7 @@ use crate::attention::{MaskForm, padded_dim};
 use crate::machine::Machine;
 use crate::pass::{Addresses, PassBuilder, Slot};
 use crate::preprocess::{InputArgs, Source};
-use crate::sequence::{KEY_TILE, Lengths, NO_LIMIT, total_key_tiles};
+use crate::sequence::{KEY_TILE, Lengths, bottom_right, total_key_tiles, window};
 use crate::tensor::TensorArg;
 
 /// A forward pass in the making.
@@ -101,14 +101,12 @@ impl ForwardCall {
 
     /// Keys visible before and after the diagonal, which an offset moves.
     pub fn window(&self) -> [i32; 2] {
-        let (left, right) = self.problem.band.limits();
-        let no_limit = i64::from(NO_LIMIT);
-        [left, right].map(|side| side.map_or(NO_LIMIT, |reach| reach.clamp(-no_limit, no_limit) as i32))
+        window(&self.problem.band)
     }
 
     /// Whether the last query sees the last key at the diagonal (1), or the first the first (0).
     pub fn bottom_right(&self) -> i32 {
-        i32::from(self.problem.band.alignment == Alignment::BottomRight)
+        bottom_right(&self.problem.band)
     }
 
     /// Whether every query sees as many keys.

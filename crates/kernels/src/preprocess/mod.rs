@@ -47,3 +47,4 @@ pub(crate) use seen::SeenKeys;
 pub use seen::{RankKeysArgs, RankKeysConfig, SEEN_WORDS, SeenKeysArgs, SeenKeysConfig};
 pub use statistics::ColumnStatistics;
 pub use tile_load::Source;
+pub(crate) use tile_load::{CHUNK, Head, ROWS, Rows};

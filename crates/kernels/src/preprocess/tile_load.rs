@@ -10,10 +10,10 @@ use crate::grid::{BlockHead, grid};
 use crate::sequence::{KEY_TILE, Lengths, Sequence};
 
 /// Channels of a thread: 16 bytes.
-pub(super) const CHUNK: usize = 8;
+pub(crate) const CHUNK: usize = 8;
 
 /// Rows that a thread holds of each tile. Eight threads share a chunk of channels.
-pub(super) const ROWS: usize = 8;
+pub(crate) const ROWS: usize = 8;
 
 /// A tensor of 16-bit elements that a kernel reads, `[batch, heads, rows, head_dim]` with the last dimension
 /// contiguous.
@@ -55,14 +55,14 @@ impl Source {
     }
 
     /// Part of a kernel's name.
-    pub(super) fn suffix(&self) -> String {
+    pub(crate) fn suffix(&self) -> String {
         let unaligned = if self.aligned { "" } else { "_unaligned" };
         let masked = if self.masked { "_masked" } else { "" };
         format!("{}_d{}{unaligned}{}{masked}", self.dtype, self.head_dim, self.lengths.suffix())
     }
 
     /// The tensor in words.
-    pub(super) fn description(&self) -> String {
+    pub(crate) fn description(&self) -> String {
         let lengths = self.lengths.description();
         let unaligned = if self.aligned { "" } else { ", unaligned rows" };
         let masked = if self.masked { ", masked" } else { "" };
@@ -104,7 +104,7 @@ pub(super) fn tile_grid(max_rows: usize, heads: usize, sequences: usize) -> [u32
 
 /// Which rows of a tile a thread holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum RowOrder {
+pub(crate) enum RowOrder {
     /// Rows that are equal modulo 8: those that share a scale per thread lie in few threads.
     Modulo8,
     /// The four rows of two groups of 16 that E4M3 operands hold in neighbouring bytes.
@@ -131,7 +131,7 @@ impl RowOrder {
 
 /// One head of one sequence, and the thread's place in each of its tiles.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Head<'k> {
+pub(crate) struct Head<'k> {
     pub code: &'k Code,
     pub source: Source,
     pub sequence: Sequence<'k>,
@@ -225,9 +225,28 @@ impl<'k> Head<'k> {
             words: offsets.map(|_| [(); CHUNK / 2].map(|()| Var::new(self.code))),
             first: order.first(self.part),
             offsets,
+            height: KEY_TILE as i32,
             base: self.rows.at((tile * KEY_TILE as i32).widen() * self.stride),
             left: (self.len() - tile * KEY_TILE as i32).named("rows_left"),
             seen: self.ranked.map(|ranked| ranked.seen.tile(tile)),
+        };
+        self.start(&rows);
+        rows
+    }
+
+    /// Starts loading eight rows that follow each other from row `first` of the sequence on, of which the first `left`
+    /// count; the others are zeros. Row `first + left - 1` is there, even where `left` is not positive.
+    #[track_caller]
+    pub fn load_eight(&self, first: Val<'k, i32>, left: Val<'k, i32>) -> Rows<'k> {
+        let rows = Rows {
+            source: self.source,
+            words: [(); ROWS].map(|()| [(); CHUNK / 2].map(|()| Var::new(self.code))),
+            first: self.code.constant(0),
+            offsets: std::array::from_fn(|i| i as i32),
+            height: ROWS as i32,
+            base: self.rows.at(first.widen() * self.stride),
+            left,
+            seen: None,
         };
         self.start(&rows);
         rows
@@ -243,6 +262,7 @@ impl<'k> Head<'k> {
             words: offsets.map(|_| [(); CHUNK / 2].map(|()| self.code.var(0u32))),
             first: self.part + first as i32,
             offsets,
+            height: KEY_TILE as i32,
             base: self.rows,
             left: self.counted_len().min(count as i32),
             seen: None,
@@ -327,11 +347,13 @@ impl<'k> Head<'k> {
 
 /// A thread's rows of a tile: 8 rows of 8 channels, two to a register.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Rows<'k> {
+pub(crate) struct Rows<'k> {
     pub source: Source,
     words: [[Var<'k, u32>; CHUNK / 2]; ROWS],
     first: Val<'k, i32>,
     offsets: [i32; ROWS],
+    /// Rows of all threads together, those that the sequence does not have included.
+    height: i32,
     base: Global<'k, u16>,
     /// Rows from the tile's first on that the sequence has.
     pub left: Val<'k, i32>,
@@ -397,7 +419,7 @@ impl<'k> Rows<'k> {
     /// Whether the sequence has all rows of the tile, and queries see them.
     #[track_caller]
     pub fn whole(&self) -> Val<'k, bool> {
-        let there = self.left.ge(KEY_TILE as i32);
+        let there = self.left.ge(self.height);
         self.seen.map_or(there, |seen| there & seen.all_visible())
     }
 

@@ -82,6 +82,8 @@ computed! {
         /// `1 / a` within one unit in the last place, subnormals as zero.
         ReciprocalApprox: [Ty::F32] <- [Ty::F32], Needs::BASE, "rcp.approx.ftz.f32 $*",
             |a| of_f32(flush(1.0 / flush(f32_of(a))));
+        /// `√a`, correctly rounded.
+        SquareRoot: [Ty::F32] <- [Ty::F32], Needs::BASE, "sqrt.rn.f32 $*", |a| of_f32(f32_of(a).sqrt());
         /// `2^a` within 2⁻²² relative, subnormals as zero.
         Exp2: [Ty::F32] <- [Ty::F32], Needs::BASE, "ex2.approx.ftz.f32 $*",
             |a| of_f32(flush(in_double(flush(f32_of(a)), f64::exp2)));
@@ -109,6 +111,11 @@ computed! {
             |a, b, c| permute(a, b, c);
         /// Number of ones.
         PopCount: [Ty::U32] <- [Width::B32], Needs::BASE, "popc.b32 $*", |a| u64::from((a as u32).count_ones());
+        /// Number of zeros above the highest one.
+        LeadingZeros: [Ty::U32] <- [Width::B32], Needs::BASE, "clz.b32 $*",
+            |a| u64::from((a as u32).leading_zeros());
+        /// The bits in reverse.
+        ReverseBits: [Width::B32] <- [Width::B32], Needs::BASE, "brev.b32 $*", |a| u64::from((a as u32).reverse_bits());
         /// Two 16-bit registers as one of 32: `a` low.
         Join16: [Width::B32] <- [Width::B16, Width::B16], Needs::BASE, "mov.b32 $d, {$0, $1}",
             |a, b| (a & 0xffff) | (b & 0xffff) << 16;

@@ -1,0 +1,210 @@
+//! Means and similarities of the blocks of a tensor.
+
+use half::{bf16, f16};
+use sage_core::DType;
+use sage_ptx::{Code, Program, Val, Var, kernel};
+
+use super::columns::{BlockShape, Columns};
+use super::fold::{across_lanes, in_order};
+use super::tokens;
+use crate::grid::{BlockHead, grid};
+use crate::kernel::Kernel;
+use crate::params::kernel_params;
+use crate::preprocess::{CHUNK, Head, ROWS, Rows, Source};
+
+/// Lanes of a warp.
+const LANES: i32 = 32;
+
+/// Pools the tokens of each block that count, as [`sage_core::sparse::PooledBlocks`]: a block of threads for each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct PoolBlocksConfig {
+    /// Q or K as given; its lengths are not packed.
+    pub source: Source,
+    /// Tokens of a block.
+    pub block: usize,
+    /// Whether the mean of all tokens is subtracted first.
+    pub smooth: bool,
+    /// Whether similarities are wanted.
+    pub similarity: bool,
+}
+
+kernel_params! {
+    /// What a launch of [`PoolBlocksConfig`] passes. Strides are in elements.
+    PoolBlocksParams, PoolBlocksArgs {
+        /// Q or K as given.
+        x: (tensor 3),
+        /// Which tokens count.
+        tokens: tokens,
+        /// Heads of a sequence.
+        heads: i32,
+        /// Heads of all sequences.
+        all_heads: i32,
+        /// What is subtracted, `[sequences][heads][padded_dim]`.
+        subtracted: [f32],
+        /// Means, `[sequences][heads][blocks][padded_dim]`, with the grid's blocks along x.
+        means: [f32],
+        /// Similarities, `[sequences][heads][blocks]`.
+        similarities: [f32],
+    }
+}
+
+impl PoolBlocksConfig {
+    /// Threads of a block.
+    pub fn threads(&self) -> u32 {
+        self.shape().threads()
+    }
+
+    /// Blocks along x, y and z.
+    pub fn grid(&self, rows: usize, heads: usize, sequences: usize) -> [u32; 3] {
+        grid(rows.div_ceil(self.block), heads * sequences)
+    }
+
+    fn shape(&self) -> BlockShape {
+        BlockShape::new(&self.source, self.block)
+    }
+
+    fn write<'k>(&self, code: &'k Code) {
+        let p = PoolBlocksParams::declare(code);
+        let BlockHead { sequence: index, head } = BlockHead::new(code, p.heads, p.all_heads);
+        let head = tokens::head(code, &self.source, &p.x, &p.tokens, [index, head], p.heads);
+        let ([block, ..], [blocks, ..]) = (code.block_index(), code.grid());
+        let shape = self.shape();
+        let (width, threads) = (shape.width as i32, shape.threads() as i32);
+        let number = head.index.mul_wide(blocks) + block.widen();
+        let means = p.means.at(number * i64::from(width));
+        let similarity = p.similarities.at(number);
+        let (first, count) = p.tokens.of_sequence(self.source.lengths, index).of_block(block);
+        code.when(count.eq(0), || {
+            code.note("a block without tokens");
+            code.range_by(head.thread, width, threads, |channel| means.at(channel).store(0.0));
+            if self.similarity {
+                code.when(head.thread.eq(0), || similarity.store(0.0));
+            }
+        });
+        code.exit_when(count.eq(0));
+
+        let subtracted = self.smooth.then(|| head.channels(p.subtracted));
+        let of_eight = |rows: &Rows<'k>| {
+            let x = smoothed(rows, subtracted);
+            let sums = column_sums(&x);
+            if !self.similarity {
+                return vec![sums];
+            }
+            let inverses = inverse_norms(&head, shape, &x);
+            let directions: [_; ROWS] = std::array::from_fn(|i| x[i].map(|x| x * inverses[i]));
+            vec![sums, column_sums(&directions)]
+        };
+        let quantities = if self.similarity { 2 } else { 1 };
+        let columns = Columns::new(&head, shape, [first, count], quantities, of_eight);
+        let tokens = count.to_f32();
+        let squares = self.similarity.then(|| code.shared::<f32>("squares", shape.width));
+        // Where there are more threads than channels, some take the means and others the directions.
+        code.range_by(head.thread, width * quantities as i32, threads, |item| {
+            code.if_else(
+                item.lt(width),
+                || means.at(item).store(self.rounded(columns.total(0, item) / tokens)),
+                || {
+                    if let Some(squares) = squares {
+                        let channel = item - width;
+                        let sum = columns.total(1, channel);
+                        squares.at(channel).store(sum * sum);
+                    }
+                },
+            );
+        });
+        if let Some(squares) = squares {
+            code.barrier();
+            code.when(head.thread.lt(LANES), || {
+                let chunks = shape.chunks();
+                let own = squares.at((head.thread & (chunks as i32 - 1)) * CHUNK as i32);
+                let squares = [own.load_vector::<4>(), own.plus(4).load_vector::<4>()].concat();
+                let sum = in_order(squares).unwrap_or(code.constant(0.0));
+                let sum = across_lanes(sum, chunks);
+                code.when(head.thread.eq(0), || similarity.store(sum / (tokens * tokens)));
+            });
+        }
+    }
+
+    /// The nearest value of the tensor's element type.
+    fn rounded<'k>(&self, x: Val<'k, f32>) -> Val<'k, f32> {
+        match self.source.dtype {
+            DType::F16 => x.narrow::<f16>().to_f32(),
+            _ => x.narrow::<bf16>().to_f32(),
+        }
+    }
+}
+
+/// The thread's rows with `mean` subtracted; zeros in place of rows that do not count.
+fn smoothed<'k>(rows: &Rows<'k>, mean: Option<[Val<'k, f32>; CHUNK]>) -> [[Val<'k, f32>; CHUNK]; ROWS] {
+    let Some(mean) = mean else { return std::array::from_fn(|i| rows.row(i)) };
+    let code = rows.left.code();
+    let x = [(); ROWS].map(|()| [(); CHUNK].map(|()| Var::new(code)));
+    let set = |of: &dyn Fn(usize, Val<'k, f32>) -> Val<'k, f32>| {
+        for (i, x) in x.iter().enumerate() {
+            let row = rows.row(i);
+            (0..CHUNK).for_each(|c| x[c].set(of(i, row[c] - mean[c])));
+        }
+    };
+    code.if_else(rows.whole(), || set(&|_, x| x), || set(&|i, x| rows.valid(i).select(x, 0.0)));
+    x.map(|row| row.map(Var::get))
+}
+
+/// The sum of each channel over the thread's rows.
+fn column_sums<'k>(rows: &[[Val<'k, f32>; CHUNK]; ROWS]) -> [Val<'k, f32>; CHUNK] {
+    std::array::from_fn(|c| rows[1..].iter().fold(rows[0][c], |sum, row| sum + row[c]))
+}
+
+/// One over the norm of each of the thread's rows, whose channels lie in neighbouring lanes; 0 of a row of zeros.
+///
+/// Each of the first folds across lanes halves the rows that a lane goes on with, so that a lane takes the root of one
+/// row for all.
+fn inverse_norms<'k>(
+    head: &Head<'k>,
+    shape: BlockShape,
+    rows: &[[Val<'k, f32>; CHUNK]; ROWS],
+) -> [Val<'k, f32>; ROWS] {
+    let chunks = shape.chunks();
+    let square = |row: &[Val<'k, f32>; CHUNK]| row[1..].iter().fold(row[0] * row[0], |sum, &x| sum + x * x);
+    let mut sums: Vec<_> = rows.iter().map(square).collect();
+    let mut lanes = chunks;
+    while sums.len() > 1 {
+        lanes /= 2;
+        let upper = (head.chunk & lanes as i32).ne(0);
+        let (low, high) = sums.split_at(sums.len() / 2);
+        sums = low
+            .iter()
+            .zip(high)
+            .map(|(&low, &high)| {
+                let (kept, sent) = (upper.select(high, low), upper.select(low, high));
+                kept + sent.shuffle_xor(lanes as i32)
+            })
+            .collect();
+    }
+    let norm = across_lanes(sums[0], lanes).sqrt();
+    let inverse = norm.eq(0.0).select(0.0, norm.recip());
+    // Row i was left to the lanes of the i-th eighth of the chunks.
+    let first = head.thread & (LANES - 1) & -(chunks as i32);
+    std::array::from_fn(|i| inverse.shuffle(first + (i * chunks / ROWS) as i32))
+}
+
+impl Kernel for PoolBlocksConfig {
+    fn name(&self) -> String {
+        let smooth = if self.smooth { "_smooth" } else { "" };
+        let similarity = if self.similarity { "_similarity" } else { "" };
+        format!("pool_blocks_{}{smooth}{similarity}_{}", self.block, self.source.suffix())
+    }
+
+    fn description(&self) -> String {
+        let smooth = if self.smooth { ", smoothed" } else { "" };
+        let what = if self.similarity { "means and similarities" } else { "means" };
+        format!("{what} of blocks of {} tokens{smooth}; {}", self.block, self.source.description())
+    }
+
+    fn head_dim(&self) -> Option<usize> {
+        Some(self.source.head_dim)
+    }
+
+    fn program(&self) -> Program {
+        kernel(&self.name(), self.threads(), |code| self.write(code))
+    }
+}
