@@ -6,7 +6,9 @@ use sageattention::{BlockMask, DType, Error, Lengths, Mask, Result, TensorViewMu
 
 use crate::errors::{exception, guarded};
 use crate::host;
+use crate::map;
 use crate::options::Options;
+use crate::predictor::Predictor;
 use crate::tensor::RawTensor;
 
 /// Boundaries of packed sequences: addresses of 32-bit integers without gaps, on the device of the tensors.
@@ -17,8 +19,8 @@ pub(crate) struct Packed(u64, u64, usize, usize, usize);
 #[derive(FromPyObject)]
 pub(crate) struct Blocks(RawTensor, usize, usize);
 
-/// A call's tensors.
-struct Tensors {
+/// A call's tensors, and what predicts its blocks.
+struct Tensors<'p> {
     q: RawTensor,
     k: RawTensor,
     v: RawTensor,
@@ -27,18 +29,25 @@ struct Tensors {
     mask: Option<RawTensor>,
     block_mask: Option<Blocks>,
     packed: Option<Packed>,
+    predictor: Option<&'p Predictor>,
+    map: Option<RawTensor>,
 }
 
 /// Computes attention of `q`, `k` and `v` into `out`, and each row's log-sum-exp into `lse`.
 ///
 /// What a tensor may be, [`RawTensor`] says. All lie in the memory of one device: this machine's, or where `stream` is
 /// given (the GPU's number, the stream's handle) that GPU's.
+/// Where a `predictor` is given, only the blocks that it finds worth it are computed, and `map` is told which they are:
+/// `[batch, heads, q_blocks, k_blocks]` bytes without gaps, not 0 where a block was computed.
 /// With `wait`, a GPU is done when the call returns.
 /// `packed` is (address of cu_seqlens_q, of cu_seqlens_k, sequences, longest q, longest k).
 ///
-/// The caller answers for addresses, shapes and strides, and for `out` and `lse` being nobody else's.
+/// The caller answers for addresses, shapes and strides, and for `out` and `lse` being nobody else's, nor `map`.
 #[pyfunction]
-#[pyo3(signature = (q, k, v, out, options, lse=None, mask=None, block_mask=None, packed=None, stream=None, wait=false))]
+#[pyo3(signature = (
+    q, k, v, out, options, lse=None, mask=None, block_mask=None, packed=None, stream=None, wait=false, predictor=None,
+    map=None
+))]
 #[expect(clippy::too_many_arguments, reason = "arguments of a Python function")]
 pub(crate) fn forward(
     py: Python<'_>,
@@ -53,16 +62,33 @@ pub(crate) fn forward(
     packed: Option<Packed>,
     stream: Option<(u32, u64)>,
     wait: bool,
+    predictor: Option<&Predictor>,
+    map: Option<RawTensor>,
 ) -> PyResult<()> {
-    let tensors = Tensors { q, k, v, out, lse, mask, block_mask, packed };
+    let tensors = Tensors { q, k, v, out, lse, mask, block_mask, packed, predictor, map };
     let run = || match stream {
+        _ if tensors.map.is_some() && predictor.is_none() => {
+            Err(Error::unsupported("a map without a predictor", "give both"))
+        }
         None => on_cpu(&tensors, options),
         Some((ordinal, stream)) => on_gpu(&tensors, options, ordinal, stream, wait),
     };
     py.detach(|| guarded(run)).map_err(exception)
 }
 
-fn on_cpu(tensors: &Tensors, options: &Options) -> Result<()> {
+impl Tensors<'_> {
+    /// That memory for a map is that of the predicted one.
+    fn check_map(&self, options: &Options) -> Result<()> {
+        match (&self.map, self.predictor) {
+            (Some(map), Some(predictor)) => {
+                map::check(map, [&self.q, &self.k], options.is_nhd(), predictor.get())
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+fn on_cpu(tensors: &Tensors<'_>, options: &Options) -> Result<()> {
     // SAFETY: of all tensors the caller of `forward` says that their memory is as described; the interpreter keeps its
     // arguments alive during the call. Other threads that write to them meanwhile would race with any library.
     let (q, k, v) =
@@ -104,10 +130,19 @@ fn on_cpu(tensors: &Tensors, options: &Options) -> Result<()> {
         },
         None => None,
     };
-    attention.forward_into(q, k, v, out, lse.as_mut().map(|lse| lse.data_mut()))
+    if let Some(predictor) = tensors.predictor {
+        attention = attention.sparse(predictor.get().clone());
+    }
+    tensors.check_map(options)?;
+    let predicted = attention.forward_into(q, k, v, out, lse.as_mut().map(|lse| lse.data_mut()))?;
+    if let (Some(predicted), Some(map)) = (predicted, &tensors.map) {
+        // SAFETY: as for the output.
+        unsafe { map::write(&predicted, map) }?;
+    }
+    Ok(())
 }
 
-fn on_gpu(tensors: &Tensors, options: &Options, ordinal: u32, stream: u64, wait: bool) -> Result<()> {
+fn on_gpu(tensors: &Tensors<'_>, options: &Options, ordinal: u32, stream: u64, wait: bool) -> Result<()> {
     let gpu = Cuda::shared(ordinal)?;
     // SAFETY: the caller hands over a stream of this GPU, which outlives the call.
     let stream = unsafe { Stream::from_raw(gpu.device(), stream) };
@@ -152,13 +187,20 @@ fn on_gpu(tensors: &Tensors, options: &Options, ordinal: u32, stream: u64, wait:
         None => None,
     };
     let qkv = [tensor("q", &tensors.q)?, tensor("k", &tensors.k)?, tensor("v", &tensors.v)?];
-    attention.forward_on(&gpu, &stream, qkv, tensor("out", &tensors.out)?, lse)?;
-    if wait {
-        stream
-            .synchronize()
-            .map_err(|error| Error::Backend { kind: error.kind(), message: error.to_string() })?;
+    if let Some(predictor) = tensors.predictor {
+        attention = attention.sparse(predictor.get().clone());
     }
-    Ok(())
+    tensors.check_map(options)?;
+    let predicted = attention.forward_on(&gpu, &stream, qkv, tensor("out", &tensors.out)?, lse)?;
+    if predicted.is_some() && tensors.map.is_some() {
+        return Err(Error::unsupported("the map of a prediction on a GPU", "leave it out"));
+    }
+    if wait { finished(&stream) } else { Ok(()) }
+}
+
+/// Waits for a stream.
+pub(crate) fn finished(stream: &Stream) -> Result<()> {
+    stream.synchronize().map_err(|error| Error::Backend { kind: error.kind(), message: error.to_string() })
 }
 
 /// The rows of a log-sum-exp.

@@ -39,6 +39,15 @@ pub(crate) unsafe fn view_mut<'a>(name: &'static str, tensor: &RawTensor) -> Res
     }
 }
 
+/// A tensor of bytes or booleans to write to.
+///
+/// # Safety
+/// As for [`view_mut`].
+pub(crate) unsafe fn bytes_mut<'a>(name: &'static str, tensor: &RawTensor) -> Result<ViewMut<'a, u8>> {
+    // SAFETY: the caller's promise.
+    unsafe { typed_mut::<u8>(name, tensor) }
+}
+
 /// The elements of a tensor of booleans, and where each lies among them. A byte that is neither 0 nor 1 is no `bool`
 /// in Rust, and other libraries' tensors may hold some: such a tensor is copied, elements that a stride of 0 repeats
 /// once.

@@ -1,4 +1,4 @@
-//! The extension module `sageattention._native`: one entry that takes raw addresses, shapes and strides.
+//! The extension module `sageattention._native`: entries that take raw addresses, shapes and strides.
 //!
 //! What users call is Python (`python/packages/`), which knows the frameworks: whose allocator makes the output,
 //! which stream is current, what a keyword means. Here tensors of this machine's memory and of a GPU's become the
@@ -8,7 +8,10 @@
 mod errors;
 mod forward;
 mod host;
+mod map;
 mod options;
+mod predict;
+mod predictor;
 mod tensor;
 
 /// Functions and types for `python/packages/sageattention`; nothing here is for users.
@@ -20,6 +23,10 @@ mod _native {
     use crate::forward::forward;
     #[pymodule_export]
     use crate::options::Options;
+    #[pymodule_export]
+    use crate::predict::predict;
+    #[pymodule_export]
+    use crate::predictor::Predictor;
 
     /// What computes CPU tensors on this machine, in words.
     #[pyfunction]

@@ -68,7 +68,12 @@ impl Options {
 }
 
 impl Options {
-    /// The options as the library takes them, but for masks and lengths.
+    /// Whether tensors are `[batch, seq, heads, head_dim]`.
+    pub(crate) fn is_nhd(&self) -> bool {
+        matches!(self.layout, Layout::Nhd)
+    }
+
+    /// The options as the library takes them, but for masks, lengths and predictors.
     pub(crate) fn attention<'a>(&self) -> Attention<'a> {
         // The alignment is a window's too, so it is said whether or not there is a causal mask.
         let mut attention = Attention::new()

@@ -104,6 +104,11 @@ impl RawTensor {
         self.dtype == "bool"
     }
 
+    /// Whether elements are booleans or unsigned bytes.
+    pub(crate) fn is_bytes(&self) -> bool {
+        self.is_bool() || self.dtype == "uint8"
+    }
+
     /// The element type, if attention takes it.
     pub(crate) fn dtype(&self, name: &'static str) -> Result<DType> {
         match &*self.dtype {

@@ -21,6 +21,33 @@ def qkv(batch, heads, kv_heads, q_len, kv_len, head_dim, *, layout="HND", dtype=
     return one(0, heads, q_len), one(1, kv_heads, kv_len), one(2, kv_heads, kv_len)
 
 
+def local(batch, heads, kv_heads, q_len, kv_len, head_dim, *, dtype=torch.float32, device="cpu", seed=0, layout="HND"):
+    """q, k and v as of a video: tokens near each other are alike, so that attention is local, but for some heads'
+    noise."""
+
+    def one(offset, heads, length):
+        generator = torch.Generator().manual_seed(3 * seed + offset)
+        frequencies = torch.linspace(0.004, 0.025, head_dim // 2)
+        angles = torch.arange(length)[:, None] * frequencies
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        noise = torch.linspace(0.1, 0.5, heads)[:, None, None]
+        x = 2.0 * waves + noise * torch.randn(batch, heads, length, head_dim, generator=generator)
+        if layout == "NHD":
+            x = x.transpose(1, 2)
+        return x.contiguous().to(device=device, dtype=dtype)
+
+    return (
+        one(0, heads, q_len),
+        one(1, kv_heads, kv_len),
+        random(*one(2, kv_heads, kv_len).shape, seed=3 * seed + 2, dtype=dtype, device=device),
+    )
+
+
+def visible(block_map, block_q, block_k, q_len, kv_len):
+    """A map of blocks as a mask of scores."""
+    return block_map.bool().repeat_interleave(block_q, 2).repeat_interleave(block_k, 3)[:, :, :q_len, :kv_len]
+
+
 def attention(q, k, v, *, layout="HND", causal=None, scale=None, mask=None, softcap=None, window=(None, None)):
     """Output and log-sum-exp in float64. `causal` is None, "bottom_right" or "top_left"."""
     if layout == "NHD":

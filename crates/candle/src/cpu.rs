@@ -21,7 +21,7 @@ pub(crate) fn forward(
     let v = view::tensor("v", v.0, v.1).map_err(wrap)?;
     let mut lse = lse.then(|| vec![0f32; options.lse_shape(shape).iter().product()]);
     let out = with_attention(options, |attention| {
-        output(q.dtype(), shape, |out| attention.forward_into(q, k, v, out, lse.as_deref_mut()))
+        output(q.dtype(), shape, |out| attention.forward_into(q, k, v, out, lse.as_deref_mut()).map(drop))
     })?;
     Ok((out, lse.map(CpuStorage::F32)))
 }

@@ -99,7 +99,7 @@ impl<'a> Subject<'a> {
         let attention = self.attention.clone().scheme(scheme.choice());
         let (result, peak) =
             peak_increase(|| attention.forward_into(&self.q, &self.k, &self.v, out.view_mut(), None));
-        result.map(|()| peak)
+        result.map(|_| peak)
     }
 
     /// Times of candidates in turn, each after a call that warms it up.

@@ -211,7 +211,7 @@ impl<'a> Attention<'a> {
     }
 
     /// Computes attention of host tensors into the caller's memory: `out` in q's layout, shape and element type, `lse`
-    /// row-major in the shape that [`Output::lse`] has.
+    /// row-major in the shape that [`Output::lse`] has. Returns the map that [`Attention::sparse`] had predicted.
     ///
     /// # Errors
     /// Names the first tensor or option that is wrong, or what no backend here can do; `out` and `lse` are then
@@ -223,14 +223,12 @@ impl<'a> Attention<'a> {
         v: impl Into<TensorView<'t>>,
         out: TensorViewMut<'_>,
         lse: Option<&mut [f32]>,
-    ) -> Result<()> {
+    ) -> Result<Option<BlockMap>> {
         let tensors = [q.into(), k.into(), v.into()];
         match self.device.unwrap_or_default() {
-            Device::Cpu => self.forward_on(backend::cpu(), &(), tensors, out, lse).map(drop),
+            Device::Cpu => self.forward_on(backend::cpu(), &(), tensors, out, lse),
             #[cfg(feature = "cuda")]
-            Device::Cuda(ordinal) => {
-                self.forward_on(&backend::copying(ordinal)?, &(), tensors, out, lse).map(drop)
-            }
+            Device::Cuda(ordinal) => self.forward_on(&backend::copying(ordinal)?, &(), tensors, out, lse),
             #[cfg(not(feature = "cuda"))]
             Device::Cuda(ordinal) => Err(backend::no_cuda(ordinal)),
         }

@@ -14,7 +14,7 @@ _CPU_DEVICES = (1, 3)
 _CUDA_DEVICES = (2, 13)
 
 
-class _Library(NamedTuple):
+class Library(NamedTuple):
     """What must be known of a library to compute its arrays."""
 
     name: str
@@ -38,16 +38,21 @@ def dense(
     return_lse: bool,
 ) -> Any:
     """See `_frameworks.dense`."""
-    library = _library_of(q, k=k, v=v, attn_mask=attn_mask)
-    shape = tuple(q.shape)
-    # Of another rank, the Rust module refuses q before it looks at the log-sum-exp.
-    lse_shape: tuple[int, ...] = ()
-    if len(shape) == 4:
-        heads, rows = (shape[2], shape[1]) if request.tensor_layout == "NHD" else (shape[1], shape[2])
-        lse_shape = (shape[0], heads, rows)
+    library = library_of(q, k=k, v=v, attn_mask=attn_mask)
+    lse_shape = dense_lse_shape(q, request)
     blocks = None if block_mask is None else (library.raw("block_mask", block_mask[0]), *block_mask[1:])
     mask = None if attn_mask is None else library.raw("mask", attn_mask)
-    return _forward(library, q, k, v, request, lse_shape if return_lse else None, mask=mask, block_mask=blocks)
+    return forward(library, q, k, v, request, lse_shape if return_lse else None, mask=mask, block_mask=blocks)
+
+
+def dense_lse_shape(q: Any, request: Request) -> tuple[int, ...]:
+    """The shape of a log-sum-exp."""
+    shape = tuple(q.shape)
+    if len(shape) != 4:
+        # The Rust module refuses q before it looks at the log-sum-exp.
+        return ()
+    heads, rows = (shape[2], shape[1]) if request.tensor_layout == "NHD" else (shape[1], shape[2])
+    return (shape[0], heads, rows)
 
 
 def varlen(
@@ -62,7 +67,7 @@ def varlen(
     return_lse: bool,
 ) -> Any:
     """See `_frameworks.varlen`."""
-    library = _library_of(q, k=k, v=v)
+    library = library_of(q, k=k, v=v)
     if library.name not in ("numpy", "cupy"):
         raise NotImplementedError(f"cu_seqlens of {library.name} is not supported: use numpy, CuPy or torch")
     cu_seqlens_q, cu_seqlens_k = (
@@ -71,7 +76,7 @@ def varlen(
         else given
         for name, given in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k))
     )
-    _library_of(q, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    library_of(q, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     boundaries = []
     for name, given in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if given.dtype.name not in ("int32", "int64"):
@@ -95,7 +100,7 @@ def varlen(
     addresses = [library.raw("cu_seqlens", compact)[0] for compact in boundaries]
     packed = (*addresses, boundaries[0].size - 1, max_seqlen_q, max_seqlen_k)
     lse_shape = (q.shape[1], q.shape[0]) if len(q.shape) == 3 else ()
-    return _forward(library, q, k, v, request, lse_shape if return_lse else None, packed=packed)
+    return forward(library, q, k, v, request, lse_shape if return_lse else None, packed=packed)
 
 
 def _longest(boundaries: Any) -> int:
@@ -103,9 +108,11 @@ def _longest(boundaries: Any) -> int:
     return max(0, int((boundaries[1:] - boundaries[:-1]).max())) if boundaries.size > 1 else 0
 
 
-def _forward(
-    library: _Library, q: Any, k: Any, v: Any, request: Request, lse_shape: Optional[tuple[int, ...]], **arguments: Any
+def forward(
+    library: Library, q: Any, k: Any, v: Any, request: Request, lse_shape: Optional[tuple[int, ...]], **arguments: Any
 ) -> Any:
+    """Computes into new arrays: the output, or a pair of it and the log-sum-exp; `arguments` are those of
+    `_native.forward`."""
     out = library.empty(q, tuple(q.shape), None)
     lse = None if lse_shape is None else library.empty(q, lse_shape, "float32")
     _native.forward(
@@ -122,7 +129,7 @@ def _forward(
     return out if lse is None else (out, lse)
 
 
-def _library_of(q: Any, **others: Any) -> _Library:
+def library_of(q: Any, **others: Any) -> Library:
     root = _root(q)
     _check_plain("q", q)
     if root == "numpy" and hasattr(q, "__array_interface__"):
@@ -238,6 +245,6 @@ def _any_stream(array: Any) -> Optional[tuple[int, int]]:
     raise NotImplementedError(f"q: DLPack device is {int(kind)}, expected the CPU (1) or CUDA (2)")
 
 
-_NUMPY = _Library("numpy", _numpy_empty, _numpy_raw, lambda array: None, wait=False)
-_CUPY = _Library("cupy", _cupy_empty, _cupy_raw, _cupy_stream, wait=False)
-_ANY = _Library("this library", _any_empty, _any_raw, _any_stream, wait=True)
+_NUMPY = Library("numpy", _numpy_empty, _numpy_raw, lambda array: None, wait=False)
+_CUPY = Library("cupy", _cupy_empty, _cupy_raw, _cupy_stream, wait=False)
+_ANY = Library("this library", _any_empty, _any_raw, _any_stream, wait=True)

@@ -42,6 +42,14 @@ def register(layout_position: int) -> None:
         return _packed(q, cu_q, cu_k, max_q, max_k)
 
 
+def register_sparse(layout_position: int) -> None:
+    """The formula for the operator of `_torch_sparse`: all blocks, as masks save nothing either."""
+
+    @register_flop_formula(torch.ops.sageattention.sparse)
+    def sparse(q: Any, k: Any, *arguments: Any, **_: Any) -> int:
+        return _heads_first_or_not(q, k, arguments[layout_position - 2])
+
+
 def register_sdpa() -> None:
     """The formula for the operator of `_sdpa`."""
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from typing import Any, Optional
 
+from sageattention._predictor import Fields
 from sageattention._request import Request
 
-# The module for torch's tensors, once some have come: importing takes its time even where there is nothing left to do.
+# The modules for torch's tensors, once some have come: importing takes its time even where there is nothing left to do.
 _torch: Any = None
+_torch_sparse: Any = None
 
 
 def is_torch(x: Any) -> bool:
@@ -29,6 +31,20 @@ def _module_for(q: Any) -> Any:
 
         _torch = module
     return _torch
+
+
+def _sparse_module_for(q: Any) -> Any:
+    """The module that predicts blocks of tensors of q's kind."""
+    global _torch_sparse
+    if not is_torch(q):
+        from sageattention import _arrays_sparse
+
+        return _arrays_sparse
+    if _torch_sparse is None:
+        from sageattention import _torch_sparse as module
+
+        _torch_sparse = module
+    return _torch_sparse
 
 
 def has_capability_9(x: Any) -> bool:
@@ -67,3 +83,24 @@ def varlen(
     """Attention of packed sequences, `[total, heads, head_dim]`."""
     module = _module_for(q)
     return module.varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, request, return_lse)
+
+
+def sparse(
+    q: Any,
+    k: Any,
+    v: Any,
+    fields: Fields,
+    request: Request,
+    *,
+    attn_mask: Any = None,
+    return_lse: bool = False,
+    return_map: bool = False,
+) -> list[Any]:
+    """Attention of the blocks that a predictor keeps: the output, and what else was asked for in the order of the
+    arguments. The map is of booleans, `[batch, heads, q_blocks, k_blocks]`."""
+    return _sparse_module_for(q).sparse(q, k, v, fields, request, attn_mask, return_lse, return_map)
+
+
+def predict(q: Any, k: Any, fields: Fields, request: Request) -> Any:
+    """The map of a prediction alone."""
+    return _sparse_module_for(q).predict(q, k, fields, request)

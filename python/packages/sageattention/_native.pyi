@@ -1,5 +1,6 @@
 """The Rust module: raw addresses in, exceptions out."""
 
+from collections.abc import Sequence
 from typing import Any, Optional, Union
 
 # Address, shape, strides in elements, name of the dtype; or a DLPack capsule; or a tensor of torch's.
@@ -21,6 +22,24 @@ class Options:
         smooth_k: bool,
     ) -> None: ...
 
+class Predictor:
+    def __init__(
+        self,
+        *,
+        select: str,
+        threshold: Sequence[float],
+        topp: Sequence[float],
+        num_blocks: int,
+        block_q: int,
+        block_k: int,
+        predict_smooth_k: bool,
+        simthreshd1: Optional[Sequence[float]],
+        sinks: Sequence[int],
+        original_tails: bool,
+        q_padding: Optional[Sequence[int]],
+        k_padding: Optional[Sequence[int]],
+    ) -> None: ...
+
 def forward(
     q: Tensor,
     k: Tensor,
@@ -31,6 +50,17 @@ def forward(
     mask: Optional[Tensor] = None,
     block_mask: Optional[tuple[Tensor, int, int]] = None,
     packed: Optional[tuple[int, int, int, int, int]] = None,
+    stream: Optional[tuple[int, int]] = None,
+    wait: bool = False,
+    predictor: Optional[Predictor] = None,
+    map: Optional[Tensor] = None,
+) -> None: ...
+def predict(
+    q: Tensor,
+    k: Tensor,
+    map: Tensor,
+    options: Options,
+    predictor: Predictor,
     stream: Optional[tuple[int, int]] = None,
     wait: bool = False,
 ) -> None: ...

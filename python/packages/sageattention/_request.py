@@ -68,6 +68,11 @@ def request(
     )
 
 
+def dense_shape(tensor_layout: str) -> str:
+    """The shape of dense tensors of a layout, in words."""
+    return "[batch, seq, heads, head_dim]" if tensor_layout == "NHD" else "[batch, heads, seq, head_dim]"
+
+
 def check_scheme(scheme: Optional[str]) -> None:
     """Refuses a name that no scheme has.
 

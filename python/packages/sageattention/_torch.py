@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sageattention import _flops, _native, _values
 from sageattention._operators import define_operator, is_plain
-from sageattention._request import Request, native_options
+from sageattention._request import Request, dense_shape, native_options
 from sageattention._tally import tally
 from sageattention._torch_inputs import autocast, check_tensors, plain_mask, refuse_derivatives
 
@@ -28,16 +28,27 @@ if not version_is_at_least(*_OLDEST):
 _SCHEMA_TYPES = {
     str: "str",
     bool: "bool",
+    int: "int",
     Optional[str]: "str?",
     Optional[int]: "int?",
     Optional[float]: "float?",
+    list[float]: "float[]",
+    list[int]: "int[]",
+    Optional[list[float]]: "float[]?",
+    Optional[list[int]]: "int[]?",
 }
-# The fields of a request, as arguments of an operator.
-_OPTIONS = ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in typing.get_type_hints(Request).items())
-_DENSE = f"Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? block_mask, int block_q, int block_k, {_OPTIONS}"
+
+
+def schema_of(fields: type) -> str:
+    """The fields of a named tuple, as arguments of an operator."""
+    return ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in typing.get_type_hints(fields).items())
+
+
+OPTIONS = schema_of(Request)
+_DENSE = f"Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? block_mask, int block_q, int block_k, {OPTIONS}"
 _VARLEN = (
     "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
-    f"SymInt max_seqlen_k, {_OPTIONS}"
+    f"SymInt max_seqlen_k, {OPTIONS}"
 )
 
 # What kernels read is int32.
@@ -123,9 +134,11 @@ def forward(
     attn_mask: Optional[Tensor] = None,
     block_mask: Optional[tuple[Tensor, int, int]] = None,
     cu_seqlens: Optional[tuple[Tensor, Tensor, int, int]] = None,
+    predictor: Optional[_native.Predictor] = None,
+    block_map: Optional[Tensor] = None,
 ) -> None:
     """Computes on q's device and, on a GPU, the caller's current stream. `request` is a `Request`'s fields."""
-    q, k, v = _with_neighbouring_channels(q), _with_neighbouring_channels(k), _with_neighbouring_channels(v)
+    q, k, v = with_neighbouring_channels(q), with_neighbouring_channels(k), with_neighbouring_channels(v)
     packed = None
     if cu_seqlens is not None:
         on_device = [_boundaries(name, t, q) for name, t in zip(("cu_seqlens_q", "cu_seqlens_k"), cu_seqlens[:2])]
@@ -133,11 +146,14 @@ def forward(
             found, wanted = list(on_device[1].shape), list(on_device[0].shape)
             raise ValueError(f"cu_seqlens_k: shape is {found}, expected {wanted}, as cu_seqlens_q")
         packed = (on_device[0].data_ptr(), on_device[1].data_ptr(), on_device[0].numel() - 1, *cu_seqlens[2:])
-    _native.forward(q, k, v, out, native_options(request), lse, attn_mask, block_mask, packed, _current_stream(q))
+    stream = current_stream(q)
+    _native.forward(
+        q, k, v, out, native_options(request), lse, attn_mask, block_mask, packed, stream, False, predictor, block_map
+    )
     tally.accelerated()
 
 
-def _with_neighbouring_channels(tensor: Tensor) -> Tensor:
+def with_neighbouring_channels(tensor: Tensor) -> Tensor:
     """The tensor, copied where the channels of a head are not neighbours in memory."""
     strides = tensor.stride()
     if strides and strides[-1] != 1 and tensor.shape[-1] > 1:
@@ -162,7 +178,7 @@ def _boundaries(name: str, cu_seqlens: Tensor, q: Tensor) -> Tensor:
     return cu_seqlens.to(device=q.device, dtype=torch.int32).contiguous()
 
 
-def _current_stream(q: Tensor) -> Optional[tuple[int, int]]:
+def current_stream(q: Tensor) -> Optional[tuple[int, int]]:
     if not q.is_cuda:
         return None
     if torch.version.hip is not None:
@@ -172,21 +188,21 @@ def _current_stream(q: Tensor) -> Optional[tuple[int, int]]:
     return (ordinal, torch._C._cuda_getCurrentRawStream(ordinal))
 
 
-def _lse_like(q: Tensor, tensor_layout: str) -> Tensor:
+def lse_like(q: Tensor, tensor_layout: str) -> Tensor:
     batch, heads, rows = q.shape[0], q.shape[-3], q.shape[-2]
     if tensor_layout == "NHD":
         heads, rows = rows, heads
     return torch.empty((batch, heads, rows), dtype=torch.float32, device=q.device)
 
 
-def _check_rank(q: Tensor, rank: int, wanted: str) -> None:
-    # Rust says the same, but the shapes of the outputs are needed first.
-    if q.ndim != rank:
-        raise ValueError(f"q: shape is {list(q.shape)}, expected {wanted}")
+def check_rank(name: str, tensor: Tensor, rank: int, wanted: str) -> None:
+    """Rust says the same, but the shapes of the outputs are needed first."""
+    if tensor.ndim != rank:
+        raise ValueError(f"{name}: shape is {list(tensor.shape)}, expected {wanted}")
 
 
 def _dense(q, k, v, attn_mask, block_mask, block_q, block_k, *request):
-    out = _out_like(q)
+    out = out_like(q)
     blocks = None if block_mask is None else (block_mask, block_q, block_k)
     forward(q, k, v, out, request, attn_mask=attn_mask, block_mask=blocks)
     return out
@@ -200,7 +216,7 @@ def _dense_lse(q, k, v, attn_mask, block_mask, block_q, block_k, *request):
 
 
 def _varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *request):
-    out = _out_like(q)
+    out = out_like(q)
     cu_seqlens = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     forward(q, k, v, out, request, cu_seqlens=cu_seqlens)
     return out
@@ -213,23 +229,23 @@ def _varlen_lse(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
     return out, lse
 
 
-def _out_like(q, *_):
+def out_like(q, *_):
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
 def _dense_lse_fake(q, k, v, attn_mask, block_mask, block_q, block_k, tensor_layout, *_):
-    _check_rank(q, 4, "[batch, heads, seq, head_dim]" if tensor_layout != "NHD" else "[batch, seq, heads, head_dim]")
-    return _out_like(q), _lse_like(q, tensor_layout)
+    check_rank("q", q, 4, dense_shape(tensor_layout))
+    return out_like(q), lse_like(q, tensor_layout)
 
 
 def _varlen_lse_fake(q, *_):
-    _check_rank(q, 3, "[total, heads, head_dim]")
-    return _out_like(q), torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
+    check_rank("q", q, 3, "[total, heads, head_dim]")
+    return out_like(q), torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
 
 
-_dense_op = define_operator("dense", f"({_DENSE}) -> Tensor", _dense, _out_like)
+_dense_op = define_operator("dense", f"({_DENSE}) -> Tensor", _dense, out_like)
 _dense_lse_op = define_operator("dense_lse", f"({_DENSE}) -> (Tensor, Tensor)", _dense_lse, _dense_lse_fake)
-_varlen_op = define_operator("varlen", f"({_VARLEN}) -> Tensor", _varlen, _out_like)
+_varlen_op = define_operator("varlen", f"({_VARLEN}) -> Tensor", _varlen, out_like)
 _varlen_lse_op = define_operator("varlen_lse", f"({_VARLEN}) -> (Tensor, Tensor)", _varlen_lse, _varlen_lse_fake)
 
 # Their seventh argument is the first of the request's, `tensor_layout`.

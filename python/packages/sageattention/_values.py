@@ -9,7 +9,7 @@ from typing import Any, Optional
 from sageattention._keywords import shown
 
 # Farther than any sequence is long, and within what torch's operators take.
-_FARTHEST = 2**31
+FARTHEST = 2**31
 
 
 def flag(name: str, value: Any) -> bool:
@@ -61,8 +61,8 @@ def length(name: str, value: Any) -> Optional[int]:
     if value is None:
         return None
     rows = integer(name, value)
-    if type(rows) is int and not 0 <= rows <= _FARTHEST:
-        raise ValueError(f"{name}: value is {rows}, expected 0 to {_FARTHEST}")
+    if type(rows) is int and not 0 <= rows <= FARTHEST:
+        raise ValueError(f"{name}: value is {rows}, expected 0 to {FARTHEST}")
     return rows
 
 
@@ -99,7 +99,7 @@ def _limit(name: str, value: Any) -> Optional[int]:
         return limit
     if limit < -1:
         raise ValueError(f"{name}: value is {limit}, expected -1 (no limit), None, 0 or more")
-    return None if limit == -1 else min(limit, _FARTHEST)
+    return None if limit == -1 else min(limit, FARTHEST)
 
 
 def _symbolic(value: Any) -> bool:

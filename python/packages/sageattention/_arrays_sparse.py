@@ -1,0 +1,65 @@
+"""Arrays of other libraries than torch: attention over predicted blocks, and the prediction alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sageattention import _native
+from sageattention._arrays import Library, dense_lse_shape, forward, library_of
+from sageattention._predictor import Fields, native_predictor
+from sageattention._request import Request, dense_shape, native_options
+
+
+def sparse(
+    q: Any,
+    k: Any,
+    v: Any,
+    fields: Fields,
+    request: Request,
+    attn_mask: Any,
+    return_lse: bool,
+    return_map: bool,
+) -> list[Any]:
+    """See `_frameworks.sparse`."""
+    library = library_of(q, k=k, v=v, attn_mask=attn_mask)
+    block_map = _map_like(library, q, k, fields, request) if return_map else None
+    result = forward(
+        library,
+        q,
+        k,
+        v,
+        request,
+        dense_lse_shape(q, request) if return_lse else None,
+        mask=None if attn_mask is None else library.raw("mask", attn_mask),
+        predictor=native_predictor(fields),
+        map=None if block_map is None else library.raw("map", block_map),
+    )
+    results = list(result) if return_lse else [result]
+    return results if block_map is None else [*results, block_map]
+
+
+def predict(q: Any, k: Any, fields: Fields, request: Request) -> Any:
+    """See `_frameworks.predict`."""
+    library = library_of(q, k=k)
+    block_map = _map_like(library, q, k, fields, request)
+    _native.predict(
+        library.raw("q", q),
+        library.raw("k", k),
+        library.raw("map", block_map),
+        native_options(request),
+        native_predictor(fields),
+        stream=library.stream(q),
+        wait=library.wait,
+    )
+    return block_map
+
+
+def _map_like(library: Library, q: Any, k: Any, fields: Fields, request: Request) -> Any:
+    """Memory for the map of a prediction."""
+    for name, array in (("q", q), ("k", k)):
+        if len(array.shape) != 4:
+            wanted = dense_shape(request.tensor_layout)
+            raise ValueError(f"{name}: shape is {list(array.shape)}, expected {wanted}")
+    heads, tokens = (2, 1) if request.tensor_layout == "NHD" else (1, 2)
+    blocks = (-(-q.shape[tokens] // fields.block_q), -(-k.shape[tokens] // fields.block_k))
+    return library.empty(q, (q.shape[0], q.shape[heads], *blocks), "bool")

@@ -1,0 +1,123 @@
+"""torch's tensors: attention over predicted blocks, and the prediction alone."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from sageattention import _flops, _native
+from sageattention._operators import define_operator, is_plain
+from sageattention._predictor import Fields, native_predictor
+from sageattention._request import Request, dense_shape, native_options
+from sageattention._torch import (
+    OPTIONS,
+    check_rank,
+    current_stream,
+    forward,
+    lse_like,
+    out_like,
+    schema_of,
+    with_neighbouring_channels,
+)
+from sageattention._torch_inputs import autocast, check_tensors, plain_mask, refuse_derivatives
+
+_PREDICTOR = schema_of(Fields)
+# Where the fields of a request begin among what follows the tensors.
+_REQUEST = len(Fields._fields)
+_SPARSE = f"Tensor q, Tensor k, Tensor v, Tensor? attn_mask, bool return_lse, bool return_map, {_PREDICTOR}, {OPTIONS}"
+_PREDICT = f"Tensor q, Tensor k, {_PREDICTOR}, {OPTIONS}"
+
+
+def sparse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    fields: Fields,
+    request: Request,
+    attn_mask: Optional[Tensor],
+    return_lse: bool,
+    return_map: bool,
+) -> list[Tensor]:
+    """See `_frameworks.sparse`."""
+    call = _sparse_op.compute
+    if not is_plain(q, k, v, attn_mask):
+        attn_mask = plain_mask(attn_mask, q.device)
+        check_tensors(q, k=k, v=v, attn_mask=attn_mask)
+        refuse_derivatives(q=q, k=k, v=v, attn_mask=attn_mask)
+        call = _sparse_op.overload
+    q, k, v, attn_mask = autocast(q, k, v, attn_mask)
+    return call(q, k, v, attn_mask, return_lse, return_map, *fields, *request)
+
+
+def predict(q: Tensor, k: Tensor, fields: Fields, request: Request) -> Tensor:
+    """See `_frameworks.predict`."""
+    call = _predict_op.compute
+    if not is_plain(q, k):
+        check_tensors(q, k=k)
+        # A map has no derivative, and torch's rule for such results is that none is missed.
+        q, k = q.detach(), k.detach()
+        call = _predict_op.overload
+    q, k = autocast(q, k)
+    return call(q, k, *fields, *request)
+
+
+def _sparse(q, k, v, attn_mask, return_lse, return_map, *options):
+    results = _sparse_fake(q, k, v, attn_mask, return_lse, return_map, *options)
+    out, *others = results
+    forward(
+        q,
+        k,
+        v,
+        out,
+        options[_REQUEST:],
+        lse=others[0] if return_lse else None,
+        attn_mask=attn_mask,
+        predictor=native_predictor(options[:_REQUEST]),
+        block_map=others[-1] if return_map else None,
+    )
+    return results
+
+
+def _sparse_fake(q, k, v, attn_mask, return_lse, return_map, *options):
+    tensor_layout = options[_REQUEST]
+    _check(q, k, tensor_layout)
+    results = [out_like(q)]
+    if return_lse:
+        results.append(lse_like(q, tensor_layout))
+    if return_map:
+        results.append(_map_like(q, k, options))
+    return results
+
+
+def _predict(q, k, *options):
+    block_map = _predict_fake(q, k, *options)
+    q, k = with_neighbouring_channels(q), with_neighbouring_channels(k)
+    predictor = native_predictor(options[:_REQUEST])
+    _native.predict(q, k, block_map, native_options(options[_REQUEST:]), predictor, current_stream(q))
+    return block_map
+
+
+def _predict_fake(q, k, *options):
+    _check(q, k, options[_REQUEST])
+    return _map_like(q, k, options)
+
+
+def _check(q, k, tensor_layout):
+    check_rank("q", q, 4, dense_shape(tensor_layout))
+    check_rank("k", k, 4, dense_shape(tensor_layout))
+
+
+def _map_like(q: Tensor, k: Tensor, options: tuple[Any, ...]) -> Tensor:
+    heads, tokens = (2, 1) if options[_REQUEST] == "NHD" else (1, 2)
+    fields = Fields(*options[:_REQUEST])
+    blocks = (-(-q.shape[tokens] // fields.block_q), -(-k.shape[tokens] // fields.block_k))
+    return torch.empty((q.shape[0], q.shape[heads], *blocks), dtype=torch.bool, device=q.device)
+
+
+_sparse_op = define_operator("sparse", f"({_SPARSE}) -> Tensor[]", _sparse, _sparse_fake)
+_predict_op = define_operator("predict", f"({_PREDICT}) -> Tensor", _predict, _predict_fake)
+
+# After q and k come v, the mask and two flags.
+_flops.register_sparse(layout_position=6 + _REQUEST)
