@@ -22,8 +22,9 @@ build() {
     {
         cargo test --no-run --message-format=json -p sage-cuda --test gpu
         cargo test --no-run --message-format=json -p sageattention --test gpu --test gpu_kv_cache \
-            --test gpu_random --test gpu_edges --test gpu_table
-        cargo build --message-format=json -p sageattention --example bench_gpu --example bench_gpu_kv_cache
+            --test gpu_random --test gpu_edges --test gpu_table --test gpu_predict
+        cargo build --message-format=json -p sageattention --example bench_gpu --example bench_gpu_kv_cache \
+            --example bench_gpu_predict
         cargo build --message-format=json -p sageattn
     } | python3 -c '
 import json, shutil, sys
@@ -64,6 +65,8 @@ tests() {
     "$bin/test_table" --nocapture
     "$bin/test_edges" --test-threads=1 --nocapture
     "$bin/test_random" --nocapture
+    heading "predicted block maps against the oracle"
+    "$bin/test_predict" --test-threads=1 --nocapture
 }
 
 # The Python suite, with what this machine has to import.

@@ -14,6 +14,7 @@ use sage_ptx::Target;
 
 use crate::lists::Lists;
 use crate::plan::{self, CudaPlan};
+use crate::predict::PredictPlan;
 use crate::tensor::argument;
 use crate::{CachePool, Cuda, DeviceCall, DeviceLse, DeviceMask, DeviceTensor, Tiling, driver};
 
@@ -108,6 +109,24 @@ pub(crate) struct Prepared {
 }
 
 impl Cuda {
+    /// The plan of a call over a map of such blocks that `prediction` makes.
+    pub(crate) fn plan_over(
+        &self,
+        call: &DeviceCall<'_>,
+        blocks: [usize; 2],
+        prediction: Arc<PredictPlan>,
+        choice: Choice,
+        lse: bool,
+    ) -> Result<Arc<CudaPlan>> {
+        let out = TensorArg { address: 0, strides: [call.problem.head_dim as i64; 3] };
+        let mut tensors = addresses(call, out);
+        // Of a predicted map every head of every sequence has blocks of its own.
+        tensors.blocks.strides = [1; 4];
+        let problem = call.problem.blocks(blocks);
+        let request = request(call, choice, &tensors, lse);
+        Ok(Arc::new(self.new_plan(&problem, &request)?.with_prediction(prediction)))
+    }
+
     /// A call's plan and addresses; none where there is nothing to compute. `tiling` is a tile shape to try.
     pub(crate) fn prepare(
         &self,
@@ -142,7 +161,7 @@ impl BackendPlan for CudaPlan {
     }
 
     fn workspace_bytes(&self) -> usize {
-        self.pass().workspace_bytes()
+        self.workspace()
     }
 }
 

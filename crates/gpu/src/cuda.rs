@@ -9,6 +9,7 @@ use sage_kernels::Machine;
 use sage_kernels::forward::Request;
 
 use crate::plan::{CudaPlan, Kernels};
+use crate::predict::{PredictKey, PredictPlan};
 use crate::{TuningTable, driver};
 
 /// Plans kept for each GPU: a model's layers and lengths are far fewer.
@@ -25,6 +26,7 @@ struct Inner {
     /// Compiled for plans and KV caches.
     kernels: Kernels,
     plans: Mutex<Recent<(Problem, Request), Arc<CudaPlan>>>,
+    predictions: Mutex<Recent<PredictKey, Arc<PredictPlan>>>,
     /// In place of the kernels' own table.
     tuning: TuningTable,
 }
@@ -71,6 +73,7 @@ impl Cuda {
             machine,
             kernels: Kernels::default(),
             plans: Mutex::new(Recent::new(MAX_PLANS)),
+            predictions: Mutex::new(Recent::new(MAX_PLANS)),
             tuning,
         }))
     }
@@ -100,23 +103,16 @@ impl Cuda {
 
     /// The plan for a problem, made at its first use.
     pub(crate) fn plan_of(&self, problem: &Problem, request: &Request) -> Result<Arc<CudaPlan>> {
-        let key = (*problem, *request);
-        let plans = || self.0.plans.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(plan) = plans().get(&key) {
-            return Ok(plan);
-        }
-        let plan = Arc::new(self.new_plan(problem, request)?);
-        let mut plans = plans();
-        // Another thread may have made it meanwhile, and compiled its kernels.
-        if let Some(plan) = plans.get(&key) {
-            return Ok(plan);
-        }
-        plans.put(key, plan.clone());
-        Ok(plan)
+        recent(&self.0.plans, (*problem, *request), |(problem, request)| self.new_plan(problem, request))
+    }
+
+    /// The plan for a prediction, made at its first use.
+    pub(crate) fn prediction_of(&self, key: PredictKey) -> Result<Arc<PredictPlan>> {
+        recent(&self.0.predictions, key, PredictPlan::new)
     }
 
     /// A plan, with a tile shape that was measured on this GPU where there is one and none is asked for.
-    fn new_plan(&self, problem: &Problem, request: &Request) -> Result<CudaPlan> {
+    pub(crate) fn new_plan(&self, problem: &Problem, request: &Request) -> Result<CudaPlan> {
         let plan = CudaPlan::new(problem, request, self)?;
         match (request.tiling, self.0.tuning.tiling(plan.forward.key())) {
             (None, Some(tiling)) => {
@@ -126,4 +122,24 @@ impl Cuda {
             _ => Ok(plan),
         }
     }
+}
+
+/// The plan of a key, made by `make` where it was not used of late.
+fn recent<K: PartialEq, P>(
+    plans: &Mutex<Recent<K, Arc<P>>>,
+    key: K,
+    make: impl FnOnce(&K) -> Result<P>,
+) -> Result<Arc<P>> {
+    let locked = || plans.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(plan) = locked().get(&key) {
+        return Ok(plan);
+    }
+    let plan = Arc::new(make(&key)?);
+    let mut plans = locked();
+    // Another thread may have made it meanwhile, and compiled its kernels.
+    if let Some(plan) = plans.get(&key) {
+        return Ok(plan);
+    }
+    plans.put(key, plan.clone());
+    Ok(plan)
 }

@@ -48,34 +48,46 @@ impl Backend for HostTensors {
         call.check_lse(lse.as_deref())?;
         // Nothing is copied for a call that no kernel computes.
         self.plan(call, choice, lse.is_some())?;
-        let stream = self.0.stream()?;
-        let [q, k, v] = [call.q, call.k, call.v].map(|tensor| CudaTensor::upload(&stream, &tensor));
-        let (q, k, v) = (q?, k?, v?);
-        let mask = call.mask.as_ref().map(|mask| CopiedMask::new(&stream, mask)).transpose()?;
-        let mask = mask.as_ref().map(CopiedMask::view);
-        let blocks =
-            call.block_mask.as_ref().map(|mask| CopiedFlags::new(&stream, &mask.blocks)).transpose()?;
-        let blocks = blocks.as_ref().map(CopiedFlags::view);
-        let out_there = CudaTensor::uninitialized(&stream, out.dtype(), out.geometry().shape())?;
-        let lse_there =
-            lse.as_ref().map(|lse| Buffer::new(&stream, size_of_val(&**lse))).transpose().map_err(driver)?;
-        let there = call.moved([q.view(), k.view(), v.view()], mask, blocks);
-        self.0.run(&stream, &there, choice, out_there.view(), lse_there.as_ref().map(DeviceLse::of))?;
-
-        match out {
-            TensorViewMut::F32(out) => download(out_there.buffer(), out),
-            TensorViewMut::F16(out) => download(out_there.buffer(), out),
-            TensorViewMut::BF16(out) => download(out_there.buffer(), out),
-        }?;
-        match (lse, lse_there) {
-            (Some(lse), Some(there)) => there.copy_to_host(lse).map_err(driver),
-            _ => Ok(()),
-        }
+        on_copies(&self.0, call, out, lse, |stream, there, out, lse| {
+            self.0.run(stream, there, choice, out, lse)
+        })
     }
 }
 
+/// Copies a call's tensors to a GPU, has `run` compute the call there, and copies the output back.
+pub(crate) fn on_copies<R>(
+    cuda: &Cuda,
+    call: &Call<'_>,
+    out: TensorViewMut<'_>,
+    lse: Option<&mut [f32]>,
+    run: impl FnOnce(&Stream, &DeviceCall<'_>, DeviceTensor<'_>, Option<DeviceLse<'_>>) -> Result<R>,
+) -> Result<R> {
+    let stream = cuda.stream()?;
+    let [q, k, v] = [call.q, call.k, call.v].map(|tensor| CudaTensor::upload(&stream, &tensor));
+    let (q, k, v) = (q?, k?, v?);
+    let mask = call.mask.as_ref().map(|mask| CopiedMask::new(&stream, mask)).transpose()?;
+    let mask = mask.as_ref().map(CopiedMask::view);
+    let blocks = call.block_mask.as_ref().map(|mask| CopiedFlags::new(&stream, &mask.blocks)).transpose()?;
+    let blocks = blocks.as_ref().map(CopiedFlags::view);
+    let out_there = CudaTensor::uninitialized(&stream, out.dtype(), out.geometry().shape())?;
+    let lse_there =
+        lse.as_ref().map(|lse| Buffer::new(&stream, size_of_val(&**lse))).transpose().map_err(driver)?;
+    let there = call.moved([q.view(), k.view(), v.view()], mask, blocks);
+    let result = run(&stream, &there, out_there.view(), lse_there.as_ref().map(DeviceLse::of))?;
+
+    match out {
+        TensorViewMut::F32(out) => download(out_there.buffer(), out),
+        TensorViewMut::F16(out) => download(out_there.buffer(), out),
+        TensorViewMut::BF16(out) => download(out_there.buffer(), out),
+    }?;
+    if let (Some(lse), Some(there)) = (lse, lse_there) {
+        there.copy_to_host(lse).map_err(driver)?;
+    }
+    Ok(result)
+}
+
 /// The call with stand-ins for what would be copied: for planning alone.
-fn as_if_copied<'a>(call: &Call<'a>) -> DeviceCall<'a> {
+pub(crate) fn as_if_copied<'a>(call: &Call<'a>) -> DeviceCall<'a> {
     /// Copies begin at multiples of 256.
     const START: u64 = 1 << 8;
     // SAFETY: nothing is launched with them.

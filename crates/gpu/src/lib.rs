@@ -14,6 +14,7 @@ mod host;
 mod kv_cache;
 mod lists;
 mod plan;
+mod predict;
 mod sparse;
 mod tensor;
 mod timing;
@@ -28,6 +29,7 @@ pub use cuda::Cuda;
 pub use host::HostTensors;
 pub use kv_cache::CachePool;
 pub use plan::CudaPlan;
+pub use predict::CudaMap;
 pub use tensor::{CudaTensor, DeviceBytes, DeviceInts, DeviceLse, DeviceMask, DeviceTensor};
 pub use tuning::{Trial, TunedShape, TuningTable};
 

@@ -12,6 +12,7 @@ use sage_kernels::forward::{ForwardPlan, Request, Tensors};
 use sage_kernels::pass::{Launcher, Pass};
 use sage_ptx::{Arg, BoxedTensor};
 
+use crate::predict::PredictPlan;
 use crate::{Cuda, driver};
 
 /// The kernels that were compiled for a GPU so far, by their names.
@@ -105,6 +106,8 @@ pub struct CudaPlan {
     device: String,
     /// In the order of the pass's launches; compiled when the plan is run for the first time.
     kernels: OnceLock<Vec<Kernel>>,
+    /// How the block map is predicted, where it is.
+    prediction: Option<Arc<PredictPlan>>,
 }
 
 impl CudaPlan {
@@ -113,7 +116,18 @@ impl CudaPlan {
         let forward = ForwardPlan::new(problem, request, cuda.machine())?;
         let info = cuda.device().info();
         let device = format!("cuda:{}, {}, {}", info.ordinal, info.name, cuda.machine().target);
-        Ok(CudaPlan { forward, device, kernels: OnceLock::new() })
+        Ok(CudaPlan { forward, device, kernels: OnceLock::new(), prediction: None })
+    }
+
+    /// The plan with the prediction of its block map.
+    pub(super) fn with_prediction(self, prediction: Arc<PredictPlan>) -> Self {
+        CudaPlan { prediction: Some(prediction), ..self }
+    }
+
+    /// Bytes of scratch memory, of the prediction or of what follows it.
+    pub(super) fn workspace(&self) -> usize {
+        let of_prediction = self.prediction.as_ref().map_or(0, |plan| plan.pass.workspace_bytes());
+        self.pass().workspace_bytes().max(of_prediction)
     }
 
     /// The kernels, compiled at the first use.
@@ -153,6 +167,9 @@ impl fmt::Display for CudaPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "scheme      {}", self.forward.scheme())?;
         writeln!(f, "device      {}", self.device)?;
+        if let Some(prediction) = &self.prediction {
+            writeln!(f, "{}", prediction.pass)?;
+        }
         write!(f, "{}", self.pass())?;
         for reason in self.forward.reasons() {
             write!(f, "\nbecause     {reason}")?;

@@ -3,38 +3,45 @@
 use std::sync::Arc;
 
 use sage_core::sparse::{BlockMap, Predictor};
-use sage_core::{Backend, Call, Choice, Error, Result, SparseBackend, TensorViewMut};
+use sage_core::{Backend, Call, Choice, Result, SparseBackend, TensorViewMut};
 use sage_cuda::Stream;
 
-use crate::{Cuda, CudaPlan, DeviceCall, DeviceLse, DeviceTensor, HostTensors};
+use crate::host::{self, as_if_copied};
+use crate::{Cuda, CudaMap, CudaPlan, DeviceCall, DeviceLse, DeviceTensor, HostTensors};
 
+/// Predicts on the caller's stream, without waiting for it, and with a predictor whose numbers are the same for all
+/// heads as part of a graph. Numbers that heads have of their own, and sizes of padded blocks, lie in the host's memory:
+/// they are copied to the GPU, which waits for the stream.
 impl SparseBackend for Cuda {
-    type Map = BlockMap;
+    type Map = CudaMap;
 
     fn plan_sparse<'c>(
         &self,
-        _: &DeviceCall<'c>,
-        _: &Predictor,
-        _: Choice,
-        _: bool,
+        call: &DeviceCall<'c>,
+        predictor: &Predictor,
+        choice: Choice,
+        lse: bool,
     ) -> Result<Arc<CudaPlan>> {
-        Err(no_predictor())
+        let prediction = self.prediction(call, predictor)?;
+        self.plan_over(call, [predictor.block_q, predictor.block_k], prediction, choice, lse)
     }
 
-    fn predict<'c>(&self, _: &Stream, _: &DeviceCall<'c>, _: &Predictor) -> Result<BlockMap> {
-        Err(no_predictor())
+    fn predict<'c>(&self, stream: &Stream, call: &DeviceCall<'c>, predictor: &Predictor) -> Result<CudaMap> {
+        self.predict_map(stream, call, predictor)
     }
 
     fn run_sparse<'c>(
         &self,
-        _: &Stream,
-        _: &DeviceCall<'c>,
-        _: &Predictor,
-        _: Choice,
-        _: DeviceTensor<'_>,
-        _: Option<DeviceLse<'_>>,
-    ) -> Result<BlockMap> {
-        Err(no_predictor())
+        stream: &Stream,
+        call: &DeviceCall<'c>,
+        predictor: &Predictor,
+        choice: Choice,
+        out: DeviceTensor<'_>,
+        lse: Option<DeviceLse<'_>>,
+    ) -> Result<CudaMap> {
+        let map = self.predict_map(stream, call, predictor)?;
+        self.run(stream, &map.call(call)?, choice, out, lse)?;
+        Ok(map)
     }
 }
 
@@ -48,12 +55,17 @@ impl SparseBackend for HostTensors {
         choice: Choice,
         lse: bool,
     ) -> Result<Arc<CudaPlan>> {
-        let map = predictor.map_of_flags(&call.problem, predictor.cleared_flags(&call.problem)?)?;
-        self.plan(&call.over(&map)?, choice, lse)
+        self.0.plan_sparse(&as_if_copied(call), predictor, choice, lse)
     }
 
     fn predict<'c>(&self, (): &(), call: &Call<'c>, predictor: &Predictor) -> Result<BlockMap> {
-        predictor.map(call)
+        // Nothing is copied for what no kernel predicts.
+        self.0.prediction(&as_if_copied(call), predictor)?;
+        let stream = self.0.stream()?;
+        let [q, k] = [&call.q, &call.k].map(|tensor| crate::CudaTensor::upload(&stream, tensor));
+        let (q, k) = (q?, k?);
+        let there = call.moved([q.view(), k.view(), k.view()], None, None);
+        self.0.predict_map(&stream, &there, predictor)?.to_host()
     }
 
     fn run_sparse<'c>(
@@ -65,13 +77,11 @@ impl SparseBackend for HostTensors {
         out: TensorViewMut<'_>,
         lse: Option<&mut [f32]>,
     ) -> Result<BlockMap> {
-        let map = predictor.map(call)?;
-        self.run(&(), &call.over(&map)?, choice, out, lse)?;
-        Ok(map)
+        call.check_output(out.dtype(), out.geometry())?;
+        call.check_lse(lse.as_deref())?;
+        self.plan_sparse(call, predictor, choice, lse.is_some())?;
+        host::on_copies(&self.0, call, out, lse, |stream, there, out, lse| {
+            self.0.run_sparse(stream, there, predictor, choice, out, lse)?.to_host()
+        })
     }
-}
-
-/// The error of a prediction from tensors in a GPU's memory.
-fn no_predictor() -> Error {
-    Error::unsupported("a predictor of tensors in a GPU's memory", "predict the map on the host")
 }

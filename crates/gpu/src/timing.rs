@@ -2,8 +2,10 @@
 
 use std::time::Duration;
 
+use sage_core::sparse::Predictor;
 use sage_core::{Choice, Result};
-use sage_cuda::{Event, Stream};
+use sage_cuda::{Event, Kernel, Stream};
+use sage_kernels::pass::Pass;
 
 use crate::backend::Prepared;
 use crate::plan::{self, Launch};
@@ -41,6 +43,22 @@ impl Cuda {
         }
     }
 
+    /// Median times of the kernels that predict a call's block map, as [`Cuda::time_kernels`].
+    ///
+    /// # Errors
+    /// As [`sage_core::SparseBackend::predict`].
+    pub fn time_prediction(
+        &self,
+        stream: &Stream,
+        call: &DeviceCall<'_>,
+        predictor: &Predictor,
+        runs: usize,
+    ) -> Result<Vec<(String, Duration)>> {
+        let prepared = self.prepare_prediction(stream, call, predictor)?;
+        let kernels = prepared.plan.kernels(self)?;
+        self.time_pass(stream, &prepared.plan.pass, kernels, &prepared.tensors, runs)
+    }
+
     pub(crate) fn time_prepared(
         &self,
         stream: &Stream,
@@ -48,6 +66,17 @@ impl Cuda {
         runs: usize,
     ) -> Result<Vec<(String, Duration)>> {
         let kernels = prepared.plan.kernels(self)?;
+        self.time_pass(stream, prepared.plan.pass(), kernels, &prepared.tensors, runs)
+    }
+
+    fn time_pass<T>(
+        &self,
+        stream: &Stream,
+        pass: &Pass<T>,
+        kernels: &[Kernel],
+        tensors: &T,
+        runs: usize,
+    ) -> Result<Vec<(String, Duration)>> {
         // All runs are queued before the first is waited for: a launch must not wait for the host between its events.
         let mut marks = Vec::new();
         for _ in 0..runs.max(1) {
@@ -60,7 +89,7 @@ impl Cuda {
                 marks.push((index, start, end));
                 Ok(())
             };
-            plan::run(prepared.plan.pass(), kernels, &prepared.tensors, stream, timed)?;
+            plan::run(pass, kernels, tensors, stream, timed)?;
         }
         let mut times = vec![Vec::new(); kernels.len()];
         for (index, start, end) in marks {

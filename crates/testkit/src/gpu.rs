@@ -2,12 +2,15 @@
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
-use sage_core::{Backend, BlockMask, Call, Choice, DType, Geometry, Inputs, Problem, Scheme};
+use sage_core::{
+    Backend, BlockMask, Call, Choice, DType, Geometry, Inputs, Lengths, Options, Problem, Scheme,
+    SparseBackend,
+};
 use sage_gpu::{Buffer, Cuda, CudaTensor, DeviceBytes, DeviceInputs, DeviceLse, DeviceMask, Stream, devices};
 use sage_kernels::forward::{ForwardPlan, Request};
 
 use crate::computed::shape_of;
-use crate::{Computed, Emulated, Memory, OwnedCall, OwnedMask, Runner, Tolerance, poison, skip};
+use crate::{Computed, Emulated, Memory, OwnedCall, OwnedMask, Prediction, Runner, Tolerance, poison, skip};
 
 /// The first GPU, or none with the reason printed: a failure with `SAGE_REQUIRE_GPU=1`.
 pub fn first(test: &str) -> Option<Cuda> {
@@ -17,6 +20,18 @@ pub fn first(test: &str) -> Option<Cuda> {
         Err(reason) => skip(test, reason),
     }
     None
+}
+
+/// The bytes of a map that a GPU predicts.
+pub fn predicted(cuda: &Cuda, case: &Prediction) -> Vec<u8> {
+    let stream = cuda.stream().unwrap();
+    let [q, k] = case.tensors().map(|tensor| CudaTensor::upload(&stream, &tensor.view()).unwrap());
+    let lengths = case.kv_lens.as_deref().map_or(Lengths::Dense, Lengths::KvLens);
+    let inputs: DeviceInputs<'_> = Inputs::new(q.view(), k.view(), k.view()).lengths(lengths.beside());
+    let call = Call::check_sparse(&inputs, &Options::default().band(case.band), &case.predictor).unwrap();
+    let map = SparseBackend::predict(cuda, &stream, &call, &case.predictor)
+        .unwrap_or_else(|error| panic!("{error}: {case:?}"));
+    map.to_host().unwrap().flags().iter().map(|&kept| u8::from(kept)).collect()
 }
 
 /// The scheme that a GPU computes for a problem, or why it does not: it does not depend on how tensors lie in memory.

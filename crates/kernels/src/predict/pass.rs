@@ -11,7 +11,7 @@ use super::{
     TokensArgs,
 };
 use crate::pass::{Pass, PassBuilder, Slot};
-use crate::preprocess::Source;
+use crate::preprocess::{CHUNK, Source};
 use crate::sequence::{Lengths, bottom_right, window};
 use crate::tensor::TensorArg;
 
@@ -36,6 +36,17 @@ pub struct PredictTensors {
     pub similarity: u64,
     /// The map, bytes `[batch, q_heads, q_blocks, k_blocks]`: 1 where a block is kept.
     pub map: u64,
+}
+
+impl PredictTensors {
+    /// Whether all rows of queries and keys start at multiples of 16 bytes and are whole such chunks.
+    pub fn aligned(&self, head_dim: usize) -> bool {
+        let aligned = |tensor: &TensorArg| {
+            let whole = |stride: &i64| stride % CHUNK as i64 == 0;
+            tensor.address.is_multiple_of(16) && tensor.strides.iter().all(whole)
+        };
+        head_dim.is_multiple_of(CHUNK) && [self.q, self.k].iter().all(aligned)
+    }
 }
 
 /// Queries and keys of which a map is predicted.

@@ -1,0 +1,232 @@
+//! Predicting which blocks of the score matrix are worth computing, on a GPU.
+
+use std::sync::{Arc, OnceLock};
+
+use sage_core::sparse::{BlockMap, PaddedBlocks, PerHead, Predictor, Select};
+use sage_core::{BlockMask, Geometry, Lengths, Result};
+use sage_cuda::{Buffer, Kernel, Stream};
+use sage_kernels::pass::Pass;
+use sage_kernels::predict::{PredictCall, PredictTensors};
+
+use crate::lists::Lists;
+use crate::tensor::argument;
+use crate::{Cuda, DeviceBytes, DeviceCall, driver, plan};
+
+/// A map of blocks in a GPU's memory, which belongs to the stream that predicted it.
+#[derive(Debug)]
+pub struct CudaMap {
+    flags: Buffer,
+    shape: [usize; 4],
+    block_q: usize,
+    block_k: usize,
+}
+
+impl CudaMap {
+    /// `[batch, num_q_heads, q_blocks, k_blocks]`.
+    pub fn shape(&self) -> [usize; 4] {
+        self.shape
+    }
+
+    /// Queries in a block.
+    pub fn block_q(&self) -> usize {
+        self.block_q
+    }
+
+    /// Keys in a block.
+    pub fn block_k(&self) -> usize {
+        self.block_k
+    }
+
+    /// The map as a call to attention takes it.
+    ///
+    /// # Errors
+    /// Never of a map that was predicted.
+    pub fn mask(&self) -> Result<BlockMask<DeviceBytes<'_>>> {
+        self.blocks()
+    }
+
+    /// [`CudaMap::mask`] for any time.
+    fn blocks<'m>(&self) -> Result<BlockMask<DeviceBytes<'m>>> {
+        let geometry = Geometry::contiguous("block_map", &self.shape)?;
+        // SAFETY: the buffer has a byte for each block. Whoever keeps the mask for longer than the map lives launches
+        // before the map is dropped, and memory is freed in the stream's order.
+        let blocks = unsafe { DeviceBytes::from_raw(geometry, self.flags.address()) };
+        Ok(BlockMask { blocks, block_q: self.block_q, block_k: self.block_k })
+    }
+
+    /// A copy in the host's memory. Waits for the stream.
+    ///
+    /// # Errors
+    /// What the driver says, or when the stream is being captured.
+    pub fn to_host(&self) -> Result<BlockMap> {
+        let bytes: Vec<u8> = self.flags.to_vec().map_err(driver)?;
+        let flags = bytes.into_iter().map(|byte| byte != 0).collect();
+        BlockMap::new(flags, self.shape, self.block_q, self.block_k)
+    }
+
+    /// A call over this map, which must outlive the launches of the call.
+    pub(crate) fn call<'c>(&self, call: &DeviceCall<'c>) -> Result<DeviceCall<'c>> {
+        let mut over = *call;
+        over.problem = call.problem.blocks([self.block_q, self.block_k]);
+        over.block_mask = Some(self.blocks()?);
+        Ok(over)
+    }
+}
+
+/// How a GPU predicts a map, and the compiled kernels for it.
+#[derive(Debug)]
+pub(crate) struct PredictPlan {
+    pub pass: Pass<PredictTensors>,
+    /// In the order of the pass's launches; compiled when the plan is run for the first time.
+    kernels: OnceLock<Vec<Kernel>>,
+}
+
+/// What a prediction is planned by.
+pub(crate) type PredictKey = (PredictCall, Predictor);
+
+impl PredictPlan {
+    pub fn new((call, predictor): &PredictKey) -> Result<Self> {
+        Ok(PredictPlan { pass: call.pass(predictor)?, kernels: OnceLock::new() })
+    }
+
+    pub fn kernels(&self, cuda: &Cuda) -> Result<&[Kernel]> {
+        if let Some(kernels) = self.kernels.get() {
+            return Ok(kernels);
+        }
+        let kernels = cuda.kernels().of_pass(&self.pass, cuda, "predict the map on the host")?;
+        Ok(self.kernels.get_or_init(|| kernels))
+    }
+}
+
+/// A prediction that is ready to be launched.
+pub(crate) struct PreparedPrediction {
+    pub plan: Arc<PredictPlan>,
+    pub tensors: PredictTensors,
+    pub map: CudaMap,
+    /// What was copied to the GPU.
+    _lists: Lists,
+    _numbers: Numbers,
+}
+
+impl Cuda {
+    /// The plan for a call's prediction, made at its first use.
+    pub(crate) fn prediction(
+        &self,
+        call: &DeviceCall<'_>,
+        predictor: &Predictor,
+    ) -> Result<Arc<PredictPlan>> {
+        let lengths = match call.lengths {
+            Lengths::Dense => sage_kernels::Lengths::Dense,
+            Lengths::KvLens(_) | Lengths::DeviceKvLens(_) => sage_kernels::Lengths::KvLens,
+            Lengths::Packed { .. } | Lengths::DevicePacked { .. } => sage_kernels::Lengths::Packed,
+        };
+        let tensors = tensors(call);
+        let aligned = tensors.aligned(call.problem.head_dim);
+        self.prediction_of((PredictCall { problem: call.problem, lengths, aligned }, planned_by(predictor)))
+    }
+
+    /// A call's prediction, with memory for the map.
+    pub(crate) fn prepare_prediction(
+        &self,
+        stream: &Stream,
+        call: &DeviceCall<'_>,
+        predictor: &Predictor,
+    ) -> Result<PreparedPrediction> {
+        sage_cuda::check_not_forked().map_err(driver)?;
+        let plan = self.prediction(call, predictor)?;
+        let shape = predictor.shape(&call.problem);
+        let flags = Buffer::new(stream, shape.iter().product()).map_err(driver)?;
+        let (block_q, block_k) = (predictor.block_q, predictor.block_k);
+        let map = CudaMap { flags, shape, block_q, block_k };
+        let lists = Lists::new(stream, &call.lengths)?;
+        let numbers = Numbers::new(stream, predictor)?;
+        let tensors =
+            PredictTensors { kv_lens: lists.k, map: map.flags.address(), ..numbers.tensors(tensors(call)) };
+        Ok(PreparedPrediction { plan, tensors, map, _lists: lists, _numbers: numbers })
+    }
+
+    /// Predicts the map of a call on a stream.
+    pub(crate) fn predict_map(
+        &self,
+        stream: &Stream,
+        call: &DeviceCall<'_>,
+        predictor: &Predictor,
+    ) -> Result<CudaMap> {
+        let prepared = self.prepare_prediction(stream, call, predictor)?;
+        let kernels = prepared.plan.kernels(self)?;
+        plan::run(&prepared.plan.pass, kernels, &prepared.tensors, stream, |(_, kernel, grid, args)| {
+            // SAFETY: see `plan::OnStream`; the map has a byte for each block, and the numbers one for each that the
+            // predictor was checked to have.
+            unsafe { kernel.launch(stream, grid, args) }.map_err(driver)
+        })?;
+        Ok(prepared.map)
+    }
+}
+
+/// Where a call's queries and keys lie.
+fn tensors(call: &DeviceCall<'_>) -> PredictTensors {
+    PredictTensors { q: argument(&call.q), k: argument(&call.k), ..PredictTensors::default() }
+}
+
+/// The predictor without what its plan does not depend on: padding, which kernels read from memory.
+fn planned_by(predictor: &Predictor) -> Predictor {
+    let mut planned = Predictor::new(predictor.select.clone())
+        .blocks(predictor.block_q, predictor.block_k)
+        .smooth_k(predictor.smooth_k)
+        .sink_k(predictor.sink_k.clone())
+        .sink_q(predictor.sink_q.clone())
+        .original_tails(predictor.original_tails);
+    planned.similarity.clone_from(&predictor.similarity);
+    planned
+}
+
+/// Numbers of a predictor that kernels read from memory. They are copied there, which waits for the stream.
+struct Numbers {
+    top_share: Option<Buffer>,
+    amount: Option<Buffer>,
+    similarity: Option<Buffer>,
+    q_sizes: Option<Buffer>,
+    k_sizes: Option<Buffer>,
+}
+
+impl Numbers {
+    fn new(stream: &Stream, predictor: &Predictor) -> Result<Self> {
+        let each = |number: Option<&PerHead>| match number {
+            Some(PerHead::Each(numbers)) => Buffer::from_slice(stream, numbers).map(Some).map_err(driver),
+            Some(PerHead::All(_)) | None => Ok(None),
+        };
+        let sizes = |padding: Option<&PaddedBlocks>| {
+            let Some(padding) = padding else { return Ok(None) };
+            // A size that does not fit is that of a longer block than there are tokens, all of which it has.
+            let size = |&size: &usize| i32::try_from(size).unwrap_or(i32::MAX);
+            let sizes: Vec<i32> = padding.sizes().iter().map(size).collect();
+            Buffer::from_slice(stream, &sizes).map(Some).map_err(driver)
+        };
+        let (top_share, amount) = match &predictor.select {
+            Select::TopK(share) => (Some(share), None),
+            Select::Cdf(amount) | Select::Sigmas(amount) => (None, Some(amount)),
+            Select::TopKTopP { k, p } => (Some(k), Some(p)),
+            _ => (None, None),
+        };
+        Ok(Numbers {
+            top_share: each(top_share)?,
+            amount: each(amount)?,
+            similarity: each(predictor.similarity.as_ref())?,
+            q_sizes: sizes(predictor.q_padding.as_ref())?,
+            k_sizes: sizes(predictor.k_padding.as_ref())?,
+        })
+    }
+
+    /// Their addresses beside those of `tensors`.
+    fn tensors(&self, tensors: PredictTensors) -> PredictTensors {
+        let address = |buffer: &Option<Buffer>| buffer.as_ref().map_or(0, Buffer::address);
+        PredictTensors {
+            top_share: address(&self.top_share),
+            amount: address(&self.amount),
+            similarity: address(&self.similarity),
+            q_sizes: address(&self.q_sizes),
+            k_sizes: address(&self.k_sizes),
+            ..tensors
+        }
+    }
+}

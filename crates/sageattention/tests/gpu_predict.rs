@@ -1,0 +1,72 @@
+//! Predictions of block maps on a real GPU. Without a driver each test prints that it is skipped.
+
+#![cfg(feature = "cuda")]
+
+use sage_testkit::{gpu, normal_tensor, predictions};
+use sageattention::cuda::{CudaTensor, DeviceTensor};
+use sageattention::sparse::{Predictor, Select};
+use sageattention::{Attention, DType, Device, Preset, Tensor};
+
+#[test]
+fn maps_are_the_oracles() {
+    let Some(cuda) = gpu::first("maps_are_the_oracles") else { return };
+    for case in predictions() {
+        case.compare("a GPU", &gpu::predicted(&cuda, &case));
+    }
+}
+
+fn sparge() -> Predictor {
+    Predictor::sparge_attn(Select::Cdf(0.5.into()), 0.0).sink_k(0..1)
+}
+
+fn tensors() -> [Tensor; 3] {
+    [1, 2, 3].map(|seed| normal_tensor(seed, &[2, 4, 700, 64], DType::F16))
+}
+
+#[test]
+fn attention_is_over_the_map_that_it_predicts() {
+    let Some(cuda) = gpu::first("attention_is_over_the_map_that_it_predicts") else { return };
+    let stream = cuda.stream().unwrap();
+    let host = tensors();
+    let [q, k, v] = host.each_ref().map(|tensor| CudaTensor::upload(&stream, &tensor.view()).unwrap());
+    let inputs = [q.view(), k.view(), v.view()];
+    let attention = Attention::new().scheme(Preset::FULL).causal(true);
+    let sparse = attention.clone().sparse(sparge());
+    let output = || CudaTensor::uninitialized(&stream, DType::F16, &[2, 4, 700, 64]).unwrap();
+    let bits = |out: &CudaTensor| out.buffer().to_vec::<u16>().unwrap();
+
+    let out = output();
+    let map = sparse.forward_on(&cuda, &stream, inputs, out.view(), None).unwrap().expect("predicted");
+    let on_host = sparge().predict(host[0].view(), host[1].view(), &attention.options()).unwrap();
+    assert_eq!(map.to_host().unwrap(), on_host);
+    assert!(on_host.kept() * 10 < on_host.flags().len() * 5, "a map of {} tells little", on_host.kept());
+    let given = output();
+    let masked = attention.clone().block_mask(map.mask().unwrap());
+    masked.forward_on(&cuda, &stream, inputs, given.view(), None).unwrap();
+    assert_eq!(bits(&out), bits(&given));
+
+    // Prediction and attention as a graph.
+    let replayed = output();
+    let run = |to: DeviceTensor<'_>| sparse.forward_on(&cuda, &stream, inputs, to, None).map(drop).unwrap();
+    stream.begin_capture().unwrap();
+    run(replayed.view());
+    let graph = stream.end_capture().unwrap().instantiate().unwrap();
+    // SAFETY: what the graph uses outlives its replay.
+    unsafe { graph.launch(&stream) }.unwrap();
+    assert_eq!(bits(&out), bits(&replayed));
+}
+
+#[test]
+fn host_tensors_are_predicted_on_the_gpu_as_well() {
+    if gpu::first("host_tensors_are_predicted_on_the_gpu_as_well").is_none() {
+        return;
+    }
+    let [q, k, v] = tensors();
+    let sparse = Attention::new().sparse(sparge()).return_lse(true);
+    let on_gpu = sparse.clone().device(Device::Cuda(0));
+    let result = on_gpu.forward(&q, &k, &v).unwrap();
+    let expected = sparse.predict(&q, &k).unwrap();
+    assert_eq!((result.map, on_gpu.predict(&q, &k).unwrap()), (Some(expected.clone()), expected));
+    let plan = on_gpu.plan(&q, &k, &v).unwrap().to_string();
+    assert!(plan.contains("choose_blocks_within_share") && plan.contains("list_tiles"), "{plan}");
+}
