@@ -97,11 +97,7 @@ pub enum Error {
 
 impl Error {
     /// A tensor `name` of the shape `found` where `wanted` was needed.
-    pub fn shape(
-        name: impl Into<Cow<'static, str>>,
-        found: &[usize],
-        wanted: impl Into<String>,
-    ) -> Self {
+    pub fn shape(name: impl Into<Cow<'static, str>>, found: &[usize], wanted: impl Into<String>) -> Self {
         Error::Shape { name: name.into(), found: format!("{found:?}"), wanted: wanted.into() }
     }
 
