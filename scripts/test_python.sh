@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the Python wheel, installs it into clean environments, runs python/README.md's example and python/tests.
+# Builds the Python wheel, installs it into clean environments, runs python/README.md's examples and python/tests.
 # Needs rustup's cargo and python3 (on Debian, what python3 lacks is installed as root). The first run downloads torch
 # with its CUDA libraries, several GB, into target/python-test; later ones find them there.
 #
@@ -78,8 +78,9 @@ if [[ $(cat "$tests/installed" 2>/dev/null) != "$frameworks" ]]; then
 fi
 pip_install "$tests" --force-reinstall --no-deps "$wheel"
 
-echo "test_python: the example of python/README.md"
-awk '/^```python$/ { inside = 1; next } inside && /^```$/ { exit } inside' python/README.md >"$target/python-example.py"
+echo "test_python: the examples of python/README.md that are marked to be run"
+awk '/^<!-- run -->$/ { run = 1 } run && /^```python$/ { inside = 1; next } /^```$/ { run = inside = 0 } inside' \
+    python/README.md >"$target/python-example.py"
 echo 'print("test_python:", out.shape, out.dtype)' >>"$target/python-example.py"
 "$tests/bin/python" "$target/python-example.py"
 

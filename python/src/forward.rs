@@ -192,8 +192,10 @@ fn on_gpu(tensors: &Tensors<'_>, options: &Options, ordinal: u32, stream: u64, w
     }
     tensors.check_map(options)?;
     let predicted = attention.forward_on(&gpu, &stream, qkv, tensor("out", &tensors.out)?, lse)?;
-    if predicted.is_some() && tensors.map.is_some() {
-        return Err(Error::unsupported("the map of a prediction on a GPU", "leave it out"));
+    if let (Some(predicted), Some(map)) = (predicted, &tensors.map) {
+        // SAFETY: as above, and nobody else knows of the map yet.
+        let bytes = unsafe { DeviceBytes::from_raw(map.geometry("map")?, map.address) };
+        predicted.copy_to(bytes)?;
     }
     if wait { finished(&stream) } else { Ok(()) }
 }

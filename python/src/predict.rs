@@ -1,8 +1,8 @@
 //! The entry that predicts blocks, without attention over them.
 
 use pyo3::prelude::*;
-use sageattention::cuda::{Cuda, DeviceTensor, Stream};
-use sageattention::{Error, Result};
+use sageattention::Result;
+use sageattention::cuda::{Cuda, DeviceBytes, DeviceTensor, Stream};
 
 use crate::errors::{exception, guarded};
 use crate::forward::finished;
@@ -32,7 +32,7 @@ pub(crate) fn predict(
         map::check(&map, [&q, &k], options.is_nhd(), predictor.get())?;
         match stream {
             None => on_cpu(&q, &k, &map, options, predictor),
-            Some((ordinal, stream)) => on_gpu(&q, &k, options, predictor, ordinal, stream, wait),
+            Some(stream) => on_gpu(&q, &k, &map, options, predictor, stream, wait),
         }
     };
     py.detach(|| guarded(run)).map_err(exception)
@@ -56,10 +56,10 @@ fn on_cpu(
 fn on_gpu(
     q: &RawTensor,
     k: &RawTensor,
+    map: &RawTensor,
     options: &Options,
     predictor: &Predictor,
-    ordinal: u32,
-    stream: u64,
+    (ordinal, stream): (u32, u64),
     wait: bool,
 ) -> Result<()> {
     let gpu = Cuda::shared(ordinal)?;
@@ -71,10 +71,8 @@ fn on_gpu(
         Ok(unsafe { DeviceTensor::from_raw(tensor.dtype(name)?, tensor.geometry(name)?, tensor.address) })
     };
     let attention = options.attention().sparse(predictor.get().clone());
-    attention.predict_on(&gpu, &stream, [tensor("q", q)?, tensor("k", k)?])?;
-    if wait {
-        finished(&stream)
-    } else {
-        Err(Error::unsupported("the map of a prediction on a GPU", "leave it out"))
-    }
+    let predicted = attention.predict_on(&gpu, &stream, [tensor("q", q)?, tensor("k", k)?])?;
+    // SAFETY: as above, and nobody else knows of the map yet.
+    predicted.copy_to(unsafe { DeviceBytes::from_raw(map.geometry("map")?, map.address) })?;
+    if wait { finished(&stream) } else { Ok(()) }
 }

@@ -21,9 +21,22 @@ def qkv(batch, heads, kv_heads, q_len, kv_len, head_dim, *, layout="HND", dtype=
     return one(0, heads, q_len), one(1, kv_heads, kv_len), one(2, kv_heads, kv_len)
 
 
-def local(batch, heads, kv_heads, q_len, kv_len, head_dim, *, dtype=torch.float32, device="cpu", seed=0, layout="HND"):
-    """q, k and v as of a video: tokens near each other are alike, so that attention is local, but for some heads'
-    noise."""
+def local(
+    batch,
+    heads,
+    kv_heads,
+    q_len,
+    kv_len,
+    head_dim,
+    *,
+    dtype=torch.float32,
+    device="cpu",
+    seed=0,
+    layout="HND",
+    sharp=2.0,
+):
+    """q, k and v as of a video: tokens near each other are alike, so that attention is local, the more so the larger
+    `sharp` is; heads differ in noise."""
 
     def one(offset, heads, length):
         generator = torch.Generator().manual_seed(3 * seed + offset)
@@ -31,7 +44,7 @@ def local(batch, heads, kv_heads, q_len, kv_len, head_dim, *, dtype=torch.float3
         angles = torch.arange(length)[:, None] * frequencies
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
         noise = torch.linspace(0.1, 0.5, heads)[:, None, None]
-        x = 2.0 * waves + noise * torch.randn(batch, heads, length, head_dim, generator=generator)
+        x = sharp * waves + noise * torch.randn(batch, heads, length, head_dim, generator=generator)
         if layout == "NHD":
             x = x.transpose(1, 2)
         return x.contiguous().to(device=device, dtype=dtype)

@@ -6,11 +6,9 @@ import subprocess
 import sys
 from functools import partial
 
-import numpy
 import pytest
 import sageattention
 import sageattn3
-import spas_sage_attn
 import torch
 from exact import TOLERANCE, assert_close, assert_lse_close, attention, qkv, random
 from sageattention import (  # noqa: F401 - diffusers imports these six at once
@@ -148,91 +146,6 @@ def test_signatures_are_the_original_s():
         assert parameters[-1].kind is inspect.Parameter.VAR_KEYWORD, name
 
 
-def test_block_sparse(device):
-    q, k, v = qkv(1, 4, 2, 300, 260, 64, dtype=torch.float16, device=device)
-    blocks = (random(1, 4, 3, 5, seed=11, device=device) > 0).to(torch.int8)
-    blocks[0, 0, 1] = 0
-    call = partial(spas_sage_attn.block_sparse_sage2_attn_cuda, q, k, v, mask_id=blocks)
-    visible = blocks.bool().repeat_interleave(128, 2).repeat_interleave(64, 3)[:, :, :300, :260]
-    out, sparsity = call(return_sparsity=True)
-    assert_close(out, attention(q, k, v, mask=visible)[0], TOLERANCE["fp8"])
-    assert not out[0, 0, 128:256].any()
-    assert sparsity == pytest.approx(1 - blocks.sum().item() / blocks.numel())
-    visible[..., :64] = True
-    assert_close(call(attention_sink=True), attention(q, k, v, mask=visible)[0], TOLERANCE["fp8"])
-    assert call(output_dtype=torch.bfloat16).dtype == torch.bfloat16
-    assert not blocks[0, 0, 1].any(), "the caller's map was changed"
-
-
-@pytest.mark.parametrize("layout", ["HND", "NHD"])
-def test_a_map_of_hopper_s_blocks(layout):
-    q, k, v = qkv(1, 4, 2, 300, 260, 64, dtype=torch.float16, layout=layout)
-    blocks = (random(1, 4, 5, 3, seed=12) > 0).to(torch.int8)
-    visible = blocks.bool().repeat_interleave(64, 2).repeat_interleave(128, 3)[:, :, :300, :260]
-    call = partial(spas_sage_attn.block_sparse_sage2_attn_cuda, q, k, v, tensor_layout=layout)
-    out, lse, sparsity = call(blocks, return_lse=True, return_sparsity=True)
-    wanted, wanted_lse = attention(q, k, v, mask=visible, layout=layout)
-    assert_close(out, wanted, TOLERANCE["fp8"])
-    assert_lse_close(lse, wanted_lse)
-    assert sparsity == pytest.approx(1 - blocks.sum().item() / blocks.numel())
-    causal = attention(q, k, v, mask=visible, layout=layout, causal="bottom_right")[0]
-    assert_close(call(blocks, causal=True), causal, TOLERANCE["fp8"])
-    for shape in ((1, 4, 3, 3), (1, 4, 5, 5)):
-        with pytest.raises(
-            ValueError, match=r"mask_id: shape is .*, expected \[batch, heads, 3, 5\] \(blocks of 128 x 64\) or"
-        ):
-            call(torch.ones(shape, dtype=torch.int8))
-
-
-def test_maps_of_other_libraries_types_and_devices():
-    q = random(1, 2, 70, 64, seed=0).numpy()
-    blocks = numpy.ones((1, 2, 1, 2), dtype=bool)
-    assert spas_sage_attn.block_sparse_sage2_attn_cuda(q, q, q, blocks, output_dtype="float16").dtype == numpy.float16
-    with pytest.raises(TypeError, match="mask_id: type is list, expected a tensor"):
-        spas_sage_attn.block_sparse_sage2_attn_cuda(q, q, q, [[1, 1]])
-    x = torch.from_numpy(q)
-    with pytest.raises(ValueError, match="mask_id: device is meta, expected cpu, as q"):
-        spas_sage_attn.block_sparse_sage2_attn_cuda(x, x, x, torch.ones(1, 2, 1, 2, device="meta"))
-
-
-def test_a_map_that_fits_both_ways_is_read_by_architecture(device):
-    """64 queries and 64 keys: [1, 1] either way."""
-    from spas_sage_attn import _block_sizes
-
-    x = random(1, 2, 64, 64, seed=0, dtype=torch.float16, device=device)
-    hopper = device == "cuda" and torch.cuda.get_device_capability()[0] == 9
-    assert _block_sizes(x, x, torch.ones(1, 2, 1, 1, device=device), "HND") == ((64, 128) if hopper else (128, 64))
-
-
-def test_the_names_that_programs_look_for_in_spargeattn():
-    """yunchang and xfuser import them to find out whether it is there."""
-    from spas_sage_attn.autotune import (
-        SparseAttentionMeansim,
-        extract_sparse_attention_state_dict,
-        load_sparse_attention_state_dict,
-    )
-
-    assert not isinstance(torch.nn.Identity(), SparseAttentionMeansim)
-    for use in (
-        lambda: SparseAttentionMeansim(l1=0.07, pv_l1=0.08, tune_pv=True),
-        lambda: extract_sparse_attention_state_dict(torch.nn.Identity(), verbose=True),
-        lambda: load_sparse_attention_state_dict(torch.nn.Identity(), {}, multigpu=False),
-    ):
-        with pytest.raises(NotImplementedError, match="prediction of blocks from Q and K, .*, is not built yet"):
-            use()
-
-
-def test_vllm_omni_sparge_says_what_is_missing(device):
-    q = random(1, 256, 4, 64, seed=0, dtype=torch.float16, device=device)
-    with pytest.raises(NotImplementedError, match="prediction of blocks from Q and K is not built yet"):
-        spas_sage_attn.spas_sage2_attn_meansim_topk_cuda(
-            q, q, q, topk=0.5, tensor_layout="NHD", is_causal=False, scale=None
-        )
-    for name in ("spas_sage2_attn_meansim_cuda", "spas_sage_attn_meansim_cuda", "spas_sage_attn_meansim_topk_cuda"):
-        with pytest.raises(NotImplementedError, match=name):
-            getattr(spas_sage_attn, name)(q, q, q)
-
-
 def test_the_distribution_answers_what_programs_ask_for():
     version = importlib.metadata.version("sageattention")
     assert version == sageattention.__version__ and tuple(map(int, version.split("."))) >= (2, 1, 1)
@@ -240,7 +153,7 @@ def test_the_distribution_answers_what_programs_ask_for():
 
 def test_importing_is_fast_and_brings_no_framework():
     program = (
-        "import time; start = time.perf_counter(); import sageattention, sageattn3, spas_sage_attn, sys; "
+        "import time; start = time.perf_counter(); import sageattention, sageattention.sparse, sageattn3, spas_sage_attn, sparse_sageattn, sys; "
         "print(time.perf_counter() - start, *({'torch', 'numpy', 'jax', 'transformers'} & set(sys.modules)))"
     )
     lines = [

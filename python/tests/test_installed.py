@@ -19,7 +19,7 @@ def install(folder, name, files):
     (metadata / "RECORD").write_text("".join(f"{file},,\n" for file in files))
 
 
-@pytest.mark.parametrize("package", ["sageattn3", "spas_sage_attn"])
+@pytest.mark.parametrize("package", ["sageattn3", "spas_sage_attn", "sparse_sageattn"])
 def test_another_owner_of_the_file_is_named(tmp_path, package):
     here = tmp_path / "here"
     file = f"{package}/__init__.py"
@@ -38,7 +38,7 @@ def test_another_owner_of_the_file_is_named(tmp_path, package):
 
 def test_the_import_itself_warns(tmp_path):
     site = Path(sageattention.__file__).parent.parent
-    for package in ("sageattention", "sageattn3", "spas_sage_attn"):
+    for package in ("sageattention", "sageattn3", "spas_sage_attn", "sparse_sageattn"):
         shutil.copytree(site / package, tmp_path / package)
     install(tmp_path, "spas_sage_attn", ["spas_sage_attn/__init__.py"])
     program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import spas_sage_attn, sageattn3"

@@ -6,9 +6,11 @@ import numpy
 import pytest
 import sageattention
 import sageattn3
+import sparse_sageattn
 import spas_sage_attn
 import torch
 from exact import TOLERANCE, assert_close, assert_lse_close, attention, qkv, random
+from sageattention.sparse import Predictor, sparse_attention
 
 DENSE = {
     "sageattn": sageattention.sageattn,
@@ -18,6 +20,13 @@ DENSE = {
     "fp8_sm90": sageattention.sageattn_qk_int8_pv_fp8_cuda_sm90,
     "sage3": sageattn3.sageattn3_blackwell,
     "block_sparse": spas_sage_attn.block_sparse_sage2_attn_cuda,
+    # All blocks, and the alignment that the others have.
+    "meansim": partial(
+        spas_sage_attn.spas_sage2_attn_meansim_cuda, cdfthreshd=1.0, simthreshd1=-1, causal_alignment="bottom_right"
+    ),
+    "meansim_topk": partial(spas_sage_attn.spas_sage_attn_meansim_topk_cuda, topk=1.0, causal_alignment="bottom_right"),
+    "sparse_sageattn": partial(sparse_sageattn.sparse_sageattn, causal_alignment="bottom_right"),
+    "sparse_attention": partial(sparse_attention, predictor=Predictor.sla(1.0)),
 }
 X = random(1, 4, 70, 64, seed=0)
 
@@ -121,6 +130,7 @@ def test_smoothing_is_smooth_k_where_a_function_has_that():
         (NotImplementedError, "attn_bias: value is Tensor, expected None: .*; attn_mask takes", {"attn_bias": X}),
         (NotImplementedError, "out: value is Tensor, expected None", {"out": X}),
         (NotImplementedError, "sliding_window: value is 128, expected None or -1: .*; window takes", {"sliding_window": 128}),
+        (NotImplementedError, "kv_lens: value is Tensor, expected None", {"kv_lens": X}),
         (NotImplementedError, "s_aux: value is Tensor, expected None", {"s_aux": X}),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -130,7 +140,7 @@ def test_messages_of_every_function(function, error, message, options):
         function(X, X, X, **options)
 
 
-@pytest.mark.parametrize("name", [name for name in DENSE if name != "sageattn"])
+@pytest.mark.parametrize("name", [name for name in DENSE if name not in ("sageattn", "sparse_attention")])
 def test_a_scheme_is_refused_where_the_function_names_one(name):
     with pytest.raises(NotImplementedError, match="scheme: value is full, expected None"):
         DENSE[name](X, X, X, scheme="full")

@@ -1,6 +1,8 @@
 //! Memory on a GPU, allocated and freed in a stream's order.
 
-use cudarc::driver::sys::CUdeviceptr;
+use std::ptr;
+
+use cudarc::driver::sys::{CUDA_MEMCPY2D, CUdeviceptr, CUmemorytype};
 use sage_ptx::Arg;
 
 use crate::driver::{cu, report};
@@ -125,6 +127,57 @@ impl Buffer {
         drop(entered);
         let done = self.stream.synchronize();
         copied.and(done)
+    }
+
+    /// Copies the buffer as `rows` rows of equal length to memory of the device where rows have `pitch` bytes, from
+    /// `address` on, and fills them up with zeros; in the stream's order and without waiting.
+    ///
+    /// # Errors
+    /// When the buffer is not so many rows of at most `pitch` bytes, and what the driver says.
+    ///
+    /// # Safety
+    /// The device has `rows * pitch` bytes there, which nobody else uses until the copy is done.
+    pub unsafe fn copy_rows_to(&self, address: u64, rows: usize, pitch: usize) -> Result<()> {
+        let width = self.bytes / rows.max(1);
+        if width * rows != self.bytes || pitch < width {
+            let wanted =
+                format!("the buffer's {} bytes in rows of equal length of at most {pitch}", self.bytes);
+            return Err(Error::value("rows of a copy", rows, wanted));
+        }
+        let _entered = self.stream.device().enter()?;
+        if pitch > width && rows > 0 {
+            // SAFETY: the caller answers for the target.
+            unsafe { cu!(cuMemsetD8Async(address, 0, rows * pitch, self.stream.raw())) }?;
+        }
+        if self.bytes == 0 {
+            return Ok(());
+        }
+        if pitch == width {
+            // SAFETY: the source is this buffer, whose stream this is; of the target as above.
+            return unsafe {
+                cu!(cuMemcpyDtoDAsync_v2(address, self.address, self.bytes, self.stream.raw()))
+            };
+        }
+        let copy = CUDA_MEMCPY2D {
+            srcXInBytes: 0,
+            srcY: 0,
+            srcMemoryType: CUmemorytype::CU_MEMORYTYPE_DEVICE,
+            srcHost: ptr::null(),
+            srcDevice: self.address,
+            srcArray: ptr::null_mut(),
+            srcPitch: width,
+            dstXInBytes: 0,
+            dstY: 0,
+            dstMemoryType: CUmemorytype::CU_MEMORYTYPE_DEVICE,
+            dstHost: ptr::null_mut(),
+            dstDevice: address,
+            dstArray: ptr::null_mut(),
+            dstPitch: pitch,
+            WidthInBytes: width,
+            Height: rows,
+        };
+        // SAFETY: as above; the driver has read the description when it returns.
+        unsafe { cu!(cuMemcpy2DAsync_v2(&copy, self.stream.raw())) }
     }
 
     /// The content as values of type `T`, of which the buffer must hold a whole number; waits like

@@ -3,7 +3,7 @@
 use std::sync::{Arc, OnceLock};
 
 use sage_core::sparse::{BlockMap, PaddedBlocks, PerHead, Predictor, Select};
-use sage_core::{BlockMask, Geometry, Lengths, Result};
+use sage_core::{BlockMask, Error, Geometry, Lengths, Result, Strided};
 use sage_cuda::{Buffer, Kernel, Stream};
 use sage_kernels::pass::Pass;
 use sage_kernels::predict::{PredictCall, PredictTensors};
@@ -52,6 +52,27 @@ impl CudaMap {
         // before the map is dropped, and memory is freed in the stream's order.
         let blocks = unsafe { DeviceBytes::from_raw(geometry, self.flags.address()) };
         Ok(BlockMask { blocks, block_q: self.block_q, block_k: self.block_k })
+    }
+
+    /// Writes the map to memory of the GPU without gaps, a byte for each block, in the order of its stream and without
+    /// waiting. `target` may have more blocks of keys than the map, which leaves out those behind the last key that any
+    /// query sees: none of them is kept.
+    ///
+    /// # Errors
+    /// When `target` has another shape, and what the driver says.
+    pub fn copy_to(&self, target: DeviceBytes<'_>) -> Result<()> {
+        let [batch, heads, q_blocks, k_blocks] = self.shape;
+        let given = target.geometry();
+        let fits = given.is_contiguous()
+            && matches!(given.shape(), &[b, h, q, k] if [b, h, q] == [batch, heads, q_blocks] && k >= k_blocks);
+        if !fits {
+            let found = format!("{:?} with strides {:?}", given.shape(), given.strides());
+            let wanted = format!("{:?} without gaps", self.shape);
+            return Err(Error::Shape { name: "map".into(), found, wanted });
+        }
+        let (rows, columns) = (batch * heads * q_blocks, given.shape()[3]);
+        // SAFETY: whoever made `target` says that these bytes are the GPU's, and that nobody else uses them meanwhile.
+        unsafe { self.flags.copy_rows_to(target.first_byte(), rows, columns) }.map_err(driver)
     }
 
     /// A copy in the host's memory. Waits for the stream.

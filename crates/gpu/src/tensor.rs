@@ -218,9 +218,14 @@ impl DeviceBytes<'_> {
         DeviceBytes { geometry, address, memory: PhantomData }
     }
 
+    /// Address of the first byte.
+    pub(crate) fn first_byte(&self) -> u64 {
+        self.address.wrapping_add_signed(self.geometry.offset())
+    }
+
     /// As kernels take them: strides are of batch, heads, queries and keys, or blocks of these.
     pub(crate) fn argument(&self) -> TensorArg<4> {
-        mask_argument(&self.geometry, self.address.wrapping_add_signed(self.geometry.offset()))
+        mask_argument(&self.geometry, self.first_byte())
     }
 }
 

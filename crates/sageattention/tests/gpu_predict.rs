@@ -3,9 +3,9 @@
 #![cfg(feature = "cuda")]
 
 use sage_testkit::{gpu, normal_tensor, predictions};
-use sageattention::cuda::{CudaTensor, DeviceTensor};
+use sageattention::cuda::{Buffer, CudaTensor, DeviceBytes, DeviceTensor};
 use sageattention::sparse::{Predictor, Select};
-use sageattention::{Attention, DType, Device, Preset, Tensor};
+use sageattention::{Attention, DType, Device, Geometry, Preset, Tensor};
 
 #[test]
 fn maps_are_the_oracles() {
@@ -40,6 +40,21 @@ fn attention_is_over_the_map_that_it_predicts() {
     let on_host = sparge().predict(host[0].view(), host[1].view(), &attention.options()).unwrap();
     assert_eq!(map.to_host().unwrap(), on_host);
     assert!(on_host.kept() * 10 < on_host.flags().len() * 5, "a map of {} tells little", on_host.kept());
+    // A map of the caller's may have more blocks of keys, none of which is kept.
+    let [batch, heads, rows, columns] = map.shape();
+    let mut wider = Buffer::new(&stream, batch * heads * rows * (columns + 3)).unwrap();
+    wider.fill(7).unwrap();
+    for more in [0, 3] {
+        let shape = [batch, heads, rows, columns + more];
+        let geometry = Geometry::contiguous("map", &shape).unwrap();
+        // SAFETY: the buffer has as many bytes and more.
+        map.copy_to(unsafe { DeviceBytes::from_raw(geometry, wider.address()) }).unwrap();
+        let bytes: Vec<u8> = wider.to_vec().unwrap();
+        for (copied, flags) in bytes.chunks(columns + more).zip(on_host.rows()) {
+            assert!(copied[..columns].iter().zip(flags).all(|(&byte, &flag)| byte == u8::from(flag)));
+            assert!(copied[columns..].iter().all(|&byte| byte == 0));
+        }
+    }
     let given = output();
     let masked = attention.clone().block_mask(map.mask().unwrap());
     masked.forward_on(&cuda, &stream, inputs, given.view(), None).unwrap();

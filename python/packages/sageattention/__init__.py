@@ -12,7 +12,8 @@ accelerate a model without touching it:
     sageattention.counts()                     # what was computed here, what was left to torch and why
 
 diffusers finds its `sage*` backends by itself, but `patch` reaches more of its models: those that call torch's function
-themselves, and those that have masks. Importing this package imports no framework.
+themselves, and those that have masks. `sageattention.sparse` computes only the blocks of the scores that are worth it.
+Importing this package imports no framework.
 """
 
 from sageattention._tally import Counts

@@ -54,6 +54,12 @@ def has_capability_9(x: Any) -> bool:
     return sys.modules["torch"].cuda.get_device_capability(x.device)[0] == 9
 
 
+def is_compiling() -> bool:
+    """Whether torch is tracing a graph."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.compiler.is_compiling()
+
+
 def dense(
     q: Any,
     k: Any,

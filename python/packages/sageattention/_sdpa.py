@@ -19,7 +19,7 @@ from sageattention._torch_inputs import autocast
 _NAME = "scaled_dot_product_attention"
 # Before, torch.compile cannot ask for them.
 _MODES_ARE_TRACED = _torch.version_is_at_least(2, 6)
-_torch_sdpa = F.scaled_dot_product_attention
+torch_sdpa = F.scaled_dot_product_attention
 _scheme: Optional[str] = None
 # Whether torch's multi-head attention took its fast path before; None while torch's function is in place.
 _fast_path_before: Optional[bool] = None
@@ -48,7 +48,7 @@ def patch(scheme: Optional[str]) -> None:
 def unpatch() -> None:
     """See `plug_in.unpatch`."""
     if _fast_path_before is not None:
-        restore(State(_torch_sdpa, None, None, _fast_path_before))
+        restore(State(torch_sdpa, None, None, _fast_path_before))
 
 
 def state() -> State:
@@ -98,13 +98,13 @@ def scaled_dot_product_attention(
         and (attn_mask is None or isinstance(attn_mask, Tensor))
     ):
         # torch says what is wrong with them.
-        return _torch_sdpa(query, key, value, attn_mask=attn_mask, **options)
+        return torch_sdpa(query, key, value, attn_mask=attn_mask, **options)
     if reason is None and _backends_are_selected():
         reason = "backends of torch's own are selected (sdpa_kernel, or torch.backends.cuda.enable_..._sdp)"
     reason = reason or why_not(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, plain)
     if reason is not None:
         fell_back(_NAME, reason)
-        return _torch_sdpa(query, key, value, attn_mask=attn_mask, **options)
+        return torch_sdpa(query, key, value, attn_mask=attn_mask, **options)
     query, key, value, attn_mask = autocast(query, key, value, attn_mask)
     if scale is not None and not isinstance(scale, (float, torch.SymFloat)):
         scale = float(scale)
@@ -175,7 +175,7 @@ def _biases_know_both_functions() -> None:
     theirs = CausalBias.__dict__["__torch_function__"].__func__
 
     def torch_function(cls, func, types, args=(), kwargs=None):
-        if func is _torch_sdpa:
+        if func is torch_sdpa:
             return cls._dispatch(*args, **(kwargs or {}))
         return theirs(cls, func, types, args, kwargs)
 

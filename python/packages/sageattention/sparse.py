@@ -6,8 +6,8 @@
 
 A `Predictor` says which blocks those are, from the means of blocks of queries and keys; each of its constructors is a
 published system's. Tensors, layouts, masks, devices, keywords and errors are as `sageattention.core` has them; packed
-sequences are not predicted. `video_sparse_attn` and `block_sparse_attn_from_indices` are FastVideo's functions. For maps
-that are at hand already there is `spas_sage_attn.block_sparse_sage2_attn_cuda`.
+sequences are not predicted. `video_sparse_attn` and `block_sparse_attn_from_indices` are FastVideo's functions. For
+maps that are at hand already there is `spas_sage_attn.block_sparse_sage2_attn_cuda`.
 """
 
 from __future__ import annotations
