@@ -143,7 +143,9 @@ impl Cuda {
         };
         let tensors = tensors(call);
         let aligned = tensors.aligned(call.problem.head_dim);
-        self.prediction_of((PredictCall { problem: call.problem, lengths, aligned }, planned_by(predictor)))
+        let padded_keys = predictor.k_padding.is_some();
+        let call = PredictCall { problem: call.problem, lengths, aligned, padded_keys };
+        self.prediction_of((call, planned_by(predictor)))
     }
 
     /// A call's prediction, with memory for the map.

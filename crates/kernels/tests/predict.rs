@@ -40,6 +40,7 @@ fn what_kernels_do_not_predict_is_refused() {
         problem: Problem::dense(dtype, [1, 1, 1], [100, 100], 64),
         lengths,
         aligned: true,
+        padded_keys: false,
     };
     let error = |call: PredictCall, predictor: Predictor| call.pass(&predictor).unwrap_err().to_string();
     let predictor = Predictor::new(Select::Count(1));
@@ -55,7 +56,7 @@ fn what_kernels_do_not_predict_is_refused() {
 #[test]
 fn a_long_map_takes_several_turns() {
     let problem = Problem::dense(DType::BF16, [1, 40, 40], [1 << 20, 1 << 20], 128);
-    let call = PredictCall { problem, lengths: Lengths::Dense, aligned: true };
+    let call = PredictCall { problem, lengths: Lengths::Dense, aligned: true, padded_keys: false };
     let pass = call.pass(&Predictor::vsa(32)).unwrap();
     let scores = pass.slots().find(|(name, _)| *name == "scores").map(|(_, bytes)| bytes);
     assert!(scores.is_some_and(|bytes| bytes <= 256 << 20), "{scores:?}");

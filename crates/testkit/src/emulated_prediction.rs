@@ -29,7 +29,12 @@ impl Emulated {
         let q = tensor("q", &tensors[0], checked.q.geometry());
         let k = tensor("k", &tensors[1], checked.k.geometry());
         let lengths = if case.kv_lens.is_some() { Lengths::KvLens } else { Lengths::Dense };
-        let call = PredictCall { problem: checked.problem, lengths, aligned };
+        let call = PredictCall {
+            problem: checked.problem,
+            lengths,
+            aligned,
+            padded_keys: case.predictor.k_padding.is_some(),
+        };
         let pass = call.pass(&case.predictor).unwrap_or_else(|error| panic!("{error}: {case:?}"));
         let bytes: usize = case.predictor.shape(&checked.problem).iter().product();
         let map = emulator.uninitialized("map", bytes.max(1));

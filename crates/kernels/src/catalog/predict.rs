@@ -12,6 +12,7 @@ pub(super) fn calls() -> Vec<(PredictCall, Predictor)> {
         problem: Problem::dense(dtype, [1, 8, 8], [16_384, kv_len], 128),
         lengths,
         aligned,
+        padded_keys: false,
     };
     let sparge = |select| Predictor::sparge_attn(select, 0.6);
     let usual = call(DType::F16, 16_384, Lengths::Dense, true);

@@ -37,6 +37,8 @@ pub struct ChooseBlocksConfig {
     pub choice: Choice,
     /// Whether blocks that are not similar are kept and do not compete.
     pub similarity: bool,
+    /// Whether keys of blocks are to be counted: where blocks are padded, or what is not whole is not similar.
+    pub counts: bool,
     /// Scores that a lane holds in registers; none where they are too many.
     pub per_lane: Option<usize>,
     /// Where the lengths of sequences come from; not packed.
@@ -149,6 +151,7 @@ impl ChooseBlocksConfig {
             seen: keys.blocks_of(seen),
             scores: p.scores.at((number.mul_wide(p.rows) + wanted.widen()) * p.stride.widen()),
             similar: self.similarity.then(|| similar(of_k)),
+            counts: self.counts,
             sink: [p.sink_k_start, p.sink_k_end],
         };
         let columns = Columns::new(row, p.k_blocks, self.per_lane);
@@ -238,18 +241,20 @@ impl Choice {
 impl Kernel for ChooseBlocksConfig {
     fn name(&self) -> String {
         let similarity = if self.similarity { "_similarity" } else { "" };
+        let counts = if self.counts { "_counts" } else { "" };
         let per_lane = self.per_lane.map_or(String::new(), |per_lane| format!("_{per_lane}"));
-        format!("choose_blocks_{}{similarity}{per_lane}{}", self.choice.name(), self.lengths.suffix())
+        format!("choose_blocks_{}{similarity}{counts}{per_lane}{}", self.choice.name(), self.lengths.suffix())
     }
 
     fn description(&self) -> String {
         let similarity = if self.similarity { ", and those that are not similar" } else { "" };
+        let counts = if self.counts { ", by the keys that count" } else { "" };
         let held = match self.per_lane {
             Some(per_lane) => format!(", of at most {} blocks", per_lane * LANES as usize),
             None => String::new(),
         };
         let (choice, lengths) = (self.choice.description(), self.lengths.description());
-        format!("blocks of keys of each block of queries: {choice}{similarity}{held}{lengths}")
+        format!("blocks of keys of each block of queries: {choice}{similarity}{counts}{held}{lengths}")
     }
 
     fn head_dim(&self) -> Option<usize> {

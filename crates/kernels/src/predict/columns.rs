@@ -36,7 +36,7 @@ impl BlockShape {
     }
 
     /// Eights of a thread, filled up to a power of two.
-    fn turns(&self) -> usize {
+    pub fn turns(&self) -> usize {
         self.tokens.div_ceil(ROWS * self.slots()).next_power_of_two()
     }
 

@@ -58,6 +58,8 @@ pub struct PredictCall {
     pub lengths: Lengths,
     /// Whether all rows of both tensors start at multiples of 16 bytes and are whole such chunks.
     pub aligned: bool,
+    /// Whether blocks of keys are padded, so that [`PredictTensors::k_sizes`] has their sizes.
+    pub padded_keys: bool,
 }
 
 /// Most bytes of scores at once: the rows of a longer map are chosen in several turns.
@@ -198,7 +200,7 @@ struct Pooled {
 
 impl Planned {
     fn source(&self, side: Side) -> Source {
-        let PredictCall { problem: Problem { dtype, head_dim, .. }, aligned, lengths } = self.call;
+        let PredictCall { problem: Problem { dtype, head_dim, .. }, aligned, lengths, .. } = self.call;
         let lengths = if side == Side::Keys { lengths } else { Lengths::Dense };
         Source { dtype, head_dim, aligned, lengths, masked: false }
     }
@@ -348,6 +350,7 @@ impl Planned {
         let choose = ChooseBlocksConfig {
             choice: self.selection.choice,
             similarity: self.similarity.is_some(),
+            counts: self.call.padded_keys || (self.similarity.is_some() && self.original_tails),
             per_lane: ChooseBlocksConfig::per_lane(self.k_blocks),
             lengths: self.call.lengths,
         };

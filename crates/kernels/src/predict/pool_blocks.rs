@@ -15,6 +15,10 @@ use crate::preprocess::{CHUNK, Head, ROWS, Rows, Source};
 /// Lanes of a warp.
 const LANES: i32 = 32;
 
+/// Threads that shall fit a multiprocessor: with 80 registers each, which hold a thread's rows without spills. Left to
+/// itself the assembler takes 96, and of blocks of 256 threads two fit instead of three.
+const RESIDENT: u32 = 768;
+
 /// Pools the tokens of each block that count, as [`sage_core::sparse::PooledBlocks`]: a block of threads for each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PoolBlocksConfig {
@@ -64,11 +68,14 @@ impl PoolBlocksConfig {
     }
 
     fn write<'k>(&self, code: &'k Code) {
+        let shape = self.shape();
+        if self.similarity && self.source.aligned && shape.turns() == 1 {
+            code.min_blocks((RESIDENT / shape.threads()).max(1));
+        }
         let p = PoolBlocksParams::declare(code);
         let BlockHead { sequence: index, head } = BlockHead::new(code, p.heads, p.all_heads);
         let head = tokens::head(code, &self.source, &p.x, &p.tokens, [index, head], p.heads);
         let ([block, ..], [blocks, ..]) = (code.block_index(), code.grid());
-        let shape = self.shape();
         let (width, threads) = (shape.width as i32, shape.threads() as i32);
         let number = head.index.mul_wide(blocks) + block.widen();
         let means = p.means.at(number * i64::from(width));

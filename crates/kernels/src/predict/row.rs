@@ -22,6 +22,8 @@ pub(super) struct Row<'k> {
     pub scores: Global<'k, f32>,
     /// Where similarities are asked for.
     pub similar: Option<Similar<'k>>,
+    /// Whether tokens of blocks are to be counted: where a block that is seen may have none, or must be whole.
+    pub counts: bool,
     /// The first block that every query attends to, and one past the last.
     pub sink: [Val<'k, i32>; 2],
 }
@@ -61,15 +63,17 @@ impl<'k> Row<'k> {
     pub fn column(&self, index: Val<'k, i32>) -> Column<'k> {
         let [start, end] = self.seen;
         let inside = index.max(start).min(end - 1);
-        let (_, count) = self.keys.of_block(inside);
-        let seen = index.eq(inside) & count.gt(0);
+        let count = self.counts.then(|| self.keys.of_block(inside).1);
+        let is_true = self.code.constant(true);
+        let seen = index.eq(inside) & count.map_or(is_true, |count| count.gt(0));
         let score = self.scores.at(inside).load();
         let [first, last] = self.sink;
         let sink = seen & index.ge(first) & index.lt(last);
         let (competes, kept) = match &self.similar {
             None => (seen, sink),
             Some(similar) => {
-                let similar = similar.holds(inside, self.keys.are_whole(count));
+                let similar =
+                    similar.holds(inside, count.map_or(is_true, |count| self.keys.are_whole(count)));
                 (seen & similar, sink | (seen & !similar))
             }
         };

@@ -10,14 +10,18 @@ use crate::sequence::Lengths;
 /// Blocks of queries, and of keys, of a tile of scores.
 const TILE: [usize; 2] = [32, 64];
 
-/// Scores of a thread: so many blocks of queries and of keys, each row of which is stored at once.
-const OWN: usize = 4;
+/// Scores of a thread: so many blocks of queries and of keys, each row of which is stored at once. With 4 × 4 it would
+/// read shared memory for as long as it computes.
+const OWN: [usize; 2] = [8, 4];
 
 /// Threads of a block.
-const THREADS: usize = TILE[0] * TILE[1] / (OWN * OWN);
+const THREADS: usize = TILE[0] * TILE[1] / (OWN[0] * OWN[1]);
 
 /// Channels that are multiplied from one load into shared memory to the next.
 const SLAB: usize = 32;
+
+/// Channels of a turn of the loop over a slab: some 270 instructions, which stay in the cache next to the schedulers.
+const UNROLLED: usize = 4;
 
 /// Multiplies means of blocks, each score in the order of the channels: a block of threads for each tile of 32 blocks
 /// of queries and 64 of keys. Tiles of which the band shows nothing are not written.
@@ -97,9 +101,10 @@ impl ScoreBlocksConfig {
         let keys = p.k_means.at(kv_number.mul_wide(p.k_blocks) * width);
         let thread = code.thread();
         let [q_slab, k_slab] = TILE.map(|rows| code.shared::<f32>("slab", SLAB * rows));
-        let own_row = (thread >> (TILE[1] / OWN).ilog2() as i32) * OWN as i32;
-        let own_column = (thread & (TILE[1] / OWN - 1) as i32) * OWN as i32;
-        let sums = [(); OWN].map(|()| [(); OWN].map(|()| code.var(0.0f32)));
+        let across = TILE[1] / OWN[1];
+        let own_row = (thread >> across.ilog2() as i32) * OWN[0] as i32;
+        let own_column = (thread & (across - 1) as i32) * OWN[1] as i32;
+        let sums = [(); OWN[0]].map(|()| [(); OWN[1]].map(|()| code.var(0.0f32)));
         code.range_by(0, self.padded_dim as i32, SLAB as i32, |channel| {
             // Means are rows in memory; in shared memory each channel of all of them lies together. Neighbouring lanes
             // load neighbouring means, so that their stores meet in no bank.
@@ -126,14 +131,19 @@ impl ScoreBlocksConfig {
                 }
             }
             code.barrier();
-            for channel in 0..SLAB {
-                let q = q_slab.plus((channel * TILE[0]) as i32).at(own_row).load_vector::<OWN>();
-                let k = k_slab.plus((channel * TILE[1]) as i32).at(own_column).load_vector::<OWN>();
-                for (sums, q) in sums.iter().zip(q) {
-                    // The product is rounded, and then the sum.
-                    sums.iter().zip(k).for_each(|(sum, k)| sum.set(sum.get() + q * k));
+            let [own_q, own_k] = [q_slab.at(own_row), k_slab.at(own_column)];
+            code.range_by(0, SLAB as i32, UNROLLED as i32, |first| {
+                let [of_q, of_k] = TILE.map(|rows| first * rows as i32);
+                for channel in 0..UNROLLED {
+                    let q = own_q.at(of_q).plus((channel * TILE[0]) as i32);
+                    let q = [q.load_vector::<4>(), q.plus(4).load_vector::<4>()].concat();
+                    let k = own_k.at(of_k).plus((channel * TILE[1]) as i32).load_vector::<4>();
+                    for (sums, q) in sums.iter().zip(q) {
+                        // The product is rounded, and then the sum.
+                        sums.iter().zip(k).for_each(|(sum, k)| sum.set(sum.get() + q * k));
+                    }
                 }
-            }
+            });
         });
         let (row, column) = (row + own_row, column + own_column);
         for (i, sums) in sums.iter().enumerate() {

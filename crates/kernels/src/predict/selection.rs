@@ -74,10 +74,13 @@ impl<'k> Survey<'k> {
         self.code.when(all.gt(limit), || {
             let cut = self.bisect(columns, all, true, |_, weight| weight.gt(limit));
             // One block alone exceeds the share. Of several, each weighs as much as the others.
-            let some = cut.run.gt(1).select((limit - cut.weight_above) / cut.weight_of_each(), 0);
-            let some = some.narrow().reinterpret::<i32>();
+            let some = self.code.var(0i32);
+            self.code.when(cut.run.gt(1), || {
+                let fit = (limit - cut.weight_above) / cut.weight_of_each();
+                some.set(fit.narrow().reinterpret::<i32>());
+            });
             let least = cut.count_above.eq(0).select(1, 0);
-            chosen.set(cut.above, cut.level, some.max(least));
+            chosen.set(cut.above, cut.level, some.get().max(least));
         });
     }
 
@@ -95,9 +98,13 @@ impl<'k> Survey<'k> {
         // A share of nothing is reached by one.
         let wanted = (whole + rest.ne(0u32).select(1, 0)).max(1);
         let cut = self.bisect(columns, all, true, |_, weight| weight.ge(wanted));
-        let each = cut.weight_of_each();
-        let missing = wanted - cut.weight_above + (each - 1);
-        let some = cut.run.gt(1).select(missing / each, 1).narrow().reinterpret::<i32>();
+        let some = self.code.var(1i32);
+        self.code.when(cut.run.gt(1), || {
+            let each = cut.weight_of_each();
+            let missing = wanted - cut.weight_above + (each - 1);
+            some.set((missing / each).narrow().reinterpret::<i32>());
+        });
+        let some = some.get();
         chosen.set(cut.above, cut.level, some);
         self.code.when(top.gt(cut.count_above + some), || self.top(columns, top, chosen));
     }
