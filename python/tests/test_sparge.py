@@ -8,7 +8,7 @@ import numpy
 import pytest
 import spas_sage_attn
 import torch
-from exact import TOLERANCE, assert_close, assert_lse_close, attention, local, qkv, random, visible
+from exact import TOLERANCE, assert_close, assert_lse_close, assert_same, attention, local, qkv, random, visible
 from sageattention._block_maps import given_map, sparsity
 from sageattention._request import Request
 from sageattention.sparse import Predictor, predict_blocks
@@ -58,7 +58,7 @@ def test_attention_is_over_the_predicted_blocks(device, function, layout, causal
     assert_lse_close(lse, wanted_lse)
     every = predict_blocks(q, k, predictor_of(device, simthreshd1=1, topk=1), layout, **alignment)
     assert left_out == pytest.approx(1 - blocks.sum().item() / every.sum().item()) and left_out > 0.1
-    assert torch.equal(function(q, k, v, is_causal=causal, tensor_layout=layout, **options), out)
+    assert_same(function(q, k, v, is_causal=causal, tensor_layout=layout, **options), out)
 
 
 def test_sinks_scale_dtype_and_masks(device):
@@ -87,14 +87,14 @@ def test_thresholds_are_numbers_lists_or_tensors(device):
     wanted = spas_sage2_attn_meansim_topk_cuda(q, k, v, topk=shares, simthreshd1=similarities)
     for head in range(4):
         alone = spas_sage2_attn_meansim_topk_cuda(q, k, v, topk=shares[head], simthreshd1=similarities[head])
-        assert torch.equal(alone[:, head], wanted[:, head])
+        assert_same(alone[:, head], wanted[:, head])
     on_device = [torch.tensor(values, device=device) for values in (shares, similarities)]
     found = spas_sage2_attn_meansim_topk_cuda(
         q, k, v, topk=on_device[0], simthreshd1=on_device[1], pvthreshd=torch.full((4,), 50.0, device=device)
     )
-    assert torch.equal(found, wanted)
+    assert_same(found, wanted)
     cdf = spas_sage2_attn_meansim_topk_cuda(q, k, v, topk=None, cdfthreshd=torch.tensor(0.8), simthreshd1=0.1)
-    assert torch.equal(cdf, spas_sage2_attn_meansim_cuda(q, k, v, cdfthreshd=0.8, simthreshd1=0.1))
+    assert_same(cdf, spas_sage2_attn_meansim_cuda(q, k, v, cdfthreshd=0.8, simthreshd1=0.1))
 
 
 def test_errors():
@@ -204,7 +204,7 @@ def test_sparse_sageattn(device, causal):
     assert_lse_close(lse, wanted_lse)
     assert not out[0, 0, 128:256].any() and torch.isneginf(lse[0, 0, 128:256]).all()
     heads_last = sparse_sageattn(*(x.transpose(1, 2) for x in (q, k, v)), blocks, is_causal=causal, tensor_layout="NHD")
-    assert torch.equal(heads_last.transpose(1, 2), out)
+    assert_same(heads_last.transpose(1, 2), out)
     assert_close(sparse_sageattn(q, k, v), attention(q, k, v)[0], TOLERANCE["fp16"])
     with pytest.raises(
         ValueError, match=r"mask_id: shape is \[1, 4, 8, 4\], expected \[batch, heads, 4, 7\] \(blocks of 128 x 64\)$"

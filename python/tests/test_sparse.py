@@ -6,7 +6,7 @@ import numpy
 import pytest
 import sageattention
 import torch
-from exact import TOLERANCE, assert_close, assert_lse_close, attention, local, random, relative_l1, visible
+from exact import TOLERANCE, assert_close, assert_lse_close, assert_same, attention, local, random, relative_l1, visible
 from sageattention import _torch_sparse
 from sageattention._predictor import fields
 from sageattention._request import Request
@@ -47,7 +47,7 @@ def test_attention_is_that_of_the_map_which_is_returned(device, name, options):
     wanted, wanted_lse = attention(q, k, v, mask=mask, causal=causal)
     assert_close(out, wanted, TOLERANCE["fp8"])
     assert_lse_close(lse, wanted_lse)
-    assert torch.equal(sparse_attention(q, k, v, predictor, **options), out)
+    assert_same(sparse_attention(q, k, v, predictor, **options), out)
 
 
 def plain_topk(q, k, topk, block_q, block_k):
@@ -133,8 +133,9 @@ def test_layouts_and_explicit_masks(device):
     q, k, v = (x.transpose(1, 2) for x in heads_first)
     out, lse, blocks = sparse_attention(q, k, v, predictor, tensor_layout="NHD", return_lse=True, return_map=True)
     wanted = sparse_attention(*heads_first, predictor, return_lse=True, return_map=True)
-    assert torch.equal(out, wanted[0].transpose(1, 2))
-    assert torch.equal(lse, wanted[1]) and torch.equal(blocks, wanted[2])
+    assert_same(out, wanted[0].transpose(1, 2))
+    assert_same(lse, wanted[1])
+    assert torch.equal(blocks, wanted[2])
     assert torch.equal(predict_blocks(q, k, predictor, "NHD"), blocks)
     hidden = random(1, 1, 500, 400, seed=5, device=device) > 0
     bias = random(400, seed=6, dtype=dtype_of(device), device=device)

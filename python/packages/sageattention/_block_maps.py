@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,6 +40,18 @@ def _sizes(q: Any, k: Any, mask_id: Any, tensor_layout: str, sizes: Sequence[Blo
         f"[batch, heads, {n}, {m}] (blocks of {block_q} x {block_k})" for (block_q, block_k), (n, m) in counts.items()
     )
     raise ValueError(f"mask_id: shape is {list(mask_id.shape)}, expected {wanted_shapes}")
+
+
+def listed_map(indices: Any, number: Any, k_blocks: int) -> Any:
+    """The map of lists of key blocks, torch's tensors: `indices` `[batch, heads, q_blocks, n]`, of which the first
+    `number` count. What names no block is passed over."""
+    torch = sys.modules["torch"]
+    place = torch.arange(indices.shape[3], device=indices.device)
+    listed = (place < number[..., None]) & (indices >= 0) & (indices < k_blocks)
+    # What is not listed goes to a column of its own, which is then cut off.
+    columns = torch.where(listed, indices, k_blocks).long()
+    block_map = torch.zeros((*indices.shape[:3], k_blocks + 1), dtype=torch.bool, device=indices.device)
+    return block_map.scatter(-1, columns, True)[..., :k_blocks].contiguous()
 
 
 def sparsity(block_map: Any, block_q: int, block_k: int, q_len: int, kv_len: int, request: Request) -> float:

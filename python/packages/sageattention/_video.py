@@ -7,6 +7,7 @@ import sys
 from typing import Any, Optional, Union
 
 from sageattention import _values
+from sageattention._block_maps import listed_map
 from sageattention._frameworks import dense, is_torch
 from sageattention._keywords import shown
 from sageattention._request import request
@@ -116,21 +117,13 @@ def block_sparse_attn_from_indices(
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         _check(name, tensor, block)
     counts = _counts("variable_block_sizes", variable_block_sizes, k, block)
-    k_blocks = k.shape[2] // block
     rows = [q.shape[0], q.shape[1], q.shape[2] // block]
     for name, tensor, more in (("q2k_idx", q2k_idx, ", n"), ("q2k_num", q2k_num, "")):
         _check_tensor(name, tensor)
         if list(tensor.shape[:3]) != rows or tensor.ndim != 3 + bool(more):
             wanted = f"[{', '.join(map(str, rows))}{more}]"
             raise ValueError(f"{name}: shape is {list(tensor.shape)}, expected {wanted}")
-    torch = sys.modules["torch"]
-    place = torch.arange(q2k_idx.shape[3], device=q.device)
-    listed = (place < q2k_num[..., None]) & (q2k_idx >= 0) & (q2k_idx < k_blocks)
-    # What is not listed goes to a column of its own, which is then cut off.
-    columns = torch.where(listed, q2k_idx, k_blocks).long()
-    block_map = torch.zeros((*rows, k_blocks + 1), dtype=torch.bool, device=q.device)
-    block_map = block_map.scatter(-1, columns, True)[..., :k_blocks].contiguous()
-
+    block_map = listed_map(q2k_idx, q2k_num, k.shape[2] // block)
     asked = request("HND", False, None, scheme=scheme)
     mask = _key_mask(counts, block)
     out, lse = dense(q, k, v, asked, attn_mask=mask, block_mask=(block_map, block, block), return_lse=True)
