@@ -10,6 +10,7 @@ from sageattention._frameworks import dense
 from sageattention._installed import warn_if_shared
 from sageattention._keywords import callers_keywords
 from sageattention._request import request
+from sageattention._sparge_schemes import scheme_on
 
 __all__ = ["sparse_sageattn"]
 
@@ -68,7 +69,7 @@ def sparse_sageattn(
         causal_alignment=causal_alignment,
         window=window,
         logit_softcap=logit_softcap,
-        scheme="sparge-int8-fp16-triton",
+        scheme=scheme_on(q, "sparge-int8-fp16-triton"),
         nearest=True,
         smooth_k=smooth_k,
     )

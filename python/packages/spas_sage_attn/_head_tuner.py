@@ -11,6 +11,7 @@ from sageattention._frameworks import dense, has_capability_9, predict
 from sageattention._predictor import Predictor, fields
 from sageattention._request import request
 from sageattention._sdpa import torch_sdpa
+from sageattention._sparge_schemes import scheme_on
 from torch import Tensor
 
 # Self-similarities that are tried.
@@ -94,7 +95,7 @@ class HeadTuner:
             is_causal,
             scale,
             causal_alignment="top_left",
-            scheme="sparge-int8-fp8",
+            scheme=scheme_on(q, "sparge-int8-fp8"),
             nearest=True,
             smooth_k=smooth_k,
         )

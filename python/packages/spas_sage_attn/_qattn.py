@@ -21,6 +21,7 @@ import torch
 from sageattention._block_maps import listed_map
 from sageattention._frameworks import dense
 from sageattention._request import request
+from sageattention._sparge_schemes import scheme_on
 from torch import Tensor
 
 from spas_sage_attn.utils import per_token
@@ -144,7 +145,13 @@ def _attend(
         for integers, scale, block in zip((query, key), scales, sizes)
     )
     asked = request(
-        "HND", bool(is_causal), sm_scale, causal_alignment="top_left", scheme=scheme, nearest=True, smooth_k=False
+        "HND",
+        bool(is_causal),
+        sm_scale,
+        causal_alignment="top_left",
+        scheme=scheme_on(query, scheme),
+        nearest=True,
+        smooth_k=False,
     )
     block_map = listed_map(lut.cumsum(dim=-1), valid_block_num, k_blocks)
     out, lse = dense(q, k, value, asked, block_mask=(block_map, *sizes), return_lse=True)

@@ -16,6 +16,7 @@ from typing import Any, Optional
 import torch
 from sageattention._predictor import Predictor
 from sageattention._request import request
+from sageattention._sparge_schemes import scheme_on
 from torch import Tensor, nn
 
 from spas_sage_attn._head_tuner import HeadTuner, Point, Rule, chosen
@@ -187,7 +188,7 @@ class SparseAttentionMeansim(nn.Module):
             is_causal,
             scale,
             causal_alignment="top_left",
-            scheme="sparge-int8-fp8",
+            scheme=scheme_on(q, "sparge-int8-fp8"),
             nearest=True,
             smooth_k=smooth_k,
         )

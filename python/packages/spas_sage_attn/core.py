@@ -32,6 +32,7 @@ from sageattention._frameworks import dense, has_capability_9, is_compiling, spa
 from sageattention._keywords import callers_keywords
 from sageattention._predictor import Predictor, fields, per_head
 from sageattention._request import Request, request
+from sageattention._sparge_schemes import scheme_on
 
 # Queries and keys of a block: on GPUs of compute capability 9, and elsewhere.
 _HOPPER, _ELSEWHERE = (64, 128), (128, 64)
@@ -103,7 +104,7 @@ def spas_sage2_attn_meansim_cuda(
     """
     predictor = Predictor.sparge_attn(simthreshd1=simthreshd1, cdfthreshd=cdfthreshd)
     asked = _request(
-        _SAGE2, tensor_layout, is_causal, scale, smooth_k, causal_alignment, window, logit_softcap, dropout_p
+        q, _SAGE2, tensor_layout, is_causal, scale, smooth_k, causal_alignment, window, logit_softcap, dropout_p
     )
     _check_pvthreshd(pvthreshd)
     return predicted(q, k, v, predictor, asked, attn_mask, attention_sink, output_dtype, return_sparsity, return_lse)
@@ -142,7 +143,7 @@ def spas_sage2_attn_meansim_topk_cuda(
     """
     predictor = Predictor.sparge_attn(simthreshd1=simthreshd1, topk=topk, cdfthreshd=cdfthreshd)
     asked = _request(
-        _SAGE2, tensor_layout, is_causal, scale, smooth_k, causal_alignment, window, logit_softcap, dropout_p
+        q, _SAGE2, tensor_layout, is_causal, scale, smooth_k, causal_alignment, window, logit_softcap, dropout_p
     )
     _check_pvthreshd(pvthreshd)
     return predicted(q, k, v, predictor, asked, attn_mask, attention_sink, output_dtype, return_sparsity, return_lse)
@@ -178,7 +179,7 @@ def spas_sage_attn_meansim_cuda(
     """
     predictor = Predictor.sparge_attn(simthreshd1=simthreshd1, cdfthreshd=cdfthreshd)
     asked = _request(
-        _SAGE1, tensor_layout, is_causal, scale, smooth_k, causal_alignment, window, logit_softcap, dropout_p
+        q, _SAGE1, tensor_layout, is_causal, scale, smooth_k, causal_alignment, window, logit_softcap, dropout_p
     )
     _check_pvthreshd(pvthreshd)
     return predicted(q, k, v, predictor, asked, attn_mask, attention_sink, output_dtype, return_sparsity, return_lse)
@@ -215,7 +216,7 @@ def spas_sage_attn_meansim_topk_cuda(
     """
     predictor = Predictor.sparge_attn(simthreshd1=simthreshd1, topk=topk, cdfthreshd=cdfthreshd)
     asked = _request(
-        _SAGE1, tensor_layout, is_causal, scale, smooth_k, causal_alignment, window, logit_softcap, dropout_p
+        q, _SAGE1, tensor_layout, is_causal, scale, smooth_k, causal_alignment, window, logit_softcap, dropout_p
     )
     _check_pvthreshd(pvthreshd)
     return predicted(q, k, v, predictor, asked, attn_mask, attention_sink, output_dtype, return_sparsity, return_lse)
@@ -278,7 +279,7 @@ def block_sparse_sage2_attn_cuda(
     Source: the function of that name of SpargeAttn, https://arxiv.org/abs/2502.18137.
     """
     asked = _request(
-        _SAGE2, tensor_layout, is_causal, scale, smooth_k, causal_alignment, window, logit_softcap, dropout_p
+        q, _SAGE2, tensor_layout, is_causal, scale, smooth_k, causal_alignment, window, logit_softcap, dropout_p
     )
     _check_pvthreshd(pvthreshd)
     return_lse = _values.flag("return_lse", return_lse)
@@ -334,6 +335,7 @@ def predicted(
 
 
 def _request(
+    q: Any,
     scheme: str,
     tensor_layout: Any,
     is_causal: Any,
@@ -353,7 +355,7 @@ def _request(
         causal_alignment=causal_alignment,
         window=window,
         logit_softcap=logit_softcap,
-        scheme=scheme,
+        scheme=scheme_on(q, scheme),
         nearest=True,
         smooth_k=smooth_k,
     )
