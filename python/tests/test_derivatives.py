@@ -5,6 +5,7 @@ import sageattention
 import torch
 import torch.nn.functional as F
 from exact import TOLERANCE, assert_close, attention, qkv
+from sageattention.sparse import Predictor, sparse_attention
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -19,6 +20,7 @@ FUNCTIONS = {
     "varlen": lambda q, k, v: sageattention.sageattn_varlen(
         q[0].transpose(0, 1), k[0].transpose(0, 1), v[0].transpose(0, 1), [0, 20], [0, 30], None, None
     ),
+    "sparse": lambda q, k, v: sparse_attention(q, k, v, Predictor.sla(0.5)),
     "mask": lambda q, k, v: sageattention.sageattn(Q, K, V, attn_mask=q[0, 0, :, :1] + MASK),
 }
 
@@ -37,7 +39,7 @@ def test_forward_mode_is_refused(function):
         function(Q, K, V)
 
 
-@pytest.mark.parametrize("function", list(FUNCTIONS.values())[:4], ids=list(FUNCTIONS)[:4])
+@pytest.mark.parametrize("function", list(FUNCTIONS.values())[:5], ids=list(FUNCTIONS)[:5])
 def test_reverse_mode_through_functions_is_refused(function):
     for derivative in (
         torch.func.grad(lambda q: function(q, K, V).sum()),

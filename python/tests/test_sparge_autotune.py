@@ -185,6 +185,9 @@ def test_attributes_set_by_hand(device):
     changed = call(q, k, v, cdfthreshd=[0.99, 0.9], simthreshd1=[-1.0, 0.1], attention_sink=True)
     assert_same(module(q, k, v), changed)
     assert not torch.equal(changed, wanted)
+    module.cdfthreshd.data[0] = 0.5
+    assert_same(module(q, k, v), wanted)
+    module.cdfthreshd.data[0] = 0.99
     module.is_sparse = [False, True]
     dense_head = call(q, k, v, cdfthreshd=[1.0, 0.9], simthreshd1=[1.0, 0.1], attention_sink=True)
     assert_same(module(q, k, v), dense_head)

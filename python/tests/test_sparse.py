@@ -12,6 +12,7 @@ from sageattention._predictor import fields
 from sageattention._request import Request
 from sageattention.sparse import Predictor, predict_blocks, sparse_attention
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 PREDICTORS = {
     "sparge_attn_topk": Predictor.sparge_attn(topk=0.4, simthreshd1=-0.1),
@@ -281,9 +282,8 @@ def test_fake_and_real_outputs_agree(device):
     q, k, v = tensors(device, "NHD")
     options = (*fields(PREDICTORS["sparge_attn_topk"], q, "NHD"), *Request(tensor_layout="NHD"))
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    for flags in ((False, False), (True, False), (False, True), (True, True)):
-        arguments = (q, k, v, None, *flags, *options)
-        torch.library.opcheck(_torch_sparse._sparse_op.overload, arguments, test_utils=checks)
+    for operator in _torch_sparse._sparse_ops.values():
+        torch.library.opcheck(operator.overload, (q, k, v, None, *options), test_utils=checks)
     torch.library.opcheck(_torch_sparse._predict_op.overload, (q, k, *options), test_utils=checks)
     meta = [x.to("meta") for x in (q, k, v)]
     out, blocks = sparse_attention(*meta, PREDICTORS["sparge_attn_topk"], "NHD", return_map=True)
@@ -305,6 +305,55 @@ def test_flops_autocast_and_derivatives(device):
         assert not predict_blocks(leaf, k, predictor).requires_grad
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="q: has a tangent"):
         sparse_attention(forward_ad.make_dual(q, torch.ones_like(q)), k, v, predictor)
+
+
+class Recording(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def test_whoever_looks_sees_the_operators_and_nobody_else_pays_for_them(device, monkeypatch):
+    q, k, v = tensors(device)
+    predictor = Predictor.sla(0.3)
+
+    def call():
+        return *sparse_attention(q, k, v, predictor, return_lse=True, return_map=True), predict_blocks(q, k, predictor)
+
+    wanted = call()
+    with Recording() as dispatched:
+        for found, same in zip(call(), wanted):
+            assert torch.equal(found, same)
+    assert {"sageattention::sparse_lse_map", "sageattention::predict"} <= set(dispatched.names)
+
+    def refuse(*_):
+        raise AssertionError("the dispatcher was called")
+
+    operators = {key: operator._replace(overload=refuse) for key, operator in _torch_sparse._sparse_ops.items()}
+    monkeypatch.setattr(_torch_sparse, "_sparse_ops", operators)
+    monkeypatch.setattr(_torch_sparse, "_predict_op", _torch_sparse._predict_op._replace(overload=refuse))
+    call()
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_computes_each(device):
+    q, k, v = (
+        x.expand(3, -1, -1, -1) * torch.arange(1, 4, device=device)[:, None, None, None] for x in tensors(device)
+    )
+    predictor = PREDICTORS["sparge_attn_topk"]
+
+    def each(q, k, v):
+        return sparse_attention(q, k, v, predictor, return_lse=True, return_map=True)
+
+    found = torch.func.vmap(each)(q[:, None], k[:, None], v[:, None])
+    for mine, wanted in zip(found, each(q, k, v)):
+        assert_same(mine[:, 0], wanted)
+    blocks = torch.func.vmap(lambda q, k: predict_blocks(q, k, predictor))(q[:, None], k[:, None])
+    assert torch.equal(blocks[:, 0], predict_blocks(q, k, predictor))
 
 
 def test_sparsity_buys_little_error_where_attention_is_local(device):

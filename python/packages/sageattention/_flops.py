@@ -43,9 +43,10 @@ def register(layout_position: int) -> None:
 
 
 def register_sparse(layout_position: int) -> None:
-    """The formula for the operator of `_torch_sparse`: all blocks, as masks save nothing either."""
+    """The formula for the operators of `_torch_sparse`: all blocks, as masks save nothing either."""
+    operators = torch.ops.sageattention
 
-    @register_flop_formula(torch.ops.sageattention.sparse)
+    @register_flop_formula([operators.sparse, operators.sparse_lse, operators.sparse_map, operators.sparse_lse_map])
     def sparse(q: Any, k: Any, *arguments: Any, **_: Any) -> int:
         return _heads_first_or_not(q, k, arguments[layout_position - 2])
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sageattention import _flops, _native
-from sageattention._operators import define_operator, is_plain
+from sageattention._operators import Operator, define_operator, is_plain
 from sageattention._predictor import Fields, native_predictor
 from sageattention._request import Request, dense_shape, native_options
 from sageattention._torch import (
@@ -26,7 +26,7 @@ from sageattention._torch_inputs import autocast, check_tensors, plain_mask, ref
 _PREDICTOR = schema_of(Fields)
 # Where the fields of a request begin among what follows the tensors.
 _REQUEST = len(Fields._fields)
-_SPARSE = f"Tensor q, Tensor k, Tensor v, Tensor? attn_mask, bool return_lse, bool return_map, {_PREDICTOR}, {OPTIONS}"
+_SPARSE = f"Tensor q, Tensor k, Tensor v, Tensor? attn_mask, {_PREDICTOR}, {OPTIONS}"
 _PREDICT = f"Tensor q, Tensor k, {_PREDICTOR}, {OPTIONS}"
 
 
@@ -41,14 +41,16 @@ def sparse(
     return_map: bool,
 ) -> list[Tensor]:
     """See `_frameworks.sparse`."""
-    call = _sparse_op.compute
+    operator = _sparse_ops[return_lse, return_map]
+    call = operator.compute
     if not is_plain(q, k, v, attn_mask):
         attn_mask = plain_mask(attn_mask, q.device)
         check_tensors(q, k=k, v=v, attn_mask=attn_mask)
         refuse_derivatives(q=q, k=k, v=v, attn_mask=attn_mask)
-        call = _sparse_op.overload
+        call = operator.overload
     q, k, v, attn_mask = autocast(q, k, v, attn_mask)
-    return call(q, k, v, attn_mask, return_lse, return_map, *fields, *request)
+    results = call(q, k, v, attn_mask, *fields, *request)
+    return list(results) if return_lse or return_map else [results]
 
 
 def predict(q: Tensor, k: Tensor, fields: Fields, request: Request) -> Tensor:
@@ -63,32 +65,38 @@ def predict(q: Tensor, k: Tensor, fields: Fields, request: Request) -> Tensor:
     return call(q, k, *fields, *request)
 
 
-def _sparse(q, k, v, attn_mask, return_lse, return_map, *options):
-    results = _sparse_fake(q, k, v, attn_mask, return_lse, return_map, *options)
-    out, *others = results
-    forward(
-        q,
-        k,
-        v,
-        out,
-        options[_REQUEST:],
-        lse=others[0] if return_lse else None,
-        attn_mask=attn_mask,
-        predictor=native_predictor(options[:_REQUEST]),
-        block_map=others[-1] if return_map else None,
-    )
-    return results
+def _sparse_operator(return_lse: bool, return_map: bool) -> Operator:
+    """The operator with these results: one for each combination, as those of varying results have no rule for vmap."""
 
+    def fake(q, k, v, attn_mask, *options):
+        tensor_layout = options[_REQUEST]
+        _check(q, k, tensor_layout)
+        results = [out_like(q)]
+        if return_lse:
+            results.append(lse_like(q, tensor_layout))
+        if return_map:
+            results.append(_map_like(q, k, options))
+        return tuple(results) if return_lse or return_map else results[0]
 
-def _sparse_fake(q, k, v, attn_mask, return_lse, return_map, *options):
-    tensor_layout = options[_REQUEST]
-    _check(q, k, tensor_layout)
-    results = [out_like(q)]
-    if return_lse:
-        results.append(lse_like(q, tensor_layout))
-    if return_map:
-        results.append(_map_like(q, k, options))
-    return results
+    def compute(q, k, v, attn_mask, *options):
+        results = fake(q, k, v, attn_mask, *options)
+        out, *others = results if return_lse or return_map else (results,)
+        forward(
+            q,
+            k,
+            v,
+            out,
+            options[_REQUEST:],
+            lse=others[0] if return_lse else None,
+            attn_mask=attn_mask,
+            predictor=native_predictor(options[:_REQUEST]),
+            block_map=others[-1] if return_map else None,
+        )
+        return results
+
+    name = "sparse" + "_lse" * return_lse + "_map" * return_map
+    returned = ", ".join(["Tensor"] * (1 + return_lse + return_map))
+    return define_operator(name, f"({_SPARSE}) -> ({returned})", compute, fake)
 
 
 def _predict(q, k, *options):
@@ -116,8 +124,10 @@ def _map_like(q: Tensor, k: Tensor, options: tuple[Any, ...]) -> Tensor:
     return torch.empty((q.shape[0], q.shape[heads], *blocks), dtype=torch.bool, device=q.device)
 
 
-_sparse_op = define_operator("sparse", f"({_SPARSE}) -> Tensor[]", _sparse, _sparse_fake)
+_sparse_ops = {
+    (lse, block_map): _sparse_operator(lse, block_map) for lse in (False, True) for block_map in (False, True)
+}
 _predict_op = define_operator("predict", f"({_PREDICT}) -> Tensor", _predict, _predict_fake)
 
-# After q and k come v, the mask and two flags.
-_flops.register_sparse(layout_position=6 + _REQUEST)
+# After q and k come v and the mask.
+_flops.register_sparse(layout_position=4 + _REQUEST)

@@ -103,7 +103,6 @@ class SparseAttentionMeansim(nn.Module):
         self.tune_pv = tune_pv
         self.head_num: Optional[int] = None
         self._predictor: Optional[Predictor] = None
-        self._read: Any = None
         for name in _THRESHOLDS:
             self.register_parameter(name, None)
         self._start_again(None, None)
@@ -119,7 +118,7 @@ class SparseAttentionMeansim(nn.Module):
             value = nn.Parameter(torch.as_tensor(value).detach().clone(), requires_grad=False)
         super().__setattr__(name, value)
         if name in _THRESHOLDS and self.cdfthreshd is not None and self.simthreshd1 is not None:
-            # Read now, so that neither a call nor a compiled graph must wait for it; unless the others are yet to come.
+            # Read now for compiled graphs, which cannot; unless the others are yet to come.
             tensors = [getattr(self, threshold) for threshold in _THRESHOLDS[:3]]
             shapes = {x.shape for x in tensors if x is not None and x.ndim}
             if len(shapes) <= 1:
@@ -242,17 +241,13 @@ class SparseAttentionMeansim(nn.Module):
         self.simthreshd1[head] = point.simthreshd1 if sparse else 1.0
 
     def _refresh(self) -> None:
-        """Reads the thresholds to the host, where they have changed."""
+        """Reads the thresholds to the host. A change in place leaves no trace that could be asked for without."""
         if self.cdfthreshd is None or self.simthreshd1 is None:
-            self._predictor = self._read = None
+            self._predictor = None
             return
         tensors = {name: getattr(self, name) for name in _THRESHOLDS[:3] if getattr(self, name) is not None}
-        inference = any(x.is_inference() for x in tensors.values())
-        read = None if inference else [(name, x.data_ptr(), x._version) for name, x in tensors.items()]
-        if read is not None and read == self._read:
-            return
         for name, x in tensors.items():
-            if x.ndim and x.shape != self.cdfthreshd.shape and self.cdfthreshd.ndim:
+            if x.ndim and self.cdfthreshd.ndim and x.shape != self.cdfthreshd.shape:
                 wanted = list(self.cdfthreshd.shape)
                 raise ValueError(f"{name}: shape is {list(x.shape)}, expected {wanted}, as cdfthreshd")
         values = {name: x.detach().float().cpu() for name, x in tensors.items()}
@@ -261,7 +256,6 @@ class SparseAttentionMeansim(nn.Module):
             simthreshd1=torch.where(dense, 1.0, values["simthreshd1"]),
             cdfthreshd=torch.where(dense, 1.0, values["cdfthreshd"]),
         )
-        self._read = read
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for name in _THRESHOLDS:

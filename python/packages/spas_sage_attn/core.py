@@ -10,7 +10,7 @@ original's does; a last block that is not full is judged by the tokens that it h
 all others.
 
 **Thresholds** are one number, or one for each query head: a list, or a tensor, which is read to the host. On a GPU that
-waits for it; a `sageattention.sparse.Predictor`, or a `SparseAttentionMeansim`, reads such a tensor once.
+waits for it; a `sageattention.sparse.Predictor` reads such a tensor once.
 
 **`pvthreshd`** lets the original skip products with probabilities below `2 ** -pvthreshd`. Here every block of the map
 is computed, which is exact; a value below 20, which would matter, is warned of once.
