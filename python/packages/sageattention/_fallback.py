@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from typing import Any, Optional
 
@@ -10,12 +9,9 @@ import torch
 from torch import Tensor
 
 from sageattention._tally import tally
-from sageattention._torch_inputs import autocast_dtype, has_tangent
+from sageattention._torch_inputs import autocast_dtype, capability, has_tangent
 
 _log = logging.getLogger("sageattention")
-
-# Remembered: torch reads all that there is to know of a GPU for it, each time.
-_read_capability = functools.lru_cache(maxsize=None)(torch.cuda.get_device_capability)
 
 _MASK_DTYPES = (torch.bool, torch.float16, torch.bfloat16, torch.float32)
 # Smaller ones are 0 in single precision, larger ones infinite.
@@ -79,14 +75,9 @@ def _why_not_dtypes(query: Tensor, key: Tensor, value: Tensor) -> Optional[str]:
         return "tensors are of several dtypes"
     if dtype not in (torch.float16, torch.bfloat16) and (on_gpu or dtype != torch.float32):
         return f"tensors are {dtype} on {query.device.type}"
-    if on_gpu and _capability(query.device) < (8, 0):
+    if on_gpu and capability(query.device) < (8, 0):
         return "the GPU's compute capability is below 8.0"
     return None
-
-
-@torch.compiler.assume_constant_result
-def _capability(device: torch.device) -> tuple[int, int]:
-    return _read_capability(device)
 
 
 def _why_not_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> Optional[str]:

@@ -49,9 +49,7 @@ def _sparse_module_for(q: Any) -> Any:
 
 def has_capability_9(x: Any) -> bool:
     """Whether a tensor lies on a GPU of compute capability 9, Hopper."""
-    if not is_torch(x) or x.device.type != "cuda":
-        return False
-    return sys.modules["torch"].cuda.get_device_capability(x.device)[0] == 9
+    return is_torch(x) and _module_for(x).has_capability_9(x)
 
 
 def is_compiling() -> bool:

@@ -12,7 +12,7 @@ from sageattention import _flops, _native, _values
 from sageattention._operators import define_operator, is_plain
 from sageattention._request import Request, dense_shape, native_options
 from sageattention._tally import tally
-from sageattention._torch_inputs import autocast, check_tensors, plain_mask, refuse_derivatives
+from sageattention._torch_inputs import autocast, capability, check_tensors, plain_mask, refuse_derivatives
 
 _OLDEST = (2, 4)
 
@@ -20,6 +20,11 @@ _OLDEST = (2, 4)
 def version_is_at_least(*wanted: int) -> bool:
     """Whether torch is of a version (major, minor), or later."""
     return tuple(int(part) for part in torch.__version__.split(".")[:2]) >= wanted
+
+
+def has_capability_9(x: Tensor) -> bool:
+    """See `_frameworks.has_capability_9`."""
+    return x.device.type == "cuda" and capability(x.device)[0] == 9
 
 
 if not version_is_at_least(*_OLDEST):

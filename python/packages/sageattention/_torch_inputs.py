@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention.bias import CausalBias, CausalVariant
+
+# Remembered: torch reads all that there is to know of a GPU for it, each time.
+_read_capability = functools.lru_cache(maxsize=None)(torch.cuda.get_device_capability)
+
+
+@torch.compiler.assume_constant_result
+def capability(device: torch.device) -> tuple[int, int]:
+    """A GPU's compute capability."""
+    return _read_capability(device)
 
 
 def check_tensors(q: Tensor, **others: Any) -> None:
