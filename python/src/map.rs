@@ -6,8 +6,8 @@ use sageattention::{Error, Result};
 use crate::host;
 use crate::tensor::RawTensor;
 
-/// Refuses memory for a map that has not a byte for each block, `[batch, heads, q_blocks, k_blocks]` without gaps.
-/// `heads` and `tokens` are the dimensions of q and k in which those are.
+/// Refuses memory for a map that has not a byte for each block, `[batch, heads, q_blocks, k_blocks]` without gaps, of
+/// `[q, k]` in the one layout or the other.
 pub(crate) fn check(
     map: &RawTensor,
     [q, k]: [&RawTensor; 2],

@@ -214,6 +214,10 @@ def test_bounds_and_shapes_are_checked():
     q, k, v = tensors("cpu")
     with pytest.raises(ValueError, match=r"q: shape is \[2, 640, 64\], expected \[batch, heads"):
         module(q[0], k, v)
+    with torch.enable_grad():
+        for tune_mode in (False, True):
+            with pytest.raises(NotImplementedError, match="q: requires_grad is True, expected False"):
+                module(q.clone().requires_grad_(), k, v, tune_mode=tune_mode)
     module.init_hyperparams(3, "cpu")
     with pytest.raises(ValueError, match="q: number of heads is 2, expected 3, as were tuned before"):
         module(q, k, v, tune_mode=True)

@@ -172,8 +172,8 @@ def test_predictors_are_values():
     assert torch.equal(predict_blocks(q, k, made_by_hand), predict_blocks(q, k, predictor))
 
 
-def test_padded_blocks():
-    q, k, _ = local(1, 2, 2, 256, 256, 32)
+def test_padded_blocks(device):
+    q, k, _ = local(1, 2, 2, 256, 256, 64, dtype=dtype_of(device), device=device)
     sizes = [64, 10, 0, 40]
     predictor = Predictor.vsa(2).replace(k_padding=torch.tensor(sizes), q_padding=sizes)
     blocks = predict_blocks(q, k, predictor)

@@ -17,6 +17,7 @@ import torch
 from sageattention._predictor import Predictor
 from sageattention._request import request
 from sageattention._sparge_schemes import scheme_on
+from sageattention._torch_inputs import refuse_derivatives
 from torch import Tensor, nn
 
 from spas_sage_attn._head_tuner import HeadTuner, Point, Rule, chosen
@@ -136,7 +137,6 @@ class SparseAttentionMeansim(nn.Module):
         self.pvthreshd = full(_PVTHRESHD)
         self._start_again(head_num, device)
 
-    @torch.no_grad()
     def forward(
         self,
         q: Tensor,
@@ -173,6 +173,7 @@ class SparseAttentionMeansim(nn.Module):
         """
         if q.ndim != 4:
             raise ValueError(f"q: shape is {list(q.shape)}, expected [batch, heads, seq, head_dim], or as NHD has it")
+        refuse_derivatives(q=q, k=k, v=v, mask=mask)
         if tune_mode or os.environ.get("TUNE_MODE", "") != "":
             return self._tune(q, k, v, mask, is_causal, scale, tensor_layout, smooth_k, return_sparsity)
         if not torch.compiler.is_compiling():
@@ -193,6 +194,7 @@ class SparseAttentionMeansim(nn.Module):
         )
         return predicted(q, k, v, self._predictor, asked, mask, True, None, return_sparsity, False)
 
+    @torch.no_grad()
     def _tune(
         self,
         q: Tensor,
