@@ -59,6 +59,7 @@ impl Block {
                 bulk_loads: Vec::new(),
                 turn: 0,
                 register_limits: vec![per_thread; count],
+                register_pool: 32 * per_thread * count as u32,
             },
         };
         block.shuffle(cx);

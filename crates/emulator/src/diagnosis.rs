@@ -42,7 +42,8 @@ pub(crate) fn deadlock(cx: &Launch<'_>, state: &State, warps: &[Warp], why: &str
             Status::Registers => {
                 kind = FaultKind::RegisterBudget;
                 let sum: u32 = state.register_limits.iter().map(|limit| 32 * limit).sum();
-                format!("waits at setmaxnreg for registers; the block holds {sum} of 65536")
+                let pool = state.register_pool;
+                format!("waits at setmaxnreg for registers; the block's warps hold {sum} of its {pool}")
             }
         };
         first = first.or(Some(warp));

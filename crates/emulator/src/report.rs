@@ -244,7 +244,7 @@ fn class(op: Op) -> String {
             | Control::MbarrierTryWait => "mbarrier",
             Control::CopyAsync { .. } => "cp.async",
             Control::CopyAsyncCommit | Control::CopyAsyncWait(_) => "cp.async commit/wait",
-            Control::BulkTensorLoad { .. } => "cp.async.bulk load",
+            Control::BulkTensorLoad { .. } | Control::BulkLoad => "cp.async.bulk load",
             Control::RegistersIncrease(_) | Control::RegistersDecrease(_) => "setmaxnreg",
             Control::Sleep => "nanosleep",
             Control::Exit => "exit",

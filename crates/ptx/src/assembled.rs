@@ -257,6 +257,7 @@ fn hopper(r: &Registers<'_>) {
         load.extend(r.many(Ty::S32, dims.into()));
         r.code.emit(Control::BulkTensorLoad { dims }, &[], &load);
     }
+    r.code.emit(Control::BulkLoad, &[], &[r.shared(), r.b64(), r.b32(), r.shared()]);
     r.code.emit(Control::FenceAsyncProxy, &[], &[]);
     r.code.emit(Control::FenceMbarrierInit, &[], &[]);
     r.code.emit(Control::MbarrierArriveExpect, &[], &[r.shared(), r.b32()]);

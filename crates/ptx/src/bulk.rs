@@ -1,8 +1,8 @@
-//! Bulk tensor copies and the `mbarrier`s that count their bytes.
+//! Bulk copies and the `mbarrier`s that count their bytes.
 
 use crate::code::Code;
 use crate::isa::Control;
-use crate::pointer::{Shared, Stored};
+use crate::pointer::{Global, Shared, Stored};
 use crate::program::Operand;
 use crate::value::{Use, Val};
 
@@ -88,5 +88,14 @@ impl<'k, T: Stored> Shared<'k, T> {
         let mut src = vec![self.address().in_register_operand(), map.operand(), done.operand()];
         src.extend(corner.iter().map(|x| x.operand()));
         self.code().emit(Control::BulkTensorLoad { dims: corner.len() as u8 }, &[], &src);
+    }
+
+    /// Starts copying `bytes` from `from` to here, where all three are multiples of 16; they count at `done`.
+    #[track_caller]
+    pub fn copy_bulk(self, from: Global<'k, T>, bytes: impl Use<'k, i32>, done: &Mbarrier<'k>) {
+        let code = self.code();
+        let bytes = bytes.value(code).operand();
+        let (to, from) = (self.address().in_register_operand(), from.address().in_register_operand());
+        code.emit(Control::BulkLoad, &[], &[to, from, bytes, done.operand()]);
     }
 }

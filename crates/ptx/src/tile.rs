@@ -293,9 +293,25 @@ impl<'k, T: MmaAccumulator> Tile<Var<'k, T>> {
     /// When the tile has no columns.
     #[track_caller]
     pub fn row_max(&self, slot: usize) -> Val<'k, T> {
+        self.row_reduce(slot, Val::max)
+    }
+
+    #[track_caller]
+    fn row_reduce(&self, slot: usize, larger: fn(Val<'k, T>, Val<'k, T>) -> Val<'k, T>) -> Val<'k, T> {
         let row: Vec<_> = self.row(slot).map(|(_, register)| register.get()).collect();
-        let chains = row.chunks(8).filter_map(|chain| chain.iter().copied().reduce(Val::max));
-        chains.reduce(Val::max).expect(NO_COLUMNS)
+        let chains = row.chunks(8).filter_map(|chain| chain.iter().copied().reduce(larger));
+        chains.reduce(larger).expect(NO_COLUMNS)
+    }
+}
+
+impl<'k> Tile<Var<'k, f32>> {
+    /// The same, but NaN where one of them is.
+    ///
+    /// # Panics
+    /// When the tile has no columns.
+    #[track_caller]
+    pub fn row_max_nan(&self, slot: usize) -> Val<'k, f32> {
+        self.row_reduce(slot, Val::max_nan)
     }
 }
 

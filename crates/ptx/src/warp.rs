@@ -2,6 +2,7 @@
 
 use crate::code::Code;
 use crate::isa::{Redux, Shuffle, Vote, Warp};
+use crate::pointer::{Global, Stored};
 use crate::scalar::Scalar;
 use crate::value::{Use, Val};
 
@@ -29,6 +30,18 @@ impl<'k, T: Scalar> Val<'k, T> {
     pub fn reduce_lanes(self, mask: i32, mut combine: impl FnMut(Self, Self) -> Self) -> Self {
         let bits = (0..5).map(|bit| 1 << bit).filter(|bit| mask & bit != 0);
         bits.fold(self, |value, bit| combine(value, value.shuffle_xor(bit)))
+    }
+}
+
+impl<T: Stored> Global<'_, T> {
+    /// The same address, in registers until its last use: the assembler cannot compute a value from a shuffle anew
+    /// wherever it is needed, which it otherwise prefers to holding it through a loop.
+    #[track_caller]
+    pub fn held(self) -> Self {
+        let bits = self.address().reinterpret::<i64>();
+        let lane = self.code().lane_index();
+        let [low, high] = [bits, bits >> 32].map(|half| half.narrow().reinterpret::<u32>().shuffle(lane));
+        Global::at_address(low.join(high))
     }
 }
 

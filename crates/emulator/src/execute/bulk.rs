@@ -1,4 +1,4 @@
-//! Bulk tensor loads, which arrive some turns later and tell an `mbarrier`.
+//! Bulk loads, of tensors and of bytes side by side, which arrive some turns later and tell an `mbarrier`.
 
 use sage_ptx::Arg;
 
@@ -68,22 +68,51 @@ impl Context<'_, '_> {
         Ok(map)
     }
 
-    pub fn bulk_load(&mut self, dims: usize, src: &[u32]) -> Outcome<Flow> {
+    pub fn bulk_load(&mut self, src: &[u32]) -> Outcome<Flow> {
         let active = self.warp.active;
         let code = &self.cx.code;
-        let to = *self.warp.read(code, src[0], active)?;
-        let maps = *self.warp.read(code, src[1], active)?;
-        let barriers = *self.warp.read(code, src[2], active)?;
+        let [to, from, bytes, barriers] = [0, 1, 2, 3].map(|i| self.warp.read(code, src[i], active).copied());
+        let (to, from, bytes, barriers) = (to?, from?, bytes?, barriers?);
         for lane in lanes(active) {
             let load =
-                self.bulk_load_of(dims, lane, to[lane] as u32, maps[lane], barriers[lane] as u32, &src[3..]);
+                self.bulk_load_of(to[lane] as u32, from[lane], bytes[lane] as u32, barriers[lane] as u32);
             load.map_err(|trouble| trouble.lane(lane))?;
         }
         self.warp.progressed();
         Ok(Flow::Next)
     }
 
-    fn bulk_load_of(
+    fn bulk_load_of(&mut self, to: u32, from: u64, bytes: u32, mbarrier: u32) -> Outcome<()> {
+        if !(u64::from(to) | from | u64::from(bytes)).is_multiple_of(16) {
+            let (place, name) = self.cx.layout.place(to);
+            let detail =
+                format!("a bulk copy of {bytes} bytes from {from:#x} to {place}, not all multiples of 16");
+            return Err(Trouble::new(FaultKind::Misaligned, detail).object(name));
+        }
+        let read = |offset: u32| {
+            let value = self.cx.global.read(from.wrapping_add(offset.into()), 16)?;
+            Ok((to.wrapping_add(offset), value))
+        };
+        let chunks = (0..bytes).step_by(16).map(read).collect::<Outcome<Vec<_>>>()?;
+        self.start_bulk_load(mbarrier, chunks)
+    }
+
+    pub fn bulk_tensor_load(&mut self, dims: usize, src: &[u32]) -> Outcome<Flow> {
+        let active = self.warp.active;
+        let code = &self.cx.code;
+        let to = *self.warp.read(code, src[0], active)?;
+        let maps = *self.warp.read(code, src[1], active)?;
+        let barriers = *self.warp.read(code, src[2], active)?;
+        for lane in lanes(active) {
+            let (to, barrier) = (to[lane] as u32, barriers[lane] as u32);
+            let load = self.bulk_tensor_load_of(dims, lane, to, maps[lane], barrier, &src[3..]);
+            load.map_err(|trouble| trouble.lane(lane))?;
+        }
+        self.warp.progressed();
+        Ok(Flow::Next)
+    }
+
+    fn bulk_tensor_load_of(
         &mut self,
         dims: usize,
         lane: usize,
@@ -94,6 +123,22 @@ impl Context<'_, '_> {
     ) -> Outcome<()> {
         let map = self.checked(self.map_at(map)?, dims, to)?;
         let corner = self.corner(dims, corner, lane)?;
+        let row_bytes = map.row_bytes();
+        let mut chunks = Vec::new();
+        for row in 0..map.rows() {
+            let data = self.fetch_row(&map, &corner, row)?;
+            for (i, chunk) in data.chunks_exact(16).enumerate() {
+                let mut value = [0; 16];
+                value.copy_from_slice(chunk);
+                let address = place_of(&map, to, row * row_bytes + 16 * i as u32);
+                chunks.push((address, u128::from_le_bytes(value)));
+            }
+        }
+        self.start_bulk_load(mbarrier, chunks)
+    }
+
+    /// Sends 16 bytes to each of some shared addresses, which count at an `mbarrier` when they arrive.
+    fn start_bulk_load(&mut self, mbarrier: u32, chunks: Vec<(u32, u128)>) -> Outcome<()> {
         self.use_mbarrier(mbarrier)?;
         if let Some(barrier) = self.state.mbarriers.get(mbarrier).filter(|barrier| !barrier.fenced) {
             let (place, name) = self.cx.layout.place(mbarrier);
@@ -104,23 +149,16 @@ impl Context<'_, '_> {
         }
         let copy = self.state.shared.begin_copy(self.warp.instr, self.warp.index);
         let access = Access { proxy: true, ..self.access(AccessKind::Announce) };
-        let row_bytes = map.row_bytes();
-        let mut chunks = Vec::new();
-        for row in 0..map.rows() {
-            let data = self.fetch_row(&map, &corner, row)?;
-            for (i, chunk) in data.chunks_exact(16).enumerate() {
-                let address = place_of(&map, to, row * row_bytes + 16 * i as u32);
-                let (layout, clocks) = (&self.cx.layout, &self.state.clocks);
-                let offset = self.state.shared.check(layout, clocks, &access, address, 16)?;
-                let mut value = [0; 16];
-                value.copy_from_slice(chunk);
-                chunks.push((offset as u32, u128::from_le_bytes(value)));
-            }
-        }
+        let place = |(address, value): (u32, u128)| {
+            let (layout, clocks) = (&self.cx.layout, &self.state.clocks);
+            let offset = self.state.shared.check(layout, clocks, &access, address, 16)?;
+            Ok((offset as u32, value))
+        };
+        let chunks = chunks.into_iter().map(place).collect::<Outcome<Vec<_>>>()?;
         for &(offset, _) in &chunks {
             self.state.shared.mark_busy(offset as usize, 16, copy);
         }
-        let bytes = i64::from(map.rows() * row_bytes);
+        let bytes = 16 * chunks.len() as i64;
         self.stats.bulk_bytes += bytes as u64;
         self.state.bulk_loads.push(BulkLoad {
             // Later than the next turn, and not in the order of issue.

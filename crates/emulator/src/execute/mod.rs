@@ -81,7 +81,8 @@ impl Context<'_, '_> {
             Control::CopyAsync { bytes } => self.copy_async(u32::from(bytes), src),
             Control::CopyAsyncCommit => self.commit_copies(),
             Control::CopyAsyncWait(pending) => self.wait_copies(pending),
-            Control::BulkTensorLoad { dims } => self.bulk_load(usize::from(dims), src),
+            Control::BulkTensorLoad { dims } => self.bulk_tensor_load(usize::from(dims), src),
+            Control::BulkLoad => self.bulk_load(src),
             Control::RegistersIncrease(count) => self.set_registers(count, true),
             Control::RegistersDecrease(count) => self.set_registers(count, false),
             Control::Sleep => {
@@ -109,8 +110,7 @@ impl Context<'_, '_> {
             return Err(Trouble::new(FaultKind::RegisterBudget, detail));
         }
         let held: u32 = self.state.register_limits.iter().map(|limit| 32 * limit).sum();
-        let budget = 65536 / self.cx.code.program.min_blocks.unwrap_or(1).max(1);
-        if more && held + 32 * (count - current) > budget {
+        if more && held + 32 * (count - current) > self.state.register_pool {
             return Ok(Flow::Retry(Status::Registers));
         }
         self.state.register_limits[index] = count;

@@ -22,6 +22,9 @@ pub(crate) struct State {
     pub turn: u64,
     /// Registers that each thread of a warp may use.
     pub register_limits: Vec<u32>,
+    /// Registers that the block was started with, which its warps share out: what others of the multiprocessor's are
+    /// free is not theirs.
+    pub register_pool: u32,
 }
 
 impl State {
