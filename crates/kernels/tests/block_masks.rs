@@ -104,8 +104,11 @@ fn tiles_of_every_class() {
     for gpu in engines() {
         for scheme in schemes() {
             for extent in [Extent::All, Extent::Rows, Extent::Keys] {
-                let bool = CaseMask::bool(extent).pattern(bias);
-                check(&gpu, &Case { mask: Some(bool), scheme: Some(scheme), ..heads() });
+                // Keys in whole chunks of 16 flags, in pairs, and one by one.
+                for kv_len in [336, 330, 329] {
+                    let mask = Some(CaseMask::bool(extent).pattern(bias));
+                    check(&gpu, &Case { mask, scheme: Some(scheme), kv_len, ..heads() });
+                }
             }
             for (dtype, extent) in
                 [(DType::F16, Extent::Rows), (DType::BF16, Extent::All), (DType::F32, Extent::Matrix)]

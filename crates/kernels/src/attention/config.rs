@@ -3,7 +3,7 @@
 use sage_core::DType;
 use sage_ptx::{Code, Val};
 
-use crate::operand::Operands;
+use crate::operand::{OperandSource, Operands};
 use crate::params::kernel_params;
 use crate::rotation::rotated_dim;
 use crate::sequence::Lengths;
@@ -98,6 +98,14 @@ impl AttentionConfig {
             MaskForm::Bool => Some(Packing::Bits),
             MaskForm::None | MaskForm::Bias(_) => self.block_edges.then_some(Packing::Bits),
         }
+    }
+
+    /// Whether rows of values that no query sees are cleared in shared memory, tile by tile: those of the workspace are
+    /// zeros there, and copies by threads leave them out.
+    pub fn clears_values(&self) -> bool {
+        self.mask != MaskForm::None
+            && self.operands.v.source == OperandSource::Given
+            && self.tiling.engine() == Engine::Warpgroups
     }
 
     /// Query rows of a block.

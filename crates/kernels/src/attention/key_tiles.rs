@@ -10,7 +10,7 @@ use sage_ptx::{Code, Global, Val, Var};
 use super::band::Band;
 use super::config::{AttentionConfig, AttentionParams};
 use crate::params::kernel_params;
-use crate::sparse::{MaskWords, Packing, STRIP_ROWS};
+use crate::sparse::{CLASS_ROWS, MaskWords, Packing};
 use crate::tiling::Engine;
 
 /// What an entry of a list has beside the index of a tile of which the band or the end of the keys hides some score:
@@ -21,6 +21,13 @@ pub const CUT_TILE: u32 = 1 << 31;
 /// read.
 pub const MASKED_TILE: u32 = 1 << 30;
 
+/// What an entry of a list has beside the index of a tile that has a key that no query sees, where values are read as
+/// given: those rows are cleared, as they may hold anything.
+pub const CLEARED_TILE: u32 = 1 << 29;
+
+/// Entries behind the last of a list, which are read ahead and mean nothing.
+pub const ENTRIES_BEHIND: usize = 2;
+
 kernel_params! {
     /// What a launch of a kernel whose tiles are those of lists passes after [`AttentionArgs`](super::AttentionArgs).
     /// There is a list for each tile of [`block_q`](AttentionConfig::block_q) queries; lists that are alike may be the
@@ -29,7 +36,7 @@ kernel_params! {
         /// Tiles of each list.
         tile_counts: [i32],
         /// The lists: indices of tiles of [`tile_keys`](crate::Tiling::tile_keys) keys that the sequence has, in any
-        /// order, none twice, with [`CUT_TILE`] and [`MASKED_TILE`] where these are so.
+        /// order, none twice, and behind them [`ENTRIES_BEHIND`] indices of any; with [`CUT_TILE`], [`MASKED_TILE`] and [`CLEARED_TILE`] where these are so.
         tile_lists: [u32],
         /// Entries from one list to the next.
         list_stride: i32,
@@ -43,8 +50,8 @@ kernel_params! {
         words_stride_sequence: i64,
         /// Words from one query head's to the next's.
         words_stride_head: i64,
-        /// Words from those of one strip of rows to the next's.
-        words_stride_strip: i64,
+        /// Words from those of one tile of 64 rows to the next's.
+        words_stride_rows: i64,
     }
 }
 
@@ -82,8 +89,8 @@ impl<'k> TileListParams<'k> {
             packing,
             start: self.mask_words.at(first),
             lane,
-            stride_strip: self.words_stride_strip,
-            last_strip: (q_len - 1) / STRIP_ROWS as i32,
+            stride_rows: self.words_stride_rows,
+            last_rows: (q_len - 1) / CLASS_ROWS as i32,
         }
     }
 }
@@ -148,14 +155,23 @@ enum Cut<'k> {
 
 impl<'k> KeyTile<'k> {
     fn of_entry(position: Val<'k, i32>, entry: Val<'k, u32>) -> Self {
-        let index = (entry & !(CUT_TILE | MASKED_TILE)).reinterpret::<i32>().named("tile");
+        let index = (entry & !(CUT_TILE | MASKED_TILE | CLEARED_TILE)).reinterpret::<i32>().named("tile");
         KeyTile { position, index, cut: Cut::Entry(entry) }
     }
 
     /// Whether a mask hides or changes some of its scores.
     pub fn is_masked(&self) -> Val<'k, bool> {
+        self.entry_has(MASKED_TILE)
+    }
+
+    /// Whether values as given must be cleared where a mask, or the end of its keys, hides their key from every query.
+    pub fn is_cleared(&self) -> Val<'k, bool> {
+        self.entry_has(CLEARED_TILE)
+    }
+
+    fn entry_has(&self, flag: u32) -> Val<'k, bool> {
         match self.cut {
-            Cut::Entry(entry) => (entry & MASKED_TILE).ne(0u32),
+            Cut::Entry(entry) => (entry & flag).ne(0u32),
             Cut::Known(_) | Cut::Outside(_) => self.index.code().constant(false),
         }
     }
@@ -248,18 +264,18 @@ impl<'k> KeyTiles<'k> {
         position.code().when(position.lt(self.loaded().end), || load(self.at(position).index));
     }
 
-    /// Calls `load` with the index of each tile that the block loads.
-    pub fn for_each_loaded(&self, code: &'k Code, load: impl FnOnce(Val<'k, i32>)) {
+    /// Calls `load` with each tile that the block loads.
+    pub fn for_each_loaded(&self, code: &'k Code, load: impl FnOnce(KeyTile<'k>)) {
         let Span { start, end } = self.loaded();
         match *self {
-            KeyTiles::Band { .. } => code.range(start, end, load),
+            KeyTiles::Band { .. } => code.range(start, end, |position| load(self.at(position))),
             // An entry is asked for a tile ahead of its use.
             KeyTiles::List { entries, .. } => code.when(start.lt(end), || {
                 let next = code.var(entries.at(start).load()).named("next_entry");
                 code.range(start, end, |position| {
                     let this = code.var(next.get());
-                    next.set(entries.at((position + 1).min(end - 1)).load());
-                    load(KeyTile::of_entry(position, this.get()).index);
+                    next.set(entries.at(position).plus(1).load());
+                    load(KeyTile::of_entry(position, this.get()));
                 });
             }),
         }
@@ -301,11 +317,11 @@ impl<'k> KeyTiles<'k> {
 }
 
 /// The tiles that a group computes, one after the other, of which the next is known while this one is computed: entries
-/// of a list are asked for a tile ahead of their use.
+/// of a list are asked for a tile ahead of that, as what is loaded ahead of a tile waits for its entry.
 pub(super) struct Walk<'k> {
     tiles: KeyTiles<'k>,
-    /// This tile's entry and the next one's, where there is a list.
-    entries: Option<[Var<'k, u32>; 2]>,
+    /// The entries of this tile, the next and the one after it, where there is a list.
+    entries: Option<[Var<'k, u32>; 3]>,
 }
 
 impl<'k> Walk<'k> {
@@ -314,8 +330,10 @@ impl<'k> Walk<'k> {
         let entries = match tiles {
             KeyTiles::Band { .. } => None,
             KeyTiles::List { entries, positions } => {
-                let first = entries.at(positions.start).load();
-                Some([code.var(first).named("entry"), code.var(first).named("next_entry")])
+                let entries = entries.at(positions.start);
+                let [first, second] = [0, 1].map(|ahead| entries.plus(ahead).load());
+                let later = code.var(second).named("later_entry");
+                Some([code.var(first).named("entry"), code.var(second).named("next_entry"), later])
             }
         };
         Walk { tiles, entries }
@@ -325,23 +343,26 @@ impl<'k> Walk<'k> {
     pub fn this(&self, position: Val<'k, i32>) -> KeyTile<'k> {
         match self.entries {
             None => self.tiles.at(position),
-            Some([this, _]) => KeyTile::of_entry(position, this.get()),
+            Some([this, ..]) => KeyTile::of_entry(position, this.get()),
         }
     }
 
     /// The tile after the one at a position, which there is.
     pub fn next(&self, position: Val<'k, i32>) -> KeyTile<'k> {
-        let next = self.tiles.at(position + 1);
-        if let (Some([_, entry]), Cut::Entry(loaded)) = (self.entries, next.cut) {
-            entry.set(loaded);
+        match (self.tiles, self.entries) {
+            (KeyTiles::List { entries, .. }, Some([_, next, later])) => {
+                later.set(entries.at(position).plus(2).load());
+                KeyTile::of_entry(position + 1, next.get())
+            }
+            (tiles, _) => tiles.at(position + 1),
         }
-        next
     }
 
     /// Moves to the tile that was the next.
     pub fn advance(&self) {
-        if let Some([this, next]) = self.entries {
+        if let Some([this, next, later]) = self.entries {
             this.set(next.get());
+            next.set(later.get());
         }
     }
 }

@@ -15,6 +15,7 @@
 //! `mma.sync`, of `warpgroups` by TMA and `wgmma`.
 
 mod band;
+mod biased_softmax;
 mod config;
 mod epilogue;
 mod kernel;
@@ -40,7 +41,7 @@ pub(crate) use band::Band;
 use config::AttentionParams;
 pub use config::{AttentionArgs, AttentionConfig, MaskForm, TileSource, padded_dim};
 use key_tiles::TileListParams;
-pub use key_tiles::{CUT_TILE, MASKED_TILE, TileListArgs};
+pub use key_tiles::{CLEARED_TILE, CUT_TILE, ENTRIES_BEHIND, MASKED_TILE, TileListArgs};
 pub use warpgroups::{TENSOR_MAPS, boxed_tensors, stage_bytes};
 
 /// The attention kernel of a configuration.

@@ -20,6 +20,8 @@ pub(super) struct Place<'k> {
     pub kv_head: Val<'k, i32>,
     /// The sequence's first key tile of this head in the workspace.
     pub first_key_tile: Val<'k, i32>,
+    /// First query row of the block.
+    pub first_row: Val<'k, i32>,
     /// First query row of the warp.
     pub warp_row: Val<'k, i32>,
     pub warp: Val<'k, i32>,
@@ -101,6 +103,7 @@ impl<'k> Place<'k> {
             head,
             kv_head,
             first_key_tile: kv_head * p.key_tiles + sequence.first_tile,
+            first_row,
             warp_row: first_row + warp * (config.tiling.rows_per_warp() as i32),
             warp,
             lane,

@@ -95,14 +95,32 @@ impl<'k> ScoreTile<'k> {
         });
     }
 
-    /// Adds packed biases, whose columns are counted from `first_column` on: but for −∞ they were made finite in base 2
-    /// when they were packed.
-    pub fn add_packed_biases(&self, words: &LaneWords<'k>, dtype: DType, first_column: usize) {
-        self.first_key.code().note("scores: packed additive mask");
-        self.values.for_each(|slot, column, value| {
+    /// Makes logarithms of values, plus `shift` of their rows.
+    pub fn take_logarithms(&self, shift: &Rows<Val<'k, f32>>) {
+        self.values.update(|slot, _, value| value.mul_add(self.factor[slot], shift[slot]));
+    }
+
+    /// The same, and adds packed biases, whose columns are counted from `first_column` on: but for −∞ they were made
+    /// finite in base 2 when they were packed.
+    pub fn take_biased_logarithms(
+        &self,
+        shift: &Rows<Val<'k, f32>>,
+        words: &LaneWords<'k>,
+        dtype: DType,
+        first_column: usize,
+    ) {
+        self.values.update(|slot, column, value| {
+            let bias = words.bias(dtype, slot, first_column + column).mul_add(LOG2_E, shift[slot]);
+            value.mul_add(self.factor[slot], bias)
+        });
+    }
+
+    /// Hides the keys whose packed bias is −∞, whatever their scores are: the sum with a score that is no number is
+    /// none.
+    pub fn hide_by_biases(&self, words: &LaneWords<'k>, dtype: DType, first_column: usize) {
+        self.values.update(|slot, column, value| {
             let bias = words.bias(dtype, slot, first_column + column);
-            let biased = bias.mul_add(LOG2_E, value.get());
-            value.set(bias.eq(f32::NEG_INFINITY).select(f32::NEG_INFINITY, biased));
+            bias.eq(f32::NEG_INFINITY).select(f32::NEG_INFINITY, value)
         });
     }
 

@@ -5,18 +5,20 @@ use std::ops::Range;
 use half::{bf16, f16};
 use sage_core::{DType, Granularity, ZeroGroup};
 use sage_ptx::{
-    Code, FragmentSource, Global, Half, MmaAccumulator, MmaElement, S4, Tile, Val, Var, lane_column,
+    Code, FragmentSource, Global, Half, MmaAccumulator, MmaElement, Rows, S4, Tile, Val, Var, lane_column,
 };
 
+use super::biased_softmax::Biases;
 use super::config::{AttentionConfig, AttentionParams, MaskForm};
 use super::place::Place;
 use super::queries::{Queries, depth_steps};
 use super::score_tile::ScoreTile;
+use super::softmax::{Probabilities, Softmax};
 use crate::integer::{ROUNDING_MAGIC_BITS, nonzero};
 use crate::operand::Element;
 use crate::preprocess::groups_of_tile;
 use crate::sequence::KEY_TILE;
-use crate::sparse::{LaneWords, Packing, STRIP_ROWS};
+use crate::sparse::{LaneWords, Packing, STRIP_ROWS, StagedWords};
 
 /// How a warp's scores are computed.
 pub(super) struct Scoring<'k, 'c> {
@@ -44,12 +46,22 @@ pub(super) struct Masking<'k> {
     pub cut: Val<'k, bool>,
     /// Whether a mask hides or changes some.
     pub masked: Val<'k, bool>,
-    /// The words of a mask for each 64 keys of the tile; empty where they are loaded when they are needed.
-    pub words: Vec<LaneWords<'k>>,
+    /// Where the words of a mask are.
+    pub words: MaskSource<'k>,
+}
+
+/// Where the words of a mask for a tile's scores are read.
+pub(super) enum MaskSource<'k> {
+    /// In device memory.
+    Memory,
+    /// In registers, for each 64 keys of the tile.
+    Registers(Vec<LaneWords<'k>>),
+    /// In shared memory.
+    Staged(StagedWords<'k>),
 }
 
 impl<'k> Scoring<'k, '_> {
-    /// Scores of the warp's rows and a step's keys.
+    /// Scores of the warp's rows and a step's keys, before anything is hidden.
     pub fn scores<H: Half + MmaElement>(&self, keys: &Keys<'k>, step: usize) -> ScoreTile<'k> {
         self.code.note("scores: q * k^T");
         let config = self.config;
@@ -62,14 +74,30 @@ impl<'k> Scoring<'k, '_> {
             _ => self.product::<H, f32>(&keys.fragments, first_column, 0.0),
         };
         let first_key = keys.index * tile_keys as i32 + first_column as i32;
-        let scores = self.scaled(values, first_key, first_column, &keys.scales);
-        self.hide(std::slice::from_ref(&scores), first_column, &keys.masking);
-        scores
+        self.scaled(values, first_key, first_column, &keys.scales)
     }
 
-    /// Hides what a mask, the band and the end of the keys hide, and adds biases, where they say that they do:
-    /// `scores` are those of each 64 keys of a tile, or of its columns from `first_column` on.
-    pub fn hide(&self, scores: &[ScoreTile<'k>], first_column: usize, masking: &Masking<'k>) {
+    /// P of scores, which are those of each 64 keys of a tile, or of its columns from `first_column` on: takes them into
+    /// the softmax without what masks, the band and the end of the keys hide, and with biases. Calls `rescale` with the
+    /// factor of each row's sums where they change.
+    pub fn probabilities<'s>(
+        &self,
+        softmax: &'s Softmax<'k>,
+        scores: &'s [ScoreTile<'k>],
+        first_column: usize,
+        masking: &Masking<'k>,
+        rescale: impl FnOnce(&Rows<Val<'k, f32>>),
+    ) -> Vec<Probabilities<'s, 'k>> {
+        if let Some(Packing::Biases(dtype)) = self.config.packing() {
+            let biases = Biases { scoring: self, dtype, first_column, masking };
+            return softmax.advance_biased(scores, &biases, rescale);
+        }
+        self.hide(scores, first_column, masking);
+        softmax.advance(self.code, scores, rescale)
+    }
+
+    /// Hides what a mask, the band and the end of the keys hide, and adds biases as given, where they say that they do.
+    fn hide(&self, scores: &[ScoreTile<'k>], first_column: usize, masking: &Masking<'k>) {
         let (config, p, place) = (self.config, &self.params, &self.place);
         self.code.when(masking.masked, || {
             for (part, scores) in scores.iter().enumerate() {
@@ -85,23 +113,38 @@ impl<'k> Scoring<'k, '_> {
                     }
                     _ => {}
                 }
-                let loaded = masking.words.get(part).cloned();
-                let columns = first_column..first_column + scores.values.columns();
-                let first_key = scores.first_key - first_column as i32;
-                let words = loaded.or_else(|| self.mask_words(first_key, columns));
-                match words.as_ref().map(|words| (words, words.packing)) {
-                    Some((words, Packing::Bits)) => scores.hide_by_bits(words, first_column),
-                    Some((words, Packing::Biases(dtype))) => {
-                        scores.add_packed_biases(words, dtype, first_column);
-                    }
-                    None => {}
+                if let Some(words) = self.words_of(scores, part, first_column, masking) {
+                    scores.hide_by_bits(&words, first_column);
                 }
             }
         });
-        self.code.when(masking.cut, || scores.iter().for_each(|scores| scores.hide(place)));
+        self.hide_outside(scores, masking);
     }
 
-    /// The words of a mask for some columns of the keys from `first_key` on, where it is packed.
+    /// Hides what the band and the end of the keys hide, where they say that they do.
+    pub fn hide_outside(&self, scores: &[ScoreTile<'k>], masking: &Masking<'k>) {
+        self.code.when(masking.cut, || scores.iter().for_each(|scores| scores.hide(&self.place)));
+    }
+
+    /// The words of a mask for part `part` of a tile's scores, where it is packed.
+    pub fn words_of(
+        &self,
+        scores: &ScoreTile<'k>,
+        part: usize,
+        first_column: usize,
+        masking: &Masking<'k>,
+    ) -> Option<LaneWords<'k>> {
+        match &masking.words {
+            MaskSource::Registers(words) => words.get(part).cloned(),
+            MaskSource::Staged(words) => Some(words.load(part)),
+            MaskSource::Memory => {
+                let columns = first_column..first_column + scores.values.columns();
+                self.mask_words(scores.first_key - first_column as i32, columns)
+            }
+        }
+    }
+
+    /// The words of a mask in device memory for some columns of the keys from `first_key` on, where it is packed.
     pub fn mask_words(&self, first_key: Val<'k, i32>, columns: Range<usize>) -> Option<LaneWords<'k>> {
         let tiling = &self.config.tiling;
         let (tile, column) = first_key.split_index(KEY_TILE);
@@ -164,7 +207,7 @@ impl<'k> Scoring<'k, '_> {
     /// Applies smooth-Q's correction and cap.
     fn finish(&self, mut scores: ScoreTile<'k>) -> ScoreTile<'k> {
         let (config, p, place) = (self.config, &self.params, &self.place);
-        if config.smooth_q.is_some() || config.softcap || matches!(config.mask, MaskForm::Bias(_)) {
+        if config.smooth_q.is_some() || config.softcap || config.given_biases {
             scores = scores.unbiased();
         }
         if let Some(block) = config.smooth_q {

@@ -28,14 +28,14 @@ enum ProductSums<'k> {
 pub(super) struct Softmax<'k> {
     /// What is subtracted from scores, in base 2: `exponent` less than the largest so far, or than one up to `lazy`
     /// smaller.
-    reference: Rows<Var<'k, f32>>,
+    pub(super) reference: Rows<Var<'k, f32>>,
     /// Sums of P before it is rounded, of this lane's keys: where there are no products, and for log-sum-exps, which
     /// would show what rounding does to sums: bfloat16 shifts them by up to 2⁻⁹.
     lane_sums: Option<Rows<Var<'k, f32>>>,
     product_sums: ProductSums<'k>,
     /// The largest logarithm of P, but for `lazy`.
-    exponent: f32,
-    lazy: f32,
+    pub(super) exponent: f32,
+    pub(super) lazy: f32,
 }
 
 impl<'k> Softmax<'k> {
@@ -99,7 +99,7 @@ impl<'k> Softmax<'k> {
         let of_tile = |(scores, shift): (&'s ScoreTile<'k>, &Rows<Var<'k, f32>>)| Probabilities {
             softmax: self,
             scores,
-            shift: shift.map(|shift| shift.get()),
+            shift: Some(shift.map(|shift| shift.get())),
         };
         scores.iter().zip(&shifts).map(of_tile).collect()
     }
@@ -120,7 +120,7 @@ impl<'k> Softmax<'k> {
     }
 
     /// Multiplies the sums, but for those in flight.
-    fn rescale(&self, alphas: &Rows<Val<'k, f32>>) {
+    pub(super) fn rescale(&self, alphas: &Rows<Val<'k, f32>>) {
         if let Some(sums) = &self.lane_sums {
             sums.zip(alphas).for_each(|(sum, &alpha)| sum.set(sum.get() * alpha));
         }
@@ -175,10 +175,10 @@ impl<'k> Softmax<'k> {
 
 /// P of a tile of scores: the exponentials are computed where they are asked for, close to the products that need them.
 pub(super) struct Probabilities<'s, 'k> {
-    softmax: &'s Softmax<'k>,
-    scores: &'s ScoreTile<'k>,
-    /// What is added to scaled values before the exponential.
-    shift: Rows<Val<'k, f32>>,
+    pub(super) softmax: &'s Softmax<'k>,
+    pub(super) scores: &'s ScoreTile<'k>,
+    /// What is added to scaled values before the exponential; none where they are its arguments already.
+    pub(super) shift: Option<Rows<Val<'k, f32>>>,
 }
 
 impl<'k> Probabilities<'_, 'k> {
@@ -201,8 +201,13 @@ impl<'k> Probabilities<'_, 'k> {
         let scores = self.scores.values.slice(columns);
         // Exponentials of a strip's rows are summed before those of the next.
         scores.map_strips(|strip, scores| {
-            let (factor, shift) = (self.scores.factor.strip(strip), self.shift.strip(strip));
-            let p = scores.map_at(|slot, _, score| score.get().mul_add(factor[slot], shift[slot]).exp2());
+            let p = match &self.shift {
+                Some(shift) => {
+                    let (factor, shift) = (self.scores.factor.strip(strip), shift.strip(strip));
+                    scores.map_at(|slot, _, score| score.get().mul_add(factor[slot], shift[slot]).exp2())
+                }
+                None => scores.map_at(|_, _, score| score.get().exp2()),
+            };
             if let Some(sums) = &self.softmax.lane_sums {
                 for (slot, sum) in sums.strip(strip).iter().enumerate() {
                     let of_tile = p.row_sum(slot);

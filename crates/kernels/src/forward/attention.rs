@@ -5,6 +5,7 @@ use sage_core::{Accumulator, Granularity, IntQuantizer, Scheme};
 use super::call::{ForwardCall, ForwardPass, slot};
 use super::choice::FEW_QUERIES;
 use super::lists::TileLists;
+use super::request::Extent;
 use super::tensors::Tensors;
 use crate::attention::{
     AttentionArgs, AttentionConfig, MaskForm, TileSource, boxed_tensors, padded_dim, stage_bytes,
@@ -14,9 +15,10 @@ use crate::grid::grid;
 use crate::operand::{Element, Operand, OperandSource, Operands};
 use crate::pass::{Addresses, Slot};
 use crate::sequence::{KEY_TILE, Lengths};
+use crate::sparse::Packing;
 use crate::tensor::TensorArg;
-use crate::tiling::Engine;
-use crate::tuning::{Key, Tuned, of_blocks, tiling};
+use crate::tiling::{Engine, Tiling};
+use crate::tuning::{Key, Tuned, holds_biases, of_blocks, tiling};
 
 /// Most heads that attention works on at once: their pieces are many times a GPU's multiprocessors, and the search
 /// for a divisor is short.
@@ -57,9 +59,7 @@ impl PlannedAttention {
             operands,
             mask: request.mask,
             given_biases: matches!(request.mask, MaskForm::Bias(_))
-                && (request.mask_extent.batches
-                    || request.mask_extent.heads
-                    || tuned.tiling.tile_keys() < KEY_TILE),
+                && !(packs_biases(&call) && has_words(&tuned.tiling, &key)),
             block_edges: !problem.blocks.is_none_or(whole_tiles),
             softcap: problem.logit_softcap.is_some(),
             lse: request.lse,
@@ -256,16 +256,40 @@ impl AttentionSlots {
     }
 }
 
+/// Whether an additive mask is packed where the kernel can read its words: one for all heads and sequences, as a copy of
+/// more would take as much memory as scores.
+fn packs_biases(call: &ForwardCall) -> bool {
+    let Extent { batches, heads, .. } = call.request.mask_extent;
+    matches!(call.request.mask, MaskForm::Bias(_)) && !batches && !heads
+}
+
+/// Whether a kernel reads the words of packed biases.
+fn has_words(tiling: &Tiling, key: &Key) -> bool {
+    match tiling.engine() {
+        Engine::Warps => tiling.tile_keys() == KEY_TILE,
+        Engine::Warpgroups => key.bias_bytes > 0,
+    }
+}
+
 /// What the tile shape is chosen for.
 fn key(call: &ForwardCall, operands: &Operands, smooth_q: Option<usize>) -> Key {
+    let key = key_without_biases(call, operands, smooth_q);
+    let MaskForm::Bias(dtype) = call.request.mask else { return key };
+    let staged = Key { bias_bytes: dtype.bytes(), ..key };
+    if key.warpgroups && packs_biases(call) && holds_biases(&call.machine, &staged) {
+        return staged;
+    }
+    Key { plain: true, ..key }
+}
+
+fn key_without_biases(call: &ForwardCall, operands: &Operands, smooth_q: Option<usize>) -> Key {
     let granularity = operands.quantizer.map(|quantizer| quantizer.granularity);
     Key {
         integer: granularity.is_some(),
         fp8: operands.v.element == Element::E4M3,
         two_level: operands.sums_tiles_first(),
         padded_dim: padded_dim(call.problem.head_dim),
-        plain: matches!(call.request.mask, MaskForm::Bias(_))
-            || call.problem.logit_softcap.is_some()
+        plain: call.problem.logit_softcap.is_some()
             || smooth_q.is_some()
             || granularity == Some(Granularity::PerToken),
         unaligned: !call.request.aligned,
@@ -273,6 +297,7 @@ fn key(call: &ForwardCall, operands: &Operands, smooth_q: Option<usize>) -> Key 
         warpgroups: suits_warpgroups(call, operands),
         per_block: granularity == Some(Granularity::PerBlock),
         few_rows: call.problem.q_len <= 128,
+        bias_bytes: 0,
     }
 }
 
@@ -324,13 +349,20 @@ fn splits(call: &ForwardCall, config: &AttentionConfig) -> usize {
 }
 
 /// Heads whose pieces of work are handed out together. Where pieces differ in length there must be many to even out,
-/// but their keys and values must stay in cache: in half of it, as each half of a large GPU's may hold a copy.
+/// but their keys and values must stay in cache: in half of it, as each half of a large GPU's may hold a copy. Where
+/// heads share long biases, cached or not, pieces that run at the same time should read little of both: `n` heads at once
+/// read `n` heads' keys and the biases of `1 / n` as many rows.
 fn heads_together(call: &ForwardCall, config: &AttentionConfig, all_heads: usize) -> usize {
     if call.pieces_alike() {
         return 1;
     }
-    let bytes = stage_bytes(config) / config.tiling.tile_keys() * call.problem.kv_len;
-    let most = call.machine.l2_bytes / 2 * call.problem.group_size() / bytes.max(1);
+    let of_key = stage_bytes(config) / config.tiling.tile_keys();
+    let bytes = of_key * call.problem.kv_len;
+    let mut most = call.machine.l2_bytes / 2 * call.problem.group_size() / bytes.max(1);
+    if let Some(Packing::Biases(dtype)) = config.packing() {
+        let biases = call.machine.multiprocessors * config.block_q() * dtype.bytes();
+        most = most.max((biases * call.problem.group_size() / of_key.max(1)).isqrt());
+    }
     let most = most.clamp(1, all_heads.clamp(1, MOST_TOGETHER));
     let divisor = (1..=most).rev().find(|&heads| all_heads.is_multiple_of(heads));
     divisor.unwrap_or(1)

@@ -5,11 +5,11 @@ use sage_ptx::Arg;
 use super::call::{ForwardCall, ForwardPass, slot};
 use super::request::Extent;
 use super::tensors::Tensors;
-use crate::attention::{AttentionArgs, AttentionConfig, MaskForm, TileListArgs};
+use crate::attention::{AttentionArgs, AttentionConfig, ENTRIES_BEHIND, MaskForm, TileListArgs};
 use crate::pass::{Addresses, Slot};
 use crate::sequence::{KEY_TILE, Lengths};
 use crate::sparse::{
-    CLASS_ROWS, ListTilesArgs, ListTilesConfig, PackMaskArgs, PackMaskConfig, Packing, STRIP_ROWS,
+    CLASS_ROWS, ListTilesArgs, ListTilesConfig, MaskAccess, PackMaskArgs, PackMaskConfig, Packing,
 };
 
 /// Arguments of an attention kernel that takes lists.
@@ -27,6 +27,8 @@ pub(super) struct TileLists {
     sequences: usize,
     heads: usize,
     packed: Option<PackedMask>,
+    /// Which keys some query sees.
+    seen: Slot,
 }
 
 /// Where the classes and words of masks lie.
@@ -60,7 +62,7 @@ impl TileLists {
         let (sequences, heads) = extent.numbers(call);
         let (block_q, tile_keys) = (config.block_q(), config.tiling.tile_keys());
         let [q_tiles, _] = config.pieces(problem.batch, problem.num_q_heads, problem.q_len, 1);
-        let list_stride = problem.kv_len.div_ceil(tile_keys).max(1);
+        let list_stride = problem.kv_len.div_ceil(tile_keys) + ENTRIES_BEHIND;
         let lists = sequences * heads * q_tiles;
         let counts = pass.slot(slot::TILE_COUNTS, 4 * lists);
         let entries = pass.slot(slot::TILE_LISTS, 4 * lists * list_stride);
@@ -71,9 +73,20 @@ impl TileLists {
             blocks: whole_blocks.is_some(),
             lengths: request.lengths,
             masked: request.mask != MaskForm::None,
+            clears: config.clears_values(),
         };
-        let made =
-            TileLists { counts, lists: entries, list_stride, q_tiles, extent, sequences, heads, packed };
+        let seen = pass.find(slot::SEEN);
+        let made = TileLists {
+            counts,
+            lists: entries,
+            list_stride,
+            q_tiles,
+            extent,
+            sequences,
+            heads,
+            packed,
+            seen,
+        };
         let call = *call;
         let [blocks_q, blocks_k] = whole_blocks.map_or([1; 2], |[q, k]| [q / block_q, k / tile_keys]);
         pass.launch(list, move |at, launch| {
@@ -89,7 +102,12 @@ impl TileLists {
 
     fn list(&self, call: &ForwardCall, at: &Addresses<'_, Tensors>) -> ListTilesArgs {
         let [window_left, window_right] = call.window();
+        let [seen_stride_sequence, seen_stride_head] = call.seen_strides(at.tensors);
         let mut args = ListTilesArgs {
+            seen: at.of(self.seen),
+            seen_stride_sequence,
+            seen_stride_head,
+            group_size: call.problem.group_size() as i32,
             blocks: at.tensors.blocks,
             q_rows: call.request.q_rows as i32,
             kv_rows: call.request.kv_rows as i32,
@@ -128,11 +146,11 @@ impl TileLists {
             ..TileListArgs::default()
         };
         if let Some(packed) = &self.packed {
-            let strip = packed.strip_words();
+            let row = packed.row_words();
             lists.mask_words = at.of(packed.words);
             [lists.words_stride_sequence, lists.words_stride_head] =
-                packed.extent.strides(packed.heads, packed.rows.div_ceil(STRIP_ROWS) * strip);
-            lists.words_stride_strip = if packed.extent.rows { strip as i64 } else { 0 };
+                packed.extent.strides(packed.heads, packed.rows.div_ceil(CLASS_ROWS) * row);
+            lists.words_stride_rows = if packed.extent.rows { row as i64 } else { 0 };
         }
         let mut all = [Arg::I32(0); AttentionArgs::COUNT + TileListArgs::COUNT];
         all[..AttentionArgs::COUNT].copy_from_slice(&args.args());
@@ -156,9 +174,11 @@ impl PackedMask {
         if config.block_edges {
             extent = extent.or(Extent { rows: true, ..request.blocks_extent });
         }
+        // Of fewer keys than the mask has, the last may be part of a chunk.
+        let whole = masked && problem.kv_len == request.kv_rows;
         let pack = PackMaskConfig {
             mask: request.mask,
-            pairs: masked && request.mask_pairs,
+            access: if whole { request.mask_access } else { MaskAccess::Elements },
             blocks: config.block_edges,
             packing: config.packing(),
         };
@@ -171,7 +191,7 @@ impl PackedMask {
         let all_heads = sequences * heads;
         let classes = all_heads * rows.div_ceil(CLASS_ROWS) * keys.div_ceil(KEY_TILE);
         packed.classes = pass.slot(slot::MASK_CLASSES, classes);
-        let words = all_heads * rows.div_ceil(STRIP_ROWS) * packed.strip_words();
+        let words = all_heads * rows.div_ceil(CLASS_ROWS) * packed.row_words();
         if words > 0 {
             packed.words = pass.slot(slot::MASK_WORDS, 4 * words);
         }
@@ -194,8 +214,8 @@ impl PackedMask {
         Some(packed)
     }
 
-    /// Words of a strip.
-    fn strip_words(&self) -> usize {
+    /// Words of a tile of rows.
+    fn row_words(&self) -> usize {
         self.keys.div_ceil(KEY_TILE) * self.packing.map_or(0, Packing::tile_words)
     }
 }

@@ -5,6 +5,7 @@ use sage_core::{Problem, Scheme};
 use super::tensors::{CHUNK, Tensors};
 use crate::attention::MaskForm;
 use crate::sequence::Lengths;
+use crate::sparse::MaskAccess;
 use crate::tiling::Tiling;
 
 /// What a forward pass is asked for, beside the problem: options, and how the tensors lie in memory.
@@ -18,8 +19,8 @@ pub struct Request {
     pub mask: MaskForm,
     /// Which dimensions of an explicit mask are not broadcast.
     pub mask_extent: Extent,
-    /// Whether an explicit mask's keys are pairs that lie side by side, each at a multiple of its size.
-    pub mask_pairs: bool,
+    /// How an explicit mask's neighbouring keys lie.
+    pub mask_access: MaskAccess,
     /// Which dimensions of a block mask are not broadcast.
     pub blocks_extent: Extent,
     /// Where lengths come from.
@@ -81,7 +82,7 @@ impl Request {
             accuracy: None,
             mask: if problem.masked { MaskForm::Bool } else { MaskForm::None },
             mask_extent: Extent::ALL,
-            mask_pairs: pairs(problem.kv_len),
+            mask_access: access(problem.kv_len, 1),
             blocks_extent: Extent::ALL,
             lengths: if problem.packed { Lengths::Packed } else { Lengths::Dense },
             q_rows: problem.q_len,
@@ -99,19 +100,26 @@ impl Request {
         let [of_others @ .., of_keys] = &tensors.mask.strides;
         let element_bytes = match self.mask {
             MaskForm::None | MaskForm::Bool => 1,
-            MaskForm::Bias(dtype) => dtype.bytes() as u64,
+            MaskForm::Bias(dtype) => dtype.bytes(),
         };
-        let mask_pairs = pairs(self.kv_rows)
-            && *of_keys == 1
-            && of_others.iter().all(|stride| stride % 2 == 0)
-            && tensors.mask.address.is_multiple_of(2 * element_bytes);
+        let is_aligned = |access: MaskAccess| {
+            let elements = access.elements(element_bytes);
+            let apart = of_others.iter().all(|stride| stride.unsigned_abs().is_multiple_of(elements as u64));
+            apart && tensors.mask.address.is_multiple_of((elements * element_bytes) as u64)
+        };
+        let possible = if *of_keys == 1 { access(self.kv_rows, element_bytes) } else { MaskAccess::Elements };
+        let accesses = [MaskAccess::Chunks, MaskAccess::Pairs].into_iter();
+        let mask_access = accesses.filter(|access| *access <= possible).find(|&access| is_aligned(access));
+        let mask_access = mask_access.unwrap_or(MaskAccess::Elements);
         let [mask_extent, blocks_extent] =
             [tensors.mask, tensors.blocks].map(|mask| Extent::of(&mask.strides));
-        Request { mask_extent, mask_pairs, blocks_extent, ..self }
+        Request { mask_extent, mask_access, blocks_extent, ..self }
     }
 }
 
-/// Whether so many keys are pairs.
-fn pairs(keys: usize) -> bool {
-    keys >= 2 && keys.is_multiple_of(2)
+/// How so many keys of a mask may be read, where rows follow each other without gaps.
+fn access(keys: usize, element_bytes: usize) -> MaskAccess {
+    let accesses = [MaskAccess::Chunks, MaskAccess::Pairs].into_iter();
+    let whole = |access: &MaskAccess| keys > 0 && keys.is_multiple_of(access.elements(element_bytes));
+    accesses.into_iter().find(whole).unwrap_or(MaskAccess::Elements)
 }

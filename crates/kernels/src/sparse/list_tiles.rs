@@ -3,10 +3,11 @@
 use sage_ptx::{Code, Program, Val, kernel};
 
 use super::{ALL, CLASS_ROWS, NONE};
-use crate::attention::{Band, CUT_TILE, MASKED_TILE};
+use crate::attention::{Band, CLEARED_TILE, CUT_TILE, ENTRIES_BEHIND, MASKED_TILE};
 use crate::grid::{BlockHead, grid};
 use crate::kernel::Kernel;
 use crate::params::kernel_params;
+use crate::preprocess::SeenKeys;
 use crate::sequence::{KEY_TILE, LengthParams, Lengths, Sequence};
 
 /// Lists that a block makes, one a warp.
@@ -19,7 +20,7 @@ const IN_FLIGHT: usize = 4;
 const LANES: i32 = 32;
 
 /// Lists the tiles of [`tile_keys`](Self::tile_keys) keys that some of [`block_q`](Self::block_q) queries see, in
-/// order, each with [`CUT_TILE`] and [`MASKED_TILE`] where these are so.
+/// order, each with [`CUT_TILE`], [`MASKED_TILE`] and [`CLEARED_TILE`] where these are so.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ListTilesConfig {
     /// Queries of a tile.
@@ -34,6 +35,8 @@ pub struct ListTilesConfig {
     pub lengths: Lengths,
     /// Whether there is an explicit mask, which counts keys from the tensors' first.
     pub masked: bool,
+    /// Whether values are read as given, whose rows that no query sees are to be cleared.
+    pub clears: bool,
 }
 
 kernel_params! {
@@ -47,6 +50,14 @@ kernel_params! {
         class_stride_head: i64,
         /// Classes from one tile of rows to the next: 0 where all rows have the same mask.
         class_stride_rows: i32,
+        /// Which keys of a tile some query sees, [`SeenKeysConfig`](crate::preprocess::SeenKeysConfig).
+        seen: [u32],
+        /// Tiles from one sequence's words of seen keys to the next.
+        seen_stride_sequence: i32,
+        /// Tiles from one key head's words of seen keys to the next.
+        seen_stride_head: i32,
+        /// Query heads that share a key head.
+        group_size: i32,
         /// Bytes of a block mask, `[batch, heads, blocks of queries, blocks of keys]`.
         blocks: (tensor 4),
         /// Tiles of queries of a block of the block mask.
@@ -75,7 +86,7 @@ kernel_params! {
         all_heads: i32,
         /// Tiles of each list, `[all_heads][q_tiles]`.
         tile_counts: [i32],
-        /// The lists, `[all_heads][q_tiles][list_stride]`.
+        /// The lists, `[all_heads][q_tiles][list_stride]`, each with [`ENTRIES_BEHIND`] entries behind it.
         tile_lists: [u32],
         /// Entries from one list to the next.
         list_stride: i32,
@@ -127,6 +138,10 @@ impl ListTilesConfig {
                 classes.at((row / CLASS_ROWS as i32).mul_wide(p.class_stride_rows))
             })
             .collect();
+        let seen_keys = self.clears.then(|| {
+            let first = index * p.seen_stride_sequence + head / p.group_size * p.seen_stride_head;
+            SeenKeys::new(p.seen, first)
+        });
         // Whether a tile is seen at all, and whether as a whole.
         let look = |tile: Val<'k, i32>| {
             let (start, end) = (tile * tile_keys, (tile + 1) * tile_keys);
@@ -144,7 +159,16 @@ impl ListTilesConfig {
                     classes.extend(row_classes.iter().map(|row| row.at(class).load()));
                 }
             }
-            (tile, seen, whole, in_block, classes)
+            // Whether each of its keys is one, and some query sees it.
+            let keys = seen_keys.map(|seen| {
+                let last = sequence.kv_len.div_ceil(KEY_TILE) - 1;
+                let parts = (0..self.tile_keys.div_ceil(KEY_TILE) as i32).map(|part| {
+                    let part = there * tile_keys / KEY_TILE as i32 + part;
+                    part.le(last) & seen.tile(part.min(last).max(0)).all_visible()
+                });
+                parts.reduce(|a, b| a & b).unwrap_or(code.constant(true))
+            });
+            (tile, seen, whole, in_block, classes, keys)
         };
 
         let list = ((index * p.heads + head) * p.q_tiles + q_tile).named("list");
@@ -154,7 +178,7 @@ impl ListTilesConfig {
             (some_start.max(0) / tile_keys, some_end.max(0).div_ceil(self.tile_keys).min(tiles));
         code.range_by(first, last, LANES * IN_FLIGHT as i32, |base| {
             let looks: Vec<_> = (0..IN_FLIGHT as i32).map(|i| look(base + (lane + LANES * i))).collect();
-            for (tile, seen, whole, in_block, classes) in looks {
+            for (tile, seen, whole, in_block, classes, keys) in looks {
                 let in_block = in_block.map_or(code.constant(true), |byte| byte.ne(0u32));
                 let some = classes.iter().map(|class| class.ne(NONE)).reduce(|a, b| a | b);
                 let all = classes.iter().map(|class| class.eq(ALL)).reduce(|a, b| a & b);
@@ -163,20 +187,25 @@ impl ListTilesConfig {
                 let before = (votes & ((code.constant(1u32) << lane) - 1u32)).count_ones();
                 let cut = whole.select(0u32, CUT_TILE);
                 let masked = all.map_or(code.constant(0u32), |all| all.select(0u32, MASKED_TILE));
-                let entry = tile.reinterpret::<u32>() | cut | masked;
+                let cleared = keys.map_or(code.constant(0u32), |all| all.select(0u32, CLEARED_TILE));
+                let entry = tile.reinterpret::<u32>() | cut | masked | cleared;
                 code.when(kept, || entries.at(count.get() + before).store(entry));
                 count.set(count.get() + votes.count_ones());
             }
         });
+        let behind = lane.lt(ENTRIES_BEHIND as i32);
+        code.when(behind, || entries.at(count.get() + lane).store(0u32));
         code.when(lane.eq(0), || p.tile_counts.at(list).store(count.get()));
     }
 }
 
 impl Kernel for ListTilesConfig {
     fn name(&self) -> String {
-        let ListTilesConfig { block_q, tile_keys, classes, blocks, lengths, masked } = *self;
+        let ListTilesConfig { block_q, tile_keys, classes, blocks, lengths, masked, clears } = *self;
         let mut name = format!("list_tiles_{block_q}x{tile_keys}");
-        for (on, part) in [(classes, "_classes"), (blocks, "_blocks"), (masked, "_masked")] {
+        for (on, part) in
+            [(classes, "_classes"), (blocks, "_blocks"), (masked, "_masked"), (clears, "_clears")]
+        {
             if on {
                 name += part;
             }

@@ -5,12 +5,16 @@ use std::ops::Range;
 
 use half::{bf16, f16};
 use sage_core::DType;
-use sage_ptx::{Global, Val};
+use sage_ptx::{AddressSpace, Global, Pointer, Shared, Val};
 
+use super::CLASS_ROWS;
 use crate::sequence::KEY_TILE;
 
 /// Query rows of a strip, as of a tensor core's tile of scores.
 pub(crate) const STRIP_ROWS: usize = 16;
+
+/// Strips of a tile of [`CLASS_ROWS`] rows, whose words lie side by side.
+pub(crate) const STRIPS: usize = CLASS_ROWS / STRIP_ROWS;
 
 /// Lanes of a warp.
 pub(super) const LANES: usize = 32;
@@ -44,9 +48,22 @@ impl Packing {
         }
     }
 
-    /// Words of all lanes.
-    pub(crate) const fn tile_words(self) -> usize {
+    /// Words of a strip before the lane's first.
+    pub(crate) fn lane_start(self, lane: Val<'_, i32>) -> Val<'_, i32> {
+        match self {
+            Packing::Bits => lane,
+            Packing::Biases(_) => lane * VECTOR as i32,
+        }
+    }
+
+    /// Words of all lanes for a strip and a tile of keys.
+    pub(crate) const fn strip_words(self) -> usize {
         LANES * self.lane_words()
+    }
+
+    /// Words for a tile of [`CLASS_ROWS`] rows and a tile of keys.
+    pub(crate) const fn tile_words(self) -> usize {
+        STRIPS * self.strip_words()
     }
 
     /// Part of a kernel's name.
@@ -64,47 +81,100 @@ pub(crate) const fn element(slot: usize, column: usize) -> usize {
     slot * (KEY_TILE / 4) + column / 8 * 2 + column % 2
 }
 
-/// The words of a head, inside the attention kernel: `[strips][tiles of keys][vectors][lanes]`, where a vector is of up
-/// to [`VECTOR`] words.
+/// The words of a head, inside the attention kernel: `[tiles of rows][tiles of keys][strips][vectors][lanes]`, where a
+/// vector is of up to [`VECTOR`] words.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct MaskWords<'k> {
     pub packing: Packing,
     /// The head's first word.
     pub start: Global<'k, u32>,
     pub lane: Val<'k, i32>,
-    /// Words from one strip to the next; 0 where all rows have the same mask.
-    pub stride_strip: Val<'k, i64>,
-    /// The last strip that the sequence has, which stands in for those behind it.
-    pub last_strip: Val<'k, i32>,
+    /// Words from one tile of rows to the next; 0 where all rows have the same mask.
+    pub stride_rows: Val<'k, i64>,
+    /// The last tile of rows that the sequence has, which stands in for those behind it.
+    pub last_rows: Val<'k, i32>,
 }
 
 impl<'k> MaskWords<'k> {
+    /// The words of a tile of [`CLASS_ROWS`] rows and a tile of keys.
+    #[track_caller]
+    pub fn tile(&self, rows: Val<'k, i32>, keys: Val<'k, i32>) -> Global<'k, u32> {
+        let rows = self.start.at(rows.min(self.last_rows).widen() * self.stride_rows);
+        rows.at(keys.mul_wide(self.packing.tile_words() as i32))
+    }
+
+    /// The lane's word of a strip, packed as bits, for the first tile of keys.
+    #[track_caller]
+    pub fn bits(&self, strip: Val<'k, i32>) -> LaneBits<'k> {
+        let (rows, strip) = strip.split_index(STRIPS);
+        let rows = self.start.at(rows.min(self.last_rows).widen() * self.stride_rows);
+        LaneBits(rows.at(strip * Packing::Bits.strip_words() as i32).at(self.lane).held())
+    }
+
     /// The lane's words of some strips and a tile of keys: those that hold some of its columns, of [`KEY_TILE`].
     #[track_caller]
     pub fn load(&self, strips: &[Val<'k, i32>], tile: Val<'k, i32>, columns: Range<usize>) -> LaneWords<'k> {
         let of_strip = |&strip: &Val<'k, i32>| {
-            let strip = self.start.at(strip.min(self.last_strip).widen() * self.stride_strip);
-            let tile = strip.at(tile.mul_wide(self.packing.tile_words() as i32));
-            let mut words = vec![None; self.packing.lane_words()];
-            if let Packing::Bits = self.packing {
-                words[0] = Some(tile.at(self.lane).load());
-                return words;
-            }
-            let needed = [0, 1]
-                .into_iter()
-                .flat_map(|slot| columns.clone().step_by(8).map(move |column| element(slot, column)));
-            for element in needed {
-                let first = self.packing.word(element) / VECTOR * VECTOR;
-                if words[first].is_none() {
-                    let vector = tile.plus((first * LANES) as i32).at(self.lane * VECTOR as i32);
-                    let vector = vector.load_vector::<VECTOR>().map(Some);
-                    words[first..first + VECTOR].copy_from_slice(&vector);
-                }
-            }
-            words
+            let (rows, strip) = strip.split_index(STRIPS);
+            let strip = self.tile(rows, tile).at(strip * self.packing.strip_words() as i32);
+            lane_words(self.packing, strip.at(self.packing.lane_start(self.lane)), columns.clone())
         };
         LaneWords { packing: self.packing, strips: strips.iter().map(of_strip).collect() }
     }
+}
+
+/// Where a lane's bits of a strip lie, for a loop over tiles of keys.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LaneBits<'k>(Global<'k, u32>);
+
+impl<'k> LaneBits<'k> {
+    /// The bits for a tile of keys.
+    #[track_caller]
+    pub fn load(&self, tile: Val<'k, i32>) -> Val<'k, u32> {
+        self.0.at(tile * Packing::Bits.tile_words() as i32).load()
+    }
+}
+
+/// The words of a warp's strip in shared memory, `[tiles of keys][strips][vectors][lanes]`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct StagedWords<'k> {
+    pub packing: Packing,
+    /// The lane's first word for the first tile of keys.
+    pub start: Shared<'k, u32>,
+}
+
+impl<'k> StagedWords<'k> {
+    /// The lane's words of a tile of keys.
+    #[track_caller]
+    pub fn load(&self, tile: usize) -> LaneWords<'k> {
+        let lane = self.start.plus((tile * self.packing.tile_words()) as i32);
+        let strips = vec![lane_words(self.packing, lane, 0..KEY_TILE)];
+        LaneWords { packing: self.packing, strips }
+    }
+}
+
+/// The words from a lane's first on of a strip and a tile of keys, but for those that hold none of its columns.
+#[track_caller]
+fn lane_words<'k, S: AddressSpace>(
+    packing: Packing,
+    lane: Pointer<'k, S, u32>,
+    columns: Range<usize>,
+) -> Vec<Option<Val<'k, u32>>> {
+    let mut words = vec![None; packing.lane_words()];
+    if let Packing::Bits = packing {
+        words[0] = Some(lane.load());
+        return words;
+    }
+    for column in columns.step_by(8) {
+        for slot in 0..2 {
+            let first = packing.word(element(slot, column)) / VECTOR * VECTOR;
+            if words[first].is_none() {
+                let vector = lane.plus((first * LANES) as i32).load_vector::<VECTOR>().map(Some);
+                words[first..first + VECTOR].copy_from_slice(&vector);
+            }
+        }
+    }
+    words
 }
 
 /// A lane's words of some strips and a tile of keys.
@@ -116,20 +186,15 @@ pub(crate) struct LaneWords<'k> {
 }
 
 impl<'k> LaneWords<'k> {
-    /// All words of one strip.
-    pub fn of_strip(packing: Packing, words: impl Iterator<Item = Val<'k, u32>>) -> Self {
-        LaneWords { packing, strips: vec![words.map(Some).collect()] }
+    /// The bits of one strip.
+    pub fn of_strip_bits(bits: Val<'k, u32>) -> Self {
+        LaneWords { packing: Packing::Bits, strips: vec![vec![Some(bits)]] }
     }
 
     /// Words whose first columns are others: `with` moves each.
     pub fn map(self, with: impl Fn(Val<'k, u32>) -> Val<'k, u32>) -> Self {
         let moved = |words: Vec<Option<_>>| words.into_iter().map(|word| word.map(&with)).collect();
         LaneWords { strips: self.strips.into_iter().map(moved).collect(), ..self }
-    }
-
-    /// The words of the first strip.
-    pub fn words(&self) -> impl Iterator<Item = Val<'k, u32>> {
-        self.strips[0].iter().copied().flatten()
     }
 
     fn word(&self, row_slot: usize, column: usize) -> (Val<'k, u32>, usize) {

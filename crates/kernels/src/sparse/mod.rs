@@ -11,13 +11,16 @@
 //! those that a mask hides or changes some scores of, where it reads the mask. Nothing returns to the host in between.
 
 mod list_tiles;
+mod mask_strip;
 mod mask_words;
 mod pack_mask;
 
 pub use list_tiles::{ListTilesArgs, ListTilesConfig};
 pub use mask_words::Packing;
-pub(crate) use mask_words::{LaneWords, MaskWords, STRIP_ROWS, VECTOR, element};
-pub use pack_mask::{PackMaskArgs, PackMaskConfig};
+pub(crate) use mask_words::{
+    LaneBits, LaneWords, MaskWords, STRIP_ROWS, STRIPS, StagedWords, VECTOR, element,
+};
+pub use pack_mask::{MaskAccess, PackMaskArgs, PackMaskConfig};
 
 /// Query rows, and keys, of the scores that have a class of their own.
 pub const CLASS_ROWS: usize = 64;

@@ -2,19 +2,45 @@
 
 use half::{bf16, f16};
 use sage_core::DType;
-use sage_ptx::{Code, Program, SLOT_ROWS, Stored, Val, kernel, lane_column, lane_row};
+use sage_ptx::{Code, Program, SLOT_ROWS, Stored, Val, kernel, lane_column};
 
+use super::mask_strip::{MaskSize, Strip};
 use super::mask_words::LANES;
-use super::{ALL, CLASS_ROWS, NONE, Packing, SOME, STRIP_ROWS, VECTOR, element};
+use super::{CLASS_ROWS, Packing, STRIPS, VECTOR, element};
 use crate::attention::MaskForm;
-use crate::grid::{BlockHead, grid};
+use crate::grid::grid;
 use crate::kernel::Kernel;
 use crate::least_bias::LEAST_BIAS;
 use crate::params::kernel_params;
 use crate::sequence::KEY_TILE;
 
 /// Warps of a block: one for each strip of a class's rows.
-const WARPS: usize = CLASS_ROWS / STRIP_ROWS;
+const WARPS: usize = STRIPS;
+
+/// Tiles of keys of a block that reads chunks of flags: as many as keep enough loads in flight.
+const FLAG_TILES: usize = 4;
+
+/// How an explicit mask's neighbouring keys lie in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum MaskAccess {
+    /// Anyhow.
+    Elements,
+    /// As pairs side by side, at multiples of a pair's size.
+    Pairs,
+    /// As whole chunks of 16 bytes at multiples of 16 bytes.
+    Chunks,
+}
+
+impl MaskAccess {
+    /// Keys that are read at once, of elements of such a size.
+    pub(crate) const fn elements(self, element_bytes: usize) -> usize {
+        match self {
+            MaskAccess::Elements => 1,
+            MaskAccess::Pairs => 2,
+            MaskAccess::Chunks => 16 / element_bytes,
+        }
+    }
+}
 
 /// Reads a mask once: tells which of its tiles of [`CLASS_ROWS`] queries and [`KEY_TILE`] keys hide all keys, some or
 /// none, and packs its elements. Dimensions that are broadcast are not expanded.
@@ -22,8 +48,8 @@ const WARPS: usize = CLASS_ROWS / STRIP_ROWS;
 pub struct PackMaskConfig {
     /// Explicit mask.
     pub mask: MaskForm,
-    /// Whether an explicit mask's pairs of neighbouring keys lie side by side, at multiples of their size.
-    pub pairs: bool,
+    /// How an explicit mask's neighbouring keys lie.
+    pub access: MaskAccess,
     /// Whether a block mask hides keys as well: one whose blocks are not made of whole tiles.
     pub blocks: bool,
     /// How elements are packed, where they are.
@@ -61,32 +87,50 @@ kernel_params! {
         all_heads: i32,
         /// Classes, `[all_heads][tiles of rows][tiles of keys]`.
         classes: [u8],
-        /// Packed elements, `[all_heads][strips of rows][tiles of keys]` of as many words as [`Packing`] takes.
+        /// Packed elements, `[all_heads][tiles of rows][tiles of keys][strips]` of as many words as [`Packing`] takes.
         words: [u32],
+    }
+}
+
+impl<'k> PackMaskParams<'k> {
+    fn size(&self) -> MaskSize<'k> {
+        MaskSize { rows: self.rows, keys: self.keys, heads: self.heads, all_heads: self.all_heads }
     }
 }
 
 impl PackMaskConfig {
     /// Blocks along x, y and z.
     pub fn grid(&self, rows: usize, keys: usize, all_heads: usize) -> [u32; 3] {
-        grid(rows.div_ceil(CLASS_ROWS) * keys.div_ceil(KEY_TILE), all_heads)
+        grid(rows.div_ceil(CLASS_ROWS) * keys.div_ceil(KEY_TILE).div_ceil(self.tiles()), all_heads)
+    }
+
+    /// Tiles of keys of a block.
+    fn tiles(&self) -> usize {
+        if self.reads_chunks_of_flags() { FLAG_TILES } else { 1 }
+    }
+
+    /// Bytes of an element of an explicit mask.
+    fn element_bytes(&self) -> usize {
+        match self.mask {
+            MaskForm::None | MaskForm::Bool => 1,
+            MaskForm::Bias(dtype) => dtype.bytes(),
+        }
+    }
+
+    fn reads_chunks_of_flags(&self) -> bool {
+        self.mask == MaskForm::Bool && self.access == MaskAccess::Chunks && !self.blocks
     }
 
     fn write<'k, B: Stored>(&self, code: &'k Code, read: impl Fn(Val<'k, B::Value>) -> Element<'k>) {
         let p = PackMaskParams::declare(code);
-        // A launch has a block even where there are no keys, and so no classes.
-        code.exit_when(p.keys.le(0));
-        let BlockHead { sequence, head } = BlockHead::new(code, p.heads, p.all_heads);
-        let tiles = p.keys.div_ceil(KEY_TILE);
-        let [block, ..] = code.block_index();
-        let (row_tile, tile) = (block / tiles, block % tiles);
-        let [warp, lane] = [code.warp_index(), code.lane_index()];
-        let strip = row_tile * WARPS as i32 + warp;
-        let first_row = strip * STRIP_ROWS as i32 + lane_row(lane);
-        let first_key = tile * KEY_TILE as i32 + lane_column(lane);
+        let strip = Strip::new(code, p.size(), self.tiles());
+        let (first_row, lane) = (strip.first_row, strip.lane);
+        let first_key = strip.first_tile * KEY_TILE as i32 + lane_column(lane);
 
-        let mask = p.mask.start.cast::<B>().at(p.mask.head(sequence, head));
-        let blocks = p.blocks.start.at(p.blocks.head(sequence, head));
+        let mask = p.mask.start.cast::<B>().at(p.mask.head(strip.sequence, strip.head));
+        let blocks = p.blocks.start.at(p.blocks.head(strip.sequence, strip.head));
+        let staged = (self.access == MaskAccess::Chunks && self.mask != MaskForm::None)
+            .then(|| strip.stage::<B>(code, &p.mask, self.element_bytes()));
         let zero = code.constant(0u32);
         // Bits of the lane's scores that are visible, and of those that are left as they are or do not exist.
         let (mut visible, mut whole) = (zero, zero);
@@ -98,14 +142,14 @@ impl PackMaskConfig {
             let blocks = self.blocks.then(|| blocks.at((row / p.blocks_q).widen() * p.blocks.row_stride()));
             for column in (0..KEY_TILE).step_by(8) {
                 let keys = [0, 1].map(|within| first_key + (column + within) as i32);
-                let elements = (self.mask != MaskForm::None).then(|| {
+                let elements = (self.mask != MaskForm::None).then(|| match (staged, self.access) {
+                    (Some(staged), _) => staged.pair(slot, column),
                     // Of a pair that is not there the last one is read.
-                    let clamped = keys.map(|key| key.min(p.keys - 1));
-                    if self.pairs {
-                        of_row.at(keys[0].min(p.keys - 2)).load_vector::<2>()
-                    } else {
+                    (None, MaskAccess::Elements) => {
+                        let clamped = keys.map(|key| key.min(p.keys - 1));
                         clamped.map(|key| of_row.at(key.widen() * p.mask.key_stride()).load())
                     }
+                    (None, _) => of_row.at(keys[0].min(p.keys - 2)).load_vector::<2>(),
                 });
                 for (within, key) in keys.into_iter().enumerate() {
                     let there = key.lt(p.keys);
@@ -129,13 +173,9 @@ impl PackMaskConfig {
                 }
             }
         }
-        let [some_there, all_there] = [code.any(visible.ne(0u32)), code.all(whole.eq(u32::MAX))];
         if let Some(packing) = self.packing {
-            let strips = p.rows.div_ceil(STRIP_ROWS);
-            let number = sequence * p.heads + head;
-            let first = (number.mul_wide(strips) + strip.widen()) * tiles.widen() + tile.widen();
-            let words = p.words.at(first * packing.tile_words() as i64);
-            code.when(strip.lt(strips), || match packing {
+            let words = strip.words(p.words, packing, 0);
+            match packing {
                 Packing::Bits => words.at(lane).store(visible),
                 Packing::Biases(dtype) => {
                     for (index, vector) in packed(dtype, &biases).chunks_exact(VECTOR).enumerate() {
@@ -143,32 +183,83 @@ impl PackMaskConfig {
                         to.store_vector::<VECTOR>(std::array::from_fn(|i| vector[i]));
                     }
                 }
-            });
+            }
         }
-        // Each warp's word: bit 0 where it sees something, bit 1 where something is not left as it is.
-        let votes = code.shared::<u32>("votes", WARPS);
-        code.when(lane.eq(0), || {
-            votes.at(warp).store(some_there.select(1u32, 0u32) | all_there.select(0u32, 2u32));
-        });
-        code.barrier();
-        code.when(code.thread().eq(0), || {
-            let together = (0..WARPS as i32).map(|warp| votes.plus(warp).load()).reduce(|a, b| a | b);
-            let votes = together.unwrap_or(zero);
-            let partial = (votes & 2u32).ne(0u32).select(SOME, ALL);
-            let class = (votes & 1u32).ne(0u32).select(partial, NONE);
-            let row_tiles = p.rows.div_ceil(CLASS_ROWS);
-            let first = ((sequence * p.heads + head).mul_wide(row_tiles) + row_tile.widen()) * tiles.widen();
-            p.classes.at(first + tile.widen()).store(class);
-        });
+        strip.classify(code, p.classes, &[(visible.ne(0u32), whole.eq(u32::MAX))]);
     }
+
+    /// The same of flags that are chunks of 16 bytes: a lane has 16 keys of each of its rows, which the four lanes of a
+    /// row then exchange as bits.
+    fn write_flags(&self, code: &Code) {
+        let p = PackMaskParams::declare(code);
+        let strip = Strip::new(code, p.size(), self.tiles());
+        let quad_lane = strip.lane & 3;
+        let mask = p.mask.start.at(p.mask.head(strip.sequence, strip.head));
+        let rows = [0, 1].map(|slot| {
+            let row = (strip.first_row + (slot * SLOT_ROWS) as i32).min(p.rows - 1);
+            mask.at(row.widen() * p.mask.row_stride())
+        });
+        let chunks: Vec<_> = (0..FLAG_TILES)
+            .map(|tile| {
+                let key = (strip.first_tile + tile as i32) * KEY_TILE as i32 + quad_lane * CHUNK_FLAGS;
+                let there = key.min(p.keys - CHUNK_FLAGS);
+                (key.lt(p.keys), rows.map(|row| row.at(there).cast::<u32>().load_streaming::<4>()))
+            })
+            .collect();
+        let votes: Vec<_> = chunks
+            .into_iter()
+            .enumerate()
+            .map(|(tile, (there, rows))| {
+                let [first, second] = rows.map(bits_of_flags);
+                let own = there.select(first | (second << 16), 0u32);
+                if self.packing.is_some() {
+                    let exists = (strip.first_tile + tile as i32).lt(strip.tiles);
+                    let visible = of_quad(own, strip.lane);
+                    let words = strip.words(p.words, Packing::Bits, tile);
+                    code.when(exists, || words.at(strip.lane).store(visible));
+                }
+                (own.ne(0u32), own.eq(u32::MAX) | !there)
+            })
+            .collect();
+        strip.classify(code, p.classes, &votes);
+    }
+}
+
+/// Flags of a chunk.
+const CHUNK_FLAGS: i32 = 16;
+
+/// Bits of a chunk's flags: whether each byte is not 0.
+fn bits_of_flags<'k>(words: [Val<'k, u32>; 4]) -> Val<'k, u32> {
+    let of_word = |word: Val<'k, u32>| {
+        // The highest bit of each byte, and then these four side by side, the first byte's lowest.
+        let highest = (((word & 0x7f7f_7f7f) + 0x7f7f_7f7f) | word) & 0x8080_8080;
+        (highest * 0x0020_4081) >> 28
+    };
+    let [a, b, c, d] = words.map(of_word);
+    a | (b << 4) | (c << 8) | (d << 12)
+}
+
+/// Bits of the lane's scores, from the four lanes that have 16 keys each of a row and of the row [`SLOT_ROWS`] below.
+fn of_quad<'k>(own: Val<'k, u32>, lane: Val<'k, i32>) -> Val<'k, u32> {
+    let quad_lane = lane & 3;
+    let of_chunk = |chunk: i32| {
+        // Two neighbouring keys of every eight.
+        let pairs = (own.shuffle((lane - quad_lane) + chunk) >> (quad_lane * 2)) & 0x0303_0303;
+        ((pairs | (pairs >> 6)) & 0x000f_000f) << (4 * chunk)
+    };
+    (0..4).map(of_chunk).reduce(|a, b| a | b).expect("a quad has lanes")
 }
 
 impl Kernel for PackMaskConfig {
     fn name(&self) -> String {
-        let pairs = if self.pairs { "_pairs" } else { "" };
+        let access = match self.access {
+            MaskAccess::Elements => "",
+            MaskAccess::Pairs => "_pairs",
+            MaskAccess::Chunks => "_chunks",
+        };
         let blocks = if self.blocks { "_blocks" } else { "" };
         let packing = self.packing.map_or(String::new(), |packing| format!("_{}", packing.name()));
-        format!("pack_mask_{}{pairs}{blocks}{packing}", self.mask.name())
+        format!("pack_mask_{}{access}{blocks}{packing}", self.mask.name())
     }
 
     fn description(&self) -> String {
@@ -177,9 +268,13 @@ impl Kernel for PackMaskConfig {
             (mask, false) => mask.name(),
             (mask, true) => format!("{} and block mask", mask.name()),
         };
-        let pairs = if self.pairs { ", pairs of keys side by side" } else { "" };
+        let access = match self.access {
+            MaskAccess::Elements => "",
+            MaskAccess::Pairs => ", pairs of keys side by side",
+            MaskAccess::Chunks => ", chunks of 16 bytes",
+        };
         let packing = self.packing.map_or("", |_| ", and its elements packed");
-        format!("classes of the tiles of a mask{packing}; {mask}{pairs}")
+        format!("classes of the tiles of a mask{packing}; {mask}{access}")
     }
 
     fn head_dim(&self) -> Option<usize> {
@@ -189,6 +284,7 @@ impl Kernel for PackMaskConfig {
     fn program(&self) -> Program {
         kernel(&self.name(), 32 * WARPS as u32, |code| match self.mask {
             // A byte that is not 0 hides nothing.
+            MaskForm::Bool if self.reads_chunks_of_flags() => self.write_flags(code),
             MaskForm::None | MaskForm::Bool => self.write::<u8>(code, |byte| Element::of_flag(byte.ne(0u32))),
             MaskForm::Bias(DType::F16) => self.write::<f16>(code, |x| Element::of_bias(x.to_f32())),
             MaskForm::Bias(DType::BF16) => self.write::<bf16>(code, |x| Element::of_bias(x.to_f32())),

@@ -23,14 +23,25 @@ const THREE: WarpgroupTiling = WarpgroupTiling { groups: 3, sums_by_mma: true, .
 
 const THREE_FP8: WarpgroupTiling = WarpgroupTiling { lazy_rescale: 4, ..THREE };
 
-/// Masks and scales of single rows or keys need registers, groups of 128 rows need one block, and few rows no third
-/// group.
+/// Biases as given and scales of single rows or keys need registers, groups of 128 rows need one block, few rows no third
+/// group, and of long biases, or beside long keys, shared memory holds too few tiles for three.
 const fn two_groups(key: &Key) -> bool {
-    key.plain || key.per_block || key.few_rows
+    let long = key.bias_bytes == 4 || key.bias_bytes > 0 && !key.integer;
+    key.plain || key.per_block || key.few_rows || long
 }
 
 /// The table; see [`Row`].
 pub(super) const ROWS: &[Row<WarpgroupTiling>] = &[
+    Row {
+        fits: |key| key.fp8 && key.padded_dim == 256 && key.bias_bytes > 0,
+        tiling: WarpgroupTiling { queries_in_registers: false, ..TWO_FP8 },
+        reason: "the sums fill half the registers of two groups, and biases need those of queries",
+    },
+    Row {
+        fits: |key| key.integer && key.padded_dim == 256 && key.bias_bytes > 0,
+        tiling: WarpgroupTiling { queries_in_registers: false, ..TWO },
+        reason: "the sums fill half the registers of two groups, and biases need those of queries",
+    },
     Row {
         fits: |key| key.fp8 && key.padded_dim == 256,
         tiling: WarpgroupTiling { stages: 5, ..TWO_FP8 },
@@ -110,7 +121,8 @@ pub(super) fn most_stages(machine: &Machine, tiling: &WarpgroupTiling, key: &Key
         (true, true) => 16,
         (true, false) => 128,
     };
-    let stage = key.tile_bytes(tiling.tile_keys) + ones * tiling.tile_keys;
+    let biases = key.biases_bytes(64 * tiling.groups, tiling.tile_keys);
+    let stage = key.tile_bytes(tiling.tile_keys) + ones * tiling.tile_keys + biases;
     // A second block has as much, but for what the system takes of each.
     let bytes =
         if tiling.groups == 1 { (machine.shared_bytes - SYSTEM_BYTES) / 2 } else { machine.shared_bytes };

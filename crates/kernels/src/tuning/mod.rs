@@ -36,6 +36,9 @@ pub struct Key {
     pub per_block: bool,
     /// Whether sequences have no more query rows than two warpgroups.
     pub few_rows: bool,
+    /// Bytes of the bias of a score that warpgroups read in shared memory; 0 where there is none.
+    #[serde(default)]
+    pub bias_bytes: usize,
 }
 
 /// A tile shape, and why.
@@ -77,10 +80,20 @@ impl Key {
         tile_keys * (self.key_bytes() + self.value_bytes()) * self.padded_dim
     }
 
+    /// Bytes of the biases of so many query rows and a tile of keys.
+    const fn biases_bytes(&self, rows: usize, tile_keys: usize) -> usize {
+        rows * tile_keys * self.bias_bytes
+    }
+
     /// Bytes of so many query rows in shared memory.
     const fn queries_bytes(&self, rows: usize) -> usize {
         rows * self.key_bytes() * self.padded_dim
     }
+}
+
+/// Whether shared memory holds enough tiles with their biases.
+pub(crate) fn holds_biases(machine: &Machine, key: &Key) -> bool {
+    !key.warpgroups || hopper::tuned(machine, key).tiling.stages() >= 2
 }
 
 /// The tile shape for a kernel.
@@ -95,20 +108,23 @@ mod tests {
 
     /// Every key that differs in something.
     fn keys() -> impl Iterator<Item = Key> {
-        (0..1 << 8).flat_map(|bits| {
-            [64, 128, 256].into_iter().flat_map(move |padded_dim| {
-                [16, 32].map(|max_rows_per_warp| Key {
-                    integer: bits & 1 != 0,
-                    fp8: bits & 2 != 0,
-                    two_level: bits & 4 != 0,
-                    padded_dim,
-                    plain: bits & 8 != 0,
-                    unaligned: bits & 16 != 0,
-                    max_rows_per_warp,
-                    warpgroups: bits & 32 != 0,
-                    per_block: bits & 64 != 0,
-                    few_rows: bits & 128 != 0,
-                })
+        let others = [64, 128, 256].into_iter().flat_map(|padded_dim| {
+            let rows = [16, 32].into_iter();
+            rows.flat_map(move |rows| [0, 2, 4].map(|bias_bytes| (padded_dim, rows, bias_bytes)))
+        });
+        (0..1 << 8).flat_map(move |bits| {
+            others.clone().map(move |(padded_dim, max_rows_per_warp, bias_bytes)| Key {
+                integer: bits & 1 != 0,
+                fp8: bits & 2 != 0,
+                two_level: bits & 4 != 0,
+                padded_dim,
+                plain: bits & 8 != 0,
+                unaligned: bits & 16 != 0,
+                max_rows_per_warp,
+                warpgroups: bits & 32 != 0,
+                per_block: bits & 64 != 0,
+                few_rows: bits & 128 != 0,
+                bias_bytes,
             })
         })
     }
@@ -125,7 +141,8 @@ mod tests {
     fn what_is_chosen_fits_the_gpu_and_is_tried_first() {
         for target in [Target::SM_80, Target::SM_86, Target::SM_89, Target::SM_90A, Target::SM_120] {
             let machine = Machine::typical(target);
-            for key in keys().filter(|key| machine.has_wgmma() || !key.warpgroups) {
+            let fitting = |key: &Key| (machine.has_wgmma() || !key.warpgroups) && holds_biases(&machine, key);
+            for key in keys().filter(fitting) {
                 let Tuned { tiling, .. } = tiling(&machine, &key);
                 let fits = match &tiling {
                     Tiling::Warps(tiling) => ampere::shared_bytes(tiling, &key) <= machine.shared_bytes,

@@ -5,9 +5,11 @@
 //! them once it is done, which it long is by then.
 
 use sage_ptx::{
-    Code, Half, MmaAccumulator, MmaElement, OperandVars, PanelMatrix, RoundedElement, Stored, Tile, Val, Var,
+    Code, Half, MmaAccumulator, MmaElement, OperandVars, PanelMatrix, RoundedElement, Shared, Stored, Tile,
+    Val, Var,
 };
 
+use super::bias_ring::{self, BiasRing};
 use super::output_in_flight::OutputInFlight;
 use super::pipeline::Cursor;
 use super::tma_ring::TmaRing;
@@ -16,12 +18,12 @@ use crate::attention::epilogue::Epilogue;
 use crate::attention::key_tiles::{KeyTile, Span, Walk};
 use crate::attention::place::Place;
 use crate::attention::queries::{Queries, depth_steps};
-use crate::attention::scores::{KeyScales, Masking, Scoring};
+use crate::attention::scores::{KeyScales, MaskSource, Masking, Scoring};
 use crate::attention::softmax::Softmax;
 use crate::integer::ROUNDING_MAGIC_BITS;
 use crate::operand::{Element, OperandSource};
 use crate::sequence::{KEY_TILE, Lengths};
-use crate::sparse::{LaneWords, Packing};
+use crate::sparse::{LaneBits, LaneWords, Packing};
 
 /// Where a warpgroup stands in the ring.
 pub(super) struct Cursors<'k> {
@@ -31,12 +33,23 @@ pub(super) struct Cursors<'k> {
     own: Cursor<'k>,
     /// The tile before it.
     done: Cursor<'k>,
+    /// The next tile with biases, where they are packed.
+    biases: Option<Cursor<'k>>,
+}
+
+/// What the producer fills.
+pub(super) struct Rings<'k, 'c> {
+    pub tiles: TmaRing<'k, 'c>,
+    /// Where biases are packed.
+    pub biases: Option<BiasRing<'k>>,
 }
 
 impl<'k> Cursors<'k> {
     pub fn new(code: &'k Code, config: &AttentionConfig) -> Self {
         let cursor = |name| Cursor::new(code, config.tiling.stages(), name);
-        Cursors { next: cursor("next"), own: cursor("own"), done: cursor("done") }
+        let biases = bias_ring::stage_bytes(config) > 0;
+        let biases = biases.then(|| cursor("biases"));
+        Cursors { next: cursor("next"), own: cursor("own"), done: cursor("done"), biases }
     }
 
     /// The next tile's scores are there.
@@ -52,12 +65,16 @@ pub(super) struct Consumer<'k, 'c, 'r, E> {
     code: &'k Code,
     config: &'c AttentionConfig,
     ring: &'r TmaRing<'k, 'c>,
+    /// The ring of biases, where the warpgroup stands in it, and where the lane's lie in its first stage.
+    biases: Option<(&'r BiasRing<'k>, &'r Cursor<'k>, Shared<'k, u32>)>,
+    /// Where a mask's bits lie, where it is packed as bits.
+    bits: Option<LaneBits<'k>>,
     scoring: Scoring<'k, 'c>,
     key_scales: KeyScales<'k>,
     /// Scales of the next tile's keys, for each 64 of them.
     scales: Vec<Vec<Var<'k, f32>>>,
-    /// Words of a mask for each 64 keys of the next tile.
-    mask_words: Vec<Vec<Var<'k, u32>>>,
+    /// Bits of a mask for each 64 keys of the next tile, where it is packed as bits.
+    mask_words: Vec<Var<'k, u32>>,
     softmax: Softmax<'k>,
     output: OutputInFlight<'k, 'c>,
     /// Scores of a tile.
@@ -73,7 +90,7 @@ impl<'k, 'c, 'r, E: RoundedElement> Consumer<'k, 'c, 'r, E> {
         config: &'c AttentionConfig,
         p: &AttentionParams<'k>,
         place: Place<'k>,
-        ring: &'r TmaRing<'k, 'c>,
+        rings: &'r Rings<'k, 'c>,
         cursors: &'r Cursors<'k>,
     ) -> Self {
         let queries = Queries::load::<H>(code, config, p, &place);
@@ -81,14 +98,19 @@ impl<'k, 'c, 'r, E: RoundedElement> Consumer<'k, 'c, 'r, E> {
         let tile_keys = config.tiling.tile_keys();
         let output = OutputInFlight::new(code, config);
         let softmax = Softmax::new(code, config);
-        let words = place.mask_words.map_or(0, |words| words.packing.lane_words());
-        let parts = if words > 0 { tile_keys / KEY_TILE } else { 0 };
-        let mask_words = (0..parts).map(|_| (0..words).map(|_| code.var(0u32)).collect()).collect();
+        let parts = if config.packing() == Some(Packing::Bits) { tile_keys / KEY_TILE } else { 0 };
+        let mask_words = (0..parts).map(|_| code.var(0u32)).collect();
         let output = output.beside(softmax.sums_in_flight());
+        let biases = rings.biases.as_ref().zip(cursors.biases.as_ref());
+        let biases = biases.map(|(ring, cursor)| (ring, cursor, ring.of_lane(&place)));
+        let bits = place.mask_words.filter(|words| words.packing == Packing::Bits);
+        let bits = bits.map(|words| words.bits(place.strip(0)));
         Consumer {
             code,
             config,
-            ring,
+            ring: &rings.tiles,
+            biases,
+            bits,
             scoring: Scoring { code, config, params: *p, place, queries },
             softmax,
             output,
@@ -123,7 +145,6 @@ impl<'k, 'c, 'r, E: RoundedElement> Consumer<'k, 'c, 'r, E> {
             self.load_ahead(&first);
             self.output.clear_parts();
             self.start_scores::<H>();
-            self.load_biases(&first);
             self.take_scores(0);
             k.range(start, last, |position| {
                 self.tile::<H>(&walk, position, true);
@@ -142,7 +163,7 @@ impl<'k, 'c, 'r, E: RoundedElement> Consumer<'k, 'c, 'r, E> {
         self.ring.keys.wait(next);
         self.ring.keys.release(place.lane, next);
         self.ring.values.wait(next);
-        self.clear_values(tile, self.code.constant(true), next);
+        self.clear_outside(tile, next);
         self.ring.values.release(place.lane, next);
         next.advance();
     }
@@ -179,47 +200,26 @@ impl<'k, 'c, 'r, E: RoundedElement> Consumer<'k, 'c, 'r, E> {
     /// Starts loading what is read of a tile a tile ahead of its use: scales of its keys, and bits of a mask.
     fn load_ahead(&self, tile: &KeyTile<'k>) {
         self.load_scales(tile.index);
-        if self.packing() == Some(Packing::Bits) {
-            self.load_mask(tile.index);
+        let Some(bits) = self.bits else { return };
+        for (part, word) in self.mask_words.iter().enumerate() {
+            word.set(bits.load(self.key_tile(tile.index, part)));
         }
     }
 
-    /// Starts loading the biases of the next tile once those of this one are added, as registers are few.
-    fn load_biases(&self, tile: &KeyTile<'k>) {
-        if let Some(Packing::Biases(_)) = self.packing() {
-            self.code.when(tile.is_masked(), || self.load_mask(tile.index));
-        }
-    }
-
-    fn packing(&self) -> Option<Packing> {
-        self.scoring.place.mask_words.map(|words| words.packing)
-    }
-
-    fn load_mask(&self, tile: Val<'k, i32>) {
-        let first_key = tile * self.config.tiling.tile_keys() as i32;
-        for (part, words) in self.mask_words.iter().enumerate() {
-            let first_key = first_key + (part * KEY_TILE) as i32;
-            // Only the first of several parts always has keys.
-            let first_key =
-                if part == 0 { first_key } else { first_key.min(self.scoring.place.sequence.kv_len - 1) };
-            let loaded = self.scoring.mask_words(first_key, 0..KEY_TILE);
-            let loaded = loaded.iter().flat_map(LaneWords::words);
-            words.iter().zip(loaded).for_each(|(var, word)| var.set(word));
-        }
+    /// Which of the sequence's tiles of 64 keys part `part` of a tile is. Only the first of several parts always has
+    /// keys: the last one that has some stands in for those that have none.
+    fn key_tile(&self, tile: Val<'k, i32>, part: usize) -> Val<'k, i32> {
+        let parts = (self.config.tiling.tile_keys() / KEY_TILE) as i32;
+        let own = tile * parts + part as i32;
+        let last = || self.scoring.place.sequence.kv_len.div_ceil(KEY_TILE) - 1;
+        if part == 0 { own } else { own.min(last()) }
     }
 
     /// Starts loading the scales of a tile of keys, which must be one of the sequence's, a tile ahead of their use.
     fn load_scales(&self, tile: Val<'k, i32>) {
-        let parts = (self.config.tiling.tile_keys() / KEY_TILE) as i32;
         for (part, scales) in self.scales.iter().enumerate() {
-            let index = tile * parts + part as i32;
-            // Only the first of several parts always has keys.
-            let index = if part == 0 {
-                index
-            } else {
-                index.min(self.scoring.place.sequence.kv_len.div_ceil(KEY_TILE) - 1)
-            };
-            scales.iter().zip(self.key_scales.of_tile(index)).for_each(|(var, scale)| var.set(scale));
+            let loaded = self.key_scales.of_tile(self.key_tile(tile, part));
+            scales.iter().zip(loaded).for_each(|(var, scale)| var.set(scale));
         }
     }
 
@@ -251,15 +251,11 @@ impl<'k, 'c, 'r, E: RoundedElement> Consumer<'k, 'c, 'r, E> {
 
     /// The exponentials of a tile's scores, while the product of the tile before is in flight.
     fn exponentials(&self, tile: &KeyTile<'k>, next: Option<KeyTile<'k>>) -> Tile<Val<'k, f32>> {
-        let k = self.code;
+        let (k, place) = (self.code, &self.scoring.place);
         let parts = self.config.tiling.tile_keys() / KEY_TILE;
         let scales: Vec<Vec<_>> =
             self.scales.iter().map(|scales| scales.iter().map(|scale| scale.get()).collect()).collect();
-        let loaded = |words: &Vec<Var<'k, u32>>| {
-            let packing = self.packing()?;
-            Some(LaneWords::of_strip(packing, words.iter().map(|word| word.get())))
-        };
-        let words = self.mask_words.iter().filter_map(loaded).collect();
+        let bits: Vec<_> = self.mask_words.iter().map(|bits| LaneWords::of_strip_bits(bits.get())).collect();
         if let Some(next) = next {
             self.load_ahead(&next);
         }
@@ -269,17 +265,24 @@ impl<'k, 'c, 'r, E: RoundedElement> Consumer<'k, 'c, 'r, E> {
             self.scoring.scaled(scores, first_key, 0, scales)
         };
         let tiles: Vec<_> = scales.iter().enumerate().map(of_part).collect();
-        let masking = Masking { cut: tile.is_cut(), masked: tile.is_masked(), words };
-        self.scoring.hide(&tiles, 0, &masking);
-        if let Some(next) = next {
-            self.load_biases(&next);
+        let (cut, masked) = (tile.is_cut(), tile.is_masked());
+        let words = match self.biases {
+            None => MaskSource::Registers(bits),
+            Some((ring, cursor, of_lane)) => MaskSource::Staged(ring.words(of_lane, cursor)),
+        };
+        if let Some((ring, cursor, _)) = self.biases {
+            k.when(masked, || ring.wait(cursor));
         }
-        let p = self.softmax.advance(k, &tiles, |alphas| {
+        let masking = Masking { cut, masked, words };
+        let p = self.scoring.probabilities(&self.softmax, &tiles, 0, &masking, |alphas| {
             self.output.drain();
             // They are in, and shall not count a second time.
             self.output.clear_parts();
             self.output.mul_rows(alphas);
         });
+        if let Some((ring, cursor, _)) = self.biases {
+            k.when(masked, || ring.release(place, cursor));
+        }
         let p = p.iter().map(|p| p.exponentials()).reduce(|tile, part| tile.beside(&part));
         p.expect("a tile has keys")
     }
@@ -288,39 +291,34 @@ impl<'k, 'c, 'r, E: RoundedElement> Consumer<'k, 'c, 'r, E> {
     fn start_output(&self, tile: &KeyTile<'k>) {
         self.code.note("output: p * v");
         let values = self.ring.values.matrix(&self.cursors.own);
-        self.clear_values(tile.index, tile.is_cut() | tile.is_masked(), &self.cursors.own);
+        self.clear_values(tile, &self.cursors.own);
         self.output.start_product(&self.probabilities, &values);
     }
 
     /// Clears what no query sees in a tile of V as given, whether a mask hides it or it lies behind the end of the
-    /// sequence: all groups meet there. Nothing is hidden of a tile that is not cut.
-    fn clear_values(&self, tile: Val<'k, i32>, cut: Val<'k, bool>, cursor: &Cursor<'k>) {
+    /// sequence: all groups meet there.
+    fn clear_values(&self, tile: &KeyTile<'k>, cursor: &Cursor<'k>) {
+        let (k, config, place) = (self.code, self.config, &self.scoring.place);
+        let Some(seen) = place.seen.filter(|_| config.clears_values()) else {
+            return self.clear_outside(tile.index, cursor);
+        };
+        let first_key = tile.index * config.tiling.tile_keys() as i32;
+        k.when(tile.is_cleared(), || {
+            let hides = |row: Val<'k, i32>| {
+                let key = first_key + row;
+                let there = key.lt(place.sequence.kv_len);
+                !(there & seen.is_visible(there.select(key, 0)))
+            };
+            self.ring.clear_values(hides, cursor);
+        });
+    }
+
+    /// Clears what lies behind the end of the sequence in a tile of V as given, where no mask is.
+    fn clear_outside(&self, tile: Val<'k, i32>, cursor: &Cursor<'k>) {
         let (k, config, place) = (self.code, self.config, &self.scoring.place);
         let tile_keys = config.tiling.tile_keys() as i32;
-        if config.operands.v.source != OperandSource::Given {
-            return;
-        }
-        if let Some(seen) = place.seen {
-            let parts = tile_keys / KEY_TILE as i32;
-            let first = tile * parts;
-            // Only the first of several parts always has keys, and words.
-            let words = |part: i32| {
-                let last = place.sequence.kv_len.div_ceil(KEY_TILE) - 1;
-                seen.tile(if part == 0 { first } else { (first + part).min(last) })
-            };
-            k.when(cut, || {
-                let all = (0..parts).map(|part| words(part).all_visible());
-                let all = all.reduce(|a, b| a & b).unwrap_or(k.constant(true));
-                k.when(!all, || {
-                    let hides = |row: Val<'k, i32>| {
-                        let key = tile * tile_keys + row;
-                        let there = key.lt(place.sequence.kv_len);
-                        !(there & seen.is_visible(there.select(key, 0)))
-                    };
-                    self.ring.clear_values(hides, cursor);
-                });
-            });
-        } else if config.lengths != Lengths::Dense {
+        let given = config.operands.v.source == OperandSource::Given;
+        if given && place.seen.is_none() && config.lengths != Lengths::Dense {
             let rows = place.sequence.kv_len - tile * tile_keys;
             k.when(rows.lt(tile_keys), || self.ring.clear_values(|row| row.ge(rows), cursor));
         }

@@ -2,6 +2,7 @@
 //! producer, asks TMA for tiles of K and V; the consumers, groups of four warps that share nothing but the tiles,
 //! multiply them.
 
+mod bias_ring;
 mod consumer;
 mod output_in_flight;
 mod pipeline;
@@ -12,21 +13,29 @@ use sage_ptx::{Code, Half, MmaElement, RoundedElement, Stored};
 
 use crate::attention::config::{AttentionConfig, AttentionParams, WARPGROUP};
 use crate::attention::key_tiles::TileListParams;
-use consumer::{Consumer, Cursors};
+use bias_ring::BiasRing;
+use consumer::{Consumer, Cursors, Rings};
 use pipeline::Cursor;
 use tma_ring::TmaRing;
 pub use tma_ring::{TENSOR_MAPS, boxed_tensors, stage_bytes};
 use work_queue::WorkQueue;
 
-/// Registers of a multiprocessor, and what a thread of the producer's warpgroup needs.
+/// Registers of a multiprocessor.
 const REGISTERS: u32 = 64 << 10;
-const PRODUCER_REGISTERS: u32 = 24;
 /// Most registers of a thread, in the steps of `setmaxnreg`.
 const MOST_REGISTERS: u32 = 240;
 
-/// Registers of each consumer's thread.
+/// Registers of a thread of the producer's warpgroup.
+fn producer_registers(config: &AttentionConfig) -> u32 {
+    if bias_ring::stage_bytes(config) > 0 { 32 } else { 24 }
+}
+
+/// Registers of each consumer's thread. A block shares out those that it was started with, which are as many for each
+/// of its threads: asking for more waits for ever.
 fn consumer_registers(config: &AttentionConfig) -> u32 {
-    let left = REGISTERS / config.tiling.min_blocks() - WARPGROUP * PRODUCER_REGISTERS;
+    let threads = config.block_threads();
+    let of_block = REGISTERS / config.tiling.min_blocks() / threads / 8 * 8 * threads;
+    let left = of_block - WARPGROUP * producer_registers(config);
     (left / config.threads() / 8 * 8).min(MOST_REGISTERS)
 }
 
@@ -40,7 +49,9 @@ pub(super) fn write<'k, H, E>(
     E: RoundedElement,
 {
     let maps = TENSOR_MAPS.map(|name| k.tensor_map(name));
-    let ring = TmaRing::new(k, config, maps);
+    let tiles = TmaRing::new(k, config, maps);
+    let biases = BiasRing::new(k, config, tiles.memory_of_biases);
+    let rings = Rings { tiles, biases };
     let work = WorkQueue::new(k, config, p, lists);
     k.barrier();
     let [warp, lane] = work.thread;
@@ -48,12 +59,20 @@ pub(super) fn write<'k, H, E>(
     k.if_else(
         produces,
         || {
-            k.fewer_registers(PRODUCER_REGISTERS);
+            k.fewer_registers(producer_registers(config));
             let first = warp.eq(config.tiling.warps() as i32) & lane.eq(0);
             k.when(first, || {
-                let cursor = Cursor::new(k, config.tiling.stages(), "produced");
+                let stages = config.tiling.stages();
+                let cursor = Cursor::new(k, stages, "produced");
+                let biases =
+                    rings.biases.as_ref().map(|ring| (ring, Cursor::new(k, stages, "biases_produced")));
                 work.hand_out(|place| {
-                    place.key_tiles.for_each_loaded(k, |tile| ring.load(place, tile, &cursor));
+                    place.key_tiles.for_each_loaded(k, |tile| {
+                        rings.tiles.load(place, tile.index, &cursor);
+                        if let Some((ring, cursor)) = &biases {
+                            ring.load(place, &tile, cursor);
+                        }
+                    });
                 });
             });
         },
@@ -61,7 +80,7 @@ pub(super) fn write<'k, H, E>(
             k.more_registers(consumer_registers(config));
             let cursors = Cursors::new(k, config);
             work.take(|place| {
-                Consumer::<E>::new::<H>(k, config, p, place, &ring, &cursors).compute::<H>(p);
+                Consumer::<E>::new::<H>(k, config, p, place, &rings, &cursors).compute::<H>(p);
             });
         },
     );

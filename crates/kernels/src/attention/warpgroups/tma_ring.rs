@@ -3,6 +3,7 @@
 
 use sage_ptx::{BoxedTensor, Code, PanelMatrix, Shared, Val};
 
+use super::bias_ring;
 use super::pipeline::{Cursor, Pipeline};
 use crate::attention::config::AttentionConfig;
 use crate::attention::place::Place;
@@ -181,6 +182,8 @@ pub(super) struct TmaRing<'k, 'c> {
     config: &'c AttentionConfig,
     pub keys: Stages<'k>,
     pub values: Stages<'k>,
+    /// Behind the stages of both: those of biases.
+    pub memory_of_biases: Shared<'k, u8>,
 }
 
 impl<'k, 'c> TmaRing<'k, 'c> {
@@ -188,7 +191,7 @@ impl<'k, 'c> TmaRing<'k, 'c> {
     pub fn new(code: &'k Code, config: &'c AttentionConfig, maps: [Val<'k, u64>; 2]) -> Self {
         let stages = config.tiling.stages();
         let bytes = stages * stage_bytes(config);
-        let memory = code.shared::<u8>("tiles", bytes);
+        let memory = code.shared::<u8>("tiles", bytes + stages * bias_ring::stage_bytes(config));
         let barriers = code.mbarriers("tiles_full_empty", 2 * Pipeline::barriers(stages));
         let of = |form: Form, map, first: usize, first_barrier: usize| Stages {
             form,
@@ -207,7 +210,7 @@ impl<'k, 'c> TmaRing<'k, 'c> {
             }
             code.fence_mbarriers();
         });
-        let ring = TmaRing { code, config, keys, values };
+        let ring = TmaRing { code, config, keys, values, memory_of_biases: memory.plus(bytes as i32) };
         ring.write_ones();
         ring
     }

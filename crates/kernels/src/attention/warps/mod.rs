@@ -3,7 +3,7 @@
 mod copied_tiles;
 mod cp_async_ring;
 
-use sage_ptx::{Code, Half, MmaElement, RoundedElement, Stored};
+use sage_ptx::{Code, Half, MmaElement, RoundedElement, Rows, Stored};
 
 use crate::attention::config::{AttentionConfig, AttentionParams};
 use crate::attention::epilogue::Epilogue;
@@ -11,7 +11,7 @@ use crate::attention::key_tiles::{KeyTile, TileListParams};
 use crate::attention::output::Output;
 use crate::attention::place::Place;
 use crate::attention::queries::Queries;
-use crate::attention::scores::{KeyScales, Keys, Masking, Scoring};
+use crate::attention::scores::{KeyScales, Keys, MaskSource, Masking, Scoring};
 use crate::attention::softmax::Softmax;
 use cp_async_ring::CpAsyncRing;
 
@@ -38,11 +38,13 @@ pub(super) fn write<'k, H, E>(
     place.key_tiles.for_each(k, |tile: KeyTile<'k>| {
         let (fragments, values) = ring.next(tile.position, &place);
         let scales = key_scales.of_tile(tile.index);
-        let masking = Masking { cut: tile.is_cut(), masked: tile.is_masked(), words: Vec::new() };
+        let masking = Masking { cut: tile.is_cut(), masked: tile.is_masked(), words: MaskSource::Memory };
         let keys = Keys { index: tile.index, fragments, scales, masking };
         for step in 0..config.tiling.tile_keys() / config.tiling.step_keys() {
-            let scores = scoring.scores::<H>(&keys, step);
-            for p in softmax.advance(k, &[scores], |alphas| output.mul_rows(alphas)) {
+            let scores = [scoring.scores::<H>(&keys, step)];
+            let first_column = step * config.tiling.step_keys();
+            let rescale = |alphas: &Rows<_>| output.mul_rows(alphas);
+            for p in scoring.probabilities(&softmax, &scores, first_column, &keys.masking, rescale) {
                 output.add::<E>(&p, &values, step);
             }
         }
