@@ -2,8 +2,8 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use sage_emulator::{Buffer, Emulator, EmulatorOptions, Failure, FaultKind, Report, Swizzle, TensorMap};
-use sage_ptx::Program;
 use sage_ptx::isa::{Cmp, Control, Space, Warp};
+use sage_ptx::{Program, kernel};
 
 mod support;
 use support::{Raw, Source, fault_naming};
@@ -350,4 +350,43 @@ fn a_wait_may_give_up() {
     let out = emulator.uninitialized("out", 128);
     emulator.launch(&raw.done(), [1, 1, 1], &[out.arg()]).unwrap();
     assert_eq!(emulator.read::<u32>(out), [2; 32]);
+}
+
+/// Copies `bytes` from `from` bytes behind the start of `data` to shared memory, and from there to `out`.
+fn load_bytes(bytes: u32, from: i32) -> Program {
+    kernel("load_bytes", 64, |k| {
+        let [data, out] = ["data", "out"].map(|name| k.global::<u32>(name));
+        let tile = k.shared::<u32>("tile", 256);
+        let full = k.mbarriers("full", 1).plus(0);
+        k.when(k.thread().eq(0), || {
+            full.init(1);
+            k.fence_mbarriers();
+        });
+        k.barrier();
+        k.when(k.thread().eq(0), || {
+            full.arrive_expecting(bytes as i32);
+            let from = data.cast::<u8>().plus(from).cast::<u32>();
+            tile.copy_bulk(from, bytes as i32, &full);
+        });
+        full.wait(k.constant(0));
+        k.range_by(k.thread(), bytes as i32 / 4, 64, |i| out.at(i).store(tile.at(i).load()));
+    })
+}
+
+#[test]
+fn bytes_side_by_side_arrive() {
+    let mut emulator = Emulator::new();
+    let words: Vec<u32> = (0..256).map(|i| i * 3 + 1).collect();
+    let data = emulator.buffer("data", &words);
+    let out = emulator.uninitialized("out", 400);
+    let args = [data.arg(), out.arg()];
+    let report = emulator.launch(&load_bytes(400, 32), [1, 1, 1], &args).unwrap();
+    assert_eq!(report.bulk_bytes, 400);
+    assert_eq!(emulator.read::<u32>(out), words[8..108]);
+    fault_naming(
+        emulator.launch(&load_bytes(400, 8), [1, 1, 1], &args),
+        FaultKind::Misaligned,
+        &["bulk copy of 400 bytes", "multiples of 16"],
+    );
+    fault_naming(emulator.launch(&load_bytes(400, 640), [1, 1, 1], &args), FaultKind::OutOfBounds, &["data"]);
 }

@@ -66,8 +66,8 @@ impl<'k> Biases<'_, 'k, '_> {
 }
 
 impl<'k> ScoreTile<'k> {
-    /// What is added to scaled values for logarithms relative to `bases`. The bias of integers is taken back here, where
-    /// it costs nothing.
+    /// What is added to scaled values for logarithms relative to `bases`. The bias of integers is taken back here,
+    /// where it costs nothing.
     fn shift(&self, bases: &Rows<Val<'k, f32>>) -> Rows<Val<'k, f32>> {
         Rows::from_fn(bases.slots(), |slot| {
             let base = bases[slot];

@@ -36,7 +36,8 @@ kernel_params! {
         /// Tiles of each list.
         tile_counts: [i32],
         /// The lists: indices of tiles of [`tile_keys`](crate::Tiling::tile_keys) keys that the sequence has, in any
-        /// order, none twice, and behind them [`ENTRIES_BEHIND`] indices of any; with [`CUT_TILE`], [`MASKED_TILE`] and [`CLEARED_TILE`] where these are so.
+        /// order, none twice, with [`CUT_TILE`], [`MASKED_TILE`] and [`CLEARED_TILE`] where these are so; behind them
+        /// stand [`ENTRIES_BEHIND`] indices of any.
         tile_lists: [u32],
         /// Entries from one list to the next.
         list_stride: i32,

@@ -77,9 +77,9 @@ impl<'k> Scoring<'k, '_> {
         self.scaled(values, first_key, first_column, &keys.scales)
     }
 
-    /// P of scores, which are those of each 64 keys of a tile, or of its columns from `first_column` on: takes them into
-    /// the softmax without what masks, the band and the end of the keys hide, and with biases. Calls `rescale` with the
-    /// factor of each row's sums where they change.
+    /// P of scores, which are those of each 64 keys of a tile, or of its columns from `first_column` on: takes them
+    /// into the softmax without what masks, the band and the end of the keys hide, and with biases. Calls `rescale` with
+    /// the factor of each row's sums where they change.
     pub fn probabilities<'s>(
         &self,
         softmax: &'s Softmax<'k>,

@@ -256,8 +256,8 @@ impl AttentionSlots {
     }
 }
 
-/// Whether an additive mask is packed where the kernel can read its words: one for all heads and sequences, as a copy of
-/// more would take as much memory as scores.
+/// Whether an additive mask is packed where the kernel can read its words: one for all heads and sequences, as a copy
+/// of more would take as much memory as scores.
 fn packs_biases(call: &ForwardCall) -> bool {
     let Extent { batches, heads, .. } = call.request.mask_extent;
     matches!(call.request.mask, MaskForm::Bias(_)) && !batches && !heads
@@ -350,8 +350,8 @@ fn splits(call: &ForwardCall, config: &AttentionConfig) -> usize {
 
 /// Heads whose pieces of work are handed out together. Where pieces differ in length there must be many to even out,
 /// but their keys and values must stay in cache: in half of it, as each half of a large GPU's may hold a copy. Where
-/// heads share long biases, cached or not, pieces that run at the same time should read little of both: `n` heads at once
-/// read `n` heads' keys and the biases of `1 / n` as many rows.
+/// heads share long biases, cached or not, pieces that run at the same time should read little of both: `n` heads at
+/// once read `n` heads' keys and the biases of `1 / n` as many rows.
 fn heads_together(call: &ForwardCall, config: &AttentionConfig, all_heads: usize) -> usize {
     if call.pieces_alike() {
         return 1;

@@ -100,8 +100,8 @@ impl<'k> Strip<'k> {
         words.plus((tile * packing.tile_words()) as i32).at(self.warp * packing.strip_words() as i32)
     }
 
-    /// Writes the classes of the block's tiles among those of all heads: `lanes` says of each whether the lane sees something of it, and whether
-    /// nothing that it sees is changed.
+    /// Writes the classes of the block's tiles among those of all heads: `lanes` says of each whether the lane sees
+    /// something of it, and whether nothing that it sees is changed.
     pub fn classify(
         &self,
         code: &'k Code,

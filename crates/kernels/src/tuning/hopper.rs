@@ -23,8 +23,8 @@ const THREE: WarpgroupTiling = WarpgroupTiling { groups: 3, sums_by_mma: true, .
 
 const THREE_FP8: WarpgroupTiling = WarpgroupTiling { lazy_rescale: 4, ..THREE };
 
-/// Biases as given and scales of single rows or keys need registers, groups of 128 rows need one block, few rows no third
-/// group, and of long biases, or beside long keys, shared memory holds too few tiles for three.
+/// Biases as given and scales of single rows or keys need registers, groups of 128 rows need one block, few rows no
+/// third group, and of long biases, or beside long keys, shared memory holds too few tiles for three.
 const fn two_groups(key: &Key) -> bool {
     let long = key.bias_bytes == 4 || key.bias_bytes > 0 && !key.integer;
     key.plain || key.per_block || key.few_rows || long

@@ -55,8 +55,8 @@ instructions! {
                 "cp.async.bulk.tensor.{dims}d.shared::cluster.global.mbarrier::complete_tx::bytes \
                  [$0], [$1, {{$3}}], [$2]"
             );
-        /// Starts copying `src[2]` bytes from global `src[1]` to shared `src[0]`, all multiples of 16, counting them at the
-        /// `mbarrier` at `src[3]`.
+        /// Starts copying `src[2]` bytes from global `src[1]` to shared `src[0]`, all multiples of 16, counting them at
+        /// the `mbarrier` at `src[3]`.
         BulkLoad: [] <- [Width::B32, Width::B64, Width::B32, Width::B32], HOPPER,
             "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3]";
         /// Sets how many registers each thread of this warpgroup may use: to more, waiting until there are that many.
