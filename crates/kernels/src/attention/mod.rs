@@ -22,6 +22,7 @@ mod kernel;
 mod key_tiles;
 mod output;
 mod place;
+mod probabilities;
 mod queries;
 mod score_tile;
 mod scores;

@@ -5,20 +5,18 @@ use std::ops::Range;
 use half::{bf16, f16};
 use sage_core::{DType, Granularity, ZeroGroup};
 use sage_ptx::{
-    Code, FragmentSource, Global, Half, MmaAccumulator, MmaElement, Rows, S4, Tile, Val, Var, lane_column,
+    Code, FragmentSource, Global, Half, MmaAccumulator, MmaElement, S4, Tile, Val, Var, lane_column,
 };
 
-use super::biased_softmax::Biases;
 use super::config::{AttentionConfig, AttentionParams, MaskForm};
 use super::place::Place;
 use super::queries::{Queries, depth_steps};
 use super::score_tile::ScoreTile;
-use super::softmax::{Probabilities, Softmax};
 use crate::integer::{ROUNDING_MAGIC_BITS, nonzero};
 use crate::operand::Element;
 use crate::preprocess::groups_of_tile;
 use crate::sequence::KEY_TILE;
-use crate::sparse::{LaneWords, Packing, STRIP_ROWS, StagedWords};
+use crate::sparse::{LaneWords, STRIP_ROWS, StagedWords};
 
 /// How a warp's scores are computed.
 pub(super) struct Scoring<'k, 'c> {
@@ -77,27 +75,8 @@ impl<'k> Scoring<'k, '_> {
         self.scaled(values, first_key, first_column, &keys.scales)
     }
 
-    /// P of scores, which are those of each 64 keys of a tile, or of its columns from `first_column` on: takes them
-    /// into the softmax without what masks, the band and the end of the keys hide, and with biases. Calls `rescale` with
-    /// the factor of each row's sums where they change.
-    pub fn probabilities<'s>(
-        &self,
-        softmax: &'s Softmax<'k>,
-        scores: &'s [ScoreTile<'k>],
-        first_column: usize,
-        masking: &Masking<'k>,
-        rescale: impl FnOnce(&Rows<Val<'k, f32>>),
-    ) -> Vec<Probabilities<'s, 'k>> {
-        if let Some(Packing::Biases(dtype)) = self.config.packing() {
-            let biases = Biases { scoring: self, dtype, first_column, masking };
-            return softmax.advance_biased(scores, &biases, rescale);
-        }
-        self.hide(scores, first_column, masking);
-        softmax.advance(self.code, scores, rescale)
-    }
-
     /// Hides what a mask, the band and the end of the keys hide, and adds biases as given, where they say that they do.
-    fn hide(&self, scores: &[ScoreTile<'k>], first_column: usize, masking: &Masking<'k>) {
+    pub fn hide(&self, scores: &[ScoreTile<'k>], first_column: usize, masking: &Masking<'k>) {
         let (config, p, place) = (self.config, &self.params, &self.place);
         self.code.when(masking.masked, || {
             for (part, scores) in scores.iter().enumerate() {
