@@ -1,6 +1,7 @@
 //! Attention of one call: what both strategies share.
 
 use std::f32::consts::{LN_2, LOG2_E};
+use std::ops::Range;
 
 use sage_core::{Call, Sequence, View};
 
@@ -40,31 +41,31 @@ impl<E: Load> Attention<'_, '_, E> {
         HeadRows::new(&self.v, sequence.batch, kv_head, sequence.kv_start)
     }
 
-    /// Caps and masks the scores of a tile: keys `first..first + columns` of sequence `index`.
+    /// Caps and masks the scores of `keys` of sequence `index`, whole panels of which some may lie behind its end.
+    /// `blocks_cut`: whether the block mask hides some of them from some row.
     ///
     /// `mean_score` is what smoothing K took from each row's scores: it moves no probability, but the cap needs it.
     pub fn finish_scores(
         &self,
         index: usize,
         rows: &[Row],
-        first: usize,
-        columns: usize,
+        keys: Range<usize>,
+        blocks_cut: bool,
         mean_score: Option<&[f32]>,
         scores: &mut [f32],
     ) {
         if let Some(cap) = self.call.problem.logit_softcap {
             for (r, row) in scores.chunks_exact_mut(TILE_KEYS).enumerate().take(rows.len()) {
-                let row = &mut row[..columns];
+                let row = &mut row[..keys.len()];
                 if let Some(mean_score) = mean_score {
                     row.iter_mut().for_each(|score| *score += mean_score[r]);
                 }
                 self.kernels.soft_cap(SoftCap { scores: row, cap: (cap * LOG2_E).min(f32::MAX) });
             }
         }
-        let sees_all = |row: &Row| row.keys.start <= first && first + columns <= row.keys.end;
-        let masked = self.call.mask.is_some() || self.call.block_mask.is_some();
-        if masked || !rows.iter().all(sees_all) {
-            apply_masks(self.kernels, self.call, index, rows, first, columns, scores);
+        let sees_all = |row: &Row| row.keys.start <= keys.start && keys.end <= row.keys.end;
+        if self.call.mask.is_some() || blocks_cut || !rows.iter().all(sees_all) {
+            apply_masks(self.kernels, self.call, index, rows, keys, scores);
         }
     }
 

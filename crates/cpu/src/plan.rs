@@ -23,6 +23,9 @@ pub(crate) const PACKED_BYTES_MAX: usize = 24 << 20;
 /// Query rows of a unit of work: more would not save memory traffic that matters.
 const BLOCK_Q_MAX: usize = 192;
 
+/// Query rows of a unit of work below which packed keys are read too often.
+const BLOCK_Q_MIN: usize = 48;
+
 /// Units of work for each thread that keep the last ones from leaving threads idle.
 const UNITS_PER_THREAD: usize = 6;
 
@@ -202,6 +205,13 @@ fn block_q(
     let rows = problem.q_len.saturating_mul(problem.num_q_heads).saturating_mul(problem.batch);
     let balanced = rows / (UNITS_PER_THREAD * threads);
     let block_q = fits.min(balanced).min(BLOCK_Q_MAX).min(problem.q_len).max(1);
+    if let Some([blocks, _]) = problem.blocks {
+        let block_q = within_blocks(blocks);
+        return (
+            block_q,
+            format!("{block_q} queries a block: those of a block of the mask skip the same keys"),
+        );
+    }
     let block_q = block_q.div_ceil(kernels.rows) * kernels.rows;
     let limit = match block_q {
         n if n >= problem.q_len => "the whole sequence",
@@ -210,6 +220,16 @@ fn block_q(
         _ => "as many as half of the L2 cache holds",
     };
     (block_q, format!("{block_q} queries a block ({} rows a register tile): {limit}", kernels.rows))
+}
+
+/// Query rows of a unit of work where a mask has blocks of `blocks` queries: as large a part of one as may be, or
+/// several where they are small. Neither threads nor caches have a say, as results depend on which rows share a tile.
+fn within_blocks(blocks: usize) -> usize {
+    if blocks < BLOCK_Q_MIN {
+        return BLOCK_Q_MIN / blocks.max(1) * blocks.max(1);
+    }
+    let parts = blocks.div_ceil(BLOCK_Q_MAX)..=blocks / BLOCK_Q_MIN;
+    parts.into_iter().find(|&parts| blocks.is_multiple_of(parts)).map_or(BLOCK_Q_MAX, |parts| blocks / parts)
 }
 
 /// Saturates: a problem that is only to be explained may be of any size.

@@ -89,7 +89,8 @@ impl<E: Load> Attention<'_, '_, E> {
                 self.kernels,
                 DirectScores { q: &q, rows, k, stride: k_stride, keys, seen, head_dim, scores },
             );
-            self.finish_scores(unit.sequence_index, &unit.rows, first, columns, None, scores);
+            let blocks = self.call.block_mask.is_some();
+            self.finish_scores(unit.sequence_index, &unit.rows, first..first + columns, blocks, None, scores);
             self.kernels.softmax_float(Softmax { rows, columns, scores, pairs: &mut [], state });
             let p = &*scores;
             E::values(

@@ -14,7 +14,7 @@ use crate::kernels::{Load, PackQueries, PackTile, RowState, Scores, Softmax, Val
 use crate::plan::PACKED_BYTES_MAX;
 use crate::seen::{Seen, SeenKeys};
 use crate::tile::{PvForm, QkForm, TILE_KEYS, Tile, TileLayout};
-use crate::visibility::{Row, tile_is_hidden, union};
+use crate::visibility::{BlockRows, Kept, Row, mask_hides, union};
 
 /// One key head of one sequence, and where its tiles lie among those packed together.
 #[derive(Clone, Copy)]
@@ -205,13 +205,16 @@ impl<E: Load> Attention<'_, '_, E> {
         scratch.state.reset(padded_rows);
 
         let visible = union(&scratch.rows);
+        let blocks = BlockRows::new(self.call, unit.sequence_index, &scratch.rows);
         for tile in visible.start / TILE_KEYS..visible.end.div_ceil(TILE_KEYS) {
             let keys = tile * TILE_KEYS..visible.end.min((tile + 1) * TILE_KEYS);
-            if unit.hides(tile) || tile_is_hidden(self.call, unit.sequence_index, &scratch.rows, &keys) {
+            let kept = if unit.hides(tile) { None } else { blocks.kept(keys, self.kernels.width) };
+            let Some(kept) = kept else { continue };
+            if mask_hides(self.call, unit.sequence_index, &scratch.rows, &kept.keys) {
                 continue;
             }
             let packed = layout.parts(&tiles[tile * layout.words()..][..layout.words()]);
-            self.attend_tile(layout, unit, &packed, keys, !mean.is_empty(), scratch);
+            self.attend_tile(layout, unit, &packed, kept, !mean.is_empty(), scratch);
         }
 
         // The cap acted on whole scores; without one, the log-sum-exp lacks the mean's part.
@@ -223,29 +226,33 @@ impl<E: Load> Attention<'_, '_, E> {
         }
     }
 
-    /// One step of a block of queries: scores with a tile's keys, which are `keys` of the sequence, softmax, and what
-    /// the tile's values add to the output.
+    /// One step of a block of queries: scores with those keys of a tile that are kept, softmax, and what their values
+    /// add to the output.
     fn attend_tile(
         &self,
         layout: &TileLayout,
         unit: &Unit<'_>,
         tile: &Tile<'_>,
-        keys: Range<usize>,
+        Kept { keys, cut }: Kept,
         smoothed: bool,
         scratch: &mut Scratch,
     ) {
+        let width = self.kernels.width;
+        // Of the tile's keys, those before the first that is kept; whole panels of K.
+        let before = keys.start % TILE_KEYS;
         let Scratch { rows, q_words, q_scale, mean_score, scores, pairs, out, state, .. } = scratch;
         let row_groups = rows.len().div_ceil(self.kernels.rows);
-        let panels = keys.len().div_ceil(self.kernels.width);
-        let columns = panels * self.kernels.width;
+        let panels = keys.len().div_ceil(width);
+        let columns = panels * width;
         let args = Scores {
             q: q_words,
-            k: tile.k,
+            k: &tile.k[before / width * layout.k_panel..],
             depth: layout.depth,
             row_groups,
             panels,
             q_scale,
-            k_scale: tile.k_scale,
+            // Numbers have no scales.
+            k_scale: tile.k_scale.get(before..).unwrap_or_default(),
             scores,
         };
         match layout.qk {
@@ -253,24 +260,25 @@ impl<E: Load> Attention<'_, '_, E> {
             QkForm::Int(_) => self.kernels.scores_int(args),
         }
         let mean_score = smoothed.then_some(&mean_score[..]);
-        self.finish_scores(unit.sequence_index, rows, keys.start, columns, mean_score, scores);
+        let computed = keys.start..keys.start + columns;
+        self.finish_scores(unit.sequence_index, rows, computed, cut, mean_score, scores);
 
         let softmax = Softmax { rows: row_groups * self.kernels.rows, columns, scores, pairs, state };
         // Single probabilities take the places of the scores, 12-bit ones have pairs of their own.
-        let (p, p_stride, depth): (&[u32], usize, usize) = match layout.pv {
+        let (p, p_stride, depth, skipped): (&[u32], usize, usize, usize) = match layout.pv {
             PvForm::Float => {
                 self.kernels.softmax_float(softmax);
-                (bytemuck::cast_slice(scores), TILE_KEYS, keys.len())
+                (bytemuck::cast_slice(scores), TILE_KEYS, keys.len(), before)
             }
             PvForm::Fixed12 => {
                 self.kernels.softmax_fixed12(softmax);
-                (pairs, TILE_KEYS / 2, keys.len().div_ceil(2))
+                (pairs, TILE_KEYS / 2, keys.len().div_ceil(2), before / 2)
             }
         };
         let args = Values {
             p,
             p_stride,
-            v: tile.v,
+            v: &tile.v[skipped * width..],
             panel_words: layout.v_panel,
             depth,
             row_groups,

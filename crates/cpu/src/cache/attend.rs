@@ -304,7 +304,15 @@ impl<E: Load> Attention<'_, '_, E> {
                 });
             }
             let columns = tile.len().next_multiple_of(self.kernels.width);
-            self.finish_scores(unit.sequence_index, &unit.rows, first, columns, None, &mut scores);
+            let blocks = self.call.block_mask.is_some();
+            self.finish_scores(
+                unit.sequence_index,
+                &unit.rows,
+                first..first + columns,
+                blocks,
+                None,
+                &mut scores,
+            );
             let state = &mut part.state;
             self.kernels.softmax_float(Softmax { rows, columns, scores: &mut scores, pairs: &mut [], state });
             let mut following = tile.end;

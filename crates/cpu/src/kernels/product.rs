@@ -30,7 +30,7 @@ pub(crate) struct Values<'a> {
     /// Rows of `p_stride` words.
     pub p: &'a [u32],
     pub p_stride: usize,
-    /// Panels of [`TILE_KEYS`] (12-bit: half as many) times `width` words, of which `depth` are used.
+    /// Panels, `panel_words` apart, of `depth` times `width` words that are used.
     pub v: &'a [u32],
     pub panel_words: usize,
     pub depth: usize,
@@ -213,7 +213,9 @@ pub(super) unsafe fn scores_int<I: Isa, const R: usize, const VECS: usize>(args:
 fn check_values(args: &Values<'_>, rows: usize, width: usize) {
     let rows = args.row_groups * rows;
     assert!(args.depth <= args.p_stride && args.p.len() >= rows * args.p_stride);
-    assert!(args.depth * width <= args.panel_words && args.v.len() >= args.panels * args.panel_words);
+    // The last panel may end with what is used of it.
+    let used = args.panels.saturating_sub(1) * args.panel_words + args.depth * width;
+    assert!(args.depth * width <= args.panel_words && args.v.len() >= used);
     assert!(args.out.len() >= rows * args.panels * width);
     assert!(args.state.alpha.len() >= rows && args.state.beta.len() >= rows);
 }
