@@ -1,6 +1,8 @@
 //! The rows of one head of one sequence.
 
-use crate::TensorView;
+use half::slice::HalfFloatSliceExt;
+
+use crate::{TensorView, View};
 
 /// Rows of equal width, in row-major order: the queries, keys or values of one head of one sequence.
 #[derive(Clone, Debug, PartialEq)]
@@ -78,8 +80,40 @@ impl Matrix<f32> {
     /// # Panics
     /// When the tensor has no such head or rows.
     pub fn of_head(tensor: &TensorView<'_>, batch: usize, head: usize, start: usize, rows: usize) -> Self {
-        let head_dim = tensor.shape().last().copied().unwrap_or(0);
-        Self::from_fn(rows, head_dim, |i, c| tensor.at([batch, head, start + i, c]))
+        let first = [batch, head, start];
+        match tensor {
+            TensorView::F32(view) => Self::widened(view, first, rows, |row, wide| wide.copy_from_slice(row)),
+            TensorView::F16(view) => {
+                Self::widened(view, first, rows, |row, wide| row.convert_to_f32_slice(wide))
+            }
+            TensorView::BF16(view) => {
+                Self::widened(view, first, rows, |row, wide| row.convert_to_f32_slice(wide))
+            }
+        }
+    }
+
+    /// Rows from `[batch, head, row]` on; `widen` takes a row that lies without gaps.
+    fn widened<T: Copy>(
+        view: &View<'_, T>,
+        [batch, head, start]: [usize; 3],
+        rows: usize,
+        widen: impl Fn(&[T], &mut [f32]),
+    ) -> Self {
+        let width = view.geometry().shape().last().copied().unwrap_or(0);
+        let mut data = vec![0.0; rows * width];
+        let mut gathered = Vec::with_capacity(width);
+        for (i, wide) in data.chunks_exact_mut(width.max(1)).enumerate() {
+            let at = |c| [batch, head, start + i, c];
+            if view.geometry().last_is_contiguous() {
+                let first = view.geometry().index(at(0)) as usize;
+                widen(&view.data()[first..first + width], wide);
+            } else {
+                gathered.clear();
+                gathered.extend((0..width).map(|c| view.at(at(c))));
+                widen(&gathered, wide);
+            }
+        }
+        Matrix { data, width, rows }
     }
 }
 

@@ -34,16 +34,26 @@ impl PooledBlocks {
     /// # Panics
     /// When `rows` lacks a token.
     pub fn new(rows: &Matrix<f32>, tokens: &[Range<usize>], dtype: DType) -> Self {
-        let width = rows.width();
-        let mut means = Matrix::from_fn(tokens.len(), width, |_, _| 0.0);
-        for (b, tokens) in tokens.iter().enumerate() {
-            let count = tokens.len().max(1) as f32;
-            let sums = sum_of_rows(width, tokens.clone().map(|i| rows.row(i)));
-            means.row_mut(b).iter_mut().zip(sums).for_each(|(mean, sum)| *mean = rounded(sum / count, dtype));
-        }
         let similarities = tokens.iter().map(|tokens| similarity(rows, tokens)).collect();
-        PooledBlocks { means, similarities }
+        PooledBlocks { means: means(rows, tokens, dtype), similarities }
     }
+
+    /// The means alone, where nobody asks for similarities: these are most of the work.
+    pub(super) fn means_alone(rows: &Matrix<f32>, tokens: &[Range<usize>], dtype: DType) -> Self {
+        PooledBlocks { means: means(rows, tokens, dtype), similarities: Vec::new() }
+    }
+}
+
+/// The mean of each block, rounded to the element type.
+fn means(rows: &Matrix<f32>, tokens: &[Range<usize>], dtype: DType) -> Matrix<f32> {
+    let width = rows.width();
+    let mut means = Matrix::from_fn(tokens.len(), width, |_, _| 0.0);
+    for (b, tokens) in tokens.iter().enumerate() {
+        let count = tokens.len().max(1) as f32;
+        let sums = sum_of_rows(width, tokens.clone().map(|i| rows.row(i)));
+        means.row_mut(b).iter_mut().zip(sums).for_each(|(mean, sum)| *mean = rounded(sum / count, dtype));
+    }
+    means
 }
 
 /// The mean of each channel over all tokens that count, in single precision: the [`sum`](super::sum()) over blocks of

@@ -1,5 +1,7 @@
 //! Attention in which the blocks that a map leaves out count with their means.
 
+use std::borrow::Cow;
+
 use crate::oracle::{Matrix, Output, Score, attend, dot, exact, softcap, visible_keys};
 use crate::{Call, Problem};
 
@@ -28,11 +30,13 @@ pub fn pooled_tail(call: &Call<'_>) -> Output {
                 Matrix::of_head(tensor, sequence.batch, head, sequence.kv_start, sequence.kv_len)
                     .map(f64::from)
             };
-            let (k, v) = (read(&call.k, kv_head), read(&call.v, kv_head));
+            let block_k = mask.block_k;
+            let k = Rows::new(read(&call.k, kv_head), block_k);
+            let v = Rows::new(read(&call.v, kv_head), block_k);
             for head in kv_head * problem.group_size()..(kv_head + 1) * problem.group_size() {
                 let q = Matrix::of_head(&call.q, sequence.batch, head, sequence.q_start, sequence.q_len);
                 for (i, q) in q.map(f64::from).iter().enumerate() {
-                    let block = |key: usize| key / mask.block_k;
+                    let block = |key: usize| key / block_k;
                     let kept = |key| mask.blocks.at([sequence.batch, head, i / mask.block_q, block(key)]);
                     // A key that is kept is a group of its own.
                     let seen: Vec<(usize, f64)> = visible_keys(&open, &sequence, head, i).collect();
@@ -48,25 +52,52 @@ pub fn pooled_tail(call: &Call<'_>) -> Output {
 }
 
 /// One row: softmax of the groups' scores times V, and its log-sum-exp.
-fn attend_groups(
-    problem: &Problem,
-    q: &[f64],
-    k: &Matrix<f64>,
-    v: &Matrix<f64>,
-    groups: &[Group<'_>],
-) -> (Vec<f64>, f64) {
+fn attend_groups(problem: &Problem, q: &[f64], k: &Rows, v: &Rows, groups: &[Group<'_>]) -> (Vec<f64>, f64) {
     let score = |(key, group): (usize, &Group<'_>)| {
-        let score = group.mean(|key, _| f64::from(problem.sm_scale) * dot(q, k.row(key)));
-        let score = softcap(score, problem.logit_softcap) + group.mean(|_, bias| bias);
+        let score = f64::from(problem.sm_scale) * dot(q, &k.mean(group));
+        let score = softcap(score, problem.logit_softcap) + group.bias();
         Score { key, value: score + group.count().ln() }
     };
     let scores: Vec<Score> = groups.iter().enumerate().map(score).collect();
-    let values = Matrix::from_fn(groups.len(), v.width(), |g, c| groups[g].mean(|key, _| v.row(key)[c]));
+    let means: Vec<Cow<'_, [f64]>> = groups.iter().map(|group| v.mean(group)).collect();
+    let values = Matrix::from_fn(groups.len(), v.rows.width(), |g, c| means[g][c]);
     attend(&scores, &values)
 }
 
-/// Keys with their biases that a query takes for one key, which has their mean score and mean value and n times their
-/// weight: `n · exp(s) = exp(s + ln n)`, and `exp(s + ln n) · ΣV / n = exp(s) · ΣV`.
+/// The keys or values of a head, and the mean of each block of them: most queries see whole blocks.
+struct Rows {
+    rows: Matrix<f64>,
+    block: usize,
+    means: Matrix<f64>,
+}
+
+impl Rows {
+    fn new(rows: Matrix<f64>, block: usize) -> Self {
+        let of_block = |b: usize| b * block..rows.rows().min((b + 1) * block);
+        let mean =
+            |b: usize, c: usize| of_block(b).map(|i| rows.row(i)[c]).sum::<f64>() / of_block(b).len() as f64;
+        let means = Matrix::from_fn(rows.rows().div_ceil(block), rows.width(), mean);
+        Rows { rows, block, means }
+    }
+
+    /// The mean of a group's rows.
+    fn mean(&self, group: &Group<'_>) -> Cow<'_, [f64]> {
+        let first = group.0[0].0;
+        let b = first / self.block;
+        match group.0.len() {
+            1 => Cow::Borrowed(self.rows.row(first)),
+            n if n == self.block.min(self.rows.rows() - b * self.block) => Cow::Borrowed(self.means.row(b)),
+            n => {
+                let mean =
+                    |c: usize| group.0.iter().map(|&(key, _)| self.rows.row(key)[c]).sum::<f64>() / n as f64;
+                (0..self.rows.width()).map(mean).collect()
+            }
+        }
+    }
+}
+
+/// Keys of one block with their biases that a query takes for one key, which has their mean score and mean value and n
+/// times their weight: `n · exp(s) = exp(s + ln n)`, and `exp(s + ln n) · ΣV / n = exp(s) · ΣV`. At least one.
 struct Group<'a>(&'a [(usize, f64)]);
 
 impl Group<'_> {
@@ -74,9 +105,9 @@ impl Group<'_> {
         self.0.len() as f64
     }
 
-    /// The mean of what `of` says of each key and its bias.
-    fn mean(&self, of: impl Fn(usize, f64) -> f64) -> f64 {
-        self.0.iter().map(|&(key, bias)| of(key, bias)).sum::<f64>() / self.count()
+    /// The mean of the biases.
+    fn bias(&self) -> f64 {
+        self.0.iter().map(|&(_, bias)| bias).sum::<f64>() / self.count()
     }
 }
 

@@ -7,9 +7,9 @@ use super::grid::{Grid, check_block, check_shape};
 use super::map::cleared;
 use super::{BlockMap, PaddedBlocks, PerHead, PooledBlocks, Select, mean_of_blocks};
 use crate::call::Omitted;
-use crate::oracle::{Matrix, subtract};
+use crate::oracle::Matrix;
 use crate::problem::default_sm_scale;
-use crate::{Call, Error, Inputs, Options, Problem, Result, TensorView};
+use crate::{Call, DType, Error, Inputs, Options, Problem, Result, TensorView};
 
 /// A predictor of block maps: it scores pairs of blocks by their means, and lets each block of queries choose.
 ///
@@ -224,14 +224,15 @@ impl Predictor {
 
         let mut k = Matrix::of_head(&call.k, sequence.batch, kv_head, sequence.kv_start, kv_len);
         if self.smooth_k {
-            k = subtract(&k, &mean_of_blocks(&k, &k_tokens));
+            let mean = mean_of_blocks(&k, &k_tokens);
+            (0..kv_len).for_each(|j| k.row_mut(j).iter_mut().zip(&mean).for_each(|(x, mean)| *x -= mean));
         }
-        let k = PooledBlocks::new(&k, &k_tokens, dtype);
+        let k = self.pooled(&k, &k_tokens, dtype);
         let k_means = k.means.transposed();
         let of_head = (q_blocks * k_blocks).max(1);
         for (flags, head) in flags.chunks_mut(of_head).zip(kv_head * call.problem.group_size()..) {
             let q = Matrix::of_head(&call.q, sequence.batch, head, sequence.q_start, q_len);
-            let q = PooledBlocks::new(&q, &q_tokens, dtype);
+            let q = self.pooled(&q, &q_tokens, dtype);
             let q_similar = self.similar(head, &q, &q_tokens, self.block_q);
             let k_similar = self.similar(head, &k, &k_tokens, self.block_k);
             for i in (0..grid.q_blocks()).filter(|&i| !q_tokens[i].is_empty()) {
@@ -275,6 +276,14 @@ impl Predictor {
         }
         check_padding("q_padding", self.q_padding.as_ref(), problem.q_len, self.block_q)?;
         check_padding("k_padding", self.k_padding.as_ref(), kv_rows, self.block_k)
+    }
+
+    /// The blocks of a head, with their similarities where these decide.
+    fn pooled(&self, rows: &Matrix<f32>, tokens: &[Range<usize>], dtype: DType) -> PooledBlocks {
+        match self.similarity {
+            Some(_) => PooledBlocks::new(rows, tokens, dtype),
+            None => PooledBlocks::means_alone(rows, tokens, dtype),
+        }
     }
 
     /// Whether the mean of each block stands for its tokens.
