@@ -17,6 +17,8 @@ pub struct Row {
     pub prefix: String,
     pub scheme: &'static str,
     pub computed_by: ComputedBy,
+    /// The predictor of the blocks that were computed, where not all were.
+    pub predictor: Option<String>,
     pub dtype: &'static str,
     #[serde(flatten)]
     pub overall: Metrics,
@@ -45,6 +47,7 @@ impl Row {
             prefix: prefix.to_owned(),
             scheme: preset.name(),
             computed_by: comparison.computed_by,
+            predictor: None,
             dtype: dtype.name(),
             overall: comparison.overall.into(),
             per_head: comparison.per_head.into_iter().map(head).collect(),

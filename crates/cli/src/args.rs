@@ -2,7 +2,7 @@
 
 use clap::{ArgAction, Parser, Subcommand};
 
-use crate::commands::{accuracy, bench, emulate, explain, ptx, run, tune};
+use crate::commands::{accuracy, bench, emulate, explain, ptx, run, sparse, tune};
 
 /// Attention in 8 and 4 bits.
 #[derive(Debug, Parser)]
@@ -50,6 +50,8 @@ pub enum Command {
     Accuracy(accuracy::Accuracy),
     /// Measure the speed of schemes on shapes
     Bench(bench::Bench),
+    /// Measure what attention over predicted blocks costs in accuracy and gains in time
+    Sparse(sparse::Sparse),
     /// Say how a problem would be computed, and why
     Explain(explain::Explain),
     /// List the GPU kernels, or print one as PTX

@@ -3,6 +3,8 @@
 use indicatif::ProgressBar;
 use rayon::prelude::*;
 use sage_core::metrics::Accuracy;
+use sage_core::oracle;
+use sage_core::sparse::Predictor;
 use sageattention::{Attention, Device, Preset, Result, Scheme};
 use sageattn_files::qkv_file::Qkv;
 use serde::Serialize;
@@ -52,22 +54,32 @@ pub struct Reference<'a> {
     heads: Heads<'a>,
     attention: Attention<'a>,
     device: Device,
+    /// What predicts the blocks that schemes compute; all without one.
+    predictor: Option<Predictor>,
     exact: Vec<Vec<f64>>,
 }
 
 impl<'a> Reference<'a> {
     /// Computes exact attention, all heads at once; they are added to the progress. The kernels that are compared
-    /// with it are those of `device`.
+    /// with it are those of `device`. With a predictor, which `attention` has too, schemes compute its blocks alone.
     pub fn new(
         qkv: &'a Qkv,
         attention: Attention<'a>,
         device: Device,
+        predictor: Option<&Predictor>,
         progress: &ProgressBar,
     ) -> Result<Self> {
         let heads = Heads::new(qkv, attention.options())?;
         progress.inc_length(heads.list().len() as u64);
         let exact = per_head(&heads, progress, |head| heads.exact(head))?;
-        Ok(Reference { qkv, heads, attention: attention.device(device), device, exact })
+        Ok(Reference {
+            qkv,
+            heads,
+            attention: attention.device(device),
+            device,
+            predictor: predictor.cloned(),
+            exact,
+        })
     }
 
     /// The tensors, head by head.
@@ -78,7 +90,13 @@ impl<'a> Reference<'a> {
     /// Compares a scheme's definition.
     pub fn oracle(&self, scheme: &Scheme, progress: &ProgressBar) -> Result<Comparison> {
         scheme.check()?;
-        let found = per_head(&self.heads, progress, |head| self.heads.scheme(head, scheme))?;
+        let of_head = |head| match &self.predictor {
+            Some(predictor) => {
+                self.heads.over_blocks(head, predictor, |call| oracle::scheme(call, scheme).out)
+            }
+            None => self.heads.scheme(head, scheme),
+        };
+        let found = per_head(&self.heads, progress, of_head)?;
         Ok(self.comparison(ComputedBy::Oracle, &found))
     }
 
@@ -116,7 +134,7 @@ impl<'a> Reference<'a> {
 }
 
 /// One result for each head, in their order, computed on all threads.
-fn per_head<T: Send>(
+pub fn per_head<T: Send>(
     heads: &Heads<'_>,
     progress: &ProgressBar,
     compute: impl Fn(Head) -> Result<T> + Sync,

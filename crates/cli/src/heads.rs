@@ -2,6 +2,7 @@
 
 use half::{bf16, f16};
 use sage_core::oracle;
+use sage_core::sparse::Predictor;
 use sage_core::{Call, Inputs};
 use sageattention::{Geometry, Layout, Options, Result, Scheme, Tensor, TensorView, View};
 use sageattn_files::qkv_file::Qkv;
@@ -56,6 +57,19 @@ impl<'a> Heads<'a> {
         self.with_call(head, |call| oracle::scheme(call, scheme).out)
     }
 
+    /// What an oracle says of one head over the blocks that a predictor keeps of it.
+    pub fn over_blocks<T>(
+        &self,
+        head: Head,
+        predictor: &Predictor,
+        oracle: impl FnOnce(&Call<'_>) -> T,
+    ) -> Result<T> {
+        let (inputs, options) = self.slices(head)?;
+        let call = Call::check_sparse(&inputs, &options, predictor)?;
+        let map = predictor.map(&call)?;
+        Ok(oracle(&call.over(&map)?))
+    }
+
     /// One head of an output in q's shape.
     pub fn output(&self, out: &Tensor, head: Head) -> Result<Vec<f32>> {
         Ok(values(&slice("out", out.view(), self.options.layout, head)?))
@@ -68,6 +82,12 @@ impl<'a> Heads<'a> {
     }
 
     fn with_call<T>(&self, head: Head, compute: impl FnOnce(&Call<'_>) -> T) -> Result<T> {
+        let (inputs, options) = self.slices(head)?;
+        Ok(compute(&Call::check(&inputs, &options)?))
+    }
+
+    /// The tensors of one head.
+    fn slices(&self, head: Head) -> Result<(Inputs<'a>, Options)> {
         let layout = self.options.layout;
         let kv_head = Head { head: head.head / self.group_size, ..head };
         let inputs = Inputs::new(
@@ -76,8 +96,7 @@ impl<'a> Heads<'a> {
             slice("v", self.qkv.v.view(), layout, kv_head)?,
         );
         // The slices are all in one order, whatever the tensors' layout was.
-        let call = Call::check(&inputs, &self.options.layout(Layout::Hnd))?;
-        Ok(compute(&call))
+        Ok((inputs, self.options.layout(Layout::Hnd)))
     }
 }
 

@@ -17,15 +17,19 @@ mod gpu_plan;
 mod heads;
 mod inputs;
 mod made_up;
+mod map_picture;
 mod memory;
 mod metrics;
 mod options;
 mod pass_summary;
 mod plot;
 mod shape;
+mod sparse_plot;
+mod sparse_row;
 mod speed;
 mod table;
 mod timing;
+mod video;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -70,6 +74,7 @@ fn run() -> Result<()> {
         Some(Command::Run(command)) => command.execute(console),
         Some(Command::Accuracy(command)) => command.execute(console),
         Some(Command::Bench(command)) => command.execute(console),
+        Some(Command::Sparse(command)) => command.execute(console),
         Some(Command::Explain(command)) => command.execute(console),
         Some(Command::Tune(command)) => command.execute(console),
         Some(Command::Ptx(command)) => command.execute(console),

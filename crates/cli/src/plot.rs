@@ -16,9 +16,14 @@ pub struct PlotFile {
 }
 
 impl PlotFile {
-    /// Takes the format from the file's name.
+    /// The file of `--plot`.
     pub fn new(path: &Path) -> Result<Self> {
-        let format = Format::of(path).map_err(|reason| Failure::Usage(format!("--plot: {reason}")))?;
+        Self::of("--plot", path)
+    }
+
+    /// The file of an option. Takes the format from its name.
+    pub fn of(option: &str, path: &Path) -> Result<Self> {
+        let format = Format::of(path).map_err(|reason| Failure::Usage(format!("{option}: {reason}")))?;
         Ok(PlotFile { path: path.to_owned(), format })
     }
 

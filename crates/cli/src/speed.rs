@@ -102,6 +102,25 @@ impl<'a> Subject<'a> {
         result.map(|_| peak)
     }
 
+    /// Times calls in turn, each after one that warms it up.
+    pub fn time(&self, calls: &[Attention<'_>], reps: usize, progress: &ProgressBar) -> Result<Vec<Times>> {
+        match self.device {
+            Device::Cpu => {
+                let mut out = Tensor::zeros(self.q.dtype(), self.q.shape())?;
+                let call = |i: usize| {
+                    let start = Instant::now();
+                    calls[i].forward_into(&self.q, &self.k, &self.v, out.view_mut(), None)?;
+                    Ok(start.elapsed())
+                };
+                self.times(calls.len(), reps, call, progress)
+            }
+            Device::Cuda(ordinal) => {
+                let gpu = OnGpu::new(ordinal, self)?;
+                self.times(calls.len(), reps, |i| gpu.time(&calls[i]), progress)
+            }
+        }
+    }
+
     /// Times of candidates in turn, each after a call that warms it up.
     fn times(
         &self,
@@ -130,22 +149,7 @@ impl<'a> Subject<'a> {
         }
         let calls: Vec<Attention<'_>> =
             timed.iter().map(|name| self.attention.clone().scheme(name.choice())).collect();
-        let times = match self.device {
-            Device::Cpu => {
-                let mut out = Tensor::zeros(self.q.dtype(), self.q.shape())?;
-                let call = |i: usize| {
-                    let start = Instant::now();
-                    calls[i].forward_into(&self.q, &self.k, &self.v, out.view_mut(), None)?;
-                    Ok(start.elapsed())
-                };
-                self.times(timed.len(), reps, call, progress)?
-            }
-            Device::Cuda(ordinal) => {
-                let gpu = OnGpu::new(ordinal, self)?;
-                let call = |i: usize| gpu.time(&calls[i]);
-                self.times(timed.len(), reps, call, progress)?
-            }
-        };
+        let times = self.time(&calls, reps, progress)?;
         let full_ms = timed.iter().position(|&name| name == full).map_or(f64::NAN, |i| times[i].median_ms);
         (0..schemes.len())
             .map(|i| {

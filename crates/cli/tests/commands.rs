@@ -294,7 +294,7 @@ fn without_a_command_the_example_is_shown() {
 #[test]
 fn help_has_examples() {
     let place = Place::new();
-    for command in ["run", "accuracy", "bench", "explain", "tune", "ptx", "emulate", "info"] {
+    for command in ["run", "accuracy", "bench", "sparse", "explain", "tune", "ptx", "emulate", "info"] {
         let text = place.succeed(&format!("{command} --help"));
         assert!(text.contains("Examples:\n") && text.contains(&format!("  sageattn {command}")), "{text}");
     }

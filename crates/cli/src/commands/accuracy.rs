@@ -14,7 +14,7 @@ use crate::console::Console;
 use crate::failure::{Failure, Result};
 use crate::inputs;
 use crate::metrics::Metrics;
-use crate::options::{CallOptions, DeviceOption, LayoutOption, PresetName};
+use crate::options::{CallOptions, DeviceOption, LayoutOption, PredictorOptions, PresetName, Setting};
 use crate::table::{Cell, TITLE, Table, styled};
 
 /// Compare every scheme with exact attention on the tensors of a file
@@ -23,12 +23,15 @@ use crate::table::{Cell, TITLE, Table, styled};
 Exact attention is computed in double precision from the numbers as they stand in the file. \"oracle\" is a scheme's \
 definition, in which only what is quantised is inexact; \"cpu kernel\" and \"gpu kernel\" are what the device \
 computes, rounded to the file's dtype. The oracle sums exactly, so schemes that differ in accumulators only score \
-the same. relative L1 is Σ|a − e| / Σ|e|; errors are in the unit of the output.
+the same. relative L1 is Σ|a − e| / Σ|e|; errors are in the unit of the output. With --predictor the schemes compute \
+the blocks that it predicts, and are compared with exact attention over all keys: `sageattn sparse` tells what is due \
+to which.
 
 Examples:
   sageattn accuracy qkv.safetensors
   sageattn accuracy qkv.safetensors --per-head --schemes int8,sage2-int8-fp8-per-thread
   sageattn accuracy a.safetensors b.safetensors --causal --plot accuracy.png
+  sageattn accuracy qkv.safetensors --predictor sla --topk 0.25 --schemes full,int8
   sageattn accuracy qkv.safetensors --prefix layer2. --json")]
 pub struct Accuracy {
     /// Files of queries, keys and values (safetensors)
@@ -40,6 +43,8 @@ pub struct Accuracy {
     device: DeviceOption,
     #[command(flatten)]
     layout: LayoutOption,
+    #[command(flatten)]
+    predictor: PredictorOptions,
     /// Schemes [default: all]
     #[arg(long, value_delimiter = ',', value_name = "NAME,…")]
     schemes: Vec<PresetName>,
@@ -62,6 +67,7 @@ impl Accuracy {
         } else {
             self.schemes.iter().map(|name| name.0).collect()
         };
+        let setting = self.predictor.single()?;
         let mut plot = self.plot.as_deref().map(AccuracyPlot::new).transpose()?;
         let mut rows = Vec::new();
         for path in &self.inputs {
@@ -69,9 +75,10 @@ impl Accuracy {
             let file = inputs::parse(path, &bytes)?;
             for layer in inputs::load(path, &file, self.prefix.as_deref())? {
                 let place = || format!("{}: {}", path.display(), printable(&layer.prefix));
-                let added = self.compare(console, path, &layer, &presets, &mut plot).map_err(|error| {
-                    Failure::Failed(format!("{}: {error}", place().trim_end_matches(": ")))
-                })?;
+                let added =
+                    self.compare(console, (path, &layer), &presets, setting.as_ref(), &mut plot).map_err(
+                        |error| Failure::Failed(format!("{}: {error}", place().trim_end_matches(": "))),
+                    )?;
                 if !console.json {
                     console.print(&self.tables(path, &layer, &added))?;
                 }
@@ -97,19 +104,24 @@ impl Accuracy {
     fn compare(
         &self,
         console: Console,
-        path: &Path,
-        layer: &Qkv,
+        (path, layer): (&Path, &Qkv),
         presets: &[Preset],
+        setting: Option<&Setting>,
         plot: &mut Option<AccuracyPlot>,
     ) -> Result<Vec<Row>, sageattention::Error> {
         let (attention, device) =
             (self.call.attention().layout(self.layout.layout.into()), self.device.device);
+        let attention = match setting {
+            Some(setting) => attention.sparse(setting.predictor.clone()),
+            None => attention,
+        };
         if device != Device::Cpu {
             // A scheme without kernels is passed over below, but not a device that computes none at all.
             attention.clone().device(device).plan(&layer.q, &layer.k, &layer.v)?;
         }
         let progress = console.progress("exact attention", 0);
-        let reference = Reference::new(layer, attention, device, &progress)?;
+        let predictor = setting.map(|setting| &setting.predictor);
+        let reference = Reference::new(layer, attention, device, predictor, &progress)?;
         progress.set_message("schemes");
         let head_dim = layer.q.shape()[3];
         let mut schemes: Vec<(Scheme, Option<Comparison>)> = Vec::new();
@@ -122,7 +134,10 @@ impl Accuracy {
         progress.inc_length((reference.heads().list().len() * schemes.len()) as u64);
         let mut rows = Vec::new();
         for &preset in presets {
-            let row = |comparison| Row::new(path, &layer.prefix, layer.q.dtype(), preset, comparison);
+            let row = |comparison| Row {
+                predictor: setting.map(Setting::to_string),
+                ..Row::new(path, &layer.prefix, layer.q.dtype(), preset, comparison)
+            };
             if let Some(comparison) = reference.kernel(preset)? {
                 rows.push(row(comparison));
             }
@@ -144,13 +159,15 @@ impl Accuracy {
     }
 
     fn tables(&self, path: &Path, layer: &Qkv, rows: &[Row]) -> String {
+        let predictor = rows.first().and_then(|row| row.predictor.as_ref());
         let title = format!(
-            "{} {}· q {:?}, k {:?}, {}",
+            "{} {}· q {:?}, k {:?}, {}{}",
             path.display(),
             if layer.prefix.is_empty() { String::new() } else { format!("{} ", printable(&layer.prefix)) },
             layer.q.shape(),
             layer.k.shape(),
-            layer.q.dtype()
+            layer.q.dtype(),
+            predictor.map_or(String::new(), |setting| format!(", blocks of {setting}"))
         );
         let mut text = format!("{}\n\n", styled(TITLE, title));
         let mut headings = vec!["<scheme", "<computed by"];

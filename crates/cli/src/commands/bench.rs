@@ -10,7 +10,7 @@ use serde_json::json;
 use crate::bench_plot::BenchPlot;
 use crate::console::Console;
 use crate::failure::{Failure, Result};
-use crate::options::{CallOptions, DTypeOption, DeviceOption, SchemeName};
+use crate::options::{CallOptions, DTypeOption, DeviceOption, PredictorOptions, SchemeName, Setting};
 use crate::plot::PlotFile;
 use crate::shape::Shape;
 use crate::speed::{Row, Subject, runnable};
@@ -31,6 +31,7 @@ Examples:
   sageattn bench --shapes 1,8,2048,64 1,32,1x8192,128 --causal
   sageattn bench --heads 8 --seq 512,1024,2048 --head-dim 64,128 --schemes int8,full --reps 15
   sageattn bench --dtype f32 --threads 1 --json
+  sageattn bench --seq 16384 --head-dim 128 --schemes int8,full --predictor sla --topk 0.1
   sageattn bench --plot speed.png")]
 pub struct Bench {
     /// Shapes as batch,heads,seq,head_dim; seq may be QUERIESxKEYS, heads may be HEADS/KVHEADS
@@ -63,6 +64,8 @@ pub struct Bench {
     call: CallOptions,
     #[command(flatten)]
     device: DeviceOption,
+    #[command(flatten)]
+    predictor: PredictorOptions,
     /// Schemes [default: all that this machine computes]
     #[arg(long, value_delimiter = ',', value_name = "NAME,…")]
     schemes: Vec<SchemeName>,
@@ -83,7 +86,14 @@ impl Bench {
         let plot = self.plot.as_deref().map(PlotFile::new).transpose()?;
         let shapes = self.shapes();
         let (dtype, device) = (self.dtype.dtype.into(), self.device.device);
-        let attention = || self.call.attention().device(device);
+        let setting = self.predictor.single()?;
+        let attention = || {
+            let attention = self.call.attention().device(device);
+            match &setting {
+                Some(setting) => attention.sparse(setting.predictor.clone()),
+                None => attention,
+            }
+        };
         if let (true, [shape], [scheme]) = (self.peak_memory, &shapes[..], &self.schemes[..]) {
             let peak = Subject::random(shape, dtype, attention())?.peak_memory(*scheme)?;
             return console.print(&peak.map(|bytes| bytes.to_string()).unwrap_or_default());
@@ -114,13 +124,14 @@ impl Bench {
                 "command": "bench",
                 "device": device.to_string(),
                 "call": self.call.to_string(),
+                "predictor": setting.as_ref().map(Setting::to_string),
                 "threads": rayon::current_num_threads(),
                 "reps": self.reps,
                 "memory_bandwidth_gbs": limit,
                 "rows": rows,
             }))?;
         } else {
-            console.print(&self.text(&rows, limit))?;
+            console.print(&self.text(&rows, setting.as_ref(), limit))?;
         }
         if let Some(plot) = plot {
             plot.write(&BenchPlot::new(&rows, &self.call))?;
@@ -141,7 +152,7 @@ impl Bench {
         let mut command = process::Command::new(std::env::current_exe().ok()?);
         command.args(["bench", "--peak-memory", "--shapes", &shape.to_string(), "--schemes", scheme.name()]);
         command.args(["--dtype", dtype.get_name(), "--threads", &rayon::current_num_threads().to_string()]);
-        command.args(self.call.words());
+        command.args(self.call.words()).args(self.predictor.words());
         let output = command.stdin(process::Stdio::null()).output().ok()?;
         String::from_utf8(output.stdout).ok()?.trim().parse().ok()
     }
@@ -189,16 +200,17 @@ impl Bench {
         shapes
     }
 
-    fn text(&self, rows: &[Row], limit: Option<f64>) -> String {
+    fn text(&self, rows: &[Row], setting: Option<&Setting>, limit: Option<f64>) -> String {
         let first = rows.first();
         let computes = match self.device.device {
             Device::Cpu => format!("{} threads", rayon::current_num_threads()),
             gpu => gpu.to_string(),
         };
         let title = format!(
-            "Speed of attention · {}, {}, {computes}, median of {}",
+            "Speed of attention · {}, {}{}, {computes}, median of {}",
             first.map_or("", |row| row.dtype),
             self.call,
+            setting.map_or(String::new(), |setting| format!(", blocks of {setting}")),
             self.reps
         );
         let mut text = format!("{}\n\n{}", styled(TITLE, title), table(rows));

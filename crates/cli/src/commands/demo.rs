@@ -71,7 +71,7 @@ pub fn execute(console: Console) -> Result<()> {
     let progress = console.progress("exact attention", 0);
     let references = layers
         .iter()
-        .map(|layer| Reference::new(layer, Attention::new(), Device::Cpu, &progress))
+        .map(|layer| Reference::new(layer, Attention::new(), Device::Cpu, None, &progress))
         .collect::<Result<Vec<_>, _>>()?;
     let heads: usize = references.iter().map(|reference| reference.heads().list().len()).sum();
     progress.inc_length((heads * 2 * SMOOTHED.len()) as u64);

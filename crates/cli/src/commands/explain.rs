@@ -8,13 +8,14 @@ use crate::console::Console;
 use crate::failure::{Failure, Result};
 use crate::gpu_plan::GpuPlan;
 use crate::made_up::{Content, MadeUp};
-use crate::options::{DeviceOption, GpuOptions, ProblemOptions};
+use crate::options::{DeviceOption, GpuOptions, PredictorOptions, ProblemOptions, Setting};
 
 /// Say how a problem would be computed, and why
 #[derive(Debug, Args)]
 #[command(
     mut_arg("target", |target| target.conflicts_with("device")),
     mut_arg("multiprocessors", |number| number.requires("target")),
+    mut_arg("predictor", |predictor| predictor.conflicts_with_all(["target", "cu_seqlens", "kv_cache"])),
     after_help = "\
 Nothing is computed, and no memory is needed for the tensors. Without --target it is the very plan that a call on the \
 device would run; with it, the passes, kernels and workspaces of a GPU that need not be there.
@@ -23,6 +24,7 @@ Examples:
   sageattn explain --batch 1 --heads 32 --kv-heads 8 --seq 4096 --head-dim 128 --causal
   sageattn explain --heads 12 --seq 1 --kv-len 8192
   sageattn explain --heads 12 --seq 512 --head-dim 32 --scheme auto --json
+  sageattn explain --heads 24 --seq 17550 --head-dim 128 --predictor sla --topk 0.1
   sageattn explain --heads 32 --seq 4096 --head-dim 128 --target sm_90a
   sageattn explain --heads 32 --kv-heads 8 --seq 1 --kv-len 8192 --kv-cache fp8-e4m3 --target sm_89"
 )]
@@ -33,11 +35,14 @@ pub struct Explain {
     device: DeviceOption,
     #[command(flatten)]
     gpu: Option<GpuOptions>,
+    #[command(flatten)]
+    predictor: PredictorOptions,
 }
 
 impl Explain {
     /// Prints the plan.
     pub fn execute(&self, console: Console) -> Result<()> {
+        let setting = self.predictor.single()?;
         let made_up = MadeUp::new(&self.problem, Content::StandIn)?;
         match self.gpu {
             Some(gpu) => self.print_gpu(console, &GpuPlan::new(&self.problem, &made_up, gpu.machine())?),
@@ -47,18 +52,23 @@ impl Explain {
             None => {
                 let [q, k, v] = made_up.tensors();
                 let attention = made_up.attention()?.device(self.device.device);
-                self.print(console, &attention.plan(q, k, v)?)
+                let attention = match &setting {
+                    Some(setting) => attention.sparse(setting.predictor.clone()),
+                    None => attention,
+                };
+                self.print(console, &attention.plan(q, k, v)?, setting.as_ref())
             }
         }
     }
 
-    fn print(&self, console: Console, plan: &Plan) -> Result<()> {
+    fn print(&self, console: Console, plan: &Plan, setting: Option<&Setting>) -> Result<()> {
         if !console.json {
             return console.print(&format!("{plan}\n"));
         }
         let mut document = self.json(plan.problem(), &plan.scheme().to_string(), &plan.to_string());
         document["device"] = json!(self.device.device.to_string());
         document["workspace_bytes"] = json!(plan.workspace_bytes());
+        document["predictor"] = json!(setting.map(Setting::to_string));
         console.print_json(&document)
     }
 

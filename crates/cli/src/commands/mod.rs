@@ -8,4 +8,5 @@ pub mod explain;
 pub mod info;
 pub mod ptx;
 pub mod run;
+pub mod sparse;
 pub mod tune;

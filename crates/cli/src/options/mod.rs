@@ -3,11 +3,13 @@
 mod call;
 mod gpu;
 mod names;
+mod predictor;
 mod problem;
 
 pub use call::{CallOptions, ForwardOptions, LayoutOption};
 pub use gpu::{CacheOptions, GpuOptions};
 pub use names::{DTypeName, MaskName, PresetName, SchemeName};
+pub use predictor::{PredictorOptions, Setting};
 pub use problem::{ProblemOptions, SizeOptions};
 
 use clap::Args;
