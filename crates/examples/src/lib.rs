@@ -11,6 +11,7 @@ pub mod oracle;
 pub mod place;
 pub mod plot;
 pub mod progress;
+pub mod sparse;
 pub mod table;
 pub mod timing;
 

@@ -14,7 +14,7 @@ use sage_examples::{Result, progress, table};
 use sageattention_candle::{Options, sage_attention};
 
 use crate::AtHand;
-use crate::evaluate::evaluate;
+use crate::evaluate::{Contestant, evaluate};
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -63,7 +63,8 @@ pub fn run(args: &Args, at_hand: &AtHand) -> Result<()> {
         bar.inc(1);
         errors.push(heads);
     }
-    let scores = evaluate(model, &tokens, context, &methods, &bar)?;
+    let mut contestants: Vec<Contestant<'_>> = methods.iter().map(|&method| method.into()).collect();
+    let scores = evaluate(model, &tokens, context, &mut contestants, &bar)?;
     bar.finish_and_clear();
     let rows: Vec<Vec<String>> = methods
         .iter()

@@ -6,7 +6,7 @@ use candle_core::Tensor;
 use indicatif::ProgressBar;
 use rayon::prelude::*;
 use sage_examples::Result;
-use sage_examples::attend::Timed;
+use sage_examples::attend::{Attend, Timed};
 use sage_examples::llama::Llama;
 use sage_examples::method::{Method, Stateless};
 
@@ -46,21 +46,37 @@ impl Score {
     }
 }
 
-/// Scores of exact attention, first, and of each method, over windows of `context` tokens.
+/// A way to compute attention of whole sequences, under a name.
+pub struct Contestant<'a> {
+    /// What progress calls it.
+    pub name: String,
+    /// What computes.
+    pub attend: Box<dyn Attend + 'a>,
+}
+
+impl From<Method> for Contestant<'_> {
+    fn from(method: Method) -> Self {
+        Contestant { name: method.to_string(), attend: Box::new(Stateless(method)) }
+    }
+}
+
+/// Scores of exact attention, first, and of each contestant, over windows of `context` tokens.
 pub fn evaluate(
     model: &Llama,
     tokens: &[u32],
     context: usize,
-    methods: &[Method],
+    contestants: &mut [Contestant<'_>],
     bar: &ProgressBar,
 ) -> Result<Vec<Score>> {
-    let mut scores = vec![Score::default(); methods.len() + 1];
+    let mut exact = Contestant::from(Method::Exact);
+    let mut scores = vec![Score::default(); contestants.len() + 1];
     for window in tokens.chunks(context).filter(|window| window.len() > 1) {
         let inputs = &window[..window.len() - 1];
         let mut hidden = Vec::new();
-        for (method, score) in std::iter::once(&Method::Exact).chain(methods).zip(&mut scores) {
-            bar.set_message(method.to_string());
-            let mut attend = Timed::new(Stateless(*method));
+        let all = std::iter::once(&mut exact).chain(&mut *contestants);
+        for (Contestant { name, attend }, score) in all.zip(&mut scores) {
+            bar.set_message(name.clone());
+            let mut attend = Timed::new(&mut **attend);
             hidden.push(model.forward(inputs, 0, &mut attend)?);
             score.attention += attend.spent;
             bar.inc(1);

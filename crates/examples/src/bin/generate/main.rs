@@ -9,6 +9,7 @@ mod chat;
 mod errors;
 mod evaluate;
 mod perplexity;
+mod sparse;
 mod speed;
 
 use std::path::PathBuf;
@@ -45,6 +46,8 @@ enum Command {
     Ablation(ablation::Args),
     /// Relative L1 error of attention, layer by layer and head by head.
     Errors(errors::Args),
+    /// Perplexity of a text where attention computes only the blocks that a predictor finds worth it.
+    Sparse(sparse::Args),
     /// Speed of attention, prompts and decoding at several context lengths, and memory of the KV cache.
     Speed(speed::Args),
 }
@@ -61,6 +64,7 @@ fn run(args: &Args) -> Result<()> {
         Command::Perplexity(args) => perplexity::run(args, &at_hand),
         Command::Ablation(args) => ablation::run(args, &at_hand),
         Command::Errors(args) => errors::run(args, &at_hand),
+        Command::Sparse(args) => sparse::run(args, &at_hand),
         Command::Speed(args) => speed::run(args, &at_hand),
     }
 }

@@ -9,7 +9,7 @@ use sage_examples::{Result, progress, table};
 use sageattention_candle::Choice;
 
 use crate::AtHand;
-use crate::evaluate::evaluate;
+use crate::evaluate::{Contestant, evaluate};
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -48,7 +48,8 @@ pub fn run(args: &Args, at_hand: &AtHand) -> Result<()> {
     let mut agreements = perplexities.clone();
     let (mut rows, mut failures) = (Vec::new(), Vec::new());
     for &context in &args.context {
-        let scores = evaluate(&at_hand.model, &tokens, context.max(2), &methods, &bar)?;
+        let mut contestants: Vec<Contestant<'_>> = methods.iter().map(|&method| method.into()).collect();
+        let scores = evaluate(&at_hand.model, &tokens, context.max(2), &mut contestants, &bar)?;
         let exact = scores[0].perplexity();
         for (at, (name, score)) in names.iter().zip(&scores).enumerate() {
             let change = 100.0 * (score.perplexity() / exact - 1.0);
