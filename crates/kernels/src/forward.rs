@@ -71,7 +71,7 @@ impl ForwardPlan {
             }
         };
         given.check()?;
-        let call = ForwardCall { problem: *problem, request: *request, machine: *machine };
+        let call = ForwardCall { problem: *problem, request: request.within(problem), machine: *machine };
         let scheme = computed(given, problem.dtype, &mut reasons);
         let mut planned = Planned::new(call, &scheme, &mut reasons).map_err(|error| {
             let mut unused = Vec::new();

@@ -1,7 +1,9 @@
 //! Additive masks that all heads share, whose biases are packed, in the emulator, against the oracle: on both engines.
 
-use sage_core::{Alignment, Band, DType, Preset, Scheme};
-use sage_kernels::forward::int8_scheme;
+use sage_core::{Alignment, Band, DType, Preset, Problem, Scheme};
+use sage_kernels::attention::MaskForm;
+use sage_kernels::forward::{ForwardPlan, Request, Tensors, int8_scheme};
+use sage_kernels::{Machine, TensorArg};
 use sage_ptx::Target;
 use sage_testkit::{Case, CaseMask, Emulated, Extent, check};
 
@@ -121,4 +123,24 @@ fn few_and_odd_queries() {
             }
         }
     }
+}
+
+/// A mask of one sequence and one head is one for all, also where its strides say otherwise.
+#[test]
+fn what_there_is_one_of_does_not_differ() {
+    let names = |[batch, heads]: [usize; 2], strides: [i64; 4]| {
+        let mut problem = Problem::dense(DType::F16, [batch, heads, heads], [2048, 2048], 128);
+        problem.masked = true;
+        let mask = TensorArg { address: 0, strides };
+        let request = Request { mask: MaskForm::Bias(DType::F16), ..Request::new(&problem) }
+            .with_masks_of(&Tensors { mask, ..Tensors::default() });
+        let plan = ForwardPlan::new(&problem, &request, &Machine::typical(Target::SM_90A)).unwrap();
+        plan.pass().kernel_names()
+    };
+    let (rows, square) = (2048, 2048 * 2048);
+    let shared = names([2, 4], [0, 0, rows, 1]);
+    assert_eq!(names([1, 4], [square, 0, rows, 1]), shared);
+    assert_eq!(names([1, 1], [square, square, rows, 1]), shared);
+    assert_ne!(names([2, 4], [square, 0, rows, 1]), shared);
+    assert_ne!(names([1, 4], [square, square, rows, 1]), shared);
 }

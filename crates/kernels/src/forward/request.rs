@@ -62,6 +62,15 @@ impl Extent {
         Extent { batches, heads, rows }
     }
 
+    /// That of a mask for a problem: what there is one of does not differ, whatever its stride is.
+    fn within(self, problem: &Problem) -> Self {
+        Extent {
+            batches: self.batches && problem.batch > 1,
+            heads: self.heads && problem.num_q_heads > 1,
+            rows: self.rows && problem.q_len > 1,
+        }
+    }
+
     /// That of two masks together.
     pub(super) fn or(self, other: Self) -> Self {
         Extent {
@@ -92,6 +101,13 @@ impl Request {
             lse: false,
             tiling: None,
         }
+    }
+
+    /// The same for masks of a problem.
+    pub(super) fn within(self, problem: &Problem) -> Self {
+        let [mask_extent, blocks_extent] =
+            [self.mask_extent, self.blocks_extent].map(|extent| extent.within(problem));
+        Request { mask_extent, blocks_extent, ..self }
     }
 
     /// The same for masks that lie so in memory.
