@@ -103,7 +103,9 @@ def one_shape(heads, tokens, densities, rounds, left_out):
                 run = prepare(q, k, v, density)
                 run()
             except Exception as error:  # noqa: BLE001 - whatever a peer raises, the others go on
-                left_out[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                # What is not installed is so at every density.
+                left_out[name if isinstance(error, ImportError) else f"{name}, density {density}"] = why
                 continue
             runs[name, density], times[name, density] = run, []
     for turn in range(rounds):
@@ -130,7 +132,7 @@ def main():
         median = {key: statistics.median(of_round) for key, of_round in times.items()}
         dense = median["dense", None]
         print(f"\n{heads} heads, {tokens} tokens, head_dim {HEAD_DIM}: dense {dense:.3f} ms by {SCHEME}")
-        names = [name for name in CONTESTANTS if any(key[0] == name for key in times)]
+        names = [name for name in CONTESTANTS if any(name == of for of, _ in times)]
         print("density  " + "".join(f"{name:>20}" for name in names))
         for density in densities:
             first = median[names[0], density]

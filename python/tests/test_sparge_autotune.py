@@ -148,7 +148,8 @@ def test_state_makes_a_round_trip(tmp_path):
         assert torch.equal(fresh.layers[0](*arguments), wanted)
         assert fresh.layers[0].is_sparse.dtype == torch.bool
         assert all(isinstance(getattr(fresh.layers[0], name), torch.nn.Parameter) for name in NAMES)
-        assert torch.equal(fresh.layers[0].cdfthreshd, model.layers[0].cdfthreshd)
+        # For several GPUs they are loaded onto one.
+        assert torch.equal(fresh.layers[0].cdfthreshd.cpu(), model.layers[0].cdfthreshd)
     alone = load_sparse_attention_state_dict(SparseAttentionMeansim(), model.layers[0].state_dict())
     assert torch.equal(alone(*arguments), wanted)
 
