@@ -12,8 +12,9 @@ use sage_kernels::attention::MaskForm;
 use sage_kernels::forward::{Request, Tensors};
 use sage_ptx::Target;
 
+use crate::launches;
 use crate::lists::Lists;
-use crate::plan::{self, CudaPlan};
+use crate::plan::CudaPlan;
 use crate::predict::PredictPlan;
 use crate::tensor::argument;
 use crate::{CachePool, Cuda, DeviceCall, DeviceLse, DeviceMask, DeviceTensor, Tiling, driver};
@@ -54,8 +55,8 @@ impl Backend for Cuda {
     ) -> Result<()> {
         let Some(prepared) = self.prepare(stream, call, choice, (out, lse), None)? else { return Ok(()) };
         let kernels = prepared.plan.kernels(self)?;
-        plan::run(prepared.plan.pass(), kernels, &prepared.tensors, stream, |(_, kernel, grid, args)| {
-            // SAFETY: see `plan::OnStream`.
+        launches::run(prepared.plan.pass(), kernels, &prepared.tensors, stream, |(_, kernel, grid, args)| {
+            // SAFETY: see `launches::OnStream`.
             unsafe { kernel.launch(stream, grid, args) }.map_err(driver)
         })
     }

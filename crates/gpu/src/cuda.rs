@@ -8,7 +8,8 @@ use sage_cuda::{Device, Stream};
 use sage_kernels::Machine;
 use sage_kernels::forward::Request;
 
-use crate::plan::{CudaPlan, Kernels};
+use crate::launches::Kernels;
+use crate::plan::CudaPlan;
 use crate::predict::{PredictKey, PredictPlan};
 use crate::{TuningTable, driver};
 

@@ -10,7 +10,7 @@ use sage_kernels::TensorArg;
 use sage_kernels::decode::{AppendCall, AppendTensors, AttendCall, AttendTensors, PoolTensors, Storage};
 use sage_kernels::pass::Pass;
 
-use crate::plan::{self, Launch};
+use crate::launches::{self, Launch};
 use crate::tensor::argument;
 use crate::{Cuda, DeviceCall, DeviceLse, DeviceTensor, driver};
 
@@ -230,11 +230,11 @@ impl CachePool {
     /// Puts a pass on the cache's stream.
     fn run<T>(&self, ready: &Ready<T>, tensors: &T) -> Result<()> {
         let put = |(_, kernel, grid, args): Launch<'_>| {
-            // SAFETY: see `plan::OnStream`; the cache's buffers live as long as it does, and are freed in the order
+            // SAFETY: see `launches::OnStream`; the cache's buffers live as long as it does, and are freed in the order
             // of its stream.
             unsafe { kernel.launch(&self.stream, grid, args) }.map_err(driver)
         };
-        plan::run(&ready.pass, &ready.kernels, tensors, &self.stream, put)
+        launches::run(&ready.pass, &ready.kernels, tensors, &self.stream, put)
     }
 
     /// The host's tables to the GPU.

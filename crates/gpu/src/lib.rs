@@ -12,6 +12,7 @@ mod backend;
 mod cuda;
 mod host;
 mod kv_cache;
+mod launches;
 mod lists;
 mod plan;
 mod predict;

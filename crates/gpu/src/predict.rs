@@ -1,6 +1,6 @@
 //! Predicting which blocks of the score matrix are worth computing, on a GPU.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use sage_core::sparse::{BlockMap, PaddedBlocks, PerHead, Predictor, Select};
 use sage_core::{BlockMask, Error, Geometry, Lengths, Result, Strided};
@@ -8,15 +8,18 @@ use sage_cuda::{Buffer, Kernel, Stream};
 use sage_kernels::pass::Pass;
 use sage_kernels::predict::{PredictCall, PredictTensors};
 
+use crate::launches::{self, PassKernels};
 use crate::lists::Lists;
 use crate::tensor::argument;
-use crate::{Cuda, DeviceBytes, DeviceCall, driver, plan};
+use crate::{Cuda, DeviceBytes, DeviceCall, driver};
 
 /// A map of blocks in a GPU's memory, which belongs to the stream that predicted it.
 #[derive(Debug)]
 pub struct CudaMap {
     flags: Buffer,
     shape: [usize; 4],
+    /// That of `shape` without gaps.
+    geometry: Geometry,
     block_q: usize,
     block_k: usize,
 }
@@ -38,20 +41,16 @@ impl CudaMap {
     }
 
     /// The map as a call to attention takes it.
-    ///
-    /// # Errors
-    /// Never of a map that was predicted.
-    pub fn mask(&self) -> Result<BlockMask<DeviceBytes<'_>>> {
+    pub fn mask(&self) -> BlockMask<DeviceBytes<'_>> {
         self.blocks()
     }
 
     /// [`CudaMap::mask`] for any time.
-    fn blocks<'m>(&self) -> Result<BlockMask<DeviceBytes<'m>>> {
-        let geometry = Geometry::contiguous("block_map", &self.shape)?;
+    fn blocks<'m>(&self) -> BlockMask<DeviceBytes<'m>> {
         // SAFETY: the buffer has a byte for each block. Whoever keeps the mask for longer than the map lives launches
         // before the map is dropped, and memory is freed in the stream's order.
-        let blocks = unsafe { DeviceBytes::from_raw(geometry, self.flags.address()) };
-        Ok(BlockMask { blocks, block_q: self.block_q, block_k: self.block_k })
+        let blocks = unsafe { DeviceBytes::from_raw(self.geometry, self.flags.address()) };
+        BlockMask { blocks, block_q: self.block_q, block_k: self.block_k }
     }
 
     /// Writes the map to memory of the GPU without gaps, a byte for each block, in the order of its stream and without
@@ -86,11 +85,11 @@ impl CudaMap {
     }
 
     /// A call over this map, which must outlive the launches of the call.
-    pub(crate) fn call<'c>(&self, call: &DeviceCall<'c>) -> Result<DeviceCall<'c>> {
+    pub(crate) fn call<'c>(&self, call: &DeviceCall<'c>) -> DeviceCall<'c> {
         let mut over = *call;
         over.problem = call.problem.blocks([self.block_q, self.block_k]);
-        over.block_mask = Some(self.blocks()?);
-        Ok(over)
+        over.block_mask = Some(self.blocks());
+        over
     }
 }
 
@@ -98,8 +97,7 @@ impl CudaMap {
 #[derive(Debug)]
 pub(crate) struct PredictPlan {
     pub pass: Pass<PredictTensors>,
-    /// In the order of the pass's launches; compiled when the plan is run for the first time.
-    kernels: OnceLock<Vec<Kernel>>,
+    kernels: PassKernels,
 }
 
 /// What a prediction is planned by.
@@ -107,15 +105,11 @@ pub(crate) type PredictKey = (PredictCall, Predictor);
 
 impl PredictPlan {
     pub fn new((call, predictor): &PredictKey) -> Result<Self> {
-        Ok(PredictPlan { pass: call.pass(predictor)?, kernels: OnceLock::new() })
+        Ok(PredictPlan { pass: call.pass(predictor)?, kernels: PassKernels::default() })
     }
 
     pub fn kernels(&self, cuda: &Cuda) -> Result<&[Kernel]> {
-        if let Some(kernels) = self.kernels.get() {
-            return Ok(kernels);
-        }
-        let kernels = cuda.kernels().of_pass(&self.pass, cuda, "predict the map on the host")?;
-        Ok(self.kernels.get_or_init(|| kernels))
+        self.kernels.get(&self.pass, cuda, "predict the map on the host")
     }
 }
 
@@ -158,9 +152,10 @@ impl Cuda {
         sage_cuda::check_not_forked().map_err(driver)?;
         let plan = self.prediction(call, predictor)?;
         let shape = predictor.shape(&call.problem);
-        let flags = Buffer::new(stream, shape.iter().product()).map_err(driver)?;
+        let geometry = Geometry::contiguous("block_map", &shape)?;
+        let flags = Buffer::new(stream, geometry.len()).map_err(driver)?;
         let (block_q, block_k) = (predictor.block_q, predictor.block_k);
-        let map = CudaMap { flags, shape, block_q, block_k };
+        let map = CudaMap { flags, shape, geometry, block_q, block_k };
         let lists = Lists::new(stream, &call.lengths)?;
         let numbers = Numbers::new(stream, predictor)?;
         let tensors =
@@ -177,8 +172,8 @@ impl Cuda {
     ) -> Result<CudaMap> {
         let prepared = self.prepare_prediction(stream, call, predictor)?;
         let kernels = prepared.plan.kernels(self)?;
-        plan::run(&prepared.plan.pass, kernels, &prepared.tensors, stream, |(_, kernel, grid, args)| {
-            // SAFETY: see `plan::OnStream`; the map has a byte for each block, and the numbers one for each that the
+        launches::run(&prepared.plan.pass, kernels, &prepared.tensors, stream, |(_, kernel, grid, args)| {
+            // SAFETY: see `launches::OnStream`; the map has a byte for each block, and the numbers one for each that the
             // predictor was checked to have.
             unsafe { kernel.launch(stream, grid, args) }.map_err(driver)
         })?;

@@ -40,7 +40,7 @@ impl SparseBackend for Cuda {
         lse: Option<DeviceLse<'_>>,
     ) -> Result<CudaMap> {
         let map = self.predict_map(stream, call, predictor)?;
-        self.run(stream, &map.call(call)?, choice, out, lse)?;
+        self.run(stream, &map.call(call), choice, out, lse)?;
         Ok(map)
     }
 }

@@ -8,7 +8,7 @@ use sage_cuda::{Event, Kernel, Stream};
 use sage_kernels::pass::Pass;
 
 use crate::backend::Prepared;
-use crate::plan::{self, Launch};
+use crate::launches::{self, Launch};
 use crate::{Cuda, DeviceCall, DeviceTensor, driver};
 
 impl Cuda {
@@ -83,13 +83,13 @@ impl Cuda {
             let timed = |(index, kernel, grid, args): Launch<'_>| {
                 let [start, end] = [self.event()?, self.event()?];
                 stream.record(&start).map_err(driver)?;
-                // SAFETY: see `plan::OnStream`.
+                // SAFETY: see `launches::OnStream`.
                 unsafe { kernel.launch(stream, grid, args) }.map_err(driver)?;
                 stream.record(&end).map_err(driver)?;
                 marks.push((index, start, end));
                 Ok(())
             };
-            plan::run(pass, kernels, tensors, stream, timed)?;
+            launches::run(pass, kernels, tensors, stream, timed)?;
         }
         let mut times = vec![Vec::new(); kernels.len()];
         for (index, start, end) in marks {

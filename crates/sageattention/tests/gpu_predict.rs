@@ -56,7 +56,7 @@ fn attention_is_over_the_map_that_it_predicts() {
         }
     }
     let given = output();
-    let masked = attention.clone().block_mask(map.mask().unwrap());
+    let masked = attention.clone().block_mask(map.mask());
     masked.forward_on(&cuda, &stream, inputs, given.view(), None).unwrap();
     assert_eq!(bits(&out), bits(&given));
 
