@@ -8,6 +8,7 @@ use sage_cuda::{Device, Stream};
 use sage_kernels::Machine;
 use sage_kernels::forward::Request;
 
+use crate::kept_numbers::KeptNumbers;
 use crate::launches::Kernels;
 use crate::plan::CudaPlan;
 use crate::predict::{PredictKey, PredictPlan};
@@ -28,6 +29,8 @@ struct Inner {
     kernels: Kernels,
     plans: Mutex<Recent<(Problem, Request), Arc<CudaPlan>>>,
     predictions: Mutex<Recent<PredictKey, Arc<PredictPlan>>>,
+    /// Of predictors.
+    numbers: KeptNumbers,
     /// In place of the kernels' own table.
     tuning: TuningTable,
 }
@@ -75,6 +78,7 @@ impl Cuda {
             kernels: Kernels::default(),
             plans: Mutex::new(Recent::new(MAX_PLANS)),
             predictions: Mutex::new(Recent::new(MAX_PLANS)),
+            numbers: KeptNumbers::default(),
             tuning,
         }))
     }
@@ -100,6 +104,11 @@ impl Cuda {
     /// The kernels that were compiled so far.
     pub(crate) fn kernels(&self) -> &Kernels {
         &self.0.kernels
+    }
+
+    /// Lists of numbers in the GPU's memory.
+    pub(crate) fn numbers(&self) -> &KeptNumbers {
+        &self.0.numbers
     }
 
     /// The plan for a problem, made at its first use.

@@ -11,6 +11,7 @@
 mod backend;
 mod cuda;
 mod host;
+mod kept_numbers;
 mod kv_cache;
 mod launches;
 mod lists;

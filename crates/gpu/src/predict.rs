@@ -157,7 +157,7 @@ impl Cuda {
         let (block_q, block_k) = (predictor.block_q, predictor.block_k);
         let map = CudaMap { flags, shape, geometry, block_q, block_k };
         let lists = Lists::new(stream, &call.lengths)?;
-        let numbers = Numbers::new(stream, predictor)?;
+        let numbers = Numbers::new(self, stream, predictor)?;
         let tensors =
             PredictTensors { kv_lens: lists.k, map: map.flags.address(), ..numbers.tensors(tensors(call)) };
         Ok(PreparedPrediction { plan, tensors, map, _lists: lists, _numbers: numbers })
@@ -186,46 +186,54 @@ fn tensors(call: &DeviceCall<'_>) -> PredictTensors {
     PredictTensors { q: argument(&call.q), k: argument(&call.k), ..PredictTensors::default() }
 }
 
-/// The predictor without what its plan does not depend on: padding, which kernels read from memory.
+/// The predictor without what its plan does not depend on: padding and numbers that heads have of their own, which
+/// kernels read from memory.
 fn planned_by(predictor: &Predictor) -> Predictor {
-    let mut planned = Predictor::new(predictor.select.clone())
+    let planned = |number: &PerHead| match number {
+        PerHead::All(number) => PerHead::All(*number),
+        PerHead::Each(_) => PerHead::Each(Vec::new()),
+    };
+    let select = match &predictor.select {
+        Select::TopK(share) => Select::TopK(planned(share)),
+        Select::Cdf(share) => Select::Cdf(planned(share)),
+        Select::Sigmas(tau) => Select::Sigmas(planned(tau)),
+        Select::TopKTopP { k, p } => Select::TopKTopP { k: planned(k), p: planned(p) },
+        other => other.clone(),
+    };
+    let mut plan = Predictor::new(select)
         .blocks(predictor.block_q, predictor.block_k)
         .smooth_k(predictor.smooth_k)
         .sink_k(predictor.sink_k.clone())
         .sink_q(predictor.sink_q.clone())
         .original_tails(predictor.original_tails);
-    planned.similarity.clone_from(&predictor.similarity);
-    planned
+    plan.similarity = predictor.similarity.as_ref().map(planned);
+    plan
 }
 
-/// Numbers of a predictor that kernels read from memory. They are copied there, which waits for the stream.
+/// Numbers of a predictor that kernels read from memory.
 struct Numbers {
-    top_share: Option<Buffer>,
-    amount: Option<Buffer>,
-    similarity: Option<Buffer>,
-    q_sizes: Option<Buffer>,
-    k_sizes: Option<Buffer>,
+    top_share: Option<Arc<Buffer>>,
+    amount: Option<Arc<Buffer>>,
+    similarity: Option<Arc<Buffer>>,
+    q_sizes: Option<Arc<Buffer>>,
+    k_sizes: Option<Arc<Buffer>>,
 }
 
 impl Numbers {
-    fn new(stream: &Stream, predictor: &Predictor) -> Result<Self> {
+    fn new(gpu: &Cuda, stream: &Stream, predictor: &Predictor) -> Result<Self> {
+        let list = |bits: &[u32]| gpu.numbers().get(gpu, stream, bits).map(Some);
         let each = |number: Option<&PerHead>| match number {
-            Some(PerHead::Each(numbers)) => Buffer::from_slice(stream, numbers).map(Some).map_err(driver),
+            Some(PerHead::Each(numbers)) => list(bytemuck::cast_slice(numbers)),
             Some(PerHead::All(_)) | None => Ok(None),
         };
         let sizes = |padding: Option<&PaddedBlocks>| {
             let Some(padding) = padding else { return Ok(None) };
             // A size that does not fit is that of a longer block than there are tokens, all of which it has.
-            let size = |&size: &usize| i32::try_from(size).unwrap_or(i32::MAX);
-            let sizes: Vec<i32> = padding.sizes().iter().map(size).collect();
-            Buffer::from_slice(stream, &sizes).map(Some).map_err(driver)
+            let size =
+                |&size: &usize| u32::try_from(size).map_or(i32::MAX as u32, |size| size.min(i32::MAX as u32));
+            list(&padding.sizes().iter().map(size).collect::<Vec<u32>>())
         };
-        let (top_share, amount) = match &predictor.select {
-            Select::TopK(share) => (Some(share), None),
-            Select::Cdf(amount) | Select::Sigmas(amount) => (None, Some(amount)),
-            Select::TopKTopP { k, p } => (Some(k), Some(p)),
-            _ => (None, None),
-        };
+        let [top_share, amount] = shares(&predictor.select);
         Ok(Numbers {
             top_share: each(top_share)?,
             amount: each(amount)?,
@@ -237,7 +245,7 @@ impl Numbers {
 
     /// Their addresses beside those of `tensors`.
     fn tensors(&self, tensors: PredictTensors) -> PredictTensors {
-        let address = |buffer: &Option<Buffer>| buffer.as_ref().map_or(0, Buffer::address);
+        let address = |list: &Option<Arc<Buffer>>| list.as_ref().map_or(0, |list| list.address());
         PredictTensors {
             top_share: address(&self.top_share),
             amount: address(&self.amount),
@@ -246,5 +254,15 @@ impl Numbers {
             k_sizes: address(&self.k_sizes),
             ..tensors
         }
+    }
+}
+
+/// The hyper-parameters of a selection: the share of blocks, and what else it goes by.
+fn shares(select: &Select) -> [Option<&PerHead>; 2] {
+    match select {
+        Select::TopK(share) => [Some(share), None],
+        Select::Cdf(amount) | Select::Sigmas(amount) => [None, Some(amount)],
+        Select::TopKTopP { k, p } => [Some(k), Some(p)],
+        _ => [None, None],
     }
 }

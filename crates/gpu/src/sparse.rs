@@ -9,9 +9,9 @@ use sage_cuda::Stream;
 use crate::host::{self, as_if_copied};
 use crate::{Cuda, CudaMap, CudaPlan, DeviceCall, DeviceLse, DeviceTensor, HostTensors};
 
-/// Predicts on the caller's stream, without waiting for it, and with a predictor whose numbers are the same for all
-/// heads as part of a graph. Numbers that heads have of their own, and sizes of padded blocks, lie in the host's memory:
-/// they are copied to the GPU, which waits for the stream.
+/// Predicts on the caller's stream, without waiting for it, and as part of a graph. Numbers that heads have of their own,
+/// and sizes of padded blocks, are copied to the GPU at their first use, which waits for the copy and cannot be part of
+/// a graph, and stay there.
 impl SparseBackend for Cuda {
     type Map = CudaMap;
 

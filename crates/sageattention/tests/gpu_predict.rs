@@ -60,15 +60,21 @@ fn attention_is_over_the_map_that_it_predicts() {
     masked.forward_on(&cuda, &stream, inputs, given.view(), None).unwrap();
     assert_eq!(bits(&out), bits(&given));
 
-    // Prediction and attention as a graph.
-    let replayed = output();
-    let run = |to: DeviceTensor<'_>| sparse.forward_on(&cuda, &stream, inputs, to, None).map(drop).unwrap();
-    stream.begin_capture().unwrap();
-    run(replayed.view());
-    let graph = stream.end_capture().unwrap().instantiate().unwrap();
-    // SAFETY: what the graph uses outlives its replay.
-    unsafe { graph.launch(&stream) }.unwrap();
-    assert_eq!(bits(&out), bits(&replayed));
+    // Prediction and attention as a graph, also with numbers that each head has of its own: they are there already.
+    let of_heads =
+        Predictor::sparge_attn(Select::Cdf(vec![0.5, 0.3, 0.7, 0.5].into()), vec![0.0, 0.1, 0.0, -0.1]);
+    for sparse in [sparse, attention.sparse(of_heads)] {
+        let (out, replayed) = (output(), output());
+        let run =
+            |to: DeviceTensor<'_>| sparse.forward_on(&cuda, &stream, inputs, to, None).map(drop).unwrap();
+        run(out.view());
+        stream.begin_capture().unwrap();
+        run(replayed.view());
+        let graph = stream.end_capture().unwrap().instantiate().unwrap();
+        // SAFETY: what the graph uses outlives its replay.
+        unsafe { graph.launch(&stream) }.unwrap();
+        assert_eq!(bits(&out), bits(&replayed));
+    }
 }
 
 #[test]
