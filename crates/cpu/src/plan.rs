@@ -222,9 +222,15 @@ fn block_q(
     (block_q, format!("{block_q} queries a block ({} rows a register tile): {limit}", kernels.rows))
 }
 
+/// Blocks of a mask beyond which a unit of work across their borders costs nothing that matters.
+const LONG_BLOCK: usize = 100 * BLOCK_Q_MAX;
+
 /// Query rows of a unit of work where a mask has blocks of `blocks` queries: as large a part of one as may be, or
 /// several where they are small. Neither threads nor caches have a say, as results depend on which rows share a tile.
 fn within_blocks(blocks: usize) -> usize {
+    if blocks > LONG_BLOCK {
+        return BLOCK_Q_MAX;
+    }
     if blocks < BLOCK_Q_MIN {
         return BLOCK_Q_MIN / blocks.max(1) * blocks.max(1);
     }
@@ -247,5 +253,19 @@ fn workspace_bytes(problem: &Problem, threads: usize, strategy: &Strategy) -> us
             let parts = product(&[problem.kv_len.div_ceil(SPLIT_KEYS), heads[0], heads[1]]);
             product(&[parts, problem.q_len, problem.group_size(), 4, problem.head_dim + 2])
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn units_of_work_are_parts_of_blocks() {
+        let of = |blocks: &[usize]| blocks.iter().map(|&blocks| within_blocks(blocks)).collect::<Vec<_>>();
+        assert_eq!(of(&[64, 128, 192, 256, 384]), [64, 128, 192, 128, 192]);
+        assert_eq!(of(&[1, 16, 33, 47]), [48, 48, 33, 47]);
+        // No part of 48 to 192 rows divides a prime; and none is sought in a block of any length.
+        assert_eq!(of(&[193, 1_000_003, usize::MAX]), [192, 192, 192]);
     }
 }
