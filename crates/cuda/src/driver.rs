@@ -64,6 +64,8 @@ pub(crate) const REQUIRED: &[&str] = &[
     "cuMemFreeAsync",
     "cuMemFree_v2",
     "cuMemPoolSetAttribute",
+    "cuMemcpy2DAsync_v2",
+    "cuMemcpyDtoDAsync_v2",
     "cuMemcpyDtoHAsync_v2",
     "cuMemcpyHtoDAsync_v2",
     "cuMemsetD8Async",

@@ -219,6 +219,8 @@ driver! {
     }
     whole: cuMemAlloc_v2(address: *mut usize, bytes: usize) { INVALID_VALUE }
     whole: cuMemFree_v2(address: usize) { INVALID_VALUE }
+    whole: cuMemcpy2DAsync_v2(copy: *const u8, stream: usize) { in_context(|| SUCCESS) }
+    whole: cuMemcpyDtoDAsync_v2(to: u64, from: u64, bytes: usize, stream: usize) { in_context(|| SUCCESS) }
     whole: cuMemcpyHtoDAsync_v2(to: u64, from: *const u8, bytes: usize, stream: usize) { in_context(|| SUCCESS) }
     whole: cuMemcpyDtoHAsync_v2(to: *mut u8, from: u64, bytes: usize, stream: usize) {
         std::ptr::write_bytes(to, 0x11, bytes);
