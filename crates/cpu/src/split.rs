@@ -9,7 +9,7 @@ use crate::kernels::{DirectScores, DirectValues, Load, RowState, Softmax};
 use crate::plan::SPLIT_KEYS;
 use crate::rows::HeadRows;
 use crate::tile::TILE_KEYS;
-use crate::visibility::{Row, tile_is_hidden, union};
+use crate::visibility::{BlockRows, Row, mask_hides, union};
 
 /// All queries of one key head, and the keys that any of them sees.
 struct Unit {
@@ -71,11 +71,13 @@ impl<E: Load> Attention<'_, '_, E> {
         part.state.reset(rows);
         let mut scores = vec![0f32; rows * TILE_KEYS];
         let seen = self.seen.head(unit.sequence_index, unit.kv_head);
+        let blocks = BlockRows::new(self.call, unit.sequence_index, &unit.rows);
         let mut copies = [Vec::new(), Vec::new()];
         for first in keys.clone().step_by(TILE_KEYS) {
             let tile = first..keys.end.min(first + TILE_KEYS);
             let hidden = seen.is_some_and(|seen| seen.all_hidden(tile.clone()));
-            if hidden || tile_is_hidden(self.call, unit.sequence_index, &unit.rows, &tile) {
+            let masked = || mask_hides(self.call, unit.sequence_index, &unit.rows, &tile);
+            if hidden || blocks.hide(&tile) || masked() {
                 continue;
             }
             let seen = seen.map_or(&[][..], |seen| seen.range(tile.clone()));
@@ -89,8 +91,8 @@ impl<E: Load> Attention<'_, '_, E> {
                 self.kernels,
                 DirectScores { q: &q, rows, k, stride: k_stride, keys, seen, head_dim, scores },
             );
-            let blocks = self.call.block_mask.is_some();
-            self.finish_scores(unit.sequence_index, &unit.rows, first..first + columns, blocks, None, scores);
+            let cut = self.call.block_mask.is_some();
+            self.finish_scores(unit.sequence_index, &unit.rows, first..first + columns, cut, None, scores);
             self.kernels.softmax_float(Softmax { rows, columns, scores, pairs: &mut [], state });
             let p = &*scores;
             E::values(

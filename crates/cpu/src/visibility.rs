@@ -35,21 +35,6 @@ pub(crate) fn union(rows: &[Row]) -> Range<usize> {
     }
 }
 
-/// Whether the block mask or the explicit mask hides a whole tile from all rows.
-pub(crate) fn tile_is_hidden(call: &Call<'_>, batch: usize, rows: &[Row], keys: &Range<usize>) -> bool {
-    block_mask_hides(call, batch, rows, keys) || mask_hides(call, batch, rows, keys)
-}
-
-fn block_mask_hides(call: &Call<'_>, batch: usize, rows: &[Row], keys: &Range<usize>) -> bool {
-    let Some(mask) = &call.block_mask else { return false };
-    let columns = keys.start / mask.block_k..keys.end.div_ceil(mask.block_k);
-    let hidden = |row: &Row| {
-        columns.clone().all(|column| !block_is_visible(mask, [batch, row.head, row.index], column))
-    };
-    rows.chunk_by(|a, b| a.head == b.head && a.index / mask.block_q == b.index / mask.block_q)
-        .all(|rows| hidden(&rows[0]))
-}
-
 /// Whether the explicit mask hides a whole tile from all rows.
 pub(crate) fn mask_hides(call: &Call<'_>, batch: usize, rows: &[Row], keys: &Range<usize>) -> bool {
     match &call.mask {
@@ -117,6 +102,11 @@ impl<'c> BlockRows<'c> {
             of_rows.dedup();
         }
         BlockRows { mask: call.block_mask, batch, rows: of_rows }
+    }
+
+    /// Whether all rows' blocks of a tile are left out.
+    pub fn hide(&self, tile: &Range<usize>) -> bool {
+        self.kept(tile.clone(), 1).is_none()
     }
 
     /// What is to be computed of `keys`, which begin at a multiple of `width`; none where all rows' blocks are left

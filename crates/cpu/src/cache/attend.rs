@@ -15,7 +15,7 @@ use crate::plan::SPLIT_KEYS;
 use crate::seen::{Seen, SeenHeads, SeenKeys};
 use crate::split::Part;
 use crate::tile::TILE_KEYS;
-use crate::visibility::{Row, tile_is_hidden, union};
+use crate::visibility::{BlockRows, Row, mask_hides, union};
 use crate::{Cpu, OutputRows, kernels, threads};
 
 /// Query rows of a unit of work. Every row reads the unit's keys from the first-level cache; few rows keep their scores
@@ -271,9 +271,10 @@ impl<E: Load> Attention<'_, '_, E> {
         let mut scores = vec![0f32; rows * TILE_KEYS];
         let ones = vec![1f32; rows];
         let seen = self.seen.head(unit.sequence_index, unit.kv_head);
+        let blocks = BlockRows::new(self.call, unit.sequence_index, &unit.rows);
         for first in tokens.clone().step_by(TILE_KEYS) {
             let tile = first..tokens.end.min(first + TILE_KEYS);
-            if tile_is_hidden(self.call, unit.sequence_index, &unit.rows, &tile) {
+            if blocks.hide(&tile) || mask_hides(self.call, unit.sequence_index, &unit.rows, &tile) {
                 continue;
             }
             // Tokens that no query sees are left out: what they hold would show even with probabilities of 0.
@@ -304,12 +305,12 @@ impl<E: Load> Attention<'_, '_, E> {
                 });
             }
             let columns = tile.len().next_multiple_of(self.kernels.width);
-            let blocks = self.call.block_mask.is_some();
+            let cut = self.call.block_mask.is_some();
             self.finish_scores(
                 unit.sequence_index,
                 &unit.rows,
                 first..first + columns,
-                blocks,
+                cut,
                 None,
                 &mut scores,
             );
