@@ -45,8 +45,8 @@ pub use preset::Preset;
 pub use problem::{Inputs, Layout, MAX_HEAD_DIM, MAX_HEADS, Options, Problem, default_sm_scale};
 pub use recent::Recent;
 pub use scheme::{
-    Accumulator, Granularity, IntBits, IntQuantizer, Pv, Qk, Rounding, ScaleRows, Scheme, SmoothK, SmoothQ,
-    Smoothing, Tile, ZeroGroup,
+    Accumulator, Fp4Format, Granularity, IntBits, IntQuantizer, PLevels, Pv, Qk, Rounding, ScaleRows, Scheme,
+    SmoothK, SmoothQ, Smoothing, Tile, ZeroGroup,
 };
 pub use single::single;
 pub use tensor::{Elements, Tensor, TensorView, TensorViewMut, View, ViewMut};

@@ -4,8 +4,8 @@ use std::fmt;
 use std::str::FromStr;
 
 use crate::{
-    Accumulator, Error, Granularity, IntBits, IntQuantizer, Pv, Qk, Result, Rounding, ScaleRows, Scheme,
-    SmoothK, SmoothQ, Smoothing, Tile, ZeroGroup,
+    Accumulator, Error, Fp4Format, Granularity, IntBits, IntQuantizer, PLevels, Pv, Qk, Result, Rounding,
+    ScaleRows, Scheme, SmoothK, SmoothQ, Smoothing, Tile, ZeroGroup,
 };
 
 /// A scheme with a name.
@@ -123,6 +123,10 @@ presets! {
         None, int(OURS.per(Granularity::PerToken), Pv::Fixed12 { block: 128 }).rotated();
     INT8_F32 "int8-f32": "INT8 QK per block, single-precision PV.",
         None, int(OURS, Pv::F32);
+    NVFP4_FP8 "nvfp4-fp8": "FP4 QK with Q and K smoothed as SageAttention3 does, FP8 PV summed in f16 within a tile.",
+        None, sage3(FP8_NARROW);
+    NVFP4_FP16 "nvfp4-fp16": "FP4 QK with Q and K smoothed as SageAttention3 does, FP16 PV summed in f32.",
+        None, sage3(Pv::F16(Accumulator::F32));
     INT8_FP8 "int8-fp8": "INT8 QK per thread, FP8 PV summed in the tensor core alone; means and scales of 128 rows: the fastest on Hopper.",
         None, int(CUDA_PER_WARP.per(Granularity::PerThread), FP8_SAMPLED).of_sampled_keys();
 
@@ -223,9 +227,16 @@ presets! {
         int(IntQuantizer { bits: IntBits::Four, ..PER_THREAD }, FP8_NARROW).smooth_q(SmoothQ::Block(128));
 
     SAGE3_NVFP4 "sage3-nvfp4": "SageAttention3: FP4 QK and PV, Q smoothed by blocks of 128.",
-        Some("sageattn3_blackwell(per_block_mean=True)"), nvfp4(SmoothQ::Block(128));
+        Some("sageattn3_blackwell(per_block_mean=True)"), sage3(NVFP4);
     SAGE3_NVFP4_SEQUENCE_MEAN "sage3-nvfp4-sequence-mean": "SageAttention3: FP4 QK and PV, Q smoothed as a whole.",
-        Some("sageattn3_blackwell(per_block_mean=False)"), nvfp4(SmoothQ::Sequence);
+        Some("sageattn3_blackwell(per_block_mean=False)"), sage3(NVFP4).smooth_q(SmoothQ::Sequence);
+    SAGE3_NVFP4_ONE_LEVEL "sage3-nvfp4-one-level": "FP4 QK and PV, P scaled by its groups alone.",
+        Some("Direct quantisation of P, of the SageAttention3 paper"), sage3(NVFP4_ONE_LEVEL);
+    SAGE3_MXFP4 "sage3-mxfp4": "SageAttention3 with groups of 32 and powers of two as scales.",
+        Some("MXFP4 of the SageAttention3 paper"), sage3(Pv::Fp4 { format: Fp4Format::Mx, levels: PLevels::One });
+    ATTN_QAT_NVFP4 "attn-qat-nvfp4": "FP4 QK and PV for models trained with it: nothing smoothed, P scaled by its groups alone.",
+        Some("sageattn_blackwell(single_level_p_quant=True) of Attn-QAT"),
+        Scheme { qk: Qk::Fp4(Fp4Format::Nv), pv: NVFP4_ONE_LEVEL, smooth: SMOOTH_NOTHING, rotate: false };
 
     SPARGE_INT8_FP16 "sparge-int8-fp16": "SpargeAttn: INT8 QK per block, FP16 PV.",
         Some("spas_sage_attn_meansim_cuda, spas_sage_attn_meansim_topk_cuda"),
@@ -255,6 +266,10 @@ const FP8_SAMPLED: Pv =
     Pv::Fp8 { v_max: 56.0, rows: ScaleRows::Sampled(SAMPLED_ROWS), accumulator: Accumulator::F32 };
 /// SageAttention2++: 64 products of P ≤ 448 and V ≤ 2.25 fit f16's range.
 const FP8_NARROW: Pv = Pv::Fp8 { v_max: 2.25, rows: ScaleRows::All, accumulator: Accumulator::F16ThenF32 };
+
+/// P in two levels, and in one.
+const NVFP4: Pv = Pv::Fp4 { format: Fp4Format::Nv, levels: PLevels::Two };
+const NVFP4_ONE_LEVEL: Pv = Pv::Fp4 { format: Fp4Format::Nv, levels: PLevels::One };
 
 const WIDE_TILE: Tile = Tile { block_q: 128, warp_q: 32, block_k: 64, warp_k: 64 };
 const SM90_TILE: Tile = Tile { block_q: 64, warp_q: 16, block_k: 128, warp_k: 128 };
@@ -320,8 +335,15 @@ const fn int(quantizer: IntQuantizer, pv: Pv) -> Scheme {
     Scheme { qk: Qk::Int(quantizer), pv, smooth: SMOOTH_K, rotate: false }
 }
 
-const fn nvfp4(q: SmoothQ) -> Scheme {
-    Scheme { qk: Qk::Nvfp4, pv: Pv::Nvfp4, smooth: Smoothing { q, ..SMOOTH_K }, rotate: false }
+/// Q and K in NVFP4, or in the format that V has, both smoothed as SageAttention3 does.
+const fn sage3(pv: Pv) -> Scheme {
+    let format = if let Pv::Fp4 { format, .. } = pv { format } else { Fp4Format::Nv };
+    Scheme {
+        qk: Qk::Fp4(format),
+        pv,
+        smooth: Smoothing { q: SmoothQ::Block(128), ..SMOOTH_K },
+        rotate: false,
+    }
 }
 
 #[cfg(test)]

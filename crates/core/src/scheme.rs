@@ -28,8 +28,8 @@ pub enum Qk {
     Full,
     /// Integers with a scale for each group of rows.
     Int(IntQuantizer),
-    /// E2M1 values with an E4M3 scale for 16 neighbouring channels (SageAttention3).
-    Nvfp4,
+    /// E2M1 values with a scale for each group of neighbouring channels (SageAttention3).
+    Fp4(Fp4Format),
 }
 
 /// Operands of P·V.
@@ -59,8 +59,51 @@ pub enum Pv {
         /// Keys that share a scale.
         block: usize,
     },
-    /// E2M1 values with E4M3 scales for 16 keys, P in two levels (SageAttention3).
-    Nvfp4,
+    /// E2M1 values with a scale for each group of neighbouring keys, V's for each channel (SageAttention3).
+    Fp4 {
+        /// Groups, and what their scales are.
+        format: Fp4Format,
+        /// Levels in which P is scaled.
+        levels: PLevels,
+    },
+}
+
+/// A 4-bit floating-point format: E2M1 values (0, ½, 1, 1½, 2, 3, 4, 6 and their negatives) with a scale of 8 bits for
+/// each group of neighbours along the contracted dimension.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Fp4Format {
+    /// Groups of 16 with E4M3 scales: NVFP4, without its scale of the whole tensor.
+    Nv,
+    /// Groups of 32 with powers of two as scales (E8M0): MXFP4 of the OCP Microscaling Formats specification 1.0.
+    Mx,
+}
+
+impl Fp4Format {
+    /// Neighbours that share a scale.
+    pub const fn group(self) -> usize {
+        match self {
+            Fp4Format::Nv => 16,
+            Fp4Format::Mx => 32,
+        }
+    }
+
+    /// The name used in messages.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Fp4Format::Nv => "NVFP4",
+            Fp4Format::Mx => "MXFP4",
+        }
+    }
+}
+
+/// Levels in which P, at most 1 relative to the row's maximum, is scaled before it becomes E2M1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum PLevels {
+    /// The groups' scales alone (Attn-QAT). An E4M3 scale of a group of P is at most 1/6, so that few of its codes are
+    /// used; powers of two lose nothing.
+    One,
+    /// First the row, to at most 448 · 6 = 2688, which uses the whole range of E4M3 scales (SageAttention3 §3.2).
+    Two,
 }
 
 /// Rows of V that the scales of FP8 channels are taken from.
@@ -280,8 +323,8 @@ impl Scheme {
     /// Checks that the scheme's blocks and tiles can be formed.
     ///
     /// # Errors
-    /// When a block has no rows, a block is not whole warps, a warp per thread is not whole groups of 8 rows, or V's
-    /// largest quantised magnitude is not one that E4M3 has room for.
+    /// When a block has no rows, a block is not whole warps, a warp per thread is not whole groups of 8 rows, V's
+    /// largest quantised magnitude is not one that E4M3 has room for, or P has two levels in MXFP4.
     pub fn check(&self) -> Result<()> {
         if let Qk::Int(IntQuantizer { granularity, tile, .. }) = self.qk {
             for (name, block, warp) in [("q", tile.block_q, tile.warp_q), ("k", tile.block_k, tile.warp_k)] {
@@ -308,6 +351,10 @@ impl Scheme {
             Pv::Fixed12 { block: 0 } => return Err(Error::value("pv.block", 0, "at least 1")),
             Pv::Fp8 { v_max, .. } if !(v_max > 0.0 && v_max <= 448.0) => {
                 return Err(Error::value("pv.v_max", v_max, "above 0 and at most 448"));
+            }
+            Pv::Fp4 { format: Fp4Format::Mx, levels: PLevels::Two } => {
+                let wanted = "one with MXFP4, whose scales are powers of two and have range enough";
+                return Err(Error::value("pv.levels", "two", wanted));
             }
             Pv::Fp8 { rows: ScaleRows::Sampled(0), .. } => {
                 return Err(Error::value("pv.rows", 0, "at least 1"));
@@ -349,7 +396,7 @@ impl fmt::Display for Scheme {
         match &self.qk {
             Qk::Full => write!(f, "full QK")?,
             Qk::Int(quantizer) => write!(f, "{} QK {}", quantizer.bits.name(), quantizer.granularity.name())?,
-            Qk::Nvfp4 => write!(f, "NVFP4 QK")?,
+            Qk::Fp4(format) => write!(f, "{} QK", format.name())?,
         }
         match self.smooth.q {
             SmoothQ::Off => {}
@@ -379,7 +426,13 @@ impl fmt::Display for Scheme {
             }
             Pv::Int8 => write!(f, " · INT8 PV"),
             Pv::Fixed12 { block } => write!(f, " · 12-bit PV ({block})"),
-            Pv::Nvfp4 => write!(f, " · NVFP4 PV"),
+            Pv::Fp4 { format, levels } => {
+                write!(f, " · {} PV", format.name())?;
+                match (format, levels) {
+                    (Fp4Format::Nv, PLevels::One) => write!(f, " (one level)"),
+                    _ => Ok(()),
+                }
+            }
         }
     }
 }
@@ -395,6 +448,8 @@ mod tests {
         assert_eq!(printed(Preset::FULL), "full QK · FP32 PV");
         assert_eq!(printed(Preset::INT8), "INT8 QK per-block · smooth K · 12-bit PV (128)");
         assert_eq!(printed(Preset::SAGE3_NVFP4), "NVFP4 QK · smooth Q (128) · smooth K · NVFP4 PV");
+        assert_eq!(printed(Preset::SAGE3_MXFP4), "MXFP4 QK · smooth Q (128) · smooth K · MXFP4 PV");
+        assert_eq!(printed(Preset::ATTN_QAT_NVFP4), "NVFP4 QK · NVFP4 PV (one level)");
         assert_eq!(
             printed(Preset::SAGE2PP_INT4_FP8),
             "INT4 QK per-thread · smooth Q (128) · smooth K · FP8 PV (2.25, f16+f32)"
@@ -432,6 +487,11 @@ mod tests {
         refused(Scheme { pv: Pv::Fixed12 { block: 0 }, ..int8 }, "pv.block: value is 0, expected at least 1");
         let smooth = Smoothing { k: SmoothK::Sampled(0), ..int8.smooth };
         refused(Scheme { smooth, ..int8 }, "smooth.k rows: value is 0, expected at least 1");
+        let levels = Pv::Fp4 { format: Fp4Format::Mx, levels: PLevels::Two };
+        refused(
+            Scheme { pv: levels, ..int8 },
+            "pv.levels: value is two, expected one with MXFP4, whose scales are powers of two and have range enough",
+        );
         let fp8 = |v_max, rows, accumulator| Scheme { pv: Pv::Fp8 { v_max, rows, accumulator }, ..int8 };
         let (all, sampled) = (ScaleRows::All, ScaleRows::Sampled);
         refused(

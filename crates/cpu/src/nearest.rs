@@ -12,15 +12,15 @@ pub(crate) const BY_NAME: Preset = Preset::INT8_PER_TOKEN;
 ///
 /// | in the scheme | on the CPU |
 /// | --- | --- |
-/// | P·V in FP8, INT8 or NVFP4; in 12 bits of other blocks | 12-bit P·V of 128 keys with exact sums |
+/// | P·V in FP8, INT8 or FP4; in 12 bits of other blocks | 12-bit P·V of 128 keys with exact sums |
 /// | P·V in 16 bits | P·V in f32 |
 /// | smoothed V | left out: it serves narrow sums alone |
 /// | smoothed Q with INT4 scores | INT8 scores |
-/// | NVFP4 scores | INT8 scores per token |
+/// | FP4 scores | INT8 scores per token |
 /// | scales per tensor | scales per block |
 /// | scales of keys that are no part of a tile of 128 | scales per token |
 pub fn nearest_scheme(mut scheme: Scheme) -> Scheme {
-    if scheme.qk == Qk::Nvfp4 {
+    if matches!(scheme.qk, Qk::Fp4(_)) {
         scheme.qk = Preset::INT8_PER_TOKEN.scheme(64).qk;
     }
     if let Qk::Int(quantizer) = &mut scheme.qk {
@@ -40,7 +40,7 @@ pub fn nearest_scheme(mut scheme: Scheme) -> Scheme {
     scheme.smooth.v = false;
     scheme.pv = match scheme.pv {
         Pv::F32 | Pv::F16(_) | Pv::BF16(_) => Pv::F32,
-        Pv::Fp8 { .. } | Pv::Int8 | Pv::Nvfp4 | Pv::Fixed12 { .. } => Pv::Fixed12 { block: TILE_KEYS },
+        Pv::Fp8 { .. } | Pv::Int8 | Pv::Fp4 { .. } | Pv::Fixed12 { .. } => Pv::Fixed12 { block: TILE_KEYS },
     };
     scheme
 }

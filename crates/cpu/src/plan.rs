@@ -176,7 +176,7 @@ fn forms(scheme: &Scheme, head_dim: usize) -> Result<(QkForm, PvForm)> {
             }
             QkForm::Int(quantizer)
         }
-        Qk::Nvfp4 => return unsupported("NVFP4 Q·Kᵀ"),
+        Qk::Fp4(format) => return unsupported(&format!("{} Q·Kᵀ", format.name())),
     };
     let pv = match scheme.pv {
         Pv::F32 => PvForm::Float,

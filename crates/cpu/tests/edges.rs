@@ -4,8 +4,8 @@
 #![allow(clippy::unwrap_used)]
 
 use sage_core::{
-    Accumulator, Alignment, Band, DType, Error, Granularity, IntQuantizer, Layout, Preset, Pv, Qk, Scheme,
-    SmoothQ, Smoothing, Tensor, Tile, oracle,
+    Accumulator, Alignment, Band, DType, Error, Fp4Format, Granularity, IntQuantizer, Layout, PLevels,
+    Preset, Pv, Qk, Scheme, SmoothQ, Smoothing, Tensor, Tile, oracle,
 };
 use sage_cpu::{Cpu, InstructionSet, nearest_scheme};
 use sage_testkit::{
@@ -166,9 +166,12 @@ fn schemes_without_kernels_are_refused_and_say_what_would_do() {
             with(IntQuantizer { tile: narrow, ..quantizer }),
             "Tile { block_q: 128, warp_q: 32, block_k: 48, warp_k: 48 }",
         ),
-        (Scheme { qk: Qk::Nvfp4, ..int8 }, "NVFP4 Q·Kᵀ"),
+        (Scheme { qk: Qk::Fp4(Fp4Format::Nv), ..int8 }, "NVFP4 Q·Kᵀ"),
         (Scheme { pv: Pv::Int8, ..int8 }, "P·V in Int8"),
-        (Scheme { pv: Pv::Nvfp4, ..int8 }, "P·V in Nvfp4"),
+        (
+            Scheme { pv: Pv::Fp4 { format: Fp4Format::Nv, levels: PLevels::Two }, ..int8 },
+            "P·V in Fp4 { format: Nv, levels: Two }",
+        ),
         (Scheme { pv: Pv::F16(Accumulator::F32), ..int8 }, "P·V in F16(F32)"),
         (Scheme { pv: Pv::Fixed12 { block: 64 }, ..int8 }, "P·V in Fixed12 { block: 64 }"),
         (Scheme { smooth: Smoothing { q: SmoothQ::Sequence, ..int8.smooth }, ..int8 }, "smooth-Q"),

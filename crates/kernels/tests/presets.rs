@@ -3,8 +3,8 @@
 
 use sage_core::metrics::Accuracy;
 use sage_core::{
-    Accumulator, Call, DType, Error, Granularity, IntQuantizer, Preset, Problem, Pv, Qk, ScaleRows, Scheme,
-    SmoothK, SmoothQ, Smoothing, Tile, oracle,
+    Accumulator, Call, DType, Error, Fp4Format, Granularity, IntQuantizer, PLevels, Preset, Problem, Pv, Qk,
+    ScaleRows, Scheme, SmoothK, SmoothQ, Smoothing, Tile, oracle,
 };
 use sage_kernels::Machine;
 use sage_kernels::forward::{ForwardPlan, Request, int8_scheme, nearest_scheme};
@@ -94,7 +94,8 @@ fn presets_that_are_refused_are_those_of_other_operands() {
         for preset in Preset::ALL {
             let scheme = preset.scheme(128);
             let wanted = match scheme.pv {
-                Pv::Int8 | Pv::Nvfp4 => false,
+                Pv::Int8 | Pv::Fp4 { .. } => false,
+                _ if matches!(scheme.qk, Qk::Fp4(_)) => false,
                 Pv::F16(_) => !scheme.smooth.v,
                 Pv::Fp8 { .. } => target.sm() >= 89,
                 _ => true,
@@ -145,11 +146,12 @@ fn schemes_of_ones_own_plan_or_have_a_nearest_as_well() {
         Pv::BF16(Accumulator::F16),
         Pv::Fp8 { v_max: 448.0, rows: ScaleRows::Sampled(64), accumulator: Accumulator::F32 },
         Pv::Fp8 { v_max: 2.25, rows: ScaleRows::All, accumulator: Accumulator::F16 },
-        Pv::Nvfp4,
+        Pv::Fp4 { format: Fp4Format::Nv, levels: PLevels::Two },
+        Pv::Fp4 { format: Fp4Format::Mx, levels: PLevels::One },
     ];
     use Granularity::{PerBlock, PerTensor, PerThread, PerToken, PerWarp};
     let Qk::Int(quantizer) = int8_scheme(DType::F16).qk else { unreachable!("an integer scheme") };
-    let mut kinds = vec![Qk::Full, Qk::Nvfp4];
+    let mut kinds = vec![Qk::Full, Qk::Fp4(Fp4Format::Nv), Qk::Fp4(Fp4Format::Mx)];
     for granularity in [PerTensor, PerBlock, PerWarp, PerThread, PerToken] {
         for tile in tiles {
             kinds.push(Qk::Int(IntQuantizer { granularity, tile, ..quantizer }));

@@ -26,10 +26,7 @@ pub use cached::{CachedHead, cached};
 pub use exact::{Score, exact};
 pub(crate) use exact::{attend, maximum, row_scores, softcap};
 pub use fixed::{FIXED12_MAX, Fixed12Blocks, fixed12_scale};
-pub use fp4::{
-    E2M1_MAX, NVFP4_GROUP, Nvfp4Rows, e2m1_code, e2m1_value, k_token_of_row, nvfp4_code, nvfp4_scale,
-    scale_offset,
-};
+pub use fp4::{E2M1_MAX, Fp4Rows, e2m1_code, e2m1_value, k_token_of_row, scale_offset};
 pub use fp8::{E4M3_MAX, E4M3_P_EXPONENT, Fp8Channels, LARGEST_FACTOR, round_e4m3, v_token_slot};
 pub use integer::IntRows;
 pub(crate) use matrix::dot;

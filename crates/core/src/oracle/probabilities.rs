@@ -4,10 +4,10 @@ use half::{bf16, f16};
 
 use super::exact::maximum;
 use super::fixed::FIXED12_MAX;
-use super::fp4::{E2M1_MAX, NVFP4_GROUP, e2m1_value, nvfp4_code, nvfp4_scale};
+use super::fp4::{E2M1_MAX, e2m1_value};
 use super::fp8::{E4M3_MAX, E4M3_P_EXPONENT, round_e4m3};
 use super::{Score, absmax};
-use crate::Pv;
+use crate::{Fp4Format, PLevels, Pv};
 
 /// One row's probabilities before normalisation, relative to `exp` of the row's maximum.
 #[derive(Clone, Debug, PartialEq)]
@@ -31,9 +31,10 @@ pub struct Weights {
 /// | `Fp8` | `e4m3(2^8.807 · P) / 2^8.807` | unrounded P | unrounded P |
 /// | `Int8` | `round(127 · P) / 127`, ties to even | unrounded P | unrounded P |
 /// | `Fixed12` | `round(4095 · P / P_max) / 4095 · P_max`, ties to even | quantised P | quantised P |
-/// | `Nvfp4` | `σ · e2m1(2688 · P / σ) / 2688` | unrounded P | unrounded P |
+/// | `Fp4` | `σ · e2m1(f · P / σ) / f`, where `f` is 2688 in two levels and 1 in one | unrounded P | unrounded P |
 ///
-/// `P_max` is the largest P of a block of keys; `σ` is `e4m3(largest / 6)` of the `2688 · P` of a group of 16 keys.
+/// `P_max` is the largest P of a block of keys; `σ` is the format's scale ([`Fp4Format::scale`]) of the `f · P` of a group
+/// of keys.
 ///
 /// # Panics
 /// When [`Pv::Fixed12`]'s block is 0.
@@ -56,7 +57,7 @@ pub fn quantize_p(scores: &[Score], max: f64, pv: &Pv) -> Weights {
             let weights = quantised(fixed12(scores, max, block));
             Weights { lse_sum: weights.sum, ..weights }
         }
-        Pv::Nvfp4 => unrounded(nvfp4(scores, &exact)),
+        Pv::Fp4 { format, levels } => unrounded(fp4(scores, &exact, format, levels)),
     }
 }
 
@@ -72,17 +73,20 @@ fn fixed12(scores: &[Score], max: f64, block: usize) -> Vec<f64> {
     scores.chunk_by(|a, b| a.key / block == b.key / block).flat_map(in_block).collect()
 }
 
-/// Two-level P: the first level maps the row to `[0, 448 · 6]`, the second each group of 16 keys to E2M1's range.
-fn nvfp4(scores: &[Score], exact: &[f64]) -> Vec<f64> {
-    let factor = E4M3_MAX * E2M1_MAX;
+/// The first level, where there are two, maps the row to `[0, 448 · 6]`, the other each group of keys to E2M1's range.
+fn fp4(scores: &[Score], exact: &[f64], format: Fp4Format, levels: PLevels) -> Vec<f64> {
+    let factor = match levels {
+        PLevels::One => 1.0,
+        PLevels::Two => E4M3_MAX * E2M1_MAX,
+    };
     let keyed: Vec<(usize, f32)> =
         scores.iter().zip(exact).map(|(s, &p)| (s.key, p as f32 * factor)).collect();
     let in_group = |group: &[(usize, f32)]| {
-        let scale = nvfp4_scale(absmax(group.iter().map(|&(_, p)| p)));
-        let sigma = f64::from(float8::F8E4M3::from_bits(scale).to_f32()) / f64::from(factor);
-        group.iter().map(|&(_, p)| sigma * f64::from(e2m1_value(nvfp4_code(p, scale)))).collect::<Vec<_>>()
+        let scale = format.scale(absmax(group.iter().map(|&(_, p)| p)));
+        let sigma = f64::from(format.scale_value(scale)) / f64::from(factor);
+        group.iter().map(|&(_, p)| sigma * f64::from(e2m1_value(format.code(p, scale)))).collect::<Vec<_>>()
     };
-    keyed.chunk_by(|a, b| a.0 / NVFP4_GROUP == b.0 / NVFP4_GROUP).flat_map(in_group).collect()
+    keyed.chunk_by(|a, b| a.0 / format.group() == b.0 / format.group()).flat_map(in_group).collect()
 }
 
 /// A tile's row of P as SageAttention's 8-bit training quantises it: integers in 0..=127 relative to the row's own
@@ -104,14 +108,20 @@ mod tests {
     use crate::Accumulator;
     use crate::oracle::testing::normal;
 
-    const ALL: [Pv; 7] = [
+    const TWO_LEVELS: Pv = Pv::Fp4 { format: Fp4Format::Nv, levels: PLevels::Two };
+    const ONE_LEVEL: Pv = Pv::Fp4 { format: Fp4Format::Nv, levels: PLevels::One };
+    const MXFP4: Pv = Pv::Fp4 { format: Fp4Format::Mx, levels: PLevels::One };
+
+    const ALL: [Pv; 9] = [
         Pv::F32,
         Pv::F16(Accumulator::F32),
         Pv::BF16(Accumulator::F32),
         Pv::Fp8 { v_max: 448.0, rows: crate::ScaleRows::All, accumulator: Accumulator::F32 },
         Pv::Int8,
         Pv::Fixed12 { block: 4 },
-        Pv::Nvfp4,
+        TWO_LEVELS,
+        ONE_LEVEL,
+        MXFP4,
     ];
 
     /// Scores of keys 0, 1, 2 … whose exponentials are `p`.
@@ -144,7 +154,11 @@ mod tests {
             &[448.0 / factor, 128.0 / factor],
         );
         // 2688 in a group of scale 448: 6; 806.4 is 1.8 of it, nearest 2.
-        close(&p(Pv::Nvfp4).p, &[1.0, 2.0 * 448.0 / 2688.0]);
+        close(&p(TWO_LEVELS).p, &[1.0, 2.0 * 448.0 / 2688.0]);
+        // A scale of 1/6 rounds to 11/64: 1 is 5.8 of it, and 0.3 is 1.745, nearest 1.5.
+        close(&p(ONE_LEVEL).p, &[6.0 * 11.0 / 64.0, 1.5 * 11.0 / 64.0]);
+        // A quarter: 4 and 1.2.
+        close(&p(MXFP4).p, &[1.0, 0.25]);
         // 0.3·4095 = 1228.5, and a little more or less as ln 0.3 is rounded.
         let fixed = p(Pv::Fixed12 { block: 2 });
         assert!((fixed.p[1] - 0.3).abs() <= 0.5001 / 4095.0 && fixed.p[0] == 1.0);
@@ -180,8 +194,9 @@ mod tests {
                 Pv::Fp8 { .. } => (1.0 / 16.0, 1e-5),
                 Pv::Int8 => (0.0, 0.5 / 127.0),
                 Pv::Fixed12 { .. } => (0.0, 0.5 / 4095.0),
-                // Half the widest step, 1 of 6, and the scale's own rounding, 1 of 16.
-                Pv::Nvfp4 => (0.0, 1.0 / 6.0 * 17.0 / 16.0),
+                // Half the widest step, 1 of 6, and the scale's own rounding, 1 of 16; a power of two may cut 2 of 8.
+                Pv::Fp4 { format: Fp4Format::Nv, .. } => (0.0, 1.0 / 6.0 * 17.0 / 16.0),
+                Pv::Fp4 { format: Fp4Format::Mx, .. } => (0.0, 0.25),
             };
             for (p, s) in quantize_p(&row, max, &pv).p.iter().zip(&row) {
                 let exact = (s.value - max).exp();

@@ -5,7 +5,7 @@ use std::f64::consts::LN_2;
 use super::exact::{maximum, softcap, weighted_sum};
 use super::matrix::dot;
 use super::{
-    Matrix, Nvfp4Rows, Output, Score, SeenKeys, block_means, hadamard, key_mean, mean_of_counted, quantize_p,
+    Fp4Rows, Matrix, Output, Score, SeenKeys, block_means, hadamard, key_mean, mean_of_counted, quantize_p,
     quantize_v, subtract, subtract_block_means, visible_keys,
 };
 use crate::{Call, Qk, Scheme, SmoothQ};
@@ -83,7 +83,7 @@ impl Keys {
         let quantised = match &scheme.qk {
             Qk::Full => rotated.map(f64::from),
             Qk::Int(quantizer) => quantizer.quantize_k(&rotated, seen).dequantize(),
-            Qk::Nvfp4 => Nvfp4Rows::quantize(&rotated).dequantize(),
+            Qk::Fp4(format) => Fp4Rows::quantize(&rotated, *format).dequantize(),
         };
         Keys { mean: mean.into_iter().map(f64::from).collect(), smoothed: smoothed.map(f64::from), quantised }
     }
@@ -136,7 +136,7 @@ impl Queries {
                 quantizer.quantize_q(&rotated, sm_scale).dequantize(),
                 if quantizer.scale_q_first { LN_2 } else { tau },
             ),
-            Qk::Nvfp4 => (Nvfp4Rows::quantize(&rotated).dequantize(), tau),
+            Qk::Fp4(format) => (Fp4Rows::quantize(&rotated, *format).dequantize(), tau),
         };
         Queries { given: q.map(f64::from), quantised, factor, delta_s }
     }

@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 
-use super::{Fixed12Blocks, Fp8Channels, Matrix, NVFP4_GROUP, Nvfp4Rows, SeenKeys, absmax};
+use super::{Fixed12Blocks, Fp4Rows, Fp8Channels, Matrix, SeenKeys, absmax};
 use crate::Pv;
 
 /// The real numbers that V's quantised form stands for, `[kv_len, head_dim]`.
@@ -20,8 +20,9 @@ pub fn quantize_v(v: &Matrix<f32>, pv: &Pv, keys: &SeenKeys) -> Matrix<f64> {
         Pv::Fp8 { v_max, rows, .. } => Fp8Channels::quantize(v, v_max, rows, keys).dequantize(),
         Pv::Int8 => Int8Channels::quantize(v, keys).dequantize(),
         Pv::Fixed12 { block } => Fixed12Blocks::quantize(v, block, keys).dequantize(),
-        Pv::Nvfp4 => {
-            Nvfp4Rows::quantize(&saturated(v, NVFP4_GROUP, keys).transposed()).dequantize().transposed()
+        Pv::Fp4 { format, .. } => {
+            let channels = saturated(v, format.group(), keys).transposed();
+            Fp4Rows::quantize(&channels, format).dequantize().transposed()
         }
     }
 }
@@ -72,6 +73,7 @@ impl Int8Channels {
 mod tests {
     use super::*;
     use crate::oracle::testing::matrix;
+    use crate::{Fp4Format, PLevels};
 
     #[test]
     fn numbers_worked_out_by_hand() {
@@ -88,10 +90,14 @@ mod tests {
     }
 
     #[test]
-    fn nvfp4_groups_are_sixteen_tokens_of_a_channel() {
+    fn fp4_groups_are_neighbouring_tokens_of_a_channel() {
         // Channel 0: tokens 0..16 up to 6, tokens 16.. up to 12; channel 1 is the same, doubled.
         let v = Matrix::from_fn(20, 2, |j, c| if j < 16 { 6.0 } else { 12.0 } * (c + 1) as f32);
-        assert_eq!(quantize_v(&v, &Pv::Nvfp4, &SeenKeys::all(20)), v.map(f64::from));
+        let nvfp4 = Pv::Fp4 { format: Fp4Format::Nv, levels: PLevels::Two };
+        assert_eq!(quantize_v(&v, &nvfp4, &SeenKeys::all(20)), v.map(f64::from));
+        // In one group of 32 with 12, 6 is 3 of its scale, 2; in one of 6 alone it is 6 of 1.
+        let mxfp4 = Pv::Fp4 { format: Fp4Format::Mx, levels: PLevels::One };
+        assert_eq!(quantize_v(&v, &mxfp4, &SeenKeys::all(20)), v.map(f64::from));
     }
 
     #[test]
@@ -99,7 +105,8 @@ mod tests {
         let v = matrix(3, &[0.0, f32::NAN, 1.0, 0.0, 1.0, 2.0]);
         for pv in [
             Pv::Int8,
-            Pv::Nvfp4,
+            Pv::Fp4 { format: Fp4Format::Nv, levels: PLevels::Two },
+            Pv::Fp4 { format: Fp4Format::Mx, levels: PLevels::One },
             Pv::Fixed12 { block: 4 },
             Pv::Fp8 { v_max: 2.25, rows: crate::ScaleRows::All, accumulator: crate::Accumulator::F32 },
         ] {

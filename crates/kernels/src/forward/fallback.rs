@@ -8,7 +8,7 @@
 //! | P·V in INT8; in FP8 before sm_89 | P·V in the inputs' 16 bits | the caller |
 //! | P·V in FP8 summed in f16; 16-bit P·V summed in forms that it lacks | summed in f32 | the caller |
 //! | smoothed V with 16-bit P·V; with sampled scales | V as it is, summed in f32; scales of all rows | the caller |
-//! | NVFP4 | INT8 scores per thread, P·V in FP8 | the caller |
+//! | NVFP4, MXFP4 | INT8 scores per thread, P·V in FP8 | the caller |
 //! | smoothed Q in blocks that are no multiple of 64 rows | in blocks of fewer rows, but of 64 at least | the caller |
 //! | smoothing or rotation of full-precision scores | left out: it changes nothing there | the caller |
 //!
@@ -31,7 +31,7 @@ const BY_NAME: Preset = Preset::INT8_PER_TOKEN;
 /// The scheme of kernels for `target` that is nearest to `scheme` and at least as accurate; `scheme` itself where
 /// there is no reason to leave it. P·V in f32 stands for the inputs' 16 bits.
 pub fn nearest_scheme(mut scheme: Scheme, target: Target) -> Scheme {
-    if scheme.qk == Qk::Nvfp4 {
+    if matches!(scheme.qk, Qk::Fp4(_)) {
         let int8 = Preset::SAGE2_INT8_FP8_PER_THREAD.scheme(64);
         scheme.qk = int8.qk;
         scheme.smooth.q = SmoothQ::Off;
@@ -47,7 +47,7 @@ pub fn nearest_scheme(mut scheme: Scheme, target: Target) -> Scheme {
             scheme.rotate = false;
             scheme.smooth = Smoothing { q: SmoothQ::Off, k: SmoothK::Off, ..scheme.smooth };
         }
-        Qk::Nvfp4 => {}
+        Qk::Fp4(_) => {}
     }
     if let SmoothQ::Block(rows) = scheme.smooth.q {
         // A mean of fewer rows is nearer to each of them.
@@ -58,11 +58,11 @@ pub fn nearest_scheme(mut scheme: Scheme, target: Target) -> Scheme {
         Pv::F16(Accumulator::F32ThenF32) => Pv::F16(Accumulator::F32),
         Pv::F16(_) if scheme.smooth.v => Pv::F16(Accumulator::F32),
         Pv::BF16(_) => Pv::BF16(Accumulator::F32),
-        Pv::Fp8 { .. } | Pv::Nvfp4 if !has_fp8 => Pv::F32,
+        Pv::Fp8 { .. } | Pv::Fp4 { .. } if !has_fp8 => Pv::F32,
         Pv::Fp8 { v_max, rows, accumulator: Accumulator::F16 } => {
             Pv::Fp8 { v_max, rows, accumulator: Accumulator::F32 }
         }
-        Pv::Nvfp4 => Preset::SAGE2_INT8_FP8_PER_THREAD.scheme(64).pv,
+        Pv::Fp4 { .. } => Preset::SAGE2_INT8_FP8_PER_THREAD.scheme(64).pv,
         Pv::Int8 => Pv::F32,
         as_it_is @ (Pv::F32 | Pv::Fixed12 { .. } | Pv::F16(_) | Pv::Fp8 { .. }) => as_it_is,
     };

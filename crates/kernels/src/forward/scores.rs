@@ -19,7 +19,10 @@ pub(super) fn quantizer(scheme: &Scheme) -> Result<Option<IntQuantizer>> {
             Err(Error::unsupported("scales per tensor", "on a GPU scales are per block or finer"))
         }
         Qk::Int(quantizer) => Ok(Some(quantizer)),
-        Qk::Nvfp4 => Err(Error::unsupported("scheme with NVFP4 scores", "no GPU kernel computes it yet")),
+        Qk::Fp4(format) => {
+            let what = format!("scheme with {} scores", format.name());
+            Err(Error::unsupported(what, "no GPU kernel computes it yet"))
+        }
         Qk::Full if scheme.smooth.k.is_on() || scheme.smooth.q != SmoothQ::Off => {
             Err(Error::unsupported("smoothing of full-precision scores", "it changes nothing there"))
         }

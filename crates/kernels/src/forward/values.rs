@@ -32,7 +32,7 @@ pub(super) fn elements_and_sums(call: &ForwardCall, scheme: &Scheme) -> Result<(
             return Err(Error::unsupported("FP8 P·V summed in f16", "use f16+f32"));
         }
         Pv::Fp8 { accumulator, .. } => (Element::E4M3, accumulator),
-        Pv::F32 | Pv::Int8 | Pv::Fixed12 { .. } | Pv::Nvfp4 => {
+        Pv::F32 | Pv::Int8 | Pv::Fixed12 { .. } | Pv::Fp4 { .. } => {
             let what = format!("scheme `{scheme}`");
             return Err(Error::unsupported(what, "no GPU kernel computes its P·V"));
         }
