@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use sage_core::{
-    Backend, BackendPlan, BlockTables, CacheBackend, CacheSize, Choice, Lengths, NewTokens, Operand, Result,
-    Scheme, Strided,
+    Backend, BackendPlan, BlockTables, CacheBackend, CacheSize, Choice, NewTokens, Operand, Result, Scheme,
+    Strided,
 };
 use sage_cuda::Stream;
 use sage_kernels::TensorArg;
@@ -13,7 +13,7 @@ use sage_kernels::forward::{Request, Tensors};
 use sage_ptx::Target;
 
 use crate::launches;
-use crate::lists::Lists;
+use crate::lists::{Lists, kernel_lengths};
 use crate::plan::CudaPlan;
 use crate::predict::PredictPlan;
 use crate::tensor::argument;
@@ -195,11 +195,7 @@ fn request(call: &DeviceCall<'_>, choice: Choice, tensors: &Tensors, lse: bool) 
             Some(DeviceMask::Bool(_)) => MaskForm::Bool,
             Some(DeviceMask::Additive(tensor)) => MaskForm::Bias(tensor.dtype()),
         },
-        lengths: match call.lengths {
-            Lengths::Dense => sage_kernels::Lengths::Dense,
-            Lengths::KvLens(_) | Lengths::DeviceKvLens(_) => sage_kernels::Lengths::KvLens,
-            Lengths::Packed { .. } | Lengths::DevicePacked { .. } => sage_kernels::Lengths::Packed,
-        },
+        lengths: kernel_lengths(&call.lengths),
         q_rows: call.q.shape()[2],
         kv_rows: call.k.shape()[2],
         aligned,

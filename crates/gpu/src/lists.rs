@@ -14,6 +14,15 @@ pub(crate) struct Lists {
     _copies: [Option<Buffer>; 2],
 }
 
+/// Where kernels learn the lengths.
+pub(crate) fn kernel_lengths(lengths: &Lengths<'_, DeviceInts<'_>>) -> sage_kernels::Lengths {
+    match lengths {
+        Lengths::Dense => sage_kernels::Lengths::Dense,
+        Lengths::KvLens(_) | Lengths::DeviceKvLens(_) => sage_kernels::Lengths::KvLens,
+        Lengths::Packed { .. } | Lengths::DevicePacked { .. } => sage_kernels::Lengths::Packed,
+    }
+}
+
 impl Lists {
     /// Lengths in the host's memory are copied, which waits for the stream.
     pub fn new(stream: &Stream, lengths: &Lengths<'_, DeviceInts<'_>>) -> Result<Self> {

@@ -3,13 +3,13 @@
 use std::sync::Arc;
 
 use sage_core::sparse::{BlockMap, PaddedBlocks, PerHead, Predictor, Select};
-use sage_core::{BlockMask, Error, Geometry, Lengths, Result, Strided};
+use sage_core::{BlockMask, Error, Geometry, Result, Strided};
 use sage_cuda::{Buffer, Kernel, Stream};
 use sage_kernels::pass::Pass;
 use sage_kernels::predict::{PredictCall, PredictTensors};
 
 use crate::launches::{self, PassKernels};
-use crate::lists::Lists;
+use crate::lists::{Lists, kernel_lengths};
 use crate::tensor::argument;
 use crate::{Cuda, DeviceBytes, DeviceCall, driver};
 
@@ -130,11 +130,7 @@ impl Cuda {
         call: &DeviceCall<'_>,
         predictor: &Predictor,
     ) -> Result<Arc<PredictPlan>> {
-        let lengths = match call.lengths {
-            Lengths::Dense => sage_kernels::Lengths::Dense,
-            Lengths::KvLens(_) | Lengths::DeviceKvLens(_) => sage_kernels::Lengths::KvLens,
-            Lengths::Packed { .. } | Lengths::DevicePacked { .. } => sage_kernels::Lengths::Packed,
-        };
+        let lengths = kernel_lengths(&call.lengths);
         let tensors = tensors(call);
         let aligned = tensors.aligned(call.problem.head_dim);
         let padded_keys = predictor.k_padding.is_some();

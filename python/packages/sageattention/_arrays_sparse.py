@@ -6,6 +6,7 @@ from typing import Any
 
 from sageattention import _native
 from sageattention._arrays import Library, dense_lse_shape, forward, library_of
+from sageattention._block_maps import map_shape
 from sageattention._predictor import Fields, native_predictor
 from sageattention._request import Request, dense_shape, native_options
 
@@ -60,6 +61,5 @@ def _map_like(library: Library, q: Any, k: Any, fields: Fields, request: Request
         if len(array.shape) != 4:
             wanted = dense_shape(request.tensor_layout)
             raise ValueError(f"{name}: shape is {list(array.shape)}, expected {wanted}")
-    heads, tokens = (2, 1) if request.tensor_layout == "NHD" else (1, 2)
-    blocks = (-(-q.shape[tokens] // fields.block_q), -(-k.shape[tokens] // fields.block_k))
-    return library.empty(q, (q.shape[0], q.shape[heads], *blocks), "bool")
+    shape = map_shape(q, k, request.tensor_layout, fields.block_q, fields.block_k)
+    return library.empty(q, shape, "bool")

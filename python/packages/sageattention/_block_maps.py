@@ -11,6 +11,12 @@ from sageattention._request import Request
 BlockSizes = tuple[int, int]
 
 
+def map_shape(q: Any, k: Any, tensor_layout: str, block_q: int, block_k: int) -> tuple[int, ...]:
+    """`[batch, heads, q_blocks, k_blocks]` of a map for q and k, which have four dimensions."""
+    heads, tokens = (2, 1) if tensor_layout == "NHD" else (1, 2)
+    return (q.shape[0], q.shape[heads], -(-q.shape[tokens] // block_q), -(-k.shape[tokens] // block_k))
+
+
 def given_map(q: Any, k: Any, mask_id: Any, tensor_layout: str, sizes: Sequence[BlockSizes]) -> tuple[Any, int, int]:
     """A caller's map as booleans, with the queries and keys of its blocks: the first of `sizes` that its shape fits.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sageattention import _flops, _native
+from sageattention._block_maps import map_shape
 from sageattention._operators import Operator, define_operator, is_plain
 from sageattention._predictor import Fields, native_predictor
 from sageattention._request import Request, dense_shape, native_options
@@ -118,10 +119,9 @@ def _check(q, k, tensor_layout):
 
 
 def _map_like(q: Tensor, k: Tensor, options: tuple[Any, ...]) -> Tensor:
-    heads, tokens = (2, 1) if options[_REQUEST] == "NHD" else (1, 2)
     fields = Fields(*options[:_REQUEST])
-    blocks = (-(-q.shape[tokens] // fields.block_q), -(-k.shape[tokens] // fields.block_k))
-    return torch.empty((q.shape[0], q.shape[heads], *blocks), dtype=torch.bool, device=q.device)
+    shape = map_shape(q, k, options[_REQUEST], fields.block_q, fields.block_k)
+    return torch.empty(shape, dtype=torch.bool, device=q.device)
 
 
 _sparse_ops = {

@@ -3,53 +3,60 @@
 use sage_ptx::{Shared, Val};
 
 use super::fold::{Fold, halves, reversed};
+use crate::grid::grid;
 use crate::preprocess::{CHUNK, Head, ROWS, Rows, Source};
 
 /// Most threads that share a chunk of channels.
 const MOST_SLOTS: usize = 16;
 
-/// A block of tokens that a block of threads sums up: each thread adds eight rows of eight channels at a time.
+/// The blocks of a tensor's tokens, each summed up by a block of threads: a thread adds eight rows of eight channels at a
+/// time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct BlockShape {
-    /// Channels.
-    pub width: usize,
-    /// Tokens.
+pub struct TokenBlocks {
+    /// The tensor as given; its lengths are not packed.
+    pub source: Source,
+    /// Tokens of a block.
     pub tokens: usize,
 }
 
-impl BlockShape {
-    /// Blocks of so many tokens of a tensor.
-    pub const fn new(source: &Source, tokens: usize) -> Self {
-        BlockShape { width: source.padded_dim(), tokens }
+impl TokenBlocks {
+    /// Threads of a block.
+    pub fn threads(&self) -> u32 {
+        (self.chunks() * self.slots()) as u32
+    }
+
+    /// Blocks along x, y and z.
+    pub fn grid(&self, rows: usize, heads: usize, sequences: usize) -> [u32; 3] {
+        grid(rows.div_ceil(self.tokens), heads * sequences)
+    }
+
+    /// Channels.
+    pub(super) const fn width(&self) -> usize {
+        self.source.padded_dim()
     }
 
     /// Chunks of channels.
-    pub const fn chunks(&self) -> usize {
-        self.width / CHUNK
+    pub(super) const fn chunks(&self) -> usize {
+        self.width() / CHUNK
     }
 
     /// Threads that share a chunk of channels: one for each eight tokens, but at least a warp of all, and no more than
     /// read a long block in turns.
-    pub fn slots(&self) -> usize {
+    pub(super) fn slots(&self) -> usize {
         let eights = self.tokens.div_ceil(ROWS).next_power_of_two();
         eights.clamp((32 / self.chunks()).max(1), MOST_SLOTS)
     }
 
     /// Eights of a thread, filled up to a power of two.
-    pub fn turns(&self) -> usize {
+    pub(super) fn turns(&self) -> usize {
         self.tokens.div_ceil(ROWS * self.slots()).next_power_of_two()
-    }
-
-    /// Threads of a block.
-    pub fn threads(&self) -> u32 {
-        (self.chunks() * self.slots()) as u32
     }
 }
 
 /// Sums of a block's columns, of several quantities, in shared memory.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Columns<'k> {
-    shape: BlockShape,
+    blocks: TokenBlocks,
     /// What each thread has summed up, `[quantities][slots][width]`.
     parts: Shared<'k, f32>,
 }
@@ -60,13 +67,13 @@ impl<'k> Columns<'k> {
     #[track_caller]
     pub fn new(
         head: &Head<'k>,
-        shape: BlockShape,
+        blocks: TokenBlocks,
         [first, count]: [Val<'k, i32>; 2],
         quantities: usize,
         of_eight: impl Fn(&Rows<'k>) -> Vec<[Val<'k, f32>; CHUNK]>,
     ) -> Self {
         let code = head.code;
-        let (slots, turns) = (shape.slots(), shape.turns());
+        let (slots, turns) = (blocks.slots(), blocks.turns());
         let sums_of = |eight: Val<'k, i32>| -> Vec<Val<'k, f32>> {
             let at = eight * ROWS as i32;
             of_eight(&head.load_eight(first + at, count - at)).concat()
@@ -80,22 +87,21 @@ impl<'k> Columns<'k> {
             });
             fold.totals()
         };
-        let parts = code.shared::<f32>("columns", quantities * slots * shape.width);
-        let own = parts.at(head.part * shape.width as i32 + head.chunk * CHUNK as i32);
+        let parts = code.shared::<f32>("columns", quantities * slots * blocks.width());
+        let own = parts.at(head.part * blocks.width() as i32 + head.chunk * CHUNK as i32);
         for (quantity, sums) in sums.chunks(CHUNK).enumerate() {
-            let own = own.plus((quantity * slots * shape.width) as i32);
+            let own = own.plus((quantity * slots * blocks.width()) as i32);
             own.store_vector::<4>(std::array::from_fn(|i| sums[i]));
             own.plus(4).store_vector::<4>(std::array::from_fn(|i| sums[4 + i]));
         }
         code.barrier();
-        Columns { shape, parts }
+        Columns { blocks, parts }
     }
 
     /// The sum of a channel, of quantity 0, 1 and so on.
     #[track_caller]
     pub fn total(&self, quantity: usize, channel: Val<'k, i32>) -> Val<'k, f32> {
-        let BlockShape { width, .. } = self.shape;
-        let slots = self.shape.slots();
+        let (width, slots) = (self.blocks.width(), self.blocks.slots());
         let column = self.parts.at(channel);
         let part = |slot: usize| column.plus(((quantity * slots + slot) * width) as i32).load();
         halves(&(0..slots).map(part).collect::<Vec<_>>())

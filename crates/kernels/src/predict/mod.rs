@@ -36,6 +36,7 @@ mod tokens;
 mod weight;
 
 pub use choose_blocks::{Choice, ChooseBlocksArgs, ChooseBlocksConfig};
+pub use columns::TokenBlocks;
 pub use mean_of_blocks::{MeanOfBlocksArgs, MeanOfBlocksConfig};
 pub use pass::{PredictCall, PredictTensors};
 pub use per_head::PerHeadArg;

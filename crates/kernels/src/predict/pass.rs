@@ -8,7 +8,7 @@ use sage_core::{DType, Error, Problem, Result, default_sm_scale};
 use super::{
     Choice, ChooseBlocksArgs, ChooseBlocksConfig, MeanOfBlocksArgs, MeanOfBlocksConfig, PerHeadArg,
     PoolBlocksArgs, PoolBlocksConfig, ScoreBlocksArgs, ScoreBlocksConfig, SumBlocksArgs, SumBlocksConfig,
-    TokensArgs,
+    TokenBlocks, TokensArgs,
 };
 use crate::pass::{Pass, PassBuilder, Slot};
 use crate::preprocess::{CHUNK, Source};
@@ -205,6 +205,11 @@ impl Planned {
         Source { dtype, head_dim, aligned, lengths, masked: false }
     }
 
+    fn blocks(&self, side: Side) -> TokenBlocks {
+        let tokens = if side == Side::Keys { self.block_k } else { self.block_q };
+        TokenBlocks { source: self.source(side), tokens }
+    }
+
     fn width(&self) -> usize {
         self.source(Side::Keys).padded_dim()
     }
@@ -238,7 +243,7 @@ impl Planned {
         let width = self.width();
         let sums = pass.slot("k_sums", 4 * batch * heads * self.k_blocks * width);
         let means = pass.slot("k_mean", 4 * batch * heads * width);
-        let sum = SumBlocksConfig { source: self.source(Side::Keys), block: self.block_k };
+        let sum = SumBlocksConfig { blocks: self.blocks(Side::Keys) };
         pass.launch(sum, move |at, launch| {
             let args = SumBlocksArgs {
                 k: at.tensors.k,
@@ -247,7 +252,7 @@ impl Planned {
                 all_heads: (batch * heads) as i32,
                 sums: at.of(sums),
             };
-            launch(sum.grid(kv_len, heads, batch), &args.args(), &[]);
+            launch(sum.blocks.grid(kv_len, heads, batch), &args.args(), &[]);
         });
         let mean = MeanOfBlocksConfig { padded_dim: width, lengths: self.call.lengths };
         pass.launch(mean, move |at, launch| {
@@ -268,13 +273,9 @@ impl Planned {
     fn pool(&self, side: Side, mean: Option<Slot>, pass: &mut PassBuilder<PredictTensors>) -> Pooled {
         let planned = *self;
         let Problem { batch, num_q_heads, num_kv_heads, q_len, kv_len, .. } = self.call.problem;
-        let (heads, rows, block, blocks, names) = match side {
-            Side::Queries => {
-                (num_q_heads, q_len, self.block_q, self.q_blocks, ["q_block_means", "q_similarities"])
-            }
-            Side::Keys => {
-                (num_kv_heads, kv_len, self.block_k, self.k_blocks, ["k_block_means", "k_similarities"])
-            }
+        let (heads, rows, blocks, names) = match side {
+            Side::Queries => (num_q_heads, q_len, self.q_blocks, ["q_block_means", "q_similarities"]),
+            Side::Keys => (num_kv_heads, kv_len, self.k_blocks, ["k_block_means", "k_similarities"]),
         };
         let number = batch * heads * blocks;
         let similarity = self.similarity.is_some();
@@ -282,7 +283,7 @@ impl Planned {
             means: pass.slot(names[0], 4 * number * self.width()),
             similarities: if similarity { pass.slot(names[1], 4 * number) } else { Slot::NONE },
         };
-        let pool = PoolBlocksConfig { source: self.source(side), block, smooth: mean.is_some(), similarity };
+        let pool = PoolBlocksConfig { blocks: self.blocks(side), smooth: mean.is_some(), similarity };
         pass.launch(pool, move |at, launch| {
             let (x, tokens) = match side {
                 Side::Queries => {
@@ -299,7 +300,7 @@ impl Planned {
                 means: at.of(pooled.means),
                 similarities: at.of(pooled.similarities),
             };
-            launch(pool.grid(rows, heads, batch), &args.args(), &[]);
+            launch(pool.blocks.grid(rows, heads, batch), &args.args(), &[]);
         });
         pooled
     }

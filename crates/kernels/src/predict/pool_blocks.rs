@@ -4,13 +4,13 @@ use half::{bf16, f16};
 use sage_core::DType;
 use sage_ptx::{Code, Program, Val, Var, kernel};
 
-use super::columns::{BlockShape, Columns};
+use super::columns::{Columns, TokenBlocks};
 use super::fold::{across_lanes, in_order};
 use super::tokens;
-use crate::grid::{BlockHead, grid};
+use crate::grid::BlockHead;
 use crate::kernel::Kernel;
 use crate::params::kernel_params;
-use crate::preprocess::{CHUNK, Head, ROWS, Rows, Source};
+use crate::preprocess::{CHUNK, Head, ROWS, Rows};
 
 /// Lanes of a warp.
 const LANES: i32 = 32;
@@ -22,10 +22,8 @@ const RESIDENT: u32 = 768;
 /// Pools the tokens of each block that count, as [`sage_core::sparse::PooledBlocks`]: a block of threads for each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PoolBlocksConfig {
-    /// Q or K as given; its lengths are not packed.
-    pub source: Source,
-    /// Tokens of a block.
-    pub block: usize,
+    /// Those of Q or K.
+    pub blocks: TokenBlocks,
     /// Whether the mean of all tokens is subtracted first.
     pub smooth: bool,
     /// Whether similarities are wanted.
@@ -53,34 +51,20 @@ kernel_params! {
 }
 
 impl PoolBlocksConfig {
-    /// Threads of a block.
-    pub fn threads(&self) -> u32 {
-        self.shape().threads()
-    }
-
-    /// Blocks along x, y and z.
-    pub fn grid(&self, rows: usize, heads: usize, sequences: usize) -> [u32; 3] {
-        grid(rows.div_ceil(self.block), heads * sequences)
-    }
-
-    fn shape(&self) -> BlockShape {
-        BlockShape::new(&self.source, self.block)
-    }
-
     fn write<'k>(&self, code: &'k Code) {
-        let shape = self.shape();
-        if self.similarity && self.source.aligned && shape.turns() == 1 {
-            code.min_blocks((RESIDENT / shape.threads()).max(1));
+        let blocks = self.blocks;
+        if self.similarity && self.blocks.source.aligned && blocks.turns() == 1 {
+            code.min_blocks((RESIDENT / blocks.threads()).max(1));
         }
         let p = PoolBlocksParams::declare(code);
         let BlockHead { sequence: index, head } = BlockHead::new(code, p.heads, p.all_heads);
-        let head = tokens::head(code, &self.source, &p.x, &p.tokens, [index, head], p.heads);
-        let ([block, ..], [blocks, ..]) = (code.block_index(), code.grid());
-        let (width, threads) = (shape.width as i32, shape.threads() as i32);
-        let number = head.index.mul_wide(blocks) + block.widen();
-        let means = p.means.at(number * i64::from(width));
-        let similarity = p.similarities.at(number);
-        let (first, count) = p.tokens.of_sequence(self.source.lengths, index).of_block(block);
+        let head = tokens::head(code, &self.blocks.source, &p.x, &p.tokens, [index, head], p.heads);
+        let ([block, ..], [number, ..]) = (code.block_index(), code.grid());
+        let (width, threads) = (blocks.width() as i32, blocks.threads() as i32);
+        let place = head.index.mul_wide(number) + block.widen();
+        let means = p.means.at(place * i64::from(width));
+        let similarity = p.similarities.at(place);
+        let (first, count) = p.tokens.of_sequence(self.blocks.source.lengths, index).of_block(block);
         code.when(count.eq(0), || {
             code.note("a block without tokens");
             code.range_by(head.thread, width, threads, |channel| means.at(channel).store(0.0));
@@ -97,14 +81,14 @@ impl PoolBlocksConfig {
             if !self.similarity {
                 return vec![sums];
             }
-            let inverses = inverse_norms(&head, shape, &x);
+            let inverses = inverse_norms(&head, blocks, &x);
             let directions: [_; ROWS] = std::array::from_fn(|i| x[i].map(|x| x * inverses[i]));
             vec![sums, column_sums(&directions)]
         };
         let quantities = if self.similarity { 2 } else { 1 };
-        let columns = Columns::new(&head, shape, [first, count], quantities, of_eight);
+        let columns = Columns::new(&head, blocks, [first, count], quantities, of_eight);
         let tokens = count.to_f32();
-        let squares = self.similarity.then(|| code.shared::<f32>("squares", shape.width));
+        let squares = self.similarity.then(|| code.shared::<f32>("squares", blocks.width()));
         // Where there are more threads than channels, some take the means and others the directions.
         code.range_by(head.thread, width * quantities as i32, threads, |item| {
             code.if_else(
@@ -122,7 +106,7 @@ impl PoolBlocksConfig {
         if let Some(squares) = squares {
             code.barrier();
             code.when(head.thread.lt(LANES), || {
-                let chunks = shape.chunks();
+                let chunks = blocks.chunks();
                 let own = squares.at((head.thread & (chunks as i32 - 1)) * CHUNK as i32);
                 let squares = [own.load_vector::<4>(), own.plus(4).load_vector::<4>()].concat();
                 let sum = in_order(squares).unwrap_or(code.constant(0.0));
@@ -134,7 +118,7 @@ impl PoolBlocksConfig {
 
     /// The nearest value of the tensor's element type.
     fn rounded<'k>(&self, x: Val<'k, f32>) -> Val<'k, f32> {
-        match self.source.dtype {
+        match self.blocks.source.dtype {
             DType::F16 => x.narrow::<f16>().to_f32(),
             _ => x.narrow::<bf16>().to_f32(),
         }
@@ -167,10 +151,10 @@ fn column_sums<'k>(rows: &[[Val<'k, f32>; CHUNK]; ROWS]) -> [Val<'k, f32>; CHUNK
 /// row for all.
 fn inverse_norms<'k>(
     head: &Head<'k>,
-    shape: BlockShape,
+    blocks: TokenBlocks,
     rows: &[[Val<'k, f32>; CHUNK]; ROWS],
 ) -> [Val<'k, f32>; ROWS] {
-    let chunks = shape.chunks();
+    let chunks = blocks.chunks();
     let square = |row: &[Val<'k, f32>; CHUNK]| row[1..].iter().fold(row[0] * row[0], |sum, &x| sum + x * x);
     let mut sums: Vec<_> = rows.iter().map(square).collect();
     let mut lanes = chunks;
@@ -198,20 +182,24 @@ impl Kernel for PoolBlocksConfig {
     fn name(&self) -> String {
         let smooth = if self.smooth { "_smooth" } else { "" };
         let similarity = if self.similarity { "_similarity" } else { "" };
-        format!("pool_blocks_{}{smooth}{similarity}_{}", self.block, self.source.suffix())
+        format!("pool_blocks_{}{smooth}{similarity}_{}", self.blocks.tokens, self.blocks.source.suffix())
     }
 
     fn description(&self) -> String {
         let smooth = if self.smooth { ", smoothed" } else { "" };
         let what = if self.similarity { "means and similarities" } else { "means" };
-        format!("{what} of blocks of {} tokens{smooth}; {}", self.block, self.source.description())
+        format!(
+            "{what} of blocks of {} tokens{smooth}; {}",
+            self.blocks.tokens,
+            self.blocks.source.description()
+        )
     }
 
     fn head_dim(&self) -> Option<usize> {
-        Some(self.source.head_dim)
+        Some(self.blocks.source.head_dim)
     }
 
     fn program(&self) -> Program {
-        kernel(&self.name(), self.threads(), |code| self.write(code))
+        kernel(&self.name(), self.blocks.threads(), |code| self.write(code))
     }
 }

@@ -2,21 +2,19 @@
 
 use sage_ptx::{Code, Program, Val, kernel};
 
-use super::columns::{BlockShape, Columns};
+use super::columns::{Columns, TokenBlocks};
 use super::fold::in_order;
 use super::tokens;
-use crate::grid::{BlockHead, grid};
+use crate::grid::BlockHead;
 use crate::kernel::Kernel;
 use crate::params::kernel_params;
-use crate::preprocess::{Rows, Source};
+use crate::preprocess::Rows;
 
 /// Sums each channel over the tokens of each block that count: a block of threads for each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct SumBlocksConfig {
-    /// K as given; its lengths are not packed.
-    pub source: Source,
-    /// Tokens of a block.
-    pub block: usize,
+    /// Those of K.
+    pub blocks: TokenBlocks,
 }
 
 kernel_params! {
@@ -36,32 +34,18 @@ kernel_params! {
 }
 
 impl SumBlocksConfig {
-    /// Threads of a block.
-    pub fn threads(&self) -> u32 {
-        self.shape().threads()
-    }
-
-    /// Blocks along x, y and z.
-    pub fn grid(&self, rows: usize, heads: usize, sequences: usize) -> [u32; 3] {
-        grid(rows.div_ceil(self.block), heads * sequences)
-    }
-
-    fn shape(&self) -> BlockShape {
-        BlockShape::new(&self.source, self.block)
-    }
-
     fn write<'k>(&self, code: &'k Code) {
         let p = SumBlocksParams::declare(code);
         let BlockHead { sequence: index, head } = BlockHead::new(code, p.heads, p.all_heads);
-        let head = tokens::head(code, &self.source, &p.k, &p.tokens, [index, head], p.heads);
-        let ([block, ..], [blocks, ..]) = (code.block_index(), code.grid());
-        let shape = self.shape();
-        let width = shape.width as i32;
-        let sums = p.sums.at((head.index.mul_wide(blocks) + block.widen()) * i64::from(width));
+        let head = tokens::head(code, &self.blocks.source, &p.k, &p.tokens, [index, head], p.heads);
+        let ([block, ..], [number, ..]) = (code.block_index(), code.grid());
+        let blocks = self.blocks;
+        let width = blocks.width() as i32;
+        let sums = p.sums.at((head.index.mul_wide(number) + block.widen()) * i64::from(width));
         let each_channel = |store: &dyn Fn(Val<'_, i32>)| {
-            code.range_by(head.thread, width, shape.threads() as i32, store);
+            code.range_by(head.thread, width, blocks.threads() as i32, store);
         };
-        let (first, count) = p.tokens.of_sequence(self.source.lengths, index).of_block(block);
+        let (first, count) = p.tokens.of_sequence(self.blocks.source.lengths, index).of_block(block);
         code.when(count.eq(0), || each_channel(&|channel| sums.at(channel).store(0.0)));
         code.exit_when(count.eq(0));
 
@@ -69,25 +53,25 @@ impl SumBlocksConfig {
             let sum = |channel| in_order(rows.column(channel)).unwrap_or(code.constant(0.0));
             vec![std::array::from_fn(sum)]
         };
-        let columns = Columns::new(&head, shape, [first, count], 1, of_eight);
+        let columns = Columns::new(&head, blocks, [first, count], 1, of_eight);
         each_channel(&|channel| sums.at(channel).store(columns.total(0, channel)));
     }
 }
 
 impl Kernel for SumBlocksConfig {
     fn name(&self) -> String {
-        format!("sum_blocks_{}_{}", self.block, self.source.suffix())
+        format!("sum_blocks_{}_{}", self.blocks.tokens, self.blocks.source.suffix())
     }
 
     fn description(&self) -> String {
-        format!("K: sums of blocks of {} tokens; {}", self.block, self.source.description())
+        format!("K: sums of blocks of {} tokens; {}", self.blocks.tokens, self.blocks.source.description())
     }
 
     fn head_dim(&self) -> Option<usize> {
-        Some(self.source.head_dim)
+        Some(self.blocks.source.head_dim)
     }
 
     fn program(&self) -> Program {
-        kernel(&self.name(), self.threads(), |code| self.write(code))
+        kernel(&self.name(), self.blocks.threads(), |code| self.write(code))
     }
 }
