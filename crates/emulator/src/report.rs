@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::panic::Location;
 
-use sage_ptx::isa::{Control, Convert, Lane, Matrix, Memory, MmaTy, Op, Space, Warp};
+use sage_ptx::isa::{BlockScales, Control, Convert, Lane, Matrix, Memory, MmaTy, Op, Space, Warp};
 
 use crate::machine::Launch;
 use crate::stats::Stats;
@@ -228,7 +228,13 @@ fn class(op: Op) -> String {
         },
         Op::Matrix(op) => match op {
             Matrix::Mma(mma) => format!("mma.m16n8k{}.{}.{}", mma.k(), ty(mma.acc), ty(mma.a)),
-            Matrix::MmaBlockScaled => "mma.m16n8k64.f32.e2m1".to_owned(),
+            Matrix::MmaBlockScaled(mma) => {
+                let scales = match mma.scales {
+                    BlockScales::Ue4m3 => "ue4m3",
+                    BlockScales::Ue8m0 => "ue8m0",
+                };
+                format!("mma.m16n8k64.f32.e2m1.{scales}")
+            }
             Matrix::Wgmma(op) => format!("wgmma.m64n{}k{}.{}.{}", op.n, op.k(), ty(op.acc), ty(op.a)),
             Matrix::WgmmaFence | Matrix::WgmmaCommit | Matrix::WgmmaWait(_) => {
                 "wgmma fence/commit/wait".to_owned()

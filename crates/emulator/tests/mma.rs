@@ -3,7 +3,7 @@
 
 use half::{bf16, f16};
 use sage_emulator::{Emulator, EmulatorOptions, Fp8Accumulation};
-use sage_ptx::isa::{E2M1, E4M3, E5M2, Matrix, Mma, MmaBlockScaled, MmaTy, Space};
+use sage_ptx::isa::{BlockScales, E2M1, E4M3, E5M2, Matrix, Mma, MmaBlockScaled, MmaTy, Space};
 use sage_ptx::program::{Program, Reg};
 
 mod support;
@@ -210,39 +210,75 @@ fn fp8_can_be_cut_off_as_on_hopper() {
     assert!(differs > 1000, "{differs}");
 }
 
+/// The value of a scale, worked out in other words than the emulator's.
+fn scale(scales: BlockScales, byte: u8) -> f64 {
+    match scales {
+        BlockScales::Ue4m3 => f64::from(E4M3.decode(byte)),
+        BlockScales::Ue8m0 => (f64::from(byte) - 127.0).exp2(),
+    }
+}
+
 #[test]
 fn block_scaled_products_follow_their_scales() {
     let mma = MmaBlockScaled::PRODUCT;
-    for seed in 0..10 {
+    for seed in 0..16 {
         let mut case = case(mma, seed);
+        // Scales of which the sums of all products are exact in double precision.
+        let (kind, mask, least) = match seed % 2 {
+            0 => (BlockScales::Ue4m3, 0x6f6f_6f6f, 0),
+            _ => (BlockScales::Ue8m0, 0x0f0f_0f0f, 0x7878_7878),
+        };
+        let scaled = MmaBlockScaled { scales: kind, b_lane: (seed / 2 % 4) as u8 };
         let mut random = seed + 99;
         let mut scales = || -> Vec<u32> {
             (0..32)
                 .map(|_| {
                     random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-                    (random >> 32) as u32 & 0x6f6f_6f6f
+                    ((random >> 32) as u32 & mask) + least
                 })
                 .collect()
         };
         let (a_scales, b_scales) = (scales(), scales());
         case.words.extend(&a_scales);
         case.words.extend(&b_scales);
-        let found = run(Matrix::MmaBlockScaled, &case.words, 4, Fp8Accumulation::Exact);
-        let scale = |word: u32, block: usize| f64::from(E4M3.decode((word >> (8 * block)) as u8));
+        let found = run(Matrix::MmaBlockScaled(scaled), &case.words, 4, Fp8Accumulation::Exact);
+        let scale = |word: u32, k: usize| scale(kind, (word >> (8 * (k / kind.block()))) as u8);
         for lane in 0..32 {
             for i in 0..4 {
                 let (row, column) = Mma::acc_element(lane, i);
                 let products = (0..64).map(|k| {
                     case.a[row * 64 + k]
                         * case.b[k * 8 + column]
-                        * scale(a_scales[4 * (row % 8) + row / 8], k / 16)
-                        * scale(b_scales[4 * column], k / 16)
+                        * scale(a_scales[4 * (row % 8) + row / 8], k)
+                        * scale(b_scales[4 * column + usize::from(scaled.b_lane)], k)
                 });
                 let sum = case.c[row * 8 + column] + products.sum::<f64>();
                 assert_eq!(found[32 * i + lane], (sum as f32).to_bits());
             }
         }
     }
+}
+
+/// Ones and powers of two: 64 products of 1.5 · 2 are 192; halved for each half of A's row, doubled for B's second.
+#[test]
+fn a_block_scaled_product_worked_out_by_hand() {
+    // 1.5 has the code 3, 2 the code 4.
+    let mut words = vec![0x3333_3333; 4 * 32];
+    words.extend([0x4444_4444; 2 * 32]);
+    words.extend([1f32.to_bits(); 4 * 32]);
+    // 2⁻¹ and 2⁻¹; 1 and 2. Bytes behind the second are of no account.
+    words.extend([0xffff_7e7e; 32]);
+    words.extend([0xffff_807f; 32]);
+    let mma = MmaBlockScaled { scales: BlockScales::Ue8m0, b_lane: 2 };
+    let found = run(Matrix::MmaBlockScaled(mma), &words, 4, Fp8Accumulation::Exact);
+    assert_eq!(found, [(1.0f32 + 96.0 * 0.5 + 96.0 * 0.5 * 2.0).to_bits(); 128]);
+    // E4M3: 1.5 (0x3c), 0.5 (0x30), 0 and 2⁻⁹ (1) for 16 elements each, beside ones (0x38).
+    let count = words.len();
+    words[count - 64..count - 32].fill(0x0100_303c);
+    words[count - 32..].fill(0x3838_3838);
+    let mma = MmaBlockScaled { scales: BlockScales::Ue4m3, b_lane: 0 };
+    let found = run(Matrix::MmaBlockScaled(mma), &words, 4, Fp8Accumulation::Exact);
+    assert_eq!(found, [(1.0f32 + 48.0 * (1.5 + 0.5 + 1.0 / 512.0)).to_bits(); 128]);
 }
 
 #[test]

@@ -5,8 +5,8 @@ use std::iter::repeat_n;
 
 use sage_emulator::{Emulator, EmulatorOptions, FaultKind, Fp8Accumulation, Swizzle, TensorMap};
 use sage_ptx::isa::{
-    AtomicOp, Cmp, Control, Convert, Group, Instruction, Lane, LoadMode, Matrix, Memory, Mma, MmaTy, Op,
-    Redux, Shuffle, Space, Special, StoreMode, Ty, Vote, Warp, Wgmma, Width, Word,
+    AtomicOp, BlockScales, Cmp, Control, Convert, Group, Instruction, Lane, LoadMode, Matrix, Memory, Mma,
+    MmaBlockScaled, MmaTy, Op, Redux, Shuffle, Space, Special, StoreMode, Ty, Vote, Warp, Wgmma, Width, Word,
 };
 use sage_ptx::program::{Const, Operand, Reg};
 
@@ -75,7 +75,7 @@ fn lane(random: &mut Random) -> Lane {
         15 => Lane::Dot4,
         16 => Lane::Convert(random.pick(&[
             Convert::F32ToE4M3x2,
-            Convert::F32ToE2M1x2,
+            Convert::F32ToE2M1x8,
             Convert::F32ToIntNearest(Ty::S32),
             Convert::F32ToBF16x2,
         ])),
@@ -115,7 +115,10 @@ fn instruction(random: &mut Random) -> Op {
         16 => Op::Warp(Warp::Redux(Redux::Add, random.pick(&TY))),
         17..=19 => Op::Warp(Warp::LoadMatrix { count, transposed: true, offset }),
         20 | 21 => Op::Matrix(Matrix::Mma(mma)),
-        22 => Op::Matrix(Matrix::MmaBlockScaled),
+        22 => Op::Matrix(Matrix::MmaBlockScaled(MmaBlockScaled {
+            scales: random.pick(&[BlockScales::Ue4m3, BlockScales::Ue8m0]),
+            b_lane: random.pick(&[0, 3, 4]),
+        })),
         23 | 24 => Op::Matrix(Matrix::Wgmma(Wgmma {
             n: random.pick(&[8, 64, 256, 0, 7]),
             a: random.pick(&MMA[..7]),

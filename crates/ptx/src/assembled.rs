@@ -149,6 +149,7 @@ fn lanes(r: &Registers<'_>) {
         Lane::Convert(Convert::F32ToF16x2),
         Lane::Convert(Convert::F32ToBF16x2),
         Lane::Convert(Convert::F32ToE4M3x2),
+        Lane::Convert(Convert::E4M3x2ToF16x2),
     ];
     for ty in TYPES {
         all.extend(of_a_type.map(|op| op(ty)));
@@ -291,8 +292,13 @@ fn warpgroups(r: &Registers<'_>) {
 }
 
 fn blackwell(r: &Registers<'_>) {
-    r.code.emit(Matrix::MmaBlockScaled, &r.dsts(Ty::B32, 4), &r.many(Ty::B32, 12));
-    r.code.emit(Lane::Convert(Convert::F32ToE2M1x2), &[r.dst(Ty::B16)], &[r.b32(), r.b32()]);
+    for scales in [BlockScales::Ue4m3, BlockScales::Ue8m0] {
+        for b_lane in 0..4 {
+            let mma = MmaBlockScaled { scales, b_lane };
+            r.code.emit(Matrix::MmaBlockScaled(mma), &r.dsts(Ty::B32, 4), &r.many(Ty::B32, 12));
+        }
+    }
+    r.emit(Lane::Convert(Convert::F32ToE2M1x8));
 }
 
 #[test]
@@ -306,7 +312,7 @@ fn every_instruction_assembles() {
         return;
     };
     type Part = (&'static str, Target, fn(&Registers<'_>));
-    let parts: [Part; 9] = [
+    let parts: [Part; 10] = [
         ("lanes", Target::SM_90, lanes),
         ("memory", Target::SM_75, memory),
         ("warps", Target::SM_80, warps),
@@ -316,6 +322,7 @@ fn every_instruction_assembles() {
         ("hopper", Target::SM_90, hopper),
         ("warpgroups", Target::SM_90A, warpgroups),
         ("blackwell", Target::SM_120A, blackwell),
+        ("spark", Target::SM_121A, blackwell),
     ];
     for (name, target, write) in parts {
         let program = kernel(name, 256, |code| write(&Registers { code }));

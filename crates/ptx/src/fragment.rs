@@ -28,6 +28,10 @@ pub struct E4M3;
 #[derive(Clone, Copy, Debug)]
 pub struct E5M2;
 
+/// Floats of 4 bits with 1 bit of mantissa.
+#[derive(Clone, Copy, Debug)]
+pub struct E2M1;
+
 macro_rules! mma_element {
     ($($ty:ty => $name:ident;)*) => {$(
         impl MmaElement for $ty {
@@ -36,7 +40,7 @@ macro_rules! mma_element {
     )*};
 }
 
-mma_element! { f16 => F16; bf16 => BF16; i8 => S8; u8 => U8; S4 => S4; E4M3 => E4M3; E5M2 => E5M2; }
+mma_element! { f16 => F16; bf16 => BF16; i8 => S8; u8 => U8; S4 => S4; E4M3 => E4M3; E5M2 => E5M2; E2M1 => E2M1; }
 
 /// Accumulator types: what a register holds, and how many registers an `m16n8` tile takes.
 pub trait MmaAccumulator: Scalar {
@@ -113,6 +117,11 @@ impl<'k, E: MmaElement> FragmentB<'k, E> {
     /// From registers in the order of [`Mma::b_element`]: low depth, then high.
     pub fn new(words: [Val<'k, u32>; 2]) -> Self {
         FragmentB { words, ty: PhantomData }
+    }
+
+    /// The registers, in the order of [`FragmentB::new`].
+    pub fn words(&self) -> [Val<'k, u32>; 2] {
+        self.words
     }
 }
 

@@ -6,6 +6,7 @@
 mod arrays;
 #[cfg(test)]
 mod assembled;
+mod block_scaled;
 mod bulk;
 mod code;
 mod flow;
@@ -31,11 +32,12 @@ mod warp;
 mod warpgroup;
 
 pub use arrays::ParamScalar;
+pub use block_scaled::{SCALED_DEPTH, ScaledA, ScaledB};
 pub use bulk::{Mbarrier, Mbarriers};
 pub use code::{Code, kernel};
 pub use fragment::{
-    Accumulator, CHUNK_BYTES, ChunkAddress, E4M3, E5M2, FragmentA, FragmentB, FragmentSource, MmaAccumulator,
-    MmaElement, RoundedElement, S4, SharedTile,
+    Accumulator, CHUNK_BYTES, ChunkAddress, E2M1, E4M3, E5M2, FragmentA, FragmentB, FragmentSource,
+    MmaAccumulator, MmaElement, RoundedElement, S4, SharedTile,
 };
 pub use launch::{Arg, BoxedTensor, Param, ParamType, TensorMapBytes};
 pub use operand::{OperandTile, OperandVars};

@@ -213,12 +213,12 @@ impl<'k, T: MmaAccumulator> Tile<Var<'k, T>> {
     }
 
     /// Calls `multiply` with each step, the sums of each block, and the fragments whose product belongs there.
-    fn multiply<E: MmaElement>(
+    pub(crate) fn multiply<A: Copy, B: Copy>(
         &self,
         steps: usize,
-        a: impl Fn(usize) -> Vec<FragmentA<'k, E>>,
-        b: impl Fn(usize, usize) -> [FragmentB<'k, E>; 2],
-        multiply: impl Fn(usize, Accumulator<'k, T>, FragmentA<'k, E>, FragmentB<'k, E>),
+        a: impl Fn(usize) -> Vec<A>,
+        b: impl Fn(usize, usize) -> [B; 2],
+        multiply: impl Fn(usize, Accumulator<'k, T>, A, B),
     ) {
         for step in 0..steps {
             let a = a(step);

@@ -4,7 +4,7 @@ use std::fmt;
 use std::marker::PhantomData;
 
 use crate::code::Code;
-use crate::isa::{Cmp, Lane, Op, Ty, Width};
+use crate::isa::{Cmp, Lane, MOST_OPERANDS, Op, Ty, Width};
 use crate::program::{Const, Operand, Reg};
 use crate::scalar::{Phantom, Scalar};
 
@@ -226,7 +226,7 @@ impl Code {
     /// The result of a lane instruction, computed at once where all its operands are constants.
     #[track_caller]
     pub(crate) fn lane<T: Scalar>(&self, op: Lane, src: &[Operand]) -> Val<'_, T> {
-        let mut constants = [0; 3];
+        let mut constants = [0; MOST_OPERANDS];
         for (constant, operand) in constants.iter_mut().zip(src) {
             match operand.constant_bits() {
                 Some(bits) => *constant = bits,

@@ -1,6 +1,6 @@
 //! Lane instructions over a whole warp. The meaning is [`Lane::eval`]; the commonest have loops of their own.
 
-use sage_ptx::isa::{Cmp, Convert, Lane, Ty};
+use sage_ptx::isa::{Cmp, Convert, Lane, MOST_OPERANDS, Ty};
 
 use crate::lanes::Lanes;
 
@@ -98,7 +98,7 @@ pub(crate) fn apply(op: Lane, s: &[&Lanes], lanes: u32) -> Lanes {
         return result;
     }
     let mut result = [0; 32];
-    let mut operands = [0; 3];
+    let mut operands = [0; MOST_OPERANDS];
     for (lane, result) in result.iter_mut().enumerate() {
         if lanes >> lane & 1 == 1 {
             for (to, from) in operands.iter_mut().zip(s) {

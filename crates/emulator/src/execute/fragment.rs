@@ -4,7 +4,7 @@ use std::array;
 use std::sync::LazyLock;
 
 use half::{bf16, f16};
-use sage_ptx::isa::{E2M1, E4M3, E5M2, Minifloat, Mma, MmaTy};
+use sage_ptx::isa::{BlockScales, E2M1, E4M3, E5M2, Minifloat, Mma, MmaTy};
 
 use crate::lanes::Lanes;
 
@@ -61,9 +61,16 @@ pub(crate) fn integer(ty: MmaTy, bits: u32) -> i16 {
     }
 }
 
-/// The value of a `ue4m3` scale, which has no sign.
-pub(crate) fn scale(bits: u64) -> f64 {
-    E4M3_VALUES[bits as usize & 0x7f]
+/// The value of a scale of a block-scaled product: what lies in the lowest byte.
+pub(crate) fn scale(scales: BlockScales, bits: u64) -> f64 {
+    match scales {
+        // It has no sign.
+        BlockScales::Ue4m3 => E4M3_VALUES[bits as usize & 0x7f],
+        BlockScales::Ue8m0 => match bits as u8 {
+            u8::MAX => f64::NAN,
+            exponent => f64::exp2(f64::from(exponent) - 127.0),
+        },
+    }
 }
 
 /// Where the first element of each register of each lane lies.

@@ -14,7 +14,7 @@ mod mbarrier;
 mod tensor_core;
 mod wgmma;
 
-use sage_ptx::isa::{Control, Matrix, Op, Warp as WarpOp};
+use sage_ptx::isa::{Control, MOST_OPERANDS, Matrix, Op, Warp as WarpOp};
 
 use crate::decode::Decoded;
 use crate::fault::{FaultKind, Outcome, Trouble};
@@ -29,11 +29,11 @@ impl Context<'_, '_> {
         match instr.op {
             Op::Lane(op) => {
                 let code = &self.cx.code;
-                let mut operands = [&[0; 32]; 3];
+                let mut operands = [&[0; 32]; MOST_OPERANDS];
                 for (to, &register) in operands.iter_mut().zip(src.iter()) {
                     *to = self.warp.read(code, register, active)?;
                 }
-                let result = arithmetic::apply(op, &operands[..src.len().min(3)], active);
+                let result = arithmetic::apply(op, &operands[..src.len().min(MOST_OPERANDS)], active);
                 self.warp.write(code, dst[0], active, &result)?;
                 Ok(Flow::Next)
             }
@@ -46,7 +46,7 @@ impl Context<'_, '_> {
             },
             Op::Matrix(op) => match op {
                 Matrix::Mma(mma) => self.mma(mma, dst, src),
-                Matrix::MmaBlockScaled => self.mma_block_scaled(dst, src),
+                Matrix::MmaBlockScaled(mma) => self.mma_block_scaled(mma, dst, src),
                 Matrix::Wgmma(_) => {
                     self.all_lanes("wgmma")?;
                     Ok(Flow::Retry(Status::Wgmma))

@@ -125,7 +125,7 @@ impl Context<'_, '_> {
         Ok(Flow::Next)
     }
 
-    pub fn mma_block_scaled(&mut self, dst: &[u32], src: &[u32]) -> Outcome<Flow> {
+    pub fn mma_block_scaled(&mut self, scaled: MmaBlockScaled, dst: &[u32], src: &[u32]) -> Outcome<Flow> {
         self.all_lanes("mma")?;
         let code = &self.cx.code;
         let read = |register: u32| self.warp.read(code, register, u32::MAX);
@@ -133,17 +133,19 @@ impl Context<'_, '_> {
         let a = fragment_a(mma, [read(src[0])?, read(src[1])?, read(src[2])?, read(src[3])?]);
         let b = fragment_b(mma, [read(src[4])?, read(src[5])?]);
         let (a_scales, b_scales) = (read(src[10])?, read(src[11])?);
-        let scale = |scales: &Lanes, lane: usize, block: usize| scale(scales[lane] >> (8 * block));
+        let block = scaled.scales.block();
+        let scale =
+            |scales: &Lanes, lane: usize, i: usize| scale(scaled.scales, scales[lane] >> (8 * (i / block)));
         let (Numbers::Floats(mut a), Numbers::Floats(mut b)) = (a, b) else { return Ok(Flow::Next) };
         // Scaled elements have few bits, so their products stay exact.
         for (row, a) in a.chunks_exact_mut(64).enumerate() {
             for (i, a) in a.iter_mut().enumerate() {
-                *a *= scale(a_scales, MmaBlockScaled::a_scale_lane(row), i / 16);
+                *a *= scale(a_scales, MmaBlockScaled::a_scale_lane(row), i);
             }
         }
         for (i, b) in b.chunks_exact_mut(8).enumerate() {
             for (column, b) in b.iter_mut().enumerate() {
-                *b *= scale(b_scales, MmaBlockScaled::b_scale_lane(column), i / 16);
+                *b *= scale(b_scales, scaled.b_scale_lane(column), i);
             }
         }
         let mut c = [0.0; 128];

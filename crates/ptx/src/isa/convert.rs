@@ -54,11 +54,22 @@ computed! {
         F32ToE4M3x2: [Ty::B16] <- [Ty::F32, Ty::F32], Needs::since(Target::SM_89, 8, 1),
             "cvt.rn.satfinite.e4m3x2.f32 $*",
             |a, b| encoded(E4M3, a) << 8 | encoded(E4M3, b);
-        /// Two singles to E2M1 in the low byte: `a` in the high nibble.
-        // Its result is a register of 8 bits, which no other instruction here has; it lives in a scope of its own.
-        F32ToE2M1x2: [Ty::B16] <- [Ty::F32, Ty::F32], Needs::since(Target::SM_120A, 8, 6),
-            "{ .reg .b8 pair; cvt.rn.satfinite.e2m1x2.f32 pair, $0, $1; cvt.u16.u8 $d, pair; } mov.b16 $d, $d",
-            |a, b| encoded(E2M1, a) << 4 | encoded(E2M1, b);
+        /// Eight singles to E2M1, to nearest even, saturating, the first in the lowest nibble; NaN to the largest.
+        // PTX has pairs, in registers of 8 bits, which no other instruction here has: they live in a scope of their
+        // own. The assembler makes four instructions of all, each of which joins its pair to those before.
+        F32ToE2M1x8: [Ty::B32] <-
+            [Ty::F32, Ty::F32, Ty::F32, Ty::F32, Ty::F32, Ty::F32, Ty::F32, Ty::F32],
+            Needs::since(Target::SM_120A, 8, 6),
+            "{ .reg .b8 p<4>; cvt.rn.satfinite.e2m1x2.f32 p0, $1, $0; cvt.rn.satfinite.e2m1x2.f32 p1, $3, $2; \
+             cvt.rn.satfinite.e2m1x2.f32 p2, $5, $4; cvt.rn.satfinite.e2m1x2.f32 p3, $7, $6; \
+             mov.b32 $d, {p0, p1, p2, p3}; } mov.b32 $d, $d",
+            |a, b, c, d, e, f, g, h| {
+                let codes = [a, b, c, d, e, f, g, h].into_iter().enumerate();
+                codes.fold(0, |word, (i, x)| word | encoded(E2M1, x) << (4 * i))
+            };
+        /// Two E4M3 codes, in the low two bytes, to half precision; exact.
+        E4M3x2ToF16x2: [Ty::F16x2] <- [Ty::B16], Needs::since(Target::SM_89, 8, 1), "cvt.rn.f16x2.e4m3x2 $*",
+            |a| to_f16(of_f32(E4M3.decode(a as u8))) | to_f16(of_f32(E4M3.decode((a >> 8) as u8))) << 16;
     }
 }
 
@@ -76,4 +87,29 @@ fn to_bf16(bits: u64) -> u64 {
 
 fn encoded(format: Minifloat, bits: u64) -> u64 {
     u64::from(format.encode(f32_of(bits)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn eight_singles_become_a_word_of_nibbles() {
+        let singles = [0.0, -0.25, 0.75, 1.5, -2.4, 2.5, 5.1, f32::NEG_INFINITY];
+        // 0, −0 (a tie), 1 (a tie), 1.5, −2, 2 (a tie), 6, −6.
+        let word = Convert::F32ToE2M1x8.eval(singles.map(of_f32));
+        assert_eq!(word, 0xf74c_3280);
+        assert_eq!(Convert::F32ToE2M1x8.eval([f32::NAN; 8].map(of_f32)), 0x7777_7777);
+    }
+
+    #[test]
+    fn two_codes_become_two_halves() {
+        // 448 and 2⁻⁹; NaN and −1.
+        let halves = |codes: u64| {
+            let word = Convert::E4M3x2ToF16x2.eval([codes]);
+            [word as u16, (word >> 16) as u16].map(|bits| f16::from_bits(bits).to_f32())
+        };
+        assert_eq!(halves(0x017e), [448.0, 1.0 / 512.0]);
+        assert!(halves(0xb87f)[0].is_nan() && halves(0xb87f)[1] == -1.0);
+    }
 }

@@ -6,7 +6,7 @@ use super::arithmetic::{
 };
 use super::compare::Cmp;
 use super::convert::Convert;
-use super::row::computed;
+use super::row::{Group, Instruction, computed};
 use super::types::{Ty, Width};
 use crate::target::{Needs, Target};
 
@@ -103,9 +103,11 @@ computed! {
             bits("selp", ty),
             |a, b, p| if p & 1 == 1 { a } else { b };
         /// From one type to another.
-        Convert(convert: Convert): [convert.results()] <- [convert.operands()[0], convert.operands()[1]]
+        Convert(convert: Convert): [convert.results()] <-
+            [of(convert, 0), of(convert, 1), of(convert, 2), of(convert, 3),
+             of(convert, 4), of(convert, 5), of(convert, 6), of(convert, 7)]
             if convert.exists(), convert.needs(), convert.template(),
-            |a, b| convert.eval([a, b, 0]);
+            |a, b, c, d, e, f, g, h| convert.eval([a, b, c, d, e, f, g, h]);
         /// Bytes of `a` (0–3) and `b` (4–7) picked by the nibbles of `c`.
         Permute: [Width::B32] <- [Width::B32, Width::B32, Width::B32], Needs::BASE, "prmt.b32 $*",
             |a, b, c| permute(a, b, c);
@@ -129,6 +131,11 @@ computed! {
         /// Dot product of four signed bytes, plus `c`.
         Dot4: [Ty::S32] <- [Width::B32, Width::B32, Ty::S32], Needs::BASE, "dp4a.s32.s32 $*", |a, b, c| dot4(a, b, c);
     }
+}
+
+/// A conversion's operand of that place, or nothing.
+fn of(convert: Convert, operand: usize) -> Group {
+    convert.operands()[operand]
 }
 
 // Names with the type behind them.

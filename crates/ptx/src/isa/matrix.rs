@@ -75,12 +75,43 @@ impl Mma {
     }
 }
 
-/// `mma.sync.m16n8k64` of E2M1 with an E4M3 (`ue4m3`) scale for every 16 elements of k, f32 sums.
+/// `mma.sync.m16n8k64` of E2M1 with a scale for every block of elements of k, f32 sums.
 ///
-/// The scales of row `r` of A, four bytes in the order of k, come from lane `4(r mod 8) + r / 8` (lanes 0 and 1 of a
-/// quad); those of column `c` of B from lane `4c`.
+/// The scales of row `r` of A, bytes in the order of k from the lowest on, come from lane `4(r mod 8) + r / 8` (lanes 0
+/// and 1 of a quad); those of column `c` of B from lane `4c + b_lane`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct MmaBlockScaled;
+pub struct MmaBlockScaled {
+    /// What the scales are.
+    pub scales: BlockScales,
+    /// Which lane of a column's quad holds its scales, 0 to 3: a register serves four instructions.
+    pub b_lane: u8,
+}
+
+/// Scales of a block-scaled product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum BlockScales {
+    /// E4M3 without sign for every 16 elements (NVFP4).
+    Ue4m3,
+    /// A power of two for every 32 elements, its exponent plus 127 (MXFP4); 255 is NaN.
+    Ue8m0,
+}
+
+impl BlockScales {
+    /// Elements of k that share a scale.
+    pub const fn block(self) -> usize {
+        match self {
+            BlockScales::Ue4m3 => 16,
+            BlockScales::Ue8m0 => 32,
+        }
+    }
+
+    const fn opcode(self) -> &'static str {
+        match self {
+            BlockScales::Ue4m3 => "kind::mxf4nvf4.block_scale.scale_vec::4X.f32.e2m1.e2m1.f32.ue4m3",
+            BlockScales::Ue8m0 => "kind::mxf4.block_scale.scale_vec::2X.f32.e2m1.e2m1.f32.ue8m0",
+        }
+    }
+}
 
 impl MmaBlockScaled {
     /// The product without its scales.
@@ -92,8 +123,15 @@ impl MmaBlockScaled {
     }
 
     /// The lane whose scale register serves column `column` of B.
-    pub const fn b_scale_lane(column: usize) -> usize {
-        4 * column
+    pub const fn b_scale_lane(self, column: usize) -> usize {
+        4 * column + self.b_lane as usize
+    }
+
+    fn template(self) -> String {
+        let (opcode, lane) = (self.scales.opcode(), self.b_lane);
+        format!(
+            "mma.sync.aligned.m16n8k64.row.col.{opcode} {{$d}}, {{$0}}, {{$1}}, {{$2}}, $3, {{0, 0}}, $4, {{0, {lane}}}"
+        )
     }
 }
 
@@ -179,10 +217,9 @@ instructions! {
             if mma.exists(), mma.needs(),
             format!("{} {{$d}}, {{$0}}, {{$1}}, {{$2}}", mma.opcode());
         /// As [`Matrix::Mma`], then the scales of A and of B.
-        MmaBlockScaled: [registers(4)] <- [registers(4), registers(2), registers(4), registers(1), registers(1)],
-            Needs::since(Target::SM_120A, 8, 7),
-            "mma.sync.aligned.m16n8k64.row.col.kind::mxf4nvf4.block_scale.scale_vec::4X.f32.e2m1.e2m1.f32.ue4m3 \
-             {$d}, {$0}, {$1}, {$2}, $3, {0, 0}, $4, {0, 0}";
+        MmaBlockScaled(mma: MmaBlockScaled): [registers(4)] <-
+            [registers(4), registers(2), registers(4), registers(1), registers(1)]
+            if mma.b_lane < 4, Needs::since(Target::SM_120A, 8, 7), mma.template();
         /// `dst` = D, read as well; `src` = 4 registers of A or its descriptor, B's descriptor, and a predicate:
         /// whether D is added to. Asynchronous: D and A must not be touched until waited for.
         Wgmma(wgmma: Wgmma): [registers(wgmma.acc_registers())] <- [wgmma.operand_a(), DESCRIPTOR, PREDICATE]

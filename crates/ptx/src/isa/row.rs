@@ -7,7 +7,7 @@
 //! ```
 //!
 //! Results and operands are widths, or types, which stand for their widths. The text is the line of PTX, in which `$d`
-//! is the results, `$0` to `$4` the groups of operands, `$*` all of them after one another, and `$p` the name of the
+//! is the results, `$0` to `$7` the groups of operands, `$*` all of them after one another, and `$p` the name of the
 //! parameter that the instruction reads. A row of [`computed!`] has its meaning besides, as a function of the operands'
 //! bits. From a row come the instruction's variant and its [`Instruction`].
 
@@ -25,8 +25,11 @@ pub struct Group {
     pub registers_only: bool,
 }
 
+/// Most groups of an instruction's operands, and most operands of one that a lane computes by itself.
+pub const MOST_OPERANDS: usize = 8;
+
 /// Groups of an instruction's operands, in PTX's order; those that it does not have are empty.
-pub type Groups = [Group; 5];
+pub type Groups = [Group; MOST_OPERANDS];
 
 impl Group {
     pub(super) const EMPTY: Group = Width::B32.times(0);
@@ -150,7 +153,7 @@ macro_rules! instructions {
             }
 
             fn operands(&self) -> $crate::isa::row::Groups {
-                let mut groups = [$crate::isa::row::Group::EMPTY; 5];
+                let mut groups = [$crate::isa::row::Group::EMPTY; $crate::isa::MOST_OPERANDS];
                 match *self {
                     $($family::$name $(($($unnamed),+))? $({ $($field),+ })? => {
                         $(_ = ($($unnamed,)+);)? $(_ = ($($field,)+);)?
@@ -213,11 +216,13 @@ macro_rules! computed {
 
         impl $family {
             /// The result's bits, from the operands'; those that the instruction does not have are of no account.
-            pub fn eval(self, operands: [u64; 3]) -> u64 {
+            pub fn eval<const N: usize>(self, operands: [u64; N]) -> u64 {
+                let mut all = [0; $crate::isa::MOST_OPERANDS];
+                all.iter_mut().zip(operands).for_each(|(operand, bits)| *operand = bits);
                 match self {
                     $($family::$name $(($($unnamed),+))? $({ $($field),+ })? => {
                         $(_ = ($($unnamed,)+);)? $(_ = ($($field,)+);)?
-                        let [$($bits),+, ..] = operands;
+                        let [$($bits),+, ..] = all;
                         $meaning
                     })+
                 }
