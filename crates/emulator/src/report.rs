@@ -228,6 +228,9 @@ fn class(op: Op) -> String {
         },
         Op::Matrix(op) => match op {
             Matrix::Mma(mma) => format!("mma.m16n8k{}.{}.{}", mma.k(), ty(mma.acc), ty(mma.a)),
+            Matrix::HalfMma(mma) => {
+                format!("mma.m{}n8k{}.{}.{}", mma.rows(), mma.k(), ty(mma.acc), ty(mma.a))
+            }
             Matrix::MmaBlockScaled(mma) => {
                 let scales = match mma.scales {
                     BlockScales::Ue4m3 => "ue4m3",

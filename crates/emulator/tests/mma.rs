@@ -3,7 +3,8 @@
 
 use half::{bf16, f16};
 use sage_emulator::{Emulator, EmulatorOptions, Fp8Accumulation};
-use sage_ptx::isa::{BlockScales, E2M1, E4M3, E5M2, Matrix, Mma, MmaBlockScaled, MmaTy, Space};
+use sage_ptx::Target;
+use sage_ptx::isa::{BlockScales, E2M1, E4M3, E5M2, HalfMma, Matrix, Mma, MmaBlockScaled, MmaTy, Space};
 use sage_ptx::program::{Program, Reg};
 
 mod support;
@@ -32,9 +33,13 @@ fn program(op: Matrix, inputs: usize, outputs: usize) -> Program {
 }
 
 fn run(op: Matrix, words: &[u32], outputs: usize, fp8: Fp8Accumulation) -> Vec<u32> {
-    let mut emulator = Emulator::with_options(EmulatorOptions { fp8, ..EmulatorOptions::default() });
+    let emulator = Emulator::with_options(EmulatorOptions { fp8, ..EmulatorOptions::default() });
+    run_program(&program(op, words.len() / 32, outputs), emulator, words, outputs)
+}
+
+fn run_program(program: &Program, mut emulator: Emulator, words: &[u32], outputs: usize) -> Vec<u32> {
     let (from, to) = (emulator.buffer("from", words), emulator.uninitialized("to", 128 * outputs));
-    emulator.launch(&program(op, words.len() / 32, outputs), [1, 1, 1], &[from.arg(), to.arg()]).unwrap();
+    emulator.launch(program, [1, 1, 1], &[from.arg(), to.arg()]).unwrap();
     emulator.read(to)
 }
 
@@ -152,6 +157,79 @@ fn products_are_sums_rounded_once() {
                     };
                     // The order of the sum can matter in the last bit of the double, not of the result.
                     assert_eq!(bits, expected, "{mma:?}, row {row}, column {column}");
+                }
+            }
+        }
+    }
+}
+
+/// A sum rounded to the accumulator's type.
+fn rounded(acc: MmaTy, sum: f64) -> f64 {
+    match acc {
+        MmaTy::S32 => sum,
+        MmaTy::F16 => f16::from_f64(sum).to_f64(),
+        _ => f64::from(sum as f32),
+    }
+}
+
+/// Element `i` of a lane's results.
+fn result(acc: MmaTy, found: &[u32], lane: usize, i: usize) -> f64 {
+    match acc {
+        MmaTy::F16 => value(acc, found[32 * (i / 2) + lane] >> (16 * (i % 2)) & 0xffff),
+        _ => value(acc, found[32 * i + lane]),
+    }
+}
+
+#[test]
+fn halves_of_products_are_sums_rounded_once() {
+    for (a, b, acc) in TYPES {
+        let half = HalfMma { a, b, acc };
+        let op = Matrix::HalfMma(half);
+        if !sage_ptx::isa::Instruction::exists(&op) {
+            continue;
+        }
+        let mma = half.whole();
+        for seed in 20..25 {
+            let case = case(mma, seed);
+            // The first registers of each operand are a product of half the depth, and of integers half the rows.
+            let first = |from: usize, count: usize| &case.words[32 * from..32 * (from + count)];
+            let words = [first(0, half.a_registers()), first(4, 1), first(6, half.acc_registers())].concat();
+            let found = run(op, &words, half.acc_registers(), Fp8Accumulation::Exact);
+            for lane in 0..32 {
+                for i in 0..half.rows() / 4 {
+                    let (row, column) = Mma::acc_element(lane, i);
+                    assert!(row < half.rows());
+                    let products = (0..half.k()).map(|k| case.a[row * mma.k() + k] * case.b[k * 8 + column]);
+                    let sum = rounded(acc, case.c[row * 8 + column] + products.sum::<f64>());
+                    assert_eq!(result(acc, &found, lane, i), sum, "{half:?}, row {row}, column {column}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn products_on_turing_are_rounded_after_each_half() {
+    for (a, b, acc) in TYPES {
+        let mma = Mma { a, b, acc };
+        for seed in 10..15 {
+            let case = case(mma, seed);
+            let program = program(Matrix::Mma(mma), case.words.len() / 32, mma.acc_registers());
+            if program.missing_on(Target::SM_75).is_some() {
+                assert!(matches!(a, MmaTy::BF16 | MmaTy::E4M3 | MmaTy::E5M2), "{mma:?}");
+                continue;
+            }
+            let lowered = program.lowered(Target::SM_75);
+            let found = run_program(&lowered, Emulator::new(), &case.words, mma.acc_registers());
+            for lane in 0..32 {
+                for i in 0..4 {
+                    let (row, column) = Mma::acc_element(lane, i);
+                    let product = |k: usize| case.a[row * mma.k() + k] * case.b[k * 8 + column];
+                    let middle = mma.k() / 2;
+                    let low = case.c[row * 8 + column] + (0..middle).map(product).sum::<f64>();
+                    let sum = rounded(acc, low) + (middle..mma.k()).map(product).sum::<f64>();
+                    let found = result(acc, &found, lane, i);
+                    assert_eq!(found, rounded(acc, sum), "{mma:?}, row {row}, column {column}");
                 }
             }
         }

@@ -5,8 +5,9 @@ use std::iter::repeat_n;
 
 use sage_emulator::{Emulator, EmulatorOptions, FaultKind, Fp8Accumulation, Swizzle, TensorMap};
 use sage_ptx::isa::{
-    AtomicOp, BlockScales, Cmp, Control, Convert, Group, Instruction, Lane, LoadMode, Matrix, Memory, Mma,
-    MmaBlockScaled, MmaTy, Op, Redux, Shuffle, Space, Special, StoreMode, Ty, Vote, Warp, Wgmma, Width, Word,
+    AtomicOp, BlockScales, Cmp, Control, Convert, Group, HalfMma, Instruction, Lane, LoadMode, Matrix,
+    Memory, Mma, MmaBlockScaled, MmaTy, Op, Redux, Shuffle, Space, Special, StoreMode, Ty, Vote, Warp, Wgmma,
+    Width, Word,
 };
 use sage_ptx::program::{Const, Operand, Reg};
 
@@ -114,7 +115,8 @@ fn instruction(random: &mut Random) -> Op {
         15 => Op::Warp(Warp::Vote(random.pick(&[Vote::All, Vote::Ballot]))),
         16 => Op::Warp(Warp::Redux(Redux::Add, random.pick(&TY))),
         17..=19 => Op::Warp(Warp::LoadMatrix { count, transposed: true, offset }),
-        20 | 21 => Op::Matrix(Matrix::Mma(mma)),
+        20 => Op::Matrix(Matrix::Mma(mma)),
+        21 => Op::Matrix(Matrix::HalfMma(HalfMma { a: mma.a, b: mma.b, acc: mma.acc })),
         22 => Op::Matrix(Matrix::MmaBlockScaled(MmaBlockScaled {
             scales: random.pick(&[BlockScales::Ue4m3, BlockScales::Ue8m0]),
             b_lane: random.pick(&[0, 3, 4]),

@@ -237,6 +237,34 @@ fn matrices(r: &Registers<'_>, fp8: bool) {
     }
 }
 
+/// What Turing has of its own, and what is put together from it.
+fn turing(r: &Registers<'_>) {
+    use MmaTy::*;
+    for (ty, acc) in [(F16, F32), (F16, F16), (S8, S32), (U8, S32), (S4, S32)] {
+        let mma = HalfMma { a: ty, b: ty, acc };
+        let count = mma.acc_registers();
+        let src = r.many(Ty::B32, mma.a_registers() + 1 + count);
+        r.code.emit(Matrix::HalfMma(mma), &r.dsts(Ty::B32, count), &src);
+        let whole = mma.whole();
+        let count = whole.acc_registers();
+        r.code.emit(Matrix::Mma(whole), &r.dsts(Ty::B32, count), &r.many(Ty::B32, 6 + count));
+    }
+    for ty in [Ty::S32, Ty::U32] {
+        r.code.emit(Warp::Redux(Redux::Max, ty), &[r.dst(ty)], &[r.b32()]);
+    }
+    for ty in [Ty::F32, Ty::F16x2, Ty::BF16x2] {
+        for op in [Lane::MinNan(ty), Lane::MaxNan(ty), Lane::Min(ty), Lane::Max(ty)] {
+            r.code.emit(op, &[r.dst(ty)], &r.many(ty, 2));
+        }
+    }
+    for (convert, ty) in [(Convert::F32ToF16x2, Ty::F16x2), (Convert::F32ToBF16x2, Ty::BF16x2)] {
+        r.code.emit(Lane::Convert(convert), &[r.dst(ty)], &r.many(Ty::F32, 2));
+    }
+    r.code.emit(Lane::Convert(Convert::F32ToBF16), &[r.dst(Ty::BF16)], &[r.b32()]);
+    r.code.emit(Lane::Convert(Convert::BF16ToF32), &[r.dst(Ty::F32)], &[r.b16()]);
+    r.code.emit(Lane::Tanh, &[r.dst(Ty::F32)], &[r.b32()]);
+}
+
 fn copies(r: &Registers<'_>) {
     for bytes in [4, 8, 16] {
         r.code.emit(Control::CopyAsync { bytes }, &[], &[r.shared(), r.b64(), r.b32()]);
@@ -312,9 +340,10 @@ fn every_instruction_assembles() {
         return;
     };
     type Part = (&'static str, Target, fn(&Registers<'_>));
-    let parts: [Part; 10] = [
+    let parts: [Part; 11] = [
         ("lanes", Target::SM_90, lanes),
         ("memory", Target::SM_75, memory),
+        ("turing", Target::SM_75, turing),
         ("warps", Target::SM_80, warps),
         ("matrices", Target::SM_80, |r| matrices(r, false)),
         ("fp8", Target::SM_89, |r| matrices(r, true)),

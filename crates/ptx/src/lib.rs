@@ -13,6 +13,7 @@ mod flow;
 mod fragment;
 pub mod isa;
 mod launch;
+mod lower;
 mod numbers;
 mod operand;
 mod operators;

@@ -48,7 +48,8 @@ impl From<Unsupported> for PtxError {
 const WAIT_FOR_LAUNCHES_BEFORE: &str = "griddepcontrol.wait";
 
 impl Program {
-    /// PTX text for `target`, of the lowest version that knows its instructions.
+    /// PTX text for `target`, of the lowest version that knows its instructions. What the target lacks is put together
+    /// from what it has, as [`Program::lowered`] says.
     ///
     /// No driver is given the text of a program that is not valid.
     ///
@@ -59,8 +60,9 @@ impl Program {
         if let Some(missing) = self.missing_on(target) {
             return Err(missing.into());
         }
+        let lowered = self.lowered(target);
         let mut out = String::new();
-        let _ = self.print(&Names::new(self), target, &mut out);
+        let _ = lowered.print(&Names::new(&lowered), target, &mut out);
         Ok(out)
     }
 

@@ -61,10 +61,12 @@ impl Program {
         needs
     }
 
-    /// The first instruction that `target` does not have.
+    /// The first instruction that `target` does not have, and that [`Program::lowered`] cannot put together from those
+    /// that it has.
     pub fn missing_on(&self, target: Target) -> Option<Unsupported> {
+        let lowered = self.lowered(target);
         let mut missing = None;
-        self.for_each_instr(|instr| {
+        lowered.for_each_instr(|instr| {
             if missing.is_none() && !instr.op.needs().met_by(target) {
                 missing = Some(instr);
             }
@@ -72,15 +74,15 @@ impl Program {
         missing.map(|instr| Unsupported {
             kernel: self.name.clone(),
             target,
-            instruction: self.instruction_text(instr),
+            instruction: lowered.instruction_text(instr),
             needs: instr.op.needs(),
         })
     }
 
-    /// Lowest PTX version that knows every instruction used, and `target`.
+    /// Lowest PTX version that knows every instruction used for `target`, and `target`.
     pub fn version(&self, target: Target) -> Version {
         let mut version = target.version();
-        self.for_each_instr(|instr| version = version.max(instr.op.needs().version));
+        self.lowered(target).for_each_instr(|instr| version = version.max(instr.op.needs().version));
         version
     }
 }

@@ -46,6 +46,7 @@ impl Context<'_, '_> {
             },
             Op::Matrix(op) => match op {
                 Matrix::Mma(mma) => self.mma(mma, dst, src),
+                Matrix::HalfMma(mma) => self.half_mma(mma, dst, src),
                 Matrix::MmaBlockScaled(mma) => self.mma_block_scaled(mma, dst, src),
                 Matrix::Wgmma(_) => {
                     self.all_lanes("wgmma")?;

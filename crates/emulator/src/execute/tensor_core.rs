@@ -6,7 +6,7 @@
 //! [`Fp8Accumulation`].
 
 use half::f16;
-use sage_ptx::isa::{Mma, MmaBlockScaled, MmaTy};
+use sage_ptx::isa::{HalfMma, Mma, MmaBlockScaled, MmaTy};
 
 use super::context::Context;
 use super::fragment::{ACCUMULATOR, Numbers, float, fragment_a, fragment_b, scale};
@@ -77,19 +77,32 @@ pub(crate) fn round(ty: MmaTy, sum: f64) -> u32 {
 
 impl Context<'_, '_> {
     pub fn mma(&mut self, mma: Mma, dst: &[u32], src: &[u32]) -> Outcome<Flow> {
+        self.product(mma, dst, [&src[..4], &src[4..6], &src[6..]])
+    }
+
+    /// The product of operands with zeros in place of the registers that they do not have.
+    pub fn half_mma(&mut self, mma: HalfMma, dst: &[u32], src: &[u32]) -> Outcome<Flow> {
+        let (a, rest) = src.split_at(mma.a_registers());
+        self.product(mma.whole(), dst, [a, &rest[..1], &rest[1..]])
+    }
+
+    /// `D = A · B + C`, given the registers of A, B and C; what is missing of any is zero, and of D is not written.
+    fn product(&mut self, mma: Mma, dst: &[u32], [a, b, c]: [&[u32]; 3]) -> Outcome<Flow> {
         self.all_lanes("mma")?;
         let code = &self.cx.code;
-        let read = |register: u32| self.warp.read(code, register, u32::MAX);
+        let read = |registers: &[u32], i: usize| {
+            registers.get(i).map_or(Ok(&[0; 32]), |&register| self.warp.read(code, register, u32::MAX))
+        };
         let half = mma.acc == MmaTy::F16;
         let k = mma.k();
-        let a = fragment_a(mma, [read(src[0])?, read(src[1])?, read(src[2])?, read(src[3])?]);
-        let b = fragment_b(mma, [read(src[4])?, read(src[5])?]);
+        let a = fragment_a(mma, [read(a, 0)?, read(a, 1)?, read(a, 2)?, read(a, 3)?]);
+        let b = fragment_b(mma, [read(b, 0)?, read(b, 1)?]);
         // Register and bits of element `i` of the accumulator.
         let place = |i: usize| if half { (i / 2, 16 * (i % 2)) } else { (i, 0) };
         let mut old = [0u32; 128];
         for (i, places) in ACCUMULATOR.iter().enumerate() {
             let (register, shift) = place(i);
-            let values = read(src[6 + register])?;
+            let values = read(c, register)?;
             for (&value, &at) in values.iter().zip(places) {
                 old[at] = (value >> shift) as u32;
             }

@@ -36,7 +36,7 @@ computed! {
         F16ToF32: [Ty::F32] <- [Ty::F16], Needs::BASE, "cvt.f32.f16 $*",
             |a| of_f32(f16::from_bits(a as u16).to_f32());
         /// bfloat16 to single.
-        BF16ToF32: [Ty::F32] <- [Ty::BF16], Needs::since(Target::SM_75, 7, 1), "cvt.f32.bf16 $*",
+        BF16ToF32: [Ty::F32] <- [Ty::BF16], Needs::since(Target::SM_80, 7, 1), "cvt.f32.bf16 $*",
             |a| of_f32(bf16::from_bits(a as u16).to_f32());
         /// Single to half, to nearest even.
         F32ToF16: [Ty::F16] <- [Ty::F32], Needs::BASE, "cvt.rn.f16.f32 $*", |a| to_f16(a);

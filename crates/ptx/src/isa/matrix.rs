@@ -75,6 +75,59 @@ impl Mma {
     }
 }
 
+/// The `mma.sync` of Turing: half as deep as [`Mma`], with 128 bits of A's row in k, and of integers half as high,
+/// `m8n8k*` instead of `m16n8k*`.
+///
+/// Its operands are the first registers of an [`Mma`]'s: each element is where [`Mma::a_element`], [`Mma::b_element`]
+/// and [`Mma::acc_element`] say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct HalfMma {
+    /// Elements of A.
+    pub a: MmaTy,
+    /// Elements of B.
+    pub b: MmaTy,
+    /// Elements of C and D: f32, f16 or s32.
+    pub acc: MmaTy,
+}
+
+impl HalfMma {
+    /// Whether there is such a product.
+    const fn exists(self) -> bool {
+        use MmaTy::{F16, F32, S4, S8, S32, U8};
+        matches!((self.a, self.b, self.acc), (S8 | U8, S8 | U8, S32) | (S4, S4, S32) | (F16, F16, F16 | F32))
+    }
+
+    fn opcode(self) -> String {
+        let (a, b, acc) = (self.a.ptx(), self.b.ptx(), self.acc.ptx());
+        format!("mma.sync.aligned.m{}n8k{}.row.col{acc}{a}{b}{acc}", self.rows(), self.k())
+    }
+
+    /// The product whose first registers its operands are.
+    pub const fn whole(self) -> Mma {
+        Mma { a: self.a, b: self.b, acc: self.acc }
+    }
+
+    /// Rows of A and D: 16, or 8 of integers.
+    pub const fn rows(self) -> usize {
+        if self.a.is_integer() { 8 } else { 16 }
+    }
+
+    /// Depth of the product: 8, 16 or 32 elements of 16, 8 or 4 bits.
+    pub const fn k(self) -> usize {
+        128 / self.a.bits()
+    }
+
+    /// Registers of A.
+    pub const fn a_registers(self) -> usize {
+        self.rows() / 8
+    }
+
+    /// Registers of C and of D.
+    pub const fn acc_registers(self) -> usize {
+        self.whole().acc_registers() * self.rows() / 16
+    }
+}
+
 /// `mma.sync.m16n8k64` of E2M1 with a scale for every block of elements of k, f32 sums.
 ///
 /// The scales of row `r` of A, bytes in the order of k from the lowest on, come from lane `4(r mod 8) + r / 8` (lanes 0
@@ -215,6 +268,12 @@ instructions! {
         /// `dst` = D; `src` = 4 registers of A, 2 of B, then C.
         Mma(mma: Mma): [registers(mma.acc_registers())] <- [registers(4), registers(2), registers(mma.acc_registers())]
             if mma.exists(), mma.needs(),
+            format!("{} {{$d}}, {{$0}}, {{$1}}, {{$2}}", mma.opcode());
+        /// `dst` = D; `src` = A's registers, one of B, then C.
+        HalfMma(mma: HalfMma):
+            [registers(mma.acc_registers())]
+            <- [registers(mma.a_registers()), registers(1), registers(mma.acc_registers())]
+            if mma.exists(), Needs::since(Target::SM_75, 6, 5),
             format!("{} {{$d}}, {{$0}}, {{$1}}, {{$2}}", mma.opcode());
         /// As [`Matrix::Mma`], then the scales of A and of B.
         MmaBlockScaled(mma: MmaBlockScaled): [registers(4)] <-

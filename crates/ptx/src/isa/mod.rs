@@ -20,7 +20,7 @@ pub use compare::Cmp;
 pub use control::Control;
 pub use convert::Convert;
 pub use lane::Lane;
-pub use matrix::{BlockScales, Matrix, Mma, MmaBlockScaled, Wgmma};
+pub use matrix::{BlockScales, HalfMma, Matrix, Mma, MmaBlockScaled, Wgmma};
 pub(crate) use memory::SHARED_SYMBOL;
 pub use memory::{AtomicOp, LoadMode, Memory, Space, Special, StoreMode, Word};
 pub use minifloat::{E2M1, E4M3, E5M2, Minifloat};
