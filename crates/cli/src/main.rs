@@ -23,6 +23,7 @@ mod metrics;
 mod options;
 mod pass_summary;
 mod plot;
+mod prediction;
 mod shape;
 mod sparse_plot;
 mod sparse_row;

@@ -232,6 +232,10 @@ presets! {
         Some("sageattn3_blackwell(per_block_mean=False)"), sage3(NVFP4).smooth_q(SmoothQ::Sequence);
     SAGE3_NVFP4_ONE_LEVEL "sage3-nvfp4-one-level": "FP4 QK and PV, P scaled by its groups alone.",
         Some("Direct quantisation of P, of the SageAttention3 paper"), sage3(NVFP4_ONE_LEVEL);
+    SAGE3_NVFP4_ONE_LEVEL_SEQUENCE_MEAN "sage3-nvfp4-one-level-sequence-mean":
+        "FP4 QK and PV, Q smoothed as a whole, P scaled by its groups alone.",
+        Some("Direct quantisation of P, of the SageAttention3 paper, with per_block_mean=False"),
+        sage3(NVFP4_ONE_LEVEL).smooth_q(SmoothQ::Sequence);
     SAGE3_MXFP4 "sage3-mxfp4": "SageAttention3 with groups of 32 and powers of two as scales.",
         Some("MXFP4 of the SageAttention3 paper"), sage3(Pv::Fp4 { format: Fp4Format::Mx, levels: PLevels::One });
     ATTN_QAT_NVFP4 "attn-qat-nvfp4": "FP4 QK and PV for models trained with it: nothing smoothed, P scaled by its groups alone.",

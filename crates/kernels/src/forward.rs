@@ -6,6 +6,7 @@ mod choice;
 mod fallback;
 mod lists;
 mod masks;
+mod preferences;
 mod request;
 mod sample;
 mod scores;
@@ -19,6 +20,7 @@ use crate::machine::Machine;
 use crate::operand::{OperandSource, Operands};
 use crate::pass::Pass;
 use crate::sequence::Lengths;
+use crate::tiling::Tiling;
 use crate::tuning::Key;
 use attention::PlannedAttention;
 use call::{ForwardCall, ForwardPass};
@@ -26,6 +28,7 @@ use choice::choose;
 pub use choice::int8_scheme;
 pub use fallback::nearest_scheme;
 use fallback::{computed, naming_nearest};
+pub use preferences::{Preference, Preferences};
 pub use request::{Extent, Request};
 pub use tensors::Tensors;
 
@@ -35,6 +38,7 @@ pub struct ForwardPlan {
     scheme: Scheme,
     pass: Pass<Tensors>,
     key: Key,
+    tiling: Tiling,
     splits: usize,
     reasons: Vec<String>,
 }
@@ -43,6 +47,7 @@ pub struct ForwardPlan {
 struct Planned {
     pass: Pass<Tensors>,
     key: Key,
+    tiling: Tiling,
     splits: usize,
 }
 
@@ -85,8 +90,8 @@ impl ForwardPlan {
             planned.pass = Pass::empty();
             reasons.push("nothing to launch: there is no query".into());
         }
-        let Planned { pass, key, splits } = planned;
-        Ok(ForwardPlan { scheme, pass, key, splits, reasons })
+        let Planned { pass, key, tiling, splits } = planned;
+        Ok(ForwardPlan { scheme, pass, key, tiling, splits, reasons })
     }
 
     /// The scheme that is computed.
@@ -102,6 +107,11 @@ impl ForwardPlan {
     /// What the attention kernel's tile shape is chosen for.
     pub fn key(&self) -> &Key {
         &self.key
+    }
+
+    /// The attention kernel's tile shape.
+    pub fn tiling(&self) -> Tiling {
+        self.tiling
     }
 
     /// Parts that keys are split into.
@@ -134,7 +144,8 @@ impl Planned {
         values::prepare(call, scheme, operands.v, &mut pass);
         let attention = PlannedAttention::new(call, scheme, operands, smooth_q, reasons);
         attention.launch(&mut pass);
-        Ok(Planned { pass: pass.finish(), key: attention.key, splits: attention.splits })
+        let (key, tiling, splits) = (attention.key, attention.tiling(), attention.splits);
+        Ok(Planned { pass: pass.finish(), key, tiling, splits })
     }
 }
 

@@ -7,6 +7,7 @@ pub mod catalog;
 pub mod combine;
 pub mod decode;
 pub mod forward;
+mod gpu_model;
 mod grid;
 mod integer;
 mod kernel;
@@ -24,6 +25,7 @@ mod tensor;
 mod tiling;
 pub mod tuning;
 
+pub use gpu_model::{GpuModel, Rates};
 pub use kernel::Kernel;
 pub use machine::Machine;
 pub use operand::{Element, Operand, OperandSource, Operands, Scales};

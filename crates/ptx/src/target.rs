@@ -110,7 +110,7 @@ impl FromStr for Target {
             None => (digits, false),
         };
         match digits.parse() {
-            Ok(sm @ (75 | 80 | 86 | 87 | 89 | 90 | 100 | 103 | 120 | 121)) if !specific || sm >= 90 => {
+            Ok(sm @ (75 | 80 | 86 | 87 | 89 | 90 | 100 | 103 | 110 | 120 | 121)) if !specific || sm >= 90 => {
                 Ok(Target { sm, specific })
             }
             _ => Err(wrong()),

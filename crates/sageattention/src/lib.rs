@@ -32,6 +32,7 @@ mod kv_cache;
 mod nearest;
 mod place;
 mod plan;
+mod schedule;
 
 pub use attention::{Attention, Output};
 pub use backend::{Device, backend_description};
@@ -39,6 +40,7 @@ pub use kv_cache::{KvCache, KvCacheOptions};
 pub use nearest::nearest_scheme;
 pub use place::{AnyBlockMask, AnyLengths, AnyMask, Place};
 pub use plan::Plan;
+pub use schedule::HybridSchedule;
 
 pub use sage_core::sparse;
 pub use sage_core::{

@@ -1,6 +1,7 @@
 //! `sageattn explain`: how a problem would be computed, and why.
 
 use clap::Args;
+use sage_kernels::GpuModel;
 use sageattention::{Plan, Problem};
 use serde_json::{Value, json};
 
@@ -9,16 +10,20 @@ use crate::failure::{Failure, Result};
 use crate::gpu_plan::GpuPlan;
 use crate::made_up::{Content, MadeUp};
 use crate::options::{DeviceOption, GpuOptions, PredictorOptions, ProblemOptions, Setting};
+use crate::prediction;
 
 /// Say how a problem would be computed, and why
 #[derive(Debug, Args)]
 #[command(
     mut_arg("target", |target| target.conflicts_with("device")),
     mut_arg("multiprocessors", |number| number.requires("target")),
+    mut_arg("gpu", |gpu| gpu.conflicts_with_all(["target", "device", "kv_cache", "predictor"])),
     mut_arg("predictor", |predictor| predictor.conflicts_with_all(["target", "cu_seqlens", "kv_cache"])),
     after_help = "\
 Nothing is computed, and no memory is needed for the tensors. Without --target it is the very plan that a call on the \
-device would run; with it, the passes, kernels and workspaces of a GPU that need not be there.
+device would run; with it, the passes, kernels and workspaces of a GPU that need not be there. With --gpu they are \
+those of a GPU as it is sold, and a table follows of the schemes that its architecture prefers, each with a predicted \
+time: instructions that the emulator counts, at the rates that NVIDIA publishes.
 
 Examples:
   sageattn explain --batch 1 --heads 32 --kv-heads 8 --seq 4096 --head-dim 128 --causal
@@ -26,6 +31,7 @@ Examples:
   sageattn explain --heads 12 --seq 512 --head-dim 32 --scheme auto --json
   sageattn explain --heads 24 --seq 17550 --head-dim 128 --predictor sla --topk 0.1
   sageattn explain --heads 32 --seq 4096 --head-dim 128 --target sm_90a
+  sageattn explain --heads 24 --seq 17776 --head-dim 128 --gpu rtx-5090
   sageattn explain --heads 32 --kv-heads 8 --seq 1 --kv-len 8192 --kv-cache fp8-e4m3 --target sm_89"
 )]
 pub struct Explain {
@@ -34,7 +40,10 @@ pub struct Explain {
     #[command(flatten)]
     device: DeviceOption,
     #[command(flatten)]
-    gpu: Option<GpuOptions>,
+    target: Option<GpuOptions>,
+    /// A GPU as it is sold, such as t4, rtx-4090, h200, b200 or rtx-5090
+    #[arg(long, value_name = "NAME", value_parser = GpuModel::named)]
+    gpu: Option<GpuModel>,
     #[command(flatten)]
     predictor: PredictorOptions,
 }
@@ -44,8 +53,17 @@ impl Explain {
     pub fn execute(&self, console: Console) -> Result<()> {
         let setting = self.predictor.single()?;
         let made_up = MadeUp::new(&self.problem, Content::StandIn)?;
-        match self.gpu {
-            Some(gpu) => self.print_gpu(console, &GpuPlan::new(&self.problem, &made_up, gpu.machine())?),
+        if let Some(model) = &self.gpu {
+            return self.print_model(console, model, &GpuPlan::new(&self.problem, &made_up, model.machine)?);
+        }
+        match self.target {
+            Some(gpu) => {
+                let plan = GpuPlan::new(&self.problem, &made_up, gpu.machine())?;
+                if console.json {
+                    return console.print_json(&self.gpu_json(&plan));
+                }
+                console.print(&format!("{plan}\n"))
+            }
             None if self.problem.cache.is_some() => Err(Failure::Usage(
                 "--kv-cache: found no --target, expected one, such as sm_89: its passes are a GPU's".into(),
             )),
@@ -72,10 +90,21 @@ impl Explain {
         console.print_json(&document)
     }
 
-    fn print_gpu(&self, console: Console, plan: &GpuPlan) -> Result<()> {
-        if !console.json {
-            return console.print(&format!("{plan}\n"));
+    fn print_model(&self, console: Console, model: &GpuModel, plan: &GpuPlan) -> Result<()> {
+        let progress = console.progress("predicting", 1);
+        let predictions = prediction::predict(model, &plan.problem);
+        progress.finish_and_clear();
+        let predictions = predictions?;
+        if console.json {
+            let mut document = self.gpu_json(plan);
+            document["gpu"] = json!(model.name);
+            document["predictions"] = predictions.iter().map(|found| found.json(plan)).collect();
+            return console.print_json(&document);
         }
+        console.print(&format!("{plan}\n\n{}", prediction::table(model, &predictions, plan)))
+    }
+
+    fn gpu_json(&self, plan: &GpuPlan) -> Value {
         let mut document = self.json(&plan.problem, &plan.scheme(), &plan.to_string());
         document["target"] = json!(plan.machine.target.to_string());
         document["multiprocessors"] = json!(plan.machine.multiprocessors);
@@ -83,7 +112,7 @@ impl Explain {
         document["splits"] = json!(plan.splits());
         document["passes"] = json!(plan.summaries());
         document["reasons"] = json!(plan.reasons());
-        console.print_json(&document)
+        document
     }
 
     /// What is known of every plan.

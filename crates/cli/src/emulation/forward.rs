@@ -1,6 +1,7 @@
 //! A forward pass over tensors.
 
 use sage_core::{Call, Mask, oracle};
+use sage_emulator::Buffer;
 use sage_kernels::TensorArg;
 use sage_kernels::forward::{ForwardPlan, Tensors};
 use sageattention::Lengths;
@@ -23,6 +24,27 @@ pub(super) fn run(
     let geometry = call.check_output(dtype, inputs.q.geometry())?;
     let out = gpu.uninitialized("out", dtype.bytes() * geometry.len())?;
     let lse = gpu.lse(call.lse_rows(), wants_lse)?;
+    launch(gpu, plan, &call, argument(out, &geometry, dtype), lse)?;
+    let found = gpu.read(out, &geometry, dtype);
+    Ok(gpu.finish(&found, lse, &oracle::scheme(&call, plan.scheme()), &oracle::exact(&call)))
+}
+
+/// Runs the launches of a plan for a call without comparing anything.
+pub(super) fn launch_alone(gpu: &mut Gpu<'_>, plan: &ForwardPlan, call: &Call<'_>) -> Result<()> {
+    let dtype = call.problem.dtype;
+    let geometry = call.q.geometry();
+    let out = gpu.uninitialized("out", dtype.bytes() * geometry.len())?;
+    launch(gpu, plan, call, argument(out, geometry, dtype), None)
+}
+
+/// Runs the launches of a plan with a call's tensors.
+fn launch(
+    gpu: &mut Gpu<'_>,
+    plan: &ForwardPlan,
+    call: &Call<'_>,
+    out: TensorArg,
+    lse: Option<Buffer>,
+) -> Result<()> {
     let (cu_seqlens_q, cu_seqlens_k) = match call.lengths {
         Lengths::KvLens(kv_lens) => (0, gpu.list("kv_lens", kv_lens)),
         Lengths::Packed { cu_seqlens_q, cu_seqlens_k } => {
@@ -34,16 +56,14 @@ pub(super) fn run(
         q: gpu.upload("q", &call.q),
         k: gpu.upload("k", &call.k),
         v: gpu.upload("v", &call.v),
-        out: argument(out, &geometry, dtype),
+        out,
         lse: lse.map_or(0, |lse| lse.address()),
         mask: call.mask.as_ref().map_or(TensorArg::default(), |mask| upload_mask(gpu, mask)),
         cu_seqlens_q,
         cu_seqlens_k,
         ..Tensors::default()
     };
-    gpu.run(plan.pass(), &tensors)?;
-    let found = gpu.read(out, &geometry, dtype);
-    Ok(gpu.finish(&found, lse, &oracle::scheme(&call, plan.scheme()), &oracle::exact(&call)))
+    gpu.run(plan.pass(), &tensors)
 }
 
 /// A mask that starts with its data, copied to the GPU.

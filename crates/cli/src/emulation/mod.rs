@@ -6,10 +6,12 @@ mod forward;
 use std::time::{Duration, Instant};
 
 use half::{bf16, f16};
+use sage_core::Call;
 use sage_core::metrics::Accuracy;
 use sage_core::oracle::Output;
 use sage_emulator::{Buffer, Emulator, EmulatorOptions, Report};
 use sage_kernels::TensorArg;
+use sage_kernels::forward::ForwardPlan;
 use sage_kernels::pass::{Launcher, Pass};
 use sage_ptx::{Arg, BoxedTensor, Program};
 use sageattention::{DType, Geometry, TensorView};
@@ -56,6 +58,17 @@ pub fn run(
         Passes::Forward(forward) => forward::run(&mut gpu, forward, made_up, wants_lse),
         Passes::Decode(decode) => decode::run(&mut gpu, decode, made_up, wants_lse),
     }
+}
+
+/// What each launch of a plan does with a call's tensors.
+///
+/// # Errors
+/// As [`run`].
+pub fn launched(plan: &ForwardPlan, call: &Call<'_>) -> Result<Vec<Report>> {
+    let nobody = &mut || ();
+    let mut gpu = Gpu::new(nobody);
+    forward::launch_alone(&mut gpu, plan, call)?;
+    Ok(gpu.launches.into_iter().map(|(report, _)| report).collect())
 }
 
 /// How many launches a plan has.

@@ -35,6 +35,11 @@ pub(super) struct PlannedAttention {
 }
 
 impl PlannedAttention {
+    /// The kernel's tile shape.
+    pub fn tiling(&self) -> Tiling {
+        self.config.tiling
+    }
+
     /// The kernel for operands in such forms; says why to `reasons`.
     pub fn new(
         call: ForwardCall,

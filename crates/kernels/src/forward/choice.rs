@@ -1,8 +1,10 @@
 //! Which scheme a GPU computes where the caller leaves it open.
 
-use sage_core::{Accumulator, DType, Error, Preset, Problem, Pv, Qk, Result, Scheme, SmoothK, Smoothing};
+use sage_core::{Accumulator, DType, Error, Preset, Problem, Pv, Result, Scheme};
 use sage_ptx::Target;
 
+use super::fallback::nearest_scheme;
+use super::preferences::{FULL_ERROR, INT8_ERROR, Preference, Preferences};
 use super::request::Request;
 use crate::machine::Machine;
 
@@ -18,43 +20,39 @@ pub fn int8_scheme(dtype: DType) -> Scheme {
     Scheme { pv, ..Preset::INT8_FP8.scheme(64) }
 }
 
-/// Relative L1 errors on N(0, 1) at 4096 keys, head_dim 128, a little above what was measured on an H100: full
-/// precision in bf16, INT8 scores with 16-bit P·V, and with FP8 P·V (docs/performance/hopper.md#accuracy-on-the-gpu).
-const FULL_ERROR: f32 = 0.0025;
-const INT8_ERROR: f32 = 0.0135;
-const FP8_ERROR: f32 = 0.039;
-
 /// Keys of each query of a key head up to which full precision is as fast as INT8 scores on Hopper, as the pass over K
 /// costs what they save: all keys of the sequence, or those that a query sees on average. On an H200 INT8 is 1.00 of it
 /// at 1024 keys, 0.93 with a causal mask, and 1.1 to 1.2 at 2048.
 const FULL_KEYS: usize = 1024;
 const FULL_SEEN_KEYS: usize = 512;
 
-/// Keys that a query of each key head sees on average, from which FP8 P·V repays the pass over V: on an H200 INT8 with
+/// Keys that a query of each key head sees on average, from which 8-bit P·V repays the pass over V: on an H200 INT8 with
 /// FP8 is 0.96 of INT8 with 16-bit P·V at 2048 and 1.03 at 4096.
-const FP8_KEYS: usize = 3072;
+const NARROW_VALUES_KEYS: usize = 3072;
 
-/// The planner's own choice: the fastest of those that are accurate enough.
+/// The planner's own choice: the fastest that the architecture prefers of those that are accurate enough and that it has
+/// kernels for.
 pub(super) fn choose(problem: &Problem, request: &Request, machine: &Machine) -> Result<(Scheme, String)> {
-    let int8 = int8_scheme(problem.dtype);
-    let full = || Scheme { qk: Qk::Full, smooth: Smoothing { k: SmoothK::Off, ..int8.smooth }, ..int8 };
-    let rows = problem.q_len * problem.group_size();
-    if rows <= FEW_QUERIES {
-        let reason = format!(
-            "full precision: {rows} query rows for each key head read K and V too seldom to repay quantising K"
-        );
-        return Ok((full(), reason));
-    }
     let error = request.accuracy.unwrap_or(INT8_ERROR);
     if error.is_nan() || error < FULL_ERROR {
         let wanted = format!("at least {FULL_ERROR}, the error of 16-bit attention");
         return Err(Error::value("accuracy", error, wanted));
     }
-    if error < INT8_ERROR {
-        return Ok((
-            full(),
-            format!("full precision: INT8 scores have an error of {INT8_ERROR}, above {error}"),
+    let Preferences { full, quantised } = Preferences::of(machine.target);
+    let scheme = |preference: &Preference| preference.scheme(problem.dtype, problem.head_dim);
+    let in_full = |reason: String| Ok((scheme(&full), format!("full precision: {reason}")));
+    let rows = problem.q_len * problem.group_size();
+    if rows <= FEW_QUERIES {
+        return in_full(format!(
+            "{rows} query rows for each key head read K and V too seldom to repay quantising K"
         ));
+    }
+    match quantised.first() {
+        None => return in_full(full.reason.into()),
+        Some(first) if error < first.error => {
+            return in_full(format!("INT8 scores have an error of {}, above {error}", first.error));
+        }
+        Some(_) => {}
     }
     let band = problem.band;
     let seen = (if band.right == Some(0) { problem.kv_len / 2 } else { problem.kv_len })
@@ -63,14 +61,18 @@ pub(super) fn choose(problem: &Problem, request: &Request, machine: &Machine) ->
     // Not a matter of how the tensors lie in memory: the same values must give the same result.
     let hopper = machine.target == Target::SM_90A;
     if hopper && (keys <= FULL_SEEN_KEYS || problem.kv_len * problem.group_size() <= FULL_KEYS) {
-        let reason = format!("full precision: {keys} keys for each query are too few to repay quantising K");
-        return Ok((full(), reason));
+        return in_full(format!("{keys} keys for each query are too few to repay quantising K"));
     }
-    if error >= FP8_ERROR && hopper && keys >= FP8_KEYS {
-        let reason = format!("FP8 P·V: {keys} keys for each query repay the pass over V");
-        return Ok((Preset::INT8_FP8.scheme(problem.head_dim), reason));
+    let fits = |preference: &&Preference| {
+        let scheme = scheme(preference);
+        let has_kernels = nearest_scheme(scheme, machine.target) == scheme;
+        let repays = keys >= NARROW_VALUES_KEYS || matches!(scheme.pv, Pv::F16(_) | Pv::BF16(_));
+        preference.error <= error && has_kernels && repays
+    };
+    match quantised.iter().rev().find(fits) {
+        Some(chosen) => Ok((scheme(chosen), format!("scheme of {}: {}", machine.target, chosen.reason))),
+        None => in_full(format!("nothing else is computed on {}", machine.target)),
     }
-    Ok((int8, "INT8 scores with 16-bit P·V: V needs no pass of its own, and sums are exact".into()))
 }
 
 /// P·V in single precision on tensor cores rounds P to the inputs' 16 bits, as every 16-bit attention does; and so
@@ -88,7 +90,7 @@ pub(super) fn with_own_values(scheme: Scheme, dtype: DType, reasons: &mut Vec<St
 #[cfg(test)]
 mod tests {
     use super::*;
-    use sage_core::{Band, Call, Inputs, Options, Tensor};
+    use sage_core::{Band, Call, Inputs, Options, Qk, Tensor};
 
     /// The choice for `len` queries and keys of head_dim 128, or its error.
     fn chosen(len: usize, accuracy: Option<f32>, causal: bool, target: Target) -> Result<Scheme> {
@@ -114,6 +116,11 @@ mod tests {
         assert_eq!(chosen(2048, None, true, hopper), Ok(int8));
         assert_eq!(chosen(1024, None, false, Target::SM_80), Ok(int8));
         assert_eq!(chosen(8192, Some(0.05), false, Target::SM_80), Ok(int8), "no FP8 there");
+        let narrow = Preset::SAGE2PP_INT8_FP8_PER_THREAD.scheme(128);
+        assert_eq!(chosen(8192, Some(0.05), false, Target::SM_89), Ok(narrow), "GeForce doubles f16 sums");
+        assert_eq!(chosen(8192, Some(0.05), false, Target::SM_120), Ok(narrow));
+        let b300 = Target::of_capability(10, 3);
+        assert!(chosen(8192, Some(0.05), false, b300).is_ok_and(|scheme| scheme.qk == Qk::Full), "no INT8");
         assert!(chosen(8192, Some(0.005), false, hopper).is_ok_and(|scheme| scheme.qk == Qk::Full));
         assert!(chosen(16, None, false, hopper).is_ok_and(|scheme| scheme.qk == Qk::Full));
         let refused = chosen(8192, Some(0.001), false, hopper).unwrap_err().to_string();
