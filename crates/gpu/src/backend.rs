@@ -152,6 +152,7 @@ impl Cuda {
         let lists = Lists::new(stream, &call.lengths)?;
         (tensors.cu_seqlens_q, tensors.cu_seqlens_k) = (lists.q, lists.k);
         tensors.lse = lse.map_or(0, |lse| lse.address());
+        let tensors = plan.forward.arranged(&tensors);
         Ok(Some(Prepared { plan, tensors, _lists: lists }))
     }
 }

@@ -4,6 +4,7 @@ mod attention;
 mod call;
 mod choice;
 mod fallback;
+mod groups;
 mod lists;
 mod masks;
 mod preferences;
@@ -28,6 +29,7 @@ use choice::choose;
 pub use choice::int8_scheme;
 pub use fallback::nearest_scheme;
 use fallback::{computed, naming_nearest};
+use groups::HeadsAsRows;
 pub use preferences::{Preference, Preferences};
 pub use request::{Extent, Request};
 pub use tensors::Tensors;
@@ -40,6 +42,7 @@ pub struct ForwardPlan {
     key: Key,
     tiling: Tiling,
     splits: usize,
+    heads_as_rows: Option<HeadsAsRows>,
     reasons: Vec<String>,
 }
 
@@ -76,8 +79,15 @@ impl ForwardPlan {
             }
         };
         given.check()?;
-        let call = ForwardCall { problem: *problem, request: request.within(problem), machine: *machine };
         let scheme = computed(given, problem.dtype, &mut reasons);
+        let heads_as_rows = HeadsAsRows::of(problem, request, &scheme);
+        let (mut problem, mut request) = (*problem, *request);
+        if let Some(heads) = heads_as_rows {
+            (problem, request) = (heads.problem(&problem), heads.request(&request));
+            let rows = problem.q_len;
+            reasons.push(format!("{rows} query heads are rows of one: K and V are read once for all of them"));
+        }
+        let call = ForwardCall { problem, request: request.within(&problem), machine: *machine };
         let mut planned = Planned::new(call, &scheme, &mut reasons).map_err(|error| {
             let mut unused = Vec::new();
             let nearest = computed(nearest_scheme(given, machine.target), problem.dtype, &mut unused);
@@ -91,7 +101,7 @@ impl ForwardPlan {
             reasons.push("nothing to launch: there is no query".into());
         }
         let Planned { pass, key, tiling, splits } = planned;
-        Ok(ForwardPlan { scheme, pass, key, tiling, splits, reasons })
+        Ok(ForwardPlan { scheme, pass, key, tiling, splits, heads_as_rows, reasons })
     }
 
     /// The scheme that is computed.
@@ -99,7 +109,12 @@ impl ForwardPlan {
         &self.scheme
     }
 
-    /// The launches.
+    /// A call's tensors as [`ForwardPlan::pass`] takes them.
+    pub fn arranged(&self, tensors: &Tensors) -> Tensors {
+        self.heads_as_rows.map_or(*tensors, |heads| heads.tensors(tensors))
+    }
+
+    /// The launches, which run over [`ForwardPlan::arranged`] tensors.
     pub fn pass(&self) -> &Pass<Tensors> {
         &self.pass
     }

@@ -108,7 +108,7 @@ impl Runner for Emulated {
         let kernels = pass.kernel_names();
         let mut launcher =
             Launches { emulator: &mut device.emulator, programs: &programs, folded: self.folded };
-        pass.run(&device.tensors, workspace.address(), &mut launcher)
+        pass.run(&plan.arranged(&device.tensors), workspace.address(), &mut launcher)
             .unwrap_or_else(|failure| panic!("{}, {kernels:?}, {call:?}\n{failure}", self.name()));
         let out = match device.out {
             Some(buffer) => device.unwritten.with_half_bits(&device.emulator.read::<u16>(buffer)),

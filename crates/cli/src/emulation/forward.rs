@@ -63,7 +63,7 @@ fn launch(
         cu_seqlens_k,
         ..Tensors::default()
     };
-    gpu.run(plan.pass(), &tensors)
+    gpu.run(plan.pass(), &plan.arranged(&tensors))
 }
 
 /// A mask that starts with its data, copied to the GPU.
