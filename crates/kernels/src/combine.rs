@@ -15,6 +15,12 @@ pub const PART: usize = 4;
 /// Rows of a block: one for each warp.
 const ROWS: u32 = 4;
 
+/// Lanes of a warp.
+const LANES: i32 = 32;
+
+/// Parts whose lines are on their way from memory at once.
+const TOGETHER: i32 = 8;
+
 /// Merges the parts of split keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct CombineConfig {
@@ -65,38 +71,60 @@ impl CombineConfig {
             p.partial_sums.at(at * PART as i64).load_vector::<PART>()
         };
 
+        // Parts are many and rows few where keys are split, so that what counts is how long one row takes: each lane
+        // looks at parts of its own, and lines are added with several on their way.
+        let lane = k.lane_index();
         let max = k.var(f32::NEG_INFINITY).named("max");
-        k.range(0, p.splits, |split| {
+        k.range_by(lane, p.splits, LANES, |split| {
             let [reference, divisor, ..] = part(split);
             max.set(divisor.eq(0.0).select(max.get(), max.get().max(reference)));
         });
+        let max = max.get().reduce_lanes(LANES - 1, |a, b| a.max(b));
         // A row without a visible key has no part that sums to anything.
-        let empty = max.get().eq(f32::NEG_INFINITY);
+        let empty = max.eq(f32::NEG_INFINITY);
 
-        let lanes = self.head_dim.div_ceil(32);
-        let sums: Vec<_> = (0..lanes).map(|_| k.var(0.0)).collect();
+        let channels = self.head_dim.div_ceil(LANES as usize);
+        let sums: Vec<_> = (0..channels).map(|_| k.var(0.0)).collect();
         let (weights, unrounded) = (k.var(0.0).named("weights"), k.var(0.0).named("unrounded"));
         let taken = k.var(0.0).named("taken");
-        let channel = |i: usize| k.lane_index() + 32 * i as i32;
-        k.range(0, p.splits, |split| {
-            let [reference, divisor, sum, of_part] = part(split);
-            let rise = divisor.eq(0.0).select(0.0, (reference - max.get()).exp2());
-            let w = (divisor * rise).named("weight");
-            weights.set(weights.get() + w);
-            if self.lse {
-                unrounded.set(sum.mul_add(rise, unrounded.get()));
-                taken.set(of_part);
-            }
-            let line = split.mul_wide(p.total_rows) + row.widen();
-            let line = p.partial.at(line * self.head_dim as i64);
-            for (i, sum) in sums.iter().enumerate() {
-                k.when(channel(i).lt(self.head_dim as i32), || {
-                    sum.set(line.at(channel(i)).load().mul_add(w, sum.get()));
-                });
-            }
+        let channel = |i: usize| lane + LANES * i as i32;
+        k.range_by(0, p.splits, LANES, |first| {
+            let weight = k.var(0.0).named("weight");
+            k.when((first + lane).lt(p.splits), || {
+                let [reference, divisor, sum, of_part] = part(first + lane);
+                let rise = divisor.eq(0.0).select(0.0, (reference - max).exp2());
+                weight.set(divisor * rise);
+                if self.lse {
+                    unrounded.set(sum.mul_add(rise, unrounded.get()));
+                    taken.set(of_part);
+                }
+            });
+            let weight = weight.get();
+            weights.set(weights.get() + weight);
+            k.range_by(0, (p.splits - first).min(LANES), TOGETHER, |next| {
+                // Parts beyond the last have weight 0, and the last one's line stands in for theirs.
+                let lines: Vec<_> = (0..TOGETHER)
+                    .map(|i| (first + next + i).min(p.splits - 1))
+                    .map(|split| split.mul_wide(p.total_rows) + row.widen())
+                    .map(|line| p.partial.at(line * self.head_dim as i64))
+                    .collect();
+                let of_lines: Vec<_> = (0..TOGETHER).map(|i| weight.shuffle(next + i)).collect();
+                for (i, sum) in sums.iter().enumerate() {
+                    k.when(channel(i).lt(self.head_dim as i32), || {
+                        let loaded: Vec<_> = lines.iter().map(|line| line.at(channel(i)).load()).collect();
+                        for (value, &weight) in loaded.into_iter().zip(&of_lines) {
+                            sum.set(value.mul_add(weight, sum.get()));
+                        }
+                    });
+                }
+            });
         });
+        let [weights, unrounded] =
+            [weights, unrounded].map(|sum| sum.get().reduce_lanes(LANES - 1, |a, b| a + b));
+        // All parts have taken the same from a row.
+        let taken = taken.get().shuffle((p.splits - 1) & (LANES - 1));
 
-        let inverse = empty.select(0.0, weights.get().recip());
+        let inverse = empty.select(0.0, weights.recip());
         let (head, row_of_head) = (row / p.q_rows, row % p.q_rows);
         let line = (head / p.q_heads).widen() * p.out.batch_stride()
             + (head % p.q_heads).widen() * p.out.head_stride()
@@ -109,8 +137,8 @@ impl CombineConfig {
         }
         if self.lse {
             k.when(k.lane_index().eq(0), || {
-                let lse = (unrounded.get().log2() + max.get()).mul_add(std::f32::consts::LN_2, taken.get());
-                let lse = least_lse(max.get(), lse);
+                let lse = (unrounded.log2() + max).mul_add(std::f32::consts::LN_2, taken);
+                let lse = least_lse(max, lse);
                 p.lse.at(row).store(empty.select(f32::NEG_INFINITY, lse));
             });
         }

@@ -85,7 +85,8 @@ impl ForwardPlan {
         if let Some(heads) = heads_as_rows {
             (problem, request) = (heads.problem(&problem), heads.request(&request));
             let rows = problem.q_len;
-            reasons.push(format!("{rows} query heads are rows of one: K and V are read once for all of them"));
+            reasons
+                .push(format!("{rows} query heads are rows of one: K and V are read once for all of them"));
         }
         let call = ForwardCall { problem, request: request.within(&problem), machine: *machine };
         let mut planned = Planned::new(call, &scheme, &mut reasons).map_err(|error| {

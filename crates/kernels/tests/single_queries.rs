@@ -10,7 +10,8 @@ const CAUSAL: Band = Band::causal(Alignment::BottomRight);
 
 #[test]
 fn heads_of_a_group_are_right_as_rows() {
-    let group = Case { q_len: 1, q_heads: 8, kv_heads: 2, batch: 2, kv_len: 300, lse: true, ..Case::default() };
+    let group =
+        Case { q_len: 1, q_heads: 8, kv_heads: 2, batch: 2, kv_len: 300, lse: true, ..Case::default() };
     let cases = [
         group.clone(),
         Case { band: CAUSAL, layout: Layout::Nhd, ..group.clone() },

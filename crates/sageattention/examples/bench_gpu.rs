@@ -6,7 +6,8 @@
 //! bench_gpu --launch SCHEME,… SHAPE…  launches every kernel once, for profilers
 //! ```
 //!
-//! A shape is `BATCH,HEADS[/KV_HEADS],LENGTH,HEAD_DIM` and what is visible, each after a comma: `causal`;
+//! A shape is `BATCH,HEADS[/KV_HEADS],LENGTH,HEAD_DIM`, where a length is `TOKENS` or `QUERIESxKEYS`, and what is visible,
+//! each after a comma: `causal`;
 //! `blocks=QxK@DENSITY`, a block mask of random blocks; `mask=padding`, a boolean mask that hides the last tenth of the
 //! keys; `mask=dense`, one of random scores; `mask=triangle`, a causal one; `mask=bias`, an additive one of random
 //! biases. A scheme that cannot run is reported and passed over.
@@ -70,7 +71,8 @@ struct Shape {
     batch: usize,
     heads: usize,
     kv_heads: usize,
-    length: usize,
+    q_len: usize,
+    kv_len: usize,
     head_dim: usize,
     causal: bool,
     /// Queries and keys of a block, and the share of blocks that are computed.
@@ -119,12 +121,14 @@ impl FromStr for Shape {
             }
         }
         let (heads, kv_heads) = heads.split_once('/').unwrap_or((heads, heads));
+        let (q_len, kv_len) = length.split_once('x').unwrap_or((length, length));
         let number = |text: &str| text.parse::<usize>().map_err(|_| wrong());
         Ok(Shape {
             batch: number(batch)?,
             heads: number(heads)?,
             kv_heads: number(kv_heads)?,
-            length: number(length)?,
+            q_len: number(q_len)?,
+            kv_len: number(kv_len)?,
             head_dim: number(head_dim)?,
             causal,
             blocks,
@@ -154,8 +158,8 @@ impl Bench {
     /// Times all schemes on one shape.
     fn shape(&mut self, schemes: &[&str], text: &str) -> Result<()> {
         let shape: Shape = text.parse()?;
-        let sizes = |heads| [shape.batch, heads, shape.length, shape.head_dim];
-        let (q_sizes, kv_sizes) = (sizes(shape.heads), sizes(shape.kv_heads));
+        let sizes = |heads, rows| [shape.batch, heads, rows, shape.head_dim];
+        let (q_sizes, kv_sizes) = (sizes(shape.heads, shape.q_len), sizes(shape.kv_heads, shape.kv_len));
         for (seed, (tensor, sizes)) in (1..).zip(self.inputs.iter_mut().zip([q_sizes, kv_sizes, kv_sizes])) {
             let len = sizes.iter().product();
             if elements(tensor) < len {
@@ -212,7 +216,7 @@ struct Blocks {
 
 impl Blocks {
     fn new(stream: &Stream, shape: &Shape, (q, k, density): (usize, usize, f64)) -> Result<Self> {
-        let blocks = [shape.batch, shape.heads, shape.length.div_ceil(q), shape.length.div_ceil(k)];
+        let blocks = [shape.batch, shape.heads, shape.q_len.div_ceil(q), shape.kv_len.div_ceil(k)];
         let mut random = uniform(4);
         let flags: Vec<u8> = (0..blocks.iter().product()).map(|_| u8::from(random() < density)).collect();
         Ok(Blocks { flags: Buffer::from_slice(stream, &flags)?, shape: blocks, sizes: [q, k] })
@@ -232,23 +236,29 @@ enum ExplicitMask {
 
 impl ExplicitMask {
     fn new(stream: &Stream, shape: &Shape, kind: MaskKind) -> Result<Self> {
-        let len = shape.length;
-        let scores = [1, 1, len, len];
+        let Shape { q_len, kv_len, .. } = *shape;
+        let scores = [1, 1, q_len, kv_len];
+        let count = q_len * kv_len;
         let bools =
             |flags: Vec<u8>, sizes| Ok(ExplicitMask::Bool(Buffer::from_slice(stream, &flags)?, sizes));
         match kind {
-            MaskKind::Padding => {
-                bools((0..len).map(|key| u8::from(key < len - len / 10)).collect(), [1, 1, 1, len])
-            }
+            MaskKind::Padding => bools(
+                (0..kv_len).map(|key| u8::from(key < kv_len - kv_len / 10)).collect(),
+                [1, 1, 1, kv_len],
+            ),
             MaskKind::Dense => {
                 let mut random = uniform(5);
-                bools((0..len * len).map(|_| u8::from(random() < 0.5)).collect(), scores)
+                bools((0..count).map(|_| u8::from(random() < 0.5)).collect(), scores)
             }
             MaskKind::Triangle => {
-                bools((0..len * len).map(|at| u8::from(at % len <= at / len)).collect(), scores)
+                // The last query sees the last key.
+                bools(
+                    (0..count).map(|at| u8::from(at % kv_len + q_len <= at / kv_len + kv_len)).collect(),
+                    scores,
+                )
             }
             MaskKind::Bias => {
-                let biases = Tensor::new(normal(6, len * len), &scores)?;
+                let biases = Tensor::new(normal(6, count), &scores)?;
                 Ok(ExplicitMask::Additive(CudaTensor::upload(stream, &biases.view())?))
             }
         }

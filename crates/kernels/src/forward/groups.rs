@@ -26,7 +26,9 @@ impl HeadsAsRows {
         let sees_all = match request.lengths {
             Lengths::Dense => problem.band.keys(0, 1, problem.kv_len) == (0..problem.kv_len),
             // The query is the last of its sequence, whatever the length.
-            Lengths::KvLens => problem.band.left.is_none() && problem.band.alignment == Alignment::BottomRight,
+            Lengths::KvLens => {
+                problem.band.left.is_none() && problem.band.alignment == Alignment::BottomRight
+            }
             Lengths::Packed => false,
         };
         (single && sees_all && scheme.qk == Qk::Full).then_some(HeadsAsRows { group })
