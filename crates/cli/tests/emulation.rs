@@ -299,8 +299,8 @@ fn sizes_and_schemes_that_cannot_be_emulated() {
         (
             "emulate --scheme sage3-nvfp4",
             1,
-            "scheme with NVFP4 scores is not supported: no GPU kernel computes it yet; the nearest that this \
-             GPU computes is \
+            "NVFP4 Q·Kᵀ on sm_89 is not supported: block-scaled FP4 needs sm_120a or sm_121a; the nearest that \
+             this GPU computes is \
              `sage2-int8-fp8-per-thread`, INT8 QK per-thread · smooth K · FP8 PV (448, f32+f32)",
         ),
     ]);

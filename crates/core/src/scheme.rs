@@ -22,7 +22,7 @@ pub struct Scheme {
 }
 
 /// Operands of Q·Kᵀ.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Qk {
     /// As given.
     Full,

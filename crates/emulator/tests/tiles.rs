@@ -3,9 +3,10 @@
 
 use half::f16;
 use sage_emulator::Emulator;
+use sage_ptx::isa::BlockScales;
 use sage_ptx::{
-    Code, F16x2, FloatAccumulator, FragmentB, MmaAccumulator, OperandTile, Rows, SLOT_ROWS, Tile, Val, Var,
-    kernel, lane_column, lane_row,
+    Code, F16x2, FloatAccumulator, FragmentA, FragmentB, MmaAccumulator, OperandTile, Rows, SLOT_ROWS,
+    ScaledA, ScaledB, Tile, Val, Var, kernel, lane_column, lane_row,
 };
 
 const ROWS: usize = 32;
@@ -98,7 +99,7 @@ fn cut(k: &Code) -> Tile<Var<'_, f32>> {
     tile.mul_rows(&Rows::from_fn(tile.slots(), |slot| (row(slot) + 1).to_f32()));
     let first = lane_column(lane);
     let visible = Rows::from_fn(tile.slots(), |slot| (row(slot) >> 2) - first..row(slot) + 2 - first);
-    tile.fill_outside(&visible, HIDDEN);
+    tile.fill_outside(&visible, |column| column, HIDDEN);
     tile
 }
 
@@ -141,4 +142,55 @@ fn a_tile_is_an_operand_and_its_rows_have_sums() {
     let expected: Vec<f32> =
         product(0.0).chunks(COLUMNS).flat_map(|row| [0.25 + row.iter().sum::<f32>(); 8]).collect();
     assert_eq!(sums, expected);
+}
+
+/// A product 128 deep whose operands are 1.5 and 2, with scales that tell rows, columns and steps apart.
+#[test]
+fn scaled_products_take_the_scales_of_their_rows_columns_and_steps() {
+    // Of E4M3 codes from 0x28 on every eighth is a power of two, from 2⁻² on.
+    let value = |exponent: usize| f32::exp2(exponent as f32 - 2.0);
+    let of_row = |row: usize, step: usize| (row + 3 * step) % 4;
+    let of_column = |column: usize, step: usize| (column + 5 * step) % 8;
+    let program = kernel("scaled", 32, |k| {
+        let (lane, out) = (k.lane_index(), k.global::<f32>("out"));
+        let (a, b) = (k.constant(0x3333_3333u32), k.constant(0x4444_4444u32));
+        // The lane's word is the scales of the row or column that it has for the product.
+        fn word(exponent: Val<'_, i32>) -> Val<'_, u32> {
+            (((exponent << 3) + 0x28) * 0x0101_0101).reinterpret()
+        }
+        let of_a = |step: usize| {
+            let row = lane_row(lane) + ((lane & 1) << 3) + (3 * step) as i32;
+            word(row & 3)
+        };
+        let of_b = |step: usize| {
+            let column = ((lane & 3) << 3) + lane_row(lane) + (5 * step) as i32;
+            word(column & 7)
+        };
+        let tile = Tile::filled(k, 16, COLUMNS, 1.0);
+        tile.add_scaled_product(
+            BlockScales::Ue4m3,
+            2,
+            |step| vec![ScaledA { fragment: FragmentA::new([a; 4]), scales: of_a(step) }],
+            |step, column| {
+                [0, 1].map(|i| ScaledB {
+                    fragment: FragmentB::new([b; 2]),
+                    scales: of_b(step),
+                    scales_lane: (column / 8 + i) as u8,
+                })
+            },
+        );
+        tile.for_each(|slot, column, sum| {
+            let row = lane_row(lane) + (SLOT_ROWS * slot) as i32;
+            out.at(row * COLUMNS as i32).at(lane_column(lane)).plus(column as i32).store(sum.get());
+        });
+    });
+    let mut emulator = Emulator::new();
+    let out = emulator.uninitialized("out", 4 * 16 * COLUMNS);
+    emulator.launch(&program, [1, 1, 1], &[out.arg()]).unwrap();
+    let found: Vec<f32> = emulator.read(out);
+    for (at, &found) in found.iter().enumerate() {
+        let (row, column) = (at / COLUMNS, at % COLUMNS);
+        let of_step = |step: usize| 64.0 * 3.0 * value(of_row(row, step)) * value(of_column(column, step));
+        assert_eq!(found, 1.0 + of_step(0) + of_step(1), "row {row}, column {column}");
+    }
 }

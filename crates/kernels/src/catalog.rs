@@ -234,6 +234,9 @@ impl List {
             (DType::F16, rough),
             (DType::F16, Scheme { rotate: true, ..int8_scheme(DType::F16) }),
             (DType::BF16, Preset::INT8_FP8.scheme(head_dim)),
+            (DType::BF16, Preset::ATTN_QAT_NVFP4.scheme(head_dim)),
+            (DType::BF16, Preset::NVFP4_FP8.scheme(head_dim)),
+            (DType::F16, Scheme { rotate: true, ..Preset::SAGE3_NVFP4.scheme(head_dim) }),
         ] {
             self.add(&Call { dtype, head_dim, scheme: Some(scheme), ..Call::default() }, false, |_| true);
         }
@@ -241,7 +244,9 @@ impl List {
 
     /// Every option of a call, beside the usual schemes.
     fn options(&mut self, head_dim: usize) {
-        for scheme in [int8_scheme(DType::F16), Preset::FULL.scheme(head_dim)] {
+        let schemes =
+            [int8_scheme(DType::F16), Preset::FULL.scheme(head_dim), Preset::SAGE3_NVFP4.scheme(head_dim)];
+        for scheme in schemes {
             let call = Call { head_dim, scheme: Some(scheme), ..Call::default() };
             for call in [
                 Call { mask: MaskForm::Bool, ..call },
@@ -289,6 +294,8 @@ impl List {
             // What INT4 needs beside V in FP8, which older targets lack.
             Scheme { pv: Pv::F16(Accumulator::F32), ..int4 },
             int4,
+            Preset::SAGE3_NVFP4.scheme(head_dim),
+            Preset::SAGE3_MXFP4.scheme(head_dim),
         ] {
             let base = Call { scheme: Some(scheme), ..base };
             for call in [

@@ -14,7 +14,7 @@ mod scores;
 mod tensors;
 mod values;
 
-use sage_core::{DType, Error, MAX_HEADS, Problem, Result, Scheme};
+use sage_core::{DType, Error, MAX_HEADS, Problem, Qk, Result, Scheme};
 
 use crate::attention::MaskForm;
 use crate::machine::Machine;
@@ -143,10 +143,9 @@ impl ForwardPlan {
 
 impl Planned {
     fn new(call: ForwardCall, scheme: &Scheme, reasons: &mut Vec<String>) -> Result<Self> {
-        let quantizer = scores::quantizer(scheme)?;
+        let qk = scores::form(&call, scheme)?;
         let smooth_q = scores::smooth_q_rows(scheme, call.problem.q_len)?;
-        let (element, sums) = values::elements_and_sums(&call, scheme)?;
-        let operands = Operands::new(call.problem.dtype, quantizer, element, sums);
+        let operands = Operands::new(call.problem.dtype, qk, values::form(&call, scheme)?);
         let mut pass = ForwardPass::new();
         if call.request.mask != MaskForm::None {
             masks::see_keys(call, &mut pass);
@@ -154,8 +153,8 @@ impl Planned {
                 masks::rank_keys(call, &mut pass);
             }
         }
-        if let Some(quantizer) = quantizer {
-            scores::quantize(call, scheme, quantizer, smooth_q, &mut pass);
+        if qk != Qk::Full {
+            scores::quantize(call, scheme, &operands, smooth_q, &mut pass);
         }
         values::prepare(call, scheme, operands.v, &mut pass);
         let attention = PlannedAttention::new(call, scheme, operands, smooth_q, reasons);

@@ -28,6 +28,11 @@ impl Machine {
         self.target == Target::SM_90A
     }
 
+    /// Whether `mma.sync` takes 4-bit floats whose blocks have scales: on Blackwell's GPUs that are not in data centres.
+    pub fn has_fp4(&self) -> bool {
+        self.target.is_specific() && (120..130).contains(&self.target.sm())
+    }
+
     /// Whether tensor cores take E4M3.
     pub fn has_fp8(&self) -> bool {
         self.target.sm() >= 89

@@ -1,6 +1,9 @@
 //! What the operands of both products are, said once: their elements, where these come from, and how they are scaled.
 
-use sage_core::{Accumulator, DType, Granularity, IntBits, IntQuantizer};
+use sage_core::{Accumulator, DType, Fp4Format, Granularity, IntBits, IntQuantizer, PLevels, Qk};
+
+use crate::fp4::ScaleWords;
+use crate::key_order::KeyOrder;
 
 /// An element as tensor cores take it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -9,6 +12,8 @@ pub enum Element {
     I4,
     /// Integers of −127 to 127.
     I8,
+    /// 4-bit floats, up to 6.
+    E2M1,
     /// 8-bit floats with 4 bits of exponent, up to 448.
     E4M3,
     /// Half precision.
@@ -37,7 +42,7 @@ impl Element {
     /// Bits of an element: in shared memory, in registers and in the workspace alike.
     pub const fn bits(self) -> usize {
         match self {
-            Element::I4 => 4,
+            Element::I4 | Element::E2M1 => 4,
             Element::I8 | Element::E4M3 => 8,
             Element::F16 | Element::BF16 => 16,
         }
@@ -69,6 +74,8 @@ pub enum Scales {
     Rows(Granularity),
     /// A scale for each channel.
     Channels,
+    /// A scale for each group of neighbours along the contracted dimension.
+    Blocks(Fp4Format),
 }
 
 /// An operand of a product.
@@ -87,6 +94,24 @@ impl Operand {
     pub const fn bytes(&self, elements: usize) -> usize {
         elements * self.element.bits() / 8
     }
+
+    /// Bytes of a tile of so many rows of so many elements, in the workspace and in shared memory: scales of blocks are
+    /// part of it.
+    pub(crate) const fn tile_bytes(&self, rows: usize, elements: usize) -> usize {
+        self.bytes(rows * elements)
+            + match self.scales {
+                Scales::Blocks(_) => ScaleWords::new(rows, elements).bytes(),
+                Scales::None | Scales::Rows(_) | Scales::Channels => 0,
+            }
+    }
+
+    /// Its 4-bit format, where it has one.
+    pub const fn fp4(&self) -> Option<Fp4Format> {
+        match self.scales {
+            Scales::Blocks(format) => Some(format),
+            Scales::None | Scales::Rows(_) | Scales::Channels => None,
+        }
+    }
 }
 
 /// The operands of `S = Q·Kᵀ` and of `O = P·V`.
@@ -104,31 +129,56 @@ pub struct Operands {
     pub sums: Accumulator,
     /// How Q and K become integers, where they do.
     pub quantizer: Option<IntQuantizer>,
+    /// Levels in which P is scaled, where it is in 4 bits.
+    pub levels: Option<PLevels>,
+}
+
+/// What P and V are multiplied as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ValueForm {
+    /// Their elements.
+    pub element: Element,
+    /// How P·V is summed.
+    pub sums: Accumulator,
+    /// For 4-bit elements, their format and the levels in which P is scaled.
+    pub fp4: Option<(Fp4Format, PLevels)>,
 }
 
 impl Operands {
-    /// For tensors of type `dtype`: Q and K as given or as `quantizer` makes them, P and V as elements of type
-    /// `values`.
-    pub fn new(dtype: DType, quantizer: Option<IntQuantizer>, values: Element, sums: Accumulator) -> Self {
+    /// For tensors of type `dtype`: Q and K as `qk` has them, P and V as `values`.
+    pub fn new(dtype: DType, qk: Qk, values: ValueForm) -> Self {
         let given =
             Operand { element: Element::of(dtype), source: OperandSource::Given, scales: Scales::None };
-        let (q, k) = match quantizer {
-            None => (given, given),
-            Some(IntQuantizer { bits, granularity, .. }) => {
-                let element = Element::of_bits(bits);
-                let q = Operand { element, source: OperandSource::Given, scales: Scales::Rows(granularity) };
-                (q, Operand { source: OperandSource::Workspace, ..q })
-            }
+        let quantised = |element, scales| {
+            let q = Operand { element, source: OperandSource::Given, scales };
+            (q, Operand { source: OperandSource::Workspace, ..q })
         };
-        let p = Operand { element: values, source: OperandSource::Registers, scales: Scales::None };
-        let v = match values {
-            Element::E4M3 => {
-                Operand { element: values, source: OperandSource::Workspace, scales: Scales::Channels }
+        let (q, k) = match qk {
+            Qk::Full => (given, given),
+            Qk::Int(IntQuantizer { bits, granularity, .. }) => {
+                quantised(Element::of_bits(bits), Scales::Rows(granularity))
             }
+            Qk::Fp4(format) => quantised(Element::E2M1, Scales::Blocks(format)),
+        };
+        let quantizer = if let Qk::Int(quantizer) = qk { Some(quantizer) } else { None };
+        let ValueForm { element, sums, fp4 } = values;
+        let blocks = fp4.map_or(Scales::None, |(format, _)| Scales::Blocks(format));
+        let p = Operand { element, source: OperandSource::Registers, scales: blocks };
+        let v = match element {
+            Element::E4M3 => Operand { element, source: OperandSource::Workspace, scales: Scales::Channels },
+            Element::E2M1 => Operand { element, source: OperandSource::Workspace, scales: blocks },
             own if own == given.element => given,
             other => Operand { element: other, source: OperandSource::Workspace, ..given },
         };
-        Operands { q, k, p, v, sums, quantizer }
+        Operands { q, k, p, v, sums, quantizer, levels: fp4.map(|(_, levels)| levels) }
+    }
+
+    /// In which order the keys of a tile are multiplied.
+    pub const fn key_order(&self) -> KeyOrder {
+        match self.p.element {
+            Element::E2M1 => KeyOrder::Octets,
+            _ => KeyOrder::Natural,
+        }
     }
 
     /// Whether P·V of a tile is summed by itself first.
@@ -140,23 +190,27 @@ impl Operands {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use sage_core::{Preset, Qk};
+    use sage_core::Preset;
 
     #[test]
     fn operands_lie_where_kernels_read_them() {
-        let Qk::Int(quantizer) = Preset::SAGE2_INT4_FP8.scheme(64).qk else { panic!("not of integers") };
-        let f32 = Accumulator::F32;
-        let given = Operands::new(DType::BF16, None, Element::BF16, f32);
+        let of = |element| ValueForm { element, sums: Accumulator::F32, fp4: None };
+        let given = Operands::new(DType::BF16, Qk::Full, of(Element::BF16));
         assert_eq!((given.k.source, given.v.source), (OperandSource::Given, OperandSource::Given));
         assert_eq!(given.k.bytes(64), 128);
-        let converted = Operands::new(DType::BF16, None, Element::F16, f32);
+        let converted = Operands::new(DType::BF16, Qk::Full, of(Element::F16));
         assert_eq!((converted.v.source, converted.v.scales), (OperandSource::Workspace, Scales::None));
-        let quantised = Operands::new(DType::F16, Some(quantizer), Element::E4M3, f32);
+        let quantised = Operands::new(DType::F16, Preset::SAGE2_INT4_FP8.scheme(64).qk, of(Element::E4M3));
         assert_eq!(
             (quantised.q.source, quantised.k.source),
             (OperandSource::Given, OperandSource::Workspace)
         );
         assert_eq!((quantised.k.bytes(64), quantised.v.bytes(64)), (32, 64));
         assert_eq!(quantised.v.scales, Scales::Channels);
+        let fp4 = ValueForm { fp4: Some((Fp4Format::Nv, PLevels::Two)), ..of(Element::E2M1) };
+        let four_bits = Operands::new(DType::F16, Qk::Fp4(Fp4Format::Nv), fp4);
+        assert_eq!((four_bits.q.fp4(), four_bits.v.fp4()), (Some(Fp4Format::Nv), Some(Fp4Format::Nv)));
+        assert_eq!((four_bits.k.tile_bytes(64, 128), four_bits.v.tile_bytes(128, 64)), (4608, 4608));
+        assert_eq!((four_bits.key_order(), quantised.key_order()), (KeyOrder::Octets, KeyOrder::Natural));
     }
 }

@@ -30,6 +30,12 @@ const WHOLE: [Target; 2] = [Target::SM_80, Target::SM_90A];
 /// differs little from the others'.
 const PART: [Target; 4] = [Target::SM_86, Target::SM_89, Target::SM_100, Target::SM_120];
 
+/// The target of whose catalogue what no older one has is assembled: kernels of 4-bit floats.
+const NEWEST: Target = Target::SM_120A;
+
+/// Its kin, for which a part of those is assembled.
+const KIN: Target = Target::SM_121A;
+
 /// What the assembler said of one kernel for one target.
 #[derive(Clone, Debug)]
 struct Assembled {
@@ -93,6 +99,10 @@ fn jobs() -> Vec<Job> {
     }
     for target in PART {
         jobs.extend(representatives(target).into_iter().map(|entry| Job { entry, target }));
+    }
+    for (target, entries) in [(NEWEST, catalog(NEWEST)), (KIN, representatives(KIN))] {
+        let own = entries.into_iter().filter(|entry| entry.kernel().oldest_target() == NEWEST);
+        jobs.extend(own.map(|entry| Job { entry, target }));
     }
     jobs.retain(|job| is_asked_for(&job.entry.kernel().name()));
     jobs.sort_by_key(|job| std::cmp::Reverse(job.entry.kernel().head_dim()));

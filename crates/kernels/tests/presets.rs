@@ -11,7 +11,7 @@ use sage_kernels::forward::{ForwardPlan, Request, int8_scheme, nearest_scheme};
 use sage_ptx::Target;
 use sage_testkit::{Bias, Case, Emulated, OwnedCall, Runner, Sequences, check, check_within};
 
-const TARGETS: [Target; 5] = [Target::SM_80, Target::SM_86, Target::SM_89, Target::SM_90A, Target::SM_120];
+const TARGETS: [Target; 5] = [Target::SM_80, Target::SM_86, Target::SM_89, Target::SM_90A, Target::SM_120A];
 
 /// The plan of a scheme for 1024 queries and keys.
 fn plan(scheme: Scheme, dtype: DType, head_dim: usize, target: Target) -> Result<ForwardPlan, Error> {
@@ -93,9 +93,11 @@ fn presets_that_are_refused_are_those_of_other_operands() {
     for target in TARGETS {
         for preset in Preset::ALL {
             let scheme = preset.scheme(128);
+            let fp4 = target == Target::SM_120A;
             let wanted = match scheme.pv {
-                Pv::Int8 | Pv::Fp4 { .. } => false,
-                _ if matches!(scheme.qk, Qk::Fp4(_)) => false,
+                Pv::Int8 => false,
+                Pv::Fp4 { .. } => fp4,
+                _ if matches!(scheme.qk, Qk::Fp4(_)) && !fp4 => false,
                 Pv::F16(_) => !scheme.smooth.v,
                 Pv::Fp8 { .. } => target.sm() >= 89,
                 _ => true,

@@ -212,6 +212,11 @@ impl<'k> SharedTile<'k> {
         SharedTile { base: base.cast(), row_bytes }
     }
 
+    /// The kernel that the tile belongs to.
+    pub fn code(&self) -> &'k Code {
+        self.base.code()
+    }
+
     /// Length of a row.
     pub fn row_bytes(&self) -> usize {
         self.row_bytes

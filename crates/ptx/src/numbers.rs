@@ -71,9 +71,9 @@ impl<'k> Val<'k, u32> {
 
     /// Bytes of `self` (0–3) and `other` (4–7), picked by the nibbles of `selector`.
     #[track_caller]
-    pub fn permute_bytes(self, other: impl Use<'k, u32>, selector: u32) -> Self {
-        let src =
-            [self.operand(), other.value(self.code()).operand(), self.code().constant(selector).operand()];
+    pub fn permute_bytes(self, other: impl Use<'k, u32>, selector: impl Use<'k, u32>) -> Self {
+        let code = self.code();
+        let src = [self.operand(), other.value(code).operand(), selector.value(code).operand()];
         self.code().lane(Lane::Permute, &src)
     }
 

@@ -37,7 +37,7 @@ impl Target {
     pub const SM_121A: Target = Target::specific(121);
 
     /// The targets that kernels are tuned and assembled for.
-    pub const ALL: [Target; 7] = [
+    pub const ALL: [Target; 8] = [
         Target::SM_80,
         Target::SM_86,
         Target::SM_89,
@@ -45,6 +45,7 @@ impl Target {
         Target::SM_90A,
         Target::SM_100,
         Target::SM_120,
+        Target::SM_120A,
     ];
 
     const fn baseline(sm: u16) -> Target {

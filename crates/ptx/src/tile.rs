@@ -274,12 +274,12 @@ impl<'k> Tile<Var<'k, f32>> {
         }
     }
 
-    /// Sets the elements whose columns are outside of their row's `first..end` to `x`.
+    /// Sets the elements to `x` whose columns, or what `place` makes of them, are outside of their row's `first..end`.
     #[track_caller]
-    pub fn fill_outside(&self, columns: &Rows<Range<Val<'k, i32>>>, x: f32) {
+    pub fn fill_outside(&self, columns: &Rows<Range<Val<'k, i32>>>, place: impl Fn(usize) -> usize, x: f32) {
         self.for_each(|slot, column, register| {
             let Range { start, end } = columns[slot];
-            let column = start.code().constant(column as i32);
+            let column = start.code().constant(place(column) as i32);
             let inside = column.lt(end) & column.ge(start);
             register.set(inside.select(register, x));
         });

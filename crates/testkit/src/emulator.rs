@@ -1,11 +1,12 @@
 //! The GPU's kernels in the emulator as a backend: the one place of the kit that knows how a pass is planned and run.
 
+use sage_core::oracle::{self, Output};
 use sage_core::{Accumulator, Call, DType, Geometry, Preset, Problem, Pv, Result, Scheme, Strided};
 use sage_emulator::{Emulator, Failure};
 use sage_kernels::attention::MaskForm;
 use sage_kernels::forward::{ForwardPlan, Request, Tensors};
 use sage_kernels::pass::Launcher;
-use sage_kernels::{Lengths, Machine, TensorArg, Tiling};
+use sage_kernels::{KEY_TILE, Lengths, Machine, TensorArg, Tiling};
 use sage_ptx::{Arg, BoxedTensor, Program, Target};
 
 use crate::computed::shape_of;
@@ -24,6 +25,15 @@ const FP8_OF_WARPGROUPS: f64 = 4e-2;
 const F16_SUMS: f64 = 6e-3;
 /// See `crates/kernels/tests/log_sum_exp.rs`.
 const LSE: f64 = 5e-4;
+
+/// What kernels are compared with, which go through the keys a tile at a time: with P in 4 bits nearly every value falls
+/// elsewhere on its grid where it is relative to another maximum.
+pub(crate) fn of_kernels(call: &Call<'_>, scheme: &Scheme) -> Output {
+    match scheme.pv {
+        Pv::Fp4 { .. } => oracle::scheme_by_tiles(call, scheme, KEY_TILE),
+        _ => oracle::scheme(call, scheme),
+    }
+}
 
 /// An emulated GPU.
 #[derive(Clone, Copy, Debug)]
@@ -124,6 +134,10 @@ impl Runner for Emulated {
             lse: device.lse.map_or_else(Vec::new, |buffer| device.emulator.read(buffer)),
             kernels,
         }
+    }
+
+    fn expected(&self, call: &Call<'_>, scheme: &Scheme) -> Output {
+        of_kernels(call, scheme)
     }
 
     fn tolerance(&self, dtype: DType, scheme: &Scheme) -> Tolerance {

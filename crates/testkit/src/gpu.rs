@@ -2,6 +2,7 @@
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
+use sage_core::oracle::Output;
 use sage_core::{
     Backend, BlockMask, Call, Choice, DType, Geometry, Inputs, Lengths, Options, Problem, Scheme,
     SparseBackend,
@@ -10,6 +11,7 @@ use sage_gpu::{Buffer, Cuda, CudaTensor, DeviceBytes, DeviceInputs, DeviceLse, D
 use sage_kernels::forward::{ForwardPlan, Request};
 
 use crate::computed::shape_of;
+use crate::emulator::of_kernels;
 use crate::{Computed, Emulated, Memory, OwnedCall, OwnedMask, Prediction, Runner, Tolerance, poison, skip};
 
 /// The first GPU, or none with the reason printed: a failure with `SAGE_REQUIRE_GPU=1`.
@@ -86,6 +88,10 @@ impl Runner for Cuda {
             lse: lse.map_or_else(Vec::new, |lse| lse.to_vec().unwrap()),
             kernels: Vec::new(),
         }
+    }
+
+    fn expected(&self, call: &Call<'_>, scheme: &Scheme) -> Output {
+        of_kernels(call, scheme)
     }
 
     /// Twice that of the emulated kernels: a GPU's own exponential and accumulators are a little coarser.

@@ -61,6 +61,30 @@ pub fn quantize_p(scores: &[Score], max: f64, pv: &Pv) -> Weights {
     }
 }
 
+/// [`quantize_p`] as a kernel does that goes through the keys once, `tile` of them at a time: each tile's P is relative to
+/// the largest score so far, and the later rescaling, which is exact here, makes it relative to the row's largest. The
+/// keys of a tile are counted from the sequence's first.
+///
+/// # Panics
+/// When `tile` is 0, or a block of [`Pv::Fixed12`] is.
+pub fn quantize_p_by_tiles(scores: &[Score], tile: usize, pv: &Pv) -> Weights {
+    let max = maximum(scores);
+    let mut all = Weights { p: Vec::with_capacity(scores.len()), sum: 0.0, lse_sum: 0.0 };
+    let mut running = f64::NEG_INFINITY;
+    for keys in scores.chunk_by(|a, b| a.key / tile == b.key / tile) {
+        running = running.max(maximum(keys));
+        if running == f64::NEG_INFINITY {
+            all.p.extend(keys.iter().map(|_| 0.0));
+            continue;
+        }
+        let (weights, factor) = (quantize_p(keys, running, pv), (running - max).exp());
+        all.p.extend(weights.p.iter().map(|p| p * factor));
+        all.sum += weights.sum * factor;
+        all.lse_sum += weights.lse_sum * factor;
+    }
+    all
+}
+
 fn fixed12(scores: &[Score], max: f64, block: usize) -> Vec<f64> {
     let levels = f64::from(FIXED12_MAX);
     let in_block = |keys: &[Score]| {
@@ -206,6 +230,23 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn tiles_are_relative_to_the_largest_score_so_far() {
+        // The first tile is relative to 1, and its 0.3 is nearest 2 · 448 / 2688; the second to 4.
+        let row = scores(&[1.0, 0.3, 4.0, 1.2]);
+        let by_tiles = quantize_p_by_tiles(&row, 2, &TWO_LEVELS);
+        let of_tile = 2.0 * 448.0 / 2688.0;
+        close(&by_tiles.p, &[0.25, of_tile / 4.0, 1.0, of_tile]);
+        close(&[by_tiles.sum, by_tiles.lse_sum], &[6.5 / 4.0; 2]);
+        // Of one tile, and where rounding does not depend on the maximum, it is the same.
+        let whole = quantize_p(&row, 4f64.ln(), &TWO_LEVELS);
+        close(&quantize_p_by_tiles(&row, 4, &TWO_LEVELS).p, &whole.p);
+        close(&quantize_p_by_tiles(&row, 2, &Pv::F32).p, &quantize_p(&row, 4f64.ln(), &Pv::F32).p);
+        let hidden = [f64::NEG_INFINITY, 0.0].map(|value| Score { key: 0, value });
+        let hidden: Vec<Score> = hidden.into_iter().enumerate().map(|(key, s)| Score { key, ..s }).collect();
+        close(&quantize_p_by_tiles(&hidden, 1, &TWO_LEVELS).p, &[0.0, 1.0]);
     }
 
     #[test]

@@ -5,8 +5,8 @@ use std::f64::consts::LN_2;
 use super::exact::{maximum, softcap, weighted_sum};
 use super::matrix::dot;
 use super::{
-    Fp4Rows, Matrix, Output, Score, SeenKeys, block_means, hadamard, key_mean, mean_of_counted, quantize_p,
-    quantize_v, subtract, subtract_block_means, visible_keys,
+    Fp4Rows, Matrix, Output, Score, SeenKeys, Weights, block_means, hadamard, key_mean, mean_of_counted,
+    quantize_p, quantize_p_by_tiles, quantize_v, subtract, subtract_block_means, visible_keys,
 };
 use crate::{Call, Qk, Scheme, SmoothQ};
 
@@ -23,6 +23,20 @@ use crate::{Call, Qk, Scheme, SmoothQ};
 /// # Panics
 /// When a block or tile of the scheme has no rows; [`Scheme::check`] finds that.
 pub fn scheme(call: &Call<'_>, scheme: &Scheme) -> Output {
+    attention(call, scheme, |scores, max| quantize_p(scores, max, &scheme.pv))
+}
+
+/// The same with P as [`quantize_p_by_tiles`] has it, `tile` keys at a time: what a kernel computes that goes through the
+/// keys in their order. For formats so coarse that it makes a difference what P is relative to.
+///
+/// # Panics
+/// As [`scheme`], and when `tile` is 0.
+pub fn scheme_by_tiles(call: &Call<'_>, scheme: &Scheme, tile: usize) -> Output {
+    attention(call, scheme, |scores, _| quantize_p_by_tiles(scores, tile, &scheme.pv))
+}
+
+/// Attention with a scheme's operands, of which `quantize` makes P of a row's scores and the largest of them.
+fn attention(call: &Call<'_>, scheme: &Scheme, quantize: impl Fn(&[Score], f64) -> Weights) -> Output {
     let problem = &call.problem;
     let mut output = Output::without_keys(call);
     for sequence in call.sequences() {
@@ -53,7 +67,7 @@ pub fn scheme(call: &Call<'_>, scheme: &Scheme) -> Output {
                     if max == f64::NEG_INFINITY {
                         continue;
                     }
-                    let weights = quantize_p(&scores, max, &scheme.pv);
+                    let weights = quantize(&scores, max);
                     let sum = weighted_sum(&scores, &weights.p, &values.quantised);
                     let out: Vec<f64> =
                         sum.iter().zip(&values.mean).map(|(o, mean)| o / weights.sum + mean).collect();

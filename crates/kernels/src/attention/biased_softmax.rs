@@ -108,7 +108,7 @@ impl<'k> Softmax<'k> {
             let some = (0..references.slots()).map(of_slot).reduce(|a, b| a | b);
             some.unwrap_or(code.constant(false))
         };
-        if self.lazy == 0.0 {
+        if self.always {
             update();
         } else {
             code.note("softmax: row maxima");

@@ -1,6 +1,6 @@
 //! What an attention kernel is called, and what it needs.
 
-use sage_core::{Accumulator, Granularity, IntBits};
+use sage_core::{Accumulator, Granularity, IntBits, PLevels};
 use sage_ptx::{Program, Target};
 
 use super::attention;
@@ -9,10 +9,21 @@ use crate::kernel::Kernel;
 use crate::operand::{Element, OperandSource};
 use crate::tiling::Engine;
 
+impl AttentionConfig {
+    /// The format of values in 4 bits and, where there are more than one, the levels in which P is scaled.
+    fn fp4_values(&self, two_levels: &str) -> String {
+        let format = self.operands.v.fp4().map_or("", |format| format.name());
+        match self.operands.levels {
+            Some(PLevels::Two) => format!("{format}{two_levels}"),
+            _ => format.to_owned(),
+        }
+    }
+}
+
 impl Kernel for AttentionConfig {
     fn name(&self) -> String {
         let scores = match self.operands.quantizer {
-            None => "full".to_owned(),
+            None => self.operands.q.fp4().map_or("full".to_owned(), |format| format.name().to_lowercase()),
             Some(quantizer) => {
                 let bits = match quantizer.bits {
                     IntBits::Eight => "int8",
@@ -37,6 +48,7 @@ impl Kernel for AttentionConfig {
         let values = match self.operands.v.element {
             Element::BF16 => "bf16".to_owned(),
             Element::E4M3 => format!("fp8_{}", accumulator(self.operands.sums)),
+            Element::E2M1 => self.fp4_values("_2levels").to_lowercase(),
             _ => format!("f16_{}", accumulator(self.operands.sums)),
         };
         let mut name = format!("attention_{}_{scores}_{values}_d{}", self.dtype, self.head_dim);
@@ -69,7 +81,7 @@ impl Kernel for AttentionConfig {
 
     fn description(&self) -> String {
         let scores = match self.operands.quantizer {
-            None => "full QK".to_owned(),
+            None => format!("{} QK", self.operands.q.fp4().map_or("full", |format| format.name())),
             Some(quantizer) => {
                 format!("{} QK {}", quantizer.bits.name(), quantizer.granularity.name())
             }
@@ -79,7 +91,10 @@ impl Kernel for AttentionConfig {
             Element::E4M3 => "FP8",
             _ => "FP16",
         };
-        let values = format!("{format} PV ({})", self.operands.sums.name());
+        let values = match self.operands.v.element {
+            Element::E2M1 => format!("{} PV", self.fp4_values(" in two levels")),
+            _ => format!("{format} PV ({})", self.operands.sums.name()),
+        };
         let mut text = format!("attention: {scores}, {values}; {}, head_dim {}", self.dtype, self.head_dim);
         match self.mask {
             MaskForm::None => {}
@@ -106,6 +121,7 @@ impl Kernel for AttentionConfig {
 
     fn oldest_target(&self) -> Target {
         match (self.tiling.engine(), self.operands.v.element) {
+            _ if self.operands.q.element == Element::E2M1 => Target::SM_120A,
             (Engine::Warpgroups, _) => Target::SM_90A,
             (Engine::Warps, Element::E4M3) => Target::SM_89,
             (Engine::Warps, _) => Target::SM_80,

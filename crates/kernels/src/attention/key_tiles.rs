@@ -9,6 +9,7 @@ use sage_ptx::{Code, Global, Val, Var};
 
 use super::band::Band;
 use super::config::{AttentionConfig, AttentionParams};
+use crate::key_order::KeyOrder;
 use crate::params::kernel_params;
 use crate::sparse::{CLASS_ROWS, MaskWords, Packing};
 use crate::tiling::Engine;
@@ -80,6 +81,7 @@ impl<'k> TileListParams<'k> {
     pub(super) fn mask_words(
         &self,
         packing: Packing,
+        order: KeyOrder,
         sequence: Val<'k, i32>,
         head: Val<'k, i32>,
         lane: Val<'k, i32>,
@@ -88,6 +90,7 @@ impl<'k> TileListParams<'k> {
         let first = sequence.widen() * self.words_stride_sequence + head.widen() * self.words_stride_head;
         MaskWords {
             packing,
+            order,
             start: self.mask_words.at(first),
             lane,
             stride_rows: self.words_stride_rows,

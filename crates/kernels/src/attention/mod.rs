@@ -24,6 +24,7 @@ mod output;
 mod place;
 mod probabilities;
 mod queries;
+mod scaled_probabilities;
 mod score_tile;
 mod scores;
 mod softmax;
@@ -32,7 +33,7 @@ mod warps;
 
 use half::{bf16, f16};
 use sage_core::DType;
-use sage_ptx::{E4M3, Half, MmaElement, Program, RoundedElement, Stored, kernel};
+use sage_ptx::{Code, E4M3, Half, MmaElement, Program, RoundedElement, Stored, kernel};
 
 use crate::kernel::Kernel;
 use crate::operand::Element;
@@ -48,6 +49,8 @@ pub use warpgroups::{TENSOR_MAPS, boxed_tensors, stage_bytes};
 /// The attention kernel of a configuration.
 fn attention(config: &AttentionConfig) -> Program {
     match (config.dtype, config.operands.v.element) {
+        (DType::BF16, Element::E2M1) => write_scaled::<bf16>(config),
+        (_, Element::E2M1) => write_scaled::<f16>(config),
         (DType::BF16, Element::BF16) => write::<bf16, bf16>(config),
         (DType::BF16, Element::E4M3) => write::<bf16, E4M3>(config),
         (DType::BF16, _) => write::<bf16, f16>(config),
@@ -63,13 +66,33 @@ where
     H: Half + MmaElement + Stored<Value = H>,
     E: RoundedElement,
 {
+    declared(config, |k, p, lists| match config.tiling.engine() {
+        Engine::Warps => warps::write::<H>(k, config, p, lists, |output, p, values, step| {
+            output.add::<E>(p, &values.fragments, step);
+        }),
+        Engine::Warpgroups => warpgroups::write::<H, E>(k, config, p, lists),
+    })
+}
+
+/// The same where P and V are of 4 bits, with scales for groups of keys.
+fn write_scaled<H>(config: &AttentionConfig) -> Program
+where
+    H: Half + MmaElement + Stored<Value = H>,
+{
+    declared(config, |k, p, lists| {
+        warps::write::<H>(k, config, p, lists, |output, p, values, _| output.add_scaled(p, values));
+    })
+}
+
+/// A kernel with its parameters, those of lists where it reads them.
+fn declared(
+    config: &AttentionConfig,
+    write: impl for<'k> FnOnce(&'k Code, &AttentionParams<'k>, Option<&TileListParams<'k>>),
+) -> Program {
     kernel(&config.name(), config.block_threads(), |k| {
         k.min_blocks(config.tiling.min_blocks());
         let p = AttentionParams::declare(k);
         let lists = (config.tiles == TileSource::List).then(|| TileListParams::declare(k));
-        match config.tiling.engine() {
-            Engine::Warps => warps::write::<H, E>(k, config, &p, lists.as_ref()),
-            Engine::Warpgroups => warpgroups::write::<H, E>(k, config, &p, lists.as_ref()),
-        }
+        write(k, &p, lists.as_ref());
     })
 }

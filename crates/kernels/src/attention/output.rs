@@ -1,7 +1,7 @@
 //! P·V: sums of the warp's rows.
 
 use half::f16;
-use sage_core::Accumulator as Precision;
+use sage_core::{Accumulator as Precision, Fp4Format};
 use sage_ptx::{
     Code, F16x2, FloatAccumulator, FragmentA, FragmentB, FragmentSource, MmaAccumulator, MmaElement,
     RoundedElement, Rows, Tile, Val, Var,
@@ -9,6 +9,8 @@ use sage_ptx::{
 
 use super::config::AttentionConfig;
 use super::softmax::Probabilities;
+use super::warps::StagedTile;
+use crate::fp4::{ScaleWords, block_scales};
 
 /// Channels of V that two fragments have, which are loaded at once.
 const FRAGMENT_CHANNELS: usize = 16;
@@ -87,6 +89,23 @@ impl<'k, 'c> Output<'k, 'c> {
                 add_two_level::<E, F16x2>(self.code, sums, &p, v);
             }
         }
+    }
+}
+
+impl<'k> Output<'k, '_> {
+    /// Adds P·V of a tile's keys, both in 4 bits with a scale for each group of keys.
+    pub fn add_scaled(&self, p: &Probabilities<'_, 'k>, values: &StagedTile<'k>) {
+        self.code.note("output: exp2(scores) * v");
+        let Sums::Single(sums) = &self.sums else { unreachable!("sums of 4-bit values are single") };
+        let format = self.config.operands.v.fp4().unwrap_or(Fp4Format::Nv);
+        let words = ScaleWords::new(self.config.padded_dim(), self.config.tiling.tile_keys());
+        let (p, scales) = (p.scaled_operand(format), values.group_scales());
+        sums.add_scaled_product(
+            block_scales(format),
+            1,
+            |_| p.clone(),
+            |_, channel| words.operands(values.fragments.b_pair(channel, 0), &scales, channel, 0),
+        );
     }
 }
 

@@ -93,8 +93,9 @@ impl<'k> Place<'k> {
             let first = sequence_index * p.seen_stride_sequence + kv_head * p.seen_stride_head;
             SeenKeys::new(p.seen, first)
         });
+        let order = config.operands.key_order();
         let words_of = |(lists, packing): (&TileListParams<'k>, _)| {
-            lists.mask_words(packing, sequence_index, head, lane, sequence.q_len)
+            lists.mask_words(packing, order, sequence_index, head, lane, sequence.q_len)
         };
         let mask_words = lists.zip(config.packing()).map(words_of);
         Place {

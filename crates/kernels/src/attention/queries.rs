@@ -1,13 +1,14 @@
 //! A warp's query rows: read, smoothed, quantised, and kept as the operand of Q·Kᵀ.
 
-use sage_core::{Granularity, IntQuantizer};
+use sage_core::{Fp4Format, Granularity, IntQuantizer};
 use sage_ptx::{
-    Code, FragmentA, Global, Half, MmaElement, OperandTile, PanelMatrix, Rows, SLOT_ROWS, Stored, Val,
-    WarpgroupA, lane_row,
+    Code, E2M1, FragmentA, Global, Half, MmaElement, OperandTile, PanelMatrix, Rows, SLOT_ROWS, ScaledA,
+    Stored, Val, WarpgroupA, lane_row,
 };
 
 use super::config::{AttentionConfig, AttentionParams};
 use super::place::Place;
+use crate::fp4::{GroupScale, ScalesOfA};
 use crate::integer::{Step, magnitude_bits, nonzero};
 use crate::rotation::{RowLayout, rotate};
 use crate::tiling::Engine;
@@ -15,6 +16,8 @@ use crate::tiling::Engine;
 /// Queries as the operand A of Q·Kᵀ.
 pub(super) struct Queries<'k> {
     operand: Operand<'k>,
+    /// For 4-bit elements, the scales of each strip's groups at each step of the depth, as operand A has them.
+    group_scales: Vec<Vec<Val<'k, u32>>>,
     /// Factor of each row's scores, not zero.
     pub scale: Rows<Val<'k, f32>>,
     /// What smoothing K took from each row's scaled scores, in the natural base.
@@ -66,15 +69,21 @@ impl<'k> Queries<'k> {
         if config.rotate {
             loader.rotate(&mut rows);
         }
-        let (words, scale) = match config.operands.quantizer {
-            None => {
-                let words = OperandTile::of_rows(&loaded, |_, words| words[0]);
-                let scale = p.sm_scale * std::f32::consts::LOG2_E;
-                (words, loaded.map(|_| scale))
-            }
-            Some(quantizer) => loader.quantize::<H>(&quantizer, &loaded, rows),
+        let unscaled = || {
+            let scale = p.sm_scale * std::f32::consts::LOG2_E;
+            loaded.map(|_| scale)
         };
-        Queries { operand: loader.keep(words), scale, taken }
+        let mut group_scales = Vec::new();
+        let (words, scale) = match (config.operands.quantizer, config.operands.q.fp4()) {
+            (Some(quantizer), _) => loader.quantize::<H>(&quantizer, &loaded, rows),
+            (None, Some(format)) => {
+                let (words, scales) = loader.quantize_fp4(format, &rows);
+                group_scales = scales;
+                (words, unscaled())
+            }
+            (None, None) => (OperandTile::of_rows(&loaded, |_, words| words[0]), unscaled()),
+        };
+        Queries { operand: loader.keep(words), group_scales, scale, taken }
     }
 
     /// The operand of the warp's rows at one step of the depth: a fragment for each 16.
@@ -84,6 +93,13 @@ impl<'k> Queries<'k> {
             Operand::Words(words) => words.fragments(step),
             Operand::Panels(_) => unreachable!("a warpgroup's queries are no warp's"),
         }
+    }
+
+    /// The same of 4-bit elements, with the scales of their groups.
+    #[track_caller]
+    pub fn scaled_fragments(&self, step: usize) -> Vec<ScaledA<'k>> {
+        let strips = self.fragments::<E2M1>(step).into_iter().zip(&self.group_scales);
+        strips.map(|(fragment, scales)| ScaledA { fragment, scales: scales[step] }).collect()
     }
 
     /// The operand of the warpgroup's rows at one step of the depth.
@@ -189,6 +205,35 @@ impl<'k> Loader<'k, '_> {
         let factor =
             if quantizer.scale_q_first { code.constant(1.0) } else { p.sm_scale * std::f32::consts::LOG2_E };
         (words, steps.map(|step| nonzero(step.scale * factor)))
+    }
+
+    /// The rows in 4 bits, and the scales of each strip's groups at each step of the depth.
+    fn quantize_fp4(
+        &self,
+        format: Fp4Format,
+        rows: &Registers<'k, f32>,
+    ) -> (OperandTile<'k>, Vec<Vec<Val<'k, u32>>>) {
+        let of_a = ScalesOfA::new(format, self.place.lane);
+        let group = |channels: &Vec<Val<'k, f32>>| {
+            let bits = channels.iter().map(|&x| magnitude_bits(x)).reduce(Val::max);
+            let bits = bits.unwrap_or(self.code.constant(0));
+            GroupScale::of_group(format, of_a.among_sharing(bits, Val::max))
+        };
+        let scales: Rows<Vec<GroupScale<'k>>> = rows.map(|registers| registers.iter().map(group).collect());
+        // What becomes a word, and its group's scale.
+        let scaled =
+            Rows::from_fn(rows.slots(), |slot| rows[slot].iter().zip(&scales[slot]).collect::<Vec<_>>());
+        let words = OperandTile::of_rows(&scaled, |_, (x, scale)| scale.word(std::array::from_fn(|i| x[i])));
+        let of_strip = |strip: usize| {
+            let byte = |slot: usize, word: usize| scales[2 * strip + slot][word].code;
+            let of_step = |step: usize| {
+                let [low, high] = [0, 1].map(|half| 2 * step + half);
+                let groups = byte(0, low) | byte(0, high) << 8 | byte(1, low) << 16 | byte(1, high) << 24;
+                of_a.word(groups)
+            };
+            (0..depth_steps(self.config)).map(of_step).collect()
+        };
+        (words, (0..rows.slots() / 2).map(of_strip).collect())
     }
 
     /// Puts the operand where it stays.

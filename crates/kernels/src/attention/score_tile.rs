@@ -3,12 +3,13 @@
 use std::f32::consts::LOG2_E;
 
 use sage_core::DType;
-use sage_ptx::{Rows, Stored, Tile, Val, Var, lane_column};
+use sage_ptx::{Rows, Stored, Tile, Val, Var};
 
 use super::config::AttentionParams;
 use super::place::Place;
 use super::queries::Queries;
 use crate::integer::{ROUNDING_MAGIC, nonzero};
+use crate::key_order::KeyOrder;
 use crate::least_bias::LEAST_BIAS;
 use crate::sequence::KEY_TILE;
 use crate::sparse::LaneWords;
@@ -17,6 +18,8 @@ use crate::sparse::LaneWords;
 pub(super) struct ScoreTile<'k> {
     /// The key of the first column.
     pub first_key: Val<'k, i32>,
+    /// Which keys the columns are.
+    pub order: KeyOrder,
     pub values: Tile<Var<'k, f32>>,
     /// What makes base-2 logarithms of each row slot's values.
     pub factor: Rows<Val<'k, f32>>,
@@ -34,7 +37,7 @@ fn biased<'k>(score: Val<'k, f32>, bias: Val<'k, f32>) -> Val<'k, f32> {
 impl<'k> ScoreTile<'k> {
     /// The key of the lane's first column.
     fn lane_key(&self, place: &Place<'k>) -> Val<'k, i32> {
-        self.first_key + lane_column(place.lane)
+        self.first_key + self.order.lane_key(place.lane)
     }
 
     /// Integers times a scale for each of the lane's keys, and the rows' own: plain floats in base 2.
@@ -140,7 +143,7 @@ impl<'k> ScoreTile<'k> {
             p.mask.start.cast::<B>().at(base + row.widen() * p.mask.row_stride())
         });
         self.values.for_each(|slot, key, value| {
-            let key = (first_key + key as i32).min(place.sequence.kv_len - 1);
+            let key = (first_key + self.order.offset(key) as i32).min(place.sequence.kv_len - 1);
             let bias = to_f32(rows[slot].at(key.widen() * p.mask.key_stride()).load());
             value.set(biased(value.get(), bias));
         });
@@ -154,7 +157,7 @@ impl<'k> ScoreTile<'k> {
             let (start, end) = place.visible(place.row(slot));
             start - first_key..end - first_key
         });
-        self.values.fill_outside(&visible, f32::NEG_INFINITY);
+        self.values.fill_outside(&visible, |column| self.order.offset(column), f32::NEG_INFINITY);
     }
 
     /// The largest value of a row slot that this lane holds.

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use half::{bf16, f16};
-use sage_core::{DType, Granularity, ZeroGroup};
+use sage_core::{DType, Fp4Format, Granularity, ZeroGroup};
 use sage_ptx::{
     Code, FragmentSource, Global, Half, MmaAccumulator, MmaElement, S4, Tile, Val, Var, lane_column,
 };
@@ -12,7 +12,9 @@ use super::config::{AttentionConfig, AttentionParams, MaskForm};
 use super::place::Place;
 use super::queries::{Queries, depth_steps};
 use super::score_tile::ScoreTile;
+use crate::fp4::{ScaleWords, block_scales};
 use crate::integer::{ROUNDING_MAGIC_BITS, nonzero};
+use crate::key_order::KeyOrder;
 use crate::operand::Element;
 use crate::preprocess::groups_of_tile;
 use crate::sequence::KEY_TILE;
@@ -34,6 +36,10 @@ pub(super) struct Keys<'k> {
     pub fragments: FragmentSource<'k>,
     /// The lane's scales: see [`KeyScales`].
     pub scales: Vec<Val<'k, f32>>,
+    /// For 4-bit elements, the lane's words of their groups' scales.
+    pub group_scales: Vec<Val<'k, u32>>,
+    /// What products with the lane's keys start from: see [`Scoring::deltas`].
+    pub deltas: Vec<Val<'k, f32>>,
     /// What is hidden of it.
     pub masking: Masking<'k>,
 }
@@ -69,6 +75,7 @@ impl<'k> Scoring<'k, '_> {
         let values = match config.operands.k.element {
             Element::I8 => self.product::<i8, i32>(&keys.fragments, first_column, ROUNDING_MAGIC_BITS),
             Element::I4 => self.product::<S4, i32>(&keys.fragments, first_column, ROUNDING_MAGIC_BITS),
+            Element::E2M1 => self.scaled_product(keys, first_column),
             _ => self.product::<H, f32>(&keys.fragments, first_column, 0.0),
         };
         let first_key = keys.index * tile_keys as i32 + first_column as i32;
@@ -146,7 +153,8 @@ impl<'k> Scoring<'k, '_> {
         let rows = &self.queries.scale;
         // The lane has two of every eight keys.
         let lane_keys = values.columns() / 4;
-        let tile = ScoreTile { first_key, values, factor: rows.clone(), biased: true };
+        let order = self.config.operands.key_order();
+        let tile = ScoreTile { first_key, order, values, factor: rows.clone(), biased: true };
         let product = match self.config.operands.quantizer {
             None => ScoreTile { biased: false, ..tile },
             Some(quantizer) if quantizer.granularity == Granularity::PerToken => {
@@ -183,13 +191,64 @@ impl<'k> Scoring<'k, '_> {
         sums.reinterpret()
     }
 
+    /// The same of 4-bit elements with a scale for each group.
+    fn scaled_product(&self, keys: &Keys<'k>, first_column: usize) -> Tile<Var<'k, f32>> {
+        let (config, tiling) = (self.config, &self.config.tiling);
+        let format = config.operands.k.fp4().unwrap_or(Fp4Format::Nv);
+        let sums = Tile::new(self.code, tiling.rows_per_warp(), tiling.step_keys());
+        let words = ScaleWords::new(tiling.tile_keys(), config.padded_dim());
+        let (scales, steps) = (block_scales(format), depth_steps(config));
+        let a = |step: usize| self.queries.scaled_fragments(step);
+        let b = |step: usize, column: usize| {
+            let first = first_column + column;
+            words.operands(keys.fragments.b_pair(first, 32 * step), &keys.group_scales, first, step)
+        };
+        if keys.deltas.is_empty() {
+            sums.set_scaled_product(scales, steps, a, b);
+        } else {
+            sums.for_each(|_, column, sum| {
+                let column = first_column + column;
+                sum.set(keys.deltas[column / 8 * 2 + column % 2]);
+            });
+            sums.add_scaled_product(scales, steps, a, b);
+        }
+        sums
+    }
+
+    /// For 4-bit elements, the products of the lane's keys of a tile with the means that smoothing took from the warp's
+    /// queries, which are of one block: scores start from them, as both lack the same factor. Two of every eight columns;
+    /// none without smoothing.
+    pub fn deltas(&self, tile: Val<'k, i32>) -> Vec<Val<'k, f32>> {
+        let (config, p, place) = (self.config, &self.params, &self.place);
+        let Some(block) = config.smooth_q.filter(|_| config.operands.k.element == Element::E2M1) else {
+            return Vec::new();
+        };
+        self.code.note("scores: products of the means of query blocks");
+        let (order, keys) = (config.operands.key_order(), config.tiling.tile_keys());
+        let line = place.query_block(place.warp_row, block, p);
+        let line = p.delta_s.at(line.mul_wide(p.max_tiles * KEY_TILE as i32));
+        let line = line.at(tile * keys as i32 + order.lane_key(place.lane));
+        match order {
+            KeyOrder::Natural => {
+                (0..keys).step_by(8).flat_map(|key| line.plus(key as i32).load_vector::<2>()).collect()
+            }
+            // Eight neighbours are two of each of four columns' blocks.
+            KeyOrder::Octets => {
+                let four = (0..keys).step_by(32).flat_map(|key| [key, key + 4]);
+                four.flat_map(|key| line.plus(key as i32).load_vector::<4>()).collect()
+            }
+        }
+    }
+
     /// Applies smooth-Q's correction and cap.
     fn finish(&self, mut scores: ScoreTile<'k>) -> ScoreTile<'k> {
         let (config, p, place) = (self.config, &self.params, &self.place);
-        if config.smooth_q.is_some() || config.softcap || config.given_biases {
+        // Products in 4 bits start from them.
+        let smooth_q = config.smooth_q.filter(|_| config.operands.k.element != Element::E2M1);
+        if smooth_q.is_some() || config.softcap || config.given_biases {
             scores = scores.unbiased();
         }
-        if let Some(block) = config.smooth_q {
+        if let Some(block) = smooth_q {
             self.code.note("scores: products of the means of query blocks");
             scores.add_delta(block, p, place);
         }

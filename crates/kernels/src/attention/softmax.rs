@@ -2,16 +2,21 @@
 
 use std::ops::Range;
 
+use sage_core::PLevels;
 use sage_ptx::{Code, FragmentA, RoundedElement, Rows, SLOT_ROWS, Tile, Val, Var};
 
 use super::config::AttentionConfig;
 use super::score_tile::ScoreTile;
+use crate::fp4::ScalesOfA;
 use crate::integer::{ROUNDING_MAGIC, ROUNDING_MAGIC_BITS};
 use crate::operand::Element;
 use crate::tiling::Engine;
 
 /// Base-2 exponent added to scores so that P fills E4M3's range; a little below log₂ 448 (spec §2.5).
 const E4M3_P_EXPONENT: f32 = sage_core::oracle::E4M3_P_EXPONENT;
+
+/// The same for two levels of 4 bits: `log₂ (448 · 6)`, which a group's scale of 448 and its largest value reach.
+const FP4_P_EXPONENT: f32 = 11.392_317;
 
 /// Sums of P as rounded, by products with ones, which leave the other units to the exponentials: tiles of eight
 /// columns, which are all alike.
@@ -31,21 +36,26 @@ pub(super) struct Softmax<'k> {
     pub(super) reference: Rows<Var<'k, f32>>,
     /// Sums of P before it is rounded, of this lane's keys: where there are no products, and for log-sum-exps, which
     /// would show what rounding does to sums: bfloat16 shifts them by up to 2⁻⁹.
-    lane_sums: Option<Rows<Var<'k, f32>>>,
+    pub(super) lane_sums: Option<Rows<Var<'k, f32>>>,
+    /// For P in 4 bits.
+    pub(super) scales_of_p: Option<ScalesOfA<'k>>,
     product_sums: ProductSums<'k>,
     /// The largest logarithm of P, but for `lazy`.
     pub(super) exponent: f32,
     pub(super) lazy: f32,
+    /// Whether every step's sums are rescaled, and not those alone in which some row's maximum has risen.
+    pub(super) always: bool,
 }
 
 impl<'k> Softmax<'k> {
     pub fn new(code: &'k Code, config: &AttentionConfig) -> Self {
         let warp_rows = config.tiling.rows_per_warp();
-        let fp8 = config.operands.p.element == Element::E4M3;
+        let element = config.operands.p.element;
+        let minifloat = matches!(element, Element::E4M3 | Element::E2M1);
         let lazy = config.tiling.lazy_rescale() as f32;
         let product_sums = if config.sums_by_mma() {
             ProductSums::InFlight(Tile::filled(code, warp_rows, 8, 0.0))
-        } else if fp8 || config.tiling.engine() == Engine::Warpgroups {
+        } else if minifloat || config.tiling.engine() == Engine::Warpgroups {
             ProductSums::None
         } else {
             ProductSums::Done(Tile::filled(code, warp_rows, 8, 0.0))
@@ -55,12 +65,19 @@ impl<'k> Softmax<'k> {
             |first: f32, name: &str| Rows::from_fn(warp_rows / SLOT_ROWS, |_| code.var(first).named(name));
         Softmax {
             lane_sums: by_lanes.then(|| rows(0.0, "row_sum")),
+            scales_of_p: config.operands.p.fp4().map(|format| ScalesOfA::new(format, code.lane_index())),
             // Finite, so that differences with it are numbers also before the first visible key.
             reference: rows(f32::MIN, "row_reference"),
             product_sums,
             // E4M3 has no room above its largest value: what P may rise by is left free.
-            exponent: if fp8 { E4M3_P_EXPONENT - lazy } else { 0.0 },
+            exponent: match (element, config.operands.levels) {
+                (Element::E4M3, _) => E4M3_P_EXPONENT - lazy,
+                (Element::E2M1, Some(PLevels::Two)) => FP4_P_EXPONENT - lazy,
+                _ => 0.0,
+            },
             lazy,
+            // A product in 4 bits takes no longer than what there is to do beside it.
+            always: lazy == 0.0 && element != Element::E2M1,
         }
     }
 
@@ -84,7 +101,7 @@ impl<'k> Softmax<'k> {
             rescale(&alphas);
             self.set_shifts(scores, &shifts);
         };
-        if self.lazy == 0.0 {
+        if self.always {
             update();
         } else {
             // As long as no row has risen far, references may stay, and rows need no maximum over their lanes.

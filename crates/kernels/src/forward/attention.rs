@@ -12,6 +12,7 @@ use crate::attention::{
 };
 use crate::combine::{CombineArgs, CombineConfig, PART};
 use crate::grid::grid;
+use crate::key_order::KeyOrder;
 use crate::operand::{Element, Operand, OperandSource, Operands};
 use crate::pass::{Addresses, Slot};
 use crate::sequence::{KEY_TILE, Lengths};
@@ -64,7 +65,7 @@ impl PlannedAttention {
             operands,
             mask: request.mask,
             given_biases: matches!(request.mask, MaskForm::Bias(_))
-                && !(packs_biases(&call) && has_words(&tuned.tiling, &key)),
+                && !(packs_biases(&call) && has_words(&tuned.tiling, &key, &operands)),
             block_edges: !problem.blocks.is_none_or(whole_tiles),
             softcap: problem.logit_softcap.is_some(),
             lse: request.lse,
@@ -269,9 +270,10 @@ fn packs_biases(call: &ForwardCall) -> bool {
 }
 
 /// Whether a kernel reads the words of packed biases.
-fn has_words(tiling: &Tiling, key: &Key) -> bool {
+fn has_words(tiling: &Tiling, key: &Key, operands: &Operands) -> bool {
     match tiling.engine() {
-        Engine::Warps => tiling.tile_keys() == KEY_TILE,
+        // Biases lie in the natural order of keys.
+        Engine::Warps => tiling.tile_keys() == KEY_TILE && operands.key_order() == KeyOrder::Natural,
         Engine::Warpgroups => key.bias_bytes > 0,
     }
 }
@@ -291,7 +293,9 @@ fn key_without_biases(call: &ForwardCall, operands: &Operands, smooth_q: Option<
     let granularity = operands.quantizer.map(|quantizer| quantizer.granularity);
     Key {
         integer: granularity.is_some(),
+        fp4_scores: operands.k.element == Element::E2M1,
         fp8: operands.v.element == Element::E4M3,
+        fp4_values: operands.v.element == Element::E2M1,
         two_level: operands.sums_tiles_first(),
         padded_dim: padded_dim(call.problem.head_dim),
         plain: call.problem.logit_softcap.is_some()
@@ -323,7 +327,7 @@ fn suits_warpgroups(call: &ForwardCall, operands: &Operands) -> bool {
     // Tiles of the workspace always have a map, wherever they came from.
     let in_workspace = [operands.k, operands.v].iter().all(|o| o.source == OperandSource::Workspace);
     let mapped = if in_workspace { request.aligned } else { request.has_tensor_map };
-    let multiplied = operands.k.element != Element::I4;
+    let multiplied = !matches!(operands.k.element, Element::I4 | Element::E2M1);
     let summed = match (operands.v.element, operands.sums) {
         (_, Accumulator::F32) => true,
         // A tile's own sums beside all tiles' would take 256 registers of wider heads: 2.4 KB of spills in the loop.

@@ -8,7 +8,8 @@
 //! | P·V in INT8; in FP8 before sm_89 | P·V in the inputs' 16 bits | the caller |
 //! | P·V in FP8 summed in f16; 16-bit P·V summed in forms that it lacks | summed in f32 | the caller |
 //! | smoothed V with 16-bit P·V; with sampled scales | V as it is, summed in f32; scales of all rows | the caller |
-//! | NVFP4, MXFP4 | INT8 scores per thread, P·V in FP8 | the caller |
+//! | NVFP4, MXFP4 but on sm_120a and its kin; P·V in them beside other scores | INT8 scores per thread, P·V in FP8 | the caller |
+//! | smoothed V with P·V in FP4 | V as it is | the caller |
 //! | smoothed Q in blocks that are no multiple of 64 rows | in blocks of fewer rows, but of 64 at least | the caller |
 //! | smoothing or rotation of full-precision scores | left out: it changes nothing there | the caller |
 //!
@@ -23,6 +24,7 @@ use sage_core::{
 use sage_ptx::Target;
 
 use super::choice::with_own_values;
+use crate::machine::Machine;
 use crate::sequence::KEY_TILE;
 
 /// What a message offers by name where the nearest scheme is no preset: of the integer schemes the most accurate.
@@ -31,7 +33,8 @@ const BY_NAME: Preset = Preset::INT8_PER_TOKEN;
 /// The scheme of kernels for `target` that is nearest to `scheme` and at least as accurate; `scheme` itself where
 /// there is no reason to leave it. P·V in f32 stands for the inputs' 16 bits.
 pub fn nearest_scheme(mut scheme: Scheme, target: Target) -> Scheme {
-    if matches!(scheme.qk, Qk::Fp4(_)) {
+    let has_fp4 = Machine::typical(target).has_fp4();
+    if matches!(scheme.qk, Qk::Fp4(_)) && !has_fp4 {
         let int8 = Preset::SAGE2_INT8_FP8_PER_THREAD.scheme(64);
         scheme.qk = int8.qk;
         scheme.smooth.q = SmoothQ::Off;
@@ -55,6 +58,7 @@ pub fn nearest_scheme(mut scheme: Scheme, target: Target) -> Scheme {
     }
     let has_fp8 = target.sm() >= 89;
     scheme.pv = match scheme.pv {
+        as_it_is @ Pv::Fp4 { .. } if has_fp4 && matches!(scheme.qk, Qk::Fp4(_)) => as_it_is,
         Pv::F16(Accumulator::F32ThenF32) => Pv::F16(Accumulator::F32),
         Pv::F16(_) if scheme.smooth.v => Pv::F16(Accumulator::F32),
         Pv::BF16(_) => Pv::BF16(Accumulator::F32),

@@ -5,31 +5,32 @@ use sage_core::{Error, Granularity, IntQuantizer, Qk, Result, Scheme, SmoothK, S
 use super::call::{ForwardCall, ForwardPass, slot};
 use super::sample;
 use crate::attention::padded_dim;
+use crate::operand::Operands;
 use crate::pass::Slot;
 use crate::preprocess::{
-    ColumnStatistics, DeltaSArgs, DeltaSConfig, InputArgs, KeyMean, QuantizeKArgs, QuantizeKConfig,
-    QueryMeansArgs, QueryMeansConfig, Source,
+    ColumnStatistics, DeltaSArgs, DeltaSConfig, InputArgs, KeyMean, QuantizeFp4KArgs, QuantizeFp4KConfig,
+    QuantizeKArgs, QuantizeKConfig, QueryMeansArgs, QueryMeansConfig, Source,
 };
 use crate::sequence::{KEY_TILE, Lengths};
 
-/// How Q and K become integers; none where they are multiplied as given.
-pub(super) fn quantizer(scheme: &Scheme) -> Result<Option<IntQuantizer>> {
+/// What Q and K are multiplied as, where kernels do.
+pub(super) fn form(call: &ForwardCall, scheme: &Scheme) -> Result<Qk> {
     match scheme.qk {
         Qk::Int(quantizer) if quantizer.granularity == Granularity::PerTensor => {
             Err(Error::unsupported("scales per tensor", "on a GPU scales are per block or finer"))
         }
-        Qk::Int(quantizer) => Ok(Some(quantizer)),
-        Qk::Fp4(format) => {
-            let what = format!("scheme with {} scores", format.name());
-            Err(Error::unsupported(what, "no GPU kernel computes it yet"))
-        }
+        Qk::Fp4(format) if !call.machine.has_fp4() => Err(Error::unsupported(
+            format!("{} Q·Kᵀ on {}", format.name(), call.machine.target),
+            "block-scaled FP4 needs sm_120a or sm_121a",
+        )),
+        qk @ (Qk::Int(_) | Qk::Fp4(_)) => Ok(qk),
         Qk::Full if scheme.smooth.k.is_on() || scheme.smooth.q != SmoothQ::Off => {
             Err(Error::unsupported("smoothing of full-precision scores", "it changes nothing there"))
         }
         Qk::Full if scheme.rotate => {
             Err(Error::unsupported("rotation of full-precision scores", "it changes nothing there"))
         }
-        Qk::Full => Ok(None),
+        Qk::Full => Ok(Qk::Full),
     }
 }
 
@@ -43,15 +44,15 @@ pub(super) fn smooth_q_rows(scheme: &Scheme, q_len: usize) -> Result<Option<usiz
     }
 }
 
-/// Adds the launches that quantise K, after those that its smoothing and Q's need.
+/// Adds the launches that quantise K, where it is not multiplied as given, after those that its smoothing and Q's need.
 pub(super) fn quantize(
     call: ForwardCall,
     scheme: &Scheme,
-    quantizer: IntQuantizer,
+    operands: &Operands,
     smooth_q: Option<usize>,
     pass: &mut ForwardPass,
 ) {
-    let source = call.source();
+    let (source, rotate) = (call.source(), scheme.rotate);
     if let Some(rows) = smooth_q {
         query_means(call, rows, pass);
     }
@@ -63,9 +64,17 @@ pub(super) fn quantize(
             KeyMean::Given
         }
     };
-    let IntQuantizer { bits, granularity, rounding, zero_group, .. } = quantizer;
-    let rotate = scheme.rotate;
-    quantize_k(call, QuantizeKConfig { source, bits, granularity, rounding, zero_group, mean, rotate }, pass);
+    match scheme.qk {
+        Qk::Full => {}
+        Qk::Int(IntQuantizer { bits, granularity, rounding, zero_group, .. }) => {
+            let config = QuantizeKConfig { source, bits, granularity, rounding, zero_group, mean, rotate };
+            quantize_k(call, config, pass);
+        }
+        Qk::Fp4(format) => {
+            let order = operands.key_order();
+            quantize_fp4_k(call, QuantizeFp4KConfig { source, format, order, mean, rotate }, pass);
+        }
+    }
     if let Some(rows) = smooth_q {
         delta_s(call, DeltaSConfig { source, smooth_k: scheme.smooth.k.is_on() }, rows, pass);
     }
@@ -98,12 +107,7 @@ fn quantize_k(call: ForwardCall, config: QuantizeKConfig, pass: &mut ForwardPass
     let all_tiles = problem.num_kv_heads * tiles;
     let out = pass.slot(slot::K, all_tiles * config.tile_bytes());
     let scale = pass.slot(slot::K_SCALE, 4 * all_tiles * config.groups());
-    let (mut mean, mut partials, mut arrivals) = (pass.find(slot::K_MEAN), Slot::NONE, Slot::NONE);
-    if config.mean == KeyMean::Collected {
-        mean = pass.slot(slot::K_MEAN, call.channel_bytes());
-        partials = pass.slot("k_partials", call.tile_channel_bytes(ColumnStatistics::Mean.partials()));
-        arrivals = pass.counters("k_arrivals", call.all_kv_heads());
-    }
+    let MeanSlots { mean, partials, arrivals } = MeanSlots::new(&call, config.mean, pass);
     pass.launch(config, move |at, launch| {
         let args = QuantizeKArgs {
             input: keys.of(&at.tensors.k, at),
@@ -118,6 +122,46 @@ fn quantize_k(call: ForwardCall, config: QuantizeKConfig, pass: &mut ForwardPass
         let grid = config.grid(problem.kv_len, problem.num_kv_heads, problem.batch, lead);
         launch(grid, &args.args(), &[]);
     });
+}
+
+fn quantize_fp4_k(call: ForwardCall, config: QuantizeFp4KConfig, pass: &mut ForwardPass) {
+    let (problem, tiles, lead) = (call.problem, call.key_tiles(), call.lead());
+    let keys = call.keys(pass);
+    let out = pass.slot(slot::K, problem.num_kv_heads * tiles * config.tile_bytes());
+    let MeanSlots { mean, partials, arrivals } = MeanSlots::new(&call, config.mean, pass);
+    pass.launch(config, move |at, launch| {
+        let args = QuantizeFp4KArgs {
+            input: keys.of(&at.tensors.k, at),
+            out: at.of(out),
+            mean: at.of(mean),
+            partials: at.of(partials),
+            arrivals: at.of(arrivals),
+            key_tiles: tiles as i32,
+            lead: lead as i32,
+        };
+        let grid = config.grid(problem.kv_len, problem.num_kv_heads, problem.batch, lead);
+        launch(grid, &args.args(), &[]);
+    });
+}
+
+/// Where the means of K's channels lie, and what they are collected in.
+struct MeanSlots {
+    mean: Slot,
+    partials: Slot,
+    arrivals: Slot,
+}
+
+impl MeanSlots {
+    fn new(call: &ForwardCall, mean: KeyMean, pass: &mut ForwardPass) -> Self {
+        if mean != KeyMean::Collected {
+            return MeanSlots { mean: pass.find(slot::K_MEAN), partials: Slot::NONE, arrivals: Slot::NONE };
+        }
+        MeanSlots {
+            mean: pass.slot(slot::K_MEAN, call.channel_bytes()),
+            partials: pass.slot("k_partials", call.tile_channel_bytes(ColumnStatistics::Mean.partials())),
+            arrivals: pass.counters("k_arrivals", call.all_kv_heads()),
+        }
+    }
 }
 
 fn delta_s(call: ForwardCall, config: DeltaSConfig, rows: usize, pass: &mut ForwardPass) {

@@ -1,17 +1,21 @@
-//! Operands of P·V: V in E4M3, or converted to the other 16-bit type.
+//! Operands of P·V: V in E4M3 or in 4 bits, or converted to the other 16-bit type.
 
-use sage_core::{Accumulator, DType, Error, Pv, Result, ScaleRows, Scheme};
+use sage_core::{Accumulator, DType, Error, Pv, Qk, Result, ScaleRows, Scheme};
 
 use super::call::{ForwardCall, ForwardPass, slot};
 use super::sample;
 use crate::attention::padded_dim;
-use crate::operand::{Element, Operand, OperandSource};
+use crate::operand::{Element, Operand, OperandSource, ValueForm};
 use crate::pass::Slot;
-use crate::preprocess::{ConvertVArgs, ConvertVConfig, QuantizeVArgs, QuantizeVConfig, ValueScales};
+use crate::preprocess::{
+    ConvertVArgs, ConvertVConfig, QuantizeFp4VArgs, QuantizeFp4VConfig, QuantizeVArgs, QuantizeVConfig,
+    ValueScales,
+};
 use crate::sequence::KEY_TILE;
 
-/// Elements of P and V, and how their products are summed.
-pub(super) fn elements_and_sums(call: &ForwardCall, scheme: &Scheme) -> Result<(Element, Accumulator)> {
+/// What P and V are multiplied as, where kernels do.
+pub(super) fn form(call: &ForwardCall, scheme: &Scheme) -> Result<ValueForm> {
+    let mut fp4 = None;
     let (element, sums) = match scheme.pv {
         Pv::F16(Accumulator::F32ThenF32) => {
             let instead = "use f32: its sums are exact already";
@@ -32,7 +36,23 @@ pub(super) fn elements_and_sums(call: &ForwardCall, scheme: &Scheme) -> Result<(
             return Err(Error::unsupported("FP8 P·V summed in f16", "use f16+f32"));
         }
         Pv::Fp8 { accumulator, .. } => (Element::E4M3, accumulator),
-        Pv::F32 | Pv::Int8 | Pv::Fixed12 { .. } | Pv::Fp4 { .. } => {
+        Pv::Fp4 { format, levels } => {
+            if !call.machine.has_fp4() {
+                return Err(Error::unsupported(
+                    format!("{} P·V on {}", format.name(), call.machine.target),
+                    "block-scaled FP4 needs sm_120a or sm_121a",
+                ));
+            }
+            if !matches!(scheme.qk, Qk::Fp4(_)) {
+                return Err(Error::unsupported(
+                    format!("{} P·V with scores of other formats", format.name()),
+                    "on a GPU FP4 values go with FP4 scores, whose keys lie in their order",
+                ));
+            }
+            fp4 = Some((format, levels));
+            (Element::E2M1, Accumulator::F32)
+        }
+        Pv::F32 | Pv::Int8 | Pv::Fixed12 { .. } => {
             let what = format!("scheme `{scheme}`");
             return Err(Error::unsupported(what, "no GPU kernel computes its P·V"));
         }
@@ -45,7 +65,7 @@ pub(super) fn elements_and_sums(call: &ForwardCall, scheme: &Scheme) -> Result<(
         _ if scheme.smooth.v && element != Element::E4M3 => {
             Err(Error::unsupported("smooth V with 16-bit P·V", "on a GPU V is smoothed for FP8 only"))
         }
-        _ => Ok((element, sums)),
+        _ => Ok(ValueForm { element, sums, fp4 }),
     }
 }
 
@@ -60,6 +80,7 @@ pub(super) fn prepare(call: ForwardCall, scheme: &Scheme, v: Operand, pass: &mut
             quantize_v(call, quantizer(ValueScales::CollectedWhereMarked), v_max, pass);
         }
         Pv::Fp8 { v_max, .. } => quantize_v(call, quantizer(ValueScales::Collected), v_max, pass),
+        Pv::Fp4 { format, .. } => quantize_fp4_v(call, QuantizeFp4VConfig { source, format }, pass),
         _ if v.source == OperandSource::Workspace => {
             let to = if v.element == Element::BF16 { DType::BF16 } else { DType::F16 };
             convert(call, ConvertVConfig { source, to }, pass);
@@ -99,6 +120,17 @@ fn quantize_v(call: ForwardCall, config: QuantizeVConfig, v_max: f32, pass: &mut
         };
         let grid = config.grid(problem.kv_len, problem.num_kv_heads, problem.batch, lead);
         launch(grid, &args.args(), &[]);
+    });
+}
+
+fn quantize_fp4_v(call: ForwardCall, config: QuantizeFp4VConfig, pass: &mut ForwardPass) {
+    let (problem, tiles) = (call.problem, call.key_tiles());
+    let keys = call.keys(pass);
+    let out = pass.slot(slot::V, problem.num_kv_heads * tiles * config.tile_bytes());
+    pass.launch(config, move |at, launch| {
+        let args =
+            QuantizeFp4VArgs { input: keys.of(&at.tensors.v, at), out: at.of(out), key_tiles: tiles as i32 };
+        launch(config.grid(problem.kv_len, problem.num_kv_heads, problem.batch), &args.args(), &[]);
     });
 }
 

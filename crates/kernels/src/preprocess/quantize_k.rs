@@ -3,15 +3,13 @@
 use sage_core::{Granularity, IntBits, IntQuantizer, Rounding, Tile, ZeroGroup};
 use sage_ptx::{Code, Program, Val, Var, kernel};
 
-use super::ahead::{self, Work};
 use super::groups::{Group, group_maxima_per_token, group_maximum, groups_of_tile};
-use super::statistics::{ColumnStatistics, LastBlock, Outputs};
-use super::tile_load::{CHUNK, Head, ROWS, RowOrder, Rows, Source, tile_grid};
+use super::smoothed_keys::{KeyMean, KeyPass, SmoothedKeys, subtract};
+use super::tile_load::{CHUNK, ROWS, Source};
 use crate::integer::{Step, magnitude_bits};
 use crate::kernel::Kernel;
 use crate::operand::Element;
 use crate::params::kernel_params;
-use crate::rotation::{RowLayout, rotate};
 use crate::sequence::KEY_TILE;
 
 /// Quantises K into the workspace: a block for each tile, and where smoothing another that collects its columns.
@@ -31,17 +29,6 @@ pub struct QuantizeKConfig {
     pub mean: KeyMean,
     /// Whether rows are multiplied by a Hadamard matrix then.
     pub rotate: bool,
-}
-
-/// What is subtracted from each of K's channels.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum KeyMean {
-    /// Nothing.
-    Zero,
-    /// The mean of all rows, which the kernel computes and writes.
-    Collected,
-    /// What an earlier launch has written.
-    Given,
 }
 
 kernel_params! {
@@ -101,11 +88,7 @@ impl QuantizeKConfig {
     /// Blocks along x, y and z, where the longest sequence has `max_kv_len` keys and, where they are collected,
     /// statistics are `lead` heads ahead.
     pub fn grid(&self, max_kv_len: usize, kv_heads: usize, sequences: usize, lead: usize) -> [u32; 3] {
-        if self.mean == KeyMean::Collected {
-            ahead::grid(max_kv_len, kv_heads, sequences, lead)
-        } else {
-            tile_grid(max_kv_len, kv_heads, sequences)
-        }
+        self.mean.grid(max_kv_len, kv_heads, sequences, lead)
     }
 
     fn write(&self, code: &Code) {
@@ -118,54 +101,26 @@ impl QuantizeKConfig {
         };
         self.source.bound_registers(code, threads);
         let p = QuantizeKParams::declare(code);
-        let collected = self.mean == KeyMean::Collected;
-        let work = if collected {
-            Work::new(code, p.input.heads, p.input.sequences, p.lead)
-        } else {
-            Work::quantise_only(code, p.input.heads, p.input.sequences)
+        let pass = KeyPass {
+            source: &self.source,
+            mean: self.mean,
+            rotate: self.rotate,
+            input: &p.input,
+            means: p.mean,
+            partials: p.partials,
+            arrivals: p.arrivals,
+            key_tiles: p.key_tiles,
+            lead: p.lead,
         };
-        let head = Head::at(code, &self.source, &p.input, [work.sequence, work.head]);
-        let first_tile = head.head * p.key_tiles + head.sequence.first_tile;
-        let mean = ColumnStatistics::Mean;
-        let last_block = collected
-            .then(|| LastBlock::new(&head, mean, first_tile, work.tile, &work, p.partials, p.arrivals));
-        if let Some(last_block) = &last_block {
-            let outputs =
-                Outputs { mean: p.mean, scale: p.scale, factor: p.scale, v_max: code.constant(0.0) };
-            let collect = || outputs.collect(&head, work.tile, mean, RowOrder::Modulo8, last_block);
-            code.if_else(work.collects, collect, || {
-                self.quantise(&head, &p, &work, first_tile, Some(last_block))
-            });
-        } else {
-            self.quantise(&head, &p, &work, first_tile, None);
-        }
+        pass.run(code, |keys| self.quantise(keys, &p));
     }
 
-    fn quantise<'k>(
-        &self,
-        head: &Head<'k>,
-        p: &QuantizeKParams<'k>,
-        work: &Work<'k>,
-        first_tile: Val<'k, i32>,
-        last_block: Option<&LastBlock<'k>>,
-    ) {
-        let (code, tile) = (head.code, work.tile);
-        code.exit_when((tile * KEY_TILE as i32).ge(head.len()));
-        // The tile does not depend on the statistics: it is on its way while the block looks whether they are there.
-        let rows = head.load(tile, RowOrder::Modulo8);
-        let workspace_tile = (first_tile + tile).named("workspace_tile");
-        if let Some(last_block) = last_block {
-            last_block.wait(head);
-        }
-        let mean = (self.mean != KeyMean::Zero).then(|| head.channels(p.mean));
-        let rotated = self.rotate.then(|| self.rotated(head, &rows, mean));
-        let prepared = |i: usize| match &rotated {
-            Some(rotated) => rotated[i],
-            None => subtract(rows.row(i), mean),
-        };
+    fn quantise<'k>(&self, keys: &SmoothedKeys<'k>, p: &QuantizeKParams<'k>) {
+        let SmoothedKeys { head, rows, workspace_tile, .. } = keys;
+        let (code, workspace_tile) = (head.code, *workspace_tile);
 
         code.note("scales");
-        let groups = self.groups_of_rows(head, &rows, mean, prepared);
+        let groups = self.groups_of_rows(keys);
         // Steps of rows that have their own are computed where they are used: eight of them would not fit the
         // registers.
         let shared = Step::of_group(&self.quantizer(), groups[0].0);
@@ -205,12 +160,12 @@ impl QuantizeKConfig {
         };
         code.if_else(
             ordinary,
-            || (0..ROWS).for_each(|i| store(i, &self.words(&step(i), prepared(i)))),
+            || (0..ROWS).for_each(|i| store(i, &self.words(&step(i), keys.row(i)))),
             || {
                 let careful = shared.careful();
                 for i in 0..ROWS {
                     let careful = if of_tile == 1 { careful } else { step(i).careful() };
-                    let words = self.words(&careful, prepared(i));
+                    let words = self.words(&careful, keys.row(i));
                     let words: Vec<_> = words.iter().map(|&word| rows.valid(i).select(word, 0u32)).collect();
                     store(i, &words);
                 }
@@ -218,35 +173,13 @@ impl QuantizeKConfig {
         );
     }
 
-    /// The thread's rows, smoothed and rotated.
-    fn rotated<'k>(
-        &self,
-        head: &Head<'k>,
-        rows: &Rows<'k>,
-        mean: Option<[Val<'k, f32>; CHUNK]>,
-    ) -> [[Val<'k, f32>; CHUNK]; ROWS] {
-        head.code.note("rotation");
-        let lanes = self.source.padded_dim() / CHUNK;
-        let layout = RowLayout { per: CHUNK, lanes, lane: head.chunk };
-        std::array::from_fn(|i| {
-            let mut row = subtract(rows.row(i), mean);
-            rotate(&mut row, &layout, self.source.head_dim);
-            row
-        })
-    }
-
-    /// The group of each of the thread's rows, which are as `prepared`: the same for all, but per token.
-    fn groups_of_rows<'k>(
-        &self,
-        head: &Head<'k>,
-        rows: &Rows<'k>,
-        mean: Option<[Val<'k, f32>; CHUNK]>,
-        prepared: impl Fn(usize) -> [Val<'k, f32>; CHUNK],
-    ) -> Vec<Group<'k>> {
+    /// The group of each of the thread's rows: the same for all, but per token.
+    fn groups_of_rows<'k>(&self, keys: &SmoothedKeys<'k>) -> Vec<Group<'k>> {
+        let SmoothedKeys { head, rows, mean, .. } = keys;
         let code = head.code;
         // Rows that are missing differ from no mean, though their zeros may.
         let of_row = |i: usize| {
-            let max = magnitude(prepared(i));
+            let max = magnitude(keys.row(i));
             if mean.is_some() { rows.valid(i).select(max, 0.0) } else { max }
         };
         let maxima = || -> [Val<'k, f32>; ROWS] { std::array::from_fn(of_row) };
@@ -273,7 +206,7 @@ impl QuantizeKConfig {
             // The largest difference from a channel's mean is that of its largest or least element.
             let of_extremes = |largest| {
                 let extremes = self.source.widen_chunk(rows.extremes(largest, true));
-                magnitude(subtract(extremes, mean))
+                magnitude(subtract(extremes, *mean))
             };
             max.set(of_extremes(true).max_nan(of_extremes(false)));
         };
@@ -306,11 +239,7 @@ impl Kernel for QuantizeKConfig {
             ZeroGroup::AddToScale => "add",
             ZeroGroup::ClampMaximum => "clamp",
         };
-        let smooth = match self.mean {
-            KeyMean::Zero => "",
-            KeyMean::Collected => "_smooth",
-            KeyMean::Given => "_mean",
-        };
+        let smooth = self.mean.suffix();
         let rotated = if self.rotate { "_rotated" } else { "" };
         format!(
             "quantize_k_{bits}_{granularity}_{rounding}_{zero_group}{smooth}{rotated}_{}",
@@ -319,11 +248,7 @@ impl Kernel for QuantizeKConfig {
     }
 
     fn description(&self) -> String {
-        let smooth = match self.mean {
-            KeyMean::Zero => "",
-            KeyMean::Collected => ", smoothed",
-            KeyMean::Given => ", smoothed by a given mean",
-        };
+        let smooth = self.mean.description();
         let (bits, granularity) = (self.bits.name(), self.granularity.name());
         let rotated = if self.rotate { ", rotated" } else { "" };
         format!("K to {bits} {granularity}{smooth}{rotated}; {}", self.source.description())
@@ -335,13 +260,6 @@ impl Kernel for QuantizeKConfig {
 
     fn program(&self) -> Program {
         kernel(&self.name(), self.threads(), |code| self.write(code))
-    }
-}
-
-fn subtract<'k>(row: [Val<'k, f32>; CHUNK], mean: Option<[Val<'k, f32>; CHUNK]>) -> [Val<'k, f32>; CHUNK] {
-    match mean {
-        Some(mean) => std::array::from_fn(|channel| row[channel] - mean[channel]),
-        None => row,
     }
 }
 

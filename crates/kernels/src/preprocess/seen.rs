@@ -379,6 +379,13 @@ impl<'k> SeenTile<'k> {
         bit_of_two(self.counted, index)
     }
 
+    /// Which of the rows from `first` on, the start of a group within 32, enter means and scales: a bit each, from the
+    /// lowest on.
+    #[track_caller]
+    pub fn counted_bits(&self, first: usize) -> Val<'k, u32> {
+        self.counted[first / 32] >> (first % 32) as i32
+    }
+
     /// Whether all keys of the tile count.
     #[track_caller]
     pub fn all_count(&self) -> Val<'k, bool> {

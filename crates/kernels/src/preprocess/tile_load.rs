@@ -109,6 +109,8 @@ pub(crate) enum RowOrder {
     Modulo8,
     /// The four rows of two groups of 16 that E4M3 operands hold in neighbouring bytes.
     Quads,
+    /// Eight that follow each other.
+    Octets,
 }
 
 impl RowOrder {
@@ -117,6 +119,7 @@ impl RowOrder {
         match self {
             RowOrder::Modulo8 => [0, 8, 16, 24, 32, 40, 48, 56],
             RowOrder::Quads => [0, 1, 8, 9, 16, 17, 24, 25],
+            RowOrder::Octets => [0, 1, 2, 3, 4, 5, 6, 7],
         }
     }
 
@@ -125,6 +128,7 @@ impl RowOrder {
         match self {
             RowOrder::Modulo8 => part,
             RowOrder::Quads => ((part >> 2) << 5) + ((part & 3) << 1),
+            RowOrder::Octets => part << 3,
         }
     }
 }

@@ -8,6 +8,7 @@ use sage_core::DType;
 use sage_ptx::{AddressSpace, Global, Pointer, Shared, Val};
 
 use super::CLASS_ROWS;
+use crate::key_order::KeyOrder;
 use crate::sequence::KEY_TILE;
 
 /// Query rows of a strip, as of a tensor core's tile of scores.
@@ -86,6 +87,8 @@ pub(crate) const fn element(slot: usize, column: usize) -> usize {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct MaskWords<'k> {
     pub packing: Packing,
+    /// Which keys a lane's columns are. Biases are read in their natural order alone.
+    pub order: KeyOrder,
     /// The head's first word.
     pub start: Global<'k, u32>,
     pub lane: Val<'k, i32>,
@@ -117,9 +120,15 @@ impl<'k> MaskWords<'k> {
         let of_strip = |&strip: &Val<'k, i32>| {
             let (rows, strip) = strip.split_index(STRIPS);
             let strip = self.tile(rows, tile).at(strip * self.packing.strip_words() as i32);
-            lane_words(self.packing, strip.at(self.packing.lane_start(self.lane)), columns.clone())
+            match self.order {
+                KeyOrder::Natural => {
+                    lane_words(self.packing, strip.at(self.packing.lane_start(self.lane)), columns.clone())
+                }
+                KeyOrder::Octets => octets(strip, self.lane),
+            }
         };
-        LaneWords { packing: self.packing, strips: strips.iter().map(of_strip).collect() }
+        let strips = strips.iter().map(of_strip).collect();
+        LaneWords { packing: self.packing, order: self.order, strips }
     }
 }
 
@@ -149,8 +158,17 @@ impl<'k> StagedWords<'k> {
     pub fn load(&self, tile: usize) -> LaneWords<'k> {
         let lane = self.start.plus((tile * self.packing.tile_words()) as i32);
         let strips = vec![lane_words(self.packing, lane, 0..KEY_TILE)];
-        LaneWords { packing: self.packing, strips }
+        LaneWords { packing: self.packing, order: KeyOrder::Natural, strips }
     }
+}
+
+/// The bits of a quad's lanes, for the keys of a lane's octets: of the words as packed, lane `a` has the keys `2a` and
+/// `2a + 1` of every eight, and of a group of 32 keys this lane has the eight of its place. Moved so that its eight are
+/// where the first lane's are.
+#[track_caller]
+fn octets<'k>(strip: Global<'k, u32>, lane: Val<'k, i32>) -> Vec<Option<Val<'k, u32>>> {
+    let words = strip.at(lane & !3).load_vector::<4>();
+    words.map(|word| Some(word >> (2 * (lane & 3)))).to_vec()
 }
 
 /// The words from a lane's first on of a strip and a tile of keys, but for those that hold none of its columns.
@@ -181,6 +199,8 @@ fn lane_words<'k, S: AddressSpace>(
 #[derive(Clone, Debug)]
 pub(crate) struct LaneWords<'k> {
     pub packing: Packing,
+    /// Which keys columns are.
+    order: KeyOrder,
     /// The words of each strip, as far as they were loaded.
     strips: Vec<Vec<Option<Val<'k, u32>>>>,
 }
@@ -188,7 +208,7 @@ pub(crate) struct LaneWords<'k> {
 impl<'k> LaneWords<'k> {
     /// The bits of one strip.
     pub fn of_strip_bits(bits: Val<'k, u32>) -> Self {
-        LaneWords { packing: Packing::Bits, strips: vec![vec![Some(bits)]] }
+        LaneWords { packing: Packing::Bits, order: KeyOrder::Natural, strips: vec![vec![Some(bits)]] }
     }
 
     /// Words whose first columns are others: `with` moves each.
@@ -198,8 +218,15 @@ impl<'k> LaneWords<'k> {
     }
 
     fn word(&self, row_slot: usize, column: usize) -> (Val<'k, u32>, usize) {
-        let element = element(row_slot % 2, column);
-        let word = self.strips[row_slot / 2][self.packing.word(element)];
+        let (element, word) = match self.order {
+            KeyOrder::Natural => {
+                let element = element(row_slot % 2, column);
+                (element, self.packing.word(element))
+            }
+            // The octet's keys are those of four lanes, and those of each side by side.
+            KeyOrder::Octets => (element(row_slot % 2, column / 32 * 32 + column % 2), column % 32 / 8),
+        };
+        let word = self.strips[row_slot / 2][word];
         (word.expect("the words of the columns at hand were loaded"), element)
     }
 

@@ -75,12 +75,18 @@ const RESERVED: usize = 1024;
 /// The tile shape for a kernel: the table's, in as much shared memory as the GPU has.
 pub(super) fn tuned(machine: &Machine, key: &Key) -> Tuned {
     let row = key.row(ROWS);
-    let (mut tiling, mut reason) = (row.tiling, row.reason);
+    let mut tiling = row.tiling;
     if key.fp8 {
         tiling.lazy_rescale = 0;
     }
+    fitted(machine, key, tiling, row.reason)
+}
+
+/// A tile shape, or a smaller one where shared memory has no room for it.
+pub(super) fn fitted(machine: &Machine, key: &Key, tiling: WarpTiling, reason: &'static str) -> Tuned {
+    let (mut tiling, mut reason) = (tiling, reason);
     let too_large = |tiling: &WarpTiling| shared_bytes(tiling, key) + RESERVED > machine.shared_bytes;
-    while !key.integer && too_large(&tiling) && tiling.tile_keys > 32 {
+    while !key.integer && !key.fp4_scores && too_large(&tiling) && tiling.tile_keys > 32 {
         tiling.tile_keys /= 2;
         reason = "tiles of 32 keys fit this GPU's shared memory";
     }
@@ -98,8 +104,11 @@ pub(super) fn tuned(machine: &Machine, key: &Key) -> Tuned {
     Tuned { tiling: Tiling::Warps(tiling), reason }
 }
 
-/// Bytes of the tiles of K and V, and of the queries that stay in shared memory.
+/// Bytes of the tiles of K and V, or of the output that takes their place, and of the queries that stay in shared
+/// memory.
 pub(super) fn shared_bytes(tiling: &WarpTiling, key: &Key) -> usize {
-    let rows = if tiling.queries_in_registers { 0 } else { tiling.warps * tiling.rows_per_warp };
-    tiling.stages * key.tile_bytes(tiling.tile_keys) + key.queries_bytes(rows)
+    let rows = tiling.warps * tiling.rows_per_warp;
+    let tiles = tiling.stages * key.tile_bytes(tiling.tile_keys);
+    let queries = if tiling.queries_in_registers { 0 } else { key.queries_bytes(rows) };
+    tiles.max(rows * 2 * key.padded_dim) + queries
 }

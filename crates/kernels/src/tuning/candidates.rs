@@ -30,7 +30,9 @@ fn of_warps(machine: &Machine, key: &Key, own: WarpTiling) -> Vec<Tiling> {
     let mut all = Vec::new();
     for rows_per_warp in [16, 32].into_iter().filter(|&rows| rows <= key.max_rows_per_warp) {
         for (warps, blocks) in [(4, &[1, 2, 3][..]), (8, &[1])] {
-            for step_keys in [16, 32, 64].into_iter().filter(|&keys| keys <= own.tile_keys) {
+            // The depth of a product of P in FP4 is all keys of a tile.
+            let least = if key.fp4_values { own.tile_keys } else { 16 };
+            for step_keys in [16, 32, 64].into_iter().filter(|keys| (least..=own.tile_keys).contains(keys)) {
                 for &min_blocks in blocks {
                     let tiling = WarpTiling { rows_per_warp, warps, step_keys, min_blocks, ..own };
                     let bytes = ampere::shared_bytes(&tiling, key) * min_blocks as usize;

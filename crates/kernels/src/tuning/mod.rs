@@ -1,6 +1,7 @@
 //! Tile shapes for each GPU and kind of kernel: tables of rows by architecture, each with its measured reason.
 
 mod ampere;
+mod blackwell;
 mod blocks;
 mod candidates;
 mod hopper;
@@ -13,13 +14,22 @@ use crate::tiling::Tiling;
 pub(crate) use blocks::of_blocks;
 pub use candidates::candidates;
 
+/// Sixteenths of a byte of a 4-bit element and its part of the scale of 16.
+const FP4_SIXTEENTHS: usize = 9;
+
 /// What the tile shape of a kernel is chosen by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Key {
     /// Whether Q·Kᵀ is of integers.
     pub integer: bool,
+    /// Whether Q·Kᵀ is in FP4.
+    #[serde(default)]
+    pub fp4_scores: bool,
     /// Whether P·V is in FP8.
     pub fp8: bool,
+    /// Whether P·V is in FP4, as Q·Kᵀ is then.
+    #[serde(default)]
+    pub fp4_values: bool,
     /// Whether P·V of a tile is summed by itself first.
     pub two_level: bool,
     /// 64, 128 or 256.
@@ -65,19 +75,28 @@ impl Key {
         found.unwrap_or(&table[table.len() - 1])
     }
 
-    /// Bytes of an element of Q and K as they are multiplied.
-    const fn key_bytes(&self) -> usize {
-        if self.integer { 1 } else { 2 }
+    /// Sixteenths of a byte of an element of Q and K as they are multiplied, with its part of a scale where groups have
+    /// one.
+    const fn key_sixteenths(&self) -> usize {
+        match (self.fp4_scores, self.integer) {
+            (true, _) => FP4_SIXTEENTHS,
+            (false, true) => 16,
+            (false, false) => 32,
+        }
     }
 
-    /// Bytes of an element of P and V.
-    const fn value_bytes(&self) -> usize {
-        if self.fp8 { 1 } else { 2 }
+    /// The same of an element of P and V.
+    const fn value_sixteenths(&self) -> usize {
+        match (self.fp4_values, self.fp8) {
+            (true, _) => FP4_SIXTEENTHS,
+            (false, true) => 16,
+            (false, false) => 32,
+        }
     }
 
     /// Bytes of a tile of K and one of V.
     const fn tile_bytes(&self, tile_keys: usize) -> usize {
-        tile_keys * (self.key_bytes() + self.value_bytes()) * self.padded_dim
+        tile_keys * (self.key_sixteenths() + self.value_sixteenths()) * self.padded_dim / 16
     }
 
     /// Bytes of the biases of so many query rows and a tile of keys.
@@ -87,7 +106,7 @@ impl Key {
 
     /// Bytes of so many query rows in shared memory.
     const fn queries_bytes(&self, rows: usize) -> usize {
-        rows * self.key_bytes() * self.padded_dim
+        rows * self.key_sixteenths() * self.padded_dim / 16
     }
 }
 
@@ -98,7 +117,11 @@ pub(crate) fn holds_biases(machine: &Machine, key: &Key) -> bool {
 
 /// The tile shape for a kernel.
 pub fn tiling(machine: &Machine, key: &Key) -> Tuned {
-    if key.warpgroups { hopper::tuned(machine, key) } else { ampere::tuned(machine, key) }
+    match key {
+        Key { warpgroups: true, .. } => hopper::tuned(machine, key),
+        Key { fp4_scores: true, .. } => blackwell::tuned(machine, key),
+        _ => ampere::tuned(machine, key),
+    }
 }
 
 #[cfg(test)]
@@ -112,7 +135,7 @@ mod tests {
             let rows = [16, 32].into_iter();
             rows.flat_map(move |rows| [0, 2, 4].map(|bias_bytes| (padded_dim, rows, bias_bytes)))
         });
-        (0..1 << 8).flat_map(move |bits| {
+        (0..1 << 10).flat_map(move |bits| {
             others.clone().map(move |(padded_dim, max_rows_per_warp, bias_bytes)| Key {
                 integer: bits & 1 != 0,
                 fp8: bits & 2 != 0,
@@ -124,9 +147,17 @@ mod tests {
                 warpgroups: bits & 32 != 0,
                 per_block: bits & 64 != 0,
                 few_rows: bits & 128 != 0,
+                fp4_scores: bits & 256 != 0,
+                fp4_values: bits & 512 != 0,
                 bias_bytes,
             })
         })
+    }
+
+    /// Whether some operands have the key: FP4 is not of integers, and values in it go with scores in it.
+    fn possible(key: &Key) -> bool {
+        let scores = !(key.fp4_scores && (key.integer || key.warpgroups));
+        scores && !(key.fp4_values && (key.fp8 || key.two_level || !key.fp4_scores))
     }
 
     #[test]
@@ -134,15 +165,16 @@ mod tests {
         for key in keys() {
             assert!(ampere::ROWS.iter().any(|row| (row.fits)(&key)), "{key:?}");
             assert!(hopper::ROWS.iter().any(|row| (row.fits)(&key)), "{key:?}");
+            assert!(blackwell::ROWS.iter().any(|row| (row.fits)(&key)), "{key:?}");
         }
     }
 
     #[test]
     fn what_is_chosen_fits_the_gpu_and_is_tried_first() {
-        for target in [Target::SM_80, Target::SM_86, Target::SM_89, Target::SM_90A, Target::SM_120] {
+        for target in [Target::SM_80, Target::SM_86, Target::SM_89, Target::SM_90A, Target::SM_120A] {
             let machine = Machine::typical(target);
             let fitting = |key: &Key| (machine.has_wgmma() || !key.warpgroups) && holds_biases(&machine, key);
-            for key in keys().filter(fitting) {
+            for key in keys().filter(possible).filter(fitting) {
                 let Tuned { tiling, .. } = tiling(&machine, &key);
                 let fits = match &tiling {
                     Tiling::Warps(tiling) => ampere::shared_bytes(tiling, &key) <= machine.shared_bytes,

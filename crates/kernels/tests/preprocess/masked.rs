@@ -3,19 +3,22 @@
 #![allow(clippy::unwrap_used, reason = "the helpers of tests are tests too")]
 
 use half::f16;
-use sage_core::oracle::{Fp8Channels, Matrix, SeenKeys, hadamard, key_mean, subtract, v_token_slot};
+use sage_core::oracle::{
+    Fp8Channels, Matrix, SeenKeys, e2m1_value, hadamard, key_mean, quantize_v, subtract, v_token_slot,
+};
 use sage_core::{
-    Alignment, Band, Call, DType, Granularity, Inputs, IntBits, Lengths, Mask, Options, Rounding, ScaleRows,
-    SmoothK, View, ZeroGroup,
+    Alignment, Band, Call, DType, Fp4Format, Granularity, Inputs, IntBits, Lengths, Mask, Options, PLevels,
+    Pv, Rounding, ScaleRows, SmoothK, View, ZeroGroup,
 };
 use sage_emulator::Emulator;
 use sage_kernels::attention::MaskForm;
 use sage_kernels::preprocess::{
-    ColumnStatistics, InputArgs, KeyMean, QuantizeKArgs, QuantizeKConfig, RankKeysArgs, RankKeysConfig,
-    SEEN_WORDS, SampleArgs, SampleConfig, SeenKeysArgs, SeenKeysConfig,
+    ColumnStatistics, InputArgs, KeyMean, QuantizeFp4VConfig, QuantizeKArgs, QuantizeKConfig, RankKeysArgs,
+    RankKeysConfig, SEEN_WORDS, SampleArgs, SampleConfig, SeenKeysArgs, SeenKeysConfig,
 };
 use sage_kernels::{KEY_TILE, Kernel, TensorArg};
 
+use crate::fp4::{Fp4Tile, quantised_values};
 use crate::inputs::{Batch, Fill, Random, Tensor, assert_mean, emulator, launch, poisoned, same};
 use crate::value_passes::{QuantizedValues, ValuePasses};
 
@@ -363,6 +366,55 @@ fn check_values(
                         expected.codes.row(j)[c],
                         "key {j} of channel {c}, head {head}, {scale_rows:?}"
                     );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn hidden_keys_are_in_no_scale_and_no_tile_of_4_bits() {
+    for (seed, (with, aligned)) in [(f32::NAN, true), (6e4, false)].into_iter().enumerate() {
+        let mask = Masked::new(3, 200, 27 + seed as u64);
+        let (mut tensor, seen) = spoiled(&mask, aligned, with);
+        if seed == 1 {
+            // Padding, which queries see but no scale: it is cut to what counts.
+            for (s, sequence) in tensor.batch.sequences().iter().enumerate() {
+                let of_head = &seen[2 * s];
+                let padding = |j: &usize| of_head.is_visible(*j) && !of_head.counts(*j);
+                let rows: Vec<usize> = (0..mask.kv_len).filter(padding).collect();
+                assert!(!rows.is_empty());
+                rows.into_iter().for_each(|j| tensor.fill_row(sequence, 0, j, 1e3));
+            }
+        }
+        for format in [Fp4Format::Nv, Fp4Format::Mx] {
+            check_fp4_values(&mask, &tensor, &seen, format, seed as u64);
+        }
+    }
+}
+
+fn check_fp4_values(mask: &Masked, tensor: &Tensor, seen: &[SeenKeys], format: Fp4Format, seed: u64) {
+    let (heads, tiles, width) = (tensor.heads, tensor.batch.tiles(), tensor.source.padded_dim());
+    let config = QuantizeFp4VConfig { source: tensor.source, format };
+    let mut emulator = emulator(seed);
+    let input = mask.input(&mut emulator, tensor);
+    let out = quantised_values(&mut emulator, tensor, input, &config, false);
+    let pv = Pv::Fp4 { format, levels: PLevels::One };
+    for (s, sequence) in tensor.batch.sequences().iter().enumerate() {
+        for head in 0..heads {
+            let (v, seen) = (tensor.matrix(sequence, head), &seen[s * heads + head]);
+            let expected = quantize_v(&visible(&v, seen), &pv, seen);
+            for j in 0..mask.kv_len {
+                let start = (head * tiles + sequence.first_tile + j / KEY_TILE) * config.tile_bytes();
+                let bytes = &out[start..start + config.tile_bytes()];
+                let tile = Fp4Tile::new(format, [width, KEY_TILE], bytes);
+                let token = j % KEY_TILE;
+                for c in 0..v.width() {
+                    let scale = f64::from(format.scale_value(tile.scales(c)[token / format.group()]));
+                    let found = scale * f64::from(e2m1_value(tile.codes(c)[token]));
+                    let wanted = expected.row(j)[c];
+                    let alike = found == wanted || found.is_nan() && wanted.is_nan();
+                    assert!(alike, "{format:?}: key {j} of channel {c} is {found}, expected {wanted}");
                 }
             }
         }

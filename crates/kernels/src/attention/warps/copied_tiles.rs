@@ -6,15 +6,16 @@ use sage_ptx::{CHUNK_BYTES, ChunkAddress, Code, FragmentSource, Global, Shared, 
 use crate::attention::config::AttentionConfig;
 use crate::attention::key_tiles::KeyTiles;
 use crate::attention::place::Place;
+use crate::fp4::ScaleWords;
 use crate::preprocess::SeenKeys;
 use crate::tensor::TensorParam;
 
 /// One operand's tiles: their stages, and where this thread's part of each comes from.
 pub(super) struct CopiedTiles<'k> {
     pub stages: SharedTile<'k>,
-    /// Where the lane's fragments of the first stage lie.
-    pub fragments: FragmentSource<'k>,
-    /// Rows of a tile, and 16-byte chunks of a row that hold channels.
+    /// Where the lane's fragments and scales of the first stage lie.
+    first: StagedTile<'k>,
+    /// Rows of a tile, those of scales behind it included, and 16-byte chunks of a row that hold channels.
     pub rows: usize,
     pub chunks: usize,
     source: Source<'k>,
@@ -60,6 +61,33 @@ struct AllRows<'k> {
     len: Val<'k, i32>,
 }
 
+/// A tile in shared memory, as a lane reads it.
+#[derive(Clone)]
+pub(in crate::attention) struct StagedTile<'k> {
+    pub fragments: FragmentSource<'k>,
+    /// Where the lane's scales of groups lie, if elements have such: as many words at each place as are read at once.
+    scales: Vec<Shared<'k, u32>>,
+    vector: usize,
+}
+
+impl<'k> StagedTile<'k> {
+    /// The tile `bytes` further.
+    fn at_byte(&self, bytes: Val<'k, i32>) -> Self {
+        let scales =
+            self.scales.iter().map(|place| Shared::at_address(place.address() + bytes.reinterpret::<u32>()));
+        StagedTile { fragments: self.fragments.at_byte(bytes), scales: scales.collect(), ..*self }
+    }
+
+    /// The lane's words of the scales of groups; none where elements have no such.
+    pub fn group_scales(&self) -> Vec<Val<'k, u32>> {
+        let words = self.scales.iter().map(|place| match self.vector {
+            2 => place.load_vector::<2>().to_vec(),
+            _ => place.load_vector::<4>().to_vec(),
+        });
+        words.flatten().collect()
+    }
+}
+
 /// The shape of a tile, before its source is known.
 #[derive(Clone, Copy)]
 pub(super) struct TileShape<'k> {
@@ -68,12 +96,19 @@ pub(super) struct TileShape<'k> {
     pub chunks: usize,
     /// Whether rows are the depth of the product, or its columns.
     pub depth_in_rows: bool,
+    /// The scales behind the rows, where elements have some.
+    pub scales: Option<ScaleWords>,
 }
 
 impl<'k> CopiedTiles<'k> {
     /// Bytes from the first stage to another.
     pub fn offset(&self, stage: Val<'k, i32>) -> Val<'k, i32> {
         stage * (self.rows * self.stages.row_bytes()) as i32
+    }
+
+    /// The tile in a stage, as the lane reads it.
+    pub fn staged(&self, stage: Val<'k, i32>) -> StagedTile<'k> {
+        self.first.at_byte(self.offset(stage))
     }
 
     /// Starts copying a tile into a stage.
@@ -235,9 +270,26 @@ impl<'k> Rounds<'k> {
 
 impl<'k> TileShape<'k> {
     fn from(self, source: Source<'k>) -> CopiedTiles<'k> {
-        let TileShape { stages, rows, chunks, depth_in_rows } = self;
+        let TileShape { stages, rows, chunks, depth_in_rows, scales } = self;
         let fragments = if depth_in_rows { stages.rows_of_b(0) } else { stages.columns_of_b(0) };
-        CopiedTiles { stages, fragments, rows, chunks, source, seen: None }
+        let vector = scales.map_or(0, |scales| scales.vector());
+        let scales = scales.map_or(Vec::new(), |scales| self.places_of_scales(&scales));
+        let first = StagedTile { fragments, scales, vector };
+        CopiedTiles { stages, first, rows, chunks, source, seen: None }
+    }
+
+    /// Where the lane's words of scales lie in the first stage, which are chunks like those of codes.
+    fn places_of_scales(&self, scales: &ScaleWords) -> Vec<Shared<'k, u32>> {
+        let code_rows = self.rows - scales.bytes() / self.stages.row_bytes();
+        let lane_bytes = 4 * scales.vector();
+        let of_vector = |vector: usize| {
+            let lane = self.stages.code().lane_index();
+            let first = (vector * 32 * lane_bytes) as i32 + lane * lane_bytes as i32;
+            let (row, within) = first.split_index(self.stages.row_bytes());
+            let (chunk, byte) = within.split_index(CHUNK_BYTES);
+            self.stages.chunk(row + code_rows as i32, chunk).step(0, 0).at(byte).cast()
+        };
+        (0..scales.of_lane() / scales.vector()).map(of_vector).collect()
     }
 
     /// Tiles of the workspace.

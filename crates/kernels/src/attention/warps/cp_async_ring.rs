@@ -1,11 +1,12 @@
 //! Tiles of K and V on their way through shared memory by `cp.async`: every thread copies a part of each tile, ahead of
 //! its use, into the stages of a ring.
 
-use sage_ptx::{CHUNK_BYTES, Code, FragmentSource, Shared, SharedTile, Val, Var};
+use sage_ptx::{CHUNK_BYTES, Code, Shared, SharedTile, Val, Var};
 
-use super::copied_tiles::{CopiedTiles, TileShape};
+use super::copied_tiles::{CopiedTiles, StagedTile, TileShape};
 use crate::attention::config::{AttentionConfig, AttentionParams};
 use crate::attention::place::Place;
+use crate::fp4::ScaleWords;
 use crate::operand::{Element, OperandSource};
 
 /// The ring of both operands.
@@ -27,34 +28,45 @@ impl<'k, 'c> CpAsyncRing<'k, 'c> {
         place: &Place<'k>,
     ) -> Self {
         let (padded, tile_keys) = (config.padded_dim(), config.tiling.tile_keys());
-        let (key_bytes, value_bytes) =
-            (config.operands.k.bytes(padded), config.operands.v.bytes(tile_keys * padded));
-        let ring_bytes = config.tiling.stages() * (tile_keys * key_bytes + value_bytes);
+        let operands = &config.operands;
+        let key_bytes = operands.k.bytes(padded);
+        let tile_bytes = [operands.k.tile_bytes(tile_keys, padded), operands.v.tile_bytes(padded, tile_keys)];
+        let ring_bytes = config.tiling.stages() * tile_bytes.iter().sum::<usize>();
         // The output passes through the same memory at the end.
         let shared = code.shared::<u8>("tiles", ring_bytes.max(config.block_q() * 2 * padded));
-        let first_value = (config.tiling.stages() * tile_keys * key_bytes) as i32;
+        let first_value = (config.tiling.stages() * tile_bytes[0]) as i32;
         let shape = |base: i32, row_bytes, rows, chunks| TileShape {
             stages: SharedTile::new(shared.plus(base), row_bytes),
             rows,
             chunks,
             depth_in_rows: false,
+            scales: None,
+        };
+        let whole_rows = |base: i32, row_bytes, rows| shape(base, row_bytes, rows, row_bytes / CHUNK_BYTES);
+        // Scales are as the rows behind those of the codes.
+        let scaled = |base: i32, rows: usize, elements: usize| {
+            let (scales, row_bytes) = (ScaleWords::new(rows, elements), elements / 2);
+            let shape = whole_rows(base, row_bytes, rows + scales.bytes() / row_bytes);
+            TileShape { scales: Some(scales), ..shape }
         };
         let used_chunks = config.head_dim.div_ceil(8);
 
-        let keys = match config.operands.k.source {
-            OperandSource::Given | OperandSource::Registers => {
+        let keys = match (operands.k.element, operands.k.source) {
+            (_, OperandSource::Given | OperandSource::Registers) => {
                 shape(0, key_bytes, tile_keys, used_chunks).of_rows(config, place, &p.k)
             }
-            OperandSource::Workspace => {
-                shape(0, key_bytes, tile_keys, key_bytes / CHUNK_BYTES).of_workspace(place, p.k.start)
+            (Element::E2M1, OperandSource::Workspace) => {
+                scaled(0, tile_keys, padded).of_workspace(place, p.k.start)
+            }
+            (_, OperandSource::Workspace) => {
+                whole_rows(0, key_bytes, tile_keys).of_workspace(place, p.k.start)
             }
         };
         let rows_of_values =
             |chunks| TileShape { depth_in_rows: true, ..shape(first_value, 2 * padded, tile_keys, chunks) };
-        let mut values = match (config.operands.v.element, config.operands.v.source) {
-            (Element::E4M3, _) => {
-                shape(first_value, tile_keys, padded, tile_keys / CHUNK_BYTES).of_workspace(place, p.v.start)
-            }
+        let mut values = match (operands.v.element, operands.v.source) {
+            (Element::E2M1, _) => scaled(first_value, padded, tile_keys).of_workspace(place, p.v.start),
+            (Element::E4M3, _) => whole_rows(first_value, tile_keys, padded).of_workspace(place, p.v.start),
             (_, OperandSource::Workspace) => {
                 rows_of_values(2 * padded / CHUNK_BYTES).of_workspace(place, p.v.start)
             }
@@ -62,7 +74,7 @@ impl<'k, 'c> CpAsyncRing<'k, 'c> {
                 rows_of_values(used_chunks).of_rows(config, place, &p.v)
             }
         };
-        if config.operands.v.source == OperandSource::Given {
+        if operands.v.source == OperandSource::Given {
             values.seen = place.seen;
         }
         let stage = code.var(0).named("stage");
@@ -81,11 +93,7 @@ impl<'k, 'c> CpAsyncRing<'k, 'c> {
 
     /// Waits for the tile at a position, whose copy is the oldest in flight, starts copying the one that takes the
     /// stage freed by the tile before, and returns where the tile's K and V are read.
-    pub fn next(
-        &self,
-        position: Val<'k, i32>,
-        place: &Place<'k>,
-    ) -> (FragmentSource<'k>, FragmentSource<'k>) {
+    pub fn next(&self, position: Val<'k, i32>, place: &Place<'k>) -> (StagedTile<'k>, StagedTile<'k>) {
         let stages = self.config.tiling.stages() as i32;
         self.code.wait_copies(stages as u32 - 2);
         self.code.barrier();
@@ -94,10 +102,7 @@ impl<'k, 'c> CpAsyncRing<'k, 'c> {
         self.copy(place, position + (stages - 1), before);
         let after = stage + 1;
         self.stage.set(after.eq(stages).select(0, after));
-        (
-            self.keys.fragments.at_byte(self.keys.offset(stage)),
-            self.values.fragments.at_byte(self.values.offset(stage)),
-        )
+        (self.keys.staged(stage), self.values.staged(stage))
     }
 
     /// Waits until every copy has landed and every warp is done with the tiles; their memory is then free for the

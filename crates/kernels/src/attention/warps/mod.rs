@@ -3,7 +3,7 @@
 mod copied_tiles;
 mod cp_async_ring;
 
-use sage_ptx::{Code, Half, MmaElement, RoundedElement, Rows, Stored};
+use sage_ptx::{Code, Half, MmaElement, Rows, Stored};
 
 use crate::attention::config::{AttentionConfig, AttentionParams};
 use crate::attention::epilogue::Epilogue;
@@ -12,18 +12,19 @@ use crate::attention::output::Output;
 use crate::attention::place::Place;
 use crate::attention::queries::Queries;
 use crate::attention::scores::{KeyScales, Keys, MaskSource, Masking, Scoring};
-use crate::attention::softmax::Softmax;
+use crate::attention::softmax::{Probabilities, Softmax};
+pub(super) use copied_tiles::StagedTile;
 use cp_async_ring::CpAsyncRing;
 
-/// The kernel's code.
-pub(super) fn write<'k, H, E>(
+/// The kernel's code. `add` adds P·V of a step's keys to the output.
+pub(super) fn write<'k, H>(
     k: &'k Code,
     config: &AttentionConfig,
     p: &AttentionParams<'k>,
     lists: Option<&TileListParams<'k>>,
+    add: impl Fn(&Output<'k, '_>, &Probabilities<'_, 'k>, &StagedTile<'k>, usize),
 ) where
     H: Half + MmaElement + Stored<Value = H>,
-    E: RoundedElement,
 {
     let place = Place::of_block(k, config, p, lists);
     k.exit_when(place.empty);
@@ -36,16 +37,20 @@ pub(super) fn write<'k, H, E>(
     let scoring = Scoring { code: k, config, params: *p, place, queries };
 
     place.key_tiles.for_each(k, |tile: KeyTile<'k>| {
-        let (fragments, values) = ring.next(tile.position, &place);
+        // On their way while the tile is waited for.
+        let deltas = scoring.deltas(tile.index);
+        let (keys, values) = ring.next(tile.position, &place);
         let scales = key_scales.of_tile(tile.index);
         let masking = Masking { cut: tile.is_cut(), masked: tile.is_masked(), words: MaskSource::Memory };
-        let keys = Keys { index: tile.index, fragments, scales, masking };
+        let group_scales = keys.group_scales();
+        let fragments = keys.fragments;
+        let keys = Keys { index: tile.index, fragments, scales, group_scales, deltas, masking };
         for step in 0..config.tiling.tile_keys() / config.tiling.step_keys() {
             let scores = [scoring.scores::<H>(&keys, step)];
             let first_column = step * config.tiling.step_keys();
             let rescale = |alphas: &Rows<_>| output.mul_rows(alphas);
             for p in scoring.probabilities(&softmax, &scores, first_column, &keys.masking, rescale) {
-                output.add::<E>(&p, &values, step);
+                add(&output, &p, &values, step);
             }
         }
     });
