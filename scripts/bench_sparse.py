@@ -4,7 +4,9 @@
 
 Batch 1, head_dim 128, bf16, tensors as users have them. Ours computes INT8 QK with FP8 values: over a random map that
 is given, in blocks of 128 x 64 and of 64 x 128, and over a map that is predicted in the call: by SLA (the means of blocks
-alone) and by SpargeAttn (with their self-similarity). Peers are FlexAttention (torch, compiled, bf16, blocks of
+alone) and by SpargeAttn (with their self-similarity); and by SLA where the blocks left out count with their means.
+`sageattn sparse --video 9x24x30 --device cuda:0 --scheme int8-fp8 --predictor sla --topk 0.05,0.1,0.2,0.3
+--pooled-tail` has errors beside times. Peers are FlexAttention (torch, compiled, bf16, blocks of
 128 x 128) and Sol-Attn of comfy-kitchen (bf16, blocks of 64 x 64, with and without its pooled tail); one that is not
 installed is named and left out. Contestants take turns; of each, the median of its rounds. Random maps and random
 inputs have no structure: they tell time, not quality.
@@ -43,10 +45,10 @@ def ours_given(sizes):
     return prepare
 
 
-def ours_predicted(predictor):
+def ours_predicted(predictor, tail=False):
     def prepare(q, k, v, density):
         chosen = predictor(density)
-        return lambda: sparse_attention(q, k, v, chosen, scheme=SCHEME)
+        return lambda: sparse_attention(q, k, v, chosen, scheme=SCHEME, pooled_tail=tail)
 
     return prepare
 
@@ -84,6 +86,9 @@ CONTESTANTS = {
     "given 64x128": ours_given((64, 128)),
     "SLA 128x64": ours_predicted(lambda d: Predictor.sla(d).replace(block_q=128)),
     "SLA 64x128": ours_predicted(lambda d: Predictor.sla(d).replace(block_k=128)),
+    "SLA 64x64": ours_predicted(Predictor.sla),
+    "SLA 128x64, tail": ours_predicted(lambda d: Predictor.sla(d).replace(block_q=128), tail=True),
+    "SLA 64x64, tail": ours_predicted(Predictor.sla, tail=True),
     "SpargeAttn": ours_predicted(lambda d: Predictor.sparge_attn(topk=d, simthreshd1=-1.0)),
     "FlexAttention": flex_attention,
     "Sol-Attn": sol_attn(tail=True),

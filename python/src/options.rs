@@ -18,6 +18,7 @@ pub(crate) struct Options {
     /// Whether a device that lacks the preset's kernels computes with its nearest.
     nearest: bool,
     smooth_k: bool,
+    pooled_tail: bool,
 }
 
 #[pymethods]
@@ -27,7 +28,7 @@ impl Options {
     #[new]
     #[pyo3(signature = (
         *, tensor_layout, is_causal, causal_alignment, window_left, window_right, sm_scale, logit_softcap, scheme, nearest,
-        smooth_k
+        smooth_k, pooled_tail
     ))]
     #[expect(clippy::too_many_arguments, reason = "keywords of a Python constructor")]
     fn new(
@@ -41,6 +42,7 @@ impl Options {
         scheme: Option<&str>,
         nearest: bool,
         smooth_k: bool,
+        pooled_tail: bool,
     ) -> PyResult<Self> {
         let layout = match tensor_layout {
             "HND" => Ok(Layout::Hnd),
@@ -63,6 +65,7 @@ impl Options {
             preset: preset.map_err(exception)?,
             nearest,
             smooth_k,
+            pooled_tail,
         })
     }
 }
@@ -82,7 +85,8 @@ impl Options {
             .causal_alignment(self.alignment)
             .causal(self.is_causal)
             .nearest(self.nearest)
-            .smooth_k(self.smooth_k);
+            .smooth_k(self.smooth_k)
+            .pooled_tail(self.pooled_tail);
         if let Some(preset) = self.preset {
             attention = attention.scheme(preset);
         }

@@ -51,6 +51,43 @@ def test_attention_is_that_of_the_map_which_is_returned(device, name, options):
     assert_same(sparse_attention(q, k, v, predictor, **options), out)
 
 
+def with_tail(q, k, v, blocks, block_q, block_k):
+    """Attention of a map's blocks, and of the means of the others with the weight of their keys, in float64."""
+    q, k, v = q.double(), *(x.repeat_interleave(q.shape[1] // k.shape[1], dim=1).double() for x in (k, v))
+    kept = blocks.repeat_interleave(block_q, dim=2)[:, :, : q.shape[2]]
+    means = [torch.stack([block.mean(dim=2) for block in x.split(block_k, dim=2)], dim=2) for x in (k, v)]
+    sizes = torch.tensor([block.shape[2] for block in k.split(block_k, dim=2)], device=q.device)
+    keys, values = (torch.cat(pair, dim=2) for pair in zip((k, v), means))
+    of_keys = kept.repeat_interleave(block_k, dim=3)[..., : k.shape[2]]
+    scores = q @ keys.transpose(-1, -2) / math.sqrt(q.shape[3])
+    scores[..., k.shape[2] :] += sizes.log()
+    scores = scores.masked_fill(~torch.cat((of_keys, ~kept), dim=3), -math.inf)
+    return scores.softmax(dim=-1) @ values, scores.logsumexp(dim=-1)
+
+
+@pytest.mark.parametrize("layout", ["HND", "NHD"])
+@pytest.mark.parametrize("library", ["torch", "numpy"])
+def test_a_pooled_tail_has_the_means_of_what_is_left_out(device, library, layout):
+    if library == "numpy" and device == "cuda":
+        pytest.skip("numpy's arrays lie in the host's memory")
+    q, k, v = given = tensors(device, layout)
+    predictor = Predictor.sla(0.3).replace(block_q=128)
+    if library == "numpy":
+        given = [x.numpy() for x in given]
+    options = {"tensor_layout": layout, "return_lse": True, "return_map": True}
+    out, lse, blocks = (
+        torch.as_tensor(x) for x in sparse_attention(*given, predictor, pooled_tail=True, **options)
+    )
+    plain, _, same = (torch.as_tensor(x) for x in sparse_attention(*given, predictor, **options))
+    assert torch.equal(blocks, same)
+    if layout == "NHD":
+        q, k, v, out, plain = (x.transpose(1, 2) for x in (q, k, v, out, plain))
+    wanted, wanted_lse = with_tail(q, k, v, blocks, 128, 64)
+    assert_close(out, wanted, TOLERANCE["fp8"])
+    assert_lse_close(lse, wanted_lse)
+    assert relative_l1(plain, wanted) > 2 * relative_l1(out, wanted), "the tail is worth something"
+
+
 def plain_topk(q, k, topk, block_q, block_k):
     """The blocks of SLA, and of SpargeAttn with blocks that are all similar, in float64."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).double()
@@ -212,6 +249,8 @@ X = local(1, 4, 2, 200, 200, 32)
         (ValueError, r"k: shape is \[2, 200, 32\], expected \[batch, heads", lambda: predict_blocks(X[0].numpy(), X[1][0].numpy(), Predictor.sla(0.1))),
         (TypeError, "k: dtype is f16, expected f32, as q", lambda: predict_blocks(X[0], X[1].half(), Predictor.sla(0.1))),
         (TypeError, "q: type is list, expected a tensor of torch", lambda: predict_blocks([1], X[1], Predictor.sla(0.1))),
+        (NotImplementedError, "pooled_tail with an explicit mask is not supported", lambda: sparse_attention(*X, Predictor.sla(0.1), pooled_tail=True, attn_mask=torch.ones(200, 200, dtype=torch.bool))),
+        (TypeError, "pooled_tail: value is 3", lambda: sparse_attention(*X, Predictor.sla(0.1), pooled_tail=3)),
         (NotImplementedError, "dropout_p: value is 0.5, expected None or 0", lambda: sparse_attention(*X, Predictor.sla(0.1), dropout_p=0.5)),
         (TypeError, "return_maps: sparse_attention has no such keyword, expected return_map", lambda: sparse_attention(*X, Predictor.sla(0.1), return_maps=True)),
     ],

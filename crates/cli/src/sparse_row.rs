@@ -29,6 +29,8 @@ pub struct Row {
     pub prediction_ms: f64,
     /// Median time over that of dense attention of the same scheme.
     pub time_share: f64,
+    /// Median time with a pooled term for each block left out.
+    pub pooled_tail_ms: Option<f64>,
     #[serde(flatten)]
     pub errors: Errors,
     pub per_head: Vec<HeadRow>,
@@ -52,7 +54,7 @@ pub struct Errors {
     pub against_exact: Metrics,
     /// From dense attention of the same scheme on the same device.
     pub against_dense: Metrics,
-    /// With a pooled term for each block left out, in double precision, from exact dense attention.
+    /// With a pooled term for each block left out, from exact dense attention.
     pub pooled_tail: Option<Metrics>,
     /// Without the P·V of small tiles, in double precision, for each threshold.
     pub pv_filter: Vec<Filtered>,
@@ -79,7 +81,8 @@ pub struct Found {
     pub dense: Vec<f32>,
     /// Attention over the predicted blocks.
     pub sparse: Vec<f32>,
-    pub pooled_tail: Option<Vec<f64>>,
+    /// The same with a pooled term for each block left out.
+    pub pooled_tail: Option<Vec<f32>>,
     /// Threshold, output, tiles skipped and visited.
     pub filtered: Vec<(f32, Vec<f64>, [usize; 2])>,
 }

@@ -47,6 +47,10 @@ impl<'a, T: Operand> Call<'a, T> {
     /// # Errors
     /// Names the first tensor, option or list entry that is wrong, the value found and the value wanted.
     pub fn check(inputs: &Inputs<'a, T>, options: &Options) -> Result<Self> {
+        if options.pooled_tail && inputs.block_mask.is_none() {
+            let nearest = "give the blocks that are computed, or a predictor of them";
+            return Err(Error::unsupported("pooled_tail without a block mask", nearest));
+        }
         Self::check_keys(inputs, options, Omitted::of(inputs, inputs.block_mask.is_some()))
     }
 
@@ -65,6 +69,12 @@ impl<'a, T: Operand> Call<'a, T> {
 
     /// [`Call::check`], where `omitted` says which of the keys that the band hides from every query are left out.
     pub(crate) fn check_keys(inputs: &Inputs<'a, T>, options: &Options, omitted: Omitted) -> Result<Self> {
+        if options.pooled_tail && inputs.mask.is_some() {
+            return Err(Error::unsupported(
+                "pooled_tail with an explicit mask",
+                "the keys of a block would not be one mean; use causal, window and length options",
+            ));
+        }
         let packed = inputs.lengths.packed();
         let layout = options.layout;
         let q = canonical("q", inputs.q, layout, packed)?;
@@ -124,6 +134,7 @@ impl<'a, T: Operand> Call<'a, T> {
             packed,
             masked: mask.is_some(),
             blocks: block_mask.map(|mask| [mask.block_q, mask.block_k]),
+            pooled_tail: options.pooled_tail,
         };
         let lengths = inputs.lengths;
         Ok(Call { problem, q, k, v, mask, block_mask, lengths, sequences, layout, given_kv_len })
@@ -220,6 +231,12 @@ impl<'a> Call<'a> {
         let Call { q, k, v, mask, lengths, sequences, layout, given_kv_len, .. } = *self;
         let block_mask = Some(map.mask());
         Ok(Call { problem, q, k, v, mask, block_mask, lengths, sequences, layout, given_kv_len })
+    }
+
+    /// This call without pooled terms for the blocks that its block mask leaves out.
+    #[must_use]
+    pub fn without_tail(&self) -> Self {
+        Call { problem: self.problem.pooled_tail(false), ..*self }
     }
 
     /// This call with its tensors copied to another memory, where each has the geometry that it has here.

@@ -100,6 +100,9 @@ pub struct Options {
     pub band: Band,
     /// Scaled scores `s` become `softcap · tanh(s / softcap)`, before any mask is added.
     pub logit_softcap: Option<f32>,
+    /// Whether each block that a block mask or a predictor leaves out counts with the means of its keys and values:
+    /// [`sparse::pooled_tail`](crate::sparse::pooled_tail()).
+    pub pooled_tail: bool,
 }
 
 impl Options {
@@ -125,6 +128,12 @@ impl Options {
     #[must_use]
     pub fn logit_softcap(self, cap: impl Into<Option<f32>>) -> Self {
         Options { logit_softcap: cap.into(), ..self }
+    }
+
+    /// The same with pooled terms for the blocks left out, or without.
+    #[must_use]
+    pub const fn pooled_tail(self, pooled_tail: bool) -> Self {
+        Options { pooled_tail, ..self }
     }
 }
 
@@ -163,6 +172,8 @@ pub struct Problem {
     pub masked: bool,
     /// Queries and keys of a block of a block mask, where there is one.
     pub blocks: Option<[usize; 2]>,
+    /// Whether the blocks that it leaves out count with their means.
+    pub pooled_tail: bool,
 }
 
 impl Problem {
@@ -188,6 +199,7 @@ impl Problem {
             packed: false,
             masked: false,
             blocks: None,
+            pooled_tail: false,
         }
     }
 
@@ -201,6 +213,12 @@ impl Problem {
     #[must_use]
     pub fn blocks(self, blocks: impl Into<Option<[usize; 2]>>) -> Self {
         Problem { blocks: blocks.into(), ..self }
+    }
+
+    /// The same with pooled terms for the blocks left out, or without.
+    #[must_use]
+    pub const fn pooled_tail(self, pooled_tail: bool) -> Self {
+        Problem { pooled_tail, ..self }
     }
 
     /// Query heads that share a key head.
@@ -226,7 +244,8 @@ impl Problem {
             parts.push(format!("{name} ({diagonal})"));
         }
         parts.extend(self.masked.then(|| "explicit mask".to_owned()));
-        parts.extend(self.blocks.map(|[q, k]| format!("block mask of {q} queries × {k} keys")));
+        let tail = if self.pooled_tail { ", the others by their means" } else { "" };
+        parts.extend(self.blocks.map(|[q, k]| format!("block mask of {q} queries × {k} keys{tail}")));
         if parts.is_empty() { "all keys".to_owned() } else { parts.join(", ") }
     }
 }

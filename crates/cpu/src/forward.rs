@@ -54,18 +54,22 @@ impl<E: Load> Attention<'_, '_, E> {
         mean_score: Option<&[f32]>,
         scores: &mut [f32],
     ) {
-        if let Some(cap) = self.call.problem.logit_softcap {
-            for (r, row) in scores.chunks_exact_mut(TILE_KEYS).enumerate().take(rows.len()) {
-                let row = &mut row[..keys.len()];
-                if let Some(mean_score) = mean_score {
-                    row.iter_mut().for_each(|score| *score += mean_score[r]);
-                }
-                self.kernels.soft_cap(SoftCap { scores: row, cap: (cap * LOG2_E).min(f32::MAX) });
-            }
-        }
+        self.cap(rows.len(), keys.len(), mean_score, scores);
         let sees_all = |row: &Row| row.keys.start <= keys.start && keys.end <= row.keys.end;
         if self.call.mask.is_some() || blocks_cut || !rows.iter().all(sees_all) {
             apply_masks(self.kernels, self.call, index, rows, keys, scores);
+        }
+    }
+
+    /// Caps `rows` rows of `columns` scores; `mean_score` as in [`Attention::finish_scores`].
+    pub fn cap(&self, rows: usize, columns: usize, mean_score: Option<&[f32]>, scores: &mut [f32]) {
+        let Some(cap) = self.call.problem.logit_softcap else { return };
+        for (r, row) in scores.chunks_exact_mut(TILE_KEYS).enumerate().take(rows) {
+            let row = &mut row[..columns];
+            if let Some(mean_score) = mean_score {
+                row.iter_mut().for_each(|score| *score += mean_score[r]);
+            }
+            self.kernels.soft_cap(SoftCap { scores: row, cap: (cap * LOG2_E).min(f32::MAX) });
         }
     }
 

@@ -71,7 +71,9 @@ impl CpuPlan {
             }
         };
         let (qk, pv) = forms(&scheme, problem.head_dim)?;
-        let strategy = if few_rows && (qk, pv) == (QkForm::Float, PvForm::Float) {
+        // Pooled terms are computed with packed queries.
+        let split = few_rows && !problem.pooled_tail && (qk, pv) == (QkForm::Float, PvForm::Float);
+        let strategy = if split {
             reasons.push(format!(
                 "split over keys: {rows_per_head} query rows for each key head leave nothing to reuse, so keys and \
                  values are read once, where they lie"
@@ -247,7 +249,11 @@ fn workspace_bytes(problem: &Problem, threads: usize, strategy: &Strategy) -> us
             let head = product(&[problem.kv_len.div_ceil(TILE_KEYS), layout.words(), 4]);
             let packed = product(&[head, heads[0], heads[1]]).min(head.max(PACKED_BYTES_MAX));
             let scratch = product(&[*block_q, 4, 2 * layout.qk_dim + 2 * TILE_KEYS + layout.padded_dim()]);
-            packed.saturating_add(scratch.saturating_mul(threads))
+            let tail = problem.blocks.filter(|_| problem.pooled_tail).map_or(0, |[_, block_k]| {
+                let tiles = problem.kv_len.div_ceil(block_k.max(1)).div_ceil(TILE_KEYS);
+                product(&[tiles, TILE_KEYS, 2 * layout.padded_dim(), 4, heads[0], heads[1]])
+            });
+            packed.saturating_add(scratch.saturating_mul(threads)).saturating_add(tail)
         }
         Strategy::Split => {
             let parts = product(&[problem.kv_len.div_ceil(SPLIT_KEYS), heads[0], heads[1]]);

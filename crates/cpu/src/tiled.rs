@@ -1,6 +1,7 @@
 //! Attention with packed keys and values: each block of queries passes over all tiles of its head.
 
 mod means;
+mod tail;
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -14,6 +15,7 @@ use crate::kernels::{Load, PackQueries, PackTile, RowState, Scores, Softmax, Val
 use crate::plan::PACKED_BYTES_MAX;
 use crate::seen::{Seen, SeenKeys};
 use crate::tile::{PvForm, QkForm, TILE_KEYS, Tile, TileLayout};
+use crate::tiled::tail::TailScratch;
 use crate::visibility::{BlockRows, Kept, Row, mask_hides, union};
 
 /// One key head of one sequence, and where its tiles lie among those packed together.
@@ -26,6 +28,9 @@ struct Unit<'s> {
     seen: Option<&'s SeenKeys>,
     first_tile: usize,
     tiles: usize,
+    /// The same of pooled keys.
+    first_tail_tile: usize,
+    tail_tiles: usize,
 }
 
 /// A block of query rows of one head.
@@ -51,6 +56,7 @@ struct Scratch {
     pairs: Vec<u32>,
     out: Vec<f32>,
     state: RowState,
+    tail: TailScratch,
 }
 
 thread_local! {
@@ -79,15 +85,16 @@ impl<E: Load> Attention<'_, '_, E> {
     pub fn tiled(&self, layout: &TileLayout, block_q: usize, smooth_k: SmoothK, packed: &mut AVec<u32>) {
         let max_tiles = PACKED_BYTES_MAX / 4 / layout.words();
         let mut wave: Vec<Unit<'_>> = Vec::new();
-        let mut tiles = 0;
+        let (mut tiles, mut tail_tiles) = (0, 0);
         for (sequence_index, sequence) in self.call.sequences().enumerate() {
             let count = sequence.kv_len.div_ceil(TILE_KEYS);
             for kv_head in 0..self.call.problem.num_kv_heads {
                 if tiles + count > max_tiles && !wave.is_empty() {
                     self.wave(layout, block_q, smooth_k, &wave, tiles, packed);
                     wave.clear();
-                    tiles = 0;
+                    (tiles, tail_tiles) = (0, 0);
                 }
+                let tail_count = self.tail_tiles(&sequence);
                 wave.push(Unit {
                     sequence_index,
                     sequence,
@@ -95,8 +102,11 @@ impl<E: Load> Attention<'_, '_, E> {
                     seen: self.seen.head(sequence_index, kv_head),
                     first_tile: tiles,
                     tiles: count,
+                    first_tail_tile: tail_tiles,
+                    tail_tiles: tail_count,
                 });
                 tiles += count;
+                tail_tiles += tail_count;
             }
         }
         self.wave(layout, block_q, smooth_k, &wave, tiles, packed);
@@ -127,6 +137,9 @@ impl<E: Load> Attention<'_, '_, E> {
             }
         });
 
+        let tail_layout = self.tail_layout();
+        let tail = tail_layout.map_or(Vec::new(), |layout| self.pack_tails(&layout, units, &means));
+
         let packed = &*packed;
         let group_size = self.call.problem.group_size();
         let mut blocks = Vec::new();
@@ -141,7 +154,14 @@ impl<E: Load> Attention<'_, '_, E> {
             let unit = &units[block.unit];
             let tiles = &packed[unit.first_tile * layout.words()..][..unit.tiles * layout.words()];
             SCRATCH.with_borrow_mut(|scratch| {
-                self.block(layout, unit, block, tiles, &means[block.unit], scratch)
+                let mean = &means[block.unit];
+                self.block(layout, unit, block, tiles, mean, scratch);
+                if let Some(layout) = &tail_layout {
+                    let words = layout.words();
+                    let tiles = &tail[unit.first_tail_tile * words..][..unit.tail_tiles * words];
+                    self.add_tail(layout, unit, block, tiles, mean, scratch);
+                }
+                self.write_block(layout, unit, scratch);
             });
         });
     }
@@ -181,7 +201,7 @@ impl<E: Load> Attention<'_, '_, E> {
         });
     }
 
-    /// Computes a block of queries.
+    /// Passes a block of queries over the tiles that it sees.
     fn block(
         &self,
         layout: &TileLayout,
@@ -216,13 +236,18 @@ impl<E: Load> Attention<'_, '_, E> {
             let packed = layout.parts(&tiles[tile * layout.words()..][..layout.words()]);
             self.attend_tile(layout, unit, &packed, kept, !mean.is_empty(), scratch);
         }
+    }
 
+    /// Writes a block's output.
+    fn write_block(&self, layout: &TileLayout, unit: &Unit<'_>, scratch: &Scratch) {
         // The cap acted on whole scores; without one, the log-sum-exp lacks the mean's part.
         let capped = self.call.problem.logit_softcap.is_some();
-        for (r, (row, out)) in scratch.rows.iter().zip(scratch.out.chunks_exact(padded_dim)).enumerate() {
+        for (r, (row, out)) in
+            scratch.rows.iter().zip(scratch.out.chunks_exact(layout.padded_dim())).enumerate()
+        {
             let mean_score = if capped { 0.0 } else { scratch.mean_score[r] };
             // SAFETY: each row belongs to one block, and each block to one thread.
-            unsafe { self.write_row(sequence, row, totals(&scratch.state, r), mean_score, out) }
+            unsafe { self.write_row(&unit.sequence, row, totals(&scratch.state, r), mean_score, out) }
         }
     }
 
@@ -236,6 +261,23 @@ impl<E: Load> Attention<'_, '_, E> {
         Kept { keys, cut }: Kept,
         smoothed: bool,
         scratch: &mut Scratch,
+    ) {
+        let first = keys.start;
+        self.step(layout, tile, keys, scratch, |rows, columns, mean_score, scores| {
+            let mean_score = smoothed.then_some(mean_score);
+            self.finish_scores(unit.sequence_index, rows, first..first + columns, cut, mean_score, scores);
+        });
+    }
+
+    /// The same, where `finish` is given the rows, the number of columns, what smoothing K took from each row's scores,
+    /// and the scores, and caps and masks them.
+    fn step(
+        &self,
+        layout: &TileLayout,
+        tile: &Tile<'_>,
+        keys: Range<usize>,
+        scratch: &mut Scratch,
+        finish: impl FnOnce(&[Row], usize, &[f32], &mut [f32]),
     ) {
         let width = self.kernels.width;
         // Of the tile's keys, those before the first that is kept; whole panels of K.
@@ -259,9 +301,7 @@ impl<E: Load> Attention<'_, '_, E> {
             QkForm::Float => self.kernels.scores_float(args),
             QkForm::Int(_) => self.kernels.scores_int(args),
         }
-        let mean_score = smoothed.then_some(&mean_score[..]);
-        let computed = keys.start..keys.start + columns;
-        self.finish_scores(unit.sequence_index, rows, computed, cut, mean_score, scores);
+        finish(rows, columns, mean_score, scores);
 
         let softmax = Softmax { rows: row_groups * self.kernels.rows, columns, scores, pairs, state };
         // Single probabilities take the places of the scores, 12-bit ones have pairs of their own.

@@ -139,6 +139,32 @@ impl<'c> BlockRows<'c> {
     }
 }
 
+/// The blocks of keys that a block mask keeps for a row; all where there is no mask.
+#[derive(Clone, Copy)]
+pub(crate) struct BlockColumns<'c> {
+    mask: Option<BlockMask<View<'c, bool>>>,
+    /// Sequence, query head, and block of queries.
+    at: [usize; 3],
+}
+
+impl<'c> BlockColumns<'c> {
+    pub fn of(call: &Call<'c>, batch: usize, row: &Row) -> Self {
+        let block = call.block_mask.map_or(0, |mask| row.index / mask.block_q);
+        BlockColumns { mask: call.block_mask, at: [batch, row.head, block] }
+    }
+
+    /// Whether a block of keys is computed.
+    pub fn is_kept(&self, column: usize) -> bool {
+        let [batch, head, block] = self.at;
+        self.mask.is_none_or(|mask| mask.blocks.at([batch, head, block, column]))
+    }
+
+    /// Whether both are the same line of the mask.
+    pub fn is(&self, other: &Self) -> bool {
+        self.at == other.at
+    }
+}
+
 fn block_is_visible(mask: &BlockMask<View<'_, bool>>, [batch, head, row]: [usize; 3], column: usize) -> bool {
     mask.blocks.at([batch, head, row / mask.block_q, column])
 }

@@ -74,7 +74,11 @@ pub fn heat_maps(path: &Path, title: &str, caption: &str, maps: &[(String, Vec<V
     write(path, &HeatMaps { title, caption, maps })
 }
 
-fn write(path: &Path, figure: &impl Figure) -> Result<()> {
+/// Draws a figure into a file.
+///
+/// # Errors
+/// As [`lines`].
+pub fn write(path: &Path, figure: &impl Figure) -> Result<()> {
     let bytes = Format::of(path).map_err(|reason| format!("--plot: {reason}"))?.render(figure);
     let bytes = bytes.map_err(|error| format!("{}: cannot be drawn: {error}", path.display()))?;
     fs::write(path, bytes).map_err(|error| format!("{}: {error}", path.display()).into())

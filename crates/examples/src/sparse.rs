@@ -4,9 +4,8 @@ use std::fmt;
 use std::str::FromStr;
 
 use candle_core::{DType, Tensor};
-use rayon::prelude::*;
-use sage_core::sparse::{Predictor, Select, pooled_tail};
-use sage_core::{Alignment, Band, Call, Inputs, Options};
+use sage_core::sparse::{Predictor, Select};
+use sage_core::{Alignment, Band};
 use sageattention::{Attention, Choice};
 
 use crate::Result;
@@ -53,54 +52,23 @@ impl FromStr for Setting {
     }
 }
 
-/// What the blocks left out are worth.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum LeftOut {
-    /// Nothing; the others are computed by our kernels, in a scheme.
-    Nothing(Choice),
-    /// A pooled term each, by definition in double precision. Slow.
-    PooledTail,
-}
-
-/// Causal attention over predicted blocks.
+/// Causal attention over predicted blocks, computed in a scheme.
 #[derive(Clone, Debug)]
 pub struct SparseAttention {
-    predictor: Predictor,
-    left_out: LeftOut,
+    attention: Attention<'static>,
     densities: Vec<f64>,
 }
 
 impl SparseAttention {
-    /// Attention of `predictor`'s blocks.
-    pub fn new(predictor: Predictor, left_out: LeftOut) -> Self {
-        SparseAttention { predictor, left_out, densities: Vec::new() }
+    /// Attention of `predictor`'s blocks; with `pooled_tail` those left out count with their means.
+    pub fn new(predictor: Predictor, choice: Choice, pooled_tail: bool) -> Self {
+        let attention = Attention::new().causal(true).scheme(choice).sparse(predictor);
+        SparseAttention { attention: attention.pooled_tail(pooled_tail), densities: Vec::new() }
     }
 
     /// Mean share of the blocks that were computed, over all calls, among those that the causal mask shows.
     pub fn density(&self) -> f64 {
         self.densities.iter().sum::<f64>() / self.densities.len() as f64
-    }
-
-    /// The query heads of one key head, with pooled terms.
-    fn group(&self, [q, k, v]: [&Tensor; 3]) -> Result<(Vec<f32>, f64)> {
-        let (q, k, v) = (plain(q)?, plain(k)?, plain(v)?);
-        let options = Options::default().band(CAUSAL);
-        let call = Call::check_sparse(&Inputs::new(q.view(), k.view(), v.view()), &options, &self.predictor)?;
-        let map = self.predictor.map(&call)?;
-        let density = map.density(&CAUSAL, call.problem.q_len, call.problem.kv_len)?;
-        Ok((pooled_tail(&call.over(&map)?).out.into_iter().map(|x| x as f32).collect(), density))
-    }
-
-    fn with_pooled_tail(&mut self, [q, k, v]: [&Tensor; 3]) -> Result<Vec<f32>> {
-        let kv_heads = k.dim(1)?;
-        let group = q.dim(1)? / kv_heads;
-        let of_head = |head: usize| {
-            let q = q.narrow(1, head * group, group)?;
-            self.group([&q, &k.narrow(1, head, 1)?, &v.narrow(1, head, 1)?])
-        };
-        let found = (0..kv_heads).into_par_iter().map(of_head).collect::<Result<Vec<_>>>()?;
-        self.densities.extend(found.iter().map(|(_, density)| density));
-        Ok(found.into_iter().flat_map(|(out, _)| out).collect())
     }
 }
 
@@ -113,18 +81,13 @@ impl Attend for SparseAttention {
         if *visible != Visible::Causal || q.dims()[2] != k.dims()[2] || q.dims()[0] != 1 {
             return Err("blocks: found a batch or earlier tokens, expected one whole causal sequence".into());
         }
-        let out = match self.left_out {
-            LeftOut::PooledTail => self.with_pooled_tail(qkv)?,
-            LeftOut::Nothing(choice) => {
-                let (q, k, v) = (plain(q)?, plain(k)?, plain(v)?);
-                let attention = Attention::new().causal(true).scheme(choice).sparse(self.predictor.clone());
-                let output = attention.forward(&q, &k, &v)?;
-                let map = output.map.ok_or("attention returned no map")?;
-                self.densities.push(map.density(&CAUSAL, q.shape()[2], k.shape()[2])?);
-                output.out.to_f32_vec()
-            }
-        };
-        Ok(Tensor::from_vec(out, q.dims(), q.device())?.to_dtype(q.dtype())?)
+        let (q, k, v) = (plain(q)?, plain(k)?, plain(v)?);
+        let output = self.attention.forward(&q, &k, &v)?;
+        let map = output.map.ok_or("attention returned no map")?;
+        self.densities.push(map.density(&CAUSAL, q.shape()[2], k.shape()[2])?);
+        let [like, ..] = qkv;
+        let out = Tensor::from_vec(output.out.to_f32_vec(), like.dims(), like.device())?;
+        Ok(out.to_dtype(like.dtype())?)
     }
 }
 
@@ -137,6 +100,7 @@ fn plain(tensor: &Tensor) -> Result<sage_core::Tensor> {
 #[cfg(test)]
 mod tests {
     use candle_core::Device;
+    use sage_core::Preset;
 
     use super::*;
     use crate::method::Method;
@@ -153,14 +117,16 @@ mod tests {
     fn all_blocks_are_exact_attention_with_and_without_a_tail() {
         let (q, k, v) = (random(4), random(2), random(2));
         let exact = Method::Exact.compute(&q, &k, &v, &Visible::Causal).unwrap();
-        let full = Choice::Preset(sage_core::Preset::FULL);
-        for left_out in [LeftOut::Nothing(full), LeftOut::PooledTail] {
-            let mut all = SparseAttention::new(Predictor::sla(1.0), left_out);
+        for pooled_tail in [false, true] {
+            let blocks = |share| {
+                SparseAttention::new(Predictor::sla(share), Choice::Preset(Preset::FULL), pooled_tail)
+            };
+            let mut all = blocks(1.0);
             let out = all.attend(0, [&q, &k, &v], &Visible::Causal).unwrap();
             assert!(distance(&out, &exact) < 1e-5);
             assert_eq!(all.density(), 1.0);
             // Half of the blocks are another result.
-            let mut half = SparseAttention::new(Predictor::sla(0.5), left_out);
+            let mut half = blocks(0.5);
             let out = half.attend(0, [&q, &k, &v], &Visible::Causal).unwrap();
             assert!(distance(&out, &exact) > 1e-3);
             assert!((0.4..0.8).contains(&half.density()), "{}", half.density());

@@ -10,7 +10,7 @@ mod predict;
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use sage_core::{Accumulator, DType, Preset, Problem, Pv, Scheme, SmoothK};
+use sage_core::{Accumulator, Alignment, Band, DType, Preset, Problem, Pv, Scheme, SmoothK};
 use sage_ptx::Target;
 
 use crate::attention::{AttentionConfig, MaskForm};
@@ -18,7 +18,9 @@ use crate::forward::{Extent, ForwardPlan, Request, int8_scheme};
 use crate::kernel::Kernel;
 use crate::machine::Machine;
 use crate::pass::Pass;
+use crate::predict::PoolBlocksConfig;
 use crate::sequence::Lengths;
+use crate::tail::PooledTailConfig;
 
 /// Head dimensions of models, and one (40) that fills no tile.
 const HEAD_DIMS: [usize; 8] = [40, 64, 72, 80, 96, 128, 192, 256];
@@ -90,6 +92,8 @@ struct Call {
     /// Whether all heads have the same mask.
     one_mask: bool,
     blocks: Option<[usize; 2]>,
+    pooled_tail: bool,
+    causal: bool,
     lengths: Lengths,
     aligned: bool,
     softcap: bool,
@@ -119,6 +123,8 @@ impl Default for Call {
             mask: MaskForm::None,
             one_mask: false,
             blocks: None,
+            pooled_tail: false,
+            causal: false,
             lengths: Lengths::Dense,
             aligned: true,
             softcap: false,
@@ -139,7 +145,11 @@ impl Call {
         let packed = self.lengths == Lengths::Packed;
         let rows = |len: usize| if packed { batch * len } else { len };
         let mut problem = Problem::dense(self.dtype, [batch, heads, heads], [q_len, kv_len], self.head_dim)
-            .blocks(self.blocks);
+            .blocks(self.blocks)
+            .pooled_tail(self.pooled_tail);
+        if self.causal {
+            problem.band = Band::causal(Alignment::BottomRight);
+        }
         problem.logit_softcap = self.softcap.then_some(1.0);
         problem.packed = packed;
         problem.masked = self.mask != MaskForm::None;
@@ -279,6 +289,18 @@ impl List {
                 let call = Call { head_dim, scheme, blocks: Some(blocks), ..Call::default() };
                 self.add(&call, false, |_| true);
             }
+        }
+        let int8 = Some(int8_scheme(DType::F16));
+        let usual = Call { head_dim, blocks: Some([64, 64]), pooled_tail: true, ..Call::default() };
+        for call in [
+            Call { scheme: int8, ..usual },
+            Call { dtype: DType::BF16, causal: true, lse: true, scheme: int8, ..usual },
+            Call { causal: true, lengths: Lengths::KvLens, aligned: false, softcap: true, ..usual },
+        ] {
+            self.add(&call, false, |kernel| {
+                kernel.downcast_ref::<PooledTailConfig>().is_some()
+                    || kernel.downcast_ref::<PoolBlocksConfig>().is_some()
+            });
         }
     }
 

@@ -11,6 +11,7 @@ mod preferences;
 mod request;
 mod sample;
 mod scores;
+mod tail;
 mod tensors;
 mod values;
 
@@ -147,6 +148,13 @@ impl Planned {
         let smooth_q = scores::smooth_q_rows(scheme, call.problem.q_len)?;
         let operands = Operands::new(call.problem.dtype, qk, values::form(&call, scheme)?);
         let mut pass = ForwardPass::new();
+        let (mut call, lse) = (call, call.request.lse);
+        let tail = call.problem.blocks.filter(|_| call.problem.pooled_tail);
+        if tail.is_some() && !lse {
+            // Pooled terms are weighted by what is kept.
+            pass.slot(call::slot::LSE, 4 * call.total_rows());
+            call.request.lse = true;
+        }
         if call.request.mask != MaskForm::None {
             masks::see_keys(call, &mut pass);
             if [operands.k, operands.v].iter().any(|operand| operand.source == OperandSource::Workspace) {
@@ -159,6 +167,10 @@ impl Planned {
         values::prepare(call, scheme, operands.v, &mut pass);
         let attention = PlannedAttention::new(call, scheme, operands, smooth_q, reasons);
         attention.launch(&mut pass);
+        if let Some(blocks) = tail {
+            reasons.push("the means of the blocks left out are added to what attention has written".into());
+            tail::add(call, blocks, lse, &mut pass);
+        }
         let (key, tiling, splits) = (attention.key, attention.tiling(), attention.splits);
         Ok(Planned { pass: pass.finish(), key, tiling, splits })
     }
@@ -177,6 +189,12 @@ fn check_sizes(problem: &Problem, request: &Request) -> Result<()> {
                 format!("at most {MAX_ROWS} on a GPU"),
             ));
         }
+    }
+    if problem.pooled_tail && request.lengths == Lengths::Packed {
+        return Err(Error::unsupported(
+            "pooled_tail with cu_seqlens on a GPU",
+            "give dense tensors, or each sequence by itself",
+        ));
     }
     // Kernels count keys from the first that some query sees, which the limits would have to follow.
     let (left, _) = problem.band.limits();

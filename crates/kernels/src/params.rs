@@ -8,7 +8,8 @@
 /// [`TensorArg`](crate::tensor::TensorArg)), and `input` one whose rows are sequences': the fields of
 /// [`InputParams`](crate::preprocess::InputParams). `pool` is a KV cache's: [`PoolParams`](crate::decode::PoolParams).
 /// `per_head` is a number that heads may have of their own: [`PerHeadParam`](crate::predict::PerHeadParam). `tokens`
-/// says which tokens are whose: [`TokensParams`](crate::predict::TokensParams).
+/// says which tokens are whose: [`TokensParams`](crate::predict::TokensParams), and `lengths` which rows are a sequence's:
+/// [`LengthParams`](crate::sequence::LengthParams).
 macro_rules! kernel_params {
     (
         $(#[$doc:meta])*
@@ -62,6 +63,7 @@ macro_rules! inside {
     (pool) => { $crate::decode::PoolParams<'k> };
     (per_head) => { $crate::predict::PerHeadParam<'k> };
     (tokens) => { $crate::predict::TokensParams<'k> };
+    (lengths) => { $crate::sequence::LengthParams<'k> };
     ([$element:ty]) => { sage_ptx::Global<'k, $element> };
     ($scalar:ty) => { sage_ptx::Val<'k, $scalar> };
 }
@@ -81,6 +83,9 @@ macro_rules! outside {
     };
     (tokens) => {
         $crate::predict::TokensArgs
+    };
+    (lengths) => {
+        $crate::sequence::LengthArgs
     };
     ([$element:ty]) => {
         u64
@@ -106,6 +111,9 @@ macro_rules! declare {
     ($code:ident, tokens, $name:expr) => {
         $crate::predict::TokensParams::declare($code)
     };
+    ($code:ident, lengths, $name:expr) => {
+        $crate::sequence::LengthParams::declare($code)
+    };
     ($code:ident, [$element:ty], $name:expr) => {
         $code.global::<$element>($name)
     };
@@ -130,6 +138,9 @@ macro_rules! count {
     (tokens) => {
         $crate::predict::TokensArgs::COUNT
     };
+    (lengths) => {
+        $crate::sequence::LengthArgs::COUNT
+    };
     ($kind:tt) => {
         1
     };
@@ -149,6 +160,9 @@ macro_rules! arg {
         $value.args()
     };
     (tokens, $value:expr) => {
+        $value.args()
+    };
+    (lengths, $value:expr) => {
         $value.args()
     };
     ([$element:ty], $value:expr) => {

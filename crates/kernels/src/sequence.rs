@@ -3,6 +3,8 @@
 use sage_core::{Alignment, Band};
 use sage_ptx::{Code, Global, Val};
 
+use crate::params::kernel_params;
+
 /// Keys of a tile: what the quantised K and V are cut into.
 pub const KEY_TILE: usize = 64;
 
@@ -65,23 +67,24 @@ pub(crate) struct Sequence<'k> {
     pub first_tile: Val<'k, i32>,
 }
 
-/// What a kernel is told about lengths.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct LengthParams<'k> {
-    /// Query rows of the tensors.
-    pub q_rows: Val<'k, i32>,
-    /// Key rows of the tensors.
-    pub kv_rows: Val<'k, i32>,
-    /// Boundaries of packed queries.
-    pub cu_seqlens_q: Global<'k, i32>,
-    /// Boundaries of packed keys, or the valid keys of each batch entry.
-    pub cu_seqlens_k: Global<'k, i32>,
-    /// Keys visible before the diagonal; [`NO_LIMIT`] for all.
-    pub window_left: Val<'k, i32>,
-    /// Keys visible after the diagonal; [`NO_LIMIT`] for all.
-    pub window_right: Val<'k, i32>,
-    /// Whether the last query sees the last key at the diagonal (1), or the first the first (0).
-    pub bottom_right: Val<'k, i32>,
+kernel_params! {
+    /// What a kernel is told about lengths.
+    LengthParams, LengthArgs {
+        /// Query rows of the tensors.
+        q_rows: i32,
+        /// Key rows of the tensors.
+        kv_rows: i32,
+        /// Boundaries of packed queries.
+        cu_seqlens_q: [i32],
+        /// Boundaries of packed keys, or valid keys of each batch entry.
+        cu_seqlens_k: [i32],
+        /// Keys visible before the diagonal; 2³⁰ for all.
+        window_left: i32,
+        /// Keys visible after the diagonal; 2³⁰ for all.
+        window_right: i32,
+        /// Whether the last query sees the last key at the diagonal (1), or the first the first (0).
+        bottom_right: i32,
+    }
 }
 
 /// "No limit" of a window: far beyond any key, and far from overflow.

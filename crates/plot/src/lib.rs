@@ -2,6 +2,8 @@
 
 #![forbid(unsafe_code)]
 
+mod density;
+
 use std::error::Error;
 use std::path::Path;
 
@@ -10,6 +12,8 @@ use plotters::coord::Shift;
 use plotters::coord::ranged1d::ValueFormatter;
 use plotters::prelude::*;
 use plotters::style::{FontStyle, register_font};
+
+pub use density::DensityPlot;
 
 /// Whatever goes wrong while drawing.
 pub type DrawResult = Result<(), Box<dyn Error>>;

@@ -42,6 +42,7 @@ pub struct Attention<'a> {
     mask: Option<AnyMask<'a>>,
     block_mask: Option<AnyBlockMask<'a>>,
     predictor: Option<Predictor>,
+    pooled_tail: bool,
     lengths: AnyLengths<'a>,
     choice: Choice,
     nearest: bool,
@@ -61,6 +62,7 @@ impl Default for Attention<'_> {
             mask: None,
             block_mask: None,
             predictor: None,
+            pooled_tail: false,
             lengths: Lengths::Dense,
             choice: Choice::Automatic,
             nearest: false,
@@ -140,6 +142,25 @@ impl<'a> Attention<'a> {
     /// ```
     pub fn sparse(self, predictor: Predictor) -> Self {
         Attention { predictor: Some(predictor), ..self }
+    }
+
+    /// Whether each block that a block mask or a predictor leaves out counts as one key, with the means of its keys and
+    /// values and the weight of all of them: Sol-Attn's pooled terms (arXiv 2607.24027, §3.2), by
+    /// [`sparse::pooled_tail`](crate::sparse::pooled_tail()). They are not quantised. Not with an explicit mask.
+    ///
+    /// ```
+    /// use sageattention::sparse::Predictor;
+    /// use sageattention::{Attention, Tensor};
+    ///
+    /// let x = Tensor::new(vec![0.5f32; 4 * 256 * 64], &[1, 4, 256, 64])?;
+    /// let sol = Attention::new().sparse(Predictor::sol_attn(1.0)).pooled_tail(true).return_lse(true);
+    /// // All keys are alike, and so none is missed: the sum is over all 256.
+    /// let lse = sol.forward(&x, &x, &x)?.lse.expect("asked for").to_f32_vec();
+    /// assert!((lse[0] - (2.0 + 256f32.ln())).abs() < 1e-2);
+    /// # Ok::<(), sageattention::Error>(())
+    /// ```
+    pub fn pooled_tail(self, pooled_tail: bool) -> Self {
+        Attention { pooled_tail, ..self }
     }
 
     /// Only the first `kv_lens[b]` keys of batch entry `b` are valid.
@@ -331,6 +352,7 @@ impl<'a> Attention<'a> {
             .sm_scale(self.sm_scale)
             .band(Band { right, ..self.window })
             .logit_softcap(self.logit_softcap)
+            .pooled_tail(self.pooled_tail)
     }
 
     /// Computes into new memory of this machine.

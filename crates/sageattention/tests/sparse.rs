@@ -1,7 +1,10 @@
 //! Attention over predicted blocks through the front door.
 
-use sageattention::sparse::{Predictor, Select};
-use sageattention::{Alignment, Attention, DType, KvCacheOptions, Result, Tensor};
+use sage_core::metrics::Accuracy;
+use sageattention::sparse::{Predictor, Select, pooled_tail};
+use sageattention::{
+    Alignment, Attention, Call, DType, Inputs, KvCacheOptions, Mask, Preset, Result, Tensor,
+};
 
 /// Rows of which neighbours are alike.
 fn local(shape: &[usize], seed: u64) -> Tensor {
@@ -35,6 +38,59 @@ fn a_call_returns_the_map_that_it_computed() -> Result<()> {
     let exact = sparse.smooth_k(false).forward(&q, &k, &v)?;
     assert_eq!(exact.map.as_ref(), Some(&map), "what quantising subtracts from K changes no map");
     Ok(())
+}
+
+#[test]
+fn a_pooled_tail_is_the_definition_and_nearer_to_dense_attention() -> Result<()> {
+    let [q, k, v] = [1, 2, 3].map(|seed| local(&[1, 4, 400, 32], seed));
+    for attention in [Attention::new(), Attention::new().causal(true)] {
+        let attention = attention.scheme(Preset::FULL);
+        let sparse = attention.clone().sparse(Predictor::sla(0.3));
+        let result = sparse.clone().pooled_tail(true).return_lse(true).forward(&q, &k, &v)?;
+        let map = result.map.expect("a predictor was given");
+        let given = attention.clone().block_mask(map.mask()).pooled_tail(true).forward(&q, &k, &v)?;
+        assert_eq!(given.out, result.out, "a map that is given is as good");
+        let inputs = Inputs::new(q.view(), k.view(), v.view()).block_mask(map.mask());
+        let call = Call::check(&inputs, &attention.options())?;
+        let expected = pooled_tail(&call);
+        let distance = |out: &Tensor, from: &[f64]| Accuracy::of(&out.to_f32_vec(), from).relative_l1;
+        // Outputs are rounded to 11 bits.
+        assert!(distance(&result.out, &expected.out) < 3e-4);
+        let lse = result.lse.expect("asked for").to_f32_vec();
+        assert!(lse.iter().zip(&expected.lse).all(|(a, b)| (f64::from(*a) - b).abs() < 1e-5));
+        let dense = attention.forward(&q, &k, &v)?.out.to_f32_vec();
+        let dense: Vec<f64> = dense.into_iter().map(f64::from).collect();
+        let without = sparse.clone().forward(&q, &k, &v)?.out;
+        assert!(distance(&result.out, &dense) < 0.7 * distance(&without, &dense));
+        let plan = sparse.pooled_tail(true).plan(&q, &k, &v)?.to_string();
+        assert!(plan.contains("64 queries × 64 keys, the others by their means"), "{plan}");
+    }
+    Ok(())
+}
+
+#[test]
+fn what_has_no_pooled_tail_is_refused_by_name() {
+    let x = local(&[1, 2, 200, 32], 1);
+    let error = |attention: Attention<'_>| attention.forward(&x, &x, &x).unwrap_err().to_string();
+    let tail = Attention::new().pooled_tail(true);
+    assert_eq!(
+        error(tail.clone()),
+        "pooled_tail without a block mask is not supported: give the blocks that are computed, or a predictor of them"
+    );
+    let hidden = Tensor::new(vec![0.0; 200], &[200]).unwrap();
+    let masked = tail.clone().sparse(Predictor::sla(0.5)).mask(Mask::Additive(hidden.view()));
+    assert_eq!(
+        error(masked),
+        "pooled_tail with an explicit mask is not supported: \
+         the keys of a block would not be one mean; use causal, window and length options"
+    );
+    let mut cache = KvCacheOptions::new(2, 32).build().unwrap();
+    cache.append(&x, &x).unwrap();
+    assert_eq!(
+        cache.attend(&x, &tail).unwrap_err().to_string(),
+        "pooled_tail with a KV cache is not supported: \
+         attention over a cache computes the blocks that its block mask keeps"
+    );
 }
 
 #[test]

@@ -48,6 +48,8 @@ pub struct Case {
     pub mask: Option<CaseMask>,
     /// A block mask.
     pub blocks: Option<CaseBlocks>,
+    /// Whether the blocks that it leaves out count with their means.
+    pub pooled_tail: bool,
     /// Lengths of the sequences.
     pub sequences: Sequences,
     /// What K and V hold where no query sees a key.
@@ -213,6 +215,7 @@ impl Default for Case {
             sm_scale: None,
             mask: None,
             blocks: None,
+            pooled_tail: false,
             sequences: Sequences::Dense,
             spoil: None,
             scheme: None,
@@ -259,7 +262,8 @@ impl Case {
                 .layout(self.layout)
                 .sm_scale(self.sm_scale)
                 .band(self.band)
-                .logit_softcap(self.softcap),
+                .logit_softcap(self.softcap)
+                .pooled_tail(self.pooled_tail),
             mask,
             blocks,
             kv_lens: match &self.sequences {

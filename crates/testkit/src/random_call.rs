@@ -167,6 +167,9 @@ impl RandomCall {
             let visible = (0..shape.iter().product()).map(|_| rng.random_bool(kept)).collect();
             OwnedBlocks::new(visible, &shape, [block_q, block_k])
         });
+        // What no backend has: an explicit mask; and packed sequences, which not every backend has.
+        options.pooled_tail =
+            blocks.is_some() && mask.is_none() && !packed && kv_rows > 0 && rng.random_bool(0.5);
         let call = OwnedCall {
             out: out.0,
             options,

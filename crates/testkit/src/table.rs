@@ -22,6 +22,7 @@ pub fn table() -> Vec<Case> {
     }
     cases.extend(schemes());
     cases.extend(block_masks());
+    cases.extend(pooled_tails());
     for (number, case) in cases.iter_mut().enumerate() {
         case.seed = 8 * number as u64;
     }
@@ -183,6 +184,61 @@ fn block_masks() -> Vec<Case> {
             blocks: blocks(64, 64, 0.5),
             mask: Some(CaseMask::bias(DType::F16, Extent::Matrix)),
             softcap: Some(20.0),
+            ..case
+        },
+    ]
+}
+
+/// Blocks that are left out and count with their means: of sizes that divide tiles and such that do not, with bands that
+/// show parts of them, for every density.
+fn pooled_tails() -> Vec<Case> {
+    let blocks = |q, k, kept| Some(CaseBlocks::new(q, k).keeping(kept));
+    let case = Case { pooled_tail: true, q_heads: 4, kv_heads: 2, ..of(150, 400, 64) };
+    let fp8 = Some(Preset::INT8_FP8.scheme(64));
+    vec![
+        Case { blocks: blocks(64, 64, 0.5), scheme: int8(), ..case.clone() },
+        Case { blocks: blocks(128, 64, 0.2), scheme: fp8, k_bias: Bias::Channels(4.0), ..case.clone() },
+        Case { blocks: blocks(64, 128, 0.0), dtype: DType::BF16, ..case.clone() },
+        Case { blocks: blocks(33, 7, 0.3), lse: false, ..case.clone() },
+        Case { blocks: blocks(16, 1, 0.3), kv_len: 150, head_dim: 40, gap: 3, offset: 1, ..case.clone() },
+        Case { blocks: blocks(64, 64, 1.0), ..case.clone() },
+        Case { blocks: blocks(64, 500, 0.5), ..case.clone() },
+        Case { blocks: blocks(64, 64, 0.5), band: CAUSAL, scheme: int8(), ..case.clone() },
+        Case { blocks: blocks(33, 48, 0.2), band: CAUSAL, dtype: DType::BF16, q_len: 400, ..case.clone() },
+        Case {
+            blocks: blocks(64, 100, 0.2),
+            band: TOP_LEFT,
+            softcap: Some(5.0),
+            head_dim: 128,
+            ..case.clone()
+        },
+        Case { blocks: blocks(48, 16, 0.3), band: Band { left: None, ..WINDOW }, ..case.clone() },
+        Case { blocks: blocks(64, 64, 0.4), softcap: Some(8.0), k_bias: Bias::Channels(4.0), ..case.clone() },
+        Case {
+            blocks: blocks(64, 64, 0.4),
+            batch: 3,
+            sequences: Sequences::Staggered,
+            spoil: Some(f32::NAN),
+            scheme: int8(),
+            layout: Layout::Nhd,
+            ..case.clone()
+        },
+        Case {
+            blocks: blocks(64, 32, 0.4),
+            batch: 2,
+            sequences: Sequences::KvLens(vec![333, 100]),
+            band: CAUSAL,
+            spoil: Some(f32::NAN),
+            ..case.clone()
+        },
+        // Windows that hide the first keys, which GPUs refuse with any block mask.
+        Case { blocks: blocks(32, 20, 0.3), band: WINDOW, q_len: 390, ..case.clone() },
+        Case { blocks: blocks(64, 200, 0.3), band: WINDOW, ..case.clone() },
+        Case {
+            blocks: blocks(48, 80, 0.4),
+            sequences: Sequences::Packed(vec![0, 70, 300], vec![0, 350, 400]),
+            band: TOP_LEFT,
+            spoil: Some(f32::NAN),
             ..case
         },
     ]

@@ -22,6 +22,7 @@ class Request(NamedTuple):
     scheme: Optional[str] = None
     nearest: bool = False
     smooth_k: bool = True
+    pooled_tail: bool = False
 
 
 @functools.lru_cache(maxsize=1024)
@@ -41,6 +42,7 @@ def request(
     scheme: Any = None,
     nearest: bool = False,
     smooth_k: Any = True,
+    pooled_tail: Any = False,
 ) -> Request:
     """A request from the public functions' arguments."""
     if not isinstance(tensor_layout, str):
@@ -65,6 +67,7 @@ def request(
         scheme,
         nearest,
         _values.flag("smooth_k", smooth_k),
+        _values.flag("pooled_tail", pooled_tail),
     )
 
 

@@ -43,6 +43,7 @@ def sparse_attention(
     attn_mask: Any = None,
     *,
     return_map: bool = False,
+    pooled_tail: bool = False,
     smoothing: bool = True,
     scheme: Optional[str] = None,
     causal_alignment: str = "bottom_right",
@@ -61,9 +62,12 @@ def sparse_attention(
         tensor_layout: "HND" or "NHD".
         is_causal: Whether a query sees no later key.
         sm_scale: Factor on QKᵀ, above 0; `1 / sqrt(head_dim)` when None.
-        return_lse: Whether to return the log-sum-exp too, of the scores that were computed.
+        return_lse: Whether to return the log-sum-exp too, of the scores that were computed and of pooled terms.
         attn_mask: Bool or additive, broadcastable to `[batch, heads, q_len, kv_len]`.
         return_map: Whether to return the map too.
+        pooled_tail: Whether each block that is left out counts as one key, with the means of its keys and values and the
+            weight of all of them, as in Sol-Attn (arXiv 2607.24027): worth a fifth of the error and more where few
+            blocks are kept of a video, and nothing for text. Not with `attn_mask`.
         smoothing: Whether K's mean is subtracted before K is quantised; what the predictor subtracts is its own option.
         scheme: The name of a scheme, in place of the device's choice.
         causal_alignment: "bottom_right" or "top_left": where the diagonal lies when q_len != kv_len.
@@ -87,6 +91,7 @@ def sparse_attention(
         logit_softcap=logit_softcap,
         scheme=scheme,
         smooth_k=_values.flag("smoothing", smoothing),
+        pooled_tail=pooled_tail,
     )
     results = sparse(
         q,

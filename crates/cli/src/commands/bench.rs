@@ -90,7 +90,9 @@ impl Bench {
         let attention = || {
             let attention = self.call.attention().device(device);
             match &setting {
-                Some(setting) => attention.sparse(setting.predictor.clone()),
+                Some(setting) => {
+                    attention.sparse(setting.predictor.clone()).pooled_tail(self.predictor.pooled_tail)
+                }
                 None => attention,
             }
         };
@@ -125,6 +127,7 @@ impl Bench {
                 "device": device.to_string(),
                 "call": self.call.to_string(),
                 "predictor": setting.as_ref().map(Setting::to_string),
+                "pooled_tail": self.predictor.pooled_tail,
                 "threads": rayon::current_num_threads(),
                 "reps": self.reps,
                 "memory_bandwidth_gbs": limit,

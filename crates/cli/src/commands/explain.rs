@@ -71,7 +71,9 @@ impl Explain {
                 let [q, k, v] = made_up.tensors();
                 let attention = made_up.attention()?.device(self.device.device);
                 let attention = match &setting {
-                    Some(setting) => attention.sparse(setting.predictor.clone()),
+                    Some(setting) => {
+                        attention.sparse(setting.predictor.clone()).pooled_tail(self.predictor.pooled_tail)
+                    }
                     None => attention,
                 };
                 self.print(console, &attention.plan(q, k, v)?, setting.as_ref())

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use indicatif::ProgressBar;
 use sage_core::Problem;
-use sageattention::sparse::{BlockMap, PvFilter, filtered, pooled_tail};
+use sageattention::sparse::{BlockMap, PvFilter, filtered};
 use sageattention::{Attention, DType, MAX_HEAD_DIM, Tensor};
 use sageattn_files::qkv_file::{Qkv, printable};
 use serde_json::json;
@@ -20,7 +20,7 @@ use crate::options::{
     CallOptions, DTypeOption, DeviceOption, LayoutOption, PredictorOptions, SchemeName, Setting,
 };
 use crate::plot::PlotFile;
-use crate::sparse_plot::SparsePlot;
+use crate::sparse_plot::sparse_plot;
 use crate::sparse_row::{Found, HeadRow, Row, densities};
 use crate::speed::Subject;
 use crate::table::{Cell, DIM, TITLE, Table, styled};
@@ -31,6 +31,7 @@ use crate::video::VideoGrid;
 #[derive(Debug, Args)]
 #[command(
     mut_arg("predictor", |predictor| predictor.required(true)),
+    mut_arg("pooled_tail", |tail| tail.help("Also with a pooled term for each block left out")),
     mut_arg("layout", |layout| layout.conflicts_with("video")),
     mut_arg("dtype", |dtype| dtype.conflicts_with("inputs")),
     after_help = "\
@@ -39,8 +40,8 @@ Density is the share of blocks that are computed among those that the mask shows
 which leaves out what quantising costs. Time is that of prediction and attention together, beside dense attention of the \
 same scheme in the same run. Without an amount (--topk, --cdf, --topp, --tau) a customary range is tried.
 
---pooled-tail and --pvthreshd are computed by definitions in double precision, over the same blocks: the first as \
-Sol-Attn, where each block left out counts with its mean key and mean value; the second as SpargeAttn, where a tile \
+--pooled-tail measures the same once more where each block left out counts with its mean key and mean value, as in \
+Sol-Attn. --pvthreshd is computed by its definition in double precision, over the same blocks, as SpargeAttn: a tile \
 whose probabilities are all below 2^-X of their rows' largest is skipped, two tiles of 64 keys at the end excepted.
 
 --video makes tensors up that resemble those of a video diffusion transformer: 3-D RoPE over a grid of tokens, heads \
@@ -85,9 +86,6 @@ pub struct Sparse {
     scheme: SchemeName,
     #[command(flatten)]
     predictor: PredictorOptions,
-    /// Also with a pooled term for each block left out (slow: by definition)
-    #[arg(long)]
-    pooled_tail: bool,
     /// Also without the P·V of tiles that lie this many binary digits below their rows' maxima (slow: by definition)
     #[arg(long, value_delimiter = ',', value_name = "X,…")]
     pvthreshd: Vec<f32>,
@@ -149,7 +147,7 @@ impl Sparse {
             false => console.print(&format!("{what} written to {}\n", file.path().display())),
         };
         if let Some(file) = &plot {
-            file.write(&SparsePlot::new(&rows))?;
+            file.write(&sparse_plot(&rows))?;
             written(file, "plot")?;
         }
         if let (Some(file), Some(picture)) = (&map, &picture) {
@@ -191,9 +189,12 @@ impl Sparse {
         let plan = attention.plan(q, k, v)?;
         let problem = plan.problem();
         let settings = self.predictor.settings(problem.kv_len)?;
-        let calls: Vec<Attention<'_>> = std::iter::once(attention.clone())
-            .chain(settings.iter().map(|setting| attention.clone().sparse(setting.predictor.clone())))
-            .collect();
+        let over = |setting: &Setting| attention.clone().sparse(setting.predictor.clone());
+        let mut calls = vec![attention.clone()];
+        calls.extend(settings.iter().map(over));
+        if self.predictor.pooled_tail {
+            calls.extend(settings.iter().map(|setting| over(setting).pooled_tail(true)));
+        }
         // What no backend computes is refused before hours of exact attention.
         calls.iter().try_for_each(|call| call.plan(q, k, v).map(drop))?;
         let heads = Heads::new(&source.qkv, attention.options())?;
@@ -216,18 +217,15 @@ impl Sparse {
         for (i, setting) in settings.iter().enumerate() {
             let call = &calls[i + 1];
             let (out, map) = self.output(call, [q, k, v])?;
-            let found = self.found(&heads, setting, &progress, (&exact, &dense, &out))?;
+            let with_tail = calls.get(1 + settings.len() + i);
+            let tail = with_tail.map(|call| self.output(call, [q, k, v])).transpose()?.map(|(out, _)| out);
+            let found = self.found(&heads, setting, &progress, (&exact, &dense, &out, tail.as_ref()))?;
             let prediction = prediction_times(call, [q, k], self.reps)?;
             let scheme = call.plan(q, k, v)?.scheme().to_string();
-            rows.push(row(
-                source,
-                setting,
-                scheme,
-                problem,
-                &map,
-                &found,
-                [times[i + 1], times[0], prediction],
-            )?);
+            let row =
+                row(source, setting, scheme, problem, &map, &found, [times[i + 1], times[0], prediction])?;
+            let with_tail = times.get(1 + settings.len() + i);
+            rows.push(Row { pooled_tail_ms: with_tail.map(|times| times.median_ms), ..row });
             if self.map.is_some() && i + 1 == settings.len() {
                 *picture = Some(MapPicture::new(&map, self.map_head, &setting.to_string(), problem)?);
             }
@@ -249,18 +247,10 @@ impl Sparse {
         heads: &Heads<'_>,
         setting: &Setting,
         progress: &ProgressBar,
-        (exact, dense, sparse): (&[Vec<f64>], &Tensor, &Tensor),
+        (exact, dense, sparse, tail): (&[Vec<f64>], &Tensor, &Tensor, Option<&Tensor>),
     ) -> Result<Vec<(Head, Found)>> {
         let filters: Vec<PvFilter> = self.pvthreshd.iter().map(|&x| filter(x, setting)).collect();
-        let definitions = usize::from(self.pooled_tail) + filters.len();
-        progress.inc_length((definitions * heads.list().len()) as u64);
-        let over = |head, oracle: &(dyn Fn(&sage_core::Call<'_>) -> Vec<f64> + Sync)| {
-            heads.over_blocks(head, &setting.predictor, oracle)
-        };
-        let tails = match self.pooled_tail {
-            true => Some(per_head(heads, progress, |head| over(head, &|call| pooled_tail(call).out))?),
-            false => None,
-        };
+        progress.inc_length((filters.len() * heads.list().len()) as u64);
         let mut without = Vec::new();
         for (filter, &threshold) in filters.iter().zip(&self.pvthreshd) {
             let of_head = |head| {
@@ -274,7 +264,7 @@ impl Sparse {
                 exact: exact[i].clone(),
                 dense: heads.output(dense, head)?,
                 sparse: heads.output(sparse, head)?,
-                pooled_tail: tails.as_ref().map(|tails| tails[i].clone()),
+                pooled_tail: tail.map(|tail| heads.output(tail, head)).transpose()?,
                 filtered: without.iter().map(|heads| heads[i].clone()).collect(),
             };
             Ok((head, found))
@@ -317,8 +307,9 @@ impl Sparse {
     /// A row for each setting.
     fn table(&self, rows: &[Row]) -> Table {
         let mut headings = vec!["<predictor", "<amount", "blocks", "density", "ms", "of dense", "predict ms"];
+        headings.extend(self.predictor.pooled_tail.then_some("ms with tail"));
         headings.extend(["relative L1", "cosine", "L1 to dense"]);
-        headings.extend(self.definition_headings());
+        headings.extend(self.other_headings());
         let mut table = Table::new(&headings);
         for row in rows {
             let mut cells: Vec<Cell> = vec![
@@ -330,6 +321,7 @@ impl Sparse {
                 format!("{:.3}", row.time_share).into(),
                 format!("{:.2}", row.prediction_ms).into(),
             ];
+            cells.extend(row.pooled_tail_ms.map(|ms| Cell::from(format!("{ms:.2}"))));
             cells.extend(error_cells(&row.errors));
             table.row(cells);
         }
@@ -339,7 +331,7 @@ impl Sparse {
     /// A row for each head.
     fn head_table(&self, rows: &[HeadRow]) -> Table {
         let mut headings = vec!["batch", "head", "density", "relative L1", "cosine", "L1 to dense"];
-        headings.extend(self.definition_headings());
+        headings.extend(self.other_headings());
         let mut table = Table::new(&headings);
         for row in rows {
             let mut cells: Vec<Cell> =
@@ -350,8 +342,8 @@ impl Sparse {
         table
     }
 
-    fn definition_headings(&self) -> Vec<&'static str> {
-        let tail = self.pooled_tail.then_some("L1 with tail");
+    fn other_headings(&self) -> Vec<&'static str> {
+        let tail = self.predictor.pooled_tail.then_some("L1 with tail");
         let filters = self.pvthreshd.iter().flat_map(|_| ["pvthreshd", "skipped", "L1"]);
         tail.into_iter().chain(filters).collect()
     }
@@ -415,6 +407,7 @@ fn row(
         times,
         prediction_ms: prediction.median_ms,
         time_share: times.median_ms / dense.median_ms,
+        pooled_tail_ms: None,
         errors: Found::joined(&all).errors(),
         per_head: found.iter().zip(densities).map(head).collect(),
     })

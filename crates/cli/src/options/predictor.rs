@@ -97,6 +97,9 @@ pub struct PredictorOptions {
         requires = "predictor", help_heading = HEADING,
     )]
     pub sink: Option<usize>,
+    /// Each block left out counts with the means of its keys and values
+    #[arg(long, requires = "predictor", help_heading = HEADING)]
+    pub pooled_tail: bool,
 }
 
 /// Heading of these options in a command's help.
@@ -220,7 +223,8 @@ impl PredictorOptions {
             ("sink", self.sink.map(|blocks| blocks.to_string()).unwrap_or_default()),
         ];
         let given = lists.into_iter().filter(|(_, value)| !value.is_empty());
-        given.map(|(option, value)| format!("--{option}={value}")).collect()
+        let tail = self.pooled_tail.then(|| "--pooled-tail".to_owned());
+        given.map(|(option, value)| format!("--{option}={value}")).chain(tail).collect()
     }
 
     /// The values of an option that says how many blocks are kept.

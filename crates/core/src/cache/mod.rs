@@ -190,6 +190,10 @@ impl<'a, T: Operand> Call<'a, T> {
         layout: &CacheLayout,
         options: &Options,
     ) -> Result<Self> {
+        if options.pooled_tail {
+            let nearest = "attention over a cache computes the blocks that its block mask keeps";
+            return Err(Error::unsupported("pooled_tail with a KV cache", nearest));
+        }
         let q = canonical("q", inputs.q, options.layout, false)?;
         let wrong = |wanted: String| {
             Error::shape("q", inputs.q.geometry().shape(), format!("{wanted}, as the cache"))

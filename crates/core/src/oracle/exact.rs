@@ -2,6 +2,7 @@
 
 use super::matrix::dot;
 use super::{Matrix, Output, visible_keys};
+use crate::sparse::pooled_tail;
 use crate::{Call, Sequence};
 
 /// A visible key's score.
@@ -18,8 +19,12 @@ pub struct Score {
 ///
 /// - A hidden key has no influence at all, whatever K and V hold there.
 /// - A row that sees no key, or none with a score above −∞, is zero and its log-sum-exp −∞.
+/// - With [`Options::pooled_tail`](crate::Options::pooled_tail) it is [`pooled_tail`].
 /// - A row that sees a score of NaN or +∞ is NaN, and so is its log-sum-exp, as in PyTorch.
 pub fn exact(call: &Call<'_>) -> Output {
+    if call.problem.pooled_tail {
+        return pooled_tail(call);
+    }
     let problem = &call.problem;
     let mut output = Output::without_keys(call);
     for sequence in call.sequences() {

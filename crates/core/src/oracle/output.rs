@@ -18,6 +18,12 @@ impl Output {
         Output { out: vec![0.0; elements], lse: vec![f64::NEG_INFINITY; elements / call.problem.head_dim] }
     }
 
+    /// The output and log-sum-exp of the row whose log-sum-exp has index `row`.
+    pub(crate) fn row(&self, row: usize) -> (&[f64], f64) {
+        let head_dim = self.out.len() / self.lse.len();
+        (&self.out[row * head_dim..(row + 1) * head_dim], self.lse[row])
+    }
+
     /// Sets the row whose log-sum-exp has index `row`.
     pub(crate) fn set(&mut self, row: usize, out: &[f64], lse: f64) {
         self.out[row * out.len()..(row + 1) * out.len()].copy_from_slice(out);

@@ -8,6 +8,7 @@ use super::{
     Fp4Rows, Matrix, Output, Score, SeenKeys, Weights, block_means, hadamard, key_mean, mean_of_counted,
     quantize_p, quantize_p_by_tiles, quantize_v, subtract, subtract_block_means, visible_keys,
 };
+use crate::sparse::with_pooled_tail;
 use crate::{Call, Qk, Scheme, SmoothQ};
 
 /// Attention in which Q, K, V and P are quantised as `scheme` says, and all else is exact (double precision).
@@ -15,6 +16,8 @@ use crate::{Call, Qk, Scheme, SmoothQ};
 /// What is left out on purpose, because kernels may differ in it:
 /// - [`crate::Accumulator`]: sums are exact, in whatever precision a kernel sums;
 /// - the running maximum: P is quantised relative to the row's final maximum (see [`quantize_p`]).
+///
+/// Pooled terms of the blocks left out ([`Options::pooled_tail`](crate::Options::pooled_tail)) are not quantised.
 ///
 /// Visibility, capping and rows without keys are as in [`super::exact()`]. A non-finite value of a key that counts (see
 /// [`SeenKeys`]) makes its whole quantisation group NaN, with smoothing everything that its mean is subtracted from,
@@ -37,6 +40,9 @@ pub fn scheme_by_tiles(call: &Call<'_>, scheme: &Scheme, tile: usize) -> Output 
 
 /// Attention with a scheme's operands, of which `quantize` makes P of a row's scores and the largest of them.
 fn attention(call: &Call<'_>, scheme: &Scheme, quantize: impl Fn(&[Score], f64) -> Weights) -> Output {
+    if call.problem.pooled_tail {
+        return with_pooled_tail(call, attention(&call.without_tail(), scheme, quantize));
+    }
     let problem = &call.problem;
     let mut output = Output::without_keys(call);
     for sequence in call.sequences() {

@@ -4,8 +4,8 @@
 //!   of key blocks; [`PaddedBlocks`]: sequences that are padded block by block;
 //! - [`Predictor`]: predicts a map from queries and keys, as SpargeAttn, SLA, VSA and Sol-Attn do; [`Select`]: how many
 //!   blocks it chooses; [`PooledBlocks`], [`mean_of_blocks`], [`sum()`] and [`weight()`]: its arithmetic, step by step;
-//! - [`PvFilter`] and [`filtered`]: attention that skips the P·V of tiles with little weight; [`pooled_tail`]:
-//!   attention in which the blocks left out count with their means.
+//! - [`PvFilter`] and [`filtered`]: attention that skips the P·V of tiles with little weight; [`pooled_tail`]
+//!   and [`with_pooled_tail`]: attention in which the blocks left out count with their means.
 //!
 //! Like quantisers, predictors compute in single precision, operation by operation as kernels do, so that a kernel can
 //! be compared bit for bit.
@@ -28,7 +28,7 @@ pub use map::BlockMap;
 pub use padded::PaddedBlocks;
 pub use per_head::PerHead;
 pub use pooled::{PooledBlocks, mean_of_blocks};
-pub use pooled_tail::pooled_tail;
+pub use pooled_tail::{pooled_tail, with_pooled_tail};
 pub use predictor::Predictor;
 pub use pv_filter::{Filtered, PvFilter, filtered};
 pub use select::Select;

@@ -18,12 +18,21 @@ use crate::{Call, Problem};
 /// nothing of later keys. Without a block mask this is [`oracle::exact`](crate::oracle::exact()), and so it is where
 /// the keys of a block are all alike.
 pub fn pooled_tail(call: &Call<'_>) -> Output {
+    with_pooled_tail(call, exact(&call.without_tail()))
+}
+
+/// Attention over the blocks that `call`'s block mask keeps, by whatever scheme, with the pooled terms of those left out
+/// in double precision: [`pooled_tail`]. Of a row with the log-sum-exp `L`, what is kept is `exp(L)` of its output.
+///
+/// # Panics
+/// When `kept` is of another call.
+pub fn with_pooled_tail(call: &Call<'_>, kept: Output) -> Output {
     let problem = &call.problem;
     // Without its block mask, the call shows the keys that are left out too.
     let mut open = *call;
-    let Some(mask) = open.block_mask.take() else { return exact(call) };
+    let Some(mask) = open.block_mask.take() else { return kept };
 
-    let mut output = Output::without_keys(call);
+    let mut output = kept;
     for sequence in call.sequences() {
         for kv_head in 0..problem.num_kv_heads {
             let read = |tensor, head| {
@@ -37,13 +46,17 @@ pub fn pooled_tail(call: &Call<'_>) -> Output {
                 let q = Matrix::of_head(&call.q, sequence.batch, head, sequence.q_start, sequence.q_len);
                 for (i, q) in q.map(f64::from).iter().enumerate() {
                     let block = |key: usize| key / block_k;
-                    let kept = |key| mask.blocks.at([sequence.batch, head, i / mask.block_q, block(key)]);
-                    // A key that is kept is a group of its own.
-                    let seen: Vec<(usize, f64)> = visible_keys(&open, &sequence, head, i).collect();
+                    let left_out =
+                        |key| !mask.blocks.at([sequence.index, head, i / mask.block_q, block(key)]);
+                    let keys: Vec<(usize, f64)> =
+                        visible_keys(&open, &sequence, head, i).filter(|&(key, _)| left_out(key)).collect();
                     let groups: Vec<Group<'_>> =
-                        seen.chunk_by(|a, b| block(a.0) == block(b.0) && !kept(a.0)).map(Group).collect();
-                    let (out, lse) = attend_groups(problem, q, &k, &v, &groups);
-                    output.set(call.lse_index(&sequence, head, i), &out, lse);
+                        keys.chunk_by(|a, b| block(a.0) == block(b.0)).map(Group).collect();
+                    if !groups.is_empty() {
+                        let row = call.lse_index(&sequence, head, i);
+                        let (out, lse) = attend_groups(problem, q, &k, &v, &groups, output.row(row));
+                        output.set(row, &out, lse);
+                    }
                 }
             }
         }
@@ -51,16 +64,26 @@ pub fn pooled_tail(call: &Call<'_>) -> Output {
     output
 }
 
-/// One row: softmax of the groups' scores times V, and its log-sum-exp.
-fn attend_groups(problem: &Problem, q: &[f64], k: &Rows, v: &Rows, groups: &[Group<'_>]) -> (Vec<f64>, f64) {
+/// One row: softmax of the groups' scores and of what is `kept`, a term with its log-sum-exp as its score, times V; and
+/// its log-sum-exp.
+fn attend_groups(
+    problem: &Problem,
+    q: &[f64],
+    k: &Rows,
+    v: &Rows,
+    groups: &[Group<'_>],
+    kept: (&[f64], f64),
+) -> (Vec<f64>, f64) {
     let score = |(key, group): (usize, &Group<'_>)| {
         let score = f64::from(problem.sm_scale) * dot(q, &k.mean(group));
         let score = softcap(score, problem.logit_softcap) + group.bias();
         Score { key, value: score + group.count().ln() }
     };
-    let scores: Vec<Score> = groups.iter().enumerate().map(score).collect();
-    let means: Vec<Cow<'_, [f64]>> = groups.iter().map(|group| v.mean(group)).collect();
-    let values = Matrix::from_fn(groups.len(), v.rows.width(), |g, c| means[g][c]);
+    let mut scores: Vec<Score> = groups.iter().enumerate().map(score).collect();
+    scores.push(Score { key: groups.len(), value: kept.1 });
+    let mut means: Vec<Cow<'_, [f64]>> = groups.iter().map(|group| v.mean(group)).collect();
+    means.push(Cow::Borrowed(kept.0));
+    let values = Matrix::from_fn(means.len(), v.rows.width(), |g, c| means[g][c]);
     attend(&scores, &values)
 }
 

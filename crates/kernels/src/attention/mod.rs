@@ -44,7 +44,10 @@ use config::AttentionParams;
 pub use config::{AttentionArgs, AttentionConfig, MaskForm, TileSource, padded_dim};
 use key_tiles::TileListParams;
 pub use key_tiles::{CLEARED_TILE, CUT_TILE, ENTRIES_BEHIND, MASKED_TILE, TileListArgs};
+pub(crate) use queries::load_channels;
+pub(crate) use score_tile::capped;
 pub use warpgroups::{TENSOR_MAPS, boxed_tensors, stage_bytes};
+pub(crate) use warps::copy_elements;
 
 /// The attention kernel of a configuration.
 fn attention(config: &AttentionConfig) -> Program {

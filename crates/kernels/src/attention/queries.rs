@@ -132,7 +132,13 @@ impl<'k> Loader<'k, '_> {
             let row = place.row(slot).min(place.sequence.q_len - 1) + place.sequence.q_start;
             let base = p.q.start.cast::<H>().at(batch + row.widen() * p.q.row_stride());
             let register = |word: usize| {
-                load_channels::<H>(config, base, self.quad * per as i32, (word * 4 * per) as i32, per)
+                load_channels::<H>(
+                    (config.head_dim, config.aligned),
+                    base,
+                    self.quad * per as i32,
+                    (word * 4 * per) as i32,
+                    per,
+                )
             };
             (0..2 * depth_steps(config)).map(register).collect()
         })
@@ -274,19 +280,20 @@ where
     largest.reinterpret::<u32>().split::<H>().map(|x| x.to_f32())
 }
 
-/// `per` channels of a row from `first + offset` on, two to a word, zeros beyond the head's.
-fn load_channels<'k, H: Half + Stored<Value = H>>(
-    config: &AttentionConfig,
+/// `per` channels of a row from `first + offset` on, two to a word, zeros beyond the head's; rows of heads of so many
+/// channels, and whether these are whole chunks of 16 bytes.
+pub(crate) fn load_channels<'k, H: Half + Stored<Value = H>>(
+    (head_dim, aligned): (usize, bool),
     row: Global<'k, H>,
     offset: Val<'k, i32>,
     first: i32,
     per: usize,
 ) -> Vec<Val<'k, u32>> {
     let code = row.code();
-    let dim = config.head_dim as i32;
+    let dim = head_dim as i32;
     // Lanes of a quad hold neighbouring channels; only the last step can pass the head's end.
     let passes = first + 4 * per as i32 > dim;
-    if config.aligned {
+    if aligned {
         // Heads are whole 16-byte chunks here, so a register's channels are all inside or all beyond.
         let channel = offset + first;
         let here = if passes { (channel + per as i32).le(dim) } else { code.constant(true) };

@@ -34,6 +34,14 @@ fn biased<'k>(score: Val<'k, f32>, bias: Val<'k, f32>) -> Val<'k, f32> {
     bias.eq(f32::NEG_INFINITY).select(f32::NEG_INFINITY, biased)
 }
 
+/// `cap · tanh(s / cap)` of a score in base 2, given `cap · log₂e` and `2 / cap`.
+pub(crate) fn capped<'k>(score: Val<'k, f32>, [cap2, twice]: [Val<'k, f32>; 2]) -> Val<'k, f32> {
+    // tanh y = 1 − 2 / (1 + e^2y), with y in base 2 already.
+    let exponential = (score * twice).exp2();
+    let tanh = (exponential + 1.0).recip_approx().mul_add(-2.0, 1.0);
+    tanh * cap2
+}
+
 impl<'k> ScoreTile<'k> {
     /// The key of the lane's first column.
     fn lane_key(&self, place: &Place<'k>) -> Val<'k, i32> {
@@ -82,10 +90,7 @@ impl<'k> ScoreTile<'k> {
         self.values.for_each(|slot, _, value| {
             // What smoothing K took must be back before a function that is not linear.
             let score = queries.taken[slot].mul_add(LOG2_E, value.get());
-            // tanh y = 1 − 2 / (1 + e^2y), with y in base 2 already.
-            let exponential = (score * twice).exp2();
-            let tanh = (exponential + 1.0).recip_approx().mul_add(-2.0, 1.0);
-            value.set(tanh * cap2);
+            value.set(capped(score, [cap2, twice]));
         });
     }
 

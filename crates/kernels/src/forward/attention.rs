@@ -148,13 +148,14 @@ impl PlannedAttention {
         let (problem, request, splits) = (self.call.problem, self.call.request, self.splits);
         let total_rows = self.call.total_rows();
         let (partial, partial_sums) = (pass.find(slot::PARTIAL), pass.find(slot::PARTIAL_SUMS));
+        let lse = pass.find(slot::LSE);
         let config = CombineConfig { dtype: problem.dtype, head_dim: problem.head_dim, lse: request.lse };
         pass.launch(config, move |at, launch| {
             let args = CombineArgs {
                 partial: at.of(partial),
                 partial_sums: at.of(partial_sums),
                 out: at.tensors.out,
-                lse: at.tensors.lse,
+                lse: lse_address(lse, at),
                 total_rows: total_rows as i32,
                 q_rows: request.q_rows as i32,
                 q_heads: problem.num_q_heads as i32,
@@ -177,6 +178,7 @@ struct AttentionSlots {
     v: Slot,
     v_scale: Slot,
     v_mean: Slot,
+    lse: Slot,
     partial: Slot,
     partial_sums: Slot,
     pieces_taken: Slot,
@@ -204,6 +206,7 @@ impl AttentionSlots {
             v: pass.find(slot::V),
             v_scale: pass.find(slot::V_SCALE),
             v_mean: pass.find(slot::V_MEAN),
+            lse: pass.find(slot::LSE),
             partial,
             partial_sums,
             pieces_taken,
@@ -229,7 +232,7 @@ impl AttentionSlots {
             k: tensor(config.operands.k, self.k, t.k),
             v: tensor(config.operands.v, self.v, t.v),
             out: t.out,
-            lse: if config.split { at.of(self.partial_sums) } else { t.lse },
+            lse: if config.split { at.of(self.partial_sums) } else { lse_address(self.lse, at) },
             partial: at.of(self.partial),
             k_scale: at.of(self.k_scale),
             k_mean: at.of(self.k_mean),
@@ -260,6 +263,11 @@ impl AttentionSlots {
             ..AttentionArgs::default()
         }
     }
+}
+
+/// Where log-sum-exps are written: in a slot of the workspace where the caller wants none.
+pub(super) fn lse_address(slot: Slot, at: &Addresses<'_, Tensors>) -> u64 {
+    if slot == Slot::NONE { at.tensors.lse } else { at.of(slot) }
 }
 
 /// Whether an additive mask is packed where the kernel can read its words: one for all heads and sequences, as a copy

@@ -8,7 +8,7 @@ use crate::attention::{MaskForm, padded_dim};
 use crate::machine::Machine;
 use crate::pass::{Addresses, PassBuilder, Slot};
 use crate::preprocess::{InputArgs, Source};
-use crate::sequence::{KEY_TILE, Lengths, bottom_right, total_key_tiles, window};
+use crate::sequence::{KEY_TILE, LengthArgs, Lengths, bottom_right, total_key_tiles, window};
 use crate::tensor::TensorArg;
 
 /// A forward pass in the making.
@@ -49,6 +49,11 @@ pub(crate) mod slot {
     pub const V_MEAN: &str = "v_mean";
     /// Heads of V that scales of sampled rows do not fit.
     pub const V_MARKED: &str = "v_marked";
+    /// Log-sum-exps of the blocks that are kept, where the caller wants none.
+    pub const LSE: &str = "lse";
+    /// Means of the blocks of K and of V.
+    pub const K_BLOCK_MEANS: &str = "k_block_means";
+    pub const V_BLOCK_MEANS: &str = "v_block_means";
     /// Outputs of the parts of split keys, and the sums that they are merged by.
     pub const PARTIAL: &str = "partial";
     pub const PARTIAL_SUMS: &str = "partial_sums";
@@ -107,6 +112,20 @@ impl ForwardCall {
     /// Whether the last query sees the last key at the diagonal (1), or the first the first (0).
     pub fn bottom_right(&self) -> i32 {
         bottom_right(&self.problem.band)
+    }
+
+    /// What kernels are told about lengths.
+    pub fn lengths(&self, tensors: &Tensors) -> LengthArgs {
+        let [window_left, window_right] = self.window();
+        LengthArgs {
+            q_rows: self.request.q_rows as i32,
+            kv_rows: self.request.kv_rows as i32,
+            cu_seqlens_q: tensors.cu_seqlens_q,
+            cu_seqlens_k: tensors.cu_seqlens_k,
+            window_left,
+            window_right,
+            bottom_right: self.bottom_right(),
+        }
     }
 
     /// Whether every query sees as many keys.

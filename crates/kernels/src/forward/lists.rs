@@ -101,7 +101,6 @@ impl TileLists {
     }
 
     fn list(&self, call: &ForwardCall, at: &Addresses<'_, Tensors>) -> ListTilesArgs {
-        let [window_left, window_right] = call.window();
         let [seen_stride_sequence, seen_stride_head] = call.seen_strides(at.tensors);
         let mut args = ListTilesArgs {
             seen: at.of(self.seen),
@@ -109,13 +108,7 @@ impl TileLists {
             seen_stride_head,
             group_size: call.problem.group_size() as i32,
             blocks: at.tensors.blocks,
-            q_rows: call.request.q_rows as i32,
-            kv_rows: call.request.kv_rows as i32,
-            cu_seqlens_q: at.tensors.cu_seqlens_q,
-            cu_seqlens_k: at.tensors.cu_seqlens_k,
-            window_left,
-            window_right,
-            bottom_right: call.bottom_right(),
+            lengths: call.lengths(at.tensors),
             q_tiles: self.q_tiles as i32,
             heads: self.heads as i32,
             all_heads: (self.sequences * self.heads) as i32,

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::pass::{Pass, PassBuilder, Slot};
 use crate::preprocess::{CHUNK, Source};
-use crate::sequence::{Lengths, bottom_right, window};
+use crate::sequence::Lengths;
 use crate::tensor::TensorArg;
 
 /// What a prediction reads and writes.
@@ -216,18 +216,7 @@ impl Planned {
 
     /// Which keys count.
     fn keys(&self, tensors: &PredictTensors) -> TokensArgs {
-        let Problem { q_len, kv_len, band, .. } = self.call.problem;
-        let [window_left, window_right] = window(&band);
-        TokensArgs {
-            tokens: kv_len as i32,
-            lens: tensors.kv_lens,
-            block: self.block_k as i32,
-            sizes: tensors.k_sizes,
-            queries: q_len as i32,
-            window_left,
-            window_right,
-            bottom_right: bottom_right(&band),
-        }
+        TokensArgs::of_keys(&self.call.problem, self.block_k, tensors.kv_lens, tensors.k_sizes)
     }
 
     /// Heads of Q, of a sequence and of all.
@@ -283,7 +272,8 @@ impl Planned {
             means: pass.slot(names[0], 4 * number * self.width()),
             similarities: if similarity { pass.slot(names[1], 4 * number) } else { Slot::NONE },
         };
-        let pool = PoolBlocksConfig { blocks: self.blocks(side), smooth: mean.is_some(), similarity };
+        let pool =
+            PoolBlocksConfig { blocks: self.blocks(side), smooth: mean.is_some(), similarity, narrow: false };
         pass.launch(pool, move |at, launch| {
             let (x, tokens) = match side {
                 Side::Queries => {

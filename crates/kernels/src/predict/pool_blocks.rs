@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 use sage_core::DType;
-use sage_ptx::{Code, Program, Val, Var, kernel};
+use sage_ptx::{Code, Global, Program, Val, Var, kernel};
 
 use super::columns::{Columns, TokenBlocks};
 use super::fold::{across_lanes, in_order};
@@ -28,6 +28,8 @@ pub struct PoolBlocksConfig {
     pub smooth: bool,
     /// Whether similarities are wanted.
     pub similarity: bool,
+    /// Whether means are written in the tensor's element type instead of single precision.
+    pub narrow: bool,
 }
 
 kernel_params! {
@@ -43,7 +45,7 @@ kernel_params! {
         all_heads: i32,
         /// What is subtracted, `[sequences][heads][padded_dim]`.
         subtracted: [f32],
-        /// Means, `[sequences][heads][blocks][padded_dim]`, with the grid's blocks along x.
+        /// Means, `[sequences][heads][blocks][padded_dim]`, with the grid's blocks along x; in 16 bits where they are narrow.
         means: [f32],
         /// Similarities, `[sequences][heads][blocks]`.
         similarities: [f32],
@@ -62,12 +64,15 @@ impl PoolBlocksConfig {
         let ([block, ..], [number, ..]) = (code.block_index(), code.grid());
         let (width, threads) = (blocks.width() as i32, blocks.threads() as i32);
         let place = head.index.mul_wide(number) + block.widen();
-        let means = p.means.at(place * i64::from(width));
+        let first = place * i64::from(width);
+        let means = if self.narrow { p.means.cast::<u16>().at(first).cast() } else { p.means.at(first) };
         let similarity = p.similarities.at(place);
         let (first, count) = p.tokens.of_sequence(self.blocks.source.lengths, index).of_block(block);
         code.when(count.eq(0), || {
             code.note("a block without tokens");
-            code.range_by(head.thread, width, threads, |channel| means.at(channel).store(0.0));
+            code.range_by(head.thread, width, threads, |channel| {
+                self.store(means, channel, || code.constant(0.0));
+            });
             if self.similarity {
                 code.when(head.thread.eq(0), || similarity.store(0.0));
             }
@@ -93,7 +98,7 @@ impl PoolBlocksConfig {
         code.range_by(head.thread, width * quantities as i32, threads, |item| {
             code.if_else(
                 item.lt(width),
-                || means.at(item).store(self.rounded(columns.total(0, item) / tokens)),
+                || self.store(means, item, || columns.total(0, item) / tokens),
                 || {
                     if let Some(squares) = squares {
                         let channel = item - width;
@@ -113,6 +118,15 @@ impl PoolBlocksConfig {
                 let sum = across_lanes(sum, chunks);
                 code.when(head.thread.eq(0), || similarity.store(sum / (tokens * tokens)));
             });
+        }
+    }
+
+    /// Writes the mean of a channel, rounded to the tensor's element type.
+    fn store<'k>(&self, means: Global<'k, f32>, channel: Val<'k, i32>, mean: impl FnOnce() -> Val<'k, f32>) {
+        match (self.narrow, self.blocks.source.dtype) {
+            (false, _) => means.at(channel).store(self.rounded(mean())),
+            (true, DType::F16) => means.cast::<f16>().at(channel).store(mean().narrow::<f16>()),
+            (true, _) => means.cast::<bf16>().at(channel).store(mean().narrow::<bf16>()),
         }
     }
 
@@ -182,7 +196,12 @@ impl Kernel for PoolBlocksConfig {
     fn name(&self) -> String {
         let smooth = if self.smooth { "_smooth" } else { "" };
         let similarity = if self.similarity { "_similarity" } else { "" };
-        format!("pool_blocks_{}{smooth}{similarity}_{}", self.blocks.tokens, self.blocks.source.suffix())
+        let narrow = if self.narrow { "_narrow" } else { "" };
+        format!(
+            "pool_blocks_{}{smooth}{similarity}{narrow}_{}",
+            self.blocks.tokens,
+            self.blocks.source.suffix()
+        )
     }
 
     fn description(&self) -> String {

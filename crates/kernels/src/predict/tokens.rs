@@ -1,11 +1,12 @@
 //! Which tokens a block has, and which blocks of keys a block of queries sees.
 
+use sage_core::Problem;
 use sage_ptx::{Code, Global, Val};
 
 use crate::attention::Band;
 use crate::params::kernel_params;
 use crate::preprocess::{Head, InputParams, Source};
-use crate::sequence::{LengthParams, Lengths, NO_LIMIT, Sequence};
+use crate::sequence::{LengthParams, Lengths, NO_LIMIT, Sequence, bottom_right, window};
 use crate::tensor::TensorParam;
 
 kernel_params! {
@@ -31,6 +32,21 @@ kernel_params! {
 }
 
 impl TokensArgs {
+    /// Keys of a call, of which those count that some query sees; see the fields for `lens` and `sizes`.
+    pub fn of_keys(problem: &Problem, block: usize, lens: u64, sizes: u64) -> Self {
+        let [window_left, window_right] = window(&problem.band);
+        TokensArgs {
+            tokens: problem.kv_len as i32,
+            lens,
+            block: block as i32,
+            sizes,
+            queries: problem.q_len as i32,
+            window_left,
+            window_right,
+            bottom_right: bottom_right(&problem.band),
+        }
+    }
+
     /// Queries, which all count.
     pub fn of_queries(queries: usize, block: usize, sizes: u64) -> Self {
         TokensArgs {

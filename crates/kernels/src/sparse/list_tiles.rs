@@ -8,7 +8,7 @@ use crate::grid::{BlockHead, grid};
 use crate::kernel::Kernel;
 use crate::params::kernel_params;
 use crate::preprocess::SeenKeys;
-use crate::sequence::{KEY_TILE, LengthParams, Lengths, Sequence};
+use crate::sequence::{KEY_TILE, Lengths, Sequence};
 
 /// Lists that a block makes, one a warp.
 const WARPS: usize = 4;
@@ -64,20 +64,8 @@ kernel_params! {
         blocks_q: i32,
         /// Tiles of keys of a block of the block mask.
         blocks_k: i32,
-        /// Query rows of the tensors.
-        q_rows: i32,
-        /// Key rows of the tensors.
-        kv_rows: i32,
-        /// Boundaries of packed queries.
-        cu_seqlens_q: [i32],
-        /// Boundaries of packed keys, or valid keys of each batch entry.
-        cu_seqlens_k: [i32],
-        /// Keys visible before the diagonal; 2³⁰ for all.
-        window_left: i32,
-        /// Keys visible after the diagonal; 2³⁰ for all.
-        window_right: i32,
-        /// Whether the last query sees the last key at the diagonal (1), or the first the first (0).
-        bottom_right: i32,
+        /// Which rows are a sequence's, and which keys they see.
+        lengths: lengths,
         /// Tiles of queries.
         q_tiles: i32,
         /// Heads of a sequence with a list of their own.
@@ -106,17 +94,8 @@ impl ListTilesConfig {
         let [x, ..] = code.block_index();
         let q_tile = x * WARPS as i32 + code.warp_index();
         code.exit_when(q_tile.ge(p.q_tiles));
-        let lengths = LengthParams {
-            q_rows: p.q_rows,
-            kv_rows: p.kv_rows,
-            cu_seqlens_q: p.cu_seqlens_q,
-            cu_seqlens_k: p.cu_seqlens_k,
-            window_left: p.window_left,
-            window_right: p.window_right,
-            bottom_right: p.bottom_right,
-        };
-        let sequence = Sequence::new(code, self.lengths, self.masked, &lengths, index);
-        let band = Band::new(&lengths, &sequence);
+        let sequence = Sequence::new(code, self.lengths, self.masked, &p.lengths, index);
+        let band = Band::new(&p.lengths, &sequence);
         let (block_q, tile_keys) = (self.block_q as i32, self.tile_keys as i32);
         let first_row = q_tile * block_q;
         let last_row = band.last_row(first_row, block_q);
@@ -153,7 +132,7 @@ impl ListTilesConfig {
                 self.blocks.then(|| blocks.at((there / p.blocks_k).widen() * p.blocks.key_stride()).load());
             let mut classes = Vec::new();
             if self.classes {
-                let last = (p.kv_rows.div_ceil(KEY_TILE) - 1).max(0);
+                let last = (p.lengths.kv_rows.div_ceil(KEY_TILE) - 1).max(0);
                 for part in 0..self.tile_keys.div_ceil(KEY_TILE) as i32 {
                     let class = (there * tile_keys / KEY_TILE as i32 + part).min(last);
                     classes.extend(row_classes.iter().map(|row| row.at(class).load()));

@@ -64,7 +64,7 @@ pub fn run(args: &Args, at_hand: &AtHand) -> Result<()> {
         errors.push(heads);
     }
     let mut contestants: Vec<Contestant<'_>> = methods.iter().map(|&method| method.into()).collect();
-    let scores = evaluate(model, &tokens, context, &mut contestants, &bar)?;
+    let scores = evaluate(model, &tokens, context, Method::Exact, &mut contestants, &bar)?;
     bar.finish_and_clear();
     let rows: Vec<Vec<String>> = methods
         .iter()

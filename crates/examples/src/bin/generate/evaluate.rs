@@ -30,12 +30,12 @@ impl Score {
         (self.nll / self.predictions as f64).exp()
     }
 
-    /// Part of the predictions whose most likely token is exact attention's.
+    /// Part of the predictions whose most likely token is the reference's.
     pub fn same_best(&self) -> f64 {
         self.same_best as f64 / self.predictions as f64
     }
 
-    /// Mean Kullback-Leibler divergence from exact attention's predictions, in nats.
+    /// Mean Kullback-Leibler divergence from the reference's predictions, in nats.
     pub fn divergence(&self) -> f64 {
         self.divergence / self.predictions as f64
     }
@@ -60,20 +60,21 @@ impl From<Method> for Contestant<'_> {
     }
 }
 
-/// Scores of exact attention, first, and of each contestant, over windows of `context` tokens.
+/// Scores of the reference, first, and of each contestant, over windows of `context` tokens.
 pub fn evaluate(
     model: &Llama,
     tokens: &[u32],
     context: usize,
+    reference: Method,
     contestants: &mut [Contestant<'_>],
     bar: &ProgressBar,
 ) -> Result<Vec<Score>> {
-    let mut exact = Contestant::from(Method::Exact);
+    let mut reference = Contestant::from(reference);
     let mut scores = vec![Score::default(); contestants.len() + 1];
     for window in tokens.chunks(context).filter(|window| window.len() > 1) {
         let inputs = &window[..window.len() - 1];
         let mut hidden = Vec::new();
-        let all = std::iter::once(&mut exact).chain(&mut *contestants);
+        let all = std::iter::once(&mut reference).chain(&mut *contestants);
         for (Contestant { name, attend }, score) in all.zip(&mut scores) {
             bar.set_message(name.clone());
             let mut attend = Timed::new(&mut **attend);
@@ -87,28 +88,28 @@ pub fn evaluate(
             let logits = |hidden: &Tensor| -> Result<Vec<Vec<f32>>> {
                 Ok(model.logits(&hidden.narrow(0, start, rows)?)?.to_vec2()?)
             };
-            let exact = logits(&hidden[0])?;
-            add(&mut scores[0], &exact, &exact, targets);
+            let reference = logits(&hidden[0])?;
+            add(&mut scores[0], &reference, &reference, targets);
             for (hidden, score) in hidden[1..].iter().zip(&mut scores[1..]) {
-                add(score, &logits(hidden)?, &exact, targets);
+                add(score, &logits(hidden)?, &reference, targets);
             }
         }
     }
     Ok(scores)
 }
 
-fn add(score: &mut Score, logits: &[Vec<f32>], exact: &[Vec<f32>], targets: &[u32]) {
-    let rows = logits.par_iter().zip(exact).zip(targets).map(|((logits, exact), &target)| {
-        let (own, other) = (Row::of(logits), Row::of(exact));
+fn add(score: &mut Score, logits: &[Vec<f32>], reference: &[Vec<f32>], targets: &[u32]) {
+    let rows = logits.par_iter().zip(reference).zip(targets).map(|((logits, reference), &target)| {
+        let (own, of_reference) = (Row::of(logits), Row::of(reference));
         let divergence: f64 = logits
             .iter()
-            .zip(exact)
+            .zip(reference)
             .map(|(&x, &e)| {
-                let log_p = f64::from(e) - other.lse;
+                let log_p = f64::from(e) - of_reference.lse;
                 log_p.exp() * (log_p - (f64::from(x) - own.lse))
             })
             .sum();
-        (own.lse - f64::from(logits[target as usize]), own.best == other.best, divergence)
+        (own.lse - f64::from(logits[target as usize]), own.best == of_reference.best, divergence)
     });
     for (nll, same, divergence) in rows.collect::<Vec<_>>() {
         score.nll += nll;

@@ -49,7 +49,8 @@ pub fn run(args: &Args, at_hand: &AtHand) -> Result<()> {
     let (mut rows, mut failures) = (Vec::new(), Vec::new());
     for &context in &args.context {
         let mut contestants: Vec<Contestant<'_>> = methods.iter().map(|&method| method.into()).collect();
-        let scores = evaluate(&at_hand.model, &tokens, context.max(2), &mut contestants, &bar)?;
+        let scores =
+            evaluate(&at_hand.model, &tokens, context.max(2), Method::Exact, &mut contestants, &bar)?;
         let exact = scores[0].perplexity();
         for (at, (name, score)) in names.iter().zip(&scores).enumerate() {
             let change = 100.0 * (score.perplexity() / exact - 1.0);

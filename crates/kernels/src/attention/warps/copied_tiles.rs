@@ -203,7 +203,7 @@ impl<'k> CopiedTiles<'k> {
                 if config.aligned {
                     rounds.target(round).copy_async(from, 16, valid.select(16, 0));
                 } else {
-                    copy_elements(config, from, chunk, valid, rounds.target(round));
+                    copy_elements(config.head_dim, from, chunk, valid, rounds.target(round));
                 }
             });
         }
@@ -339,15 +339,15 @@ impl<'k> TileShape<'k> {
 }
 
 /// Copies a chunk's eight elements one by one, zeros beyond the head and where the row is not valid.
-fn copy_elements<'k>(
-    config: &AttentionConfig,
+pub(crate) fn copy_elements<'k>(
+    head_dim: usize,
     from: Global<'k, u16>,
     chunk: Val<'k, i32>,
     valid: Val<'k, bool>,
     target: Shared<'k, u8>,
 ) {
     let element = |i: i32| {
-        let here = valid & (chunk * 8 + i).lt(config.head_dim as i32);
+        let here = valid & (chunk * 8 + i).lt(head_dim as i32);
         // An element that is not there is read from the chunk's start, which is, and dropped.
         let offset = here.select(i, 0);
         here.select(from.at(offset).load(), 0u32)

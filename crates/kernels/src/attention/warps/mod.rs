@@ -14,6 +14,7 @@ use crate::attention::queries::Queries;
 use crate::attention::scores::{KeyScales, Keys, MaskSource, Masking, Scoring};
 use crate::attention::softmax::{Probabilities, Softmax};
 pub(super) use copied_tiles::StagedTile;
+pub(crate) use copied_tiles::copy_elements;
 use cp_async_ring::CpAsyncRing;
 
 /// The kernel's code. `add` adds P·V of a step's keys to the output.
