@@ -6,7 +6,7 @@ mod common;
 
 use candle_core::{DType, Device, Tensor, Var};
 use common::{list, message as message_of, normal};
-use sageattention_candle::{Options, Preset, sage_attention, sage_attention_with_lse};
+use sageattention_candle::{Options, sage_attention, sage_attention_with_lse};
 
 fn message(shapes: [&[usize]; 3], options: &Options) -> String {
     let [q, k, v] = shapes.map(|shape| normal(1, shape, DType::F32));
@@ -76,9 +76,6 @@ fn options() {
         refused(Options::new().kv_lens(&large)),
         "kv_lens: value is 1099511627776, expected 0 to 2147483647"
     );
-    let unsupported = refused(Options::new().scheme(Preset::SAGE3_NVFP4));
-    assert!(unsupported.starts_with("NVFP4 Q·Kᵀ in the CPU kernels is not supported"), "{unsupported}");
-    assert!(unsupported.contains("; the nearest that they compute is `int8-per-token`"), "{unsupported}");
 }
 
 #[test]

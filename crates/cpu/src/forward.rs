@@ -105,7 +105,7 @@ impl<E: Load> Attention<'_, '_, E> {
     }
 }
 
-/// Maximum and sum of a row that has been through online softmax.
+/// Maximum of a row that has been through online softmax, and the sum of its probabilities before they were rounded.
 pub(crate) fn totals(state: &RowState, row: usize) -> (f32, f32) {
-    (state.max[row], state.sum[row])
+    (state.max[row], state.lse_sum[row])
 }

@@ -28,7 +28,13 @@
 //! # Numbers of any size
 //! Every form but those below takes numbers from the whole range of single precision, subnormal ones too, as long as
 //! the scaled scores are within it. The original's quantisers add 1e-7 to scales or take no maximum below it: what is
-//! much smaller is zero to them ([`sage_core::ZeroGroup`]).
+//! much smaller is zero to them ([`sage_core::ZeroGroup`]). NVFP4's scales hold magnitudes from 0.006 to 2688, and half
+//! precision those up to 65504, as [`sage_core::oracle`] says of these formats.
+//!
+//! # Schemes
+//! All that [`Scheme`] can say runs in kernels of its own, but 12-bit P·V of other blocks than 128 keys. Integers and FP4 are multiplied as integers. P and V of 8 and 16 bits are rounded to these and
+//! multiplied in single precision, which is no faster than full precision: it shows what a GPU would compute. P of
+//! 16 and fewer bits is relative to the largest score so far, as it is there.
 //!
 //! # Determinism
 //! The same call on the same machine gives the same bits: no sum's order depends on the number of threads.
@@ -209,7 +215,7 @@ impl Cpu {
         match plan.strategy {
             Strategy::Tiled { block_q, layout } => {
                 let mut packed = self.take_spare();
-                attention.tiled(&layout, block_q, plan.scheme.smooth.k, &mut packed);
+                attention.tiled(&layout, block_q, &plan.scheme.smooth, &mut packed);
                 self.return_spare(packed);
             }
             Strategy::Split => attention.split(),

@@ -2,13 +2,13 @@
 
 use std::fmt;
 
-use sage_core::{Error, Granularity, Preset, Problem, Pv, Qk, Result, Scheme, SmoothQ};
+use sage_core::{Error, Preset, Problem, Pv, Qk, Result, Scheme};
 
 use crate::isa::InstructionSet;
 use crate::kernels::Kernels;
 use crate::machine::Machine;
 use crate::nearest::{BY_NAME, nearest_scheme};
-use crate::tile::{PvForm, QkForm, TILE_KEYS, TileLayout};
+use crate::tile::{PvForm, QkForm, Rounded, TILE_KEYS, TileLayout};
 
 /// Query rows that share a key head up to which keys are read as they lie in memory: packing them would cost more
 /// than it saves.
@@ -80,8 +80,8 @@ impl CpuPlan {
             ));
             Strategy::Split
         } else {
-            let layout =
-                TileLayout::new((kernels.width, kernels.word), problem.head_dim, qk, pv, scheme.rotate);
+            let lanes = (kernels.width, kernels.word);
+            let layout = TileLayout::new(lanes, problem.head_dim, qk, pv, scheme.rotate, scheme.smooth.q);
             let (block_q, reason) = block_q(problem, machine, threads, kernels, &layout);
             reasons.push(reason);
             Strategy::Tiled { block_q, layout }
@@ -155,42 +155,29 @@ fn choose(problem: &Problem, instruction_set: InstructionSet, few_rows: bool) ->
 /// The kernels that compute a scheme, which is for heads of `head_dim` channels.
 fn forms(scheme: &Scheme, head_dim: usize) -> Result<(QkForm, PvForm)> {
     scheme.check()?;
-    let unsupported = |what: &str| {
-        Err(Error::unsupported(
-            format!("{what} in the CPU kernels"),
-            format!(
-                "they compute full precision, and INT8 or INT4 Q·Kᵀ per block, warp, thread or token with smooth-K \
-                 and P·V in f32 or 12 bits; the nearest that they compute is {}",
-                nearest_scheme(*scheme).named_or(head_dim, BY_NAME)
-            ),
-        ))
-    };
     let qk = match scheme.qk {
         Qk::Full => QkForm::Float,
-        Qk::Int(quantizer) if quantizer.granularity == Granularity::PerTensor => {
-            return unsupported("per-tensor Q·Kᵀ");
-        }
-        Qk::Int(quantizer) => {
-            let tile = quantizer.tile;
-            let divides = |rows: usize| rows > 0 && TILE_KEYS.is_multiple_of(rows);
-            if !(divides(tile.block_k) && divides(tile.warp_k) && tile.block_q > 0 && tile.warp_q > 0) {
-                return unsupported(&format!("{tile:?}"));
-            }
-            QkForm::Int(quantizer)
-        }
-        Qk::Fp4(format) => return unsupported(&format!("{} Q·Kᵀ", format.name())),
+        Qk::Fp4(format) => QkForm::Fp4(format),
+        Qk::Int(quantizer) => QkForm::Int(quantizer),
     };
     let pv = match scheme.pv {
         Pv::F32 => PvForm::Float,
+        Pv::F16(_) => PvForm::Rounded(Rounded::F16),
+        Pv::BF16(_) => PvForm::Rounded(Rounded::BF16),
+        Pv::Fp8 { v_max, rows, .. } => PvForm::Rounded(Rounded::Fp8 { v_max, rows }),
+        Pv::Int8 => PvForm::Rounded(Rounded::Int8),
+        Pv::Fp4 { format, levels } => PvForm::Fp4(format, levels),
         Pv::Fixed12 { block: TILE_KEYS } => PvForm::Fixed12,
-        other => return unsupported(&format!("P·V in {other:?}")),
+        Pv::Fixed12 { block } => {
+            return Err(Error::unsupported(
+                format!("12-bit P·V of {block} keys in the CPU kernels"),
+                format!(
+                    "of 128 they have it; the nearest that they compute is {}",
+                    nearest_scheme(*scheme).named_or(head_dim, BY_NAME)
+                ),
+            ));
+        }
     };
-    if scheme.smooth.q != SmoothQ::Off {
-        return unsupported("smooth-Q");
-    }
-    if scheme.smooth.v {
-        return unsupported("smooth-V");
-    }
     Ok((qk, pv))
 }
 
@@ -248,7 +235,10 @@ fn workspace_bytes(problem: &Problem, threads: usize, strategy: &Strategy) -> us
         Strategy::Tiled { block_q, layout } => {
             let head = product(&[problem.kv_len.div_ceil(TILE_KEYS), layout.words(), 4]);
             let packed = product(&[head, heads[0], heads[1]]).min(head.max(PACKED_BYTES_MAX));
-            let scratch = product(&[*block_q, 4, 2 * layout.qk_dim + 2 * TILE_KEYS + layout.padded_dim()]);
+            // Where Q is smoothed, a mean for each row at most, and its scores.
+            let means = if layout.smooths_q() { layout.head_dim + TILE_KEYS } else { 0 };
+            let row = 2 * layout.qk_dim + 2 * TILE_KEYS + layout.padded_dim() + means;
+            let scratch = product(&[*block_q, 4, row]);
             let tail = problem.blocks.filter(|_| problem.pooled_tail).map_or(0, |[_, block_k]| {
                 let tiles = problem.kv_len.div_ceil(block_k.max(1)).div_ceil(TILE_KEYS);
                 product(&[tiles, TILE_KEYS, 2 * layout.padded_dim(), 4, heads[0], heads[1]])

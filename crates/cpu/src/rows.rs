@@ -20,6 +20,11 @@ impl<'a, E: Element> HeadRows<'a, E> {
         HeadRows { data: view.data(), first, stride: geometry.strides()[2], head_dim: geometry.shape()[3] }
     }
 
+    /// Elements of a row.
+    pub fn row_len(&self) -> usize {
+        self.head_dim
+    }
+
     /// One row.
     pub fn row(&self, i: usize) -> &'a [E] {
         let start = (self.first + i as i64 * self.stride) as usize;

@@ -1,8 +1,9 @@
 //! A tile of keys and values in the order that the kernels read it.
 
-use sage_core::IntQuantizer;
+use sage_core::{Fp4Format, Granularity, IntQuantizer, PLevels, ScaleRows, SmoothQ};
 
 use crate::isa::IntWord;
+use crate::kernels::fp4;
 
 /// Keys in a tile: what the softmax sees at once, and what 12-bit P and V share scales over.
 ///
@@ -16,22 +17,55 @@ pub(crate) enum QkForm {
     Float,
     /// In integers.
     Int(IntQuantizer),
+    /// In FP4: see [`crate::kernels::fp4`].
+    Fp4(Fp4Format),
 }
 
 /// How P·V is computed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum PvForm {
     /// In single precision.
     Float,
+    /// In single precision, of P and V that are rounded to fewer bits first: their products are exact in it, or nearly.
+    Rounded(Rounded),
+    /// In FP4: see [`crate::kernels::fp4`].
+    Fp4(Fp4Format, PLevels),
     /// In 12-bit fixed point.
     Fixed12,
 }
 
+/// What P and V are rounded to, as [`sage_core::Pv`] says.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Rounded {
+    F16,
+    BF16,
+    /// E4M3; the largest magnitude of each of V's channels in some rows is scaled to `v_max`.
+    Fp8 {
+        v_max: f32,
+        rows: ScaleRows,
+    },
+    Int8,
+}
+
+impl Rounded {
+    /// The rows of V whose largest magnitudes are those that its channels are scaled by, where they have one scale for
+    /// the whole sequence.
+    pub fn channel_rows(self) -> Option<ScaleRows> {
+        match self {
+            Rounded::Fp8 { rows, .. } => Some(rows),
+            Rounded::Int8 => Some(ScaleRows::All),
+            Rounded::F16 | Rounded::BF16 => None,
+        }
+    }
+}
+
 /// Sizes of a packed tile, in 32-bit words. A tile is one contiguous run of memory:
-/// K panels, K scales, V panels, V scales (of numbers one, of the whole tile).
+/// K panels, K scales, panels of K as it is before it is rotated and rounded where Q is smoothed, V panels, V scales (of
+/// numbers and FP4 one, of the whole tile; as K's of FP4).
 ///
 /// A K panel holds `width` keys: for integers their start values, then for each word of depth the words of all keys.
-/// A V panel holds `width` channels: for each key (12-bit: pair of keys) the words of all channels.
+/// A V panel holds `width` channels: for each key (12-bit: pair of keys) the words of all channels. FP4's panels are as
+/// [`crate::kernels::fp4`] says.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct TileLayout {
     pub qk: QkForm,
@@ -39,6 +73,8 @@ pub(crate) struct TileLayout {
     pub head_dim: usize,
     /// Whether Q and K are rotated.
     pub rotate: bool,
+    /// How Q is smoothed: then its means are multiplied by K as it is.
+    pub smooth_q: SmoothQ,
     /// Channels of Q and K after rotation.
     pub qk_dim: usize,
     pub word: IntWord,
@@ -58,6 +94,8 @@ pub(crate) struct TileLayout {
 pub(crate) struct Tile<'a> {
     pub k: &'a [u32],
     pub k_scale: &'a [u32],
+    /// Panels of `head_dim` times `width` numbers, where Q is smoothed.
+    pub k_given: &'a [u32],
     pub v: &'a [u32],
     pub v_scale: &'a [u32],
 }
@@ -69,14 +107,20 @@ impl TileLayout {
         qk: QkForm,
         pv: PvForm,
         rotate: bool,
+        smooth_q: SmoothQ,
     ) -> Self {
         let qk_dim = if rotate { head_dim.next_power_of_two() } else { head_dim };
-        let (depth, start) = match qk {
-            QkForm::Float => (qk_dim, 0),
-            QkForm::Int(_) => (qk_dim.div_ceil(word.channels()), 1),
+        let (depth, key_words) = match qk {
+            QkForm::Float => (qk_dim, qk_dim),
+            QkForm::Int(_) => (qk_dim.div_ceil(word.channels()), 1 + qk_dim.div_ceil(word.channels())),
+            QkForm::Fp4(_) => {
+                let blocks = qk_dim.div_ceil(fp4::BLOCK);
+                (blocks * fp4::ROW_WORDS, blocks * fp4::PANEL_WORDS)
+            }
         };
         let v_rows = match pv {
-            PvForm::Float => TILE_KEYS,
+            PvForm::Float | PvForm::Rounded(_) => TILE_KEYS,
+            PvForm::Fp4(..) => TILE_KEYS / fp4::BLOCK * fp4::PANEL_WORDS,
             PvForm::Fixed12 => TILE_KEYS / 2,
         };
         TileLayout {
@@ -84,11 +128,12 @@ impl TileLayout {
             pv,
             head_dim,
             rotate,
+            smooth_q,
             qk_dim,
             word,
             width,
             depth,
-            k_panel: (start + depth) * width,
+            k_panel: key_words * width,
             v_panel: v_rows * width,
             channel_panels: head_dim.div_ceil(width),
         }
@@ -99,6 +144,14 @@ impl TileLayout {
         self.channel_panels * self.width
     }
 
+    /// Neighbouring keys whose probabilities share a scale; 1 where none do.
+    pub fn p_group(&self) -> usize {
+        match self.pv {
+            PvForm::Fp4(format, _) => format.group(),
+            _ => 1,
+        }
+    }
+
     /// Words of a tile.
     pub fn words(&self) -> usize {
         self.lengths().iter().sum()
@@ -106,21 +159,50 @@ impl TileLayout {
 
     /// The parts of a packed tile.
     pub fn parts<'a>(&self, tile: &'a [u32]) -> Tile<'a> {
-        let [k, k_scale, v, _] = self.lengths();
+        let [k, k_scale, k_given, v, _] = self.lengths();
         let (k, rest) = tile.split_at(k);
         let (k_scale, rest) = rest.split_at(k_scale);
+        let (k_given, rest) = rest.split_at(k_given);
         let (v, v_scale) = rest.split_at(v);
-        Tile { k, k_scale, v, v_scale }
+        Tile { k, k_scale, k_given, v, v_scale }
+    }
+
+    /// Whether keys that share a scale may lie in several tiles.
+    pub fn groups_cross_tiles(&self) -> bool {
+        let QkForm::Int(IntQuantizer { granularity, tile, .. }) = self.qk else { return false };
+        match granularity {
+            Granularity::PerTensor => true,
+            Granularity::PerBlock | Granularity::PerWarp => !TILE_KEYS.is_multiple_of(tile.block_k),
+            Granularity::PerThread => !TILE_KEYS.is_multiple_of(tile.warp_k),
+            Granularity::PerToken => false,
+        }
+    }
+
+    /// Whether means of Q are subtracted from it.
+    pub fn smooths_q(&self) -> bool {
+        self.smooth_q != SmoothQ::Off
+    }
+
+    /// Words of a panel of [`Tile::k_given`].
+    pub fn given_panel(&self) -> usize {
+        self.head_dim * self.width
     }
 
     /// Words of each part of a tile, in order.
-    pub fn lengths(&self) -> [usize; 4] {
-        let k_scales = if self.qk == QkForm::Float { 0 } else { TILE_KEYS };
+    pub fn lengths(&self) -> [usize; 5] {
+        /// One, and room that keeps what follows on a cache line.
+        const ONE: usize = 16;
+        let panels = TILE_KEYS / self.width;
+        let k_scales = match self.qk {
+            QkForm::Float => 0,
+            QkForm::Int(_) => TILE_KEYS,
+            QkForm::Fp4(_) => ONE,
+        };
+        let k_given = if self.smooths_q() { panels * self.given_panel() } else { 0 };
         let v_scales = match self.pv {
-            // One, and room that keeps the next tile on a cache line.
-            PvForm::Float => 16,
+            PvForm::Float | PvForm::Rounded(_) | PvForm::Fp4(..) => ONE,
             PvForm::Fixed12 => self.padded_dim(),
         };
-        [self.k_panel * (TILE_KEYS / self.width), k_scales, self.v_panel * self.channel_panels, v_scales]
+        [self.k_panel * panels, k_scales, k_given, self.v_panel * self.channel_panels, v_scales]
     }
 }

@@ -1,6 +1,7 @@
 //! Attention with packed keys and values: each block of queries passes over all tiles of its head.
 
 mod means;
+mod queries;
 mod tail;
 
 use std::cell::RefCell;
@@ -8,15 +9,19 @@ use std::ops::Range;
 
 use aligned_vec::AVec;
 use rayon::prelude::*;
-use sage_core::{Granularity, IntQuantizer, Sequence, SmoothK};
+use sage_core::{Sequence, Smoothing};
 
 use crate::forward::{Attention, totals};
-use crate::kernels::{Load, PackQueries, PackTile, RowState, Scores, Softmax, Values, absmax_bits, hadamard};
+use crate::kernels::fp4::{BLOCK, PANEL_WORDS};
+use crate::kernels::{
+    AddMeans, Fp4Softmax, Load, PackTile, RoundedSoftmax, RowState, Scores, Softmax, Values,
+};
 use crate::plan::PACKED_BYTES_MAX;
 use crate::seen::{Seen, SeenKeys};
 use crate::tile::{PvForm, QkForm, TILE_KEYS, Tile, TileLayout};
 use crate::tiled::tail::TailScratch;
 use crate::visibility::{BlockRows, Kept, Row, mask_hides, union};
+use means::Head;
 
 /// One key head of one sequence, and where its tiles lie among those packed together.
 #[derive(Clone, Copy)]
@@ -52,6 +57,10 @@ struct Scratch {
     q_words: Vec<u32>,
     q_scale: Vec<f32>,
     mean_score: Vec<f32>,
+    /// The means of the queries, and each query's.
+    q_means: Vec<f32>,
+    mean_of: Vec<u32>,
+    delta: Vec<f32>,
     scores: Vec<f32>,
     pairs: Vec<u32>,
     out: Vec<f32>,
@@ -64,9 +73,14 @@ thread_local! {
 }
 
 impl Unit<'_> {
-    /// How many keys enter the mean.
+    /// How many keys enter means and scales.
     fn counted(&self) -> usize {
         self.seen.map_or(self.sequence.kv_len, |seen| seen.counted.len())
+    }
+
+    /// One of them.
+    fn counted_key(&self, index: usize) -> usize {
+        self.seen.map_or(index, |seen| seen.counted[index] as usize)
     }
 
     /// The keys of a tile.
@@ -81,8 +95,8 @@ impl Unit<'_> {
 }
 
 impl<E: Load> Attention<'_, '_, E> {
-    /// Computes the call with blocks of `block_q` queries. `smooth_k`: subtract the mean of each head's keys.
-    pub fn tiled(&self, layout: &TileLayout, block_q: usize, smooth_k: SmoothK, packed: &mut AVec<u32>) {
+    /// Computes the call with blocks of `block_q` queries. `smooth` says which means are subtracted.
+    pub fn tiled(&self, layout: &TileLayout, block_q: usize, smooth: &Smoothing, packed: &mut AVec<u32>) {
         let max_tiles = PACKED_BYTES_MAX / 4 / layout.words();
         let mut wave: Vec<Unit<'_>> = Vec::new();
         let (mut tiles, mut tail_tiles) = (0, 0);
@@ -90,7 +104,7 @@ impl<E: Load> Attention<'_, '_, E> {
             let count = sequence.kv_len.div_ceil(TILE_KEYS);
             for kv_head in 0..self.call.problem.num_kv_heads {
                 if tiles + count > max_tiles && !wave.is_empty() {
-                    self.wave(layout, block_q, smooth_k, &wave, tiles, packed);
+                    self.wave(layout, block_q, smooth, &wave, tiles, packed);
                     wave.clear();
                     (tiles, tail_tiles) = (0, 0);
                 }
@@ -109,7 +123,7 @@ impl<E: Load> Attention<'_, '_, E> {
                 tail_tiles += tail_count;
             }
         }
-        self.wave(layout, block_q, smooth_k, &wave, tiles, packed);
+        self.wave(layout, block_q, smooth, &wave, tiles, packed);
     }
 
     /// Packs the keys and values of some heads, then computes all queries that read them.
@@ -117,28 +131,27 @@ impl<E: Load> Attention<'_, '_, E> {
         &self,
         layout: &TileLayout,
         block_q: usize,
-        smooth_k: SmoothK,
+        smooth: &Smoothing,
         units: &[Unit<'_>],
         tiles: usize,
         packed: &mut AVec<u32>,
     ) {
-        let means =
-            if smooth_k.is_on() { self.key_means(units, smooth_k) } else { vec![Vec::new(); units.len()] };
+        let heads = self.heads(smooth, layout, units);
         if packed.len() < tiles * layout.words() {
             packed.resize(tiles * layout.words(), 0);
         }
         let packed = &mut packed[..tiles * layout.words()];
         packed.par_chunks_exact_mut(layout.words()).enumerate().for_each(|(tile, words)| {
             let unit = units.partition_point(|unit| unit.first_tile + unit.tiles <= tile);
-            let (unit, mean) = (&units[unit], &means[unit]);
+            let (unit, head) = (&units[unit], &heads[unit]);
             let tile = tile - unit.first_tile;
             if !unit.hides(tile) {
-                self.pack(layout, unit, tile, mean, words);
+                self.pack(layout, unit, tile, head, words);
             }
         });
 
         let tail_layout = self.tail_layout();
-        let tail = tail_layout.map_or(Vec::new(), |layout| self.pack_tails(&layout, units, &means));
+        let tail = tail_layout.map_or(Vec::new(), |layout| self.pack_tails(&layout, units, &heads));
 
         let packed = &*packed;
         let group_size = self.call.problem.group_size();
@@ -154,20 +167,20 @@ impl<E: Load> Attention<'_, '_, E> {
             let unit = &units[block.unit];
             let tiles = &packed[unit.first_tile * layout.words()..][..unit.tiles * layout.words()];
             SCRATCH.with_borrow_mut(|scratch| {
-                let mean = &means[block.unit];
-                self.block(layout, unit, block, tiles, mean, scratch);
+                let of_head = &heads[block.unit];
+                self.block(layout, unit, block, tiles, of_head, scratch);
                 if let Some(layout) = &tail_layout {
                     let words = layout.words();
                     let tiles = &tail[unit.first_tail_tile * words..][..unit.tail_tiles * words];
-                    self.add_tail(layout, unit, block, tiles, mean, scratch);
+                    self.add_tail(layout, unit, block, tiles, of_head, scratch);
                 }
-                self.write_block(layout, unit, scratch);
+                self.write_block(layout, unit, of_head, scratch);
             });
         });
     }
 
-    /// Packs one tile of a unit; `mean` is empty without smoothing.
-    fn pack(&self, layout: &TileLayout, unit: &Unit<'_>, tile: usize, mean: &[f32], words: &mut [u32]) {
+    /// Packs one tile of a unit.
+    fn pack(&self, layout: &TileLayout, unit: &Unit<'_>, tile: usize, head: &Head, words: &mut [u32]) {
         let Range { start: first, end } = unit.keys(tile);
         let keys = end - first;
         let seen = unit.seen.map_or(&[][..], |seen| seen.range(first..end));
@@ -182,12 +195,17 @@ impl<E: Load> Attention<'_, '_, E> {
                 }
                 let (row, padding) = row.split_at_mut(layout.head_dim);
                 E::widen(k.row(first + j), row);
-                row.iter_mut().zip(mean).for_each(|(x, mean)| *x -= mean);
+                row.iter_mut().zip(&head.k_mean).for_each(|(x, mean)| *x -= mean);
                 padding.fill(0.0);
             }
             let v_rows = resized(&mut scratch.wide, keys * layout.head_dim);
             for (j, row) in v_rows.chunks_exact_mut(layout.head_dim).enumerate() {
-                if hidden(j) { row.fill(0.0) } else { E::widen(v.row(first + j), row) }
+                if hidden(j) {
+                    row.fill(0.0);
+                    continue;
+                }
+                E::widen(v.row(first + j), row);
+                row.iter_mut().zip(&head.v_mean).for_each(|(x, mean)| *x -= mean);
             }
             self.kernels.pack_tile(PackTile {
                 layout: *layout,
@@ -195,7 +213,9 @@ impl<E: Load> Attention<'_, '_, E> {
                 keys,
                 seen,
                 k: k_rows,
+                k_max: &head.k_max,
                 v: v_rows,
+                v_max: &head.v_max,
                 tile: words,
             });
         });
@@ -208,7 +228,7 @@ impl<E: Load> Attention<'_, '_, E> {
         unit: &Unit<'_>,
         block: &Block,
         tiles: &[u32],
-        mean: &[f32],
+        of_head: &Head,
         scratch: &mut Scratch,
     ) {
         let Block { head, first, rows, .. } = *block;
@@ -216,7 +236,7 @@ impl<E: Load> Attention<'_, '_, E> {
         let padded_rows = rows.next_multiple_of(self.kernels.rows);
         let padded_dim = layout.padded_dim();
 
-        self.pack_queries(layout, sequence, block, padded_rows, mean, scratch);
+        self.pack_queries(layout, sequence, block, padded_rows, of_head, scratch);
         scratch.rows.clear();
         scratch.rows.extend((first..first + rows).map(|i| Row::new(self.call, sequence, head, i)));
         resized(&mut scratch.scores, padded_rows * TILE_KEYS);
@@ -228,23 +248,30 @@ impl<E: Load> Attention<'_, '_, E> {
         let blocks = BlockRows::new(self.call, unit.sequence_index, &scratch.rows);
         for tile in visible.start / TILE_KEYS..visible.end.div_ceil(TILE_KEYS) {
             let keys = tile * TILE_KEYS..visible.end.min((tile + 1) * TILE_KEYS);
-            let kept = if unit.hides(tile) { None } else { blocks.kept(keys, self.kernels.width) };
+            let kept = if unit.hides(tile) {
+                None
+            } else {
+                blocks.kept(keys, self.kernels.width.max(layout.p_group()))
+            };
             let Some(kept) = kept else { continue };
             if mask_hides(self.call, unit.sequence_index, &scratch.rows, &kept.keys) {
                 continue;
             }
             let packed = layout.parts(&tiles[tile * layout.words()..][..layout.words()]);
-            self.attend_tile(layout, unit, &packed, kept, !mean.is_empty(), scratch);
+            self.attend_tile(layout, unit, &packed, kept, !of_head.k_mean.is_empty(), scratch);
         }
     }
 
     /// Writes a block's output.
-    fn write_block(&self, layout: &TileLayout, unit: &Unit<'_>, scratch: &Scratch) {
+    fn write_block(&self, layout: &TileLayout, unit: &Unit<'_>, of_head: &Head, scratch: &mut Scratch) {
         // The cap acted on whole scores; without one, the log-sum-exp lacks the mean's part.
         let capped = self.call.problem.logit_softcap.is_some();
-        for (r, (row, out)) in
-            scratch.rows.iter().zip(scratch.out.chunks_exact(layout.padded_dim())).enumerate()
-        {
+        let rows = scratch.rows.iter().zip(scratch.out.chunks_exact_mut(layout.padded_dim()));
+        for (r, (row, out)) in rows.enumerate() {
+            // A row without keys stays zero.
+            if totals(&scratch.state, r).1 != 0.0 {
+                out.iter_mut().zip(&of_head.v_mean).for_each(|(x, mean)| *x += mean);
+            }
             let mean_score = if capped { 0.0 } else { scratch.mean_score[r] };
             // SAFETY: each row belongs to one block, and each block to one thread.
             unsafe { self.write_row(&unit.sequence, row, totals(&scratch.state, r), mean_score, out) }
@@ -282,7 +309,8 @@ impl<E: Load> Attention<'_, '_, E> {
         let width = self.kernels.width;
         // Of the tile's keys, those before the first that is kept; whole panels of K.
         let before = keys.start % TILE_KEYS;
-        let Scratch { rows, q_words, q_scale, mean_score, scores, pairs, out, state, .. } = scratch;
+        let Scratch { rows, q_words, q_scale, mean_score, q_means, mean_of, delta, .. } = scratch;
+        let Scratch { scores, pairs, out, state, .. } = scratch;
         let row_groups = rows.len().div_ceil(self.kernels.rows);
         let panels = keys.len().div_ceil(width);
         let columns = panels * width;
@@ -293,22 +321,47 @@ impl<E: Load> Attention<'_, '_, E> {
             row_groups,
             panels,
             q_scale,
-            // Numbers have no scales.
-            k_scale: tile.k_scale.get(before..).unwrap_or_default(),
+            k_scale: match layout.qk {
+                QkForm::Int(_) => &tile.k_scale[before..],
+                QkForm::Float | QkForm::Fp4(_) => tile.k_scale,
+            },
             scores,
         };
         match layout.qk {
             QkForm::Float => self.kernels.scores_float(args),
+            QkForm::Fp4(_) => self.kernels.scores_fp4(args),
             QkForm::Int(_) => self.kernels.scores_int(args),
+        }
+        if layout.smooths_q() {
+            let row_groups = q_means.len() / layout.head_dim / self.kernels.rows;
+            self.kernels.scores_float(Scores {
+                q: bytemuck::cast_slice(q_means),
+                k: &tile.k_given[before / width * layout.given_panel()..],
+                depth: layout.head_dim,
+                row_groups,
+                panels,
+                q_scale: &[],
+                k_scale: &[],
+                scores: resized(delta, row_groups * self.kernels.rows * TILE_KEYS),
+            });
+            self.kernels.add_means(AddMeans { means: delta, mean_of, columns, scores });
         }
         finish(rows, columns, mean_score, scores);
 
         let softmax = Softmax { rows: row_groups * self.kernels.rows, columns, scores, pairs, state };
-        // Single probabilities take the places of the scores, 12-bit ones have pairs of their own.
+        // Single probabilities take the places of the scores, others have words of their own.
         let (p, p_stride, depth, skipped): (&[u32], usize, usize, usize) = match layout.pv {
             PvForm::Float => {
                 self.kernels.softmax_float(softmax);
                 (bytemuck::cast_slice(scores), TILE_KEYS, keys.len(), before)
+            }
+            PvForm::Rounded(to) => {
+                self.kernels.softmax_rounded(RoundedSoftmax { softmax, to });
+                (bytemuck::cast_slice(scores), TILE_KEYS, keys.len(), before)
+            }
+            PvForm::Fp4(format, levels) => {
+                self.kernels.softmax_fp4(Fp4Softmax { softmax, format, levels });
+                (pairs, Fp4Softmax::STRIDE, keys.len().div_ceil(BLOCK), before / BLOCK * PANEL_WORDS)
             }
             PvForm::Fixed12 => {
                 self.kernels.softmax_fixed12(softmax);
@@ -328,89 +381,10 @@ impl<E: Load> Attention<'_, '_, E> {
             state,
         };
         match layout.pv {
-            PvForm::Float => self.kernels.values_float(args),
+            PvForm::Float | PvForm::Rounded(_) => self.kernels.values_float(args),
+            PvForm::Fp4(..) => self.kernels.values_fp4(args),
             PvForm::Fixed12 => self.kernels.values_fixed12(args),
         }
-    }
-
-    /// Packs a block's queries, and computes what smoothing K takes from each row's scores, in base 2.
-    fn pack_queries(
-        &self,
-        layout: &TileLayout,
-        sequence: &Sequence,
-        block: &Block,
-        padded_rows: usize,
-        mean: &[f32],
-        scratch: &mut Scratch,
-    ) {
-        let Block { head, first, rows, .. } = *block;
-        let queries = self.queries(sequence, head);
-        let Scratch { wide, group_max, q, q_words, q_scale, mean_score, .. } = scratch;
-        let q = resized(q, rows * layout.qk_dim);
-        mean_score.clear();
-        mean_score.resize(rows, 0.0);
-        let wants_mean_score = self.lse.is_some() || self.call.problem.logit_softcap.is_some();
-        for (i, row) in q.chunks_exact_mut(layout.qk_dim).enumerate() {
-            let (head_row, padding) = row.split_at_mut(layout.head_dim);
-            E::widen(queries.row(first + i), head_row);
-            padding.fill(0.0);
-            if wants_mean_score {
-                let products = head_row.iter().zip(mean).map(|(q, mean)| f64::from(*q) * f64::from(*mean));
-                mean_score[i] = (products.sum::<f64>() * f64::from(self.score_scale())) as f32;
-            }
-            if layout.rotate {
-                hadamard(row);
-            }
-        }
-
-        // A group's scale depends on all of its rows, also those of other blocks.
-        let mut first_group = 0;
-        group_max.clear();
-        if let QkForm::Int(quantizer) = layout.qk {
-            let span = q_group_span(&quantizer);
-            let start = first / span * span;
-            let end = (first + rows).next_multiple_of(span).min(sequence.q_len);
-            first_group = quantizer.q_group(start);
-            let wide = resized(wide, layout.qk_dim);
-            for i in start..end {
-                let max = if (first..first + rows).contains(&i) {
-                    absmax_bits(&q[(i - first) * layout.qk_dim..][..layout.qk_dim])
-                } else {
-                    let (head_row, padding) = wide.split_at_mut(layout.head_dim);
-                    E::widen(queries.row(i), head_row);
-                    padding.fill(0.0);
-                    if layout.rotate {
-                        hadamard(wide);
-                    }
-                    absmax_bits(wide)
-                };
-                let group = quantizer.q_group(i) - first_group;
-                if group_max.len() <= group {
-                    group_max.resize(group + 1, 0);
-                }
-                group_max[group] = group_max[group].max(max);
-            }
-        }
-        self.kernels.pack_queries(PackQueries {
-            layout: *layout,
-            first,
-            rows,
-            score_scale: self.score_scale(),
-            q,
-            group_max,
-            first_group,
-            words: resized(q_words, padded_rows * layout.depth),
-            scale: resized(q_scale, padded_rows),
-        });
-    }
-}
-
-/// Rows within which the groups of queries lie.
-fn q_group_span(quantizer: &IntQuantizer) -> usize {
-    match quantizer.granularity {
-        Granularity::PerTensor | Granularity::PerBlock => quantizer.tile.block_q,
-        Granularity::PerWarp | Granularity::PerThread => quantizer.tile.warp_q,
-        Granularity::PerToken => 1,
     }
 }
 

@@ -4,16 +4,20 @@
 #![allow(clippy::unwrap_used)]
 
 use sage_core::{
-    Accumulator, Alignment, Band, DType, Error, Fp4Format, Granularity, IntQuantizer, Layout, PLevels,
-    Preset, Pv, Qk, Scheme, SmoothQ, Smoothing, Tensor, Tile, oracle,
+    Alignment, Band, DType, Error, Granularity, IntQuantizer, Layout, Preset, Pv, Qk, Scheme, Tensor, Tile,
+    oracle,
 };
 use sage_cpu::{Cpu, InstructionSet, nearest_scheme};
 use sage_testkit::{
     Bias, Case, CaseBlocks, CaseMask, Extent, OwnedBlocks, OwnedCall, OwnedMask, Runner, Sequences,
-    cpu_schemes as schemes, every_cpu,
+    cpu_narrow_schemes, cpu_schemes, every_cpu,
 };
 
 const CAUSAL: Band = Band::causal(Alignment::BottomRight);
+
+fn schemes(head_dim: usize) -> Vec<Scheme> {
+    [cpu_schemes(head_dim), cpu_narrow_schemes(head_dim)].concat()
+}
 
 /// Queries: few enough to be split over keys, and more.
 const Q_LENS: [usize; 2] = [4, 45];
@@ -155,71 +159,54 @@ fn outputs_that_do_not_fit_are_refused() {
 }
 
 #[test]
-fn schemes_without_kernels_are_refused_and_say_what_would_do() {
+fn the_scheme_without_kernels_is_refused_and_the_message_says_what_would_do() {
     let int8 = Preset::INT8.scheme(64);
-    let quantizer = is_int(&int8).unwrap();
-    let with = |quantizer| Scheme { qk: Qk::Int(quantizer), ..int8 };
-    let narrow = Tile { block_k: 48, warp_k: 48, ..quantizer.tile };
-    for (scheme, what) in [
-        (with(IntQuantizer { granularity: Granularity::PerTensor, ..quantizer }), "per-tensor Q·Kᵀ"),
-        (
-            with(IntQuantizer { tile: narrow, ..quantizer }),
-            "Tile { block_q: 128, warp_q: 32, block_k: 48, warp_k: 48 }",
-        ),
-        (Scheme { qk: Qk::Fp4(Fp4Format::Nv), ..int8 }, "NVFP4 Q·Kᵀ"),
-        (Scheme { pv: Pv::Int8, ..int8 }, "P·V in Int8"),
-        (
-            Scheme { pv: Pv::Fp4 { format: Fp4Format::Nv, levels: PLevels::Two }, ..int8 },
-            "P·V in Fp4 { format: Nv, levels: Two }",
-        ),
-        (Scheme { pv: Pv::F16(Accumulator::F32), ..int8 }, "P·V in F16(F32)"),
-        (Scheme { pv: Pv::Fixed12 { block: 64 }, ..int8 }, "P·V in Fixed12 { block: 64 }"),
-        (Scheme { smooth: Smoothing { q: SmoothQ::Sequence, ..int8.smooth }, ..int8 }, "smooth-Q"),
-        (Scheme { smooth: Smoothing { v: true, ..int8.smooth }, ..int8 }, "smooth-V"),
-    ] {
-        let problem = Case::f32().build().call().problem;
-        let error: Error = Cpu::detect().plan(&problem, Some(scheme)).unwrap_err();
-        let nearest = nearest_scheme(scheme);
-        assert!(Cpu::detect().plan(&problem, Some(nearest)).is_ok(), "{nearest:?}");
-        assert_eq!(
-            error.to_string(),
-            format!(
-                "{what} in the CPU kernels is not supported: they compute full precision, and INT8 or INT4 Q·Kᵀ per \
-                 block, warp, thread or token with smooth-K and P·V in f32 or 12 bits; the nearest that they compute \
-                 is {}",
-                nearest.named_or(problem.head_dim, Preset::INT8_PER_TOKEN)
-            )
-        );
-    }
+    let scheme = Scheme { pv: Pv::Fixed12 { block: 64 }, ..int8 };
+    let problem = Case::f32().build().call().problem;
+    let error: Error = Cpu::detect().plan(&problem, Some(scheme)).unwrap_err();
+    assert_eq!(nearest_scheme(scheme), int8);
+    assert_eq!(
+        error.to_string(),
+        "12-bit P·V of 64 keys in the CPU kernels is not supported: of 128 they have it; the nearest that they compute \
+         is `int8`, INT8 QK per-block · smooth K · 12-bit PV (128)"
+    );
 }
 
 #[test]
-fn every_scheme_that_is_planned_runs() {
-    // Odd tiles: whatever the plan accepts must not panic.
+fn groups_of_any_size_have_one_scale() {
     let int8 = Preset::INT8.scheme(32);
     let quantizer = is_int(&int8).unwrap();
-    let built = Case { q_len: 70, kv_len: 200, head_dim: 32, ..Case::f32() }.build();
+    // Padding and hidden keys measure no group, whatever tile they are in.
+    let lengths = Sequences::KvLens(vec![200, 131]);
+    let case = Case { batch: 2, q_len: 70, kv_len: 200, head_dim: 32, sequences: lengths, ..Case::f32() };
+    let padding = (0..200).map(|j| if j % 9 == 4 { f32::MIN } else { 0.0 }).collect::<Vec<f32>>();
+    let mask = OwnedMask::biases(Tensor::new(padding, &[200]).unwrap());
+    let built = OwnedCall { mask: Some(mask), ..case.build() };
+    let built = OwnedCall { k: built.k.map(|at, x| if at / 32 % 9 == 4 { 50.0 * x } else { x }), ..built };
     let cpu = Cpu::detect();
-    let mut planned = 0;
-    let mut failures = Vec::new();
-    for granularity in
-        [Granularity::PerBlock, Granularity::PerWarp, Granularity::PerThread, Granularity::PerToken]
-    {
+    for granularity in [
+        Granularity::PerTensor,
+        Granularity::PerBlock,
+        Granularity::PerWarp,
+        Granularity::PerThread,
+        Granularity::PerToken,
+    ] {
         for (block_q, warp_q) in [(128, 32), (1, 1), (7, 7), (24, 8)] {
-            for (block_k, warp_k) in [(128, 128), (64, 8), (32, 4), (2, 2), (1, 1), (0, 0), (256, 256)] {
+            for (block_k, warp_k) in [(128, 128), (64, 8), (2, 2), (1, 1), (256, 256), (48, 24), (0, 0)] {
                 let tile = Tile { block_q, warp_q, block_k, warp_k };
-                let scheme = Scheme { qk: Qk::Int(IntQuantizer { granularity, tile, ..quantizer }), ..int8 };
-                if cpu.plan(&built.call().problem, Some(scheme)).is_ok() {
-                    planned += 1;
-                    let run = std::panic::catch_unwind(|| cpu.run(&built, Some(scheme)));
-                    if !run.is_ok_and(|run| run.out.iter().all(|x| x.is_finite())) {
-                        failures.push(format!("{granularity:?} of {tile:?}"));
-                    }
+                let qk = Qk::Int(IntQuantizer { granularity, tile, ..quantizer });
+                let scheme = Scheme { qk, rotate: block_k == 256, ..int8 };
+                if scheme.check().is_err() {
+                    assert!(cpu.plan(&built.call().problem, Some(scheme)).is_err());
+                    continue;
                 }
+                let expected = oracle::scheme(&built.call(), &scheme);
+                let run = cpu.run(&built, Some(scheme));
+                let checked = run.check(&expected, &cpu.tolerance(DType::F32, &scheme));
+                checked.unwrap_or_else(|error| panic!("{error}: {granularity:?} of {tile:?}"));
             }
         }
     }
-    assert!(planned > 20 && failures.is_empty(), "{planned} planned; failed: {failures:#?}");
 }
 
 #[test]

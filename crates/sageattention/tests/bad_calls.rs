@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)] // the helpers of tests are tests too
 
 use half::f16;
+use sage_core::Pv;
 use sageattention::{
     Alignment, Attention, BlockMask, DType, Device, Error, Geometry, KvCacheOptions, Layout, Mask, Preset,
     Result, Scheme, SmoothK, Tensor, TensorView, View, ViewMut, nearest_scheme,
@@ -286,15 +287,19 @@ fn outputs_have_their_shape_and_memory() {
 /// What no backend does is refused as such, with the scheme's part that stands in the way.
 #[test]
 fn schemes_without_kernels_are_unsupported() {
-    let nvfp4: Scheme = Preset::SAGE3_NVFP4.scheme(16);
-    for attention in [Attention::new().scheme(nvfp4), Attention::new().scheme(Preset::SAGE3_NVFP4)] {
-        let error = well_formed(&attention).unwrap_err();
-        assert!(matches!(error, Error::Unsupported { .. }), "{error}");
-        assert!(error.to_string().starts_with("NVFP4 Q·Kᵀ in the CPU kernels is not supported: "), "{error}");
-        let nearest = "; the nearest that they compute is `int8-per-token`, INT8 QK per-token · smooth K · 12-bit PV \
-            (128)";
-        assert!(error.to_string().ends_with(nearest), "{error}");
-    }
+    let error = well_formed(&Attention::new().scheme(short_blocks())).unwrap_err();
+    assert!(matches!(error, Error::Unsupported { .. }), "{error}");
+    assert!(
+        error.to_string().starts_with("12-bit P·V of 64 keys in the CPU kernels is not supported: "),
+        "{error}"
+    );
+    let nearest = "; the nearest that they compute is `int8`, INT8 QK per-block · smooth K · 12-bit PV (128)";
+    assert!(error.to_string().ends_with(nearest), "{error}");
+}
+
+/// A scheme that the CPU has no kernels for.
+fn short_blocks() -> Scheme {
+    Scheme { pv: Pv::Fixed12 { block: 64 }, ..Preset::INT8.scheme(16) }
 }
 
 /// Masks and packed sequences do not go together, and the message says what does.
@@ -348,10 +353,9 @@ fn no_option_is_dropped() {
 fn the_nearest_scheme_and_no_smoothing_are_options() {
     let x = zeros(&[1, 2, 200, 16]);
     let scheme = |attention: Attention<'_>| *attention.plan(&x, &x, &x).unwrap().scheme();
-    let nvfp4 = Attention::new().scheme(Preset::SAGE3_NVFP4).nearest(true);
-    let nearest = nearest_scheme(Preset::SAGE3_NVFP4.scheme(16), Device::Cpu);
-    assert_eq!(scheme(nvfp4.clone()), nearest);
-    assert_eq!(scheme(nvfp4.smooth_k(false)).smooth.k, SmoothK::Off);
+    let nearest = Attention::new().scheme(short_blocks()).nearest(true);
+    assert_eq!(scheme(nearest.clone()), nearest_scheme(short_blocks(), Device::Cpu));
+    assert_eq!(scheme(nearest.smooth_k(false)).smooth.k, SmoothK::Off);
     let own = Attention::new().scheme(Preset::INT8_PER_TOKEN);
     assert!(scheme(own.clone()).smooth.k.is_on());
     assert_eq!(scheme(own.smooth_k(false)).smooth.k, SmoothK::Off);

@@ -40,7 +40,7 @@ pub use call::{OwnedBlocks, OwnedCall, OwnedMask};
 pub use case::{Bias, Case, CaseBlocks, CaseMask, Extent, Hidden, MaskKind, Sequences};
 pub use computed::{Computed, Tolerance, unit_roundoff};
 #[cfg(feature = "cpu")]
-pub use cpu::{CPU_FULL, CPU_QUANTISED, CPU_TIES, cpu_schemes, every_cpu, run_on_cpu};
+pub use cpu::{CPU_FULL, CPU_QUANTISED, CPU_TIES, cpu_narrow_schemes, cpu_schemes, every_cpu, run_on_cpu};
 #[cfg(feature = "emulator")]
 pub use emulator::{Emulated, presets};
 #[cfg(unix)]

@@ -117,6 +117,11 @@ impl SchemeName {
         self.0.map_or(Choice::Automatic, Choice::Preset)
     }
 
+    /// Whether it names a function of the original, and not a scheme of our own.
+    pub fn is_of_the_original(self) -> bool {
+        self.0.is_some_and(|preset| preset.original().is_some())
+    }
+
     /// The name.
     pub fn name(self) -> &'static str {
         self.0.map_or(Self::AUTOMATIC, |preset| preset.name())

@@ -177,6 +177,16 @@ impl Isa for Avx2 {
         unsafe { Self::dot_i16(acc, q, k) }
     }
     #[inline(always)]
+    unsafe fn dot_block(acc: __m256i, a: [__m256i; 4], b: [__m256i; 4]) -> __m256i {
+        unsafe {
+            // Eight products of at most 288 are within 16 bits.
+            let pairs = |i: usize| _mm256_maddubs_epi16(a[i], b[i]);
+            let sums =
+                _mm256_add_epi16(_mm256_add_epi16(pairs(0), pairs(1)), _mm256_add_epi16(pairs(2), pairs(3)));
+            _mm256_add_epi32(acc, _mm256_madd_epi16(sums, _mm256_set1_epi16(1)))
+        }
+    }
+    #[inline(always)]
     unsafe fn dot_i16(acc: __m256i, a: __m256i, b: __m256i) -> __m256i {
         unsafe { _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)) }
     }

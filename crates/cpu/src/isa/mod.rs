@@ -143,6 +143,13 @@ pub(crate) trait Isa: 'static {
     unsafe fn store_i16(p: *mut i16, low: Self::I, high: Self::I);
     /// `acc + Σ q·k` over the channels of each word, Q's word first.
     unsafe fn dot_int(acc: Self::I, q: Self::I, k: Self::I) -> Self::I;
+    /// `acc + Σ a·b` over the bytes of four words: those of `a` 0..=24, those of `b` −12..=12.
+    #[inline(always)]
+    unsafe fn dot_block(acc: Self::I, a: [Self::I; 4], b: [Self::I; 4]) -> Self::I {
+        const { assert!(Self::WORD.channels() == 4) };
+        // SAFETY: the caller vouches for the instruction set. So small, bytes are the same signed and unsigned.
+        (0..4).fold(acc, |acc, i| unsafe { Self::dot_int(acc, a[i], b[i]) })
+    }
     /// `acc + a₀b₀ + a₁b₁` over the 16-bit halves of each word.
     unsafe fn dot_i16(acc: Self::I, a: Self::I, b: Self::I) -> Self::I;
 }

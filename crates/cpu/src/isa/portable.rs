@@ -176,6 +176,22 @@ impl<const WORD: u8> Isa for Portable<WORD> {
         }
     }
     #[inline(always)]
+    unsafe fn dot_block(acc: Self::I, a: [Self::I; 4], b: [Self::I; 4]) -> Self::I {
+        // Sums of 16 bits hold the products of all bytes that are even, or odd, in four words.
+        let halves = |word: u32| [word as i16, (word >> 16) as i16];
+        let mut sums = [[0i16; 2]; LANES];
+        for (a, b) in a.iter().zip(&b) {
+            for ((sums, &a), &b) in sums.iter_mut().zip(a).zip(b) {
+                for ((sum, a), b) in sums.iter_mut().zip(halves(a)).zip(halves(b)) {
+                    let even = (a & 0xff).wrapping_mul(b << 8 >> 8);
+                    let odd = (a >> 8).wrapping_mul(b >> 8);
+                    *sum = sum.wrapping_add(even).wrapping_add(odd);
+                }
+            }
+        }
+        std::array::from_fn(|i| acc[i].wrapping_add((i32::from(sums[i][0]) + i32::from(sums[i][1])) as u32))
+    }
+    #[inline(always)]
     unsafe fn dot_i16(acc: Self::I, a: Self::I, b: Self::I) -> Self::I {
         let low = |x: u32| x as i16 as i32;
         let high = |x: u32| (x >> 16) as i16 as i32;

@@ -243,3 +243,37 @@ fn four_sums_are_those_of_one_each() {
     }
     on_each_isa!(check);
 }
+
+#[test]
+fn products_of_a_block_are_exact() {
+    fn check<I: Isa>() {
+        let mut rng = rng(11);
+        for round in 0..50 {
+            // All extreme, or anything.
+            let mut word = |low: i32, high: i32| {
+                let mut byte =
+                    || if round < 4 { [low, high][round % 2] } else { rng.random_range(low..=high) };
+                u32::from_le_bytes([byte() as u8, byte() as u8, byte() as u8, byte() as u8])
+            };
+            let mut vectors =
+                |low, high| [0; 4].map(|_| (0..I::LANES).map(|_| word(low, high)).collect::<Vec<u32>>());
+            let (a, b) = (vectors(0, 24), vectors(-12, 12));
+            let acc: Vec<u32> = (0..I::LANES).map(|_| rng.random_range(-5000..5000) as u32).collect();
+            // SAFETY: `on_each_isa` names detected sets only.
+            let sums = unsafe {
+                let vector = |x: &Vec<u32>| words::<I>(x);
+                int_lanes::<I>(I::dot_block(
+                    words::<I>(&acc),
+                    a.each_ref().map(vector),
+                    b.each_ref().map(vector),
+                ))
+            };
+            for i in 0..I::LANES {
+                let wanted =
+                    (0..4).fold(acc[i] as i32, |sum, w| sum + dot(IntWord::QuadOffset, a[w][i], b[w][i]));
+                assert_eq!(sums[i], wanted);
+            }
+        }
+    }
+    on_each_isa!(check);
+}

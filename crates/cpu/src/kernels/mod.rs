@@ -2,7 +2,9 @@
 
 mod cached;
 mod direct;
+pub(crate) mod fp4;
 mod mask;
+mod narrow;
 mod pack;
 mod product;
 mod quantize;
@@ -11,10 +13,10 @@ mod softmax;
 pub(crate) use cached::{Ahead, CHANNELS, CachedOutputs, CachedScores, QUERY_MAX, Stored};
 pub(crate) use direct::{DirectScores, DirectValues, Load};
 pub(crate) use mask::{AddBias, HideKeys};
-pub(crate) use pack::{PackQueries, PackTile, absmax_bits, hadamard};
-pub(crate) use product::{Scores, Values};
+pub(crate) use pack::{GroupMax, PackQueries, PackTile, absmax_bits, fp8_factor, hadamard};
+pub(crate) use product::{AddMeans, Scores, Values};
 pub(crate) use quantize::QuantizeRows;
-pub(crate) use softmax::{RowState, SoftCap, Softmax};
+pub(crate) use softmax::{Fp4Softmax, RoundedSoftmax, RowState, SoftCap, Softmax};
 
 use half::{bf16, f16};
 
@@ -56,10 +58,14 @@ kernels! {
     scores_float: Scores<'_>,
     /// Q·Kᵀ in integers.
     scores_int: Scores<'_>,
+    /// Q·Kᵀ in FP4.
+    scores_fp4: Scores<'_>,
     /// Caps scores.
     soft_cap: SoftCap<'_>,
     /// Hides the keys of a boolean mask's row.
     hide_keys: HideKeys<'_>,
+    /// Adds to scores what smoothing Q took from them.
+    add_means: AddMeans<'_>,
     /// Adds a mask's row in f32.
     add_bias_f32: AddBias<'_, f32>,
     /// Adds a mask's row in f16.
@@ -68,10 +74,16 @@ kernels! {
     add_bias_bf16: AddBias<'_, bf16>,
     /// Softmax with probabilities in floating point, in place of the scores.
     softmax_float: Softmax<'_>,
+    /// Softmax with probabilities in floating point that are rounded to fewer bits.
+    softmax_rounded: RoundedSoftmax<'_>,
+    /// Softmax with probabilities in FP4.
+    softmax_fp4: Fp4Softmax<'_>,
     /// Softmax with probabilities in 12 bits.
     softmax_fixed12: Softmax<'_>,
     /// P·V in floating point.
     values_float: Values<'_>,
+    /// P·V in FP4.
+    values_fp4: Values<'_>,
     /// P·V in 12 bits.
     values_fixed12: Values<'_>,
     /// Scores of a few queries with keys in f32.
@@ -109,6 +121,8 @@ macro_rules! table {
         pub(crate) static $NAME: Kernels = {
             /// Vectors of [`CHANNELS`] numbers.
             const CHANNEL_VECTORS: usize = CHANNELS / <$Isa as Isa>::LANES;
+            /// Half the rows of a register tile.
+            const HALF: usize = $R / 2;
             macro_rules! kernel {
                 ($kernel:expr, $Args:ty) => {{
                     $(#[target_feature(enable = $features)])?
@@ -129,14 +143,19 @@ macro_rules! table {
                 pack_queries: kernel!(pack::pack_queries, PackQueries<'_>),
                 scores_float: kernel!(product::scores_float::<$Isa, $R, $V>, Scores<'_>),
                 scores_int: kernel!(product::scores_int::<$Isa, $R, $V>, Scores<'_>),
+                scores_fp4: kernel!(fp4::scores_fp4::<$Isa, HALF, $V>, Scores<'_>),
                 soft_cap: kernel!(softmax::soft_cap::<$Isa>, SoftCap<'_>),
                 hide_keys: kernel!(mask::hide_keys::<$Isa>, HideKeys<'_>),
+                add_means: kernel!(product::add_means::<$Isa>, AddMeans<'_>),
                 add_bias_f32: kernel!(mask::add_bias::<$Isa, f32>, AddBias<'_, f32>),
                 add_bias_f16: kernel!(mask::add_bias::<$Isa, f16>, AddBias<'_, f16>),
                 add_bias_bf16: kernel!(mask::add_bias::<$Isa, bf16>, AddBias<'_, bf16>),
                 softmax_float: kernel!(softmax::softmax_float::<$Isa>, Softmax<'_>),
+                softmax_rounded: kernel!(softmax::softmax_rounded::<$Isa>, RoundedSoftmax<'_>),
+                softmax_fp4: kernel!(softmax::softmax_fp4::<$Isa>, Fp4Softmax<'_>),
                 softmax_fixed12: kernel!(softmax::softmax_fixed12::<$Isa>, Softmax<'_>),
                 values_float: kernel!(product::values_float::<$Isa, $R, $V>, Values<'_>),
+                values_fp4: kernel!(fp4::values_fp4::<$Isa, HALF, $V>, Values<'_>),
                 values_fixed12: kernel!(product::values_fixed12::<$Isa, $R, $V>, Values<'_>),
                 direct_scores_f32: kernel!(direct::direct_scores::<$Isa, f32>, DirectScores<'_, f32>),
                 direct_scores_f16: kernel!(direct::direct_scores::<$Isa, f16>, DirectScores<'_, f16>),

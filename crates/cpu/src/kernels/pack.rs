@@ -1,12 +1,19 @@
 //! Tiles of keys and values, and blocks of queries, packed for the products.
 
+mod fp4_values;
+mod rounded;
 mod values;
 
 use sage_core::oracle::HADAMARD_LARGE;
 use sage_core::{IntQuantizer, Rounding};
 
+use super::fp4;
 use crate::seen::Seen;
 use crate::tile::{PvForm, QkForm, TILE_KEYS, TileLayout};
+use fp4_values::fp4_values;
+use rounded::round_values;
+
+pub(crate) use rounded::fp8_factor;
 use values::{fixed12_values, float_values};
 
 /// Packs a tile of keys and values.
@@ -20,8 +27,12 @@ pub(crate) struct PackTile<'a> {
     pub seen: &'a [Seen],
     /// Rows of `qk_dim` numbers, smoothed; rotated here.
     pub k: &'a mut [f32],
-    /// Rows of `head_dim` numbers; those of padding are saturated here.
+    /// Bits of the largest magnitude of each group of keys in the sequence, where groups are no parts of tiles.
+    pub k_max: &'a [u32],
+    /// Rows of `head_dim` numbers, smoothed; those of padding are saturated here.
     pub v: &'a mut [f32],
+    /// The largest magnitude of each of V's channels in the sequence, where their scales are of all of it.
+    pub v_max: &'a [f32],
     /// [`TileLayout::words`] words.
     pub tile: &'a mut [u32],
 }
@@ -51,30 +62,49 @@ pub(super) fn pack_tile(args: &mut PackTile<'_>) {
     let layout = args.layout;
     assert!(args.keys <= TILE_KEYS && args.first.is_multiple_of(TILE_KEYS));
     args.tile.fill(0);
-    let [k_words, k_scale_words, v_words, _] = layout.lengths();
+    let [k_words, k_scale_words, k_given_words, v_words, _] = layout.lengths();
     let (k, rest) = args.tile.split_at_mut(k_words);
     let (k_scale, rest) = rest.split_at_mut(k_scale_words);
+    let (k_given, rest) = rest.split_at_mut(k_given_words);
     let (v, v_scale) = rest.split_at_mut(v_words);
     let k_rows = &mut args.k[..args.keys * layout.qk_dim];
+    if layout.smooths_q() {
+        float_keys((layout.width, layout.head_dim), k_rows, layout.qk_dim, k_given);
+    }
     if layout.rotate {
         k_rows.chunks_exact_mut(layout.qk_dim).for_each(hadamard);
     }
     match layout.qk {
-        QkForm::Float => float_keys(&layout, k_rows, k),
-        QkForm::Int(quantizer) => int_keys(&layout, &quantizer, (args.first, args.seen), k_rows, k, k_scale),
+        QkForm::Float => float_keys((layout.width, layout.qk_dim), k_rows, layout.qk_dim, k),
+        QkForm::Fp4(format) => {
+            let [factor, later] = fp4::factors(absmax_bits(k_rows));
+            fp4::pack_keys(k_rows, layout.qk_dim, format, layout.width, factor, k);
+            k_scale[0] = later.to_bits();
+        }
+        QkForm::Int(quantizer) => {
+            let of = (args.first, args.seen, args.k_max);
+            int_keys(&layout, &quantizer, of, k_rows, k, k_scale);
+        }
     }
     let v_rows = &mut args.v[..args.keys * layout.head_dim];
+    if let PvForm::Rounded(to) = layout.pv {
+        round_values(to, layout.head_dim, args.v_max, v_rows);
+    }
     match layout.pv {
-        PvForm::Float => v_scale[0] = float_values(&layout, v_rows, v).to_bits(),
+        PvForm::Float | PvForm::Rounded(_) => v_scale[0] = float_values(&layout, v_rows, v).to_bits(),
+        PvForm::Fp4(format, _) => {
+            v_scale[0] = fp4_values(&layout, format, args.seen, v_rows, v).to_bits();
+        }
         PvForm::Fixed12 => fixed12_values(&layout, args.seen, v_rows, v, v_scale),
     }
 }
 
+/// Panels of `width` keys: of each, `depth` of the `stride` numbers of its row.
 #[inline(always)]
-fn float_keys(layout: &TileLayout, rows: &[f32], out: &mut [u32]) {
-    for (panel, rows) in out.chunks_exact_mut(layout.k_panel).zip(rows.chunks(layout.width * layout.qk_dim)) {
-        for (key, row) in rows.chunks_exact(layout.qk_dim).enumerate() {
-            for (words, x) in panel.chunks_exact_mut(layout.width).zip(row) {
+fn float_keys((width, depth): (usize, usize), rows: &[f32], stride: usize, out: &mut [u32]) {
+    for (panel, rows) in out.chunks_exact_mut(depth * width).zip(rows.chunks(width * stride)) {
+        for (key, row) in rows.chunks_exact(stride).enumerate() {
+            for (words, x) in panel.chunks_exact_mut(width).zip(row) {
                 words[key] = x.to_bits();
             }
         }
@@ -85,28 +115,26 @@ fn float_keys(layout: &TileLayout, rows: &[f32], out: &mut [u32]) {
 fn int_keys(
     layout: &TileLayout,
     quantizer: &IntQuantizer,
-    (first, seen): (usize, &[Seen]),
+    (first, seen, k_max): (usize, &[Seen], &[u32]),
     rows: &mut [f32],
     out: &mut [u32],
     scales: &mut [u32],
 ) {
-    // Groups lie within a tile, and are counted from the start of the sequence.
+    // Groups are counted from the start of the sequence.
     let first_group = quantizer.k_group(first);
-    let mut group_max = [0; TILE_KEYS];
-    let mut counts = [Seen::Hidden; TILE_KEYS];
-    for (j, row) in rows.chunks_exact(layout.qk_dim).enumerate() {
-        let group = quantizer.k_group(first + j) - first_group;
-        let (max, best) = (&mut group_max[group], &mut counts[group]);
-        // Padding is measured where a group has nothing else.
-        match seen.get(j).copied().unwrap_or(Seen::Counts) {
-            of if of > *best => (*max, *best) = (absmax_bits(row), of),
-            of if of == *best => *max = absmax_bits(row).max(*max),
-            _ => {}
+    let mut group_max = [GroupMax::default(); TILE_KEYS];
+    if k_max.is_empty() {
+        for (j, row) in rows.chunks_exact(layout.qk_dim).enumerate() {
+            let group = quantizer.k_group(first + j) - first_group;
+            group_max[group].measure(seen.get(j).copied().unwrap_or(Seen::Counts), row);
         }
+    } else {
+        let given = group_max.iter_mut().zip(&k_max[first_group..]);
+        given.for_each(|(group, max)| group.max = *max);
     }
     for (j, row) in rows.chunks_exact_mut(layout.qk_dim).enumerate().take(seen.len()) {
         if seen[j] == Seen::Padding {
-            let max = f32::from_bits(group_max[quantizer.k_group(first + j) - first_group]);
+            let max = f32::from_bits(group_max[quantizer.k_group(first + j) - first_group].max);
             row.iter_mut().for_each(|x| *x = saturated(*x, max));
         }
     }
@@ -115,7 +143,7 @@ fn int_keys(
     let mut ints = [0; 256];
     let ints = &mut ints[..layout.qk_dim];
     for (j, row) in rows.chunks_exact(layout.qk_dim).enumerate() {
-        let max = f32::from_bits(group_max[quantizer.k_group(first + j) - first_group]);
+        let max = f32::from_bits(group_max[quantizer.k_group(first + j) - first_group].max);
         let scale = quantizer.scale(max);
         scales[j] = scale.to_bits();
         quantize(row, scale, levels, quantizer.rounding, ints);
@@ -127,17 +155,49 @@ fn int_keys(
     }
 }
 
+/// The largest magnitude of a group of keys: of those that count, or of padding where it has nothing else.
+#[derive(Clone, Copy)]
+pub(crate) struct GroupMax {
+    /// Its bits.
+    pub max: u32,
+    best: Seen,
+}
+
+impl Default for GroupMax {
+    fn default() -> Self {
+        GroupMax { max: 0, best: Seen::Hidden }
+    }
+}
+
+impl GroupMax {
+    /// Takes a key of the group into account, given what queries see of it.
+    #[inline(always)]
+    pub fn measure(&mut self, seen: Seen, row: &[f32]) {
+        if seen > self.best {
+            (self.max, self.best) = (absmax_bits(row), seen);
+        } else if seen == self.best {
+            self.max = absmax_bits(row).max(self.max);
+        }
+    }
+}
+
 #[inline(always)]
 pub(super) fn pack_queries(args: &mut PackQueries<'_>) {
     let layout = args.layout;
     let rows = &mut args.q[..args.rows * layout.qk_dim];
     args.words.fill(0);
     args.scale.fill(0.0);
-    let QkForm::Int(quantizer) = layout.qk else {
-        for (word, x) in args.words.iter_mut().zip(rows) {
-            *word = (*x * args.score_scale).to_bits();
+    let quantizer = match layout.qk {
+        QkForm::Int(quantizer) => quantizer,
+        QkForm::Float => {
+            for (word, x) in args.words.iter_mut().zip(rows) {
+                *word = (*x * args.score_scale).to_bits();
+            }
+            return;
         }
-        return;
+        QkForm::Fp4(format) => {
+            return fp4::pack_rows(rows, layout.qk_dim, format, args.score_scale, args.words);
+        }
     };
     let (before, after) =
         if quantizer.scale_q_first { (args.score_scale, 1.0) } else { (1.0, args.score_scale) };
@@ -164,7 +224,7 @@ fn saturated(x: f32, max: f32) -> f32 {
 /// Bits of `|x|`: as integers they order like the numbers, and NaN lies above infinity, so that a maximum over them
 /// loses neither.
 #[inline(always)]
-fn magnitude_bits(x: f32) -> u32 {
+pub(super) fn magnitude_bits(x: f32) -> u32 {
     x.to_bits() & 0x7fff_ffff
 }
 

@@ -11,7 +11,7 @@ use crate::tile::TILE_KEYS;
 pub(crate) struct Scores<'a> {
     /// `row_groups · rows` rows of `depth` words.
     pub q: &'a [u32],
-    /// `panels` panels: for integers `width` sums first, then `depth` times `width` words.
+    /// `panels` panels: for integers `width` sums first, then `depth` times `width` words. For FP4 see [`super::fp4`].
     pub k: &'a [u32],
     /// Words of a row.
     pub depth: usize,
@@ -19,8 +19,20 @@ pub(crate) struct Scores<'a> {
     pub panels: usize,
     /// For integers: a factor for each row.
     pub q_scale: &'a [f32],
-    /// For integers: a factor for each key, as the bits of an `f32`.
+    /// As the bits of an `f32`: for integers a factor for each key, for FP4 one first of all.
     pub k_scale: &'a [u32],
+    /// Rows of [`TILE_KEYS`] scores.
+    pub scores: &'a mut [f32],
+}
+
+/// Adds to the scores of each query those of the mean that was subtracted from it.
+pub(crate) struct AddMeans<'a> {
+    /// Rows of [`TILE_KEYS`] scores, one for each mean.
+    pub means: &'a [f32],
+    /// The mean of each query.
+    pub mean_of: &'a [u32],
+    /// Scores of a row: whole vectors.
+    pub columns: usize,
     /// Rows of [`TILE_KEYS`] scores.
     pub scores: &'a mut [f32],
 }
@@ -30,13 +42,13 @@ pub(crate) struct Values<'a> {
     /// Rows of `p_stride` words.
     pub p: &'a [u32],
     pub p_stride: usize,
-    /// Panels, `panel_words` apart, of `depth` times `width` words that are used.
+    /// Panels, `panel_words` apart, of `depth` times `width` words that are used; for FP4 `depth` blocks.
     pub v: &'a [u32],
     pub panel_words: usize,
     pub depth: usize,
     pub row_groups: usize,
     pub panels: usize,
-    /// As the bits of an `f32`: for 12 bits a factor for each channel, for numbers one first of all.
+    /// As the bits of an `f32`: for 12 bits a factor for each channel, for numbers and FP4 one first of all.
     pub v_scale: &'a [u32],
     /// Rows of `panels · width` numbers.
     pub out: &'a mut [f32],
@@ -210,12 +222,30 @@ pub(super) unsafe fn scores_int<I: Isa, const R: usize, const VECS: usize>(args:
 }
 
 #[inline(always)]
-fn check_values(args: &Values<'_>, rows: usize, width: usize) {
+pub(super) unsafe fn add_means<I: Isa>(args: &mut AddMeans<'_>) {
+    assert!(args.columns <= TILE_KEYS && args.columns.is_multiple_of(I::LANES));
+    for (row, mean) in args.scores.chunks_exact_mut(TILE_KEYS).zip(args.mean_of) {
+        let mean = &args.means[*mean as usize * TILE_KEYS..][..TILE_KEYS];
+        for at in (0..args.columns).step_by(I::LANES) {
+            // SAFETY: both rows hold the columns, whole vectors of them; the caller vouches for the instruction set.
+            unsafe {
+                let score = row.as_mut_ptr().add(at);
+                I::store(score, I::add(I::load(score), I::load(mean.as_ptr().add(at))));
+            }
+        }
+    }
+}
+
+/// `words`: those of a step of `depth`, of a row of P and of a panel of V for each of its channels.
+#[inline(always)]
+pub(super) fn check_values(args: &Values<'_>, rows: usize, width: usize, words: [usize; 2]) {
     let rows = args.row_groups * rows;
-    assert!(args.depth <= args.p_stride && args.p.len() >= rows * args.p_stride);
+    assert!(args.depth * words[0] <= args.p_stride && args.p.len() >= rows * args.p_stride);
     // The last panel may end with what is used of it.
-    let used = args.panels.saturating_sub(1) * args.panel_words + args.depth * width;
-    assert!(args.depth * width <= args.panel_words && args.v.len() >= used);
+    let used = args.depth * words[1] * width;
+    assert!(
+        used <= args.panel_words && args.v.len() >= args.panels.saturating_sub(1) * args.panel_words + used
+    );
     assert!(args.out.len() >= rows * args.panels * width);
     assert!(args.state.alpha.len() >= rows && args.state.beta.len() >= rows);
 }
@@ -223,7 +253,7 @@ fn check_values(args: &Values<'_>, rows: usize, width: usize) {
 #[inline(always)]
 pub(super) unsafe fn values_float<I: Isa, const R: usize, const VECS: usize>(args: &mut Values<'_>) {
     let width = VECS * I::LANES;
-    check_values(args, R, width);
+    check_values(args, R, width, [1, 1]);
     let factor = f32::from_bits(args.v_scale[0]);
     for panel in 0..args.panels {
         for group in 0..args.row_groups {
@@ -251,7 +281,7 @@ pub(super) unsafe fn values_float<I: Isa, const R: usize, const VECS: usize>(arg
 #[inline(always)]
 pub(super) unsafe fn values_fixed12<I: Isa, const R: usize, const VECS: usize>(args: &mut Values<'_>) {
     let width = VECS * I::LANES;
-    check_values(args, R, width);
+    check_values(args, R, width, [1, 1]);
     assert!(args.v_scale.len() >= args.panels * width);
     for panel in 0..args.panels {
         for group in 0..args.row_groups {

@@ -1,18 +1,26 @@
 //! Online softmax of a tile of scores, in base 2, and the soft cap.
 
+mod fp4;
+mod rounded;
+
 use sage_core::oracle::FIXED12_MAX;
 
 use crate::isa::{EXP2, EXP2_LOWEST, Isa, exp2, exp2_or_zero, scaled_exp2};
 use crate::tile::TILE_KEYS;
+
+pub(crate) use fp4::Fp4Softmax;
+pub(super) use fp4::softmax_fp4;
+pub(crate) use rounded::RoundedSoftmax;
+pub(super) use rounded::softmax_rounded;
 
 /// One step of online softmax, in base 2.
 pub(crate) struct Softmax<'a> {
     pub rows: usize,
     /// Scores of a row, hidden ones −∞: a multiple of the kernels' width.
     pub columns: usize,
-    /// Rows of [`TILE_KEYS`] scores; the full-precision form leaves probabilities here.
+    /// Rows of [`TILE_KEYS`] scores; the forms in floating point leave probabilities here.
     pub scores: &'a mut [f32],
-    /// Rows of `TILE_KEYS / 2` words: the 12-bit form leaves pairs of probabilities here.
+    /// Rows of `TILE_KEYS / 2` words: the 12-bit form leaves pairs of probabilities here, FP4 its own words.
     pub pairs: &'a mut [u32],
     pub state: &'a mut RowState,
 }
@@ -27,8 +35,10 @@ pub(crate) struct Softmax<'a> {
 pub(crate) struct RowState {
     /// Largest score so far.
     pub max: Vec<f32>,
-    /// Sum of probabilities relative to it.
+    /// Sum of probabilities relative to it, as they were multiplied by values: what the output was divided by.
     pub sum: Vec<f32>,
+    /// The same before they were rounded: what the log-sum-exp is of.
+    pub lse_sum: Vec<f32>,
     /// Factor on the output so far.
     pub alpha: Vec<f32>,
     /// Factor on the tile's output.
@@ -37,6 +47,8 @@ pub(crate) struct RowState {
     tile_max: Vec<f32>,
     /// Sum of the tile's probabilities relative to it.
     tile_sum: Vec<f32>,
+    /// The same before they were rounded.
+    tile_lse_sum: Vec<f32>,
 }
 
 impl RowState {
@@ -46,10 +58,12 @@ impl RowState {
         for (values, start) in [
             (&mut self.max, f32::NEG_INFINITY),
             (&mut self.sum, 0.0),
+            (&mut self.lse_sum, 0.0),
             (&mut self.alpha, 0.0),
             (&mut self.beta, 0.0),
             (&mut self.tile_max, f32::NEG_INFINITY),
             (&mut self.tile_sum, 0.0),
+            (&mut self.tile_lse_sum, 0.0),
         ] {
             values.clear();
             values.resize(padded, start);
@@ -58,8 +72,9 @@ impl RowState {
 
     /// Rows there is room for.
     fn capacity(&self) -> usize {
-        let all = [&self.max, &self.sum, &self.alpha, &self.beta, &self.tile_max, &self.tile_sum];
-        all.into_iter().map(Vec::len).min().unwrap_or(0)
+        let of_rows = [&self.max, &self.sum, &self.lse_sum, &self.alpha, &self.beta];
+        let of_tile = [&self.tile_max, &self.tile_sum, &self.tile_lse_sum];
+        of_rows.into_iter().chain(of_tile).map(Vec::len).min().unwrap_or(0)
     }
 
     /// Accounts for a tile whose probabilities, relative to its maximum, are multiples of `unit`.
@@ -78,6 +93,8 @@ impl RowState {
                 let beta = I::mul(exp2_or_zero::<I>(I::sub(tile, shift)), I::splat(unit));
                 let before = I::mul(I::load(self.sum.as_ptr().add(r)), alpha);
                 let sum = I::fma(I::load(self.tile_sum.as_ptr().add(r)), beta, before);
+                let lse_before = I::mul(I::load(self.lse_sum.as_ptr().add(r)), alpha);
+                let lse_sum = I::fma(I::load(self.tile_lse_sum.as_ptr().add(r)), beta, lse_before);
                 // A row that has seen no key has a sum of 0 and keeps its output of zeros; a sum of NaN stays one.
                 let some = I::splat(f32::MIN_POSITIVE);
                 let share = |part| I::zero_below(sum, some, I::div(part, sum));
@@ -85,6 +102,7 @@ impl RowState {
                 I::store(self.alpha.as_mut_ptr().add(r), share(before));
                 I::store(self.beta.as_mut_ptr().add(r), share(beta));
                 I::store(self.sum.as_mut_ptr().add(r), sum);
+                I::store(self.lse_sum.as_mut_ptr().add(r), lse_sum);
             }
         }
     }
@@ -184,33 +202,44 @@ unsafe fn probabilities<I: Isa, const N: usize, const EXACT_ZERO: bool>(
     }
 }
 
+/// Turns a row of scores, whole pairs of vectors, into probabilities relative to `shift`, and returns their sum.
+#[inline(always)]
+unsafe fn weigh<I: Isa>(row: &mut [f32], shift: I::F) -> f32 {
+    let columns = row.len();
+    let row = row.as_mut_ptr();
+    // SAFETY: the caller vouches for the instruction set, and the row's length bounds every index.
+    unsafe {
+        let mut sum = [I::splat(0.0); 2];
+        let mut store = |c: usize, p: [I::F; 2]| {
+            for (i, (sum, &p)) in sum.iter_mut().zip(&p).enumerate() {
+                *sum = I::add(*sum, p);
+                I::store(row.add(c + i * I::LANES), p);
+            }
+        };
+        let whole = columns / (4 * I::LANES) * 4 * I::LANES;
+        for c in (0..whole).step_by(4 * I::LANES) {
+            let [p0, p1, p2, p3] = probabilities::<I, 4, true>(&EXP2, row.add(c), shift);
+            store(c, [p0, p1]);
+            store(c + 2 * I::LANES, [p2, p3]);
+        }
+        for c in (whole..columns).step_by(2 * I::LANES) {
+            store(c, probabilities::<I, 2, true>(&EXP2, row.add(c), shift));
+        }
+        I::reduce_add(I::add(sum[0], sum[1]))
+    }
+}
+
 #[inline(always)]
 pub(super) unsafe fn softmax_float<I: Isa>(args: &mut Softmax<'_>) {
     check_softmax::<I>(args);
     for r in 0..args.rows {
         // SAFETY: the assertions bound every index; the caller vouches for the instruction set.
         unsafe {
-            let row = args.scores.as_mut_ptr().add(r * TILE_KEYS);
-            let max = row_max::<I>(row, args.columns);
-            let shift = finite_shift::<I>(I::splat(max));
-            let mut sum = [I::splat(0.0); 2];
-            let mut store = |c: usize, p: [I::F; 2]| {
-                for (i, (sum, &p)) in sum.iter_mut().zip(&p).enumerate() {
-                    *sum = I::add(*sum, p);
-                    I::store(row.add(c + i * I::LANES), p);
-                }
-            };
-            let whole = args.columns / (4 * I::LANES) * 4 * I::LANES;
-            for c in (0..whole).step_by(4 * I::LANES) {
-                let [p0, p1, p2, p3] = probabilities::<I, 4, true>(&EXP2, row.add(c), shift);
-                store(c, [p0, p1]);
-                store(c + 2 * I::LANES, [p2, p3]);
-            }
-            for c in (whole..args.columns).step_by(2 * I::LANES) {
-                store(c, probabilities::<I, 2, true>(&EXP2, row.add(c), shift));
-            }
+            let row = &mut args.scores[r * TILE_KEYS..][..args.columns];
+            let max = row_max::<I>(row.as_ptr(), row.len());
+            let sum = weigh::<I>(row, finite_shift::<I>(I::splat(max)));
             args.state.tile_max[r] = max;
-            args.state.tile_sum[r] = I::reduce_add(I::add(sum[0], sum[1]));
+            (args.state.tile_sum[r], args.state.tile_lse_sum[r]) = (sum, sum);
         }
     }
     // SAFETY: the caller vouches for the instruction set.
@@ -249,7 +278,8 @@ pub(super) unsafe fn softmax_fixed12<I: Isa>(args: &mut Softmax<'_>) {
             }
             let sum = I::reduce_add_int(I::add_int(sum[0], sum[1])) as f32;
             args.state.tile_max[r] = max;
-            args.state.tile_sum[r] = if I::reduce_add(nan).is_nan() { f32::NAN } else { sum };
+            let sum = if I::reduce_add(nan).is_nan() { f32::NAN } else { sum };
+            (args.state.tile_sum[r], args.state.tile_lse_sum[r]) = (sum, sum);
         }
     }
     // SAFETY: the caller vouches for the instruction set.

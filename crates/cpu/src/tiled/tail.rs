@@ -4,8 +4,9 @@
 use std::ops::Range;
 
 use rayon::prelude::*;
-use sage_core::Sequence;
+use sage_core::{Sequence, SmoothQ};
 
+use super::means::Head;
 use super::{Block, SCRATCH, Scratch, Unit, resized};
 use crate::forward::Attention;
 use crate::kernels::{Load, PackTile};
@@ -78,7 +79,7 @@ impl<E: Load> Attention<'_, '_, E> {
     pub(super) fn tail_layout(&self) -> Option<TileLayout> {
         let shape = (self.kernels.width, self.kernels.word);
         let head_dim = self.call.problem.head_dim;
-        let layout = || TileLayout::new(shape, head_dim, QkForm::Float, PvForm::Float, false);
+        let layout = || TileLayout::new(shape, head_dim, QkForm::Float, PvForm::Float, false, SmoothQ::Off);
         self.block_k().map(|_| layout())
     }
 
@@ -103,16 +104,16 @@ impl<E: Load> Attention<'_, '_, E> {
         blocks.map(move |block| block * block_k..len.min((block + 1) * block_k))
     }
 
-    /// Packs the tiles of all units' pooled keys; a unit's mean is empty without smoothing.
-    pub(super) fn pack_tails(&self, layout: &TileLayout, units: &[Unit<'_>], means: &[Vec<f32>]) -> Vec<u32> {
+    /// Packs the tiles of all units' pooled keys.
+    pub(super) fn pack_tails(&self, layout: &TileLayout, units: &[Unit<'_>], heads: &[Head]) -> Vec<u32> {
         let tiles = units.iter().map(|unit| unit.tail_tiles).sum::<usize>();
         let mut packed = vec![0; tiles * layout.words()];
         packed.par_chunks_exact_mut(layout.words()).enumerate().for_each(|(tile, words)| {
             let unit = units.partition_point(|unit| unit.first_tail_tile + unit.tail_tiles <= tile);
-            let (unit, mean) = (&units[unit], &means[unit]);
+            let (unit, head) = (&units[unit], &heads[unit]);
             let blocks = self.blocks(&unit.sequence, tile - unit.first_tail_tile);
             SCRATCH.with_borrow_mut(|scratch| {
-                self.pack_means(layout, unit, blocks, mean, &mut scratch.tail, words);
+                self.pack_means(layout, unit, blocks, head, &mut scratch.tail, words);
             });
         });
         packed
@@ -124,7 +125,7 @@ impl<E: Load> Attention<'_, '_, E> {
         layout: &TileLayout,
         unit: &Unit<'_>,
         groups: impl ExactSizeIterator<Item = Range<usize>>,
-        mean: &[f32],
+        head: &Head,
         TailScratch { k, v, sums, .. }: &mut TailScratch,
         words: &mut [u32],
     ) {
@@ -144,10 +145,21 @@ impl<E: Load> Attention<'_, '_, E> {
             let count = group.len() as f64;
             sums.move_to(group, &k_rows, &v_rows);
             k.iter_mut().zip(&sums.k).for_each(|(x, sum)| *x = (sum / count) as f32);
-            k.iter_mut().zip(mean).for_each(|(x, mean)| *x -= mean);
+            k.iter_mut().zip(&head.k_mean).for_each(|(x, mean)| *x -= mean);
             v.iter_mut().zip(&sums.v).for_each(|(x, sum)| *x = (sum / count) as f32);
+            v.iter_mut().zip(&head.v_mean).for_each(|(x, mean)| *x -= mean);
         }
-        self.kernels.pack_tile(PackTile { layout: *layout, first: 0, keys, seen: &[], k, v, tile: words });
+        self.kernels.pack_tile(PackTile {
+            layout: *layout,
+            first: 0,
+            keys,
+            seen: &[],
+            k,
+            k_max: &[],
+            v,
+            v_max: &[],
+            tile: words,
+        });
     }
 
     /// Adds the pooled terms of the blocks that are left out for a block of queries, whose other tiles it has passed over.
@@ -157,13 +169,13 @@ impl<E: Load> Attention<'_, '_, E> {
         unit: &Unit<'_>,
         block: &Block,
         tiles: &[u32],
-        mean: &[f32],
+        head: &Head,
         scratch: &mut Scratch,
     ) {
         let padded_rows = block.rows.next_multiple_of(self.kernels.rows);
-        self.pack_queries(layout, &unit.sequence, block, padded_rows, mean, scratch);
+        self.pack_queries(layout, &unit.sequence, block, padded_rows, head, scratch);
         let mut tail = std::mem::take(&mut scratch.tail);
-        let smoothed = !mean.is_empty();
+        let smoothed = !head.k_mean.is_empty();
         for (tile, words) in tiles.chunks_exact(layout.words()).enumerate() {
             let keys = self.blocks(&unit.sequence, tile).len();
             if self.whole_blocks(unit, tile, &scratch.rows, &mut tail.biases) {
@@ -176,7 +188,7 @@ impl<E: Load> Attention<'_, '_, E> {
         let cut = std::mem::take(&mut tail.cut);
         for cut in cut.chunks(TILE_KEYS) {
             let words = resized(&mut words, layout.words());
-            self.pack_means(layout, unit, cut.iter().map(|cut| cut.keys.clone()), mean, &mut tail, words);
+            self.pack_means(layout, unit, cut.iter().map(|cut| cut.keys.clone()), head, &mut tail, words);
             resized(&mut tail.biases, block.rows * TILE_KEYS).fill(f32::NEG_INFINITY);
             for (column, cut) in cut.iter().enumerate() {
                 tail.biases[cut.row * TILE_KEYS + column] = (cut.keys.len() as f32).log2();

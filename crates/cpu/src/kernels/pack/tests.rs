@@ -1,14 +1,14 @@
 //! Packed tiles and blocks of queries against the oracle's quantisers.
 
 use sage_core::oracle::{self, Fixed12Blocks, IntRows, Matrix, SeenKeys};
-use sage_core::{Preset, Qk};
+use sage_core::{Preset, Qk, SmoothQ};
 use sage_testkit::normal;
 
 use super::*;
 use crate::InstructionSet;
 use crate::isa::{IntWord, Isa};
 use crate::testing::{close, int_lanes, on_each_isa, tables, words};
-use crate::tile::Tile;
+use crate::tile::{Rounded, Tile};
 
 fn matrix(rows: usize, width: usize, data: &[f32]) -> Matrix<f32> {
     Matrix::from_fn(rows, width, |i, c| data[i * width + c])
@@ -58,7 +58,7 @@ fn packed_keys_and_values_are_the_oracles_in_every_word_layout() {
             {
                 for (n, quantizer) in quantizers().into_iter().enumerate() {
                     let (qk, pv) = (QkForm::Int(quantizer), [PvForm::Fixed12, PvForm::Float][n % 2]);
-                    let layout = TileLayout::new((width, word), head_dim, qk, pv, rotate);
+                    let layout = TileLayout::new((width, word), head_dim, qk, pv, rotate, SmoothQ::Off);
                     let what =
                         format!("{set}, {word:?} of {width}, {keys} keys of {head_dim}, {quantizer:?}");
                     let (k, v) = (normal(1, keys * head_dim), normal(2, keys * head_dim));
@@ -72,7 +72,9 @@ fn packed_keys_and_values_are_the_oracles_in_every_word_layout() {
                         keys,
                         seen: &[],
                         k: &mut k.as_slice().to_vec(),
+                        k_max: &[],
                         v: &mut v.clone(),
+                        v_max: &[],
                         tile: &mut tile,
                     });
                     let parts = layout.parts(&tile);
@@ -87,6 +89,7 @@ fn packed_keys_and_values_are_the_oracles_in_every_word_layout() {
                             let blocks = Fixed12Blocks::quantize(&v, TILE_KEYS, &all);
                             check_fixed12_values(&layout, &parts, &blocks, &what);
                         }
+                        other => unreachable!("{other:?} is not among the forms above"),
                     }
                 }
             }
@@ -154,8 +157,14 @@ fn packed_queries_are_the_oracles_and_their_products_with_keys_exact() {
         {
             for quantizer in quantizers() {
                 let width = 2 * I::LANES;
-                let layout =
-                    TileLayout::new((width, word), head_dim, QkForm::Int(quantizer), PvForm::Float, false);
+                let layout = TileLayout::new(
+                    (width, word),
+                    head_dim,
+                    QkForm::Int(quantizer),
+                    PvForm::Float,
+                    false,
+                    SmoothQ::Off,
+                );
                 let score_scale = 0.3;
                 let all = normal(1, q_len * head_dim);
                 let oracle = quantizer
@@ -206,7 +215,9 @@ fn packed_queries_are_the_oracles_and_their_products_with_keys_exact() {
                     keys,
                     seen: &[],
                     k: &mut k.clone(),
+                    k_max: &[],
                     v: &mut vec![0.0; keys * head_dim],
+                    v_max: &[],
                     tile: &mut tile,
                 });
                 let k_ints = quantizer.quantize_k(&matrix(keys, head_dim, &k), &SeenKeys::all(keys)).values;
@@ -251,6 +262,7 @@ fn a_group_that_is_not_finite_has_a_scale_of_nan() {
                         QkForm::Int(quantizer),
                         PvForm::Fixed12,
                         false,
+                        SmoothQ::Off,
                     );
                     let mut k = normal(1, TILE_KEYS * head_dim);
                     k[70 * head_dim..71 * head_dim].fill(bad);
@@ -263,7 +275,9 @@ fn a_group_that_is_not_finite_has_a_scale_of_nan() {
                         keys: TILE_KEYS,
                         seen: &[],
                         k: &mut k,
+                        k_max: &[],
                         v: &mut v.clone(),
+                        v_max: &[],
                         tile: &mut tile,
                     });
                     let parts = layout.parts(&tile);
@@ -277,6 +291,68 @@ fn a_group_that_is_not_finite_has_a_scale_of_nan() {
                     }
                     let nan: Vec<bool> = parts.v_scale.iter().map(|x| f32::from_bits(*x).is_nan()).collect();
                     assert!(nan[0] && nan[1..].iter().all(|x| !x), "{set}, {bad}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn values_of_8_and_16_bits_are_the_oracles() {
+    use sage_core::{Accumulator, Pv, ScaleRows};
+    let (keys, head_dim) = (100, 24);
+    let accumulator = Accumulator::F32;
+    for (pv, to) in [
+        (Pv::F16(accumulator), Rounded::F16),
+        (Pv::BF16(accumulator), Rounded::BF16),
+        (Pv::Int8, Rounded::Int8),
+        (
+            Pv::Fp8 { v_max: 2.25, rows: ScaleRows::All, accumulator },
+            Rounded::Fp8 { v_max: 2.25, rows: ScaleRows::All },
+        ),
+        (
+            Pv::Fp8 { v_max: 448.0, rows: ScaleRows::All, accumulator },
+            Rounded::Fp8 { v_max: 448.0, rows: ScaleRows::All },
+        ),
+    ] {
+        for (set, kernels) in tables() {
+            for size in [1.0, 1e-30, 1e-37, 3e4, 1e30] {
+                let mut v: Vec<f32> = normal(5, keys * head_dim).iter().map(|x| x * size).collect();
+                // A channel of zeros, and one that holds a NaN.
+                (0..keys).for_each(|j| v[j * head_dim] = 0.0);
+                v[70 * head_dim + 1] = f32::NAN;
+                let rows = matrix(keys, head_dim, &v);
+                let expected = oracle::quantize_v(&rows, &pv, &SeenKeys::all(keys));
+                let v_max: Vec<f32> = (0..head_dim).map(|c| oracle::absmax(rows.column(c))).collect();
+                let (lanes, form) = ((kernels.width, kernels.word), PvForm::Rounded(to));
+                let layout = TileLayout::new(lanes, head_dim, QkForm::Float, form, false, SmoothQ::Off);
+                let mut tile = vec![0xdead_beef; layout.words()];
+                kernels.pack_tile(PackTile {
+                    layout,
+                    first: 0,
+                    keys,
+                    seen: &[],
+                    k: &mut vec![0.0; keys * head_dim],
+                    k_max: &[],
+                    v: &mut v,
+                    v_max: &v_max,
+                    tile: &mut tile,
+                });
+                let parts = layout.parts(&tile);
+                let later = f64::from(f32::from_bits(parts.v_scale[0]));
+                for (j, wanted) in expected.iter().enumerate() {
+                    for (c, wanted) in wanted.iter().enumerate() {
+                        let word =
+                            parts.v[c / layout.width * layout.v_panel + j * layout.width + c % layout.width];
+                        let found = f64::from(f32::from_bits(word)) * later;
+                        let what = || format!("{set}, {to:?} of {size:e}: key {j}, channel {c}");
+                        if !wanted.is_finite() {
+                            assert!(!found.is_finite(), "{}: {found}, expected {wanted}", what());
+                            continue;
+                        }
+                        // One rounding of a product by a scale, which below the normal range is a whole step.
+                        close(found as f32, *wanted, 2e-7, 1.5e-45, what);
+                    }
                 }
             }
         }

@@ -151,5 +151,16 @@ fn schemes(head_dim: usize) -> Vec<Scheme> {
         smooth_q(int4(base)),
         rotated(smooth_q(int4(base))),
         preset(Preset::SAGE3_NVFP4),
+        rotated(preset(Preset::SAGE3_NVFP4)),
+        preset(Preset::SAGE3_NVFP4_ONE_LEVEL),
+        preset(Preset::SAGE3_MXFP4),
+        rotated(preset(Preset::SAGE3_MXFP4)),
+        preset(Preset::ATTN_QAT_NVFP4),
+        rotated(preset(Preset::ATTN_QAT_NVFP4)),
+        // FP4 scores alone.
+        preset(Preset::NVFP4_FP8),
+        preset(Preset::NVFP4_FP16),
+        rotated(preset(Preset::NVFP4_FP16)),
+        rough(rotated(preset(Preset::NVFP4_FP16))),
     ]
 }
