@@ -3,6 +3,7 @@
 mod random_calls;
 
 use random_calls::{Found, check};
+use sage_core::Qk;
 use sage_ptx::Target;
 use sage_testkit::{Emulated, RandomCall, count, presets};
 
@@ -19,7 +20,12 @@ fn random_calls_agree_with_the_oracle() {
     for number in 0..count {
         let target = targets[number / 4 % targets.len()];
         let gpu = Emulated::on(target).multiprocessors(7 + number % 60);
-        let call = RandomCall::new(number, MOST_ROWS, &presets(&gpu.machine));
+        let mut presets = presets(&gpu.machine);
+        if target == Target::SM_120A {
+            // Its other kernels are those of the targets before it.
+            presets.retain(|preset| matches!(preset.scheme(64).qk, Qk::Fp4(_)));
+        }
+        let call = RandomCall::new(number, MOST_ROWS, &presets);
         match check(&gpu, &call) {
             Ok(found) => {
                 worst = worst.max(found);
