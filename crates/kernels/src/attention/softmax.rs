@@ -76,8 +76,8 @@ impl<'k> Softmax<'k> {
                 _ => 0.0,
             },
             lazy,
-            // A product in 4 bits takes no longer than what there is to do beside it.
-            always: lazy == 0.0 && element != Element::E2M1,
+            // Products in 4 bits take no longer than what there is to do beside them, and a branch costs less than that.
+            always: lazy == 0.0 && config.operands.q.element != Element::E2M1,
         }
     }
 

@@ -93,18 +93,18 @@ impl QuantizeFp4VConfig {
         let from = transposed.at((channel & 7) * block_words as i32 + (channel >> 3) * CHANNEL_WORDS as i32);
         let codes = out.at(channel * (KEY_TILE / 2) as i32).cast::<u32>();
         let group = self.format.group();
-        let mut scales = code.constant(0u32);
+        let (mut scales, mut codes_of_channel) = (code.constant(0u32), Vec::new());
         for (index, first) in (0..KEY_TILE).step_by(group).enumerate() {
             let vectors = (first / 2..(first + group) / 2).step_by(4);
             let words = vectors.flat_map(|word| from.plus(word as i32).load_vector::<4>());
             let tokens: Vec<_> = words.flat_map(|word| self.source.widen(word)).collect();
             let (scale, tokens) = self.group(&head, &rows, first, tokens);
             scales = scales | (scale.code << (8 * index) as i32);
-            let words: Vec<_> =
-                tokens.chunks(WORD_TOKENS).map(|x| scale.word(std::array::from_fn(|i| x[i]))).collect();
-            for (i, pair) in words.chunks(2).enumerate() {
-                codes.plus((first / WORD_TOKENS + 2 * i) as i32).store_vector([pair[0], pair[1]]);
-            }
+            let words = tokens.chunks(WORD_TOKENS).map(|x| scale.word(std::array::from_fn(|i| x[i])));
+            codes_of_channel.extend(words);
+        }
+        for (i, words) in codes_of_channel.chunks(4).enumerate() {
+            codes.plus(4 * i as i32).store_vector::<4>(std::array::from_fn(|word| words[word]));
         }
         // The tokens of a tile are one step of the product's depth.
         let step = code.constant(0);

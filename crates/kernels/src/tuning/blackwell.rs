@@ -34,23 +34,8 @@ pub(super) const ROWS: &[Row<WarpTiling>] = &[
     },
     Row {
         fits: |key| key.fp4_values && key.padded_dim == 128,
-        tiling: WarpTiling { queries_in_registers: false, ..THREE_BLOCKS },
-        reason: "twelve warps: sums of 128 channels and scores of 64 keys fit 168 registers, queries not always",
-    },
-    Row {
-        fits: |key| key.padded_dim == 64,
-        tiling: WarpTiling { step_keys: 32, ..THREE_BLOCKS },
-        reason: "twelve warps hide the latency of products",
-    },
-    Row {
-        fits: |key| key.padded_dim == 128 && !key.fp8,
-        tiling: WarpTiling { step_keys: 32, stages: 2, min_blocks: 2, ..THREE_BLOCKS },
-        reason: "two blocks of two stages: tiles of 16-bit values fill shared memory",
-    },
-    Row {
-        fits: |key| key.padded_dim == 128,
-        tiling: WarpTiling { step_keys: 32, min_blocks: 2, ..THREE_BLOCKS },
-        reason: "two blocks leave registers for a tile's own sums",
+        tiling: THREE_BLOCKS,
+        reason: "twelve warps: sums of 128 channels, scores of 64 keys and queries fit 168 registers",
     },
     Row {
         fits: |key| key.fp4_values,
@@ -58,8 +43,33 @@ pub(super) const ROWS: &[Row<WarpTiling>] = &[
         reason: "the sums of 16 rows fill half the registers",
     },
     Row {
-        fits: |_| true,
+        fits: |key| key.fp8 && key.padded_dim == 64,
+        tiling: WarpTiling { step_keys: 32, ..THREE_BLOCKS },
+        reason: "twelve warps hide the latency of products",
+    },
+    Row {
+        fits: |key| key.fp8 && key.padded_dim == 128,
+        tiling: WarpTiling { step_keys: 32, min_blocks: 2, ..THREE_BLOCKS },
+        reason: "two blocks leave registers for a tile's own sums",
+    },
+    Row {
+        fits: |key| key.fp8,
         tiling: WarpTiling { step_keys: 32, stages: 2, ..EIGHT_WARPS },
+        reason: "the sums of 16 rows fill half the registers",
+    },
+    Row {
+        fits: |key| key.padded_dim == 64,
+        tiling: WarpTiling { step_keys: 32, lazy_rescale: 8, ..THREE_BLOCKS },
+        reason: "twelve warps hide the latency of products",
+    },
+    Row {
+        fits: |key| key.padded_dim == 128,
+        tiling: WarpTiling { step_keys: 32, stages: 2, min_blocks: 2, lazy_rescale: 8, ..THREE_BLOCKS },
+        reason: "two blocks of two stages: tiles of 16-bit values fill shared memory",
+    },
+    Row {
+        fits: |_| true,
+        tiling: WarpTiling { step_keys: 32, stages: 2, lazy_rescale: 8, ..EIGHT_WARPS },
         reason: "the sums of 16 rows fill half the registers",
     },
 ];
