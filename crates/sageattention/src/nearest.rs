@@ -17,7 +17,7 @@ use crate::backend::Device;
 /// | P·V in f32 or 12 bits | as it is | the plan takes the tensors' 16 bits, and says so |
 /// | smoothed V | as it is | of 16 bits: left out, summed in f32 |
 /// | scales of 128 keys (Hopper's tiles) | as it is | scales of 64 keys; the plan takes them, and says so |
-/// | FP4 scores and P·V | as they are | INT8 scores per thread, P·V as FP8 |
+/// | FP4 scores and P·V | as they are | as they are on sm_120a and sm_121a, elsewhere INT8 scores per thread, P·V as FP8 |
 /// | 12-bit P·V of other blocks than 128 keys | of 128 keys | as P·V in f32 |
 ///
 /// A call with a scheme that the device lacks is refused with an error that names this one, except where the plan
