@@ -7,6 +7,7 @@
 #     scripts/gpu.sh build DIR                                    # only build programs and wheel, to be carried along
 #     GPU_BIN=DIR scripts/gpu.sh …                                # run such programs instead of building
 #     SCHEMES=auto,full scripts/gpu.sh …                          # measure these schemes
+#     SAGE_GPU_TARGET=sm_75 scripts/gpu.sh …                      # an older GPU's kernels, on the one that is here
 #     GPU_OUT=DIR scripts/gpu.sh …                                # keep times and counters there as files
 #
 # Needs the driver. `python` needs a Python with torch and pytest, installs the wheel into a folder of its own, and tests

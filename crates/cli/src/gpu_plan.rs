@@ -122,7 +122,7 @@ fn request(call: &Call<'_>, mask: TensorArg<4>, choice: Choice, lse: bool) -> Re
 
 /// Refuses kernels with instructions that the target lacks.
 fn check_target<T>(pass: &Pass<T>, machine: &Machine) -> Result<()> {
-    for program in pass.programs() {
+    for program in pass.programs(machine.target) {
         if let Some(lacking) = program.missing_on(machine.target) {
             let wanted =
                 format!("{} for `{}` of {}", lacking.needs.target, lacking.instruction, lacking.kernel);

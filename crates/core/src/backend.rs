@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use crate::sparse::Predictor;
-use crate::{BlockTables, CacheLayout, Call, Choice, Operand, PageCopy, Result, Scheme};
+use crate::{BlockTables, CacheLayout, Call, Choice, DType, Operand, PageCopy, Result, Scheme};
 
 /// What computes attention: a processor, a GPU.
 ///
@@ -25,9 +25,9 @@ pub trait Backend {
     /// The name that users give it.
     fn name(&self) -> String;
 
-    /// The scheme that has kernels here and is at least as accurate as `scheme`; `scheme` itself where there is no
-    /// reason to leave it.
-    fn nearest(&self, scheme: Scheme) -> Scheme;
+    /// The scheme that has kernels here for tensors of type `dtype` and is at least as accurate as `scheme`; `scheme`
+    /// itself where there is no reason to leave it.
+    fn nearest(&self, scheme: Scheme, dtype: DType) -> Scheme;
 
     /// How [`Backend::run`] carries a call out that also returns the log-sum-exp where `lse` says so, with an output
     /// that lies without gaps. Compiles nothing.

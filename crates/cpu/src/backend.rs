@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use sage_core::{
-    Backend, BackendPlan, BlockTables, CacheBackend, CacheSize, Call, Choice, Error, NewTokens, Preset,
-    Result, Scheme, TensorView, TensorViewMut,
+    Backend, BackendPlan, BlockTables, CacheBackend, CacheSize, Call, Choice, DType, Error, NewTokens,
+    Preset, Result, Scheme, TensorView, TensorViewMut,
 };
 
 use crate::{CachePages, Cpu, CpuPlan, nearest_scheme};
@@ -26,7 +26,7 @@ impl Backend for Cpu {
         "cpu".to_owned()
     }
 
-    fn nearest(&self, scheme: Scheme) -> Scheme {
+    fn nearest(&self, scheme: Scheme, _: DType) -> Scheme {
         nearest_scheme(scheme)
     }
 

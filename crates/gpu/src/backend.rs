@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use sage_core::{
-    Backend, BackendPlan, BlockTables, CacheBackend, CacheSize, Choice, NewTokens, Operand, Result, Scheme,
-    Strided,
+    Backend, BackendPlan, BlockTables, CacheBackend, CacheSize, Choice, DType, NewTokens, Operand, Result,
+    Scheme, Strided,
 };
 use sage_cuda::Stream;
 use sage_kernels::TensorArg;
@@ -34,8 +34,8 @@ impl Backend for Cuda {
         format!("cuda:{}", self.device().info().ordinal)
     }
 
-    fn nearest(&self, scheme: Scheme) -> Scheme {
-        sage_kernels::forward::nearest_scheme(scheme, self.machine().target)
+    fn nearest(&self, scheme: Scheme, dtype: DType) -> Scheme {
+        sage_kernels::forward::nearest_scheme(scheme, dtype, self.machine().target)
     }
 
     fn plan<'c>(&self, call: &DeviceCall<'c>, choice: Choice, lse: bool) -> Result<Arc<CudaPlan>> {
@@ -168,8 +168,8 @@ impl BackendPlan for CudaPlan {
 }
 
 /// [`Backend::nearest`] where there is no GPU to ask: by the rules of sm_90.
-pub fn nearest_on_hopper(scheme: Scheme) -> Scheme {
-    sage_kernels::forward::nearest_scheme(scheme, Target::SM_90A)
+pub fn nearest_on_hopper(scheme: Scheme, dtype: DType) -> Scheme {
+    sage_kernels::forward::nearest_scheme(scheme, dtype, Target::SM_90A)
 }
 
 /// Where a call's tensors and its output lie.

@@ -1,12 +1,15 @@
 //! A GPU, and the plans and kernels made for it.
 
 use std::collections::BTreeMap;
+use std::env;
+use std::fmt::Display;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use sage_core::{Problem, Recent, Result};
+use sage_core::{Error, Problem, Recent, Result};
 use sage_cuda::{Device, Stream};
 use sage_kernels::Machine;
 use sage_kernels::forward::Request;
+use sage_ptx::Target;
 
 use crate::kept_numbers::KeptNumbers;
 use crate::launches::Kernels;
@@ -16,6 +19,10 @@ use crate::{TuningTable, driver};
 
 /// Plans kept for each GPU: a model's layers and lengths are far fewer.
 const MAX_PLANS: usize = 128;
+
+/// Names a target that plans are made for in place of the GPU's own: an older one, whose kernels run on newer GPUs as
+/// well, so that they can be tested and timed there.
+const TARGET_VARIABLE: &str = "SAGE_GPU_TARGET";
 
 /// A GPU, with the plans and kernels made for it so far. Clones are the same; any thread may use them.
 #[derive(Clone, Debug)]
@@ -36,12 +43,21 @@ struct Inner {
 }
 
 impl Cuda {
-    /// The GPU of that number, with plans of its own.
+    /// The GPU of that number, with plans of its own: for the target that the variable `SAGE_GPU_TARGET` names, where it
+    /// is set, as [`Cuda::for_target`].
     ///
     /// # Errors
-    /// When there is no driver, or no such GPU.
+    /// When there is no driver, or no such GPU, or the variable names no target whose code it runs.
     pub fn new(ordinal: u32) -> Result<Self> {
-        Ok(Cuda::of_device(Device::new(ordinal).map_err(driver)?))
+        let device = Device::new(ordinal).map_err(driver)?;
+        match env::var(TARGET_VARIABLE) {
+            Err(env::VarError::NotPresent) => Ok(Cuda::of_device(device)),
+            Ok(text) => match text.parse() {
+                Ok(target) => Cuda::for_target(device, target),
+                Err(_) => Err(not_a_target(text)),
+            },
+            Err(env::VarError::NotUnicode(text)) => Err(not_a_target(text.to_string_lossy())),
+        }
     }
 
     /// The GPU of that number, opened once in the life of the process: plans and kernels are shared by all who ask
@@ -64,14 +80,26 @@ impl Cuda {
 
     /// A device that is open already.
     pub fn of_device(device: Device) -> Self {
-        let info = device.info();
-        let machine = Machine {
-            target: info.target(),
-            multiprocessors: info.multiprocessors as usize,
-            shared_bytes: info.shared_bytes_per_block as usize,
-            l2_bytes: info.l2_bytes as usize,
-        };
-        let tuning = TuningTable::of(&device);
+        let (machine, tuning) = (machine_of(&device), TuningTable::of(&device));
+        Cuda::planned_for(device, machine, tuning)
+    }
+
+    /// A device that is open already, as if it were of an older target: with that one's kernels, in no more shared
+    /// memory than its GPUs have, and without tile shapes that were measured for the device's own.
+    ///
+    /// # Errors
+    /// When the device does not run the target's code.
+    pub fn for_target(device: Device, target: Target) -> Result<Self> {
+        let own = machine_of(&device);
+        if !target.runs_on(own.target) {
+            return Err(Error::value("target", target, format!("one whose code {} runs", own.target)));
+        }
+        let shared_bytes = own.shared_bytes.min(Machine::typical(target).shared_bytes);
+        let tuning = TuningTable::new(&device);
+        Ok(Cuda::planned_for(device, Machine { target, shared_bytes, ..own }, tuning))
+    }
+
+    fn planned_for(device: Device, machine: Machine, tuning: TuningTable) -> Self {
         Cuda(Arc::new(Inner {
             device,
             machine,
@@ -132,6 +160,21 @@ impl Cuda {
             _ => Ok(plan),
         }
     }
+}
+
+/// What plans ask of a device.
+fn machine_of(device: &Device) -> Machine {
+    let info = device.info();
+    Machine {
+        target: info.target(),
+        multiprocessors: info.multiprocessors as usize,
+        shared_bytes: info.shared_bytes_per_block as usize,
+        l2_bytes: info.l2_bytes as usize,
+    }
+}
+
+fn not_a_target(text: impl Display) -> Error {
+    Error::value(TARGET_VARIABLE, format!("`{text}`"), "sm_75 to sm_121, such as sm_75 or sm_89")
 }
 
 /// The plan of a key, made by `make` where it was not used of late.

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use bytemuck::{AnyBitPattern, NoUninit};
 use sage_core::{
-    Backend, Call, Choice, Element, Geometry, Mask, Result, Scheme, TensorView, TensorViewMut, View, ViewMut,
+    Backend, Call, Choice, DType, Element, Geometry, Mask, Result, Scheme, TensorView, TensorViewMut, View,
+    ViewMut,
 };
 use sage_cuda::{Buffer, Stream};
 
@@ -28,8 +29,8 @@ impl Backend for HostTensors {
         self.0.name()
     }
 
-    fn nearest(&self, scheme: Scheme) -> Scheme {
-        self.0.nearest(scheme)
+    fn nearest(&self, scheme: Scheme, dtype: DType) -> Scheme {
+        self.0.nearest(scheme, dtype)
     }
 
     fn plan<'c>(&self, call: &Call<'c>, choice: Choice, lse: bool) -> Result<Arc<CudaPlan>> {

@@ -80,7 +80,8 @@ impl ForwardPlan {
             }
         };
         given.check()?;
-        let scheme = computed(given, problem.dtype, &mut reasons);
+        let products = machine.product_dtype(problem.dtype);
+        let scheme = computed(given, products, &mut reasons);
         let heads_as_rows = HeadsAsRows::of(problem, request, &scheme);
         let (mut problem, mut request) = (*problem, *request);
         if let Some(heads) = heads_as_rows {
@@ -92,7 +93,8 @@ impl ForwardPlan {
         let call = ForwardCall { problem, request: request.within(&problem), machine: *machine };
         let mut planned = Planned::new(call, &scheme, &mut reasons).map_err(|error| {
             let mut unused = Vec::new();
-            let nearest = computed(nearest_scheme(given, machine.target), problem.dtype, &mut unused);
+            let nearest = nearest_scheme(given, problem.dtype, machine.target);
+            let nearest = computed(nearest, products, &mut unused);
             match Planned::new(call, &nearest, &mut unused) {
                 Ok(_) => naming_nearest(error, &nearest, problem.head_dim),
                 Err(_) => error,
@@ -150,6 +152,12 @@ impl Planned {
         let mut pass = ForwardPass::new();
         let (mut call, lse) = (call, call.request.lse);
         let tail = call.problem.blocks.filter(|_| call.problem.pooled_tail);
+        if tail.is_some() && !call.machine.has_async_copies() {
+            return Err(Error::unsupported(
+                format!("pooled terms of blocks left out on {}", call.machine.target),
+                "their kernel needs sm_80 or later: leave them out, or keep all blocks",
+            ));
+        }
         if tail.is_some() && !lse {
             // Pooled terms are weighted by what is kept.
             pass.slot(call::slot::LSE, 4 * call.total_rows());

@@ -14,9 +14,9 @@ pub trait Kernel: Any + fmt::Debug + Send + Sync {
     /// What it does, in one line.
     fn description(&self) -> String;
 
-    /// The oldest target that has its instructions.
+    /// The oldest target that has its instructions, or others to put them together from.
     fn oldest_target(&self) -> Target {
-        Target::SM_80
+        Target::SM_75
     }
 
     /// Channels of the heads that it is for; none where it is for heads of any number.

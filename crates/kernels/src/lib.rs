@@ -35,4 +35,4 @@ pub use machine::Machine;
 pub use operand::{Element, Operand, OperandSource, Operands, Scales, ValueForm};
 pub use sequence::{KEY_TILE, LengthArgs, Lengths, total_key_tiles};
 pub use tensor::TensorArg;
-pub use tiling::{Engine, Tiling, WarpTiling, WarpgroupTiling};
+pub use tiling::{Copies, Engine, Tiling, WarpTiling, WarpgroupTiling};

@@ -1,5 +1,6 @@
 //! The GPU that a pass is planned for.
 
+use sage_core::DType;
 use sage_ptx::Target;
 
 use crate::gpu_model::GpuModel;
@@ -33,8 +34,23 @@ impl Machine {
         self.target.is_specific() && (120..130).contains(&self.target.sm())
     }
 
+    /// Whether threads copy from device memory to shared memory without registers (`cp.async`).
+    pub fn has_async_copies(&self) -> bool {
+        self.target.sm() >= 80
+    }
+
+    /// The type that tensor cores multiply 16-bit tensors of type `dtype` in: their own, or f16 where they lack it.
+    pub fn product_dtype(&self, dtype: DType) -> DType {
+        product_dtype(dtype, self.target)
+    }
+
     /// Whether tensor cores take E4M3.
     pub fn has_fp8(&self) -> bool {
         self.target.sm() >= 89
     }
+}
+
+/// [`Machine::product_dtype`] on a target: bfloat16 came with Ampere.
+pub(crate) fn product_dtype(dtype: DType, target: Target) -> DType {
+    if target.sm() >= 80 { dtype } else { DType::F16 }
 }

@@ -8,7 +8,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use sage_ptx::{Arg, BoxedTensor, Program};
+use sage_ptx::{Arg, BoxedTensor, Program, Target};
 
 use crate::kernel::Kernel;
 
@@ -191,9 +191,9 @@ impl<T> Pass<T> {
         self.launches.iter().map(|launch| &launch.kernel)
     }
 
-    /// Their programs.
-    pub fn programs(&self) -> Vec<Program> {
-        self.kernels().map(|kernel| kernel.program()).collect()
+    /// Their programs for a target, with what it lacks put together from what it has ([`Program::lowered`]).
+    pub fn programs(&self, target: Target) -> Vec<Program> {
+        self.kernels().map(|kernel| kernel.program().lowered(target).into_owned()).collect()
     }
 
     /// Their names.

@@ -22,6 +22,16 @@ pub enum Tiling {
     Warpgroups(WarpgroupTiling),
 }
 
+/// How the threads of a block bring tiles of K and V to shared memory.
+#[derive(Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Copies {
+    /// By `cp.async`, a tile ahead of its use for each stage but one. Ampere, and every GPU since.
+    #[default]
+    Async,
+    /// Through their registers: with two stages a tile ahead of its use, with one between two barriers. Every GPU.
+    Registers,
+}
+
 /// A tile shape for [`Engine::Warps`].
 #[derive(Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct WarpTiling {
@@ -35,6 +45,9 @@ pub struct WarpTiling {
     pub step_keys: usize,
     /// Whether quantised queries stay in registers, or are read from shared memory for each step.
     pub queries_in_registers: bool,
+    /// How tiles come to shared memory.
+    #[serde(default)]
+    pub copies: Copies,
     /// Tiles of K and V in shared memory at once.
     pub stages: usize,
     /// Blocks that a multiprocessor should hold, which bounds the registers of a thread.
@@ -115,6 +128,11 @@ impl Tiling {
         }
     }
 
+    /// Whether tiles come to shared memory through registers.
+    pub const fn copies_through_registers(&self) -> bool {
+        matches!(self, Tiling::Warps(WarpTiling { copies: Copies::Registers, .. }))
+    }
+
     /// Tiles of K and V in shared memory at once.
     pub const fn stages(&self) -> usize {
         match self {
@@ -147,7 +165,7 @@ impl Tiling {
 }
 
 /// As in the names of kernels: engine, warps × rows × keys × keys of a step, `r` for queries in registers, `o` for
-/// sums by ones, stages, blocks, and the exponent of lazy rescaling.
+/// sums by ones, `t` for tiles through registers, stages, blocks, and the exponent of lazy rescaling.
 impl fmt::Display for Tiling {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let engine = match self.engine() {
@@ -158,7 +176,8 @@ impl fmt::Display for Tiling {
             (self.warps(), self.rows_per_warp(), self.tile_keys(), self.step_keys());
         let queries = if self.queries_in_registers() { "r" } else { "" };
         let ones = if self.sums_by_mma() { "o" } else { "" };
+        let through = if self.copies_through_registers() { "t" } else { "" };
         let (stages, blocks, lazy) = (self.stages(), self.min_blocks(), self.lazy_rescale());
-        write!(f, "{engine}{warps}x{rows}x{keys}x{step}{queries}{ones}_s{stages}_b{blocks}_l{lazy}")
+        write!(f, "{engine}{warps}x{rows}x{keys}x{step}{queries}{ones}{through}_s{stages}_b{blocks}_l{lazy}")
     }
 }

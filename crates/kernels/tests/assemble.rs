@@ -23,8 +23,9 @@ use std::{env, fs, thread};
 use sage_kernels::catalog::{Entry, catalog};
 use sage_ptx::Target;
 
-/// Targets that the whole catalogue is assembled for: the oldest, and the one that has every kind of kernel.
-const WHOLE: [Target; 2] = [Target::SM_80, Target::SM_90A];
+/// Targets that the whole catalogue is assembled for: the oldest, whose code differs most, the oldest with asynchronous
+/// copies, and the one that has every kind of kernel.
+const WHOLE: [Target; 3] = [Target::SM_75, Target::SM_80, Target::SM_90A];
 
 /// Targets of which the planner's own choices for whole tiles are assembled, and every kind of instruction: their code
 /// differs little from the others'.

@@ -11,7 +11,8 @@ use sage_kernels::forward::{ForwardPlan, Request, int8_scheme, nearest_scheme};
 use sage_ptx::Target;
 use sage_testkit::{Bias, Case, Emulated, OwnedCall, Runner, Sequences, check, check_within};
 
-const TARGETS: [Target; 5] = [Target::SM_80, Target::SM_86, Target::SM_89, Target::SM_90A, Target::SM_120A];
+const TARGETS: [Target; 6] =
+    [Target::SM_75, Target::SM_80, Target::SM_86, Target::SM_89, Target::SM_90A, Target::SM_120A];
 
 /// The plan of a scheme for 1024 queries and keys.
 fn plan(scheme: Scheme, dtype: DType, head_dim: usize, target: Target) -> Result<ForwardPlan, Error> {
@@ -28,7 +29,7 @@ fn every_preset_plans_or_names_the_nearest_that_does() {
                 [(DType::F16, 64), (DType::BF16, 64), (DType::F16, 128), (DType::BF16, 256)]
             {
                 let scheme = preset.scheme(head_dim);
-                let nearest = plan(nearest_scheme(scheme, target), dtype, head_dim, target)
+                let nearest = plan(nearest_scheme(scheme, dtype, target), dtype, head_dim, target)
                     .unwrap_or_else(|error| panic!("{preset} on {target}: no nearest: {error}"));
                 match plan(scheme, dtype, head_dim, target) {
                     Ok(forward) => assert_eq!(
@@ -48,6 +49,28 @@ fn every_preset_plans_or_names_the_nearest_that_does() {
             }
         }
     }
+}
+
+#[test]
+fn what_turing_lacks_is_refused() {
+    let refused =
+        |preset: Preset, dtype| plan(preset.scheme(64), dtype, 64, Target::SM_75).unwrap_err().to_string();
+    assert_eq!(
+        refused(Preset::FULL, DType::BF16),
+        "full-precision scores of bf16 on sm_75 is not supported: products of bf16 need sm_80 or later; use INT8 \
+         scores; the nearest that this GPU computes is INT8 QK per-token · smooth K · FP16 PV (f32), or by name \
+         `int8-per-token`"
+    );
+    assert_eq!(
+        refused(Preset::SAGE2_INT8_FP8_PER_THREAD, DType::F16),
+        "FP8 P·V on sm_75 is not supported: FP8 needs sm_89 or later; use FP16 P·V; the nearest that this GPU \
+         computes is `sage2-int8-fp16-per-thread`, INT8 QK per-thread · smooth K · FP16 PV (f32)"
+    );
+    let bf16 = Scheme { pv: Pv::BF16(Accumulator::F32), ..int8_scheme(DType::BF16) };
+    let error = plan(bf16, DType::BF16, 64, Target::SM_75).unwrap_err().to_string();
+    let start =
+        "BF16 P·V on sm_75 is not supported: products of bf16 need sm_80 or later; use FP16 P·V; the nearest";
+    assert!(error.starts_with(start), "{error}");
 }
 
 #[test]
@@ -78,7 +101,7 @@ fn the_nearest_scheme_is_at_least_as_accurate() {
         }
         let given = error(&scheme);
         for target in [Target::SM_80, Target::SM_90A] {
-            let plan = plan(nearest_scheme(scheme, target), DType::F16, 64, target).unwrap();
+            let plan = plan(nearest_scheme(scheme, DType::F16, target), DType::F16, 64, target).unwrap();
             let nearest = error(plan.scheme());
             // As on the CPU: 2 % are for P·V's errors that happen to cancel some of the scores'.
             println!("{preset} on {target}: {:.3}", nearest / given);
@@ -169,7 +192,7 @@ fn schemes_of_ones_own_plan_or_have_a_nearest_as_well() {
                 ] {
                     let smooth = Smoothing { q, k: SmoothK::Mean, v };
                     let scheme = Scheme { qk, pv, smooth, rotate };
-                    let nearest = nearest_scheme(scheme, target);
+                    let nearest = nearest_scheme(scheme, DType::BF16, target);
                     let planned = plan(nearest, DType::BF16, 96, target);
                     assert!(planned.is_ok(), "{scheme:?} on {target}: {nearest:?}: {:?}", planned.err());
                 }

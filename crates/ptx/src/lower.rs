@@ -26,6 +26,10 @@ use crate::isa::{
 use crate::program::{Const, Instr, Operand, Program, Reg, Register, Stmt};
 use crate::target::Target;
 
+/// Threads that a lowered program may ask a multiprocessor to hold at once. Turing's hold 1024, half of Ampere's, with as
+/// many registers; the eighth that this leaves is what several instructions take in place of one.
+const MOST_THREADS: u32 = 896;
+
 /// What conversions and extremes make of a NaN.
 const NAN: Operand = Operand::Const(Const::I32(0x7fff_ffff));
 
@@ -40,7 +44,9 @@ impl Program {
         }
         let mut lowering = Lowering { target, registers: self.registers.clone() };
         let body = lowering.block(&self.body);
-        Cow::Owned(Program { registers: lowering.registers, body, ..self.clone() })
+        let most = (MOST_THREADS / self.threads().max(1)).max(1);
+        let min_blocks = self.min_blocks.map(|blocks| blocks.min(most));
+        Cow::Owned(Program { registers: lowering.registers, body, min_blocks, ..self.clone() })
     }
 }
 

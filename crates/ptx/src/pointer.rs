@@ -9,6 +9,7 @@ use crate::isa::{AtomicOp, Control, Lane, LoadMode, Memory, Space, StoreMode, Ty
 use crate::program::Operand;
 use crate::scalar::{Phantom, Scalar};
 use crate::value::{Use, Val};
+use crate::var::Var;
 
 /// Types of elements in memory.
 pub trait Stored: Copy + 'static {
@@ -238,6 +239,15 @@ impl<'k, T: Stored> Global<'k, T> {
     pub fn load_streaming<const N: usize>(self) -> [Val<'k, T::Value>; N] {
         let values = self.load_as(N as u8, LoadMode::Streaming);
         std::array::from_fn(|i| values[i])
+    }
+
+    /// The same, into variables: where that is all that a condition decides, it becomes the load's own.
+    #[track_caller]
+    pub fn load_streaming_into<const N: usize>(self, to: [Var<'k, T::Value>; N]) {
+        let mode = LoadMode::Streaming;
+        let op =
+            Memory::Load { space: Space::Global, word: T::WORD, count: N as u8, offset: self.offset, mode };
+        self.code().emit(op, &to.map(Var::register), &[self.address.in_register_operand()]);
     }
 
     /// The element, as other blocks released it.

@@ -37,7 +37,8 @@ impl Target {
     pub const SM_121A: Target = Target::specific(121);
 
     /// The targets that kernels are tuned and assembled for.
-    pub const ALL: [Target; 8] = [
+    pub const ALL: [Target; 9] = [
+        Target::SM_75,
         Target::SM_80,
         Target::SM_86,
         Target::SM_89,

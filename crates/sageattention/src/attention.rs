@@ -424,7 +424,7 @@ impl<'a> Attention<'a> {
     /// The choice, with what other options change about it.
     fn choice_on<'t, B: Place>(&self, backend: &B, call: &Call<'t, B::Tensor<'t>>) -> Result<Choice> {
         let choice = match self.choice.scheme(call.problem.head_dim) {
-            Some(scheme) if self.nearest => Choice::Scheme(backend.nearest(scheme)),
+            Some(scheme) if self.nearest => Choice::Scheme(backend.nearest(scheme, call.problem.dtype)),
             _ => self.choice,
         };
         if self.smooth_k {

@@ -1,11 +1,11 @@
 //! What computes a scheme where a backend lacks its kernels.
 
-use sage_core::Scheme;
+use sage_core::{DType, Scheme};
 
 use crate::backend::Device;
 
-/// The scheme of a kernel that `device` has and that is at least as accurate as `scheme`; `scheme` itself where there
-/// is no reason to leave it.
+/// The scheme of a kernel that `device` has for tensors of type `dtype` and that is at least as accurate as `scheme`;
+/// `scheme` itself where there is no reason to leave it.
 ///
 /// The original's functions name the kernels of certain GPUs. Programs call them by name and mean "this fast and this
 /// accurate", so a machine without such a kernel computes with the nearest:
@@ -14,6 +14,8 @@ use crate::backend::Device;
 /// | --- | --- | --- |
 /// | P·V in FP8 | as it is | as it is; before sm_89 in the tensors' 16 bits |
 /// | P·V in INT8 | as it is | P·V in the tensors' 16 bits |
+/// | P·V in bf16 | as it is | as it is; before sm_80 in f16 |
+/// | no quantisation | as it is | as it is; of bf16 tensors before sm_80 INT8 scores per token |
 /// | P·V in f32 or 12 bits | as it is | the plan takes the tensors' 16 bits, and says so |
 /// | smoothed V | as it is | of 16 bits: left out, summed in f32 |
 /// | scales of 128 keys (Hopper's tiles) | as it is | scales of 64 keys; the plan takes them, and says so |
@@ -25,15 +27,15 @@ use crate::backend::Device;
 /// schemes of one's own stand beside the backends' plans.
 ///
 /// A GPU is looked for: where there is none of that number, rules are those of sm_90.
-pub fn nearest_scheme(scheme: Scheme, device: Device) -> Scheme {
+pub fn nearest_scheme(scheme: Scheme, dtype: DType, device: Device) -> Scheme {
     match device {
         Device::Cpu => sage_cpu::nearest_scheme(scheme),
         #[cfg(feature = "cuda")]
         Device::Cuda(ordinal) => {
             use sage_core::Backend;
             match sage_gpu::Cuda::shared(ordinal) {
-                Ok(gpu) => gpu.nearest(scheme),
-                Err(_) => sage_gpu::nearest_on_hopper(scheme),
+                Ok(gpu) => gpu.nearest(scheme, dtype),
+                Err(_) => sage_gpu::nearest_on_hopper(scheme, dtype),
             }
         }
         #[cfg(not(feature = "cuda"))]
@@ -64,7 +66,8 @@ mod tests {
         let (q, k) = (random(1, 130), random(2, 200));
         let call = Call::check(&Inputs::new(q.view(), k.view(), k.view()), &Options::default()).unwrap();
         for preset in Preset::ALL {
-            let (scheme, nearest) = (preset.scheme(64), nearest_scheme(preset.scheme(64), Device::Cpu));
+            let (scheme, nearest) =
+                (preset.scheme(64), nearest_scheme(preset.scheme(64), DType::F16, Device::Cpu));
             let plan = |scheme| Cpu::detect().plan(&call.problem, Some(scheme));
             plan(scheme).unwrap_or_else(|error| panic!("{preset}: {error}"));
             assert_eq!(nearest, scheme, "{preset}: a scheme that has kernels is its own nearest");
@@ -82,7 +85,7 @@ mod tests {
         };
         for block in [16, 64, 256] {
             let scheme = Scheme { pv: Pv::Fixed12 { block }, ..Preset::INT8.scheme(64) };
-            let nearest = nearest_scheme(scheme, Device::Cpu);
+            let nearest = nearest_scheme(scheme, DType::F16, Device::Cpu);
             assert_ne!(nearest, scheme);
             let (given, nearest) = (error(&scheme), error(&nearest));
             // Quantising Q·Kᵀ alike leaves the same error there; 2 % is for P·V's errors that happen to cancel some
@@ -94,7 +97,8 @@ mod tests {
     #[test]
     #[cfg(feature = "cuda")]
     fn hopper_tiles_get_finer_scales_on_the_gpu_kernels() {
-        let scheme = nearest_scheme(Preset::SAGE2_INT8_FP8_SM90_PER_THREAD.scheme(128), Device::Cuda(0));
+        let scheme =
+            nearest_scheme(Preset::SAGE2_INT8_FP8_SM90_PER_THREAD.scheme(128), DType::F16, Device::Cuda(0));
         let sage_core::Qk::Int(quantizer) = scheme.qk else { unreachable!("an integer scheme") };
         assert_eq!((quantizer.tile.warp_q, quantizer.tile.block_k, quantizer.tile.warp_k), (16, 64, 64));
     }
@@ -107,7 +111,11 @@ mod tests {
             (Preset::SAGE2_INT8_FP16_PER_THREAD, Device::Cuda(0)),
             (Preset::SAGE1_INT8_FP16, Device::Cuda(0)),
         ] {
-            assert_eq!(nearest_scheme(preset.scheme(64), device), preset.scheme(64), "{preset} on {device}");
+            assert_eq!(
+                nearest_scheme(preset.scheme(64), DType::F16, device),
+                preset.scheme(64),
+                "{preset} on {device}"
+            );
         }
     }
 }

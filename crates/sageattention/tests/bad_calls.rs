@@ -354,7 +354,7 @@ fn the_nearest_scheme_and_no_smoothing_are_options() {
     let x = zeros(&[1, 2, 200, 16]);
     let scheme = |attention: Attention<'_>| *attention.plan(&x, &x, &x).unwrap().scheme();
     let nearest = Attention::new().scheme(short_blocks()).nearest(true);
-    assert_eq!(scheme(nearest.clone()), nearest_scheme(short_blocks(), Device::Cpu));
+    assert_eq!(scheme(nearest.clone()), nearest_scheme(short_blocks(), DType::F32, Device::Cpu));
     assert_eq!(scheme(nearest.smooth_k(false)).smooth.k, SmoothK::Off);
     let own = Attention::new().scheme(Preset::INT8_PER_TOKEN);
     assert!(scheme(own.clone()).smooth.k.is_on());

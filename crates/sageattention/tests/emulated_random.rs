@@ -13,8 +13,15 @@ const MOST_ROWS: usize = 150;
 #[test]
 fn random_calls_agree_with_the_oracle() {
     // Hopper has the most kinds of kernels, and the newest target more schemes.
-    let targets =
-        [Target::SM_90A, Target::SM_80, Target::SM_90A, Target::SM_89, Target::SM_90A, Target::SM_120A];
+    let targets = [
+        Target::SM_90A,
+        Target::SM_80,
+        Target::SM_90A,
+        Target::SM_89,
+        Target::SM_90A,
+        Target::SM_120A,
+        Target::SM_75,
+    ];
     let (mut computed, mut worst) = (0, Found::default());
     let count = count(80);
     for number in 0..count {

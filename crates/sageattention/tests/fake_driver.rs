@@ -10,11 +10,11 @@ mod harness;
 
 use harness::{ALLOCATIONS, ask, cases};
 use sageattention::cuda::{
-    Buffer, Cuda, CudaTensor, Device, DeviceInts, DeviceLse, DeviceMask, HostTensors, Stream,
+    Buffer, Cuda, CudaTensor, Device, DeviceCall, DeviceInts, DeviceLse, DeviceMask, HostTensors, Stream,
 };
 use sageattention::{
-    Alignment, Attention, BackendErrorKind, Call, DType, Inputs, KvCacheOptions, Lengths, Options, Preset,
-    Result, Tensor,
+    Alignment, Attention, Backend, BackendErrorKind, Call, Choice, DType, Inputs, KvCacheOptions, Lengths,
+    Options, Preset, Result, Tensor,
 };
 
 const FAKE: [&str; 4] = ["named", "whole", "clusters", "any_kernel"];
@@ -127,6 +127,41 @@ cases! {
     failures_keep_their_kind_on_sm_90, FAKE, "", { super::failures_keep_their_kind() }
 
     failures_keep_their_kind_on_sm_80, FAKE, "sm_80", { super::failures_keep_their_kind() }
+
+    a_gpu_is_planned_for_as_an_older_one_on_sm_90, FAKE, "", {
+        let there = There::new();
+        let for_target = |target: &str| {
+            Cuda::for_target(there.gpu.device().clone(), target.parse().unwrap())
+        };
+        let turing = for_target("sm_75").unwrap();
+        let own = there.gpu.machine();
+        assert_eq!(turing.machine().shared_bytes, 64 << 10);
+        assert_eq!(turing.machine().multiprocessors, own.multiprocessors);
+        let there = There { gpu: turing, ..there };
+        for attention in [Attention::new(), Attention::new().scheme(Preset::FULL).causal(true)] {
+            there.run(&attention).unwrap();
+        }
+        let [x, ..] = there.tensors.each_ref().map(CudaTensor::view);
+        let call: DeviceCall<'_> = Call::check(&Inputs::new(x, x, x), &Options::default()).unwrap();
+        let plan = Backend::plan(&there.gpu, &call, Choice::Automatic, false).unwrap().to_string();
+        assert!(plan.contains("rt_s2_b2_l8"), "tiles come through registers: {plan}");
+        assert_eq!(
+            for_target("sm_120").unwrap_err().to_string(),
+            "target: value is sm_120, expected one whose code sm_90a runs"
+        );
+    }
+
+    the_variable_of_the_target_is_checked, FAKE, "", {
+        // SAFETY: this process has no other thread that reads the environment.
+        unsafe { std::env::set_var("SAGE_GPU_TARGET", "sm_74") };
+        assert_eq!(
+            Cuda::new(0).unwrap_err().to_string(),
+            "SAGE_GPU_TARGET: value is `sm_74`, expected sm_75 to sm_121, such as sm_75 or sm_89"
+        );
+        // SAFETY: as above.
+        unsafe { std::env::set_var("SAGE_GPU_TARGET", "sm_80") };
+        assert_eq!(Cuda::new(0).unwrap().machine().target.to_string(), "sm_80");
+    }
 
     a_missing_gpu_is_told_apart, FAKE, "no_gpu", {
         let x = Tensor::zeros(DType::F16, &[1, 1, 4, 64]).unwrap();

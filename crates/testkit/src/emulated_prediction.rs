@@ -68,7 +68,7 @@ impl Emulated {
         tensors.k_sizes = integers("k_sizes", sizes(&case.predictor.k_padding));
         let workspace = emulator.uninitialized("workspace", pass.workspace_bytes().max(1));
         assert_eq!(pass.zeroed_bytes(), 0, "{case:?}");
-        let (programs, kernels) = (pass.programs(), pass.kernel_names());
+        let (programs, kernels) = (pass.programs(self.machine.target), pass.kernel_names());
         let mut launcher = Launches { emulator: &mut emulator, programs: &programs, folded: self.folded };
         pass.run(&tensors, workspace.address(), &mut launcher)
             .unwrap_or_else(|failure| panic!("{kernels:?}, {case:?}\n{failure}"));

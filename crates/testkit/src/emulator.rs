@@ -4,7 +4,7 @@ use sage_core::oracle::{self, Output};
 use sage_core::{Accumulator, Call, DType, Geometry, Preset, Problem, Pv, Result, Scheme, Strided};
 use sage_emulator::{Emulator, Failure};
 use sage_kernels::attention::MaskForm;
-use sage_kernels::forward::{ForwardPlan, Request, Tensors};
+use sage_kernels::forward::{ForwardPlan, Request, Tensors, nearest_scheme};
 use sage_kernels::pass::Launcher;
 use sage_kernels::{KEY_TILE, Lengths, Machine, TensorArg, Tiling};
 use sage_ptx::{Arg, BoxedTensor, Program, Target};
@@ -40,6 +40,8 @@ pub(crate) fn of_kernels(call: &Call<'_>, scheme: &Scheme) -> Output {
 pub struct Emulated {
     /// What kernels are made for, and how many blocks run at once.
     pub machine: Machine,
+    /// Whether the nearest scheme is computed in place of one that has no kernels.
+    pub nearest: bool,
     /// The attention kernel's tile shape, or none for the tuning table's.
     pub tiling: Option<Tiling>,
     /// Whether grids are folded as those of very many heads are: three numbers along y, and some blocks too many.
@@ -48,11 +50,22 @@ pub struct Emulated {
     pub longest: Option<[usize; 2]>,
 }
 
+/// Names the target that takes the place of sm_80 in tests, such as sm_75: `sm_80` stands for whatever runs `mma.sync`,
+/// so that whole suites can be put through another generation's kernels. Of schemes that it lacks the nearest is
+/// computed.
+const IN_PLACE_OF_AMPERE: &str = "SAGE_EMULATED_TARGET";
+
 impl Emulated {
     /// A GPU of one multiprocessor.
+    ///
+    /// # Panics
+    /// When the variable `SAGE_EMULATED_TARGET` names no target.
     pub fn on(target: Target) -> Self {
-        let machine = Machine { multiprocessors: 1, ..Machine::typical(target) };
-        Emulated { machine, tiling: None, folded: false, longest: None }
+        let named = std::env::var(IN_PLACE_OF_AMPERE).ok().filter(|_| target == Target::SM_80);
+        let in_place =
+            named.map(|name| name.parse().unwrap_or_else(|error| panic!("{IN_PLACE_OF_AMPERE}: {error}")));
+        let machine = Machine { multiprocessors: 1, ..Machine::typical(in_place.unwrap_or(target)) };
+        Emulated { machine, nearest: in_place.is_some(), tiling: None, folded: false, longest: None }
     }
 
     /// The same with so many multiprocessors.
@@ -87,7 +100,15 @@ impl Emulated {
         if let Some(longest) = self.longest {
             [problem.q_len, problem.kv_len] = longest;
         }
-        ForwardPlan::new(&problem, &request, &self.machine)
+        let planned = ForwardPlan::new(&problem, &request, &self.machine);
+        match (planned, scheme) {
+            (Err(_), Some(scheme)) if self.nearest => {
+                let nearest = nearest_scheme(scheme, problem.dtype, self.machine.target);
+                let request = Request { scheme: Some(nearest), ..request };
+                ForwardPlan::new(&problem, &request, &self.machine)
+            }
+            (planned, _) => planned,
+        }
     }
 }
 
@@ -114,7 +135,7 @@ impl Runner for Emulated {
         // Zeroed and other parts of the workspace are separate here, so that reads of what nothing wrote are found.
         let workspace = device.emulator.uninitialized("workspace", pass.workspace_bytes().max(1));
         device.emulator.write(workspace, &vec![0u8; pass.zeroed_bytes()]);
-        let programs = pass.programs();
+        let programs = pass.programs(self.machine.target);
         let kernels = pass.kernel_names();
         let mut launcher =
             Launches { emulator: &mut device.emulator, programs: &programs, folded: self.folded };

@@ -1,6 +1,7 @@
 //! The cases that every backend runs.
 
 use sage_core::{Alignment, Band, DType, Layout, Preset, Scheme, SmoothK, SmoothQ};
+use sage_ptx::Target;
 
 use crate::{Bias, Case, CaseBlocks, CaseMask, Extent, Sequences};
 
@@ -27,6 +28,13 @@ pub fn table() -> Vec<Case> {
         case.seed = 8 * number as u64;
     }
     cases
+}
+
+/// Most cases of [`table`] that kernels for a target may refuse: those in f32, the schemes that no GPU computes, pooled
+/// terms of packed sequences and of windows that hide the first keys, and the operands that older tensor cores lack: FP8
+/// before sm_89, products of bf16 before sm_80.
+pub fn most_refused(target: Target) -> usize {
+    if target.sm() >= 89 { 23 } else { 60 }
 }
 
 fn of(q_len: usize, kv_len: usize, head_dim: usize) -> Case {

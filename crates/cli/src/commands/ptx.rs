@@ -30,7 +30,7 @@ pub struct Ptx {
     /// List the kernels
     #[arg(long)]
     list: bool,
-    /// GPU architecture, such as sm_80, sm_89 or sm_90a [default: of a list, all; of a kernel, the oldest that has it]
+    /// GPU architecture, such as sm_75, sm_89 or sm_90a [default: of a list, all; of a kernel, the oldest that has it]
     #[arg(long, value_name = "SM")]
     target: Option<Target>,
 }
@@ -49,9 +49,6 @@ impl Ptx {
             Some(target) => catalog(target),
             None => catalog_of_all_targets(),
         };
-        if let (Some(target), true) = (self.target, entries.is_empty()) {
-            return Err(Failure::Failed(format!("target: value is {target}, expected sm_80 or later")));
-        }
         if console.json {
             let kernels: Vec<_> = entries.iter().map(described).collect();
             let target = self.target.map(|target| target.to_string());

@@ -13,7 +13,7 @@ use sage_emulator::{Buffer, Emulator, EmulatorOptions, Report};
 use sage_kernels::TensorArg;
 use sage_kernels::forward::ForwardPlan;
 use sage_kernels::pass::{Launcher, Pass};
-use sage_ptx::{Arg, BoxedTensor, Program};
+use sage_ptx::{Arg, BoxedTensor, Program, Target};
 use sageattention::{DType, Geometry, TensorView};
 
 use crate::failure::{Failure, Result};
@@ -53,20 +53,20 @@ pub fn run(
     wants_lse: bool,
     launched: &mut dyn FnMut(),
 ) -> Result<Emulation> {
-    let mut gpu = Gpu::new(launched);
+    let mut gpu = Gpu::new(plan.machine.target, launched);
     match &plan.passes {
         Passes::Forward(forward) => forward::run(&mut gpu, forward, made_up, wants_lse),
         Passes::Decode(decode) => decode::run(&mut gpu, decode, made_up, wants_lse),
     }
 }
 
-/// What each launch of a plan does with a call's tensors.
+/// What each launch of a plan for a target does with a call's tensors.
 ///
 /// # Errors
 /// As [`run`].
-pub fn launched(plan: &ForwardPlan, call: &Call<'_>) -> Result<Vec<Report>> {
+pub fn launched(plan: &ForwardPlan, call: &Call<'_>, target: Target) -> Result<Vec<Report>> {
     let nobody = &mut || ();
-    let mut gpu = Gpu::new(nobody);
+    let mut gpu = Gpu::new(target, nobody);
     forward::launch_alone(&mut gpu, plan, call)?;
     Ok(gpu.launches.into_iter().map(|(report, _)| report).collect())
 }
@@ -98,15 +98,16 @@ pub fn check_buffer(bytes: u128) -> Result<()> {
 /// An emulated GPU, and what it has done so far.
 struct Gpu<'a> {
     emulator: Emulator,
+    target: Target,
     launches: Vec<(Report, Duration)>,
     launched: &'a mut dyn FnMut(),
 }
 
 impl<'a> Gpu<'a> {
-    fn new(launched: &'a mut dyn FnMut()) -> Self {
+    fn new(target: Target, launched: &'a mut dyn FnMut()) -> Self {
         let options = EmulatorOptions { workers: rayon::current_num_threads(), ..EmulatorOptions::default() };
         let emulator = Emulator::with_options(options);
-        Gpu { emulator, launches: Vec::new(), launched }
+        Gpu { emulator, target, launches: Vec::new(), launched }
     }
 
     /// A tensor of four dimensions, copied to the GPU.
@@ -143,7 +144,7 @@ impl<'a> Gpu<'a> {
 
     /// Runs all launches of a pass.
     fn run<T>(&mut self, pass: &Pass<T>, tensors: &T) -> Result<()> {
-        let programs = pass.programs();
+        let programs = pass.programs(self.target);
         // Nobody but the host zeroes what must be zeros: what is read from elsewhere before it is written is a fault.
         let workspace = self.uninitialized("workspace", pass.workspace_bytes())?;
         self.emulator.write(workspace, &vec![0u8; pass.zeroed_bytes()]);

@@ -10,7 +10,7 @@ use super::names::ValueFormatName;
 /// A GPU that is spoken of: none has to be there.
 #[derive(Clone, Copy, Debug, Args)]
 pub struct GpuOptions {
-    /// GPU architecture, such as sm_80, sm_89 or sm_90a
+    /// GPU architecture, such as sm_75, sm_89 or sm_90a
     // Where the GPU is one option of several it can be left out.
     #[arg(long, value_name = "SM", required = false)]
     pub target: Target,

@@ -89,8 +89,9 @@ pub fn predict(model: &GpuModel, problem: &Problem) -> failure::Result<Vec<Predi
     let target = model.machine.target;
     let mut predictions = Vec::new();
     for preference in Preferences::of(target).all() {
-        let scheme = preference.scheme(problem.dtype, problem.head_dim);
-        if nearest_scheme(scheme, target) != scheme {
+        let dtype = model.machine.product_dtype(problem.dtype);
+        let scheme = preference.scheme(dtype, problem.head_dim);
+        if nearest_scheme(scheme, problem.dtype, target) != scheme {
             continue;
         }
         let request = Request { scheme: Some(scheme), ..Request::new(problem) };

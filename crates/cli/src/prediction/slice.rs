@@ -36,6 +36,6 @@ impl Slice {
         // Keys are not split where one multiprocessor has all the work.
         let machine = Machine { multiprocessors: 1, ..model.machine };
         let plan = ForwardPlan::new(&call.problem, &request, &machine)?;
-        emulation::launched(&plan, &call)
+        emulation::launched(&plan, &call, machine.target)
     }
 }

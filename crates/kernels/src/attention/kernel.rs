@@ -120,11 +120,13 @@ impl Kernel for AttentionConfig {
     }
 
     fn oldest_target(&self) -> Target {
+        let bf16 = [self.operands.k, self.operands.v].iter().any(|operand| operand.element == Element::BF16);
         match (self.tiling.engine(), self.operands.v.element) {
             _ if self.operands.q.element == Element::E2M1 => Target::SM_120A,
             (Engine::Warpgroups, _) => Target::SM_90A,
             (Engine::Warps, Element::E4M3) => Target::SM_89,
-            (Engine::Warps, _) => Target::SM_80,
+            (Engine::Warps, _) if bf16 || !self.tiling.copies_through_registers() => Target::SM_80,
+            (Engine::Warps, _) => Target::SM_75,
         }
     }
 

@@ -47,7 +47,7 @@ pub use key_tiles::{CLEARED_TILE, CUT_TILE, ENTRIES_BEHIND, MASKED_TILE, TileLis
 pub(crate) use queries::load_channels;
 pub(crate) use score_tile::capped;
 pub use warpgroups::{TENSOR_MAPS, boxed_tensors, stage_bytes};
-pub(crate) use warps::copy_elements;
+pub(crate) use warps::elements;
 
 /// The attention kernel of a configuration.
 fn attention(config: &AttentionConfig) -> Program {

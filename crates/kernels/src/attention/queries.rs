@@ -3,7 +3,7 @@
 use sage_core::{Fp4Format, Granularity, IntQuantizer};
 use sage_ptx::{
     Code, E2M1, FragmentA, Global, Half, MmaElement, OperandTile, PanelMatrix, Rows, SLOT_ROWS, ScaledA,
-    Stored, Val, WarpgroupA, lane_row,
+    Shared, Stored, Val, WarpgroupA, lane_row,
 };
 
 use super::config::{AttentionConfig, AttentionParams};
@@ -35,6 +35,11 @@ enum Operand<'k> {
 /// The channels of each register of each row's operand: packed in words, or one by one.
 type Registers<'k, T> = Rows<Vec<Vec<Val<'k, T>>>>;
 
+/// Maxima of groups of several warps' rows: one of each lane.
+pub(super) fn maxima_of_warps(config: &AttentionConfig) -> usize {
+    config.threads() as usize
+}
+
 /// How many 32-byte steps the depth of Q·Kᵀ takes.
 pub(super) fn depth_steps(config: &AttentionConfig) -> usize {
     config.depth().div_ceil(8 * elements_per_word(config))
@@ -46,16 +51,18 @@ pub(super) fn elements_per_word(config: &AttentionConfig) -> usize {
 }
 
 impl<'k> Queries<'k> {
+    /// Reads and prepares them; `scratch` is shared memory that nothing else needs meanwhile, where there is some.
     pub fn load<H: Half + Stored<Value = H>>(
         code: &'k Code,
         config: &AttentionConfig,
         p: &AttentionParams<'k>,
         place: &Place<'k>,
+        scratch: Option<Shared<'k, i32>>,
     ) -> Self {
         code.note("queries: read, smooth, quantise");
         let batch = p.q.head(place.sequence.batch, place.head);
         let quad = place.lane & 3;
-        let loader = Loader { code, config, p, place, quad, per: elements_per_word(config) };
+        let loader = Loader { code, config, p, place, scratch, quad, per: elements_per_word(config) };
         let loaded = loader.load::<H>(batch);
         let channels = |words: &Vec<Val<'k, u32>>| {
             words.iter().flat_map(|word| word.split::<H>()).map(|x| x.to_f32()).collect()
@@ -117,6 +124,7 @@ struct Loader<'k, 'a> {
     config: &'a AttentionConfig,
     p: &'a AttentionParams<'k>,
     place: &'a Place<'k>,
+    scratch: Option<Shared<'k, i32>>,
     /// The lane's place in its quad, whose lanes hold neighbouring channels of a row.
     quad: Val<'k, i32>,
     /// Channels of a register.
@@ -147,7 +155,7 @@ impl<'k> Loader<'k, '_> {
     /// What smoothing K took from each row's scores: scores of smoothed keys lack the same amount for all keys of a
     /// row, the product with the keys' mean. Zeros where nobody asks.
     fn taken(&self, rows: &Registers<'k, f32>) -> Rows<Val<'k, f32>> {
-        let Loader { code, config, p, place, quad, per } = *self;
+        let Loader { code, config, p, place, quad, per, .. } = *self;
         if !(config.smooth_k && (config.lse || config.softcap)) {
             return rows.map(|_| code.constant(0.0));
         }
@@ -206,7 +214,7 @@ impl<'k> Loader<'k, '_> {
             };
             place.row(slot).lt(place.sequence.q_len).select(bits, 0)
         });
-        let steps = groups(code, config, quantizer, place, &maxima);
+        let steps = groups(code, config, quantizer, place, self.scratch, &maxima);
         let words = OperandTile::of_rows(&rows, |slot, x| steps[slot].round_word(x));
         let factor =
             if quantizer.scale_q_first { code.constant(1.0) } else { p.sm_scale * std::f32::consts::LOG2_E };
@@ -332,6 +340,7 @@ fn groups<'k>(
     config: &AttentionConfig,
     quantizer: &IntQuantizer,
     place: &Place<'k>,
+    scratch: Option<Shared<'k, i32>>,
     maxima: &Rows<Val<'k, i32>>,
 ) -> Rows<Step<'k>> {
     let maximum = |a: Val<'k, i32>, b: Val<'k, i32>| a.max(b);
@@ -354,7 +363,7 @@ fn groups<'k>(
         own
     } else {
         // A group of several warps' rows: each warp reads what the others found.
-        let maxima = code.shared::<i32>("q_maxima", config.tiling.warps() * 32);
+        let maxima = scratch.unwrap_or_else(|| code.shared("q_maxima", maxima_of_warps(config)));
         // Only the rows of a whole block are more than a warpgroup's.
         let meet = || if warps <= 4 { config.group_barrier(code, place.warp) } else { config.barrier(code) };
         maxima.at(code.thread()).store(own);

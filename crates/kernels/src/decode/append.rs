@@ -235,7 +235,7 @@ impl Kernel for CacheAppendConfig {
     }
 
     fn oldest_target(&self) -> Target {
-        if self.storage.values == ValueFormat::Fp8E4M3 { Target::SM_89 } else { Target::SM_80 }
+        if self.storage.values == ValueFormat::Fp8E4M3 { Target::SM_89 } else { Target::SM_75 }
     }
 
     fn head_dim(&self) -> Option<usize> {

@@ -39,16 +39,26 @@ pub(super) fn choose(problem: &Problem, request: &Request, machine: &Machine) ->
         return Err(Error::value("accuracy", error, wanted));
     }
     let Preferences { full, quantised } = Preferences::of(machine.target);
-    let scheme = |preference: &Preference| preference.scheme(problem.dtype, problem.head_dim);
+    let dtype = machine.product_dtype(problem.dtype);
+    // Full precision takes products in the tensors' own type.
+    let has_full = dtype == problem.dtype;
+    let scheme = |preference: &Preference| preference.scheme(dtype, problem.head_dim);
     let in_full = |reason: String| Ok((scheme(&full), format!("full precision: {reason}")));
     let rows = problem.q_len * problem.group_size();
-    if rows <= FEW_QUERIES {
+    if rows <= FEW_QUERIES && has_full {
         return in_full(format!(
             "{rows} query rows for each key head read K and V too seldom to repay quantising K"
         ));
     }
     match quantised.first() {
         None => return in_full(full.reason.into()),
+        Some(first) if error < first.error && !has_full => {
+            let wanted = format!(
+                "at least {}, the error of INT8 scores, as {} has no products of {}",
+                first.error, machine.target, problem.dtype
+            );
+            return Err(Error::value("accuracy", error, wanted));
+        }
         Some(first) if error < first.error => {
             return in_full(format!("INT8 scores have an error of {}, above {error}", first.error));
         }
@@ -65,7 +75,7 @@ pub(super) fn choose(problem: &Problem, request: &Request, machine: &Machine) ->
     }
     let fits = |preference: &&Preference| {
         let scheme = scheme(preference);
-        let has_kernels = nearest_scheme(scheme, machine.target) == scheme;
+        let has_kernels = nearest_scheme(scheme, problem.dtype, machine.target) == scheme;
         let repays = keys >= NARROW_VALUES_KEYS || matches!(scheme.pv, Pv::F16(_) | Pv::BF16(_));
         preference.error <= error && has_kernels && repays
     };
@@ -75,7 +85,7 @@ pub(super) fn choose(problem: &Problem, request: &Request, machine: &Machine) ->
     }
 }
 
-/// P·V in single precision on tensor cores rounds P to the inputs' 16 bits, as every 16-bit attention does; and so
+/// P·V in single precision on tensor cores rounds P to 16 bits of type `dtype`, as every 16-bit attention does; and so
 /// does the CPU's own form of 12 bits, which serves integer units.
 pub(super) fn with_own_values(scheme: Scheme, dtype: DType, reasons: &mut Vec<String>) -> Scheme {
     let given = match scheme.pv {
@@ -100,6 +110,24 @@ mod tests {
         let call = Call::check(&inputs, &Options::default().band(band))?;
         let request = Request { accuracy, ..Request::new(&call.problem) };
         Ok(choose(&call.problem, &request, &Machine::typical(target))?.0)
+    }
+
+    #[test]
+    fn tensors_of_bf16_have_integer_scores_and_values_of_f16_on_turing() {
+        let choice = |q_len, accuracy| {
+            let problem = Problem::dense(DType::BF16, [1, 1, 1], [q_len, 8192], 128);
+            let request = Request { accuracy, ..Request::new(&problem) };
+            Ok::<_, Error>(choose(&problem, &request, &Machine::typical(Target::SM_75))?.0)
+        };
+        for q_len in [1, 8192] {
+            assert_eq!(choice(q_len, None), Ok(int8_scheme(DType::F16)));
+        }
+        assert_eq!(
+            choice(8192, Some(0.005)).unwrap_err().to_string(),
+            "accuracy: value is 0.005, expected at least 0.0135, the error of INT8 scores, as sm_75 has no products \
+             of bf16"
+        );
+        assert!(chosen(8192, Some(0.005), false, Target::SM_75).is_ok_and(|scheme| scheme.qk == Qk::Full));
     }
 
     #[test]

@@ -3,9 +3,11 @@
 //! | in the scheme | on a GPU | who decides |
 //! | --- | --- | --- |
 //! | scales of more query rows or keys than kernels have | scales of parts of those rows | the plan, which says so |
-//! | P·V in f32 or 12 bits, the CPU's forms | P·V in the inputs' 16 bits, summed in f32 | the plan, which says so |
+//! | P·V in f32 or 12 bits, the CPU's forms | P·V in the inputs' 16 bits, summed in f32; before sm_80 in f16 | the plan, which says so |
 //! | scales per tensor | scales per block | the caller |
 //! | P·V in INT8; in FP8 before sm_89 | P·V in the inputs' 16 bits | the caller |
+//! | P·V in bf16 before sm_80 | in f16 | the caller |
+//! | full-precision scores of bf16 before sm_80 | INT8 scores per token | the caller |
 //! | P·V in FP8 summed in f16; 16-bit P·V summed in forms that it lacks | summed in f32 | the caller |
 //! | smoothed V with 16-bit P·V; with sampled scales | V as it is, summed in f32; scales of all rows | the caller |
 //! | NVFP4, MXFP4 but on sm_120a and its kin; P·V in them beside other scores | INT8 scores per thread, P·V in FP8 | the caller |
@@ -24,15 +26,17 @@ use sage_core::{
 use sage_ptx::Target;
 
 use super::choice::with_own_values;
-use crate::machine::Machine;
+use crate::machine::{Machine, product_dtype};
 use crate::sequence::KEY_TILE;
 
 /// What a message offers by name where the nearest scheme is no preset: of the integer schemes the most accurate.
 const BY_NAME: Preset = Preset::INT8_PER_TOKEN;
 
-/// The scheme of kernels for `target` that is nearest to `scheme` and at least as accurate; `scheme` itself where
-/// there is no reason to leave it. P·V in f32 stands for the inputs' 16 bits.
-pub fn nearest_scheme(mut scheme: Scheme, target: Target) -> Scheme {
+/// The scheme of kernels for `target` and tensors of type `dtype` that is nearest to `scheme` and, where it has such
+/// operands, at least as accurate; `scheme` itself where there is no reason to leave it. P·V in f32 stands for the
+/// 16 bits that products of the inputs are computed in.
+pub fn nearest_scheme(mut scheme: Scheme, dtype: DType, target: Target) -> Scheme {
+    let has_own = product_dtype(dtype, target) == dtype;
     let has_fp4 = Machine::typical(target).has_fp4();
     if matches!(scheme.qk, Qk::Fp4(_)) && !has_fp4 {
         let int8 = Preset::SAGE2_INT8_FP8_PER_THREAD.scheme(64);
@@ -45,6 +49,12 @@ pub fn nearest_scheme(mut scheme: Scheme, target: Target) -> Scheme {
                 quantizer.granularity = Granularity::PerBlock;
             }
             *quantizer = with_groups_of_tiles(*quantizer);
+        }
+        Qk::Full if !has_own => {
+            let Scheme { qk, smooth, rotate, .. } = BY_NAME.scheme(64);
+            scheme.qk = qk;
+            scheme.smooth = Smoothing { v: scheme.smooth.v, ..smooth };
+            scheme.rotate = rotate;
         }
         Qk::Full => {
             scheme.rotate = false;
@@ -61,6 +71,7 @@ pub fn nearest_scheme(mut scheme: Scheme, target: Target) -> Scheme {
         as_it_is @ Pv::Fp4 { .. } if has_fp4 && matches!(scheme.qk, Qk::Fp4(_)) => as_it_is,
         Pv::F16(Accumulator::F32ThenF32) => Pv::F16(Accumulator::F32),
         Pv::F16(_) if scheme.smooth.v => Pv::F16(Accumulator::F32),
+        Pv::BF16(_) if product_dtype(DType::BF16, target) != DType::BF16 => Pv::F16(Accumulator::F32),
         Pv::BF16(_) => Pv::BF16(Accumulator::F32),
         Pv::Fp8 { .. } | Pv::Fp4 { .. } if !has_fp8 => Pv::F32,
         Pv::Fp8 { v_max, rows, accumulator: Accumulator::F16 } => {
@@ -78,7 +89,8 @@ pub fn nearest_scheme(mut scheme: Scheme, target: Target) -> Scheme {
     scheme
 }
 
-/// The scheme with scales of the kernels' groups of rows and 16-bit values, and why it is not as given.
+/// The scheme with scales of the kernels' groups of rows and 16-bit values of type `dtype` in place of the CPU's, and
+/// why it is not as given.
 pub(super) fn computed(scheme: Scheme, dtype: DType, reasons: &mut Vec<String>) -> Scheme {
     let mut scheme = with_own_values(scheme, dtype, reasons);
     if let Qk::Int(quantizer) = &mut scheme.qk {

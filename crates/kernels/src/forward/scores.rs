@@ -15,6 +15,7 @@ use crate::sequence::{KEY_TILE, Lengths};
 
 /// What Q and K are multiplied as, where kernels do.
 pub(super) fn form(call: &ForwardCall, scheme: &Scheme) -> Result<Qk> {
+    let (dtype, machine) = (call.problem.dtype, &call.machine);
     match scheme.qk {
         Qk::Int(quantizer) if quantizer.granularity == Granularity::PerTensor => {
             Err(Error::unsupported("scales per tensor", "on a GPU scales are per block or finer"))
@@ -30,6 +31,10 @@ pub(super) fn form(call: &ForwardCall, scheme: &Scheme) -> Result<Qk> {
         Qk::Full if scheme.rotate => {
             Err(Error::unsupported("rotation of full-precision scores", "it changes nothing there"))
         }
+        Qk::Full if machine.product_dtype(dtype) != dtype => Err(Error::unsupported(
+            format!("full-precision scores of {dtype} on {}", machine.target),
+            format!("products of {dtype} need sm_80 or later; use INT8 scores"),
+        )),
         Qk::Full => Ok(Qk::Full),
     }
 }
@@ -76,7 +81,12 @@ pub(super) fn quantize(
         }
     }
     if let Some(rows) = smooth_q {
-        delta_s(call, DeltaSConfig { source, smooth_k: scheme.smooth.k.is_on() }, rows, pass);
+        delta_s(
+            call,
+            DeltaSConfig::new(source, scheme.smooth.k.is_on(), call.machine.shared_bytes),
+            rows,
+            pass,
+        );
     }
 }
 

@@ -22,6 +22,12 @@ pub(super) fn form(call: &ForwardCall, scheme: &Scheme) -> Result<ValueForm> {
             return Err(Error::unsupported("FP16 P·V summed in f32+f32", instead));
         }
         Pv::F16(accumulator) => (Element::F16, accumulator),
+        Pv::BF16(_) if call.machine.product_dtype(DType::BF16) != DType::BF16 => {
+            return Err(Error::unsupported(
+                format!("BF16 P·V on {}", call.machine.target),
+                "products of bf16 need sm_80 or later; use FP16 P·V",
+            ));
+        }
         Pv::BF16(Accumulator::F32) => (Element::BF16, Accumulator::F32),
         Pv::BF16(accumulator) => {
             return Err(Error::value("pv accumulator", accumulator.name(), "f32 for BF16 P·V"));

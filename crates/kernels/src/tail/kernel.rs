@@ -5,8 +5,8 @@ use std::f32::consts::LOG2_E;
 use half::{bf16, f16};
 use sage_core::DType;
 use sage_ptx::{
-    Code, Half, MmaElement, OperandTile, Program, RoundedElement, Rows, Stored, Tile, Val, Var, kernel,
-    lane_column,
+    Code, Half, MmaElement, OperandTile, Program, RoundedElement, Rows, Stored, Target, Tile, Val, Var,
+    kernel, lane_column,
 };
 
 use super::rows::TailRows;
@@ -240,6 +240,10 @@ impl Kernel for PooledTailConfig {
             self.head_dim,
             self.lengths.description()
         )
+    }
+
+    fn oldest_target(&self) -> Target {
+        Target::SM_80
     }
 
     fn head_dim(&self) -> Option<usize> {

@@ -4,7 +4,7 @@ use sage_ptx::{CHUNK_BYTES, Code, FragmentSource, Global, SharedTile, Val};
 
 use super::kernel::{PooledTailConfig, PooledTailParams};
 use super::rows::TailRows;
-use crate::attention::copy_elements;
+use crate::attention::elements;
 use crate::tensor::TensorParam;
 
 /// Keys of a tile. With two tiles of keys and values 64 KiB of shared memory hold heads of 256 channels.
@@ -78,7 +78,7 @@ impl<'k, 'c> Tiles<'k, 'c> {
             if config.aligned {
                 target.copy_async(from, 16, there.select(16, 0));
             } else {
-                copy_elements(config.head_dim, from, chunk, there, target);
+                target.cast::<u32>().store_vector(elements(config.head_dim, from, chunk, there));
             }
         });
         code.commit_copies();

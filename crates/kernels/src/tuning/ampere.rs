@@ -2,7 +2,7 @@
 
 use super::{Key, Row, Tuned};
 use crate::machine::Machine;
-use crate::tiling::{Tiling, WarpTiling};
+use crate::tiling::{Copies, Tiling, WarpTiling};
 
 /// Two blocks of four warps of 32 rows.
 const THIRTY_TWO: WarpTiling = WarpTiling {
@@ -11,6 +11,7 @@ const THIRTY_TWO: WarpTiling = WarpTiling {
     tile_keys: 64,
     step_keys: 32,
     queries_in_registers: true,
+    copies: Copies::Async,
     stages: 2,
     min_blocks: 2,
     lazy_rescale: 8,

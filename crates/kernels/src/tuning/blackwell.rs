@@ -3,7 +3,7 @@
 
 use super::{Key, Row, Tuned, ampere};
 use crate::machine::Machine;
-use crate::tiling::WarpTiling;
+use crate::tiling::{Copies, WarpTiling};
 
 /// Three blocks of four warps.
 const THREE_BLOCKS: WarpTiling = WarpTiling {
@@ -12,6 +12,7 @@ const THREE_BLOCKS: WarpTiling = WarpTiling {
     tile_keys: 64,
     step_keys: 64,
     queries_in_registers: true,
+    copies: Copies::Async,
     stages: 3,
     min_blocks: 3,
     lazy_rescale: 0,

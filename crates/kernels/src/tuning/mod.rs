@@ -5,6 +5,7 @@ mod blackwell;
 mod blocks;
 mod candidates;
 mod hopper;
+mod turing;
 
 use serde::{Deserialize, Serialize};
 
@@ -120,7 +121,8 @@ pub fn tiling(machine: &Machine, key: &Key) -> Tuned {
     match key {
         Key { warpgroups: true, .. } => hopper::tuned(machine, key),
         Key { fp4_scores: true, .. } => blackwell::tuned(machine, key),
-        _ => ampere::tuned(machine, key),
+        _ if machine.has_async_copies() => ampere::tuned(machine, key),
+        _ => turing::tuned(key),
     }
 }
 
@@ -163,6 +165,7 @@ mod tests {
     #[test]
     fn every_table_has_a_row_for_every_key() {
         for key in keys() {
+            assert!(turing::ROWS.iter().any(|row| (row.fits)(&key)), "{key:?}");
             assert!(ampere::ROWS.iter().any(|row| (row.fits)(&key)), "{key:?}");
             assert!(hopper::ROWS.iter().any(|row| (row.fits)(&key)), "{key:?}");
             assert!(blackwell::ROWS.iter().any(|row| (row.fits)(&key)), "{key:?}");
@@ -171,9 +174,16 @@ mod tests {
 
     #[test]
     fn what_is_chosen_fits_the_gpu_and_is_tried_first() {
-        for target in [Target::SM_80, Target::SM_86, Target::SM_89, Target::SM_90A, Target::SM_120A] {
+        for target in
+            [Target::SM_75, Target::SM_80, Target::SM_86, Target::SM_89, Target::SM_90A, Target::SM_120A]
+        {
             let machine = Machine::typical(target);
-            let fitting = |key: &Key| (machine.has_wgmma() || !key.warpgroups) && holds_biases(&machine, key);
+            let fitting = |key: &Key| {
+                (machine.has_wgmma() || !key.warpgroups)
+                    && (machine.has_fp8() || !key.fp8)
+                    && (machine.has_fp4() || !key.fp4_scores || machine.has_async_copies())
+                    && holds_biases(&machine, key)
+            };
             for key in keys().filter(possible).filter(fitting) {
                 let Tuned { tiling, .. } = tiling(&machine, &key);
                 let fits = match &tiling {

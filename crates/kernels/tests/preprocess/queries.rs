@@ -7,9 +7,21 @@ use sage_kernels::{KEY_TILE, Kernel};
 
 use crate::inputs::{Batch, Fill, Tensor, assert_mean, emulator, folded, launch};
 
-/// Runs both kernels and compares them with double precision.
+/// Checks the kernels of GPUs with much shared memory, and of those with little where they differ.
 #[track_caller]
 fn check(q: &Tensor, k: &Tensor, block: usize, smooth_k: bool) {
+    let all = |kib: usize| DeltaSConfig::new(k.source, smooth_k, kib << 10);
+    check_by(all(227), q, k, block);
+    if all(64) != all(227) {
+        assert_eq!(k.source.padded_dim(), 256);
+        check_by(all(64), q, k, block);
+    }
+}
+
+/// Runs both kernels and compares them with double precision.
+#[track_caller]
+fn check_by(config: DeltaSConfig, q: &Tensor, k: &Tensor, block: usize) {
+    let smooth_k = config.smooth_k;
     let width = q.source.padded_dim();
     let (queries, keys) = (q.batch.sequences(), k.batch.sequences());
     let mut emulator = emulator(block as u64);
@@ -30,7 +42,6 @@ fn check(q: &Tensor, k: &Tensor, block: usize, smooth_k: bool) {
             k_means[at..at + mean.len()].copy_from_slice(&mean);
         }
     }
-    let config = DeltaSConfig { source: k.source, smooth_k };
     let grid = config.grid(k.batch.max_len(), k.heads, keys.len());
     let row_len = grid[0] as usize * KEY_TILE;
     let delta_s = emulator.uninitialized("delta_s", queries.len() * q.heads * q_blocks * row_len * 4);

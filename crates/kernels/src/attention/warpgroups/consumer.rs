@@ -93,7 +93,7 @@ impl<'k, 'c, 'r, E: RoundedElement> Consumer<'k, 'c, 'r, E> {
         rings: &'r Rings<'k, 'c>,
         cursors: &'r Cursors<'k>,
     ) -> Self {
-        let queries = Queries::load::<H>(code, config, p, &place);
+        let queries = Queries::load::<H>(code, config, p, &place, None);
         let key_scales = KeyScales::new(config, p, &place);
         let tile_keys = config.tiling.tile_keys();
         let output = OutputInFlight::new(code, config);

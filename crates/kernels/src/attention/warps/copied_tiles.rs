@@ -1,7 +1,8 @@
-//! An operand's tiles, which the threads of a block copy with `cp.async`: where the chunks of a tile come from and go
-//! to.
+//! An operand's tiles, which the threads of a block copy: where the chunks of a tile come from and go to.
 
-use sage_ptx::{CHUNK_BYTES, ChunkAddress, Code, FragmentSource, Global, Shared, SharedTile, Val, Var};
+use sage_ptx::{CHUNK_BYTES, Code, FragmentSource, Global, Shared, SharedTile, Val, Var};
+
+use super::chunks::{AsyncCopies, ChunkSink, Parts, Rounds};
 
 use crate::attention::config::AttentionConfig;
 use crate::attention::key_tiles::KeyTiles;
@@ -111,22 +112,58 @@ impl<'k> CopiedTiles<'k> {
         self.first.at_byte(self.offset(stage))
     }
 
-    /// Starts copying a tile into a stage.
+    /// Starts copying a tile into a stage by `cp.async`.
     pub fn copy(&self, code: &'k Code, config: &AttentionConfig, tile: Val<'k, i32>, stage: Val<'k, i32>) {
-        let rounds = Rounds::new(code, config, self, self.stages.at_byte(self.offset(stage)));
-        match &self.source {
-            Source::Workspace { base, chunk } => self.copy_workspace(&rounds, *base, chunk, tile),
-            Source::Rows { stride, rows } => self.copy_rows(&rounds, *stride, rows, tile),
-            Source::Irregular(rows) => self.copy_irregular(config, &rounds, rows, tile),
+        let to = self.stages.at_byte(self.offset(stage));
+        let rounds = Rounds::new(code, config, self);
+        self.for_each_chunk(config, &rounds, tile, &AsyncCopies(rounds.targets(to)));
+    }
+
+    /// Room for the thread's chunks of a tile.
+    pub fn parts(&self, code: &'k Code, config: &AttentionConfig) -> Parts<'k> {
+        let rounds = (self.rows * self.chunks).div_ceil(config.threads() as usize);
+        Parts((0..rounds).map(|_| [(); 4].map(|()| Var::new(code))).collect())
+    }
+
+    /// Starts loading the thread's chunks of a tile.
+    pub fn load(&self, code: &'k Code, config: &AttentionConfig, tile: Val<'k, i32>, parts: &Parts<'k>) {
+        self.for_each_chunk(config, &Rounds::new(code, config, self), tile, parts);
+    }
+
+    /// Stores the thread's chunks of a tile, which were loaded, into a stage.
+    pub fn store(&self, code: &'k Code, config: &AttentionConfig, stage: Val<'k, i32>, parts: &Parts<'k>) {
+        let to = self.stages.at_byte(self.offset(stage));
+        let rounds = Rounds::new(code, config, self);
+        let targets = rounds.targets(to);
+        for (round, words) in parts.0.iter().enumerate() {
+            rounds.when_there(round, || {
+                targets.of_round(round).cast::<u32>().store_vector(words.map(Var::get));
+            });
         }
     }
 
-    fn copy_workspace(
+    /// Hands the thread's chunks of a tile to `sink`.
+    fn for_each_chunk(
+        &self,
+        config: &AttentionConfig,
+        rounds: &Rounds<'k>,
+        tile: Val<'k, i32>,
+        sink: &impl ChunkSink<'k>,
+    ) {
+        match &self.source {
+            Source::Workspace { base, chunk } => self.chunks_of_workspace(rounds, *base, chunk, tile, sink),
+            Source::Rows { stride, rows } => self.chunks_of_rows(rounds, *stride, rows, tile, sink),
+            Source::Irregular(rows) => self.irregular_chunks(config, rounds, rows, tile, sink),
+        }
+    }
+
+    fn chunks_of_workspace(
         &self,
         rounds: &Rounds<'k>,
         base: Global<'k, u8>,
         chunk: &Known<Var<'k, i32>, Val<'k, i32>>,
         tile: Val<'k, i32>,
+        sink: &impl ChunkSink<'k>,
     ) {
         let first = match chunk {
             Known::OfNext(chunk) => chunk.get(),
@@ -135,19 +172,20 @@ impl<'k> CopiedTiles<'k> {
         let from = base.at(first.mul_wide(CHUNK_BYTES as i32));
         for round in 0..rounds.count() {
             let from = from.plus((round * rounds.threads * CHUNK_BYTES) as i32);
-            rounds.when_there(round, || rounds.target(round).copy_async(from, 16, 16));
+            rounds.when_there(round, || sink.take(round, from));
         }
         if let Known::OfNext(chunk) = chunk {
             chunk.set(chunk.get() + rounds.total as i32);
         }
     }
 
-    fn copy_rows(
+    fn chunks_of_rows(
         &self,
         rounds: &Rounds<'k>,
         stride: Val<'k, i64>,
         rows: &Known<NextRows<'k>, AllRows<'k>>,
         tile: Val<'k, i32>,
+        sink: &impl ChunkSink<'k>,
     ) {
         let round_rows = rounds.rows();
         let (remaining, round_bytes, mut from) = match rows {
@@ -171,13 +209,11 @@ impl<'k> CopiedTiles<'k> {
             (0..rounds.count() as i32).map(of_round).collect::<Vec<_>>()
         });
         for round in 0..rounds.count() {
-            // A copy of no bytes reads nothing, so that its address may lie anywhere.
             let valid = match &visible {
                 Some(visible) => visible[round],
                 None => remaining.gt(round as i32 * round_rows),
             };
-            let valid = valid.select(16, 0);
-            rounds.target(round).copy_async(Global::<u8>::at_address(from), 16, valid);
+            sink.take_where(round, Global::at_address(from), valid);
             from = from + round_bytes.reinterpret::<u64>();
         }
         if let Known::OfNext(next) = rows {
@@ -186,12 +222,13 @@ impl<'k> CopiedTiles<'k> {
         }
     }
 
-    fn copy_irregular(
+    fn irregular_chunks(
         &self,
         config: &AttentionConfig,
         rounds: &Rounds<'k>,
         rows: &AllRows<'k>,
         tile: Val<'k, i32>,
+        sink: &impl ChunkSink<'k>,
     ) {
         for round in 0..rounds.count() {
             rounds.when_there(round, || {
@@ -201,69 +238,11 @@ impl<'k> CopiedTiles<'k> {
                 let valid = self.seen.map_or(there, |seen| there & seen.is_visible(there.select(key, 0)));
                 let from = rows.base.at(valid.select(key, 0).widen() * rows.stride).at(chunk * 8);
                 if config.aligned {
-                    rounds.target(round).copy_async(from, 16, valid.select(16, 0));
+                    sink.take_where(round, from.cast(), valid);
                 } else {
-                    copy_elements(config.head_dim, from, chunk, valid, rounds.target(round));
+                    sink.take_words(round, || elements(config.head_dim, from, chunk, valid));
                 }
             });
-        }
-    }
-}
-
-/// How the threads of a block share out the chunks of a tile: each takes every `threads`-th.
-struct Rounds<'k> {
-    code: &'k Code,
-    to: SharedTile<'k>,
-    thread: Val<'k, i32>,
-    threads: usize,
-    /// Chunks of a row, and of the tile.
-    chunks: usize,
-    total: usize,
-    /// Row and chunk of the thread's first.
-    first_row: Val<'k, i32>,
-    first_chunk: Val<'k, i32>,
-    first: ChunkAddress<'k>,
-}
-
-impl<'k> Rounds<'k> {
-    fn new(code: &'k Code, config: &AttentionConfig, tiles: &CopiedTiles<'k>, to: SharedTile<'k>) -> Self {
-        let (threads, thread) = (config.threads() as usize, code.thread());
-        let (chunks, total) = (tiles.chunks, tiles.rows * tiles.chunks);
-        let (first_row, first_chunk) = thread.split_index(chunks);
-        let first = to.chunk(first_row, first_chunk);
-        Rounds { code, to, thread, threads, chunks, total, first_row, first_chunk, first }
-    }
-
-    fn count(&self) -> usize {
-        self.total.div_ceil(self.threads)
-    }
-
-    /// Rows of a round.
-    fn rows(&self) -> i32 {
-        (self.threads / self.chunks) as i32
-    }
-
-    /// Row and chunk of the thread in a round.
-    fn place(&self, round: usize) -> (Val<'k, i32>, Val<'k, i32>) {
-        (self.thread + (round * self.threads) as i32).split_index(self.chunks)
-    }
-
-    /// Where the thread's chunk of a round goes.
-    fn target(&self, round: usize) -> Shared<'k, u8> {
-        // Where a round is a multiple of 8 rows, a thread's chunks are at fixed distances.
-        if self.threads.is_multiple_of(8 * self.chunks) {
-            return self.first.step(round * self.rows() as usize, 0);
-        }
-        let (row, chunk) = self.place(round);
-        self.to.chunk(row, chunk).step(0, 0)
-    }
-
-    /// Executes `start` where the tile has a chunk for the thread in a round.
-    fn when_there(&self, round: usize, start: impl FnOnce()) {
-        if (round + 1) * self.threads <= self.total {
-            start();
-        } else {
-            self.code.when((self.thread + (round * self.threads) as i32).lt(self.total as i32), start);
         }
     }
 }
@@ -338,21 +317,18 @@ impl<'k> TileShape<'k> {
     }
 }
 
-/// Copies a chunk's eight elements one by one, zeros beyond the head and where the row is not valid.
-pub(crate) fn copy_elements<'k>(
+/// A chunk's eight elements, loaded one by one, zeros beyond the head and where the row is not valid.
+pub(crate) fn elements<'k>(
     head_dim: usize,
     from: Global<'k, u16>,
     chunk: Val<'k, i32>,
     valid: Val<'k, bool>,
-    target: Shared<'k, u8>,
-) {
+) -> [Val<'k, u32>; 4] {
     let element = |i: i32| {
         let here = valid & (chunk * 8 + i).lt(head_dim as i32);
         // An element that is not there is read from the chunk's start, which is, and dropped.
         let offset = here.select(i, 0);
         here.select(from.at(offset).load(), 0u32)
     };
-    let words: Vec<Val<'k, u32>> =
-        (0..4).map(|word| element(2 * word) | (element(2 * word + 1) << 16)).collect();
-    target.cast::<u32>().store_vector([words[0], words[1], words[2], words[3]]);
+    [0, 1, 2, 3].map(|word| element(2 * word) | (element(2 * word + 1) << 16))
 }

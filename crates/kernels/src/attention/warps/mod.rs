@@ -1,9 +1,12 @@
 //! Attention on `mma.sync`: every warp multiplies its own rows with the tiles that the block's threads have copied.
 
+mod chunks;
 mod copied_tiles;
 mod cp_async_ring;
+mod register_ring;
+mod tile_memory;
 
-use sage_ptx::{Code, Half, MmaElement, Rows, Stored};
+use sage_ptx::{Code, Half, MmaElement, Rows, Shared, SharedTile, Stored, Val};
 
 use crate::attention::config::{AttentionConfig, AttentionParams};
 use crate::attention::epilogue::Epilogue;
@@ -14,8 +17,9 @@ use crate::attention::queries::Queries;
 use crate::attention::scores::{KeyScales, Keys, MaskSource, Masking, Scoring};
 use crate::attention::softmax::{Probabilities, Softmax};
 pub(super) use copied_tiles::StagedTile;
-pub(crate) use copied_tiles::copy_elements;
+pub(crate) use copied_tiles::elements;
 use cp_async_ring::CpAsyncRing;
+use register_ring::RegisterRing;
 
 /// The kernel's code. `add` adds P·V of a step's keys to the output.
 pub(super) fn write<'k, H>(
@@ -29,9 +33,9 @@ pub(super) fn write<'k, H>(
 {
     let place = Place::of_block(k, config, p, lists);
     k.exit_when(place.empty);
-    let ring = CpAsyncRing::new(k, config, p, &place);
+    let ring = Ring::new(k, config, p, &place);
     ring.start(&place);
-    let queries = Queries::load::<H>(k, config, p, &place);
+    let queries = Queries::load::<H>(k, config, p, &place, ring.scratch());
     let key_scales = KeyScales::new(config, p, &place);
     let softmax = Softmax::new(k, config);
     let output = Output::new(k, config);
@@ -59,4 +63,51 @@ pub(super) fn write<'k, H>(
     let tile = ring.finish();
     let sums = softmax.finish();
     Epilogue::new(k, config, p, &place).store::<H>(&output, &sums, &scoring.queries.taken, Some(&tile));
+}
+
+/// How tiles come to shared memory.
+enum Ring<'k, 'c> {
+    Async(CpAsyncRing<'k, 'c>),
+    Registers(RegisterRing<'k, 'c>),
+}
+
+impl<'k, 'c> Ring<'k, 'c> {
+    fn new(code: &'k Code, config: &'c AttentionConfig, p: &AttentionParams<'k>, place: &Place<'k>) -> Self {
+        if config.tiling.copies_through_registers() {
+            Ring::Registers(RegisterRing::new(code, config, p, place))
+        } else {
+            Ring::Async(CpAsyncRing::new(code, config, p, place))
+        }
+    }
+
+    /// Memory that nothing else needs before the first tile is there, where there is some.
+    fn scratch(&self) -> Option<Shared<'k, i32>> {
+        match self {
+            Ring::Async(_) => None,
+            Ring::Registers(ring) => ring.scratch(),
+        }
+    }
+
+    fn start(&self, place: &Place<'k>) {
+        match self {
+            Ring::Async(ring) => ring.start(place),
+            Ring::Registers(ring) => ring.start(place),
+        }
+    }
+
+    /// Where K and V of the tile at a position, the next one, are read.
+    fn next(&self, position: Val<'k, i32>, place: &Place<'k>) -> (StagedTile<'k>, StagedTile<'k>) {
+        match self {
+            Ring::Async(ring) => ring.next(position, place),
+            Ring::Registers(ring) => ring.next(position, place),
+        }
+    }
+
+    /// The tiles' memory for the output, when every warp is done with them.
+    fn finish(&self) -> SharedTile<'k> {
+        match self {
+            Ring::Async(ring) => ring.finish(),
+            Ring::Registers(ring) => ring.finish(),
+        }
+    }
 }

@@ -1,0 +1,117 @@
+//! The shared memory that tiles of K and V lie in, and where a block copies them from.
+
+use sage_ptx::{CHUNK_BYTES, Code, Shared, SharedTile, Stored, Val};
+
+use super::copied_tiles::{CopiedTiles, StagedTile, TileShape};
+use crate::attention::config::{AttentionConfig, AttentionParams};
+use crate::attention::place::Place;
+use crate::fp4::ScaleWords;
+use crate::operand::{Element, OperandSource};
+
+/// The stages of both operands.
+pub(super) struct TileMemory<'k> {
+    pub keys: CopiedTiles<'k>,
+    pub values: CopiedTiles<'k>,
+    shared: Shared<'k, u8>,
+    /// Bytes of the stages, and of all.
+    stages_bytes: usize,
+    bytes: usize,
+}
+
+impl<'k> TileMemory<'k> {
+    pub fn new(code: &'k Code, config: &AttentionConfig, p: &AttentionParams<'k>, place: &Place<'k>) -> Self {
+        let (padded, tile_keys) = (config.padded_dim(), config.tiling.tile_keys());
+        let operands = &config.operands;
+        let key_bytes = operands.k.bytes(padded);
+        let tile_bytes = [operands.k.tile_bytes(tile_keys, padded), operands.v.tile_bytes(padded, tile_keys)];
+        let stages_bytes = config.tiling.stages() * tile_bytes.iter().sum::<usize>();
+        // The output passes through the same memory at the end.
+        let bytes = stages_bytes.max(config.block_q() * 2 * padded);
+        let shared = code.shared::<u8>("tiles", bytes);
+        let first_value = (config.tiling.stages() * tile_bytes[0]) as i32;
+        let shape = |base: i32, row_bytes, rows, chunks| TileShape {
+            stages: SharedTile::new(shared.plus(base), row_bytes),
+            rows,
+            chunks,
+            depth_in_rows: false,
+            scales: None,
+        };
+        let whole_rows = |base: i32, row_bytes, rows| shape(base, row_bytes, rows, row_bytes / CHUNK_BYTES);
+        // Scales are as the rows behind those of the codes.
+        let scaled = |base: i32, rows: usize, elements: usize| {
+            let (scales, row_bytes) = (ScaleWords::new(rows, elements), elements / 2);
+            let shape = whole_rows(base, row_bytes, rows + scales.bytes() / row_bytes);
+            TileShape { scales: Some(scales), ..shape }
+        };
+        let used_chunks = config.head_dim.div_ceil(8);
+
+        let keys = match (operands.k.element, operands.k.source) {
+            (_, OperandSource::Given | OperandSource::Registers) => {
+                shape(0, key_bytes, tile_keys, used_chunks).of_rows(config, place, &p.k)
+            }
+            (Element::E2M1, OperandSource::Workspace) => {
+                scaled(0, tile_keys, padded).of_workspace(place, p.k.start)
+            }
+            (_, OperandSource::Workspace) => {
+                whole_rows(0, key_bytes, tile_keys).of_workspace(place, p.k.start)
+            }
+        };
+        let rows_of_values =
+            |chunks| TileShape { depth_in_rows: true, ..shape(first_value, 2 * padded, tile_keys, chunks) };
+        let mut values = match (operands.v.element, operands.v.source) {
+            (Element::E2M1, _) => scaled(first_value, padded, tile_keys).of_workspace(place, p.v.start),
+            (Element::E4M3, _) => whole_rows(first_value, tile_keys, padded).of_workspace(place, p.v.start),
+            (_, OperandSource::Workspace) => {
+                rows_of_values(2 * padded / CHUNK_BYTES).of_workspace(place, p.v.start)
+            }
+            (_, OperandSource::Given | OperandSource::Registers) => {
+                rows_of_values(used_chunks).of_rows(config, place, &p.v)
+            }
+        };
+        if operands.v.source == OperandSource::Given {
+            values.seen = place.seen;
+        }
+        TileMemory { keys, values, shared, stages_bytes, bytes }
+    }
+
+    /// Both operands.
+    pub fn operands(&self) -> [&CopiedTiles<'k>; 2] {
+        [&self.keys, &self.values]
+    }
+
+    /// K and V of a stage, as the lane reads them.
+    pub fn staged(&self, stage: Val<'k, i32>) -> (StagedTile<'k>, StagedTile<'k>) {
+        (self.keys.staged(stage), self.values.staged(stage))
+    }
+
+    /// Memory beyond the stages, which the output alone takes, where there are so many bytes.
+    pub fn beyond_stages<T: Stored>(&self, bytes: usize) -> Option<Shared<'k, T>> {
+        (self.stages_bytes + bytes <= self.bytes).then(|| self.shared.plus(self.stages_bytes as i32).cast())
+    }
+
+    /// The memory as rows of the output.
+    pub fn output(&self, config: &AttentionConfig) -> SharedTile<'k> {
+        SharedTile::new(self.shared, 2 * config.padded_dim())
+    }
+
+    /// Writes zeros, once, to the chunks that no copy writes and products read.
+    pub fn clear_unused_chunks(&self, code: &'k Code, config: &AttentionConfig) {
+        for operand in self.operands() {
+            let unused = operand.stages.row_bytes() / CHUNK_BYTES - operand.chunks;
+            if unused == 0 {
+                continue;
+            }
+            let total = (config.tiling.stages() * operand.rows * unused) as i32;
+            let zero = code.constant(0u32);
+            code.range_by(code.thread(), total, config.threads() as i32, |i| {
+                let (row, chunk) = i.split_index(unused);
+                operand
+                    .stages
+                    .chunk(row, chunk + operand.chunks as i32)
+                    .step(0, 0)
+                    .cast::<u32>()
+                    .store_vector([zero; 4]);
+            });
+        }
+    }
+}
