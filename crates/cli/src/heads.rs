@@ -83,7 +83,8 @@ impl<'a> Heads<'a> {
 
     fn with_call<T>(&self, head: Head, compute: impl FnOnce(&Call<'_>) -> T) -> Result<T> {
         let (inputs, options) = self.slices(head)?;
-        Ok(compute(&Call::check(&inputs, &options)?))
+        // Of a dense call nothing is left out that a pooled tail could stand for.
+        Ok(compute(&Call::check(&inputs, &options.pooled_tail(false))?))
     }
 
     /// The tensors of one head.

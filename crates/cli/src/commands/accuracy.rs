@@ -112,7 +112,9 @@ impl Accuracy {
         let (attention, device) =
             (self.call.attention().layout(self.layout.layout.into()), self.device.device);
         let attention = match setting {
-            Some(setting) => attention.sparse(setting.predictor.clone()),
+            Some(setting) => {
+                attention.sparse(setting.predictor.clone()).pooled_tail(self.predictor.pooled_tail)
+            }
             None => attention,
         };
         if device != Device::Cpu {

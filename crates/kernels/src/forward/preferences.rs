@@ -9,7 +9,7 @@ use super::choice::int8_scheme;
 
 /// Relative L1 errors on N(0, 1) at 4096 keys, head_dim 128. The first three are a little above what was measured on an
 /// H100 (docs/performance/hopper.md#accuracy-on-the-gpu), the others a little above the oracle's
-/// (docs/performance/blackwell.md).
+/// (docs/performance/gpus.md).
 pub(super) const FULL_ERROR: f32 = 0.0025;
 pub(super) const INT8_ERROR: f32 = 0.0135;
 pub(super) const FP8_ERROR: f32 = 0.039;

@@ -20,6 +20,9 @@ use crate::sequence::Lengths;
 /// Rows of a warp.
 pub(super) const WARP_ROWS: usize = 16;
 
+/// Warps of a block: few, so that a multiprocessor has several blocks, which do not wait for each other's tiles.
+const WARPS: usize = 4;
+
 /// Adds the pooled terms of the blocks that a block mask leaves out to an output and its log-sum-exp, in place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PooledTailConfig {
@@ -118,14 +121,9 @@ impl<'k> State<'k> {
 }
 
 impl PooledTailConfig {
-    /// Warps of a block: fewer where a row's sums take half of a thread's registers.
-    pub(super) const fn warps(&self) -> usize {
-        if self.head_dim > 128 { 4 } else { 8 }
-    }
-
     /// Query rows of a block.
     pub const fn block_q(&self) -> usize {
-        WARP_ROWS * self.warps()
+        WARP_ROWS * WARPS
     }
 
     /// Blocks along x, y and z.
@@ -134,7 +132,7 @@ impl PooledTailConfig {
     }
 
     pub(super) const fn threads(&self) -> u32 {
-        32 * self.warps() as u32
+        32 * WARPS as u32
     }
 
     pub(super) fn padded_dim(&self) -> usize {
@@ -164,6 +162,13 @@ impl PooledTailConfig {
         let number = p.k_blocks.div_ceil(TILE);
         means.copy(code.constant(0), code.constant(0));
         code.range(0, number, |tile| {
+            // Flags of the map are on their way while the tile still is.
+            let scores = Tile::new(code, WARP_ROWS, TILE);
+            let first = tile * TILE as i32 + lane_column(rows.lane);
+            let biases = Rows::from_fn(2, |slot| {
+                let columns = scores.row(slot).map(|(column, _)| column);
+                columns.map(|column| (column, rows.bias(slot, first + column as i32, &p))).collect::<Vec<_>>()
+            });
             // The tile has landed, and all warps have done with the one before it.
             code.wait_copies(0);
             code.barrier();
@@ -172,21 +177,16 @@ impl PooledTailConfig {
             let (keys, values) = tiles.stage(stage);
 
             code.note("scores of means of blocks");
-            let scores = Tile::new(code, WARP_ROWS, TILE);
             scores.set_product(
                 0.0,
                 self.steps(),
                 |step| queries.fragments::<H>(step),
                 |step, column| keys.b_pair::<H>(column, 32 * step),
             );
-            let first = tile * TILE as i32 + lane_column(rows.lane);
-            let blocks: Vec<_> =
-                scores.row(0).map(|(column, _)| (column, rows.block(first + column as i32, &p))).collect();
             scores.update(|slot, column, product| {
-                let block = &blocks.iter().find(|(of, _)| *of == column).expect("a column of the lane").1;
-                let pooled = rows.sees_all(slot, block) & rows.leaves_out(slot, block.index, &p);
+                let bias = biases[slot].iter().find(|(of, _)| *of == column).expect("a column of the lane").1;
                 let product = if self.smooth_k { product + taken[slot] } else { product };
-                pooled.select(self.score(product, &p) + block.log2_keys, f32::NEG_INFINITY)
+                self.score(product, &p) + bias
             });
             state.raise(&Rows::from_fn(2, |slot| scores.row_max(slot).reduce_quad(Val::max)));
             let p = scores.map_at(|slot, _, score| (score.get() - state.reference[slot].get()).exp2());

@@ -11,7 +11,6 @@ use crate::sequence::Sequence;
 
 /// A block of keys.
 pub(super) struct KeyBlock<'k> {
-    pub index: Val<'k, i32>,
     /// Its keys, none where there is no such block.
     pub keys: Range<Val<'k, i32>>,
     /// log₂ of their number.
@@ -111,13 +110,21 @@ impl<'k> TailRows<'k> {
         let there = index.lt(p.k_blocks);
         let start = there.select(index, 0) * p.block_k;
         let end = there.select((start + p.block_k).min(self.sequence.kv_len), 0);
-        KeyBlock { index, keys: start..end, log2_keys: (end - start).to_f32().log2() }
+        KeyBlock { keys: start..end, log2_keys: (end - start).to_f32().log2() }
     }
 
     /// Whether a row sees all keys of a block, which has some.
     pub fn sees_all(&self, slot: usize, block: &KeyBlock<'k>) -> Val<'k, bool> {
         let (seen, keys) = (&self.seen[slot], &block.keys);
         keys.start.lt(keys.end) & keys.start.ge(seen.start) & keys.end.le(seen.end)
+    }
+
+    /// What makes a product with a block's mean its pooled term for a row, in base 2: log₂ of the block's keys, or −∞
+    /// where the row has no such term.
+    pub fn bias(&self, slot: usize, index: Val<'k, i32>, p: &PooledTailParams<'k>) -> Val<'k, f32> {
+        let block = self.block(index, p);
+        let pooled = self.sees_all(slot, &block) & self.leaves_out(slot, index, p);
+        pooled.select(block.log2_keys, f32::NEG_INFINITY)
     }
 
     /// Whether the map leaves a block out for a row; blocks that there are not may be either.
