@@ -12,10 +12,12 @@ accelerate a model without touching it:
     sageattention.counts()                     # what was computed here, what was left to torch and why
 
 diffusers finds its `sage*` backends by itself, but `patch` reaches more of its models: those that call torch's function
-themselves, and those that have masks. `sageattention.sparse` computes only the blocks of the scores that are worth it.
+themselves, and those that have masks. `HybridSchedule` changes the scheme from step to step of a diffusion process.
+`sageattention.sparse` computes only the blocks of the scores that are worth it.
 Importing this package imports no framework.
 """
 
+from sageattention._schedule import HybridSchedule
 from sageattention._tally import Counts
 from sageattention.core import (
     sageattn,
@@ -31,6 +33,7 @@ __version__ = "3.0.0"
 
 __all__ = [
     "Counts",
+    "HybridSchedule",
     "counts",
     "patch",
     "patched",

@@ -47,9 +47,10 @@ def _sparse_module_for(q: Any) -> Any:
     return _torch_sparse
 
 
-def has_capability_9(x: Any) -> bool:
-    """Whether a tensor lies on a GPU of compute capability 9, Hopper."""
-    return is_torch(x) and _module_for(x).has_capability_9(x)
+def major_capability(x: Any) -> Optional[int]:
+    """The major compute capability of the GPU that a torch tensor lies on: 9 is Hopper, 12 a Blackwell with FP4 by
+    mma.sync. None on the CPU, and for other libraries, which do not tell."""
+    return _module_for(x).major_capability(x) if is_torch(x) else None
 
 
 def is_compiling() -> bool:

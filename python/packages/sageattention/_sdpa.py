@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +14,14 @@ from sageattention import _flops, _torch
 from sageattention._fallback import fell_back, why_not
 from sageattention._operators import define_operator, is_plain
 from sageattention._request import Request, check_scheme
+from sageattention._schedule import HybridSchedule
 from sageattention._torch_inputs import autocast
 
 _NAME = "scaled_dot_product_attention"
 # Before, torch.compile cannot ask for them.
 _MODES_ARE_TRACED = _torch.version_is_at_least(2, 6)
 torch_sdpa = F.scaled_dot_product_attention
-_scheme: Optional[str] = None
+_scheme: Union[str, HybridSchedule, None] = None
 # Whether torch's multi-head attention took its fast path before; None while torch's function is in place.
 _fast_path_before: Optional[bool] = None
 
@@ -29,15 +30,16 @@ class State(NamedTuple):
     """What is in place."""
 
     function: Any
-    scheme: Optional[str]
+    scheme: Union[str, HybridSchedule, None]
     fast_path_before: Optional[bool]
     fast_path: bool
 
 
-def patch(scheme: Optional[str]) -> None:
+def patch(scheme: Union[str, HybridSchedule, None]) -> None:
     """See `plug_in.patch`."""
     global _scheme, _fast_path_before
-    check_scheme(scheme)
+    if not isinstance(scheme, HybridSchedule):
+        check_scheme(scheme)
     _scheme = scheme
     if _fast_path_before is None:
         _fast_path_before = torch.backends.mha.get_fastpath_enabled()
@@ -109,12 +111,13 @@ def scaled_dot_product_attention(
     if scale is not None and not isinstance(scale, (float, torch.SymFloat)):
         scale = float(scale)
     call = _sdpa_op.compute if plain else _sdpa_op.overload
+    scheme = _scheme.scheme if isinstance(_scheme, HybridSchedule) else _scheme
     if query.ndim == 3:
         if attn_mask is not None and attn_mask.ndim == 3:
             attn_mask = attn_mask.unsqueeze(1)
         query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
-        return call(query, key, value, attn_mask, is_causal, scale, _scheme).squeeze(1)
-    return call(query, key, value, attn_mask, is_causal, scale, _scheme)
+        return call(query, key, value, attn_mask, is_causal, scale, scheme).squeeze(1)
+    return call(query, key, value, attn_mask, is_causal, scale, scheme)
 
 
 def _a_traced_mode_is_on() -> bool:

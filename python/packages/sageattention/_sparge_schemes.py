@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sageattention._frameworks import has_capability_9
+from sageattention._frameworks import major_capability
 
 # Hopper's own matrix products have no sums in 16 bits, which these schemes have: there they are computed by the kernels
 # for older GPUs. Ours sum in 32 bits and have a scale for each thread, which is no less accurate.
@@ -17,4 +17,4 @@ _ON_HOPPER = {
 
 def scheme_on(q: Any, scheme: str) -> str:
     """The scheme that computes one of SpargeAttn's where q lies."""
-    return _ON_HOPPER[scheme] if has_capability_9(q) else scheme
+    return _ON_HOPPER[scheme] if major_capability(q) == 9 else scheme

@@ -22,9 +22,9 @@ def version_is_at_least(*wanted: int) -> bool:
     return tuple(int(part) for part in torch.__version__.split(".")[:2]) >= wanted
 
 
-def has_capability_9(x: Tensor) -> bool:
-    """See `_frameworks.has_capability_9`."""
-    return x.device.type == "cuda" and capability(x.device)[0] == 9
+def major_capability(x: Tensor) -> Optional[int]:
+    """See `_frameworks.major_capability`."""
+    return capability(x.device)[0] if x.device.type == "cuda" else None
 
 
 if not version_is_at_least(*_OLDEST):

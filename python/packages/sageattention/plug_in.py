@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Optional
+from typing import Optional, Union
 
+from sageattention._schedule import HybridSchedule
 from sageattention._tally import Counts, tally
 
 
-def patch(scheme: Optional[str] = None) -> None:
+def patch(scheme: Union[str, HybridSchedule, None] = None) -> None:
     """Replaces `torch.nn.functional.scaled_dot_product_attention`, for every model that looks it up there.
 
     All its arguments keep their meaning: `attn_mask` (bool or additive), `is_causal` (aligned top-left, as torch has
@@ -32,7 +33,8 @@ def patch(scheme: Optional[str] = None) -> None:
     patched. Models that `torch.jit.script` compiles are given torch's function.
 
     Args:
-        scheme: The name of a scheme, in place of the device's own choice.
+        scheme: The name of a scheme, in place of the device's own choice; or a `HybridSchedule`, whose scheme of the
+            step at hand each call has.
 
     Raises:
         ValueError: if there is no such scheme.
@@ -50,7 +52,7 @@ def unpatch() -> None:
 
 
 @contextlib.contextmanager
-def patched(scheme: Optional[str] = None) -> Iterator[None]:
+def patched(scheme: Union[str, HybridSchedule, None] = None) -> Iterator[None]:
     """As `patch`, for the time of a `with` block. Not for one thread alone: torch has one such function."""
     from sageattention import _sdpa
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 import torch.nn.functional as F
 from sageattention._block_maps import sparsity
-from sageattention._frameworks import dense, has_capability_9, predict
+from sageattention._frameworks import dense, major_capability, predict
 from sageattention._predictor import Predictor, fields
 from sageattention._request import request
 from sageattention._sdpa import torch_sdpa
@@ -100,7 +100,7 @@ class HeadTuner:
             smooth_k=smooth_k,
         )
         self._options: dict[str, Any] = {"smooth_k": self._request.smooth_k}
-        if has_capability_9(q):
+        if major_capability(q) == 9:
             self._options.update(block_q=64, block_k=128)
         causal = {"is_causal": self._request.is_causal}
         if mask is not None and self._request.is_causal:

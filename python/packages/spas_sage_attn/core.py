@@ -28,7 +28,7 @@ from typing import Any, Optional
 
 from sageattention import _values
 from sageattention._block_maps import given_map, sparsity
-from sageattention._frameworks import dense, has_capability_9, is_compiling, sparse
+from sageattention._frameworks import dense, is_compiling, major_capability, sparse
 from sageattention._keywords import callers_keywords
 from sageattention._predictor import Predictor, fields, per_head
 from sageattention._request import Request, request
@@ -285,7 +285,7 @@ def block_sparse_sage2_attn_cuda(
     return_lse = _values.flag("return_lse", return_lse)
     block_mask = None
     if mask_id is not None:
-        sizes = (_HOPPER, _ELSEWHERE) if has_capability_9(q) else (_ELSEWHERE, _HOPPER)
+        sizes = (_HOPPER, _ELSEWHERE) if major_capability(q) == 9 else (_ELSEWHERE, _HOPPER)
         block_mask = given_map(q, k, mask_id, tensor_layout, sizes)
         if _values.flag("attention_sink", attention_sink):
             block_mask[0][..., 0] = True
@@ -313,7 +313,7 @@ def predicted(
 ) -> Any:
     """Attention over the blocks that a predictor of the original's blocks keeps."""
     options: dict[str, Any] = {"smooth_k": asked.smooth_k}
-    if has_capability_9(q):
+    if major_capability(q) == 9:
         options["block_q"], options["block_k"] = _HOPPER
     if _values.flag("attention_sink", attention_sink):
         options["sink_k"] = (0, 1)
