@@ -1,7 +1,6 @@
 //! The cases that every backend runs.
 
 use sage_core::{Alignment, Band, DType, Layout, Preset, Scheme, SmoothK, SmoothQ};
-use sage_ptx::Target;
 
 use crate::{Bias, Case, CaseBlocks, CaseMask, Extent, Sequences};
 
@@ -33,7 +32,8 @@ pub fn table() -> Vec<Case> {
 /// Most cases of [`table`] that kernels for a target may refuse: those in f32, the schemes that no GPU computes, pooled
 /// terms of packed sequences and of windows that hide the first keys, and the operands that older tensor cores lack: FP8
 /// before sm_89, products of bf16 before sm_80.
-pub fn most_refused(target: Target) -> usize {
+#[cfg(feature = "emulator")]
+pub fn most_refused(target: sage_ptx::Target) -> usize {
     if target.sm() >= 89 { 23 } else { 60 }
 }
 
