@@ -39,11 +39,13 @@ impl Runner for Oracle {
     }
 
     /// About twice the worst that the cases of the table showed: relative L1 0.0126 of INT8 scores, 0.0387 with FP8
-    /// P·V, 0.018 with INT8 P·V, 0.196 in 4 bits; log-sum-exp 0.099, of keys with an outlier.
+    /// P·V, 0.018 with INT8 P·V, 0.196 in 4 bits; log-sum-exp 0.099, of keys with an outlier,
+    /// and 0.79 of 4-bit keys whose bias nothing takes away.
     fn tolerance(&self, _: DType, scheme: &Scheme) -> Tolerance {
         let (scores, lse) = match scheme.qk {
             Qk::Full => (0.0, 2e-6),
             Qk::Int(quantizer) if quantizer.bits == IntBits::Eight => (0.026, 0.2),
+            Qk::Fp4(_) if !scheme.smooth.k.is_on() => (0.35, 1.6),
             _ => (0.35, 0.2),
         };
         let values = match scheme.pv {

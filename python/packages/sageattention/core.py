@@ -39,10 +39,10 @@ Derivatives are not computed: tensors that require their gradient, or carry a ta
 are a TypeError. A keyword that would change the result and that nothing here computes (`dropout_p=0.1`, `alibi_slopes`,
 `out`, ...) raises NotImplementedError, a slip (`is_casual`) TypeError; hints to other kernels are ignored.
 
-**Without the kernel's GPU**: functions that name a GPU kernel compute on the CPU too, with a scheme that is at least as
-accurate: the same integers for Q and K, and values in float32 (for FP16) or in 12 bits with exact sums (for FP8). So do
-GPUs that lack the kernel: scales of fewer keys where it has tiles of its own, and before sm_89 values in 16 bits (for
-FP8).
+**Without the kernel's GPU**: functions that name a GPU kernel compute its scheme on the CPU too, with the same integers
+and the same rounding of P and V, so that its accuracy can be judged there; `sageattn` is faster and more accurate. GPUs
+that lack the kernel compute one that is at least as accurate: scales of fewer keys where it has tiles of its own, and
+before sm_89 values in 16 bits (for FP8).
 """
 
 from __future__ import annotations

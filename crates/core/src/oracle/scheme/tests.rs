@@ -116,11 +116,18 @@ proptest! {
         let band = if causal { Band::causal(Alignment::BottomRight) } else { Band::FULL };
         let call = sample.call(&Options { band, logit_softcap, ..Options::default() });
         let (expected, actual) = (exact(&call), scheme(&call, &Preset::ALL[at].scheme(head_dim)));
-        // V is around 1. A cosine says nothing here: a row of one channel may be as near 0 as its error.
+        // V is around 1. A cosine says nothing here: a row of one channel may be as near 0 as its error. Scores of one
+        // channel reach 9, or 36 where K's bias stays, of which 4-bit floats may be off by a third.
+        let preset = Preset::ALL[at];
+        let (out, lse) = match preset.scheme(head_dim) {
+            Scheme { qk: Qk::Fp4(_), smooth: Smoothing { k: SmoothK::Off, .. }, .. } => (1.0, 12.0),
+            Scheme { qk: Qk::Fp4(_), .. } => (0.5, 3.0),
+            _ => (0.25, 1.5),
+        };
         let error = Accuracy::of(&actual.out, &expected.out).rmse;
-        prop_assert!(error < 0.25, "{}: RMSE {error}", Preset::ALL[at]);
+        prop_assert!(error < out, "{preset}: RMSE {error}");
         for (a, e) in actual.lse.iter().zip(&expected.lse) {
-            prop_assert!(a == e || (a - e).abs() < 1.5, "{}: {a} is not {e}", Preset::ALL[at]);
+            prop_assert!(a == e || (a - e).abs() < lse, "{preset}: {a} is not {e}");
         }
     }
 }
