@@ -126,8 +126,8 @@ mod tests {
             Extent::of(&call.problem, 128)
         };
         let full = extent(Band::FULL);
-        assert_eq!([full.blocks, full.tiles, full.pairs], [32.0, 32.0, 256.0]);
-        // Blocks 1 to 8 of each head see as many tiles as their number.
-        assert_eq!(extent(Band::causal(Alignment::TopLeft)).pairs, 4.0 * 36.0);
+        assert_eq!([full.blocks, full.tiles, full.pairs], [32.0, 64.0, 512.0]);
+        // Blocks 1 to 8 of each head see twice as many tiles as their number.
+        assert_eq!(extent(Band::causal(Alignment::TopLeft)).pairs, 4.0 * 72.0);
     }
 }
