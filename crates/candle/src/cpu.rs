@@ -2,12 +2,12 @@
 
 use candle_core::{CpuStorage, Result, WithDType};
 use half::{bf16, f16};
-use sageattention::{Attention, DType, Element, Geometry, TensorViewMut, ViewMut};
+use sageattention::{Attention, BlockMask, DType, Element, Geometry, TensorViewMut, ViewMut};
 
 use crate::Options;
 use crate::error::wrap;
 use crate::options::Lengths;
-use crate::view::{self, HostMask};
+use crate::view::{self, HostFlags, HostMask};
 
 /// The output, and the log-sum-exp where `lse` asks for it.
 pub(crate) fn forward(
@@ -37,6 +37,15 @@ pub(crate) fn with_attention<R>(
     let mask = mask.map_err(wrap)?;
     if let Some(mask) = &mask {
         attention = attention.mask(mask.mask().map_err(wrap)?);
+    }
+    let blocks = options.blocks.as_ref().map(|blocks| (blocks, blocks.flags.storage_and_layout()));
+    let blocks = blocks.as_ref().map(|(blocks, (storage, layout))| {
+        HostFlags::new("block_mask", storage, layout).map(|flags| (flags, blocks.block_q, blocks.block_k))
+    });
+    let blocks = blocks.transpose().map_err(wrap)?;
+    if let Some((flags, block_q, block_k)) = &blocks {
+        let (block_q, block_k) = (*block_q, *block_k);
+        attention = attention.block_mask(BlockMask { blocks: flags.view().map_err(wrap)?, block_q, block_k });
     }
     let (first, second);
     attention = match &options.lengths {

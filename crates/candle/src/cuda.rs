@@ -8,7 +8,7 @@ use candle_core::cuda_backend::{CudaDType, CudaStorageSlice};
 use candle_core::{CudaDevice, CudaStorage, Layout, Result, Storage};
 use half::{bf16, f16};
 use sageattention::cuda::{Cuda, DeviceBytes, DeviceInts, DeviceLse, DeviceMask, DeviceTensor, Stream};
-use sageattention::{AnyLengths, Attention, DType, Error, Geometry, Lengths as CoreLengths};
+use sageattention::{AnyLengths, Attention, BlockMask, DType, Error, Geometry, Lengths as CoreLengths};
 
 use crate::Options;
 use crate::error::wrap;
@@ -53,6 +53,12 @@ fn run<T: CudaDType + DeviceRepr + sageattention::Element>(
         MaskMemory::new(on_device("mask", storage, device)?, layout, &candle_stream)
     });
     let mask = mask.transpose()?;
+    let blocks = options.blocks.as_ref().map(|blocks| (blocks, blocks.flags.storage_and_layout()));
+    let blocks = blocks.as_ref().map(|(blocks, (storage, layout))| {
+        let storage = on_device("block_mask", storage, device)?;
+        Memory::flags("block_mask", storage, layout, &candle_stream).map(|flags| (*blocks, flags))
+    });
+    let blocks = blocks.transpose()?;
     let lists = options.lengths.tensors();
     let lists = lists.iter().map(|(name, tensor)| (*name, tensor.storage_and_layout())).collect::<Vec<_>>();
     let lists = lists
@@ -74,17 +80,23 @@ fn run<T: CudaDType + DeviceRepr + sageattention::Element>(
         let lse_guard = lse.as_mut().map(|lse| lse.device_ptr_mut(&candle_stream));
         // SAFETY: candle's storages hold every element that their layouts reach; the guards keep them, and let other
         // streams wait for this one.
-        let (tensors, mask, out, lse) = unsafe {
+        let (tensors, mask, blocks, out, lse) = unsafe {
             let lse = lse_guard.as_ref().map(|(address, _)| DeviceLse::from_raw(*address, lse_rows));
             (
                 [q.view(dtype), k.view(k_dtype), v.view(v_dtype)],
                 mask.as_ref().map(|mask| mask.view()),
+                blocks.as_ref().map(|(blocks, flags)| BlockMask {
+                    blocks: DeviceBytes::from_raw(flags.geometry, flags.address),
+                    block_q: blocks.block_q,
+                    block_k: blocks.block_k,
+                }),
                 DeviceTensor::from_raw(T::DTYPE, out_geometry, address),
                 lse,
             )
         };
         let attention = options.attention().lengths(lengths);
         let attention = mask.into_iter().fold(attention, Attention::mask);
+        let attention = blocks.into_iter().fold(attention, Attention::block_mask);
         attention.forward_on(&gpu, &stream, tensors, out, lse).map_err(wrap)?;
     }
     let lse = lse.map(|lse| CudaStorage::wrap_cuda_slice(lse, device.clone()));
@@ -140,6 +152,21 @@ impl<'a> Memory<'a> {
         Ok((dtype, Memory { geometry, address, _guard }))
     }
 
+    /// Flags, a byte each.
+    fn flags(
+        name: &'static str,
+        storage: &'a CudaStorage,
+        layout: &Layout,
+        stream: &'a CudaStream,
+    ) -> Result<Self> {
+        let CudaStorageSlice::U8(slice) = &storage.slice else {
+            return Err(wrap(wrong_dtype(name, storage.dtype(), "u8")));
+        };
+        let geometry = geometry(name, layout).map_err(wrap)?;
+        let (address, _guard) = slice.device_ptr(stream);
+        Ok(Memory { geometry, address, _guard })
+    }
+
     /// Lengths: one dimension of 32-bit integers without gaps.
     fn list(
         name: &'static str,
@@ -185,13 +212,11 @@ enum MaskMemory<'a> {
 
 impl<'a> MaskMemory<'a> {
     fn new(storage: &'a CudaStorage, layout: &Layout, stream: &'a CudaStream) -> Result<Self> {
-        let CudaStorageSlice::U8(slice) = &storage.slice else {
-            let (dtype, memory) = Memory::tensor("mask", storage, layout, stream)?;
-            return Ok(MaskMemory::Additive(dtype, memory));
-        };
-        let geometry = geometry("mask", layout).map_err(wrap)?;
-        let (address, _guard) = slice.device_ptr(stream);
-        Ok(MaskMemory::Bool(Memory { geometry, address, _guard }))
+        if matches!(storage.slice, CudaStorageSlice::U8(_)) {
+            return Memory::flags("mask", storage, layout, stream).map(MaskMemory::Bool);
+        }
+        let (dtype, memory) = Memory::tensor("mask", storage, layout, stream)?;
+        Ok(MaskMemory::Additive(dtype, memory))
     }
 
     /// # Safety

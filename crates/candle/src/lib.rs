@@ -13,6 +13,8 @@
 //!
 //! - [`sage_attention`] takes f32, f16 and bf16, any strides (views into a fused QKV tensor are not copied), masks,
 //!   grouped heads, padded and packed batches; [`sage_attention_with_lse`] also gives each row's log-sum-exp.
+//! - [`Options::sparse`] computes only the blocks of scores that a predictor finds worth it, [`Options::block_mask`]
+//!   those of a map.
 //! - [`flash`] has the functions of the crate `candle-flash-attn` under the same names, so that a model switches by its
 //!   import alone: `use sageattention_candle::flash::flash_attn;`
 //! - [`KvCache`] keeps the keys and values of past tokens quantised, for decoding.
@@ -43,4 +45,5 @@ pub use error::backend_error_kind;
 pub use kv_cache::KvCache;
 pub use op::{sage_attention, sage_attention_with_lse};
 pub use options::Options;
+pub use sageattention::sparse;
 pub use sageattention::{Alignment, BackendErrorKind, Choice, KvCacheOptions, Layout, Preset, ValueFormat};

@@ -1,6 +1,7 @@
 //! What a caller asks for beside Q, K and V.
 
 use candle_core::Tensor;
+use sageattention::sparse::Predictor;
 use sageattention::{Alignment, Attention, Band, Choice, Layout};
 
 /// Options of [`crate::sage_attention`]. One value serves any number of calls.
@@ -16,8 +17,18 @@ pub struct Options {
     sm_scale: Option<f32>,
     logit_softcap: Option<f32>,
     pub(crate) mask: Option<Tensor>,
+    pub(crate) blocks: Option<Blocks>,
+    predictor: Option<Predictor>,
     pub(crate) lengths: Lengths,
     pub(crate) scheme: Choice,
+}
+
+/// The blocks of the score matrix to compute.
+#[derive(Clone, Debug)]
+pub(crate) struct Blocks {
+    pub(crate) flags: Tensor,
+    pub(crate) block_q: usize,
+    pub(crate) block_k: usize,
 }
 
 /// Lengths of the sequences of a call.
@@ -96,6 +107,31 @@ impl Options {
         Options { mask: Some(mask.clone()), ..self }
     }
 
+    /// The blocks of the score matrix to compute, of `block_q` queries and `block_k` keys each: u8 on Q's device (0
+    /// leaves a block out), broadcastable to `[batch, num_q_heads, ⌈q_len / block_q⌉, ⌈kv_len / block_k⌉]`, where the
+    /// batch is that of packed sequences and the lengths are those of the longest. Keys of the other blocks still count
+    /// for what K and V are quantised by, so that they must be numbers.
+    pub fn block_mask(self, flags: &Tensor, block_q: usize, block_k: usize) -> Self {
+        Options { blocks: Some(Blocks { flags: flags.clone(), block_q, block_k }), ..self }
+    }
+
+    /// Computes only the blocks of the score matrix that a predictor, such as SpargeAttn's, finds worth it.
+    ///
+    /// ```
+    /// use candle_core::{Device, Tensor};
+    /// use sageattention_candle::sparse::{Predictor, Select};
+    /// use sageattention_candle::{Options, sage_attention};
+    ///
+    /// let x = Tensor::randn(0f32, 1., (1, 4, 512, 64), &Device::Cpu)?;
+    /// let sparge = Predictor::sparge_attn(Select::TopK(0.5.into()), -0.1);
+    /// let out = sage_attention(&x, &x, &x, &Options::new().sparse(sparge))?;
+    /// assert_eq!(out.dims(), x.dims());
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn sparse(self, predictor: Predictor) -> Self {
+        Options { predictor: Some(predictor), ..self }
+    }
+
     /// Only the first `kv_lens[b]` keys of batch entry `b` are valid. `[batch]`, u32 or i32 (on a CPU any integers).
     pub fn kv_lens(self, kv_lens: &Tensor) -> Self {
         Options { lengths: Lengths::KvLens(kv_lens.clone()), ..self }
@@ -128,6 +164,7 @@ impl Options {
         let attention = Attention::new().layout(self.layout).scheme(self.scheme);
         // The alignment is the window's as well, which only `causal_alignment` can set.
         let attention = attention.causal_alignment(alignment).causal(self.causal).window(left, right);
+        let attention = self.predictor.clone().into_iter().fold(attention, Attention::sparse);
         let attention = self.sm_scale.into_iter().fold(attention, Attention::sm_scale);
         self.logit_softcap.into_iter().fold(attention, Attention::logit_softcap)
     }

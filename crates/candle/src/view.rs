@@ -36,48 +36,81 @@ fn dtype(storage: &CpuStorage) -> DType {
     candle_core::backend::BackendStorage::dtype(storage)
 }
 
-/// Memory of an explicit mask, on the CPU.
-pub(crate) struct HostMask<'a> {
-    storage: &'a CpuStorage,
+/// A tensor's storage, if it is this process's memory.
+fn on_cpu<'a>(name: &str, storage: &'a Storage) -> Result<&'a CpuStorage> {
+    match storage {
+        Storage::Cpu(storage) => Ok(storage),
+        other => {
+            let found = format!("{:?}", other.device().location());
+            Err(Error::value(format!("{name} device"), found, "cpu, as q"))
+        }
+    }
+}
+
+/// Flags on the CPU, from u8.
+pub(crate) struct HostFlags<'a> {
+    name: &'static str,
+    bytes: &'a [u8],
     geometry: Geometry,
-    /// Flags of a u8 mask that are neither 0 nor 1, made so.
+    /// Bytes that are neither 0 nor 1, made so.
     flags: Option<Vec<bool>>,
+}
+
+impl<'a> HostFlags<'a> {
+    /// Flags that lie in a storage.
+    pub(crate) fn new(
+        name: &'static str,
+        storage: &'a Storage,
+        layout: &candle_core::Layout,
+    ) -> Result<Self> {
+        match on_cpu(name, storage)? {
+            CpuStorage::U8(bytes) => Ok(Self::of_bytes(name, bytes, geometry(name, layout)?)),
+            other => Err(wrong_dtype(name, dtype(other), "u8")),
+        }
+    }
+
+    fn of_bytes(name: &'static str, bytes: &'a [u8], geometry: Geometry) -> Self {
+        let odd = bytes.iter().any(|&byte| byte > 1);
+        let flags = odd.then(|| bytes.iter().map(|&byte| byte != 0).collect());
+        HostFlags { name, bytes, geometry, flags }
+    }
+
+    /// The flags as attention takes them.
+    pub(crate) fn view(&self) -> Result<View<'_, bool>> {
+        let flags = match &self.flags {
+            Some(flags) => flags,
+            // All are 0 or 1, as `of_bytes` has seen.
+            None => bytemuck::checked::cast_slice::<u8, bool>(self.bytes),
+        };
+        View::strided(self.name, flags, self.geometry)
+    }
+}
+
+/// An explicit mask on the CPU.
+pub(crate) enum HostMask<'a> {
+    Bool(HostFlags<'a>),
+    Additive(TensorView<'a>),
 }
 
 impl<'a> HostMask<'a> {
     /// A mask that lies in a storage.
     pub(crate) fn new(storage: &'a Storage, layout: &candle_core::Layout) -> Result<Self> {
+        let storage = on_cpu("mask", storage)?;
         let geometry = geometry("mask", layout)?;
-        let Storage::Cpu(storage) = storage else {
-            return Err(Error::value(
-                "mask device",
-                format!("{:?}", storage.device().location()),
-                "cpu, as q",
-            ));
-        };
-        let flags = match storage {
-            CpuStorage::U8(bytes) if bytes.iter().any(|&byte| byte > 1) => {
-                Some(bytes.iter().map(|&byte| byte != 0).collect())
+        match storage {
+            CpuStorage::U8(bytes) => Ok(HostMask::Bool(HostFlags::of_bytes("mask", bytes, geometry))),
+            CpuStorage::F32(_) | CpuStorage::F16(_) | CpuStorage::BF16(_) => {
+                tensor("mask", storage, layout).map(HostMask::Additive)
             }
-            _ => None,
-        };
-        Ok(HostMask { storage, geometry, flags })
+            other => Err(wrong_dtype("mask", dtype(other), "u8, f32, f16 or bf16")),
+        }
     }
 
     /// The mask as attention takes it.
     pub(crate) fn mask(&self) -> Result<Mask<'_>> {
-        let geometry = self.geometry;
-        Ok(match (self.storage, &self.flags) {
-            (_, Some(flags)) => Mask::Bool(View::strided("mask", flags, geometry)?),
-            (CpuStorage::U8(bytes), None) => {
-                // All are 0 or 1, as `new` has seen.
-                let flags = bytemuck::checked::cast_slice::<u8, bool>(bytes);
-                Mask::Bool(View::strided("mask", flags, geometry)?)
-            }
-            (CpuStorage::F32(data), None) => Mask::Additive(View::strided("mask", data, geometry)?.into()),
-            (CpuStorage::F16(data), None) => Mask::Additive(View::strided("mask", data, geometry)?.into()),
-            (CpuStorage::BF16(data), None) => Mask::Additive(View::strided("mask", data, geometry)?.into()),
-            (other, None) => return Err(wrong_dtype("mask", dtype(other), "u8, f32, f16 or bf16")),
+        Ok(match self {
+            HostMask::Bool(flags) => Mask::Bool(flags.view()?),
+            HostMask::Additive(biases) => Mask::Additive(*biases),
         })
     }
 }

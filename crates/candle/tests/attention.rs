@@ -8,6 +8,7 @@ use candle_core::{DType, Device, Tensor};
 use common::{Question, assert_close, exact, list, normal};
 use sage_core::metrics::Accuracy;
 use sage_core::{Alignment, Band, Layout, Lengths, Options as Exact};
+use sageattention_candle::sparse::Predictor;
 use sageattention_candle::{Options, Preset, sage_attention, sage_attention_with_lse};
 
 const CAUSAL: Band = Band::causal(Alignment::BottomRight);
@@ -222,4 +223,41 @@ fn empty_tensors_give_empty_or_zero_outputs() {
         sage_attention_with_lse(&q, &zeros(&[1, 2, 0, 8]), &zeros(&[1, 2, 0, 8]), &Options::new()).unwrap();
     assert!(common::to_vec(&out).iter().all(|&x| x == 0.0));
     assert!(common::to_vec(&lse).iter().all(|&x| x == f32::NEG_INFINITY));
+}
+
+/// Flags of 16 × 32 blocks of 130 queries and 137 keys, and the same for each query and key.
+fn blocks() -> (Tensor, Tensor) {
+    let flags = normal(20, &[1, 4, 9, 5], DType::F32).ge(-0.3).unwrap();
+    let rows = Tensor::from_iter((0..130u32).map(|i| i / 16), &Device::Cpu).unwrap();
+    let keys = Tensor::from_iter((0..137u32).map(|j| j / 32), &Device::Cpu).unwrap();
+    let each = flags.index_select(&rows, 2).unwrap().index_select(&keys, 3).unwrap();
+    (flags, each)
+}
+
+#[test]
+fn block_masks_hide_their_blocks() {
+    let [q, k, v] = [(21, 4, 130), (22, 2, 137), (23, 2, 137)]
+        .map(|(seed, heads, rows)| normal(seed, &[2, heads, rows, 32], DType::F32));
+    let (flags, each) = blocks();
+    // Any byte but 0 is a block that is computed.
+    for flags in [flags.clone(), (flags * 7.0).unwrap()] {
+        let question = Question { mask: Some(&each), ..Question::default() };
+        check("blocks", [&q, &k, &v], &Options::new().block_mask(&flags, 16, 32), &question);
+    }
+}
+
+#[test]
+fn predicted_blocks_are_those_of_the_predictor() {
+    let shape = [1, 2, 300, 32];
+    let [q, k, v] = [24, 25, 26].map(|seed| normal(seed, &shape, DType::F32));
+    let predictor = Predictor::sla(0.4);
+    let plain = |tensor: &Tensor| sage_core::Tensor::new(common::to_vec(tensor), tensor.dims()).unwrap();
+    let map = predictor.predict(plain(&q).view(), plain(&k).view(), &Exact::default()).unwrap();
+    let bytes: Vec<u8> = map.flags().iter().map(|&kept| kept.into()).collect();
+    let flags = Tensor::from_vec(bytes, &map.shape(), &Device::Cpu).unwrap();
+    let given = sage_attention(&q, &k, &v, &Options::new().block_mask(&flags, 64, 64)).unwrap();
+    let predicted = sage_attention(&q, &k, &v, &Options::new().sparse(predictor.clone())).unwrap();
+    assert_eq!(common::to_vec(&predicted), common::to_vec(&given));
+    let dense = sage_attention(&q, &k, &v, &Options::new()).unwrap();
+    assert_ne!(common::to_vec(&predicted), common::to_vec(&dense));
 }

@@ -52,6 +52,19 @@ fn dtypes() {
 }
 
 #[test]
+fn block_masks() {
+    let refused = |flags: &Tensor| message([Q, KV, KV], &Options::new().block_mask(flags, 4, 4));
+    assert_eq!(
+        refused(&Tensor::zeros((2, 4, 2, 3), DType::U8, &Device::Cpu).unwrap()),
+        "block_mask: shape is [2, 4, 2, 3], expected broadcastable to [2, 4, 2, 2]"
+    );
+    assert_eq!(
+        refused(&Tensor::zeros((2, 2), DType::F32, &Device::Cpu).unwrap()),
+        "block_mask: dtype is f32, expected u8"
+    );
+}
+
+#[test]
 fn options() {
     let refused = |options: Options| message([Q, KV, KV], &options);
     assert_eq!(

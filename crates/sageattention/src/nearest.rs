@@ -27,6 +27,10 @@ use crate::backend::Device;
 /// schemes of one's own stand beside the backends' plans.
 ///
 /// A GPU is looked for: where there is none of that number, rules are those of sm_90.
+#[cfg_attr(
+    not(feature = "cuda"),
+    expect(unused_variables, reason = "the CPU computes every scheme of every type")
+)]
 pub fn nearest_scheme(scheme: Scheme, dtype: DType, device: Device) -> Scheme {
     match device {
         Device::Cpu => sage_cpu::nearest_scheme(scheme),
