@@ -111,14 +111,11 @@ impl GpuModel {
 
     /// The GPU of a target that is sold most: of its own compute capability, or else of the nearest before it.
     pub(crate) fn typical(target: Target) -> Self {
-        let (mut found, mut rest) = (Self::ALL[0], Self::ALL);
-        while let [model, others @ ..] = rest {
-            if (found.machine.target.sm() + 1..=target.sm()).contains(&model.machine.target.sm()) {
-                found = *model;
-            }
-            rest = others;
-        }
-        found
+        let capability = |model: &GpuModel| model.machine.target.sm();
+        Self::ALL.iter().fold(Self::ALL[0], |found, model| {
+            let nearer = capability(&found) < capability(model) && capability(model) <= target.sm();
+            if nearer { *model } else { found }
+        })
     }
 }
 

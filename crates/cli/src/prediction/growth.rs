@@ -59,9 +59,8 @@ impl Growth {
     /// # Errors
     /// Those of `work`.
     pub fn of_launches(mut work: impl FnMut(usize, usize) -> Result<Vec<Work>>) -> Result<Vec<Growth>> {
-        let mut at = |blocks, tiles| work(blocks, tiles);
-        let small = [at(BLOCKS[0], TILES[0])?, at(BLOCKS[0], TILES[1])?];
-        let large = [at(BLOCKS[1], TILES[0])?, at(BLOCKS[1], TILES[1])?];
+        let small = [work(BLOCKS[0], TILES[0])?, work(BLOCKS[0], TILES[1])?];
+        let large = [work(BLOCKS[1], TILES[0])?, work(BLOCKS[1], TILES[1])?];
         let launches = 0..small[0].len();
         Ok(launches
             .map(|i| Growth::through([small[0][i], small[1][i]], [large[0][i], large[1][i]]))

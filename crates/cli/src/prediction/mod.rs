@@ -9,7 +9,7 @@ mod slice;
 mod work;
 
 use sage_core::{Error, Problem, Result, Scheme};
-use sage_kernels::forward::{ForwardPlan, Preferences, Request, nearest_scheme};
+use sage_kernels::forward::{ForwardPlan, Preferences, Request};
 use sage_kernels::{GpuModel, KEY_TILE, Tiling};
 
 use growth::{Extent, Growth};
@@ -79,21 +79,16 @@ pub fn table(model: &GpuModel, predictions: &[Prediction], plan: &GpuPlan) -> St
     text + "Nothing was measured: these are instructions that the emulator counts, at published rates.\n"
 }
 
-/// Times of the schemes that a GPU's architecture prefers and has kernels for, for a call without masks, packed
-/// sequences or key lengths.
+/// Times of the schemes that a GPU's architecture prefers and has kernels for, for a call without masks or packed
+/// sequences. Key lengths are not looked at: all keys of the tensors count.
 ///
 /// # Errors
 /// For other calls, and what the emulator finds wrong.
 pub fn predict(model: &GpuModel, problem: &Problem) -> failure::Result<Vec<Prediction>> {
     check(problem)?;
-    let target = model.machine.target;
     let mut predictions = Vec::new();
-    for preference in Preferences::of(target).all() {
-        let dtype = model.machine.product_dtype(problem.dtype);
-        let scheme = preference.scheme(dtype, problem.head_dim);
-        if nearest_scheme(scheme, problem.dtype, target) != scheme {
-            continue;
-        }
+    for preference in Preferences::of(model.machine.target).all() {
+        let Some(scheme) = preference.on(&model.machine, problem) else { continue };
         let request = Request { scheme: Some(scheme), ..Request::new(problem) };
         let plan = ForwardPlan::new(problem, &request, &model.machine)?;
         let launches = launches(model, problem, &scheme, plan.tiling())?;

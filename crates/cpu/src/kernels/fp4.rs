@@ -13,7 +13,7 @@ use sage_core::oracle::E2M1_MAX;
 
 use super::narrow::{INFINITY, e2m1, e4m3};
 use super::pack::magnitude_bits;
-use super::product::{Scores, Values, check_values};
+use super::product::{Scores, Values, add_rows, check_values};
 use crate::isa::Isa;
 use crate::tile::TILE_KEYS;
 
@@ -249,7 +249,6 @@ pub(super) unsafe fn scores_fp4<I: Isa, const HALF: usize, const VECS: usize>(ar
 pub(super) unsafe fn values_fp4<I: Isa, const HALF: usize, const VECS: usize>(args: &mut Values<'_>) {
     let width = VECS * I::LANES;
     check_values(args, 2 * HALF, width, [ROW_WORDS, PANEL_WORDS]);
-    let factor = f32::from_bits(args.v_scale[0]);
     for panel in 0..args.panels {
         for group in 0..2 * args.row_groups {
             // SAFETY: the assertions bound every index; the caller vouches for the instruction set.
@@ -257,16 +256,7 @@ pub(super) unsafe fn values_fp4<I: Isa, const HALF: usize, const VECS: usize>(ar
                 let p = args.p.as_ptr().add(group * HALF * args.p_stride);
                 let v = args.v.as_ptr().add(panel * args.panel_words);
                 let acc = multiply::<I, HALF, VECS>(p, args.p_stride, v, args.depth);
-                for (r, acc) in acc.iter().enumerate() {
-                    let row = group * HALF + r;
-                    let alpha = I::splat(*args.state.alpha.get_unchecked(row));
-                    let beta = I::splat(*args.state.beta.get_unchecked(row) * factor);
-                    let out = args.out.as_mut_ptr().add((row * args.panels + panel) * width);
-                    for (c, &x) in acc.iter().enumerate() {
-                        let out = out.add(c * I::LANES);
-                        I::store(out, I::fma(x, beta, I::mul(I::load(out), alpha)));
-                    }
-                }
+                add_rows::<I, HALF, VECS>(args, group * HALF, panel, &acc);
             }
         }
     }

@@ -250,11 +250,35 @@ pub(super) fn check_values(args: &Values<'_>, rows: usize, width: usize, words: 
     assert!(args.state.alpha.len() >= rows && args.state.beta.len() >= rows);
 }
 
+/// Adds products of rows from `first` on with a panel of V to the output, by the one scale of the tile's values and the
+/// rows' factors.
+#[inline(always)]
+pub(super) unsafe fn add_rows<I: Isa, const R: usize, const VECS: usize>(
+    args: &mut Values<'_>,
+    first: usize,
+    panel: usize,
+    products: &[[I::F; VECS]; R],
+) {
+    let factor = f32::from_bits(args.v_scale[0]);
+    for (r, products) in products.iter().enumerate() {
+        let row = first + r;
+        // SAFETY: the caller has bounded rows and panels by `check_values`, and vouches for the instruction set.
+        unsafe {
+            let alpha = I::splat(*args.state.alpha.get_unchecked(row));
+            let beta = I::splat(*args.state.beta.get_unchecked(row) * factor);
+            let out = args.out.as_mut_ptr().add((row * args.panels + panel) * VECS * I::LANES);
+            for (c, &x) in products.iter().enumerate() {
+                let out = out.add(c * I::LANES);
+                I::store(out, I::fma(x, beta, I::mul(I::load(out), alpha)));
+            }
+        }
+    }
+}
+
 #[inline(always)]
 pub(super) unsafe fn values_float<I: Isa, const R: usize, const VECS: usize>(args: &mut Values<'_>) {
     let width = VECS * I::LANES;
     check_values(args, R, width, [1, 1]);
-    let factor = f32::from_bits(args.v_scale[0]);
     for panel in 0..args.panels {
         for group in 0..args.row_groups {
             // SAFETY: the assertions bound every index; the caller vouches for the instruction set.
@@ -263,16 +287,7 @@ pub(super) unsafe fn values_float<I: Isa, const R: usize, const VECS: usize>(arg
                 let v = args.v.as_ptr().add(panel * args.panel_words);
                 let zero = [[<Float as Product<I>>::zero(); VECS]; R];
                 let acc = multiply::<I, Float, R, VECS>(zero, p, args.p_stride, v, args.depth);
-                for (r, acc) in acc.iter().enumerate() {
-                    let row = group * R + r;
-                    let alpha = I::splat(*args.state.alpha.get_unchecked(row));
-                    let beta = I::splat(*args.state.beta.get_unchecked(row) * factor);
-                    let out = args.out.as_mut_ptr().add((row * args.panels + panel) * width);
-                    for (c, &x) in acc.iter().enumerate() {
-                        let out = out.add(c * I::LANES);
-                        I::store(out, I::fma(x, beta, I::mul(I::load(out), alpha)));
-                    }
-                }
+                add_rows::<I, R, VECS>(args, group * R, panel, &acc);
             }
         }
     }

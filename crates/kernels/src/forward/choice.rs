@@ -3,8 +3,7 @@
 use sage_core::{Accumulator, DType, Error, Preset, Problem, Pv, Result, Scheme};
 use sage_ptx::Target;
 
-use super::fallback::nearest_scheme;
-use super::preferences::{FULL_ERROR, INT8_ERROR, Preference, Preferences};
+use super::preferences::{FULL_ERROR, INT8_ERROR, Preferences};
 use super::request::Request;
 use crate::machine::Machine;
 
@@ -42,8 +41,8 @@ pub(super) fn choose(problem: &Problem, request: &Request, machine: &Machine) ->
     let dtype = machine.product_dtype(problem.dtype);
     // Full precision takes products in the tensors' own type.
     let has_full = dtype == problem.dtype;
-    let scheme = |preference: &Preference| preference.scheme(dtype, problem.head_dim);
-    let in_full = |reason: String| Ok((scheme(&full), format!("full precision: {reason}")));
+    let in_full =
+        |reason: String| Ok((full.scheme(dtype, problem.head_dim), format!("full precision: {reason}")));
     let rows = problem.q_len * problem.group_size();
     if rows <= FEW_QUERIES && has_full {
         return in_full(format!(
@@ -73,14 +72,14 @@ pub(super) fn choose(problem: &Problem, request: &Request, machine: &Machine) ->
     if hopper && (keys <= FULL_SEEN_KEYS || problem.kv_len * problem.group_size() <= FULL_KEYS) {
         return in_full(format!("{keys} keys for each query are too few to repay quantising K"));
     }
-    let fits = |preference: &&Preference| {
-        let scheme = scheme(preference);
-        let has_kernels = nearest_scheme(scheme, problem.dtype, machine.target) == scheme;
-        let repays = keys >= NARROW_VALUES_KEYS || matches!(scheme.pv, Pv::F16(_) | Pv::BF16(_));
-        preference.error <= error && has_kernels && repays
-    };
-    match quantised.iter().rev().find(fits) {
-        Some(chosen) => Ok((scheme(chosen), format!("scheme of {}: {}", machine.target, chosen.reason))),
+    let repays =
+        |scheme: &Scheme| keys >= NARROW_VALUES_KEYS || matches!(scheme.pv, Pv::F16(_) | Pv::BF16(_));
+    let accurate = quantised.iter().rev().filter(|preference| preference.error <= error);
+    let chosen = accurate
+        .filter_map(|preference| Some((preference.on(machine, problem)?, preference.reason)))
+        .find(|(scheme, _)| repays(scheme));
+    match chosen {
+        Some((scheme, reason)) => Ok((scheme, format!("scheme of {}: {reason}", machine.target))),
         None => in_full(format!("nothing else is computed on {}", machine.target)),
     }
 }

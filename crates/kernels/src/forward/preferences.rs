@@ -2,10 +2,12 @@
 
 use std::ops::RangeInclusive;
 
-use sage_core::{DType, Preset, Qk, Scheme, SmoothK, Smoothing};
+use sage_core::{DType, Preset, Problem, Qk, Scheme, SmoothK, Smoothing};
 use sage_ptx::Target;
 
 use super::choice::int8_scheme;
+use super::fallback::nearest_scheme;
+use crate::machine::Machine;
 
 /// Relative L1 errors on N(0, 1) at 4096 keys, head_dim 128. The first three are a little above what was measured on an
 /// H100 (docs/performance/hopper.md#accuracy-on-the-gpu), the others a little above the oracle's
@@ -48,6 +50,12 @@ impl Preference {
             Own::Preset(preset) => preset.scheme(head_dim),
         }
     }
+
+    /// The scheme for a problem, or none where a GPU has no kernels for it.
+    pub fn on(&self, machine: &Machine, problem: &Problem) -> Option<Scheme> {
+        let scheme = self.scheme(machine.product_dtype(problem.dtype), problem.head_dim);
+        (nearest_scheme(scheme, problem.dtype, machine.target) == scheme).then_some(scheme)
+    }
 }
 
 /// The schemes that an architecture prefers.
@@ -86,6 +94,9 @@ const fn preset(preset: Preset, error: f32, reason: &'static str) -> Preference 
     Preference { own: Own::Preset(preset), error, reason }
 }
 
+const INT8_FP8: Preference =
+    preset(Preset::INT8_FP8, FP8_ERROR, "FP8 has twice the rate of 16 bits, and sums in f32 for free");
+
 /// Full precision, and other schemes.
 const fn with(quantised: &'static [Preference]) -> Preferences {
     Preferences { full: FULL, quantised }
@@ -116,26 +127,12 @@ const TABLE: &[(RangeInclusive<u16>, Preferences)] = &[
             ),
         ]),
     ),
-    (
-        90..=99,
-        with(&[
-            int8("V needs no pass of its own, and sums are exact"),
-            preset(
-                Preset::INT8_FP8,
-                FP8_ERROR,
-                "FP8 has twice the rate of 16 bits, and sums in f32 for free",
-            ),
-        ]),
-    ),
+    (90..=99, with(&[int8("V needs no pass of its own, and sums are exact"), INT8_FP8])),
     (
         100..=102,
         with(&[
             int8("INT8 has twice the rate of 16 bits by mma.sync as well, with which kernels here multiply"),
-            preset(
-                Preset::INT8_FP8,
-                FP8_ERROR,
-                "FP8 has twice the rate of 16 bits, and sums in f32 for free",
-            ),
+            INT8_FP8,
         ]),
     ),
     (
@@ -148,17 +145,7 @@ const TABLE: &[(RangeInclusive<u16>, Preferences)] = &[
             quantised: &[],
         },
     ),
-    (
-        110..=119,
-        with(&[
-            int8("INT8 has twice the rate of 16 bits"),
-            preset(
-                Preset::INT8_FP8,
-                FP8_ERROR,
-                "FP8 has twice the rate of 16 bits, and sums in f32 for free",
-            ),
-        ]),
-    ),
+    (110..=119, with(&[int8("INT8 has twice the rate of 16 bits"), INT8_FP8])),
     (
         120..=129,
         with(&[
