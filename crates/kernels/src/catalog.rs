@@ -34,6 +34,9 @@ const DTYPES: [DType; 2] = [DType::F16, DType::BF16];
 /// whether keys are split.
 const MULTIPROCESSORS: usize = 128;
 
+/// Query heads of a key head where they are rows of one head.
+const GROUP: usize = 4;
+
 /// A kernel that the library ships.
 #[derive(Clone, Debug)]
 pub struct Entry {
@@ -111,6 +114,8 @@ enum Size {
     FewQueries,
     /// One query.
     Decode,
+    /// A few queries, of [`GROUP`] heads for each key head.
+    Speculative,
 }
 
 impl Default for Call {
@@ -141,12 +146,15 @@ impl Call {
             Size::FewBlocks => (1, 4, 128, 4096),
             Size::FewQueries => (8, 32, 64, 1024),
             Size::Decode => (1, 8, 1, 4096),
+            Size::Speculative => (1, 8, 4, 4096),
         };
+        let group = if self.size == Size::Speculative { GROUP } else { 1 };
         let packed = self.lengths == Lengths::Packed;
         let rows = |len: usize| if packed { batch * len } else { len };
-        let mut problem = Problem::dense(self.dtype, [batch, heads, heads], [q_len, kv_len], self.head_dim)
-            .blocks(self.blocks)
-            .pooled_tail(self.pooled_tail);
+        let mut problem =
+            Problem::dense(self.dtype, [batch, group * heads, heads], [q_len, kv_len], self.head_dim)
+                .blocks(self.blocks)
+                .pooled_tail(self.pooled_tail);
         if self.causal {
             problem.band = Band::causal(Alignment::BottomRight);
         }
@@ -220,7 +228,8 @@ impl List {
 
     /// What the planner chooses for calls of every size.
     fn defaults(&mut self, call: &Call) {
-        for size in [Size::Common, Size::FewBlocks, Size::FewQueries, Size::Decode] {
+        let few = [Size::FewQueries, Size::Decode, Size::Speculative];
+        for size in [Size::Common, Size::FewBlocks].into_iter().chain(few) {
             self.add(&Call { size, ..*call }, true, |_| true);
         }
     }
@@ -279,6 +288,10 @@ impl List {
                 self.add(&call, false, |_| true);
             }
         }
+        let scheme = Some(Preset::FULL.scheme(head_dim));
+        let steps =
+            Call { head_dim, scheme, size: Size::Speculative, lengths: Lengths::Packed, ..Call::default() };
+        self.add(&steps, false, |_| true);
     }
 
     /// Block masks beside FP8 values, summed in one level and in two.
@@ -391,6 +404,7 @@ mod tests {
             has("a rotation", &|config| config.rotate);
             has("unaligned rows", &|config| !config.aligned);
             has("split keys", &|config| config.split);
+            has("heads as rows", &|config| config.heads_as_rows);
         }
     }
 

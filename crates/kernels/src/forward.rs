@@ -83,14 +83,19 @@ impl ForwardPlan {
         let products = machine.product_dtype(problem.dtype);
         let scheme = computed(given, products, &mut reasons);
         let heads_as_rows = HeadsAsRows::of(problem, request, &scheme);
+        let group = problem.group_size();
         let (mut problem, mut request) = (*problem, *request);
         if let Some(heads) = heads_as_rows {
             (problem, request) = (heads.problem(&problem), heads.request(&request));
-            let rows = problem.q_len;
             reasons
-                .push(format!("{rows} query heads are rows of one: K and V are read once for all of them"));
+                .push(format!("{group} query heads are rows of one: K and V are read once for all of them"));
         }
-        let call = ForwardCall { problem, request: request.within(&problem), machine: *machine };
+        let call = ForwardCall {
+            problem,
+            request: request.within(&problem),
+            machine: *machine,
+            heads_as_rows: heads_as_rows == Some(HeadsAsRows::InKernel),
+        };
         let mut planned = Planned::new(call, &scheme, &mut reasons).map_err(|error| {
             let mut unused = Vec::new();
             let nearest = nearest_scheme(given, problem.dtype, machine.target);

@@ -52,6 +52,9 @@ pub struct AttentionConfig {
     pub aligned: bool,
     /// Whether each block computes a part of the keys, to be combined afterwards (split-KV).
     pub split: bool,
+    /// Whether the query heads of a key head are rows of one head, those of each query one after the other: K and V
+    /// are then read once for all of them.
+    pub heads_as_rows: bool,
     /// Which tiles of keys are multiplied.
     pub tiles: TileSource,
     /// Tile shapes.
@@ -161,9 +164,19 @@ impl AttentionConfig {
     }
 
     /// Tiles of queries, and heads of all sequences and `splits` parts of the keys: each tile of each head is a block,
-    /// or with warpgroups a piece of work that blocks share out among themselves.
-    pub fn pieces(&self, sequences: usize, q_heads: usize, q_len: usize, splits: usize) -> [usize; 2] {
-        [q_len.div_ceil(self.block_q()), q_heads * sequences * splits]
+    /// or with warpgroups a piece of work that blocks share out among themselves. The heads have so many rows.
+    pub fn pieces(&self, sequences: usize, heads: usize, rows: usize, splits: usize) -> [usize; 2] {
+        [rows.div_ceil(self.block_q()), heads * sequences * splits]
+    }
+
+    /// Heads of a sequence that blocks work on.
+    pub(super) fn heads<'k>(&self, p: &AttentionParams<'k>) -> Val<'k, i32> {
+        if self.heads_as_rows { p.kv_heads } else { p.group_size * p.kv_heads }
+    }
+
+    /// The key head of one of them.
+    pub(super) fn kv_head<'k>(&self, p: &AttentionParams<'k>, head: Val<'k, i32>) -> Val<'k, i32> {
+        if self.heads_as_rows { head } else { head / p.group_size }
     }
 }
 

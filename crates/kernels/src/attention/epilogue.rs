@@ -18,7 +18,7 @@ pub(super) struct Epilogue<'k, 'a> {
     config: &'a AttentionConfig,
     params: &'a AttentionParams<'k>,
     place: &'a Place<'k>,
-    /// The sequence's first row of the head among all rows of log-sum-exps and of parts.
+    /// Index of the head's first row among all rows of log-sum-exps and of parts.
     first_row: Val<'k, i64>,
 }
 
@@ -29,11 +29,7 @@ impl<'k, 'a> Epilogue<'k, 'a> {
         p: &'a AttentionParams<'k>,
         place: &'a Place<'k>,
     ) -> Self {
-        let heads = p.group_size * p.kv_heads;
-        let first_row = (place.sequence.batch * heads + place.head).mul_wide(p.q_rows)
-            + place.sequence.q_start.widen()
-            + place.split.widen() * p.total_rows;
-        Epilogue { code, config, params: p, place, first_row }
+        Epilogue { code, config, params: p, place, first_row: place.first_index(p) }
     }
 
     /// Divides the output by the sums of P, which are those of `rows`, applies V's scale and mean, and writes rows and
@@ -74,8 +70,8 @@ impl<'k, 'a> Epilogue<'k, 'a> {
                 let row = place.row(slot);
                 // With a cap, what smoothing took was added back before it.
                 let taken = if config.softcap { code.constant(0.0) } else { taken[slot] };
-                code.when(row.lt(place.sequence.q_len), || {
-                    let at = first_row + row.widen();
+                code.when(row.lt(place.rows), || {
+                    let at = place.row_index(p, first_row, row);
                     if config.split {
                         let part = [sum.reference, sum.divisor, sum.sum, taken];
                         p.lse.at(at * PART as i64).store_vector(part);
@@ -154,16 +150,16 @@ impl<'k, 'a> Epilogue<'k, 'a> {
         let Epilogue { code, config, params: p, place, .. } = *self;
         code.note("output: rows to device memory");
         let quad = place.lane & 3;
-        let start = p.out.head(place.sequence.batch, place.head);
+        let start = place.head_start(&p.out);
         let whole = config.head_dim == config.padded_dim();
         for (slot, words) in words.iter().enumerate() {
             let mut words = words.clone();
             words.resize(words.len().next_multiple_of(4), code.constant(0));
             words.chunks_mut(4).for_each(|column| transpose(quad, column));
             let row = place.row(slot);
-            let target = (place.sequence.q_start + row).widen() * p.out.row_stride();
-            let target = p.out.start.cast::<H>().at(start + target).at(8 * quad).cast::<u32>();
-            code.when(row.lt(place.sequence.q_len), || {
+            let target = p.out.start.cast::<H>().at(place.row_start(&p.out, start, row));
+            let target = target.at(8 * quad).cast::<u32>();
+            code.when(row.lt(place.rows), || {
                 for (index, column) in words.chunks(4).enumerate() {
                     let store = || {
                         let target = target.plus(16 * index as i32);
@@ -182,9 +178,9 @@ impl<'k, 'a> Epilogue<'k, 'a> {
         let dim = config.head_dim as i32;
         let row = place.row(slot);
         let channel = lane_column(place.lane) + column as i32;
-        let target = p.partial.at((first_row + row.widen()) * dim as i64).at(channel);
+        let target = p.partial.at(place.row_index(p, first_row, row) * dim as i64).at(channel);
         for (i, x) in pair.into_iter().enumerate() {
-            let inside = row.lt(place.sequence.q_len) & (channel + i as i32).lt(dim);
+            let inside = row.lt(place.rows) & (channel + i as i32).lt(dim);
             code.when(inside, || target.plus(i as i32).store(x));
         }
     }
@@ -196,18 +192,18 @@ impl<'k, 'a> Epilogue<'k, 'a> {
         code.warp_sync();
         let chunks = config.head_dim.div_ceil(8);
         let rows = config.tiling.rows_per_warp();
-        let start = p.out.head(place.sequence.batch, place.head);
+        let start = place.head_start(&p.out);
         let total = rows * chunks;
         for round in 0..total.div_ceil(32) {
             let index = place.lane + (32 * round) as i32;
             let (row, chunk) = index.split_index(chunks);
             let in_tile = place.warp * rows as i32 + row;
             let out_row = place.warp_row + row;
-            let valid = out_row.lt(place.sequence.q_len) & index.lt(total as i32);
+            let valid = out_row.lt(place.rows) & index.lt(total as i32);
             code.when(valid, || {
                 let words = tile.chunk(in_tile, chunk).step(0, 0).cast::<u32>().load_vector::<4>();
-                let row = (place.sequence.q_start + out_row).widen() * p.out.row_stride();
-                let target = p.out.start.cast::<H>().at(start + row).at(chunk * 8);
+                let row = place.row_start(&p.out, start, out_row);
+                let target = p.out.start.cast::<H>().at(row).at(chunk * 8);
                 if config.aligned {
                     target.cast::<u32>().store_vector(words);
                 } else {

@@ -66,6 +66,7 @@ impl Kernel for AttentionConfig {
             (self.operands.v.source == OperandSource::Workspace, "_vws"),
             (!self.aligned, "_unaligned"),
             (self.split, "_split"),
+            (self.heads_as_rows, "_heads"),
             (self.tiles == TileSource::List, "_list"),
         ] {
             if on {
@@ -110,6 +111,7 @@ impl Kernel for AttentionConfig {
             (self.smooth_v, ", smooth V"),
             (self.rotate, ", rotated Q"),
             (self.split, ", keys split"),
+            (self.heads_as_rows, ", heads as rows"),
             (self.tiles == TileSource::List, ", listed tiles of keys"),
         ] {
             if on {

@@ -9,11 +9,16 @@ use crate::grid::BlockHead;
 use crate::preprocess::SeenKeys;
 use crate::sequence::{KEY_TILE, LengthParams, Lengths, Sequence};
 use crate::sparse::{MaskWords, STRIP_ROWS};
+use crate::tensor::TensorParam;
 
 /// A block's queries, and the tiles of keys that they see.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Place<'k> {
     pub sequence: Sequence<'k>,
+    /// Rows of the head: the sequence's queries, or those of all its query heads.
+    pub rows: Val<'k, i32>,
+    /// Query heads that are rows of the head, where they are.
+    heads_as_rows: Option<Val<'k, i32>>,
     /// Index of the sequence, where packed ones differ from the batch.
     pub sequence_index: Val<'k, i32>,
     pub head: Val<'k, i32>,
@@ -59,10 +64,10 @@ impl<'k> Place<'k> {
         lists: Option<&TileListParams<'k>>,
     ) -> Self {
         let ([x, ..], [tiles, ..]) = (code.block_index(), code.grid());
-        let heads = p.group_size * p.kv_heads;
+        let heads = config.heads(p);
         let BlockHead { sequence, head } = BlockHead::new(code, heads, p.all_heads);
         let thread = [code.warp_index(), code.lane_index()];
-        let piece = Piece { q_tile: tiles - 1 - x, head, sequence, kv_head: head / p.group_size };
+        let piece = Piece { q_tile: tiles - 1 - x, head, sequence, kv_head: config.kv_head(p, head) };
         Place::new(config, p, lists, thread, piece, || p.all_heads / heads)
     }
 
@@ -85,6 +90,11 @@ impl<'k> Place<'k> {
         let sequence = sequence_of(config, p, &lengths, sequence_index);
         let first_row = (q_tile * config.block_q() as i32).named("first_row");
         let band = Band::new(&lengths, &sequence);
+        let heads_as_rows = config.heads_as_rows.then_some(p.group_size);
+        let (rows, band) = match heads_as_rows {
+            None => (sequence.q_len, band),
+            Some(heads) => (sequence.q_len * heads, band.with_rows_of_queries(heads)),
+        };
         let key_tiles = match lists {
             Some(lists) => KeyTiles::of_list(config, p, &lists.list(sequence_index, head, q_tile), split),
             None => KeyTiles::of_band(config, p, &band, [first_row, warp, split]),
@@ -100,6 +110,8 @@ impl<'k> Place<'k> {
         let mask_words = lists.zip(config.packing()).map(words_of);
         Place {
             sequence,
+            rows,
+            heads_as_rows,
             sequence_index,
             head,
             kv_head,
@@ -113,13 +125,56 @@ impl<'k> Place<'k> {
             seen,
             mask_words,
             split,
-            empty: first_row.ge(sequence.q_len),
+            empty: first_row.ge(rows),
         }
     }
 
     /// The row of the sequence that the lane holds in slot `slot`.
     pub fn row(&self, slot: usize) -> Val<'k, i32> {
         self.warp_row + lane_row(self.lane) + (SLOT_ROWS * slot) as i32
+    }
+
+    /// Where a row of the head lies in a tensor of queries, in elements; `head` is where the head begins that
+    /// [`Place::head_start`] gives.
+    pub fn row_start(
+        &self,
+        tensor: &TensorParam<'k, 3>,
+        head: Val<'k, i64>,
+        row: Val<'k, i32>,
+    ) -> Val<'k, i64> {
+        let (query, of_heads) = match self.heads_as_rows {
+            None => (row, None),
+            Some(heads) => (row / heads, Some((row % heads).widen() * tensor.head_stride())),
+        };
+        let start = head + (self.sequence.q_start + query).widen() * tensor.row_stride();
+        of_heads.map_or(start, |of_heads| start + of_heads)
+    }
+
+    /// Where the head begins, or the first of those that are its rows.
+    pub fn head_start(&self, tensor: &TensorParam<'k, 3>) -> Val<'k, i64> {
+        tensor.head(self.sequence.batch, self.first_head())
+    }
+
+    /// The head, or the first of those that are its rows.
+    fn first_head(&self) -> Val<'k, i32> {
+        self.heads_as_rows.map_or(self.head, |heads| self.head * heads)
+    }
+
+    /// Index of a row of the head among the rows of all heads and sequences, as log-sum-exps are numbered. `first` is
+    /// what [`Place::first_index`] gives.
+    pub fn row_index(&self, p: &AttentionParams<'k>, first: Val<'k, i64>, row: Val<'k, i32>) -> Val<'k, i64> {
+        match self.heads_as_rows {
+            None => first + row.widen(),
+            Some(heads) => first + (row / heads).widen() + (row % heads).mul_wide(p.q_rows),
+        }
+    }
+
+    /// Index of the head's first row, or that of the first of those that are its rows, in its part of the keys.
+    pub fn first_index(&self, p: &AttentionParams<'k>) -> Val<'k, i64> {
+        let heads = p.group_size * p.kv_heads;
+        (self.sequence.batch * heads + self.first_head()).mul_wide(p.q_rows)
+            + self.sequence.q_start.widen()
+            + self.split.widen() * p.total_rows
     }
 
     /// Which strip of 16 rows the warp's strip `index` is of the sequence's.

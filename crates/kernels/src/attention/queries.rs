@@ -60,10 +60,10 @@ impl<'k> Queries<'k> {
         scratch: Option<Shared<'k, i32>>,
     ) -> Self {
         code.note("queries: read, smooth, quantise");
-        let batch = p.q.head(place.sequence.batch, place.head);
+        let head = place.head_start(&p.q);
         let quad = place.lane & 3;
         let loader = Loader { code, config, p, place, scratch, quad, per: elements_per_word(config) };
-        let loaded = loader.load::<H>(batch);
+        let loaded = loader.load::<H>(head);
         let channels = |words: &Vec<Val<'k, u32>>| {
             words.iter().flat_map(|word| word.split::<H>()).map(|x| x.to_f32()).collect()
         };
@@ -134,11 +134,11 @@ struct Loader<'k, 'a> {
 impl<'k> Loader<'k, '_> {
     /// Neighbouring channels of each register, as loaded. The last row stands in for rows that the sequence does not
     /// have, which nobody reads.
-    fn load<H: Half + Stored<Value = H>>(&self, batch: Val<'k, i64>) -> Registers<'k, u32> {
+    fn load<H: Half + Stored<Value = H>>(&self, head: Val<'k, i64>) -> Registers<'k, u32> {
         let Loader { config, p, place, per, .. } = *self;
         Rows::from_fn(config.tiling.rows_per_warp() / SLOT_ROWS, |slot| {
-            let row = place.row(slot).min(place.sequence.q_len - 1) + place.sequence.q_start;
-            let base = p.q.start.cast::<H>().at(batch + row.widen() * p.q.row_stride());
+            let row = place.row(slot).min(place.rows - 1);
+            let base = p.q.start.cast::<H>().at(place.row_start(&p.q, head, row));
             let register = |word: usize| {
                 load_channels::<H>(
                     (config.head_dim, config.aligned),
@@ -168,7 +168,7 @@ impl<'k> Loader<'k, '_> {
         let Loader { config, p, place, quad, per, .. } = *self;
         for (slot, registers) in rows.iter_mut().enumerate() {
             let row = place.row(slot);
-            let valid = row.lt(place.sequence.q_len);
+            let valid = row.lt(place.rows);
             let mean = p.q_mean.at(place.query_block(row, block, p) * config.padded_dim() as i32);
             let mean = mean.at(quad * per as i32);
             for (word, channels) in registers.iter_mut().enumerate() {
@@ -212,7 +212,7 @@ impl<'k> Loader<'k, '_> {
                 let bits = rows[slot].iter().flatten().map(|&x| magnitude_bits(x));
                 bits.reduce(Val::max).unwrap_or(code.constant(0))
             };
-            place.row(slot).lt(place.sequence.q_len).select(bits, 0)
+            place.row(slot).lt(place.rows).select(bits, 0)
         });
         let steps = groups(code, config, quantizer, place, self.scratch, &maxima);
         let words = OperandTile::of_rows(&rows, |slot, x| steps[slot].round_word(x));

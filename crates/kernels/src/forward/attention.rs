@@ -76,6 +76,7 @@ impl PlannedAttention {
             lengths: request.lengths,
             aligned: request.aligned,
             split: false,
+            heads_as_rows: call.heads_as_rows,
             tiles: if call.lists_tiles() { TileSource::List } else { TileSource::Band },
             tiling: tuned.tiling,
         };
@@ -140,8 +141,8 @@ impl PlannedAttention {
 
     /// Tiles of queries, and heads of all sequences and parts of the keys.
     fn pieces(&self) -> [usize; 2] {
-        let problem = &self.call.problem;
-        self.config.pieces(problem.batch, problem.num_q_heads, problem.q_len, self.splits)
+        let [heads, rows] = self.call.heads_and_rows();
+        self.config.pieces(self.call.problem.batch, heads, rows, self.splits)
     }
 
     fn combine(&self, pass: &mut ForwardPass) {
@@ -313,7 +314,7 @@ fn key_without_biases(call: &ForwardCall, operands: &Operands, smooth_q: Option<
         max_rows_per_warp: max_rows_per_warp(operands),
         warpgroups: suits_warpgroups(call, operands),
         per_block: granularity == Some(Granularity::PerBlock),
-        few_rows: call.problem.q_len <= 128,
+        few_rows: call.heads_and_rows()[1] <= 128,
         bias_bytes: 0,
     }
 }
@@ -332,6 +333,7 @@ fn max_rows_per_warp(operands: &Operands) -> usize {
 /// once, and keys.
 fn suits_warpgroups(call: &ForwardCall, operands: &Operands) -> bool {
     let (problem, request) = (&call.problem, &call.request);
+    let [_, rows] = call.heads_and_rows();
     // Tiles of the workspace always have a map, wherever they came from.
     let in_workspace = [operands.k, operands.v].iter().all(|o| o.source == OperandSource::Workspace);
     let mapped = if in_workspace { request.aligned } else { request.has_tensor_map };
@@ -343,21 +345,24 @@ fn suits_warpgroups(call: &ForwardCall, operands: &Operands) -> bool {
         _ => false,
     };
     // There is no tensor map of nothing, and the other kernels need none to write zeros.
-    let work = problem.q_len > FEW_QUERIES && problem.kv_len > 0;
+    let work = rows > FEW_QUERIES && problem.kv_len > 0;
     call.machine.has_wgmma() && multiplied && summed && mapped && work && counts_pieces(call)
 }
 
 /// Whether a counter of 32 bits holds the pieces of work of all warpgroups, of which the least has 64 query rows:
 /// not with very many packed sequences of which one is long.
 fn counts_pieces(call: &ForwardCall) -> bool {
-    let heads = call.problem.batch * call.problem.num_q_heads;
-    heads.checked_mul(call.problem.q_len.div_ceil(64)).is_some_and(|count| i32::try_from(count).is_ok())
+    let [heads, rows] = call.heads_and_rows();
+    (call.problem.batch * heads)
+        .checked_mul(rows.div_ceil(64))
+        .is_some_and(|count| i32::try_from(count).is_ok())
 }
 
 /// Parts of the keys that give every multiprocessor a block, where the queries alone do not.
 fn splits(call: &ForwardCall, config: &AttentionConfig) -> usize {
     let problem = &call.problem;
-    let pieces = config.pieces(problem.batch, problem.num_q_heads, problem.q_len, 1);
+    let [heads, rows] = call.heads_and_rows();
+    let pieces = config.pieces(problem.batch, heads, rows, 1);
     let blocks = pieces.iter().product::<usize>();
     let wanted = 2 * call.machine.multiprocessors;
     let tiles = problem.kv_len.div_ceil(config.tiling.tile_keys());
@@ -375,10 +380,11 @@ fn heads_together(call: &ForwardCall, config: &AttentionConfig, all_heads: usize
     }
     let of_key = stage_bytes(config) / config.tiling.tile_keys();
     let bytes = of_key * call.problem.kv_len;
-    let mut most = call.machine.l2_bytes / 2 * call.problem.group_size() / bytes.max(1);
+    let group = if config.heads_as_rows { 1 } else { call.problem.group_size() };
+    let mut most = call.machine.l2_bytes / 2 * group / bytes.max(1);
     if let Some(Packing::Biases(dtype)) = config.packing() {
         let biases = call.machine.multiprocessors * config.block_q() * dtype.bytes();
-        most = most.max((biases * call.problem.group_size() / of_key.max(1)).isqrt());
+        most = most.max((biases * group / of_key.max(1)).isqrt());
     }
     let most = most.clamp(1, all_heads.clamp(1, MOST_TOGETHER));
     let divisor = (1..=most).rev().find(|&heads| all_heads.is_multiple_of(heads));

@@ -20,6 +20,8 @@ pub(crate) struct ForwardCall {
     pub problem: Problem,
     pub request: Request,
     pub machine: Machine,
+    /// Whether the attention kernel takes the query heads of a key head as rows of one head.
+    pub heads_as_rows: bool,
 }
 
 /// Names of the workspace's slots that several kernels use.
@@ -78,6 +80,16 @@ impl ForwardCall {
     /// Bytes of so many singles for each channel of each tile of K or V.
     pub fn tile_channel_bytes(&self, singles: usize) -> usize {
         4 * singles * padded_dim(self.problem.head_dim) * self.problem.num_kv_heads * self.key_tiles()
+    }
+
+    /// Heads of a sequence that the attention kernel works on, and most rows of each.
+    pub fn heads_and_rows(&self) -> [usize; 2] {
+        let Problem { num_q_heads, num_kv_heads, q_len, .. } = self.problem;
+        if self.heads_as_rows {
+            [num_kv_heads, q_len * self.problem.group_size()]
+        } else {
+            [num_q_heads, q_len]
+        }
     }
 
     /// Query rows of all heads: rows of the log-sum-exp.

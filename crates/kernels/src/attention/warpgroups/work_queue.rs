@@ -122,14 +122,14 @@ impl<'k, 'a> WorkQueue<'k, 'a> {
         let (group, within) = (piece / together, piece % together);
         let (from_last, in_group) = (within / p.heads_together, within % p.heads_together);
         let all_heads = group * p.heads_together + in_group;
-        let heads = p.group_size * p.kv_heads;
+        let heads = self.config.heads(p);
         let head = all_heads % heads;
-        [p.q_tiles - 1 - from_last, head, all_heads / heads, head / p.group_size]
+        [p.q_tiles - 1 - from_last, head, all_heads / heads, self.config.kv_head(p, head)]
     }
 
     fn place(&self, [q_tile, head, sequence, kv_head]: [Val<'k, i32>; 4]) -> Place<'k> {
         let p = self.params;
-        let sequences = || p.all_heads / (p.group_size * p.kv_heads);
+        let sequences = || p.all_heads / self.config.heads(p);
         let piece = Piece { q_tile, head, sequence, kv_head };
         Place::new(self.config, p, self.lists, self.thread, piece, sequences)
     }
