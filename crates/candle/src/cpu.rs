@@ -15,13 +15,15 @@ pub(crate) fn forward(
     [q, k, v]: [(&CpuStorage, &candle_core::Layout); 3],
     lse: bool,
 ) -> Result<(CpuStorage, Option<CpuStorage>)> {
-    let shape = q.1.dims();
+    let (q_shape, out_shape) = (q.1.dims(), view::out_shape(q.1, v.1));
     let q = view::tensor("q", q.0, q.1).map_err(wrap)?;
     let k = view::tensor("k", k.0, k.1).map_err(wrap)?;
     let v = view::tensor("v", v.0, v.1).map_err(wrap)?;
-    let mut lse = lse.then(|| vec![0f32; options.lse_shape(shape).iter().product()]);
+    let mut lse = lse.then(|| vec![0f32; options.lse_shape(q_shape).iter().product()]);
     let out = with_attention(options, |attention| {
-        output(q.dtype(), shape, |out| attention.forward_into(q, k, v, out, lse.as_deref_mut()).map(drop))
+        output(q.dtype(), &out_shape, |out| {
+            attention.forward_into(q, k, v, out, lse.as_deref_mut()).map(drop)
+        })
     })?;
     Ok((out, lse.map(CpuStorage::F32)))
 }

@@ -13,7 +13,7 @@ use sageattention::{AnyLengths, Attention, BlockMask, DType, Error, Geometry, Le
 use crate::Options;
 use crate::error::wrap;
 use crate::options::Lengths;
-use crate::view::{geometry, wrong_dtype};
+use crate::view::{geometry, out_shape, wrong_dtype};
 
 /// The output, and the log-sum-exp where `lse` asks for it; the work for them is on the stream.
 pub(crate) fn forward(
@@ -21,12 +21,11 @@ pub(crate) fn forward(
     tensors: [(&CudaStorage, &Layout); 3],
     lse: bool,
 ) -> Result<(CudaStorage, Option<CudaStorage>)> {
-    let (q, layout) = tensors[0];
-    let shape = layout.dims();
+    let (q, _) = tensors[0];
     match q.slice {
-        CudaStorageSlice::F32(_) => run::<f32>(options, tensors, shape, lse),
-        CudaStorageSlice::F16(_) => run::<f16>(options, tensors, shape, lse),
-        CudaStorageSlice::BF16(_) => run::<bf16>(options, tensors, shape, lse),
+        CudaStorageSlice::F32(_) => run::<f32>(options, tensors, lse),
+        CudaStorageSlice::F16(_) => run::<f16>(options, tensors, lse),
+        CudaStorageSlice::BF16(_) => run::<bf16>(options, tensors, lse),
         _ => Err(wrap(wrong_dtype("q", q.dtype(), "f16 or bf16"))),
     }
 }
@@ -34,9 +33,9 @@ pub(crate) fn forward(
 fn run<T: CudaDType + DeviceRepr + sageattention::Element>(
     options: &Options,
     [q, k, v]: [(&CudaStorage, &Layout); 3],
-    shape: &[usize],
     lse: bool,
 ) -> Result<(CudaStorage, Option<CudaStorage>)> {
+    let (q_shape, out_shape) = (q.1.dims(), out_shape(q.1, v.1));
     let device = q.0.device();
     let candle_stream = device.cuda_stream();
     let gpu = Cuda::shared(candle_stream.context().ordinal() as u32).map_err(wrap)?;
@@ -69,10 +68,10 @@ fn run<T: CudaDType + DeviceRepr + sageattention::Element>(
         .collect::<Result<Vec<_>>>()?;
     let lengths = lengths(&options.lengths, &lists);
 
-    let out_geometry = Geometry::contiguous("out", shape).map_err(wrap)?;
+    let out_geometry = Geometry::contiguous("out", &out_shape).map_err(wrap)?;
     // SAFETY: attention writes every element, before anything later on the stream reads one.
     let mut out: CudaSlice<T> = unsafe { device.alloc(out_geometry.len()) }?;
-    let lse_rows: usize = options.lse_shape(shape).iter().product();
+    let lse_rows: usize = options.lse_shape(q_shape).iter().product();
     // SAFETY: as above.
     let mut lse: Option<CudaSlice<f32>> = lse.then(|| unsafe { device.alloc(lse_rows) }).transpose()?;
     {

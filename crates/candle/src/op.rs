@@ -4,11 +4,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{CpuStorage, CudaStorage, CustomOp3, Layout, Result, Shape, Storage, Tensor};
 
+use crate::view::out_shape;
 use crate::{Options, cpu};
 
-/// Attention of `q`, `k` and `v`, in Q's shape and element type, row-major. Shapes are those of [`Options::layout`] or
-/// [`Options::packed`]; fewer key heads than query heads is grouped-query attention. Any strides will do; a tensor is
-/// copied only where channels of a head are not neighbours in memory.
+/// Attention of `q`, `k` and `v`, in Q's element type and shape but V's channels, row-major. Shapes are those of
+/// [`Options::layout`] or [`Options::packed`]; fewer key heads than query heads is grouped-query attention, and one batch
+/// entry of K and V is every one's. Any strides will do; a tensor is copied only where channels of a head are not
+/// neighbours in memory.
 ///
 /// # Errors
 /// Names the first tensor or option that is wrong, the value found and the value wanted; or what no kernel here does.
@@ -79,7 +81,7 @@ impl CustomOp3 for SageAttention {
         let tensors = [(q, q_layout), (k, k_layout), (v, v_layout)];
         let (out, lse) = cpu::forward(&self.options, tensors, self.lse.is_some())?;
         self.leave(lse.map(Storage::Cpu));
-        Ok((out, q_layout.shape().clone()))
+        Ok((out, Shape::from(out_shape(q_layout, v_layout))))
     }
 
     #[cfg(feature = "cuda")]
@@ -95,7 +97,7 @@ impl CustomOp3 for SageAttention {
         let tensors = [(q, q_layout), (k, k_layout), (v, v_layout)];
         let (out, lse) = crate::cuda::forward(&self.options, tensors, self.lse.is_some())?;
         self.leave(lse.map(Storage::Cuda));
-        Ok((out, q_layout.shape().clone()))
+        Ok((out, Shape::from(out_shape(q_layout, v_layout))))
     }
 
     fn bwd(

@@ -11,6 +11,12 @@ pub(crate) fn geometry(name: &str, layout: &candle_core::Layout) -> Result<Geome
     Geometry::strided(name, layout.dims(), &strides, layout.start_offset() as i64)
 }
 
+/// The shape of the output of queries and values: Q's, but V's channels, as far as those are good ones.
+pub(crate) fn out_shape(q: &candle_core::Layout, v: &candle_core::Layout) -> Vec<usize> {
+    let rows = q.dims().split_last().map_or(&[][..], |(_, rows)| rows);
+    rows.iter().chain(v.dims().last()).copied().collect()
+}
+
 /// That a tensor's element type is none of those.
 pub(crate) fn wrong_dtype(name: &'static str, found: DType, wanted: &str) -> Error {
     Error::DType { name: name.into(), found: found.as_str().into(), wanted: wanted.into() }

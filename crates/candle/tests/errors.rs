@@ -23,14 +23,14 @@ fn shapes() {
         with(&[2, 3, 6, 16], KV),
         "k: shape is [2, 3, 6, 16], expected a number of heads that divides q's 4"
     );
-    assert_eq!(with(KV, &[2, 2, 5, 16]), "v: shape is [2, 2, 5, 16], expected [2, 2, 6, 16], as k");
+    assert_eq!(with(KV, &[2, 2, 5, 16]), "v: shape is [2, 2, 5, 16], expected [2, 2, 6, head_dim], as k");
     assert_eq!(
         message([&[1, 1, 1, 1, 1], KV, KV], &Options::new()),
         "q: shape is [1, 1, 1, 1, 1], expected at most 4 dimensions"
     );
     assert_eq!(
-        message([&[1, 1, 1, 300], KV, KV], &Options::new()),
-        "head_dim: value is 300, expected 1 to 256"
+        message([&[1, 1, 1, 600], KV, KV], &Options::new()),
+        "head_dim: value is 600, expected 1 to 576"
     );
 }
 

@@ -4,13 +4,14 @@ use crate::lengths::{Rows, Sequences};
 use crate::problem::default_sm_scale;
 use crate::sparse::{BlockMap, Predictor};
 use crate::{
-    BlockMask, DType, Error, Geometry, Inputs, Layout, Lengths, List, MAX_HEAD_DIM, MAX_HEADS, Operand,
-    Options, Problem, Result, Sequence, Strided, TensorView,
+    BlockMask, DType, Error, Geometry, Inputs, Layout, Lengths, List, MAX_HEAD_DIM, MAX_HEADS, MAX_VALUE_DIM,
+    Operand, Options, Problem, Result, Sequence, Strided, TensorView,
 };
 
 /// A checked call. All tensors are in one order, whatever the caller's layout:
-/// Q `[batch, num_q_heads, seq, head_dim]`, K and V `[batch, num_kv_heads, seq, head_dim]` (packed tensors have a
-/// batch dimension of 1), mask `[batch, num_q_heads, q_len, kv_len]`,
+/// Q `[batch, num_q_heads, seq, head_dim]`, K `[batch, num_kv_heads, seq, head_dim]` and V
+/// `[batch, num_kv_heads, seq, value_dim]` (packed tensors have a batch dimension of 1; one batch of K or V for many of
+/// Q has a batch stride of 0), mask `[batch, num_q_heads, q_len, kv_len]`,
 /// block mask `[batch, num_q_heads, blocks, blocks]` with an entry of the batch for each sequence, packed ones too.
 ///
 /// Keys before the first and after the last that the band lets some query see are no part of it: [`Band::seen`] says
@@ -81,6 +82,7 @@ impl<'a, T: Operand> Call<'a, T> {
         let mut k = canonical("k", inputs.k, layout, packed)?;
         let mut v = canonical("v", inputs.v, layout, packed)?;
         check_tensors(inputs, &q, &k, &v)?;
+        (k, v) = (shared(k, dimensions(&q)[0]), shared(v, dimensions(&q)[0]));
         let [q_batch, num_q_heads, q_rows, head_dim] = dimensions(&q);
         let [_, num_kv_heads, mut kv_rows, _] = dimensions(&k);
         let sm_scale = check_scores(options, head_dim)?;
@@ -128,6 +130,7 @@ impl<'a, T: Operand> Call<'a, T> {
             q_len,
             kv_len,
             head_dim,
+            value_dim: dimensions(&v)[3],
             sm_scale,
             band: if cuts { band.on_seen() } else { band },
             logit_softcap: options.logit_softcap,
@@ -157,13 +160,10 @@ impl<'a, T: Operand> Call<'a, T> {
     /// When the output's shape, element type or strides do not fit.
     pub fn check_output(&self, dtype: DType, geometry: &Geometry) -> Result<Geometry> {
         let out = canonical_geometry("out", geometry, self.layout, self.problem.packed)?;
-        if out.shape() != self.q.geometry().shape() {
-            let wanted = match (self.problem.packed, self.layout) {
-                (true, _) => self.q.geometry().permuted(&[0, 2, 1, 3]).shape()[1..].to_vec(),
-                (false, Layout::Nhd) => self.q.geometry().permuted(&[0, 2, 1, 3]).shape().to_vec(),
-                (false, Layout::Hnd) => self.q.geometry().shape().to_vec(),
-            };
-            return Err(Error::shape("out", geometry.shape(), format!("{wanted:?}, as q")));
+        if out.shape() != self.out_dimensions() {
+            let as_v =
+                if self.problem.value_dim == self.problem.head_dim { "" } else { " with v's channels" };
+            return Err(Error::shape("out", geometry.shape(), format!("{:?}, as q{as_v}", self.out_shape())));
         }
         if dtype != self.problem.dtype {
             return Err(Error::DType {
@@ -173,6 +173,22 @@ impl<'a, T: Operand> Call<'a, T> {
             });
         }
         Ok(out)
+    }
+
+    /// Shape of the output in this call's order: `[batch, num_q_heads, seq, value_dim]`.
+    pub fn out_dimensions(&self) -> [usize; 4] {
+        let [batch, heads, rows, _] = dimensions(&self.q);
+        [batch, heads, rows, self.problem.value_dim]
+    }
+
+    /// Shape of the output in the caller's layout: q's, with v's channels.
+    pub fn out_shape(&self) -> Vec<usize> {
+        let [batch, heads, rows, channels] = self.out_dimensions();
+        match (self.problem.packed, self.layout) {
+            (true, _) => vec![rows, heads, channels],
+            (false, Layout::Nhd) => vec![batch, rows, heads, channels],
+            (false, Layout::Hnd) => vec![batch, heads, rows, channels],
+        }
     }
 
     /// Shape of the log-sum-exp: `[batch, num_q_heads, q_len]`, or `[num_q_heads, total]` when packed.
@@ -292,7 +308,7 @@ fn check_tensors<T: Operand>(inputs: &Inputs<'_, T>, q: &T, k: &T, v: &T) -> Res
         }
     }
     let [q_batch, num_q_heads, _, head_dim] = dimensions(q);
-    let [k_batch, num_kv_heads, _, k_head_dim] = dimensions(k);
+    let [k_batch, num_kv_heads, kv_rows, k_head_dim] = dimensions(k);
     let wrong_k = |wanted: String| Err(Error::shape("k", inputs.k.geometry().shape(), wanted));
     if !(1..=MAX_HEAD_DIM).contains(&head_dim) {
         return Err(Error::value("head_dim", head_dim, format!("1 to {MAX_HEAD_DIM}")));
@@ -300,15 +316,26 @@ fn check_tensors<T: Operand>(inputs: &Inputs<'_, T>, q: &T, k: &T, v: &T) -> Res
     if k_head_dim != head_dim {
         return wrong_k(format!("head_dim {head_dim}, as q"));
     }
-    if k_batch != q_batch {
-        return wrong_k(format!("batch {q_batch}, as q"));
+    let batches =
+        if q_batch == 1 { "batch 1, as q".to_owned() } else { format!("batch {q_batch}, as q, or 1") };
+    if k_batch != q_batch && k_batch != 1 {
+        return wrong_k(batches);
     }
     if num_kv_heads == 0 || !num_q_heads.is_multiple_of(num_kv_heads) {
         return wrong_k(format!("a number of heads that divides q's {num_q_heads}"));
     }
-    if v.geometry().shape() != k.geometry().shape() {
-        let wanted = format!("{:?}, as k", inputs.k.geometry().shape());
-        return Err(Error::shape("v", inputs.v.geometry().shape(), wanted));
+    let [v_batch, v_heads, v_rows, value_dim] = dimensions(v);
+    let wrong_v = |wanted: String| Err(Error::shape("v", inputs.v.geometry().shape(), wanted));
+    if [v_heads, v_rows] != [num_kv_heads, kv_rows] {
+        let shape = inputs.k.geometry().shape();
+        let wanted: Vec<String> = shape[..shape.len() - 1].iter().map(usize::to_string).collect();
+        return wrong_v(format!("[{}, head_dim], as k", wanted.join(", ")));
+    }
+    if v_batch != q_batch && v_batch != 1 {
+        return wrong_v(batches);
+    }
+    if !(1..=MAX_VALUE_DIM).contains(&value_dim) {
+        return Err(Error::value("head_dim of v", value_dim, format!("1 to {MAX_VALUE_DIM}")));
     }
     // Sizes without a single element, or with strides of 0, may be any: here the work for them is bounded.
     if q_batch.saturating_mul(num_q_heads) > MAX_HEADS || q_batch > MAX_HEADS {
@@ -360,6 +387,13 @@ fn check_block_mask<T: Operand>(
     let geometry =
         broadcast("block_mask", blocks.geometry(), wanted)?.narrowed(3, 0..kv_len.div_ceil(block_k));
     Ok(Some(BlockMask { blocks: blocks.with_geometry(geometry), block_q, block_k }))
+}
+
+/// Keys or values for each entry of a batch: one batch of them is for every one, without a copy.
+fn shared<T: Strided>(tensor: T, batch: usize) -> T {
+    let [_, heads, rows, channels] = dimensions(&tensor);
+    let geometry = tensor.geometry().broadcast([batch, heads, rows, channels]);
+    geometry.map_or(tensor, |geometry| tensor.with_geometry(geometry))
 }
 
 /// Sizes of a tensor of four dimensions.

@@ -32,7 +32,7 @@ pub mod sparse;
 mod tensor;
 
 pub use backend::{Backend, BackendPlan, CacheBackend, CacheSize, NewTokens, SparseBackend};
-pub use cache::{BlockTables, CacheLayout, CachedInputs, PageCopy, ValueFormat};
+pub use cache::{BlockTables, CacheLayout, CachedInputs, MAX_CACHED_HEAD_DIM, PageCopy, ValueFormat};
 pub use call::Call;
 pub use choice::Choice;
 pub use dtype::{DType, Element};
@@ -42,7 +42,9 @@ pub use lengths::{Lengths, Sequence};
 pub use mask::{Alignment, Band, BlockMask, Mask, padding_bias};
 pub use operand::{List, Operand, Strided};
 pub use preset::Preset;
-pub use problem::{Inputs, Layout, MAX_HEAD_DIM, MAX_HEADS, Options, Problem, default_sm_scale};
+pub use problem::{
+    Inputs, Layout, MAX_HEAD_DIM, MAX_HEADS, MAX_VALUE_DIM, Options, Problem, default_sm_scale,
+};
 pub use recent::Recent;
 pub use scheme::{
     Accumulator, Fp4Format, Granularity, IntBits, IntQuantizer, PLevels, Pv, Qk, Rounding, ScaleRows, Scheme,

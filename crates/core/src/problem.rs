@@ -4,13 +4,22 @@ use std::fmt;
 
 use crate::{Alignment, Band, BlockMask, DType, Lengths, Operand, TensorView};
 
-/// Largest head dimension.
-pub const MAX_HEAD_DIM: usize = 256;
+/// Largest head dimension of queries and keys.
+///
+/// An INT8 score of so many channels is at most `127² · 576 = 9_290_304` in magnitude, and `127² · 1024 = 16_516_096`
+/// where rotation pads them: below 2²⁴, so single precision holds each exactly. Above 260 channels a score may exceed
+/// 2²², so that its bits and those of 1.5 · 2²³ (`0x4B400000`) do not add up to it as a number: a kernel that converts
+/// integers in this way needs another for such heads.
+pub const MAX_HEAD_DIM: usize = 576;
+
+/// Largest head dimension of values, and so of the output.
+pub const MAX_VALUE_DIM: usize = 512;
 
 /// Most query heads of a call, all batch entries together.
 pub const MAX_HEADS: usize = 1 << 24;
 
-/// Order of the dimensions of dense query, key, value and output tensors.
+/// Order of the dimensions of dense query, key, value and output tensors. `head_dim` is the number of a head's channels:
+/// one for queries and keys, and one, which may be another, for values and the output.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Layout {
     /// `[batch, heads, seq, head_dim]`.
@@ -158,8 +167,10 @@ pub struct Problem {
     pub q_len: usize,
     /// Keys of the longest sequence; of those that some query may see, see [`Call`](crate::Call).
     pub kv_len: usize,
-    /// Channels of a head.
+    /// Channels of a head of queries and keys.
     pub head_dim: usize,
+    /// Channels of a head of values and of the output.
+    pub value_dim: usize,
     /// Factor on Q·Kᵀ.
     pub sm_scale: f32,
     /// Causal masks and sliding windows.
@@ -177,8 +188,8 @@ pub struct Problem {
 }
 
 impl Problem {
-    /// Dense tensors of `[batch, num_q_heads, num_kv_heads]` and `[q_len, kv_len]`: no mask, band or cap, and the scale
-    /// of a call that names none.
+    /// Dense tensors of `[batch, num_q_heads, num_kv_heads]` and `[q_len, kv_len]`: no mask, band or cap, the scale of
+    /// a call that names none, and values of as many channels as keys.
     pub fn dense(
         dtype: DType,
         [batch, num_q_heads, num_kv_heads]: [usize; 3],
@@ -193,6 +204,7 @@ impl Problem {
             q_len,
             kv_len,
             head_dim,
+            value_dim: head_dim,
             sm_scale: default_sm_scale(head_dim),
             band: Band::FULL,
             logit_softcap: None,
@@ -201,6 +213,12 @@ impl Problem {
             blocks: None,
             pooled_tail: false,
         }
+    }
+
+    /// The same with values of so many channels.
+    #[must_use]
+    pub const fn value_dim(self, value_dim: usize) -> Self {
+        Problem { value_dim, ..self }
     }
 
     /// The same with a band.
@@ -253,12 +271,15 @@ impl Problem {
 /// Three rows `name value`: the sizes, what is visible, and how scores are scaled.
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Problem { dtype, batch, num_q_heads, num_kv_heads, q_len, kv_len, head_dim, .. } = self;
+        let Problem { dtype, batch, num_q_heads, num_kv_heads, q_len, kv_len, head_dim, .. } = *self;
         write!(
             f,
             "problem     {dtype}, batch {batch}, {num_q_heads} query heads, {num_kv_heads} key heads, \
              {q_len} queries × {kv_len} keys, head_dim {head_dim}"
         )?;
+        if self.value_dim != head_dim {
+            write!(f, ", value_dim {}", self.value_dim)?;
+        }
         writeln!(f, "{}", if self.packed { ", packed sequences" } else { "" })?;
         writeln!(f, "visible     {}", self.visible())?;
         write!(f, "scores      sm_scale {}", self.sm_scale)?;

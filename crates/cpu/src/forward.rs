@@ -87,7 +87,7 @@ impl<E: Load> Attention<'_, '_, E> {
         mean_score: f32,
         out: &[f32],
     ) {
-        let out = &out[..self.call.problem.head_dim];
+        let out = &out[..self.call.problem.value_dim];
         let index = sequence.q_start + row.index;
         // SAFETY: the caller's promise.
         unsafe {

@@ -148,8 +148,8 @@ impl Cpu {
         Ok(plan)
     }
 
-    /// Computes attention into `out`, which has Q's shape and element type, in the caller's layout; and the natural
-    /// log-sum-exp of each row into `lse`, row-major of [`Call::lse_shape`].
+    /// Computes attention into `out`, which has [`Call::out_shape`] and Q's element type; and the natural log-sum-exp of
+    /// each row into `lse`, row-major of [`Call::lse_shape`].
     ///
     /// # Errors
     /// When `out` or `lse` do not fit the call, or the plan is of another problem.

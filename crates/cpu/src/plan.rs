@@ -81,7 +81,8 @@ impl CpuPlan {
             Strategy::Split
         } else {
             let lanes = (kernels.width, kernels.word);
-            let layout = TileLayout::new(lanes, problem.head_dim, qk, pv, scheme.rotate, scheme.smooth.q);
+            let dims = [problem.head_dim, problem.value_dim];
+            let layout = TileLayout::new(lanes, dims, qk, pv, scheme.rotate, scheme.smooth.q);
             let (block_q, reason) = block_q(problem, machine, threads, kernels, &layout);
             reasons.push(reason);
             Strategy::Tiled { block_q, layout }
@@ -241,13 +242,13 @@ fn workspace_bytes(problem: &Problem, threads: usize, strategy: &Strategy) -> us
             let scratch = product(&[*block_q, 4, row]);
             let tail = problem.blocks.filter(|_| problem.pooled_tail).map_or(0, |[_, block_k]| {
                 let tiles = problem.kv_len.div_ceil(block_k.max(1)).div_ceil(TILE_KEYS);
-                product(&[tiles, TILE_KEYS, 2 * layout.padded_dim(), 4, heads[0], heads[1]])
+                product(&[tiles, TILE_KEYS, layout.head_dim + layout.padded_dim(), 4, heads[0], heads[1]])
             });
             packed.saturating_add(scratch.saturating_mul(threads)).saturating_add(tail)
         }
         Strategy::Split => {
             let parts = product(&[problem.kv_len.div_ceil(SPLIT_KEYS), heads[0], heads[1]]);
-            product(&[parts, problem.q_len, problem.group_size(), 4, problem.head_dim + 2])
+            product(&[parts, problem.q_len, problem.group_size(), 4, problem.value_dim + 2])
         }
     }
 }

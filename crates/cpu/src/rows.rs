@@ -4,31 +4,31 @@ use std::marker::PhantomData;
 
 use sage_core::{Element, Geometry, View, ViewMut};
 
-/// Rows of one head: `len` rows of `head_dim` neighbouring elements.
+/// Rows of one head: `len` rows of `channels` neighbouring elements.
 pub(crate) struct HeadRows<'a, E> {
     data: &'a [E],
     first: i64,
     stride: i64,
-    head_dim: usize,
+    channels: usize,
 }
 
 impl<'a, E: Element> HeadRows<'a, E> {
-    /// Rows from `start` on of a head of a tensor `[batch, heads, seq, head_dim]`.
+    /// Rows from `start` on of a head of a tensor `[batch, heads, seq, channels]`.
     pub fn new(view: &View<'a, E>, batch: usize, head: usize, start: usize) -> Self {
         let geometry = view.geometry();
         let first = if geometry.is_empty() { 0 } else { geometry.index([batch, head, start, 0]) };
-        HeadRows { data: view.data(), first, stride: geometry.strides()[2], head_dim: geometry.shape()[3] }
+        HeadRows { data: view.data(), first, stride: geometry.strides()[2], channels: geometry.shape()[3] }
     }
 
     /// Elements of a row.
     pub fn row_len(&self) -> usize {
-        self.head_dim
+        self.channels
     }
 
     /// One row.
     pub fn row(&self, i: usize) -> &'a [E] {
         let start = (self.first + i as i64 * self.stride) as usize;
-        &self.data[start..start + self.head_dim]
+        &self.data[start..start + self.channels]
     }
 
     /// The memory from row `i` on, and the distance between rows; `None` where rows lie in falling order.
@@ -52,7 +52,7 @@ unsafe impl<E: Send> Send for OutputRows<'_, E> {}
 unsafe impl<E: Send> Sync for OutputRows<'_, E> {}
 
 impl<'a, E: Element> OutputRows<'a, E> {
-    /// The rows of `view`, addressed by `geometry` `[batch, heads, seq, head_dim]` over the same elements.
+    /// The rows of `view`, addressed by `geometry` `[batch, heads, seq, channels]` over the same elements.
     pub fn new(view: &'a mut ViewMut<'_, E>, geometry: Geometry) -> Self {
         let data = view.data_mut();
         OutputRows { data: data.as_mut_ptr(), len: data.len(), geometry, lifetime: PhantomData }
@@ -66,9 +66,9 @@ impl<'a, E: Element> OutputRows<'a, E> {
     #[allow(clippy::mut_from_ref)]
     pub unsafe fn row_mut(&self, batch: usize, head: usize, i: usize) -> &mut [E] {
         let start = self.geometry.index([batch, head, i, 0]) as usize;
-        let head_dim = self.geometry.shape()[3];
-        assert!(start + head_dim <= self.len);
+        let channels = self.geometry.shape()[3];
+        assert!(start + channels <= self.len);
         // SAFETY: the assertion bounds it; the caller holds the row alone.
-        unsafe { std::slice::from_raw_parts_mut(self.data.add(start), head_dim) }
+        unsafe { std::slice::from_raw_parts_mut(self.data.add(start), channels) }
     }
 }

@@ -2,7 +2,7 @@
 //! merged by their log-sum-exp.
 
 use rayon::prelude::*;
-use sage_core::Sequence;
+use sage_core::{Problem, Sequence};
 
 use crate::forward::{Attention, totals};
 use crate::kernels::{DirectScores, DirectValues, Load, RowState, Softmax};
@@ -23,7 +23,7 @@ struct Unit {
 
 /// What a run of keys adds to every row of its unit.
 pub(crate) struct Part {
-    /// Rows of `head_dim` numbers or more.
+    /// Rows of `value_dim` numbers or more.
     pub out: Vec<f32>,
     pub state: RowState,
 }
@@ -59,7 +59,7 @@ impl<E: Load> Attention<'_, '_, E> {
     }
 
     fn part(&self, unit: &Unit, keys: std::ops::Range<usize>) -> Part {
-        let head_dim = self.call.problem.head_dim;
+        let Problem { head_dim, value_dim, .. } = self.call.problem;
         let rows = unit.rows.len();
         let mut q = vec![0f32; rows * head_dim];
         for (row, q) in unit.rows.iter().zip(q.chunks_exact_mut(head_dim)) {
@@ -67,7 +67,7 @@ impl<E: Load> Attention<'_, '_, E> {
             q.iter_mut().for_each(|x| *x *= self.score_scale());
         }
         let (k, v) = (self.keys(&unit.sequence, unit.kv_head), self.values(&unit.sequence, unit.kv_head));
-        let mut part = Part { out: vec![0.0; rows * head_dim], state: RowState::default() };
+        let mut part = Part { out: vec![0.0; rows * value_dim], state: RowState::default() };
         part.state.reset(rows);
         let mut scores = vec![0f32; rows * TILE_KEYS];
         let seen = self.seen.head(unit.sequence_index, unit.kv_head);
@@ -97,7 +97,7 @@ impl<E: Load> Attention<'_, '_, E> {
             let p = &*scores;
             E::values(
                 self.kernels,
-                DirectValues { p, rows, v, stride: v_stride, keys, seen, head_dim, out, state },
+                DirectValues { p, rows, v, stride: v_stride, keys, seen, value_dim, out, state },
             );
         }
         part
@@ -105,8 +105,8 @@ impl<E: Load> Attention<'_, '_, E> {
 
     /// Adds up the parts of a unit and writes its rows, which must be no other unit's.
     pub fn merge(&self, sequence: &Sequence, rows: &[Row], parts: &[Part]) {
-        let head_dim = self.call.problem.head_dim;
-        let mut out = vec![0f32; head_dim];
+        let value_dim = self.call.problem.value_dim;
+        let mut out = vec![0f32; value_dim];
         for (r, row) in rows.iter().enumerate() {
             let max = parts.iter().fold(f32::NEG_INFINITY, |max, part| max.max(part.state.max[r]));
             let shift = max.max(f32::MIN);
@@ -119,7 +119,7 @@ impl<E: Load> Attention<'_, '_, E> {
             // A row without keys stays zero.
             for part in parts.iter().filter(|_| sum != 0.0) {
                 let weight = weight(part) / sum;
-                let part = &part.out[r * (part.out.len() / rows.len())..][..head_dim];
+                let part = &part.out[r * (part.out.len() / rows.len())..][..value_dim];
                 out.iter_mut().zip(part).for_each(|(out, x)| *out += weight * x);
             }
             // SAFETY: each row belongs to one unit, and each unit to one thread.

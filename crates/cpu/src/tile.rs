@@ -1,6 +1,6 @@
 //! A tile of keys and values in the order that the kernels read it.
 
-use sage_core::{Fp4Format, Granularity, IntQuantizer, PLevels, ScaleRows, SmoothQ};
+use sage_core::{Fp4Format, Granularity, IntQuantizer, MAX_HEAD_DIM, PLevels, ScaleRows, SmoothQ};
 
 use crate::isa::IntWord;
 use crate::kernels::fp4;
@@ -9,6 +9,9 @@ use crate::kernels::fp4;
 ///
 /// 128 · 4095 · 4095 is the largest sum of 12-bit products that stays below 2³¹.
 pub(crate) const TILE_KEYS: usize = 128;
+
+/// Most channels of a row of Q or K that is rotated.
+pub(crate) const MAX_QK_DIM: usize = MAX_HEAD_DIM.next_power_of_two();
 
 /// How Q·Kᵀ is computed.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -70,7 +73,10 @@ impl Rounded {
 pub(crate) struct TileLayout {
     pub qk: QkForm,
     pub pv: PvForm,
+    /// Channels of Q and K.
     pub head_dim: usize,
+    /// Channels of V and of the output.
+    pub value_dim: usize,
     /// Whether Q and K are rotated.
     pub rotate: bool,
     /// How Q is smoothed: then its means are multiplied by K as it is.
@@ -103,7 +109,7 @@ pub(crate) struct Tile<'a> {
 impl TileLayout {
     pub fn new(
         (width, word): (usize, IntWord),
-        head_dim: usize,
+        [head_dim, value_dim]: [usize; 2],
         qk: QkForm,
         pv: PvForm,
         rotate: bool,
@@ -127,6 +133,7 @@ impl TileLayout {
             qk,
             pv,
             head_dim,
+            value_dim,
             rotate,
             smooth_q,
             qk_dim,
@@ -135,7 +142,7 @@ impl TileLayout {
             depth,
             k_panel: key_words * width,
             v_panel: v_rows * width,
-            channel_panels: head_dim.div_ceil(width),
+            channel_panels: value_dim.div_ceil(width),
         }
     }
 

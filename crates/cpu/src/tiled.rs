@@ -198,8 +198,8 @@ impl<E: Load> Attention<'_, '_, E> {
                 row.iter_mut().zip(&head.k_mean).for_each(|(x, mean)| *x -= mean);
                 padding.fill(0.0);
             }
-            let v_rows = resized(&mut scratch.wide, keys * layout.head_dim);
-            for (j, row) in v_rows.chunks_exact_mut(layout.head_dim).enumerate() {
+            let v_rows = resized(&mut scratch.wide, keys * layout.value_dim);
+            for (j, row) in v_rows.chunks_exact_mut(layout.value_dim).enumerate() {
                 if hidden(j) {
                     row.fill(0.0);
                     continue;

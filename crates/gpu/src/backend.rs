@@ -40,7 +40,7 @@ impl Backend for Cuda {
 
     fn plan<'c>(&self, call: &DeviceCall<'c>, choice: Choice, lse: bool) -> Result<Arc<CudaPlan>> {
         // Of an output without gaps every row is as far from the next as it is long.
-        let out = TensorArg { address: 0, strides: [call.problem.head_dim as i64; 3] };
+        let out = TensorArg { address: 0, strides: [call.problem.value_dim as i64; 3] };
         let request = request(call, choice, &addresses(call, out), lse);
         self.plan_of(&call.problem, &request)
     }

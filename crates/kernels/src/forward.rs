@@ -192,6 +192,9 @@ impl Planned {
 /// Most rows of a tensor: sums with the "no limit" of a window and the rows of a tile fit 32 bits.
 const MAX_ROWS: usize = (1 << 30) - 1024;
 
+/// Most channels of a head that the kernels compute.
+const MAX_HEAD_DIM: usize = 256;
+
 /// Sizes that tensors with strides of 0, or very many packed sequences, can have, but not the kernels' numbers.
 fn check_sizes(problem: &Problem, request: &Request) -> Result<()> {
     for (name, rows) in [("q", request.q_rows), ("k", request.kv_rows)] {
@@ -202,6 +205,13 @@ fn check_sizes(problem: &Problem, request: &Request) -> Result<()> {
                 format!("at most {MAX_ROWS} on a GPU"),
             ));
         }
+    }
+    if problem.head_dim > MAX_HEAD_DIM {
+        return Err(Error::value("head_dim", problem.head_dim, format!("1 to {MAX_HEAD_DIM} on a GPU")));
+    }
+    if problem.value_dim != problem.head_dim {
+        let wanted = format!("{} on a GPU, as of q and k", problem.head_dim);
+        return Err(Error::value("head_dim of v", problem.value_dim, wanted));
     }
     if problem.pooled_tail && request.lengths == Lengths::Packed {
         return Err(Error::unsupported(

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use sage_core::sparse::{BlockMap, Predictor};
+use sage_core::sparse::{BlockMap, Predictor, stand_in_values};
 use sage_core::{
     Alignment, Backend, BackendPlan, Band, CachedInputs, Call, Choice, Error, Inputs, Layout, Lengths,
     Options, Result, Scheme, SmoothK, SparseBackend, Tensor, TensorView, TensorViewMut,
@@ -307,8 +307,7 @@ impl<'a> Attention<'a> {
         let Some(predictor) = &self.predictor else {
             return Err(Error::unsupported("a prediction without a predictor", "choose one by `sparse`"));
         };
-        // Values have no part in it, and any that fit the keys pass the checks.
-        let call = self.call(backend, [q, k, k].map(|tensor| B::reborrow(tensor)))?;
+        let call = self.call(backend, [q, k, stand_in_values(k)].map(|tensor| B::reborrow(tensor)))?;
         backend.predict(queue, &call, predictor)
     }
 
@@ -367,7 +366,7 @@ impl<'a> Attention<'a> {
             + Place,
     {
         let call = self.call(backend, tensors)?;
-        let mut out = Tensor::zeros(tensors[0].dtype(), tensors[0].shape())?;
+        let mut out = Tensor::zeros(tensors[0].dtype(), &call.out_shape())?;
         let mut lse = self.return_lse.then(|| vec![0f32; call.lse_rows()]);
         let map = self.run(backend, &(), &call, out.view_mut(), lse.as_deref_mut())?;
         let lse = lse.map(|lse| Tensor::new(lse, &call.lse_shape())).transpose()?;

@@ -118,11 +118,19 @@ fn sizes_and_dtypes_fit_together() {
     refused([
         (
             shapes(&new(), &[2, 4, 8, 0], &[2, 2, 6, 0], &[2, 2, 6, 0]),
-            "head_dim: value is 0, expected 1 to 256",
+            "head_dim: value is 0, expected 1 to 576",
         ),
         (
-            shapes(&new(), &[1, 1, 2, 257], &[1, 1, 2, 257], &[1, 1, 2, 257]),
-            "head_dim: value is 257, expected 1 to 256",
+            shapes(&new(), &[1, 1, 2, 577], &[1, 1, 2, 577], &[1, 1, 2, 64]),
+            "head_dim: value is 577, expected 1 to 576",
+        ),
+        (
+            shapes(&new(), &[1, 1, 2, 576], &[1, 1, 2, 576], &[1, 1, 2, 576]),
+            "head_dim of v: value is 576, expected 1 to 512",
+        ),
+        (
+            shapes(&new(), &[1, 1, 2, 64], &[1, 1, 2, 64], &[1, 1, 2, 0]),
+            "head_dim of v: value is 0, expected 1 to 512",
         ),
         (
             shapes(&new(), &[2, 4, 8, 16], &[2, 2, 6, 32], &[2, 2, 6, 32]),
@@ -130,7 +138,15 @@ fn sizes_and_dtypes_fit_together() {
         ),
         (
             shapes(&new(), &[2, 4, 8, 16], &[3, 2, 6, 16], &[3, 2, 6, 16]),
-            "k: shape is [3, 2, 6, 16], expected batch 2, as q",
+            "k: shape is [3, 2, 6, 16], expected batch 2, as q, or 1",
+        ),
+        (
+            shapes(&new(), &[2, 4, 8, 16], &[1, 2, 6, 16], &[3, 2, 6, 16]),
+            "v: shape is [3, 2, 6, 16], expected batch 2, as q, or 1",
+        ),
+        (
+            shapes(&new(), &[1, 4, 8, 16], &[2, 2, 6, 16], &[2, 2, 6, 16]),
+            "k: shape is [2, 2, 6, 16], expected batch 1, as q",
         ),
         (
             shapes(&new(), &[2, 4, 8, 16], &[2, 3, 6, 16], &[2, 3, 6, 16]),
@@ -142,7 +158,7 @@ fn sizes_and_dtypes_fit_together() {
         ),
         (
             shapes(&new(), &[2, 4, 8, 16], &[2, 2, 6, 16], &[2, 2, 5, 16]),
-            "v: shape is [2, 2, 5, 16], expected [2, 2, 6, 16], as k",
+            "v: shape is [2, 2, 5, 16], expected [2, 2, 6, head_dim], as k",
         ),
         (
             shapes(&new().layout(Layout::Nhd), &[2, 8, 4, 16], &[2, 6, 3, 16], &[2, 6, 3, 16]),

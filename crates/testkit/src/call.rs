@@ -57,12 +57,14 @@ pub struct OwnedBlocks {
 impl OwnedCall {
     /// Queries, keys and values without masks, in the order of [`Options::default`]; the output is row-major.
     pub fn dense(q: impl Into<Memory>, k: impl Into<Memory>, v: impl Into<Memory>) -> Self {
-        let q = q.into();
+        let (q, v) = (q.into(), v.into());
+        let rows = q.shape().iter().take(q.shape().len().saturating_sub(1));
+        let out: Vec<usize> = rows.chain(v.shape().last()).copied().collect();
         OwnedCall {
-            out: Geometry::contiguous("out", q.shape()).unwrap(),
+            out: Geometry::contiguous("out", &out).unwrap(),
             q,
             k: k.into(),
-            v: v.into(),
+            v,
             options: Options::default(),
             mask: None,
             blocks: None,

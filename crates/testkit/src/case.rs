@@ -26,8 +26,12 @@ pub struct Case {
     pub q_len: usize,
     /// Keys of a batch entry.
     pub kv_len: usize,
-    /// Channels of a head.
+    /// Channels of a head of queries and keys.
     pub head_dim: usize,
+    /// Channels of a head of values and of the output; as many as of keys where there is no number.
+    pub value_dim: Option<usize>,
+    /// Whether K and V have one batch entry, which all of Q's share.
+    pub shared: bool,
     /// Elements between rows beyond the head: above 0, rows are not neighbours.
     pub gap: usize,
     /// Elements in memory before each tensor's first.
@@ -205,6 +209,8 @@ impl Default for Case {
             q_len: 100,
             kv_len: 100,
             head_dim: 64,
+            value_dim: None,
+            shared: false,
             gap: 0,
             offset: 0,
             k_bias: Bias::None,
@@ -239,9 +245,16 @@ impl Case {
             Sequences::Packed(q, k) => (last(q), last(k)),
             _ => (self.q_len, self.kv_len),
         };
-        let q = self.tensor(0, self.q_heads, q_rows, Bias::None, self.outlier);
-        let k = self.tensor(1, self.kv_heads, kv_rows, self.k_bias, self.outlier);
-        let v = self.tensor(2, self.kv_heads, kv_rows, self.v_bias, 0.0);
+        let packed = matches!(self.sequences, Sequences::Packed(..));
+        let batch = if packed { 1 } else { self.batch };
+        let kv_batch = if self.shared { 1 } else { batch };
+        let value_dim = self.value_dim.unwrap_or(self.head_dim);
+        let [q_shape, out_shape] = [self.head_dim, value_dim].map(|dim| [batch, self.q_heads, q_rows, dim]);
+        let [k_shape, v_shape] =
+            [self.head_dim, value_dim].map(|dim| [kv_batch, self.kv_heads, kv_rows, dim]);
+        let q = self.tensor(0, q_shape, Bias::None, self.outlier);
+        let k = self.tensor(1, k_shape, self.k_bias, self.outlier);
+        let v = self.tensor(2, v_shape, self.v_bias, 0.0);
         let mut rng = ChaCha8Rng::seed_from_u64(self.seed + 3);
         let mask = self.mask.map(|mask| self.explicit(&mask, &mut rng));
         let blocks = self.blocks.map(|CaseBlocks { block_q, block_k, kept }| {
@@ -254,7 +267,7 @@ impl Case {
             OwnedBlocks::new(visible, &shape, [block_q, block_k])
         });
         OwnedCall {
-            out: *q.geometry(),
+            out: self.geometry(out_shape),
             q,
             k,
             v,
@@ -285,10 +298,10 @@ impl Case {
         (0..self.batch).map(|b| (self.kv_len - missing(b)) as i32).collect()
     }
 
-    /// A tensor of so many heads and rows, from the seed so many after the case's.
-    fn tensor(&self, part: u64, heads: usize, rows: usize, bias: Bias, outlier: f32) -> Memory {
-        let (seed, dim, pitch) = (self.seed + part, self.head_dim, self.head_dim + self.gap);
-        let batch = if matches!(self.sequences, Sequences::Packed(..)) { 1 } else { self.batch };
+    /// A tensor `[batch, heads, rows, channels]` in the case's layout, from the seed so many after the case's.
+    fn tensor(&self, part: u64, shape: [usize; 4], bias: Bias, outlier: f32) -> Memory {
+        let [batch, heads, rows, dim] = shape;
+        let (seed, pitch) = (self.seed + part, dim + self.gap);
         let shift: Vec<f32> = match bias {
             Bias::None => vec![0.0; dim],
             Bias::Channels(factor) => normal(seed + 1000, dim).into_iter().map(|x| factor * x).collect(),
@@ -301,20 +314,20 @@ impl Case {
                 *to = if outlier != 0.0 && c == 1 { outlier * x } else { x } + shift[c];
             }
         }
-        Memory::new(memory, self.dtype, self.geometry(batch, heads, rows))
+        Memory::new(memory, self.dtype, self.geometry(shape))
     }
 
-    fn geometry(&self, batch: usize, heads: usize, rows: usize) -> Geometry {
-        let pitch = (self.head_dim + self.gap) as i64;
+    fn geometry(&self, [batch, heads, rows, dim]: [usize; 4]) -> Geometry {
+        let pitch = (dim + self.gap) as i64;
         let (head, row) = match self.layout {
             Layout::Hnd => (rows as i64 * pitch, pitch),
             Layout::Nhd => (pitch, heads as i64 * pitch),
         };
         let item = (heads * rows) as i64 * pitch;
         let (shape, strides) = match (&self.sequences, self.layout) {
-            (Sequences::Packed(..), _) => (vec![rows, heads, self.head_dim], vec![row, head, 1]),
-            (_, Layout::Hnd) => (vec![batch, heads, rows, self.head_dim], vec![item, head, row, 1]),
-            (_, Layout::Nhd) => (vec![batch, rows, heads, self.head_dim], vec![item, row, head, 1]),
+            (Sequences::Packed(..), _) => (vec![rows, heads, dim], vec![row, head, 1]),
+            (_, Layout::Hnd) => (vec![batch, heads, rows, dim], vec![item, head, row, 1]),
+            (_, Layout::Nhd) => (vec![batch, rows, heads, dim], vec![item, row, head, 1]),
         };
         Geometry::strided("tensor", &shape, &strides, self.offset as i64).unwrap()
     }

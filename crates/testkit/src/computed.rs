@@ -2,14 +2,14 @@
 
 use sage_core::metrics::Accuracy;
 use sage_core::oracle::Output;
-use sage_core::{Call, DType, Scheme};
+use sage_core::{DType, Scheme};
 
 /// What came out of a call, in the order of [`Output`], whatever the caller's layout.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Computed {
     /// The scheme that was computed.
     pub scheme: Scheme,
-    /// `[batch, num_q_heads, seq, head_dim]`.
+    /// `[batch, num_q_heads, seq, value_dim]`.
     pub shape: [usize; 4],
     /// The output, widened.
     pub out: Vec<f32>,
@@ -61,11 +61,6 @@ impl Tolerance {
             lse: factor * self.lse,
         }
     }
-}
-
-/// The `[batch, num_q_heads, seq, head_dim]` of a call's output.
-pub(crate) fn shape_of(call: &Call<'_>) -> [usize; 4] {
-    std::array::from_fn(|d| call.q.geometry().shape()[d])
 }
 
 impl Computed {

@@ -3,7 +3,6 @@
 use sage_core::{Accumulator, Call, DType, Fp4Format, Geometry, PLevels, Preset, Pv, Qk, Scheme};
 use sage_cpu::{Cpu, InstructionSet};
 
-use crate::computed::shape_of;
 use crate::{Computed, OwnedCall, Runner, Tolerance, poison};
 
 /// Full precision beside exact attention: single precision throughout. Measured worst over the tests of full precision:
@@ -92,7 +91,7 @@ pub fn run_on_cpu(cpu: &Cpu, call: &Call<'_>, out: Geometry, scheme: Option<Sche
     assert!(written, "a log-sum-exp was not written: {problem:?}");
     Computed {
         scheme: *plan.scheme(),
-        shape: shape_of(call),
+        shape: call.out_dimensions(),
         out: poison::elements(call, &out),
         lse,
         kernels: Vec::new(),

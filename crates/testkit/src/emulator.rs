@@ -9,7 +9,6 @@ use sage_kernels::pass::Launcher;
 use sage_kernels::{KEY_TILE, Lengths, Machine, TensorArg, Tiling};
 use sage_ptx::{Arg, BoxedTensor, Program, Target};
 
-use crate::computed::shape_of;
 use crate::{Computed, Memory, OwnedCall, OwnedMask, Runner, Tolerance, poison};
 
 /// Relative L1 errors against the oracle *of the same scheme*, which sums exactly. What remains is the rounding of the
@@ -150,7 +149,7 @@ impl Runner for Emulated {
         assert!(whole, "an element of the output was not written: {kernels:?}, {call:?}");
         Computed {
             scheme: *plan.scheme(),
-            shape: shape_of(&checked),
+            shape: checked.out_dimensions(),
             out: poison::elements(&checked, &out),
             lse: device.lse.map_or_else(Vec::new, |buffer| device.emulator.read(buffer)),
             kernels,

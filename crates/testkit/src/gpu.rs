@@ -10,7 +10,6 @@ use sage_core::{
 use sage_gpu::{Buffer, Cuda, CudaTensor, DeviceBytes, DeviceInputs, DeviceLse, DeviceMask, Stream, devices};
 use sage_kernels::forward::{ForwardPlan, Request};
 
-use crate::computed::shape_of;
 use crate::emulator::of_kernels;
 use crate::{Computed, Emulated, Memory, OwnedCall, OwnedMask, Prediction, Runner, Tolerance, poison, skip};
 
@@ -83,7 +82,7 @@ impl Runner for Cuda {
         assert!(!poison::is_left(&out), "an element of the output was not written: {call:?}");
         Computed {
             scheme: computed_scheme(self, &checked.problem, scheme).unwrap(),
-            shape: shape_of(&checked),
+            shape: checked.out_dimensions(),
             out: poison::elements(&checked, &out),
             lse: lse.map_or_else(Vec::new, |lse| lse.to_vec().unwrap()),
             kernels: Vec::new(),

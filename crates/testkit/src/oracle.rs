@@ -3,7 +3,6 @@
 use sage_core::oracle::{self, Output};
 use sage_core::{Call, DType, IntBits, Preset, Pv, Qk, Scheme};
 
-use crate::computed::shape_of;
 use crate::{Computed, OwnedCall, Runner, Tolerance};
 
 /// Computes a scheme as its definition says; of no scheme, full precision. It is compared with exact attention.
@@ -27,7 +26,7 @@ impl Runner for Oracle {
         let single = |x: &[f64]| x.iter().map(|&x| x as f32).collect();
         Computed {
             scheme,
-            shape: shape_of(&checked),
+            shape: checked.out_dimensions(),
             out: single(&output.out),
             lse: if call.lse { single(&output.lse) } else { Vec::new() },
             kernels: Vec::new(),

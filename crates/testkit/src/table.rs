@@ -23,18 +23,20 @@ pub fn table() -> Vec<Case> {
     cases.extend(schemes());
     cases.extend(block_masks());
     cases.extend(pooled_tails());
+    cases.extend(dimensions());
     for (number, case) in cases.iter_mut().enumerate() {
         case.seed = 8 * number as u64;
     }
     cases
 }
 
-/// Most cases of [`table`] that kernels for a target may refuse: those in f32, the schemes that no GPU computes, pooled
+/// Most cases of [`table`] that kernels for a target may refuse: those in f32, values of other channels than keys and more
+/// than 256 of them, the schemes that no GPU computes, pooled
 /// terms of packed sequences and of windows that hide the first keys, and the operands that older tensor cores lack: FP8
 /// before sm_89, products of bf16 before sm_80.
 #[cfg(feature = "emulator")]
 pub fn most_refused(target: sage_ptx::Target) -> usize {
-    if target.sm() >= 89 { 23 } else { 60 }
+    if target.sm() >= 89 { 45 } else { 83 }
 }
 
 fn of(q_len: usize, kv_len: usize, head_dim: usize) -> Case {
@@ -248,6 +250,64 @@ fn pooled_tails() -> Vec<Case> {
             band: TOP_LEFT,
             spoil: Some(f32::NAN),
             ..case
+        },
+    ]
+}
+
+/// Values of other channels than keys, heads of more than 256 channels, and one batch of keys and values for many of
+/// queries; in each, the schemes whose packing or sums depend on channels.
+fn dimensions() -> Vec<Case> {
+    let of = |head_dim: usize, value_dim| Case {
+        value_dim: Some(value_dim),
+        q_heads: 4,
+        kv_heads: 2,
+        k_bias: Bias::Channels(4.0),
+        ..of(70, 150, head_dim)
+    };
+    let with = |preset: Preset, case: Case| Case { scheme: Some(preset.scheme(case.head_dim)), ..case };
+    let fixed12 = Scheme { rotate: true, ..Preset::INT8.scheme(576) };
+    let smooth_v = Preset::SAGE2_INT8_FP8_F32_SMOOTH_V_PER_THREAD;
+    let blocks = |q, k, kept| Some(CaseBlocks::new(q, k).keeping(kept));
+    vec![
+        of(192, 128),
+        Case { batch: 2, layout: Layout::Nhd, gap: 8, band: CAUSAL, spoil: Some(f32::NAN), ..of(48, 32) },
+        Case { gap: 3, offset: 1, dtype: DType::BF16, ..of(31, 77) },
+        Case { q_len: 1, q_heads: 8, kv_heads: 1, kv_len: 300, ..of(576, 512) },
+        Case { q_len: 3, kv_len: 300, softcap: Some(20.0), ..of(24, 130) },
+        Case { k_bias: Bias::None, ..with(Preset::FULL, of(512, 512)) },
+        with(Preset::INT8, of(192, 128)),
+        with(Preset::INT8_PER_TOKEN, Case { band: CAUSAL, ..of(576, 512) }),
+        with(Preset::INT8_FP8, of(192, 128)),
+        with(Preset::SAGE2_INT8_FP16_PER_THREAD, Case { dtype: DType::BF16, ..of(576, 40) }),
+        with(smooth_v, Case { v_bias: Bias::Channels(1.0), ..of(40, 512) }),
+        with(Preset::SAGE3_NVFP4, of(512, 48)),
+        with(Preset::SAGE3_MXFP4, of(64, 288)),
+        Case { scheme: Some(fixed12), q_len: 20, ..of(576, 64) },
+        with(Preset::INT8, Case { mask: Some(CaseMask::bias(DType::F32, Extent::All)), ..of(64, 24) }),
+        Case { blocks: blocks(64, 64, 0.5), ..of(72, 192) },
+        Case { blocks: blocks(64, 64, 0.4), pooled_tail: true, ..of(128, 40) },
+        with(Preset::INT8, Case { blocks: blocks(32, 20, 0.4), pooled_tail: true, ..of(40, 128) }),
+        Case {
+            sequences: Sequences::Packed(vec![0, 30, 70], vec![0, 100, 150]),
+            spoil: Some(f32::NAN),
+            ..with(Preset::INT8_PER_TOKEN, of(80, 112))
+        },
+        Case { batch: 3, shared: true, value_dim: None, ..with(Preset::INT8, of(64, 64)) },
+        Case { batch: 3, shared: true, layout: Layout::Nhd, band: CAUSAL, ..of(96, 64) },
+        Case { batch: 2, shared: true, q_len: 1, value_dim: None, ..of(128, 128) },
+        Case {
+            batch: 3,
+            shared: true,
+            sequences: Sequences::Staggered,
+            spoil: Some(f32::NAN),
+            ..with(Preset::INT8_PER_TOKEN, of(64, 80))
+        },
+        Case {
+            batch: 2,
+            shared: true,
+            mask: Some(CaseMask::bool(Extent::All)),
+            value_dim: None,
+            ..with(Preset::SAGE2_INT8_FP8_PER_THREAD, of(64, 64))
         },
     ]
 }

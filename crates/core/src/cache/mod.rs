@@ -11,8 +11,8 @@ use std::fmt;
 
 use crate::call::{Omitted, canonical};
 use crate::{
-    BlockMask, Call, Error, Geometry, Inputs, Layout, Lengths, MAX_HEAD_DIM, MAX_HEADS, Operand, Options,
-    Result, TensorView,
+    BlockMask, Call, Error, Geometry, Inputs, Layout, Lengths, MAX_HEADS, Operand, Options, Result,
+    TensorView,
 };
 
 pub use tables::{BlockTables, PageCopy};
@@ -80,6 +80,9 @@ pub struct CacheLayout {
     pub values: ValueFormat,
 }
 
+/// Largest head dimension of a cache, whose keys and values have the same.
+pub const MAX_CACHED_HEAD_DIM: usize = 256;
+
 /// Most bytes of a page.
 const PAGE_BYTES_MAX: usize = 1 << 30;
 
@@ -92,8 +95,9 @@ impl CacheLayout {
         if !(1..=MAX_HEADS).contains(&self.num_kv_heads) {
             return Err(Error::value("num_kv_heads", self.num_kv_heads, format!("1 to {MAX_HEADS}")));
         }
-        if !(1..=MAX_HEAD_DIM).contains(&self.head_dim) {
-            return Err(Error::value("head_dim", self.head_dim, format!("1 to {MAX_HEAD_DIM}")));
+        if !(1..=MAX_CACHED_HEAD_DIM).contains(&self.head_dim) {
+            let wanted = format!("1 to {MAX_CACHED_HEAD_DIM} in a KV cache");
+            return Err(Error::value("head_dim", self.head_dim, wanted));
         }
         if !self.page_size.is_power_of_two() || !(16..=1024).contains(&self.page_size) {
             return Err(Error::value("page_size", self.page_size, "a power of two from 16 to 1024"));

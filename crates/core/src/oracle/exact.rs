@@ -269,6 +269,42 @@ mod tests {
     }
 
     #[test]
+    fn channels_of_values_are_computed_each_by_itself() {
+        let sizes = Sizes { batch: 2, num_q_heads: 4, num_kv_heads: 2, q_len: 3, kv_len: 5, head_dim: 8 };
+        let wide = Sample::normal(1, sizes).value_dim(9, 20);
+        let options = Options { band: Band::causal(Alignment::BottomRight), ..Options::default() };
+        let output = exact(&wide.call(&options));
+        // Of the first 8 channels: values of as many channels as keys.
+        let first = |row: &[f32]| row[..8].to_vec();
+        let v: Vec<f32> = wide.v.to_f32_vec().chunks(20).flat_map(first).collect();
+        let square =
+            Sample { v: Tensor::new(v, &[2, 2, 5, 8]).unwrap(), q: wide.q.clone(), k: wide.k.clone() };
+        let expected = exact(&square.call(&options));
+        assert_eq!((output.out.len(), &output.lse), (2 * 4 * 3 * 20, &expected.lse));
+        for (row, expected) in output.out.chunks(20).zip(expected.out.chunks(8)) {
+            assert_eq!(&row[..8], expected);
+        }
+    }
+
+    #[test]
+    fn one_batch_of_keys_is_for_every_batch_of_queries() {
+        let sizes = Sizes { batch: 3, num_q_heads: 4, num_kv_heads: 2, q_len: 3, kv_len: 5, head_dim: 8 };
+        let sample = Sample::normal(1, sizes);
+        let one = |tensor: &Tensor| Tensor::new(tensor.to_f32_vec()[..80].to_vec(), &[1, 2, 5, 8]).unwrap();
+        let three = |tensor: &Tensor| Tensor::new(tensor.to_f32_vec().repeat(3), &[3, 2, 5, 8]).unwrap();
+        let (k, v) = (one(&sample.k), one(&sample.v));
+        let (k_of_each, v_of_each) = (three(&k), three(&v));
+        let kv_lens = [5, 2, 0];
+        let output = |k: &Tensor, v: &Tensor| {
+            let inputs = Inputs::new(sample.q.view(), k.view(), v.view()).lengths(Lengths::KvLens(&kv_lens));
+            exact(&Call::check(&inputs, &Options::default()).unwrap())
+        };
+        let expected = output(&k_of_each, &v_of_each);
+        assert_eq!(output(&k, &v), expected);
+        assert_eq!(output(&k, &v_of_each), expected);
+    }
+
+    #[test]
     fn packed_sequences_do_not_see_each_other() {
         let head_dim = 4;
         let parts = [

@@ -19,7 +19,7 @@ pub fn fixed12_scale(a: f32) -> f32 {
 pub struct Fixed12Blocks {
     /// Integers in −4095..=4095.
     pub values: Matrix<i16>,
-    /// `value ≈ scale · integer`, `[⌈kv_len / block⌉, head_dim]`. 0 for a block and channel of zeros, NaN for one
+    /// `value ≈ scale · integer`, `[⌈kv_len / block⌉, value_dim]`. 0 for a block and channel of zeros, NaN for one
     /// that holds a non-finite value.
     pub scales: Matrix<f32>,
     /// Keys of a block.

@@ -33,7 +33,7 @@ pub(crate) use matrix::dot;
 pub use matrix::{Matrix, absmax};
 pub use output::Output;
 pub use probabilities::{Weights, quantize_p, quantize_p_by_tiles, quantize_p_per_token};
-pub use rotation::{HADAMARD_LARGE, hadamard};
+pub use rotation::{hadamard, hadamard_large};
 pub use scheme::{scheme, scheme_by_tiles};
 pub use smoothing::{block_means, key_mean, mean, mean_of_counted, subtract, subtract_block_means};
 pub use values::{Int8Channels, quantize_v};

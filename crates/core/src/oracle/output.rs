@@ -5,7 +5,7 @@ use crate::Call;
 /// Attention's result in double precision.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Output {
-    /// Row-major `[batch, num_q_heads, seq, head_dim]`, whatever the caller's layout; batch is 1 when packed.
+    /// Row-major `[batch, num_q_heads, seq, value_dim]`, whatever the caller's layout; batch is 1 when packed.
     pub out: Vec<f64>,
     /// Log-sum-exp (natural logarithm) of each row's visible scores, in the order of [`Call::lse_index`].
     pub lse: Vec<f64>,
@@ -14,14 +14,14 @@ pub struct Output {
 impl Output {
     /// The result of a call in which no query sees a key: zeros, and log-sum-exps of −∞.
     pub(crate) fn without_keys(call: &Call<'_>) -> Self {
-        let elements = call.q.geometry().len();
-        Output { out: vec![0.0; elements], lse: vec![f64::NEG_INFINITY; elements / call.problem.head_dim] }
+        let rows = call.lse_rows();
+        Output { out: vec![0.0; rows * call.problem.value_dim], lse: vec![f64::NEG_INFINITY; rows] }
     }
 
     /// The output and log-sum-exp of the row whose log-sum-exp has index `row`.
     pub(crate) fn row(&self, row: usize) -> (&[f64], f64) {
-        let head_dim = self.out.len() / self.lse.len();
-        (&self.out[row * head_dim..(row + 1) * head_dim], self.lse[row])
+        let value_dim = self.out.len() / self.lse.len();
+        (&self.out[row * value_dim..(row + 1) * value_dim], self.lse[row])
     }
 
     /// Sets the row whose log-sum-exp has index `row`.

@@ -2,14 +2,17 @@
 
 use super::{Matrix, absmax};
 
-/// Largest magnitude above which a row is multiplied by `1/√size` before the sums and not after: they might overflow.
-pub const HADAMARD_LARGE: f32 = f32::MAX / 512.0;
+/// Largest magnitude above which a row of `size` channels, a power of two, is multiplied by `1/√size` before the sums
+/// and not after: they might overflow.
+pub fn hadamard_large(size: usize) -> f32 {
+    f32::MAX / (2 * size).max(512) as f32
+}
 
 /// Each row, padded with zeros to the next power of two, times the orthonormal Walsh–Hadamard matrix of that size.
 ///
 /// The matrix is its own inverse and keeps inner products: `⟨Hq, Hk⟩ = ⟨q, k⟩`. An outlier channel is spread over
 /// all channels, so that fewer levels are lost to it. Single precision: butterflies of sums and differences with
-/// strides 1, 2, 4 …, then one product with `1/√size` (first, in rows of magnitudes above [`HADAMARD_LARGE`]).
+/// strides 1, 2, 4 …, then one product with `1/√size` (first, in rows of magnitudes above [`hadamard_large`]).
 pub fn hadamard(rows: &Matrix<f32>) -> Matrix<f32> {
     let size = rows.width().next_power_of_two();
     let normalise = 1.0 / (size as f32).sqrt();
@@ -18,7 +21,7 @@ pub fn hadamard(rows: &Matrix<f32>) -> Matrix<f32> {
         .map(|row| {
             let mut row = row.to_vec();
             row.resize(size, 0.0);
-            let large = absmax(row.iter().copied()) > HADAMARD_LARGE;
+            let large = absmax(row.iter().copied()) > hadamard_large(size);
             let (before, after) = if large { (normalise, 1.0) } else { (1.0, normalise) };
             row.iter_mut().for_each(|x| *x *= before);
             walsh_hadamard(&mut row);
@@ -59,6 +62,16 @@ mod tests {
     }
 
     #[test]
+    fn a_row_of_the_largest_magnitude_that_is_not_large_does_not_overflow() {
+        for size in [2, 256, 512, 1024] {
+            let rotated = hadamard(&Matrix::from_fn(1, size, |_, _| hadamard_large(size)));
+            let wanted = hadamard_large(size) * (size as f32).sqrt();
+            assert!((rotated.row(0)[0] / wanted - 1.0).abs() < 1e-6, "{size}: {}", rotated.row(0)[0]);
+            assert!(rotated.row(0)[1..].iter().all(|&x| x == 0.0), "{size}");
+        }
+    }
+
+    #[test]
     fn two_channels_worked_out_by_hand() {
         let half = 0.5f32.sqrt();
         assert_eq!(hadamard(&matrix(2, &[3.0, 1.0])).row(0), [4.0 * half, 2.0 * half]);
@@ -66,7 +79,7 @@ mod tests {
 
     #[test]
     fn the_matrix_is_orthonormal() {
-        for size in [1, 2, 64, 128, 256] {
+        for size in [1, 2, 64, 128, 256, 1024] {
             let identity = Matrix::from_fn(size, size, |i, c| if i == c { 1.0 } else { 0.0 });
             let rotation = hadamard(&identity);
             for i in 0..size {

@@ -75,6 +75,13 @@ impl Sample {
         }
     }
 
+    /// The same with values of so many channels.
+    pub fn value_dim(self, seed: u64, value_dim: usize) -> Self {
+        let mut shape = self.v.shape().to_vec();
+        shape[3] = value_dim;
+        Sample { v: Tensor::new(normal(seed, shape.iter().product()), &shape).unwrap(), ..self }
+    }
+
     /// The same, rounded.
     pub fn to_dtype(&self, dtype: DType) -> Self {
         Sample { q: self.q.to_dtype(dtype), k: self.k.to_dtype(dtype), v: self.v.to_dtype(dtype) }

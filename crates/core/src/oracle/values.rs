@@ -5,7 +5,7 @@ use half::{bf16, f16};
 use super::{Fixed12Blocks, Fp4Rows, Fp8Channels, Matrix, SeenKeys, absmax};
 use crate::Pv;
 
-/// The real numbers that V's quantised form stands for, `[kv_len, head_dim]`.
+/// The real numbers that V's quantised form stands for, `[kv_len, value_dim]`.
 ///
 /// Keys are counted from the start of their sequence: that is where blocks and groups of 16 begin. Rows that no query
 /// sees are zeros.

@@ -29,6 +29,6 @@ pub use padded::PaddedBlocks;
 pub use per_head::PerHead;
 pub use pooled::{PooledBlocks, mean_of_blocks};
 pub use pooled_tail::{pooled_tail, with_pooled_tail};
-pub use predictor::Predictor;
+pub use predictor::{Predictor, stand_in_values};
 pub use pv_filter::{Filtered, PvFilter, filtered};
 pub use select::Select;

@@ -9,7 +9,7 @@ use super::{BlockMap, PaddedBlocks, PerHead, PooledBlocks, Select, mean_of_block
 use crate::call::Omitted;
 use crate::oracle::Matrix;
 use crate::problem::default_sm_scale;
-use crate::{Call, DType, Error, Inputs, Options, Problem, Result, TensorView};
+use crate::{Call, DType, Error, Inputs, MAX_VALUE_DIM, Options, Problem, Result, Strided, TensorView};
 
 /// A predictor of block maps: it scores pairs of blocks by their means, and lets each block of queries choose.
 ///
@@ -76,6 +76,18 @@ pub struct Predictor {
     pub q_padding: Option<PaddedBlocks>,
     /// Which keys count, where blocks are padded.
     pub k_padding: Option<PaddedBlocks>,
+}
+
+/// What passes the checks as values of these keys where values have no part, as in a prediction: the first channels of
+/// each.
+pub fn stand_in_values<T: Strided>(k: T) -> T {
+    let geometry = k.geometry();
+    match geometry.shape() {
+        &[.., channels] => {
+            k.with_geometry(geometry.narrowed(geometry.rank() - 1, 0..channels.min(MAX_VALUE_DIM)))
+        }
+        [] => k,
+    }
 }
 
 impl Predictor {
@@ -170,9 +182,9 @@ impl Predictor {
     /// # Errors
     /// Names the tensor or option that is wrong, the value found and the value wanted.
     pub fn predict(&self, q: TensorView<'_>, k: TensorView<'_>, options: &Options) -> Result<BlockMap> {
-        // Values have no part in a prediction, and any that fit the keys pass the checks. The map has blocks of all
-        // keys, also of those that nothing sees.
-        let call = Call::check_keys(&Inputs::new(q, k, k), options, Omitted::None)?;
+        // The map has blocks of all keys, also of those that nothing sees.
+        let inputs = Inputs::new(q, k, stand_in_values(k));
+        let call = Call::check_keys(&inputs, options, Omitted::None)?;
         self.check(&call.problem, call.problem.kv_len)?;
         self.map(&call)
     }

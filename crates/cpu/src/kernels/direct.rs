@@ -33,8 +33,8 @@ pub(crate) struct DirectValues<'a, E> {
     pub keys: usize,
     /// What the queries see of each key, or empty. Keys that no query sees are not read.
     pub seen: &'a [Seen],
-    pub head_dim: usize,
-    /// Rows of `head_dim` numbers.
+    pub value_dim: usize,
+    /// Rows of `value_dim` numbers.
     pub out: &'a mut [f32],
     pub state: &'a RowState,
 }
@@ -87,17 +87,17 @@ const SUMS: usize = 4;
 
 /// Asks for the line that lies [`PREFETCH_BYTES`] further on among rows that are `stride` apart, once for each line.
 #[inline(always)]
-unsafe fn prefetch<I: Isa, E: Load>(rows: &[E], row: usize, d: usize, head_dim: usize, stride: usize) {
+unsafe fn prefetch<I: Isa, E: Load>(rows: &[E], row: usize, d: usize, channels: usize, stride: usize) {
     if (d * size_of::<E>()).is_multiple_of(LINE_BYTES) {
-        let ahead = (PREFETCH_BYTES / (head_dim * size_of::<E>())).max(1);
+        let ahead = (PREFETCH_BYTES / (channels * size_of::<E>())).max(1);
         // SAFETY: any address will do; the caller vouches for the instruction set.
         unsafe { I::prefetch(rows.as_ptr().wrapping_add((row + ahead) * stride + d)) }
     }
 }
 
 #[inline(always)]
-fn check_direct(keys: usize, stride: usize, head_dim: usize, len: usize) {
-    assert!(keys <= TILE_KEYS && (keys == 0 || len >= (keys - 1) * stride + head_dim));
+fn check_direct(keys: usize, stride: usize, channels: usize, len: usize) {
+    assert!(keys <= TILE_KEYS && (keys == 0 || len >= (keys - 1) * stride + channels));
 }
 
 #[inline(always)]
@@ -141,12 +141,12 @@ pub(super) unsafe fn direct_scores<I: Isa, E: Load>(args: &mut DirectScores<'_, 
 
 #[inline(always)]
 pub(super) unsafe fn direct_values<I: Isa, E: Load>(args: &mut DirectValues<'_, E>) {
-    let DirectValues { p, rows, v, stride, keys, seen, head_dim, ref mut out, state } = *args;
-    check_direct(keys, stride, head_dim, v.len());
-    assert!(p.len() >= rows * TILE_KEYS && out.len() >= rows * head_dim);
+    let DirectValues { p, rows, v, stride, keys, seen, value_dim, ref mut out, state } = *args;
+    check_direct(keys, stride, value_dim, v.len());
+    assert!(p.len() >= rows * TILE_KEYS && out.len() >= rows * value_dim);
     assert!(state.alpha.len() >= rows && state.beta.len() >= rows);
-    let vectors = head_dim / I::LANES * I::LANES;
-    for (out, alpha) in out.chunks_exact_mut(head_dim).zip(&state.alpha).take(rows) {
+    let vectors = value_dim / I::LANES * I::LANES;
+    for (out, alpha) in out.chunks_exact_mut(value_dim).zip(&state.alpha).take(rows) {
         out.iter_mut().for_each(|x| *x *= alpha);
     }
     for key in 0..keys {
@@ -157,15 +157,15 @@ pub(super) unsafe fn direct_values<I: Isa, E: Load>(args: &mut DirectValues<'_, 
             let weight = state.beta[row] * p[row * TILE_KEYS + key];
             // SAFETY: the assertions bound every index; the caller vouches for the instruction set.
             unsafe {
-                let out = out.as_mut_ptr().add(row * head_dim);
+                let out = out.as_mut_ptr().add(row * value_dim);
                 let v_row = v.as_ptr().add(key * stride);
                 let weights = I::splat(weight);
                 for d in (0..vectors).step_by(I::LANES) {
-                    prefetch::<I, E>(v, key, d, head_dim, stride);
+                    prefetch::<I, E>(v, key, d, value_dim, stride);
                     let out = out.add(d);
                     I::store(out, I::fma(weights, E::vector::<I>(v_row.add(d)), I::load(out)));
                 }
-                for d in vectors..head_dim {
+                for d in vectors..value_dim {
                     *out.add(d) += weight * (*v_row.add(d)).to_f32();
                 }
             }

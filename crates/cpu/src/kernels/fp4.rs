@@ -8,8 +8,8 @@
 //! The first operand's codes must not be negative, for the sake of `vpdpbusd` and `vpmaddubsw`: those of Q are offset by
 //! 12, which the start values of K take back.
 
-use sage_core::Fp4Format;
 use sage_core::oracle::E2M1_MAX;
+use sage_core::{Fp4Format, MAX_VALUE_DIM};
 
 use super::narrow::{INFINITY, e2m1, e4m3};
 use super::pack::magnitude_bits;
@@ -159,12 +159,12 @@ pub(super) fn pack_values(
     panels: &mut [u32],
     panel_words: usize,
 ) {
-    let head_dim = scales.len();
-    let channels = || (0..head_dim).step_by(width).map(|first| first..head_dim.min(first + width));
-    let mut codes = [[0u32; 256]; 4];
-    for (i, quad) in rows.chunks(4 * head_dim).enumerate() {
-        codes[quad.len() / head_dim..].iter_mut().for_each(|codes| codes.fill(0));
-        for (codes, row) in codes.iter_mut().zip(quad.chunks_exact(head_dim)) {
+    let value_dim = scales.len();
+    let channels = || (0..value_dim).step_by(width).map(|first| first..value_dim.min(first + width));
+    let mut codes = [[0u32; MAX_VALUE_DIM]; 4];
+    for (i, quad) in rows.chunks(4 * value_dim).enumerate() {
+        codes[quad.len() / value_dim..].iter_mut().for_each(|codes| codes.fill(0));
+        for (codes, row) in codes.iter_mut().zip(quad.chunks_exact(value_dim)) {
             codes.iter_mut().zip(row).zip(inverses).for_each(|((to, x), inverse)| *to = code(x * inverse));
         }
         let [a, b, c, d] = &codes;

@@ -4,12 +4,12 @@ mod fp4_values;
 mod rounded;
 mod values;
 
-use sage_core::oracle::HADAMARD_LARGE;
+use sage_core::oracle::hadamard_large;
 use sage_core::{IntQuantizer, Rounding};
 
 use super::fp4;
 use crate::seen::Seen;
-use crate::tile::{PvForm, QkForm, TILE_KEYS, TileLayout};
+use crate::tile::{MAX_QK_DIM, PvForm, QkForm, TILE_KEYS, TileLayout};
 use fp4_values::fp4_values;
 use rounded::round_values;
 
@@ -29,7 +29,7 @@ pub(crate) struct PackTile<'a> {
     pub k: &'a mut [f32],
     /// Bits of the largest magnitude of each group of keys in the sequence, where groups are no parts of tiles.
     pub k_max: &'a [u32],
-    /// Rows of `head_dim` numbers, smoothed; those of padding are saturated here.
+    /// Rows of `value_dim` numbers, smoothed; those of padding are saturated here.
     pub v: &'a mut [f32],
     /// The largest magnitude of each of V's channels in the sequence, where their scales are of all of it.
     pub v_max: &'a [f32],
@@ -86,9 +86,9 @@ pub(super) fn pack_tile(args: &mut PackTile<'_>) {
             int_keys(&layout, &quantizer, of, k_rows, k, k_scale);
         }
     }
-    let v_rows = &mut args.v[..args.keys * layout.head_dim];
+    let v_rows = &mut args.v[..args.keys * layout.value_dim];
     if let PvForm::Rounded(to) = layout.pv {
-        round_values(to, layout.head_dim, args.v_max, v_rows);
+        round_values(to, layout.value_dim, args.v_max, v_rows);
     }
     match layout.pv {
         PvForm::Float | PvForm::Rounded(_) => v_scale[0] = float_values(&layout, v_rows, v).to_bits(),
@@ -140,7 +140,7 @@ fn int_keys(
     }
     let rows = &*rows;
     let levels = quantizer.bits.max() as f32;
-    let mut ints = [0; 256];
+    let mut ints = [0; MAX_QK_DIM];
     let ints = &mut ints[..layout.qk_dim];
     for (j, row) in rows.chunks_exact(layout.qk_dim).enumerate() {
         let max = f32::from_bits(group_max[quantizer.k_group(first + j) - first_group].max);
@@ -202,7 +202,7 @@ pub(super) fn pack_queries(args: &mut PackQueries<'_>) {
     let (before, after) =
         if quantizer.scale_q_first { (args.score_scale, 1.0) } else { (1.0, args.score_scale) };
     let levels = quantizer.bits.max() as f32;
-    let mut ints = [0; 256];
+    let mut ints = [0; MAX_QK_DIM];
     let ints = &mut ints[..layout.qk_dim];
     for (i, row) in rows.chunks_exact_mut(layout.qk_dim).enumerate() {
         let max = f32::from_bits(args.group_max[quantizer.q_group(args.first + i) - args.first_group]);
@@ -270,7 +270,7 @@ fn nearest_even(x: f32) -> i32 {
 pub(crate) fn hadamard(row: &mut [f32]) {
     let norm = 1.0 / (row.len() as f32).sqrt();
     // The product with it comes last, but where the sums would overflow before.
-    let large = absmax_bits(row) > HADAMARD_LARGE.to_bits();
+    let large = absmax_bits(row) > hadamard_large(row.len()).to_bits();
     if large {
         row.iter_mut().for_each(|x| *x *= norm);
     }

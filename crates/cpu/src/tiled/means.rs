@@ -89,7 +89,6 @@ impl<E: Load> Attention<'_, '_, E> {
     where
         Self: 's,
     {
-        let head_dim = self.call.problem.head_dim;
         let parts = parts(units, |unit| smooth.rows(unit.counted()));
         let sum = |(unit, part): &(usize, Range<usize>)| {
             let unit = &units[*unit];
@@ -97,7 +96,7 @@ impl<E: Load> Attention<'_, '_, E> {
             sum_rows(&rows_of(unit), part.clone().map(|index| unit.counted_key(smooth.row(index, counted))))
         };
         let sums: Vec<Vec<f64>> = parts.par_iter().map(sum).collect();
-        let mut totals = vec![vec![0f64; head_dim]; units.len()];
+        let mut totals: Vec<Vec<f64>> = units.iter().map(|unit| vec![0.0; rows_of(unit).row_len()]).collect();
         for ((unit, _), sum) in parts.iter().zip(&sums) {
             totals[*unit].iter_mut().zip(sum).for_each(|(total, sum)| *total += sum);
         }
@@ -168,7 +167,7 @@ impl<E: Load> Attention<'_, '_, E> {
         };
         let parts = parts(units, |unit| unit.counted());
         let maxima: Vec<Vec<u32>> = parts.par_iter().map(part_maxima).collect();
-        let mut all = vec![vec![0u32; self.call.problem.head_dim]; units.len()];
+        let mut all = vec![vec![0u32; self.call.problem.value_dim]; units.len()];
         for ((unit, _), maxima) in parts.iter().zip(&maxima) {
             all[*unit].iter_mut().zip(maxima).for_each(|(all, max)| *all = (*max).max(*all));
         }
@@ -193,9 +192,8 @@ impl<E: Load> Attention<'_, '_, E> {
 
     /// Bits of the largest magnitude of each channel of V − v̄ in some rows.
     fn maxima(&self, unit: &Unit<'_>, head: &Head, rows: impl Iterator<Item = usize>) -> Vec<u32> {
-        let head_dim = self.call.problem.head_dim;
         let values = self.values(&unit.sequence, unit.kv_head);
-        let (mut max, mut wide) = (vec![0u32; head_dim], vec![0f32; head_dim]);
+        let (mut max, mut wide) = (vec![0u32; values.row_len()], vec![0f32; values.row_len()]);
         for j in rows {
             E::widen(values.row(j), &mut wide);
             wide.iter_mut().zip(&head.v_mean).for_each(|(x, mean)| *x -= mean);

@@ -46,12 +46,12 @@ struct Sums {
 }
 
 impl Sums {
-    fn reset(&mut self, head_dim: usize) {
+    fn reset(&mut self, head_dim: usize, value_dim: usize) {
         self.keys = 0..0;
-        resized(&mut self.wide, head_dim);
-        for sums in [&mut self.k, &mut self.v] {
+        resized(&mut self.wide, head_dim.max(value_dim));
+        for (sums, channels) in [(&mut self.k, head_dim), (&mut self.v, value_dim)] {
             sums.clear();
-            sums.resize(head_dim, 0.0);
+            sums.resize(channels, 0.0);
         }
     }
 
@@ -78,8 +78,8 @@ impl<E: Load> Attention<'_, '_, E> {
     /// The tiles of pooled keys; none where blocks that are left out count for nothing.
     pub(super) fn tail_layout(&self) -> Option<TileLayout> {
         let shape = (self.kernels.width, self.kernels.word);
-        let head_dim = self.call.problem.head_dim;
-        let layout = || TileLayout::new(shape, head_dim, QkForm::Float, PvForm::Float, false, SmoothQ::Off);
+        let dims = [self.call.problem.head_dim, self.call.problem.value_dim];
+        let layout = || TileLayout::new(shape, dims, QkForm::Float, PvForm::Float, false, SmoothQ::Off);
         self.block_k().map(|_| layout())
     }
 
@@ -129,12 +129,13 @@ impl<E: Load> Attention<'_, '_, E> {
         TailScratch { k, v, sums, .. }: &mut TailScratch,
         words: &mut [u32],
     ) {
-        let (keys, dim) = (groups.len(), layout.head_dim);
-        let (k, v) = (resized(k, keys * dim), resized(v, keys * dim));
+        let (keys, TileLayout { head_dim, value_dim, .. }) = (groups.len(), *layout);
+        let (k, v) = (resized(k, keys * head_dim), resized(v, keys * value_dim));
         let (k_rows, v_rows) =
             (self.keys(&unit.sequence, unit.kv_head), self.values(&unit.sequence, unit.kv_head));
-        sums.reset(dim);
-        for ((group, k), v) in groups.zip(k.chunks_exact_mut(dim)).zip(v.chunks_exact_mut(dim)) {
+        sums.reset(head_dim, value_dim);
+        let rows = k.chunks_exact_mut(head_dim).zip(v.chunks_exact_mut(value_dim));
+        for (group, (k, v)) in groups.zip(rows) {
             let hidden = |seen: &[Seen]| seen.contains(&Seen::Hidden);
             if unit.seen.is_some_and(|seen| hidden(seen.range(group.clone()))) {
                 // No row sees the whole block, and what none sees may be anything.

@@ -62,6 +62,9 @@ pub struct PredictCall {
     pub padded_keys: bool,
 }
 
+/// Most channels of a head that the kernels pool.
+const MAX_HEAD_DIM: usize = 256;
+
 /// Most bytes of scores at once: the rows of a longer map are chosen in several turns.
 const SCORE_BYTES: usize = 256 << 20;
 
@@ -118,11 +121,15 @@ impl PredictCall {
     }
 
     fn planned(&self, predictor: &Predictor) -> Result<Planned> {
-        let Problem { dtype, q_len, kv_len, .. } = self.problem;
+        let Problem { dtype, q_len, kv_len, head_dim, .. } = self.problem;
         for (name, block) in [("block_q", predictor.block_q), ("block_k", predictor.block_k)] {
             if block == 0 {
                 return Err(Error::value(name, block, "at least 1"));
             }
+        }
+        if head_dim > MAX_HEAD_DIM {
+            let wanted = format!("1 to {MAX_HEAD_DIM} for predictions on a GPU");
+            return Err(Error::value("head_dim", head_dim, wanted));
         }
         if dtype == DType::F32 {
             return Err(Error::unsupported("a prediction from f32 on a GPU", "use f16 or bf16"));

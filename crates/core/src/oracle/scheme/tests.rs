@@ -78,10 +78,10 @@ proptest! {
         logit_softcap in prop::option::of(0.5f32..30.0),
         masked in any::<bool>(),
         (q_len, kv_len) in (1usize..20, 1usize..20),
-        head_dim in 1usize..20,
+        (head_dim, value_dim) in (1usize..20, 1usize..20),
     ) {
         let sizes = Sizes { batch: 2, num_q_heads: 4, num_kv_heads: 2, q_len, kv_len, head_dim };
-        let sample = Sample::normal_with_k_bias(seed, sizes, 2.0);
+        let sample = Sample::normal_with_k_bias(seed, sizes, 2.0).value_dim(seed + 7, value_dim);
         let bias: Vec<f32> = (0..kv_len).map(|j| if j % 5 == 3 { f32::NEG_INFINITY } else { j as f32 / 4.0 }).collect();
         let mask = View::contiguous("mask", &bias, &[kv_len]).unwrap();
         let kv_lens = [kv_len as i32, kv_len as i32 / 2];
@@ -107,12 +107,12 @@ proptest! {
         at in 0..Preset::ALL.len(),
         seed in 0u64..1000,
         (q_len, kv_len) in (1usize..150, 0usize..150),
-        head_dim in prop_oneof![Just(1usize), Just(24), Just(80)],
+        (head_dim, value_dim) in prop_oneof![Just((1usize, 1usize)), Just((24, 40)), Just((80, 80)), Just((576, 33))],
         causal in any::<bool>(),
         logit_softcap in prop::option::of(Just(5.0f32)),
     ) {
         let sizes = Sizes { batch: 1, num_q_heads: 2, num_kv_heads: 1, q_len, kv_len, head_dim };
-        let sample = Sample::normal_with_k_bias(seed, sizes, 4.0);
+        let sample = Sample::normal_with_k_bias(seed, sizes, 4.0).value_dim(seed + 7, value_dim);
         let band = if causal { Band::causal(Alignment::BottomRight) } else { Band::FULL };
         let call = sample.call(&Options { band, logit_softcap, ..Options::default() });
         let (expected, actual) = (exact(&call), scheme(&call, &Preset::ALL[at].scheme(head_dim)));

@@ -62,11 +62,11 @@ fn scores_are_products_with_keys_of_every_element_type() {
 #[test]
 fn outputs_are_rescaled_products_with_values_of_every_element_type() {
     fn check<E: Load>() {
-        for ((set, kernels), (rows, keys, head_dim, gap)) in each_size() {
-            let stride = head_dim + gap;
-            let v: Vec<E> = memory(keys, head_dim, stride);
+        for ((set, kernels), (rows, keys, value_dim, gap)) in each_size() {
+            let stride = value_dim + gap;
+            let v: Vec<E> = memory(keys, value_dim, stride);
             let p = normal(3, rows * TILE_KEYS);
-            let before = normal(4, rows * head_dim);
+            let before = normal(4, rows * value_dim);
             let (mut out, state) = (before.clone(), factors(rows));
             let args = DirectValues {
                 p: &p,
@@ -75,13 +75,13 @@ fn outputs_are_rescaled_products_with_values_of_every_element_type() {
                 stride,
                 keys,
                 seen: &[],
-                head_dim,
+                value_dim,
                 out: &mut out,
                 state: &state,
             };
             E::values(kernels, args);
             for (n, &x) in out.iter().enumerate() {
-                let (row, d) = (n / head_dim, n % head_dim);
+                let (row, d) = (n / value_dim, n % value_dim);
                 let beta = f64::from(state.beta[row]);
                 let term = |key: usize| {
                     beta * f64::from(p[row * TILE_KEYS + key]) * f64::from(v[key * stride + d].to_f32())

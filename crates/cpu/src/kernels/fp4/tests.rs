@@ -51,26 +51,28 @@ fn same(found: f64, wanted: f64) -> bool {
 fn packed_operands_are_the_oracles() {
     for (set, kernels) in tables() {
         for format in FORMATS {
-            for (keys, head_dim, size) in [
-                (1, 1, 1.0),
-                (128, 64, 20.0),
-                (77, 40, 1e-3),
-                (100, 6, 1e-39),
-                (127, 33, 3e37),
-                (60, 100, 1e4),
+            for (keys, [head_dim, value_dim], size) in [
+                (1, [1, 1], 1.0),
+                (128, [64, 64], 20.0),
+                (77, [40, 24], 1e-3),
+                (100, [6, 6], 1e-39),
+                (127, [33, 70], 3e37),
+                (60, [100, 100], 1e4),
+                (20, [576, 512], 1.0),
             ] {
                 let what = format!("{set}, {format:?}, {keys} keys of {head_dim} times {size:e}");
-                let draw = |seed: u64| -> Vec<f32> {
-                    let mut x: Vec<f32> = normal(seed, keys * head_dim).iter().map(|x| x * size).collect();
-                    x[keys / 2 * head_dim] = f32::NAN;
+                let draw = |seed: u64, dim: usize| -> Vec<f32> {
+                    let mut x: Vec<f32> = normal(seed, keys * dim).iter().map(|x| x * size).collect();
+                    x[keys / 2 * dim] = f32::NAN;
                     x
                 };
-                let (k, v) = (draw(1), draw(2));
-                let matrix = |x: &[f32]| Matrix::from_fn(keys, head_dim, |i, c| x[i * head_dim + c]);
+                let (k, v) = (draw(1, head_dim), draw(2, value_dim));
+                let matrix =
+                    |x: &[f32]| Matrix::from_fn(keys, x.len() / keys, |i, c| x[i * (x.len() / keys) + c]);
                 let form = PvForm::Fp4(format, PLevels::One);
                 let layout = TileLayout::new(
                     (kernels.width, kernels.word),
-                    head_dim,
+                    [head_dim, value_dim],
                     QkForm::Fp4(format),
                     form,
                     false,

@@ -53,15 +53,21 @@ fn nearly_equal(actual: &[i32], expected: &[i32], what: &str) {
 fn packed_keys_and_values_are_the_oracles_in_every_word_layout() {
     for (set, kernels) in tables() {
         for (word, width) in WORDS.into_iter().zip([16, 32, 16]).chain([(kernels.word, kernels.width)]) {
-            for (keys, head_dim, rotate) in
-                [(1, 1, false), (128, 64, false), (77, 40, true), (100, 6, false), (127, 33, false)]
-            {
+            for (keys, [head_dim, value_dim], rotate) in [
+                (1, [1, 1], false),
+                (128, [64, 64], false),
+                (77, [40, 24], true),
+                (100, [6, 130], false),
+                (127, [33, 33], false),
+                (40, [576, 512], true),
+            ] {
                 for (n, quantizer) in quantizers().into_iter().enumerate() {
                     let (qk, pv) = (QkForm::Int(quantizer), [PvForm::Fixed12, PvForm::Float][n % 2]);
-                    let layout = TileLayout::new((width, word), head_dim, qk, pv, rotate, SmoothQ::Off);
+                    let layout =
+                        TileLayout::new((width, word), [head_dim, value_dim], qk, pv, rotate, SmoothQ::Off);
                     let what =
                         format!("{set}, {word:?} of {width}, {keys} keys of {head_dim}, {quantizer:?}");
-                    let (k, v) = (normal(1, keys * head_dim), normal(2, keys * head_dim));
+                    let (k, v) = (normal(1, keys * head_dim), normal(2, keys * value_dim));
                     let k = Matrix::from_fn(keys, layout.qk_dim, |j, c| {
                         if c < head_dim { k[j * head_dim + c] } else { 0.0 }
                     });
@@ -82,7 +88,7 @@ fn packed_keys_and_values_are_the_oracles_in_every_word_layout() {
                     let k = if rotate { oracle::hadamard(&k) } else { k };
                     let all = SeenKeys::all(keys);
                     check_keys(&layout, &parts, &quantizer.quantize_k(&k, &all), &what);
-                    let v = matrix(keys, head_dim, &v);
+                    let v = matrix(keys, value_dim, &v);
                     match pv {
                         PvForm::Float => check_float_values(&layout, &parts, &v, &what),
                         PvForm::Fixed12 => {
@@ -125,7 +131,7 @@ fn check_float_values(layout: &TileLayout, tile: &Tile<'_>, v: &Matrix<f32>, wha
     for c in 0..layout.padded_dim() {
         let panel = &tile.v[c / layout.width * layout.v_panel..][..layout.v_panel];
         for j in 0..TILE_KEYS {
-            let wanted = if c < layout.head_dim && j < v.rows() { v.row(j)[c] } else { 0.0 };
+            let wanted = if c < layout.value_dim && j < v.rows() { v.row(j)[c] } else { 0.0 };
             assert_eq!(f32::from_bits(panel[j * layout.width + c % layout.width]), wanted, "{what}");
         }
     }
@@ -135,7 +141,7 @@ fn check_float_values(layout: &TileLayout, tile: &Tile<'_>, v: &Matrix<f32>, wha
 fn check_fixed12_values(layout: &TileLayout, tile: &Tile<'_>, oracle: &Fixed12Blocks, what: &str) {
     for c in 0..layout.padded_dim() {
         let panel = &tile.v[c / layout.width * layout.v_panel..][..layout.v_panel];
-        let inside = c < layout.head_dim;
+        let inside = c < layout.value_dim;
         let scale = if inside { oracle.scales.row(0)[c] } else { 0.0 };
         assert_eq!(f32::from_bits(tile.v_scale[c]), scale, "{what}");
         for j in 0..TILE_KEYS {
@@ -153,13 +159,13 @@ fn packed_queries_are_the_oracles_and_their_products_with_keys_exact() {
         let word = I::WORD;
         let kernels = crate::kernels(InstructionSet::detected()[0]);
         for (rows, head_dim, first, q_len) in
-            [(1, 1, 0, 1), (13, 40, 256, 300), (40, 7, 96, 200), (33, 64, 120, 160)]
+            [(1, 1, 0, 1), (13, 40, 256, 300), (40, 7, 96, 200), (33, 64, 120, 160), (5, 576, 0, 5)]
         {
             for quantizer in quantizers() {
                 let width = 2 * I::LANES;
                 let layout = TileLayout::new(
                     (width, word),
-                    head_dim,
+                    [head_dim; 2],
                     QkForm::Int(quantizer),
                     PvForm::Float,
                     false,
@@ -258,7 +264,7 @@ fn a_group_that_is_not_finite_has_a_scale_of_nan() {
                 for head_dim in [1, 64] {
                     let layout = TileLayout::new(
                         (kernels.width, kernels.word),
-                        head_dim,
+                        [head_dim; 2],
                         QkForm::Int(quantizer),
                         PvForm::Fixed12,
                         false,
@@ -325,7 +331,7 @@ fn values_of_8_and_16_bits_are_the_oracles() {
                 let expected = oracle::quantize_v(&rows, &pv, &SeenKeys::all(keys));
                 let v_max: Vec<f32> = (0..head_dim).map(|c| oracle::absmax(rows.column(c))).collect();
                 let (lanes, form) = ((kernels.width, kernels.word), PvForm::Rounded(to));
-                let layout = TileLayout::new(lanes, head_dim, QkForm::Float, form, false, SmoothQ::Off);
+                let layout = TileLayout::new(lanes, [head_dim; 2], QkForm::Float, form, false, SmoothQ::Off);
                 let mut tile = vec![0xdead_beef; layout.words()];
                 kernels.pack_tile(PackTile {
                     layout,

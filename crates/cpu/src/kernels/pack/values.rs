@@ -1,5 +1,6 @@
 //! Values as words.
 
+use sage_core::MAX_VALUE_DIM;
 use sage_core::oracle::{FIXED12_MAX, fixed12_scale};
 
 use super::{absmax_bits, magnitude_bits, nearest_even, saturated};
@@ -15,7 +16,7 @@ pub(super) fn float_values(layout: &TileLayout, rows: &mut [f32], out: &mut [u32
         rows.iter_mut().for_each(|x| *x /= TILE_KEYS as f32);
     }
     for (panel, first) in out.chunks_exact_mut(layout.v_panel).zip((0..).step_by(layout.width)) {
-        for (words, row) in panel.chunks_exact_mut(layout.width).zip(rows.chunks_exact(layout.head_dim)) {
+        for (words, row) in panel.chunks_exact_mut(layout.width).zip(rows.chunks_exact(layout.value_dim)) {
             words.iter_mut().zip(&row[first..]).for_each(|(word, x)| *word = x.to_bits());
         }
     }
@@ -30,21 +31,21 @@ pub(super) fn fixed12_values(
     out: &mut [u32],
     scales: &mut [u32],
 ) {
-    let mut max = [0u32; 256];
-    let max = &mut max[..layout.head_dim];
+    let mut max = [0u32; MAX_VALUE_DIM];
+    let max = &mut max[..layout.value_dim];
     // Padding is measured where the tile has nothing else.
     let best = seen.iter().max().copied().unwrap_or(Seen::Counts);
-    for (j, row) in rows.chunks_exact(layout.head_dim).enumerate() {
+    for (j, row) in rows.chunks_exact(layout.value_dim).enumerate() {
         if seen.get(j).is_none_or(|seen| *seen == best) {
             max.iter_mut().zip(row).for_each(|(max, x)| *max = (*max).max(magnitude_bits(*x)));
         }
     }
     for (row, _) in
-        rows.chunks_exact_mut(layout.head_dim).zip(seen).filter(|(_, seen)| **seen == Seen::Padding)
+        rows.chunks_exact_mut(layout.value_dim).zip(seen).filter(|(_, seen)| **seen == Seen::Padding)
     {
         row.iter_mut().zip(&*max).for_each(|(x, max)| *x = saturated(*x, f32::from_bits(*max)));
     }
-    let mut inverse = [0f32; 256];
+    let mut inverse = [0f32; MAX_VALUE_DIM];
     let mut tiny = false;
     for ((inverse, scale), &max) in inverse.iter_mut().zip(scales.iter_mut()).zip(max.iter()) {
         let max = f32::from_bits(max);
@@ -56,7 +57,7 @@ pub(super) fn fixed12_values(
     }
     if tiny {
         // The integers themselves, for the inverses of such scales are not to be had.
-        for row in rows.chunks_exact_mut(layout.head_dim) {
+        for row in rows.chunks_exact_mut(layout.value_dim) {
             for ((x, inverse), scale) in row.iter_mut().zip(&inverse).zip(&*scales) {
                 let scale = f32::from_bits(*scale);
                 if *inverse == 0.0 && scale > 0.0 {
@@ -72,11 +73,11 @@ pub(super) fn fixed12_values(
     }
     let rows = &*rows;
     for (panel, first) in out.chunks_exact_mut(layout.v_panel).zip((0..).step_by(layout.width)) {
-        let channels = first..(first + layout.width).min(layout.head_dim);
+        let channels = first..(first + layout.width).min(layout.value_dim);
         let inverse = &inverse[channels.clone()];
-        let pairs = rows.chunks(2 * layout.head_dim);
+        let pairs = rows.chunks(2 * layout.value_dim);
         for (words, pair) in panel.chunks_exact_mut(layout.width).zip(pairs) {
-            let (even, odd) = pair.split_at(layout.head_dim);
+            let (even, odd) = pair.split_at(layout.value_dim);
             for ((word, x), inverse) in words.iter_mut().zip(&even[channels.clone()]).zip(inverse) {
                 *word = nearest_even(x * inverse) as u32 & 0xffff;
             }
