@@ -2,7 +2,8 @@
 # Everything that needs a real GPU, in one go: tests, NVIDIA's memory and race checkers, accuracy, use of the machine,
 # benchmarks beside the peers.
 #
-#     scripts/gpu.sh [tests] [python] [sanitize] [accuracy] [bench-hopper] [profile]   # all by default
+#     scripts/gpu.sh [tests] [python] [first-call] [sanitize] [accuracy] [bench-hopper] [profile]   # all by default
+#     scripts/gpu.sh first-call                                   # compiling: cold, warm, and with a read-only home
 #     scripts/gpu.sh bench-quick                                  # two lengths, one round
 #     scripts/gpu.sh build DIR                                    # only build programs and wheel, to be carried along
 #     GPU_BIN=DIR scripts/gpu.sh …                                # run such programs instead of building
@@ -23,7 +24,7 @@ build() {
     {
         cargo test --no-run --message-format=json -p sage-cuda --test gpu
         cargo test --no-run --message-format=json -p sageattention --test gpu --test gpu_kv_cache \
-            --test gpu_random --test gpu_edges --test gpu_table --test gpu_predict
+            --test gpu_random --test gpu_edges --test gpu_table --test gpu_predict --test gpu_warm_up
         cargo build --message-format=json -p sageattention --example bench_gpu --example bench_gpu_kv_cache \
             --example bench_gpu_predict
         cargo build --message-format=json -p sageattn
@@ -68,6 +69,30 @@ tests() {
     "$bin/test_random" --nocapture
     heading "predicted block maps against the oracle"
     "$bin/test_predict" --test-threads=1 --nocapture
+    heading "kernels that are compiled before calls"
+    "$bin/test_warm_up" --test-threads=1 --nocapture
+}
+
+# What compiling takes: with empty caches, with warm ones, and where the driver cannot write to its own.
+first_call() {
+    heading "the first call"
+    local folder
+    folder=$(mktemp -d)
+    mkdir "$folder/home"
+    warm() {
+        printf '\n%s\n' "$1"
+        shift
+        env -u CUDA_CACHE_PATH -u CUDA_CACHE_DISABLE "$@" "$bin/sageattn" warm 1,32/8,4096,128 4,32/8,1x4096,128 --causal
+    }
+    for home in "$folder/home" /proc; do
+        for caches in empty warm; do
+            warm "home $home, caches $caches" HOME="$home" SAGEATTENTION_CACHE_DIR="$folder/of$home"
+        done
+    done
+    warm "home /proc, one thread, caches empty" HOME=/proc SAGEATTENTION_CACHE_DIR="$folder/one" taskset -c 0
+    warm "home /proc, the driver remembers nothing" HOME=/proc CUDA_CACHE_DISABLE=1 \
+        SAGEATTENTION_CACHE_DIR="$folder/of/proc"
+    rm -rf "$folder"
 }
 
 # The Python suite, with what this machine has to import.
@@ -140,18 +165,19 @@ bench() {
     with_torch scripts/bench_gpu.py "$bin/bench_gpu" "$@" ${GPU_OUT:+--json "$GPU_OUT/bench.json"}
 }
 
-[[ $# -gt 0 ]] || set -- tests python sanitize accuracy bench-hopper profile
+[[ $# -gt 0 ]] || set -- tests python first-call sanitize accuracy bench-hopper profile
 for part in "$@"; do
     case $part in
         tests) tests ;;
         python) python_suite ;;
+        first-call) first_call ;;
         sanitize) sanitize ;;
         accuracy) accuracy ;;
         profile) profile ;;
         bench-hopper) bench ;;
         bench-quick) bench --rounds 1 --shapes grid --lengths 4096,8192 ;;
         *)
-            echo "gpu.sh: part is $part, expected tests, python, sanitize, accuracy, profile, bench-hopper or" \
+            echo "gpu.sh: part is $part, expected tests, python, first-call, sanitize, accuracy, profile, bench-hopper or" \
                 "bench-quick" >&2
             exit 2
             ;;

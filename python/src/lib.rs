@@ -13,6 +13,7 @@ mod options;
 mod predict;
 mod predictor;
 mod tensor;
+mod warm_up;
 
 /// Functions and types for `python/packages/sageattention`; nothing here is for users.
 #[pyo3::pymodule]
@@ -27,6 +28,8 @@ mod _native {
     use crate::predict::predict;
     #[pymodule_export]
     use crate::predictor::Predictor;
+    #[pymodule_export]
+    use crate::warm_up::{WarmUp, driver_cache_folder, driver_forgets};
 
     /// What computes CPU tensors on this machine, in words.
     #[pyfunction]

@@ -2,7 +2,7 @@
 
 use clap::{ArgAction, Parser, Subcommand};
 
-use crate::commands::{accuracy, bench, emulate, explain, ptx, run, sparse, tune};
+use crate::commands::{accuracy, bench, emulate, explain, ptx, run, sparse, tune, warm};
 
 /// Attention in 8 and 4 bits.
 #[derive(Debug, Parser)]
@@ -58,6 +58,8 @@ pub enum Command {
     Ptx(ptx::Ptx),
     /// Measure tile shapes on a GPU, and keep the fastest for later calls
     Tune(tune::Tune),
+    /// Compile the kernels of calls that are to come, so that none of them waits for a compiler
+    Warm(warm::Warm),
     /// Run a GPU's passes here, in the emulator, and check them
     Emulate(emulate::Emulate),
     /// Show what this machine offers

@@ -63,6 +63,8 @@ fn run() -> Result<()> {
         }
     };
     init_logs(args.verbose);
+    // Before there is a second thread.
+    sageattention::cuda::arrange_driver_cache();
     if let Some(threads) = args.threads {
         rayon::ThreadPoolBuilder::new()
             .num_threads(threads as usize)
@@ -78,6 +80,7 @@ fn run() -> Result<()> {
         Some(Command::Sparse(command)) => command.execute(console),
         Some(Command::Explain(command)) => command.execute(console),
         Some(Command::Tune(command)) => command.execute(console),
+        Some(Command::Warm(command)) => command.execute(console),
         Some(Command::Ptx(command)) => command.execute(console),
         Some(Command::Emulate(command)) => command.execute(console),
         Some(Command::Info) => commands::info::execute(console),

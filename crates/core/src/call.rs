@@ -1,5 +1,7 @@
 //! A call after every check.
 
+use std::convert::Infallible;
+
 use crate::lengths::{Rows, Sequences};
 use crate::problem::default_sm_scale;
 use crate::sparse::{BlockMap, Predictor};
@@ -254,8 +256,10 @@ impl<'a> Call<'a> {
     pub fn without_tail(&self) -> Self {
         Call { problem: self.problem.pooled_tail(false), ..*self }
     }
+}
 
-    /// This call with its tensors copied to another memory, where each has the geometry that it has here.
+impl<'a, T: Operand<List = Infallible>> Call<'a, T> {
+    /// This call with its tensors in another memory, where each has the geometry that it has here.
     pub fn moved<U: Operand>(
         &self,
         [q, k, v]: [U; 3],

@@ -12,6 +12,7 @@ use crate::context::Context;
 use crate::device_info::DeviceInfo;
 use crate::disk_cache::DiskCache;
 use crate::driver::{Driver, cu, report};
+use crate::driver_cache;
 use crate::error::{Error, Result};
 use crate::kernel::{Kernel, KernelAttributes, Loaded, Origin};
 use crate::module::{Function, Module};
@@ -32,9 +33,14 @@ pub(crate) fn load(
     let entry = entry_name(source)?;
     // The linker, whose results can be kept, compiles for programs of several parts.
     if source.needs_whole_compilation {
+        driver_cache::report();
         let function = entry_of(compile(source, context)?, source, &entry)?;
-        tracing::debug!(kernel = source.name, ms = milliseconds(started), "compiled as a whole program");
-        return finish(source, gpu, function, Origin::Compiled);
+        tracing::debug!(
+            kernel = source.name,
+            ms = milliseconds(started),
+            "compiled as a whole, or found, by the driver"
+        );
+        return finish(source, gpu, function, Origin::Driver);
     }
     let key = source.disk_key(gpu.driver_version, gpu.capability);
 

@@ -19,7 +19,7 @@ use crate::source::KernelSource;
 /// Where kernels came from, since the device was opened.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LoadCounts {
-    /// Compiled by the driver.
+    /// Compiled by the driver, or found in its own cache.
     pub compiled: u64,
     /// Read from the disk cache.
     pub from_disk: u64,
@@ -127,7 +127,7 @@ impl Device {
             compile::load(source, &self.0.info, &self.0.context, self.0.disk.as_ref())?
         };
         let count = match kernel.origin() {
-            Origin::Compiled => &self.0.compiled,
+            Origin::Compiled | Origin::Driver => &self.0.compiled,
             Origin::Disk => &self.0.from_disk,
         };
         count.fetch_add(1, Ordering::Relaxed);

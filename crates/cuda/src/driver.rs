@@ -1,15 +1,16 @@
 //! The driver's library: whether it is there, what it lacks, and how its calls fail.
 
-use std::error::Error as _;
 use std::ffi::CStr;
 use std::sync::OnceLock;
 
 use cudarc::driver::sys::{self, CUresult};
 use libloading::Library;
 
+use crate::driver_cache::arrange_driver_cache;
 use crate::driver_version::DriverVersion;
 use crate::error::{Error, Result};
 use crate::fork::{self, check_not_forked};
+use crate::library::{LIBRARY_NAMES, has, open};
 
 /// Calls a driver function and turns its code into an [`Error`] that names the function.
 ///
@@ -88,10 +89,6 @@ pub(crate) const REQUIRED: &[&str] = &[
 #[cfg(test)]
 const LATER: &[&str] = &["cuLaunchKernelEx", "cuTensorMapEncodeTiled"];
 
-/// Names of the driver's library, in the order in which the bindings try them, so that both find the same one.
-const LIBRARY_NAMES: &[&str] =
-    if cfg!(windows) { &["cuda.dll", "nvcuda.dll"] } else { &["libcuda.so", "libcuda.so.1"] };
-
 /// The driver, found and started.
 #[derive(Debug)]
 pub struct Driver {
@@ -142,6 +139,7 @@ impl Driver {
             return Err(Error::Symbol { symbol, version });
         }
 
+        arrange_driver_cache();
         // SAFETY: the symbol is there.
         let started = unsafe { sys::cuInit(0) };
         if started == CUresult::CUDA_ERROR_NO_DEVICE {
@@ -195,27 +193,6 @@ impl Driver {
 
 /// What encodes tensor maps: drivers since CUDA 12 have it.
 const ENCODE_TENSOR_MAP: &str = "cuTensorMapEncodeTiled";
-
-fn open(names: &[&str]) -> Result<Library> {
-    let mut reason = String::from("not found");
-    for name in names {
-        // SAFETY: the library's initialisers are NVIDIA's; every CUDA program runs them.
-        match unsafe { Library::new(*name) } {
-            Ok(library) => return Ok(library),
-            Err(error) => {
-                // The words of the loader are the source of an error that only says that it failed.
-                let cause = error.source().map_or_else(|| error.to_string(), ToString::to_string);
-                reason = format!("cannot be loaded ({cause})");
-            }
-        }
-    }
-    Err(Error::NoDriver { reason })
-}
-
-fn has(library: &Library, symbol: &str) -> bool {
-    // SAFETY: the symbol is looked for, not called.
-    unsafe { library.get::<unsafe extern "C" fn()>(symbol) }.is_ok()
-}
 
 /// A driver that does not start (a stub, a mismatch with the kernel module) is as good as none.
 fn unusable(error: Error) -> Error {
@@ -286,20 +263,5 @@ mod tests {
         let looked_up_by_name = ["cuEventElapsedTime".to_owned()].into();
         called = &called | &looked_up_by_name;
         assert_eq!(called, known);
-    }
-
-    #[test]
-    fn a_missing_library_is_an_error_with_the_loaders_words() {
-        let error = open(&["libcuda_that_nobody_has.so"]).unwrap_err().to_string();
-        assert!(error.starts_with("CUDA driver: cannot be loaded ("), "{error}");
-        assert!(error.contains("libcuda_that_nobody_has.so"), "{error}");
-        assert!(error.ends_with("), expected libcuda, which the NVIDIA driver installs"), "{error}");
-    }
-
-    #[test]
-    fn a_library_without_a_symbol_does_not_have_it() {
-        let libc = if cfg!(target_os = "linux") { "libc.so.6" } else { return };
-        let library = open(&[libc]).unwrap();
-        assert!(has(&library, "malloc") && !has(&library, "cuInit"));
     }
 }

@@ -9,11 +9,26 @@ use crate::module::Function;
 
 /// Where a kernel's code came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Origin {
     /// The driver compiled it.
     Compiled,
+    /// The driver compiled it as a whole program, or an earlier process had it do so and it found the code in its own
+    /// cache: it does not say which.
+    Driver,
     /// An earlier process compiled it.
     Disk,
+}
+
+impl Origin {
+    /// The origin in a word.
+    pub fn name(self) -> &'static str {
+        match self {
+            Origin::Compiled => "compiled",
+            Origin::Driver => "driver",
+            Origin::Disk => "disk",
+        }
+    }
 }
 
 /// What the driver says of a compiled kernel.

@@ -34,7 +34,8 @@ pub struct KernelSource<'a> {
     pub dynamic_shared_bytes: u32,
     /// Whether the text needs a compiler that sees the whole program, as
     /// [`Program::needs_whole_compilation`](sage_ptx::Program::needs_whole_compilation) says. The driver keeps such
-    /// code in a cache of its own, in place of a [`DiskCache`](crate::DiskCache).
+    /// code in a cache of its own ([`driver_cache`](crate::driver_cache())), in place of a
+    /// [`DiskCache`](crate::DiskCache).
     pub needs_whole_compilation: bool,
     /// Whether the kernel itself waits for the end of the launches before, as
     /// [`Program::waits_for_launches_before`](sage_ptx::Program::waits_for_launches_before) says. It is then launched

@@ -15,9 +15,12 @@ use sage_cuda::{
 };
 use sage_ptx::{Arg, Param, ParamType, Target};
 
+#[path = "fake_driver/forked.rs"]
+mod forked;
 #[path = "fake_driver/harness.rs"]
 mod harness;
 
+use forked::in_a_fork;
 use harness::{ALLOCATIONS, ask, cases};
 
 fn current() -> usize {
@@ -288,10 +291,10 @@ cases! {
         let linked = KernelSource { ptx: "text with wgmma. and setmaxnreg", ..source("", &params) };
         let whole = KernelSource { needs_whole_compilation: true, ..linked };
         let origin = |source| Device::with_cache(0, Some(cache.clone())).unwrap().load(source).unwrap().origin();
-        assert_eq!([origin(&whole), origin(&whole)], [Origin::Compiled; 2]);
+        assert_eq!([origin(&whole), origin(&whole)], [Origin::Driver; 2]);
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
         assert_eq!([origin(&linked), origin(&linked)], [Origin::Compiled, Origin::Disk]);
-        assert_eq!(origin(&whole), Origin::Compiled, "linked code does not stand in for it");
+        assert_eq!(origin(&whole), Origin::Driver, "linked code does not stand in for it");
     }
 
     a_kernel_that_waits_is_launched_early, ["named", "whole", "clusters"], "", {
@@ -338,18 +341,13 @@ cases! {
     }
 
     a_forked_process_is_told_that_it_cannot_use_cuda, ["named", "whole"], "", {
-        unsafe extern "C" {
-            fn fork() -> i32;
-            fn waitpid(pid: i32, status: *mut i32, options: i32) -> i32;
-            fn _exit(code: i32) -> !;
-        }
         let device = Device::new(0).unwrap();
         let stream = Stream::new(&device).unwrap();
         let buffer = Buffer::new(&stream, 100).unwrap();
         let open = ask("fake_open", 0);
-        // SAFETY: the child runs nothing that waits for another thread, and leaves by `_exit`.
-        let pid = unsafe { fork() };
-        if pid == 0 {
+        let mut handles = Some((buffer, stream, device));
+        in_a_fork(|| {
+            let (buffer, stream, device) = handles.take().unwrap();
             let errors = [
                 Driver::get().err(),
                 devices().err(),
@@ -362,14 +360,9 @@ cases! {
             ];
             // Handles are the parent's: nothing is given back here.
             drop((buffer, stream, device));
-            let good = errors.iter().all(|error| *error == Some(Error::Forked)) && ask("fake_open", 0) == open;
-            // SAFETY: ends the process and runs nothing of the parent's.
-            unsafe { _exit(if good { 0 } else { 1 }) }
-        }
-        let mut status = -1;
-        // SAFETY: waits for our own child; the pointer is to a local.
-        assert_eq!(unsafe { waitpid(pid, &mut status, 0) }, pid);
-        assert_eq!(status, 0, "the child found other errors, or none");
+            errors.iter().all(|error| *error == Some(Error::Forked)) && ask("fake_open", 0) == open
+        });
+        let (buffer, ..) = handles.unwrap();
         assert!(Error::Forked.to_string().contains("\"spawn\""));
         assert!(sage_cuda::check_not_forked().is_ok() && buffer.to_vec::<u8>().is_ok());
     }

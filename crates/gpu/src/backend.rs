@@ -143,7 +143,7 @@ impl Cuda {
         if let Some(lse) = lse {
             lse.check(call.lse_rows())?;
         }
-        if call.problem.q_len == 0 || call.problem.batch == 0 || call.problem.num_q_heads == 0 {
+        if computes_nothing(call) {
             return Ok(None);
         }
         let mut tensors = addresses(call, argument(&out));
@@ -170,6 +170,11 @@ impl BackendPlan for CudaPlan {
 /// [`Backend::nearest`] where there is no GPU to ask: by the rules of sm_90.
 pub fn nearest_on_hopper(scheme: Scheme, dtype: DType) -> Scheme {
     sage_kernels::forward::nearest_scheme(scheme, dtype, Target::SM_90A)
+}
+
+/// Whether a call has no query.
+pub(crate) fn computes_nothing(call: &DeviceCall<'_>) -> bool {
+    call.problem.q_len == 0 || call.problem.batch == 0 || call.problem.num_q_heads == 0
 }
 
 /// Where a call's tensors and its output lie.

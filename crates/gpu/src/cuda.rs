@@ -12,7 +12,7 @@ use sage_kernels::forward::Request;
 use sage_ptx::Target;
 
 use crate::kept_numbers::KeptNumbers;
-use crate::launches::Kernels;
+use crate::loading::Kernels;
 use crate::plan::CudaPlan;
 use crate::predict::{PredictKey, PredictPlan};
 use crate::{TuningTable, driver};

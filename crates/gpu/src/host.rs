@@ -10,7 +10,7 @@ use sage_core::{
 use sage_cuda::{Buffer, Stream};
 
 use crate::{
-    Cuda, CudaPlan, CudaTensor, DeviceBytes, DeviceCall, DeviceLse, DeviceMask, DeviceTensor, driver,
+    Cuda, CudaPlan, CudaTensor, DeviceBytes, DeviceCall, DeviceLse, DeviceMask, DeviceTensor, driver, shape,
 };
 
 /// A GPU as a backend of host tensors: they are copied to it, and the result is waited for and copied back. It keeps no
@@ -89,18 +89,7 @@ pub(crate) fn on_copies<R>(
 
 /// The call with stand-ins for what would be copied: for planning alone.
 pub(crate) fn as_if_copied<'a>(call: &Call<'a>) -> DeviceCall<'a> {
-    /// Copies begin at multiples of 256.
-    const START: u64 = 1 << 8;
-    // SAFETY: nothing is launched with them.
-    let tensor = |x: &TensorView<'_>| unsafe { DeviceTensor::from_raw(x.dtype(), *x.geometry(), START) };
-    // SAFETY: as above.
-    let bytes = |geometry: &Geometry| unsafe { DeviceBytes::from_raw(*geometry, START) };
-    let mask = call.mask.as_ref().map(|mask| match mask {
-        Mask::Bool(flags) => DeviceMask::Bool(bytes(flags.geometry())),
-        Mask::Additive(biases) => DeviceMask::Additive(tensor(biases)),
-    });
-    let blocks = call.block_mask.as_ref().map(|mask| bytes(mask.blocks.geometry()));
-    call.moved([tensor(&call.q), tensor(&call.k), tensor(&call.v)], mask, blocks)
+    shape::stand_in(&shape::without_memory(call))
 }
 
 /// A row-major tensor on the GPU into host memory of the same shape. Waits for it.

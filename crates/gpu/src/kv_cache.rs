@@ -2,14 +2,13 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use sage_core::{
-    BlockTables, CacheLayout, CacheSize, DType, Error, MAX_HEADS, NewTokens, Operand, Recent, Result, Strided,
-};
+use sage_core::{BlockTables, CacheSize, NewTokens, Operand, Recent, Result, Strided};
 use sage_cuda::{Buffer, Kernel, Stream};
 use sage_kernels::TensorArg;
-use sage_kernels::decode::{AppendCall, AppendTensors, AttendCall, AttendTensors, PoolTensors, Storage};
+use sage_kernels::decode::{AppendCall, AppendTensors, AttendCall, AttendTensors, PoolTensors};
 use sage_kernels::pass::Pass;
 
+use crate::cache_shape::{CacheShape, INSTEAD, check_options, runs, sixteen_bits};
 use crate::launches::{self, Launch};
 use crate::tensor::argument;
 use crate::{Cuda, DeviceCall, DeviceLse, DeviceTensor, driver};
@@ -32,9 +31,7 @@ struct Ready<T> {
 #[derive(Debug)]
 pub struct CachePool {
     stream: Stream,
-    layout: CacheLayout,
-    storage: Storage,
-    max_pages: usize,
+    shape: CacheShape,
     keys: Buffer,
     key_scales: Buffer,
     constants: Buffer,
@@ -51,32 +48,15 @@ pub struct CachePool {
 impl CachePool {
     /// Takes all memory now, for [`CacheSize::max_pages`] pages, which must be set.
     pub(crate) fn new(stream: &Stream, size: &CacheSize) -> Result<Self> {
-        let CacheSize { layout, sequences, max_pages } = *size;
-        layout.check()?;
-        let Some(max_pages) = max_pages else {
-            return Err(Error::value("max_pages", "none", "a number: the pool of a GPU has a fixed size"));
-        };
-        let rows = max_pages.checked_mul(layout.num_kv_heads).and_then(|n| n.checked_mul(layout.page_size));
-        if rows.is_none_or(|rows| i32::try_from(rows).is_err()) {
-            let wanted = "pages of less than 2³¹ tokens and heads together";
-            return Err(Error::value("max_pages", max_pages, wanted));
-        }
-        let entries = sequences.checked_mul(max_pages).filter(|&n| i32::try_from(n).is_ok());
-        let most = MAX_HEADS / layout.num_kv_heads.max(1);
-        let Some(entries) = entries.filter(|_| (1..=most).contains(&sequences)) else {
-            let wanted = format!("1 to {most}, and tables of less than 2³¹ pages");
-            return Err(Error::value("sequences", sequences, wanted));
-        };
-        let storage = Storage::new(&layout);
-        let bytes = storage.pool(max_pages, layout.num_kv_heads);
+        let shape = CacheShape::new(size)?;
+        let (sequences, entries) = (size.sequences, size.sequences * shape.max_pages());
+        let bytes = shape.pool();
         let buffer = |bytes| Buffer::new(stream, bytes).map_err(driver);
         let mut device_lens = buffer(4 * sequences)?;
         device_lens.fill(0).map_err(driver)?;
         Ok(CachePool {
             stream: stream.clone(),
-            layout,
-            storage,
-            max_pages,
+            shape,
             keys: buffer(bytes.keys)?,
             key_scales: buffer(bytes.key_scales)?,
             constants: buffer(bytes.constants)?,
@@ -91,7 +71,7 @@ impl CachePool {
 
     /// Bytes of the pool.
     pub fn bytes(&self) -> usize {
-        self.storage.pool(self.max_pages, self.layout.num_kv_heads).total()
+        self.shape.pool().total()
     }
 
     pub(crate) fn append(
@@ -105,15 +85,8 @@ impl CachePool {
         if count == 0 {
             return Ok(());
         }
-        let call = |sequences| AppendCall {
-            storage: self.storage,
-            dtype,
-            num_kv_heads: self.layout.num_kv_heads,
-            sequences,
-            tokens: count,
-            table_stride: self.max_pages,
-        };
-        let page = self.layout.page_size;
+        let call = |sequences| self.shape.append(dtype, sequences, count);
+        let page = self.shape.page_size();
         let mut begins = false;
         for &sequence in tokens.sequences {
             begins |= tables.table(sequence)?.len() > tables.len(sequence)?.div_ceil(page);
@@ -150,33 +123,13 @@ impl CachePool {
         out: DeviceTensor<'_>,
         lse: Option<DeviceLse<'_>>,
     ) -> Result<()> {
-        for (name, given) in [("mask", call.mask.is_some()), ("block_mask", call.block_mask.is_some())] {
-            if given {
-                let what = format!("{name} over a KV cache on a GPU");
-                return Err(Error::unsupported(what, "causal masks and windows are what its kernels have"));
-            }
-        }
+        check_options(call)?;
         let out = out.with_geometry(call.check_output(out.dtype(), out.geometry())?);
         if let Some(lse) = lse {
             lse.check(call.lse_rows())?;
         }
         let problem = &call.problem;
-        let page_size = self.layout.page_size;
-        let planned = AttendCall {
-            storage: self.storage,
-            dtype: sixteen_bits("q", problem.dtype)?,
-            sequences: 0,
-            num_q_heads: problem.num_q_heads,
-            num_kv_heads: problem.num_kv_heads,
-            q_len: problem.q_len,
-            // One pass serves all lengths until a sequence begins a page.
-            kv_len: problem.kv_len.next_multiple_of(page_size),
-            sm_scale: problem.sm_scale,
-            band: problem.band,
-            logit_softcap: problem.logit_softcap,
-            lse: lse.is_some(),
-            table_stride: self.max_pages,
-        };
+        let planned = self.shape.attend(problem, lse.is_some())?;
         let rows = problem.num_q_heads * problem.q_len;
         for run in runs(sequences) {
             let planned = AttendCall { sequences: run.count, ..planned };
@@ -197,7 +150,7 @@ impl CachePool {
     /// Addresses of the pool, with the tables and lengths of the sequences from `first` on.
     fn pool(&self, first: usize) -> PoolTensors {
         PoolTensors {
-            tables: self.device_tables.address() + 4 * (first * self.max_pages) as u64,
+            tables: self.device_tables.address() + 4 * (first * self.shape.max_pages()) as u64,
             kv_lens: self.device_lens.address() + 4 * first as u64,
             keys: self.keys.address(),
             key_scales: self.key_scales.address(),
@@ -220,8 +173,7 @@ impl CachePool {
             return Ok(ready);
         }
         let pass = pass()?;
-        let instead = "store values in another form, such as INT8 or f16";
-        let kernels = cuda.kernels().of_pass(&pass, cuda, instead)?;
+        let kernels = cuda.kernels().of_pass(&pass, cuda, INSTEAD)?;
         let ready = Arc::new(Ready { pass, kernels });
         recent().put(call, ready.clone());
         Ok(ready)
@@ -239,8 +191,8 @@ impl CachePool {
 
     /// The host's tables to the GPU.
     fn copy_tables(&mut self, tables: &BlockTables) -> Result<()> {
-        let mut entries = vec![0i32; tables.sequences() * self.max_pages];
-        for (sequence, row) in entries.chunks_exact_mut(self.max_pages.max(1)).enumerate() {
+        let mut entries = vec![0i32; tables.sequences() * self.shape.max_pages()];
+        for (sequence, row) in entries.chunks_exact_mut(self.shape.max_pages().max(1)).enumerate() {
             let table = tables.table(sequence)?;
             row.iter_mut().zip(table).for_each(|(to, &page)| *to = page as i32);
         }
@@ -255,54 +207,8 @@ impl CachePool {
     }
 }
 
-/// Neighbouring sequences, which one pass serves.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Run {
-    /// The first one.
-    first: usize,
-    /// Its place in the tensors' batch.
-    entry: usize,
-    count: usize,
-}
-
-/// Sequences in the order of a batch, as runs of neighbours.
-fn runs(sequences: &[usize]) -> impl Iterator<Item = Run> {
-    let mut entry = 0;
-    sequences.chunk_by(|a, b| a + 1 == *b).map(move |chunk| {
-        let run = Run { first: chunk[0], entry, count: chunk.len() };
-        entry += chunk.len();
-        run
-    })
-}
-
 /// A tensor of 16-bit elements from an entry of its batch on.
 fn from(tensor: TensorArg, entry: usize) -> TensorArg {
     let bytes = tensor.strides[0] * entry as i64 * 2;
     TensorArg { address: tensor.address.wrapping_add_signed(bytes), ..tensor }
-}
-
-/// The element type of a tensor that the kernels read.
-fn sixteen_bits(name: &'static str, dtype: DType) -> Result<DType> {
-    match dtype {
-        DType::F16 | DType::BF16 => Ok(dtype),
-        DType::F32 => Err(Error::DType {
-            name: name.into(),
-            found: dtype.to_string(),
-            wanted: "f16 or bf16, of which the GPU's kernels are".into(),
-        }),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn neighbouring_sequences_are_served_together() {
-        let run = |first, entry, count| Run { first, entry, count };
-        let of = |sequences: &[usize]| runs(sequences).collect::<Vec<_>>();
-        assert_eq!(of(&[0, 1, 2]), [run(0, 0, 3)]);
-        assert_eq!(of(&[3, 4, 1, 1, 2]), [run(3, 0, 2), run(1, 2, 1), run(1, 3, 2)]);
-        assert_eq!(of(&[]), []);
-    }
 }

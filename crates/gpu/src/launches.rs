@@ -1,56 +1,13 @@
 //! The compiled kernels of a pass, and their launches on a stream.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::thread;
+use std::sync::OnceLock;
 
 use sage_core::{Error, Result};
-use sage_cuda::{Buffer, Device, Kernel, KernelSource, Stream, TensorMap};
-use sage_kernels::Kernel as Configuration;
+use sage_cuda::{Buffer, Device, Kernel, Stream, TensorMap};
 use sage_kernels::pass::{Launcher, Pass};
 use sage_ptx::{Arg, BoxedTensor};
 
 use crate::{Cuda, driver};
-
-/// The kernels that were compiled for a GPU so far, by their names.
-#[derive(Debug, Default)]
-pub(super) struct Kernels(Mutex<HashMap<String, Kernel>>);
-
-impl Kernels {
-    /// Compiled kernels for every launch of a pass: those that are new side by side. `instead` is what would do where
-    /// the GPU lacks an instruction.
-    pub fn of_pass<T>(&self, pass: &Pass<T>, cuda: &Cuda, instead: &str) -> Result<Vec<Kernel>> {
-        let kernels: Vec<Result<Kernel>> = thread::scope(|scope| {
-            let found = |configuration: &Arc<dyn Configuration>| {
-                let (name, configuration) = (configuration.name(), configuration.clone());
-                if let Some(kernel) = self.known(&name) {
-                    return Ok(Ok(kernel));
-                }
-                // Another thread may do the same meanwhile; a kernel is compiled once all the same.
-                Err(scope.spawn(move || {
-                    let kernel = load(cuda, &*configuration, instead)?;
-                    self.lock().insert(name, kernel.clone());
-                    Ok(kernel)
-                }))
-            };
-            let begun: Vec<_> = pass.kernels().map(found).collect();
-            let joined = begun.into_iter().map(|kernel| match kernel.map_err(|thread| thread.join()) {
-                Ok(known) | Err(Ok(known)) => known,
-                Err(Err(panic)) => std::panic::resume_unwind(panic),
-            });
-            joined.collect()
-        });
-        kernels.into_iter().collect()
-    }
-
-    fn known(&self, name: &str) -> Option<Kernel> {
-        self.lock().get(name).cloned()
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, Kernel>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
 
 /// The kernels of a pass in the order of its launches, compiled when they are first asked for.
 #[derive(Debug, Default)]
@@ -58,7 +15,7 @@ pub(super) struct PassKernels(OnceLock<Vec<Kernel>>);
 
 impl PassKernels {
     /// The kernels; `instead` is what would do where the GPU lacks an instruction.
-    pub fn get<T>(&self, pass: &Pass<T>, cuda: &Cuda, instead: &str) -> Result<&[Kernel]> {
+    pub fn get<T>(&self, pass: &Pass<T>, cuda: &Cuda, instead: &'static str) -> Result<&[Kernel]> {
         if let Some(kernels) = self.0.get() {
             return Ok(kernels);
         }
@@ -109,22 +66,4 @@ impl<F: FnMut(Launch<'_>) -> Result<()>> Launcher for OnStream<'_, F> {
     fn launch(&mut self, kernel: usize, grid: [u32; 3], args: &[Arg]) -> Result<()> {
         (self.launch)((kernel, &self.kernels[kernel], grid, args))
     }
-}
-
-/// The kernel of a configuration.
-fn load(cuda: &Cuda, configuration: &dyn Configuration, instead: &str) -> Result<Kernel> {
-    let (program, target) = (configuration.program(), cuda.machine().target);
-    let ptx = program.ptx(target).map_err(|missing| Error::unsupported(missing.to_string(), instead))?;
-    let source = KernelSource {
-        name: &program.name,
-        ptx: &ptx,
-        target,
-        params: &program.params,
-        block: program.block,
-        cluster: None,
-        dynamic_shared_bytes: program.dynamic_shared_bytes(),
-        needs_whole_compilation: program.needs_whole_compilation(),
-        waits_for_launches_before: program.waits_for_launches_before(target),
-    };
-    cuda.device().load(&source).map_err(driver)
 }

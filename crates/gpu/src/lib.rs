@@ -4,36 +4,48 @@
 //! - [`Cuda`] computes calls whose tensors lie in the GPU's memory, on the caller's stream, and does not wait for it;
 //! - [`HostTensors`] copies host tensors there, and the result back;
 //! - [`CachePool`] is a quantised KV cache in the GPU's memory;
+//! - [`WarmUp`] takes calls without tensors, and compiles and loads their kernels before they are made;
 //! - [`TuningTable`] holds tile shapes that were measured on the GPU at hand.
 //!
 //! Both backends are [`sage_core::Backend`]s: they plan and run calls that [`sage_core::Call::check`] has checked.
 
 mod backend;
+mod cache_shape;
 mod cuda;
 mod host;
 mod kept_numbers;
 mod kv_cache;
 mod launches;
 mod lists;
+mod loading;
 mod plan;
 mod predict;
+mod shape;
 mod sparse;
 mod tensor;
 mod timing;
 mod tuning;
+mod warm_up;
 
 use sage_core::{Call, Error, Inputs};
-pub use sage_cuda::{Buffer, Device, DeviceInfo, Event, ExecutableGraph, Graph, Stream, devices};
+pub use sage_cuda::{
+    Buffer, Device, DeviceInfo, DiskCache, Event, ExecutableGraph, Graph, Origin, Stream,
+    arrange_driver_cache, devices, driver_cache, driver_cache_folder,
+};
 pub use sage_kernels::{Engine, Tiling, WarpTiling, WarpgroupTiling};
 
 pub use backend::nearest_on_hopper;
+pub use cache_shape::CacheShape;
 pub use cuda::Cuda;
 pub use host::HostTensors;
 pub use kv_cache::CachePool;
+pub use loading::LoadedKernel;
 pub use plan::CudaPlan;
 pub use predict::CudaMap;
+pub use shape::{FlagsShape, MaskShape, TensorShape};
 pub use tensor::{CudaTensor, DeviceBytes, DeviceInts, DeviceLse, DeviceMask, DeviceTensor};
 pub use tuning::{Trial, TunedShape, TuningTable};
+pub use warm_up::WarmUp;
 
 /// Queries, keys and values in a GPU's memory.
 pub type DeviceInputs<'a> = Inputs<'a, DeviceTensor<'a>>;

@@ -10,7 +10,11 @@ use sage_kernels::pass::Pass;
 
 use crate::Cuda;
 use crate::launches::PassKernels;
+use crate::loading::Needed;
 use crate::predict::PredictPlan;
+
+/// What would do where a GPU lacks an instruction.
+const INSTEAD: &str = "choose another scheme";
 
 /// How a GPU carries out a problem. Prints itself.
 #[derive(Debug)]
@@ -44,7 +48,12 @@ impl CudaPlan {
 
     /// The kernels, compiled at the first use.
     pub(super) fn kernels(&self, cuda: &Cuda) -> Result<&[Kernel]> {
-        self.kernels.get(self.pass(), cuda, "choose another scheme")
+        self.kernels.get(self.pass(), cuda, INSTEAD)
+    }
+
+    /// The kernels that are to be compiled for it.
+    pub(super) fn needed(&self) -> Vec<Needed> {
+        Needed::by(self.pass(), INSTEAD)
     }
 
     /// The launches.

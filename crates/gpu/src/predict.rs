@@ -10,6 +10,7 @@ use sage_kernels::predict::{PredictCall, PredictTensors};
 
 use crate::launches::{self, PassKernels};
 use crate::lists::{Lists, kernel_lengths};
+use crate::loading::Needed;
 use crate::tensor::argument;
 use crate::{Cuda, DeviceBytes, DeviceCall, driver};
 
@@ -93,6 +94,9 @@ impl CudaMap {
     }
 }
 
+/// What would do where a GPU lacks an instruction.
+const INSTEAD: &str = "predict the map on the host";
+
 /// How a GPU predicts a map, and the compiled kernels for it.
 #[derive(Debug)]
 pub(crate) struct PredictPlan {
@@ -109,7 +113,12 @@ impl PredictPlan {
     }
 
     pub fn kernels(&self, cuda: &Cuda) -> Result<&[Kernel]> {
-        self.kernels.get(&self.pass, cuda, "predict the map on the host")
+        self.kernels.get(&self.pass, cuda, INSTEAD)
+    }
+
+    /// The kernels that are to be compiled for it.
+    pub fn needed(&self) -> Vec<Needed> {
+        Needed::by(&self.pass, INSTEAD)
     }
 }
 

@@ -465,6 +465,12 @@ impl<'a> Attention<'a> {
         Ok(CachedInputs { q, mask, block_mask, kv_lens })
     }
 
+    /// What [`Attention::device`] asked for.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn chosen_device(&self) -> Option<Device> {
+        self.device
+    }
+
     /// Whether [`Attention::return_lse`] was asked for.
     pub(crate) fn returns_lse(&self) -> bool {
         self.return_lse

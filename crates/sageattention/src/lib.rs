@@ -33,6 +33,8 @@ mod nearest;
 mod place;
 mod plan;
 mod schedule;
+#[cfg(feature = "cuda")]
+mod warm_up;
 
 pub use attention::{Attention, Output};
 pub use backend::{Device, backend_description};

@@ -3,7 +3,10 @@
 use sage_core::{BlockMask, Error, Lengths, Mask, Operand, Result, SparseBackend, TensorView, View};
 use sage_cpu::Cpu;
 #[cfg(feature = "cuda")]
-use sage_gpu::{Cuda, DeviceBytes, DeviceInts, DeviceMask, DeviceTensor, HostTensors};
+use sage_gpu::{
+    Cuda, DeviceBytes, DeviceInts, DeviceMask, DeviceTensor, FlagsShape, HostTensors, MaskShape, TensorShape,
+    WarmUp,
+};
 
 /// An explicit mask, in this machine's memory or a GPU's.
 #[derive(Clone, Copy, Debug)]
@@ -14,6 +17,9 @@ pub enum AnyMask<'a> {
     /// In a GPU's memory.
     #[cfg(feature = "cuda")]
     Device(DeviceMask<'a>),
+    /// Without memory, for a [`WarmUp`].
+    #[cfg(feature = "cuda")]
+    Shape(MaskShape),
 }
 
 /// A block mask, in this machine's memory or a GPU's.
@@ -25,6 +31,9 @@ pub enum AnyBlockMask<'a> {
     /// In a GPU's memory.
     #[cfg(feature = "cuda")]
     Device(BlockMask<DeviceBytes<'a>>),
+    /// Without memory, for a [`WarmUp`].
+    #[cfg(feature = "cuda")]
+    Shape(BlockMask<FlagsShape>),
 }
 
 /// Lengths of sequences, in this machine's memory or a GPU's.
@@ -57,6 +66,20 @@ impl<'a> From<BlockMask<View<'a, bool>>> for AnyBlockMask<'a> {
 impl<'a> From<BlockMask<DeviceBytes<'a>>> for AnyBlockMask<'a> {
     fn from(mask: BlockMask<DeviceBytes<'a>>) -> Self {
         AnyBlockMask::Device(mask)
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl From<MaskShape> for AnyMask<'_> {
+    fn from(mask: MaskShape) -> Self {
+        AnyMask::Shape(mask)
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl From<BlockMask<FlagsShape>> for AnyBlockMask<'_> {
+    fn from(mask: BlockMask<FlagsShape>) -> Self {
+        AnyBlockMask::Shape(mask)
     }
 }
 
@@ -97,6 +120,8 @@ macro_rules! host_place {
                     AnyMask::Host(mask) => Ok(mask),
                     #[cfg(feature = "cuda")]
                     AnyMask::Device(_) => Err(on_device("mask")),
+                    #[cfg(feature = "cuda")]
+                    AnyMask::Shape(_) => Err(nowhere("mask")),
                 }
             }
 
@@ -105,19 +130,13 @@ macro_rules! host_place {
                     AnyBlockMask::Host(mask) => Ok(mask),
                     #[cfg(feature = "cuda")]
                     AnyBlockMask::Device(_) => Err(on_device("block_mask")),
+                    #[cfg(feature = "cuda")]
+                    AnyBlockMask::Shape(_) => Err(nowhere("block_mask")),
                 }
             }
 
-            fn lengths(lengths: AnyLengths<'_>) -> Result<Lengths<'_, <TensorView<'_> as Operand>::List>> {
-                match lengths {
-                    Lengths::Dense => Ok(Lengths::Dense),
-                    Lengths::KvLens(kv_lens) => Ok(Lengths::KvLens(kv_lens)),
-                    Lengths::Packed { cu_seqlens_q, cu_seqlens_k } => {
-                        Ok(Lengths::Packed { cu_seqlens_q, cu_seqlens_k })
-                    }
-                    Lengths::DeviceKvLens(_) => Err(on_device("kv_lens")),
-                    Lengths::DevicePacked { .. } => Err(on_device("cu_seqlens_q")),
-                }
+            fn lengths(lengths: AnyLengths<'_>) -> Result<Lengths<'_>> {
+                on_this_machine(lengths)
             }
         }
     };
@@ -137,6 +156,7 @@ impl Place for Cuda {
         match mask {
             AnyMask::Device(mask) => Ok(mask),
             AnyMask::Host(_) => Err(on_host("mask")),
+            AnyMask::Shape(_) => Err(nowhere("mask")),
         }
     }
 
@@ -144,12 +164,59 @@ impl Place for Cuda {
         match mask {
             AnyBlockMask::Device(mask) => Ok(mask),
             AnyBlockMask::Host(_) => Err(on_host("block_mask")),
+            AnyBlockMask::Shape(_) => Err(nowhere("block_mask")),
         }
     }
 
     fn lengths(lengths: AnyLengths<'_>) -> Result<Lengths<'_, <DeviceTensor<'_> as Operand>::List>> {
         Ok(lengths)
     }
+}
+
+/// Of masks the shapes alone are used; lengths are read, and so are this machine's.
+#[cfg(feature = "cuda")]
+impl Place for WarmUp {
+    fn reborrow<'short, 'long: 'short>(tensor: TensorShape) -> TensorShape {
+        tensor
+    }
+
+    fn mask(mask: AnyMask<'_>) -> Result<MaskShape> {
+        match mask {
+            AnyMask::Shape(mask) => Ok(mask),
+            AnyMask::Host(mask) => Ok(MaskShape::from(&mask)),
+            AnyMask::Device(_) => Err(on_device("mask")),
+        }
+    }
+
+    fn block_mask(mask: AnyBlockMask<'_>) -> Result<BlockMask<FlagsShape>> {
+        match mask {
+            AnyBlockMask::Shape(mask) => Ok(mask),
+            AnyBlockMask::Host(BlockMask { blocks, block_q, block_k }) => {
+                Ok(BlockMask { blocks: FlagsShape(*blocks.geometry()), block_q, block_k })
+            }
+            AnyBlockMask::Device(_) => Err(on_device("block_mask")),
+        }
+    }
+
+    fn lengths(lengths: AnyLengths<'_>) -> Result<Lengths<'_>> {
+        on_this_machine(lengths)
+    }
+}
+
+/// Lengths in this machine's memory.
+fn on_this_machine(lengths: AnyLengths<'_>) -> Result<Lengths<'_>> {
+    match lengths {
+        Lengths::Dense => Ok(Lengths::Dense),
+        Lengths::KvLens(kv_lens) => Ok(Lengths::KvLens(kv_lens)),
+        Lengths::Packed { cu_seqlens_q, cu_seqlens_k } => Ok(Lengths::Packed { cu_seqlens_q, cu_seqlens_k }),
+        Lengths::DeviceKvLens(_) => Err(on_device("kv_lens")),
+        Lengths::DevicePacked { .. } => Err(on_device("cu_seqlens_q")),
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn nowhere(name: &'static str) -> Error {
+    Error::value(name, "a shape without memory", "one with memory, where q's is")
 }
 
 fn on_device(name: &'static str) -> Error {

@@ -10,8 +10,10 @@ mod harness;
 
 use harness::{ALLOCATIONS, ask, cases};
 use sageattention::cuda::{
-    Buffer, Cuda, CudaTensor, Device, DeviceCall, DeviceInts, DeviceLse, DeviceMask, HostTensors, Stream,
+    Buffer, Cuda, CudaTensor, Device, DeviceCall, DeviceInts, DeviceLse, DeviceMask, HostTensors, MaskShape,
+    Origin, Stream, TensorShape,
 };
+use sageattention::sparse::Predictor;
 use sageattention::{
     Alignment, Attention, Backend, BackendErrorKind, Call, Choice, DType, Inputs, KvCacheOptions, Lengths,
     Options, Preset, Result, Tensor,
@@ -123,7 +125,105 @@ fn failures_keep_their_kind() {
     }
 }
 
+/// Calls of [`There`] by name, and what stands for them where there are no tensors.
+fn warmed_up_calls_compile_nothing() {
+    let there = There::new();
+    let new = Attention::new;
+    let mask = MaskShape::Additive(TensorShape::contiguous(DType::F16, &[300, 300]).unwrap());
+    let lens = Lengths::DeviceKvLens(DeviceInts::of(&there.lens));
+    let calls = [
+        ("dense", new(), new()),
+        ("causal", new().causal(true), new().causal(true)),
+        ("full", new().scheme(Preset::FULL), new().scheme(Preset::FULL)),
+        ("without smoothing", new().smooth_k(false), new().smooth_k(false)),
+        ("mask", new().mask(mask), new().mask(DeviceMask::Additive(there.mask.view()))),
+        ("kv_lens", new().kv_lens(&[300, 200]), new().lengths(lens)),
+        ("sparse", new().sparse(Predictor::sla(0.25)), new().sparse(Predictor::sla(0.25))),
+    ];
+    // What the first calls of a process allocate, of any GPU, the driver and its bindings keep.
+    let elsewhere = There::new();
+    calls.iter().for_each(|(_, _, real)| elsewhere.run(real).unwrap());
+    let before = ask("fake_compiled", 0);
+    let shape = TensorShape::contiguous(DType::F16, &[2, 8, 300, 64]).unwrap();
+    let warm_up = there.gpu.warm_up();
+    for (name, shaped, _) in &calls {
+        shaped.clone().return_lse(true).note(&warm_up, [shape; 3]).unwrap_or_else(|e| panic!("{name}: {e}"));
+    }
+    let options = KvCacheOptions::new(8, 64).sequences(2).max_pages(20);
+    let cached = new().causal(true);
+    options.note(&warm_up, &cached, shape, shape).unwrap();
+    assert_eq!(ask("fake_compiled", 0), before, "nothing is compiled before all is known");
+    let kernels = warm_up.load().unwrap();
+    assert_eq!(warm_up.load().unwrap(), []);
+
+    let compiled = ask("fake_compiled", 0);
+    assert_eq!(kernels.len() as u64, compiled - before);
+    let names: Vec<&str> = kernels.iter().map(|kernel| &*kernel.name).collect();
+    assert!(names.iter().enumerate().all(|(i, name)| !names[..i].contains(name)), "each once: {names:?}");
+    assert!(kernels.iter().all(|kernel| matches!(kernel.origin, Some(Origin::Compiled | Origin::Driver))));
+    let counts = there.gpu.device().load_counts();
+    for (name, _, real) in &calls {
+        let real = real.clone().return_lse(true);
+        let allocated = allocations(|| there.run(&real).unwrap());
+        assert_eq!(ask("fake_compiled", 0), compiled, "{name}");
+        // Not even the plan is made anew; a predicted map has memory of its own.
+        assert!(allocated == 0 || *name == "sparse", "{name}: {allocated}");
+    }
+    let mut cache = options.build_on(there.gpu.clone(), &there.stream).unwrap();
+    let [q, k, v] = there.tensors.each_ref().map(CudaTensor::view);
+    cache.append(k, v).unwrap();
+    cache.attend_into(&[0, 1], q, &cached, there.out.view(), None).unwrap();
+    assert_eq!(there.gpu.device().load_counts(), counts, "no call asks for a kernel any more");
+
+    // Later warm-ups say that all is there.
+    calls[0].1.clone().return_lse(true).note(&warm_up, [shape; 3]).unwrap();
+    let again = warm_up.load().unwrap();
+    assert!(!again.is_empty() && again.iter().all(|kernel| kernel.origin.is_none()));
+}
+
 cases! {
+    warmed_up_calls_compile_nothing_on_sm_90, FAKE, "", { super::warmed_up_calls_compile_nothing() }
+
+    warmed_up_calls_compile_nothing_on_sm_80, FAKE, "sm_80", { super::warmed_up_calls_compile_nothing() }
+
+    what_cannot_be_warmed_up_is_refused_before_anything_is_compiled, FAKE, "", {
+        let there = There::new();
+        let warm_up = there.gpu.warm_up();
+        let shape = |dtype, shape: &[usize]| TensorShape::contiguous(dtype, shape).unwrap();
+        let error = |attention: Attention<'_>, q, k| attention.note(&warm_up, [q, k, k]).unwrap_err().to_string();
+        let x = shape(DType::F16, &[2, 8, 300, 64]);
+        assert_eq!(
+            error(Attention::new(), x, shape(DType::F16, &[2, 3, 300, 64])),
+            "k: shape is [2, 3, 300, 64], expected a number of heads that divides q's 8"
+        );
+        assert!(error(Attention::new(), shape(DType::F32, &[1, 1, 4, 64]), shape(DType::F32, &[1, 1, 4, 64]))
+            .contains("f32"));
+        assert_eq!(
+            error(Attention::new().mask(DeviceMask::Additive(there.mask.view())), x, x),
+            "mask: value is in a GPU's memory, expected in this machine's, as q"
+        );
+        let shaped = Attention::new().mask(MaskShape::Additive(shape(DType::F16, &[300, 300])));
+        assert_eq!(
+            there.run(&shaped).unwrap_err().to_string(),
+            "mask: value is a shape without memory, expected one with memory, where q's is"
+        );
+        let cache = KvCacheOptions::new(8, 64).sequences(2);
+        assert_eq!(
+            cache.note(&warm_up, &Attention::new(), x, x).unwrap_err().to_string(),
+            "max_pages: value is none, expected a number: the pool of a GPU has a fixed size"
+        );
+        assert_eq!(warm_up.load().unwrap(), []);
+        assert_eq!(ask("fake_compiled", 0), 0);
+        // A call without queries has no kernels, and a driver that fails is an error of the kernel.
+        let none = shape(DType::F16, &[2, 8, 0, 64]);
+        Attention::new().note(&warm_up, [none, x, x]).unwrap();
+        assert_eq!(warm_up.load().unwrap(), []);
+        Attention::new().note(&warm_up, [x; 3]).unwrap();
+        ask("fake_fail", 2);
+        let failure = warm_up.load().unwrap_err();
+        assert_eq!(failure.backend_kind(), Some(BackendErrorKind::OutOfMemory), "{failure}");
+    }
+
     failures_keep_their_kind_on_sm_90, FAKE, "", { super::failures_keep_their_kind() }
 
     failures_keep_their_kind_on_sm_80, FAKE, "sm_80", { super::failures_keep_their_kind() }

@@ -11,6 +11,10 @@ accelerate a model without touching it:
     sageattention.register_transformers()      # attn_implementation="sage"
     sageattention.counts()                     # what was computed here, what was left to torch and why
 
+Before a server takes its first request:
+
+    sageattention.warm_up([(1, 24, 4608, 128)])   # kernels of such calls are compiled, and kept on disk
+
 diffusers finds its `sage*` backends by itself, but `patch` reaches more of its models: those that call torch's function
 themselves, and those that have masks. `HybridSchedule` changes the scheme from step to step of a diffusion process.
 `sageattention.sparse` computes only the blocks of the scores that are worth it.
@@ -19,6 +23,7 @@ Importing this package imports no framework.
 
 from sageattention._schedule import HybridSchedule
 from sageattention._tally import Counts
+from sageattention._warm_up import WarmedKernel, arrange_driver_cache, warm_up
 from sageattention.core import (
     sageattn,
     sageattn_qk_int8_pv_fp8_cuda,
@@ -34,6 +39,7 @@ __version__ = "3.0.0"
 __all__ = [
     "Counts",
     "HybridSchedule",
+    "WarmedKernel",
     "counts",
     "patch",
     "patched",
@@ -45,4 +51,7 @@ __all__ = [
     "sageattn_qk_int8_pv_fp8_cuda_sm90",
     "sageattn_varlen",
     "unpatch",
+    "warm_up",
 ]
+
+arrange_driver_cache()

@@ -1,6 +1,7 @@
 """The Rust module: raw addresses in, exceptions out."""
 
 from collections.abc import Sequence
+from os import PathLike
 from typing import Any, Optional, Union
 
 # Address, shape, strides in elements, name of the dtype; or a DLPack capsule; or a tensor of torch's.
@@ -40,6 +41,21 @@ class Predictor:
         k_padding: Optional[Sequence[int]],
     ) -> None: ...
 
+class WarmUp:
+    def __init__(self, ordinal: int) -> None: ...
+    def note(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        options: Options,
+        lse: bool = False,
+        mask: Optional[Tensor] = None,
+        packed: Optional[tuple[Sequence[int], Sequence[int]]] = None,
+        predictor: Optional[Predictor] = None,
+    ) -> None: ...
+    def load(self) -> list[tuple[str, str, float]]: ...
+
 def forward(
     q: Tensor,
     k: Tensor,
@@ -64,5 +80,7 @@ def predict(
     stream: Optional[tuple[int, int]] = None,
     wait: bool = False,
 ) -> None: ...
+def driver_cache_folder() -> Optional[PathLike[str]]: ...
+def driver_forgets() -> Optional[str]: ...
 def backend_description() -> str: ...
 def schemes() -> list[tuple[str, str]]: ...

@@ -10,3 +10,4 @@ pub mod ptx;
 pub mod run;
 pub mod sparse;
 pub mod tune;
+pub mod warm;

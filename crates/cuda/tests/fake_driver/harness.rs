@@ -4,33 +4,15 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::env;
-use std::io::{self, Write as _};
-use std::path::Path;
 use std::process::Command;
 
-/// Writes to stderr past the test harness, which would swallow the words of a test that passes.
-macro_rules! say {
-    ($($words:tt)*) => {{
-        let _ = writeln!(io::stderr(), $($words)*);
-    }};
-}
+#[path = "build.rs"]
+mod build;
 
 /// Builds the fake with `cfgs` and runs the ignored test `case` with it.
 pub fn run(case: &str, cfgs: &[&str], behaviour: &str) {
     let folder = tempfile::tempdir().unwrap();
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../cuda/tests/fake_driver/libcuda.rs");
-    let library = folder.path().join("libcuda.so");
-    let mut rustc = Command::new(env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()));
-    rustc.args(["--edition=2024", "--crate-type=cdylib", "--crate-name=cuda", "--cap-lints=allow"]);
-    rustc.args(cfgs.iter().flat_map(|cfg| ["--cfg", cfg])).arg("-o").arg(&library).arg(source);
-    let built = match rustc.output() {
-        Ok(built) => built,
-        Err(error) => {
-            say!("skipped: no rustc to build the fake driver ({error})");
-            return;
-        }
-    };
-    assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+    let Some(library) = build::build(folder.path(), cfgs) else { return };
     let child = Command::new(env::current_exe().unwrap())
         .args(["--exact", case, "--ignored", "--nocapture"])
         .env("LD_LIBRARY_PATH", folder.path())

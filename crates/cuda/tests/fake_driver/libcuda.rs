@@ -38,6 +38,7 @@ struct Books {
     stream: usize,
     cluster: u32,
     early: u32,
+    started: bool,
     /// What allocations, compilations, launches and waits fail with, unless it is success.
     failure: Code,
 }
@@ -129,7 +130,10 @@ driver! {
             Ok("no_gpu") => NO_DEVICE,
             Ok("stub") => STUB_LIBRARY,
             Ok("forked") => NOT_INITIALIZED,
-            _ => SUCCESS,
+            _ => {
+                books(|b| b.started = true);
+                SUCCESS
+            }
         }
     }
     whole: cuDeviceGetCount(count: *mut i32) { *count = 2; SUCCESS }
@@ -167,6 +171,7 @@ driver! {
         SUCCESS
     }
     whole: cuCtxGetCurrent(context: *mut usize) {
+        if !books(|b| b.started) { return NOT_INITIALIZED }
         *context = CURRENT.with_borrow(|stack| stack.last().copied().unwrap_or(0));
         SUCCESS
     }

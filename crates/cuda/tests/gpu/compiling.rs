@@ -124,8 +124,11 @@ fn code_for_this_chip_alone_compiles_and_comes_back() {
     let cache = DiskCache::open(folder.path(), 1 << 20).unwrap();
     // Such programs are the driver's alone to compile and keep.
     let needs_whole_compilation = target == Target::SM_90A;
-    let again = if needs_whole_compilation { Origin::Compiled } else { Origin::Disk };
-    for origin in [Origin::Compiled, again] {
+    let origins = match needs_whole_compilation {
+        true => [Origin::Driver; 2],
+        false => [Origin::Compiled, Origin::Disk],
+    };
+    for origin in origins {
         let device = Device::with_cache(0, Some(cache.clone())).unwrap();
         let params = params();
         let source = KernelSource { target, needs_whole_compilation, ..source(&ptx, &params) };
