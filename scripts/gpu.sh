@@ -5,6 +5,8 @@
 #     scripts/gpu.sh [tests] [python] [first-call] [sanitize] [accuracy] [bench-hopper] [profile]   # all by default
 #     scripts/gpu.sh first-call                                   # compiling: cold, warm, and with a read-only home
 #     scripts/gpu.sh bench-quick                                  # two lengths, one round
+#     scripts/gpu.sh sweep                                        # some 160 shapes, large and small, beside 16-bit peers
+#     scripts/gpu.sh regret                                       # the same shapes: our plan beside all that it weighed
 #     scripts/gpu.sh build DIR                                    # only build programs and wheel, to be carried along
 #     GPU_BIN=DIR scripts/gpu.sh …                                # run such programs instead of building
 #     SCHEMES=auto,full scripts/gpu.sh …                          # measure these schemes
@@ -165,6 +167,13 @@ bench() {
     with_torch scripts/bench_gpu.py "$bin/bench_gpu" "$@" ${GPU_OUT:+--json "$GPU_OUT/bench.json"}
 }
 
+# Our default choice on many shapes.
+sweep() {
+    heading "sweep of shapes"
+    python3 -c 'import torch' || { echo "left out: Python has no torch here"; return; }
+    python3 scripts/sweep_gpu.py "$bin/bench_gpu" "$@" ${GPU_OUT:+--json "$GPU_OUT/sweep.json"}
+}
+
 [[ $# -gt 0 ]] || set -- tests python first-call sanitize accuracy bench-hopper profile
 for part in "$@"; do
     case $part in
@@ -175,10 +184,12 @@ for part in "$@"; do
         accuracy) accuracy ;;
         profile) profile ;;
         bench-hopper) bench ;;
+        sweep) sweep ;;
+        regret) sweep --choices auto --peers none --rounds 1 --alternatives ;;
         bench-quick) bench --rounds 1 --shapes grid --lengths 4096,8192 ;;
         *)
-            echo "gpu.sh: part is $part, expected tests, python, first-call, sanitize, accuracy, profile, bench-hopper or" \
-                "bench-quick" >&2
+            echo "gpu.sh: part is $part, expected tests, python, first-call, sanitize, accuracy, profile, bench-hopper," \
+                "bench-quick, sweep or regret" >&2
             exit 2
             ;;
     esac

@@ -4,15 +4,17 @@ use std::fmt;
 
 use sage_core::{Call, Mask};
 use sage_kernels::attention::MaskForm;
-use sage_kernels::forward::{ForwardPlan, Request, Tensors};
+use sage_kernels::forward::{Alternative, ForwardPlan, Request, Tensors};
 use sage_kernels::pass::Pass;
 use sage_kernels::{Machine, TensorArg};
 use sageattention::{Choice, Error, Lengths, Problem, Result};
+use serde_json::Value;
 
 use crate::decode_plan::DecodePlan;
 use crate::made_up::MadeUp;
 use crate::options::ProblemOptions;
 use crate::pass_summary::PassSummary;
+use crate::weighed::Weighed;
 
 /// Most scores of a call that is planned: with more, bytes of the workspace would not fit 64 bits.
 const MAX_SCORES: u128 = 1 << 52;
@@ -31,8 +33,8 @@ pub struct GpuPlan {
 /// What computes a call.
 #[derive(Debug)]
 pub enum Passes {
-    /// Attention over tensors.
-    Forward(ForwardPlan),
+    /// Attention over tensors, and what was weighed for it.
+    Forward(ForwardPlan, Weighed),
     /// Attention over a KV cache.
     Decode(DecodePlan),
 }
@@ -51,7 +53,10 @@ impl GpuPlan {
                 request(&call, made_up.mask_argument(), options.forward.scheme.choice(), options.forward.lse);
             let forward = ForwardPlan::new(&call.problem, &request, &machine)?;
             check_target(forward.pass(), &machine)?;
-            return Ok(GpuPlan { problem: call.problem, machine, passes: Passes::Forward(forward) });
+            // What only the plan's nearest scheme computes has no alternatives.
+            let weighed = Alternative::all(&call.problem, &request, &machine).unwrap_or_default();
+            let passes = Passes::Forward(forward, Weighed::new(weighed));
+            return Ok(GpuPlan { problem: call.problem, machine, passes });
         };
         let decode = DecodePlan::new(options, cache, made_up, &machine)?;
         decode.appends().iter().take(1).try_for_each(|append| check_target(&append.call.pass(), &machine))?;
@@ -62,7 +67,7 @@ impl GpuPlan {
     /// What is computed: a scheme, or what a KV cache stores.
     pub fn scheme(&self) -> String {
         match &self.passes {
-            Passes::Forward(plan) => plan.scheme().to_string(),
+            Passes::Forward(plan, _) => plan.scheme().to_string(),
             Passes::Decode(plan) => plan.scheme(),
         }
     }
@@ -70,15 +75,31 @@ impl GpuPlan {
     /// Why the passes are what they are, a sentence for each choice.
     pub fn reasons(&self) -> &[String] {
         match &self.passes {
-            Passes::Forward(plan) => plan.reasons(),
+            Passes::Forward(plan, _) => plan.reasons(),
             Passes::Decode(plan) => plan.reasons(),
+        }
+    }
+
+    /// The schemes, tile shapes and parts of the keys that were weighed, with their predicted times, as a table.
+    pub fn weighed(&self) -> String {
+        match &self.passes {
+            Passes::Forward(plan, weighed) => weighed.table(plan),
+            Passes::Decode(_) => String::new(),
+        }
+    }
+
+    /// The same as JSON.
+    pub fn weighed_json(&self) -> Value {
+        match &self.passes {
+            Passes::Forward(plan, weighed) => weighed.json(plan),
+            Passes::Decode(_) => Value::Array(Vec::new()),
         }
     }
 
     /// Parts that keys are split into.
     pub fn splits(&self) -> usize {
         match &self.passes {
-            Passes::Forward(plan) => plan.splits(),
+            Passes::Forward(plan, _) => plan.splits(),
             Passes::Decode(plan) => plan.splits(),
         }
     }
@@ -86,7 +107,7 @@ impl GpuPlan {
     /// The passes in words, each kind once.
     pub fn summaries(&self) -> Vec<PassSummary> {
         match &self.passes {
-            Passes::Forward(plan) => vec![PassSummary::new("forward", plan.pass())],
+            Passes::Forward(plan, _) => vec![PassSummary::new("forward", plan.pass())],
             Passes::Decode(plan) => plan.summaries(),
         }
     }
@@ -148,7 +169,7 @@ impl fmt::Display for GpuPlan {
         let Machine { target, multiprocessors, .. } = self.machine;
         write!(f, "device      {target}, {multiprocessors} multiprocessors")?;
         match &self.passes {
-            Passes::Forward(plan) => write!(f, "\npass        forward\n{}", plan.pass())?,
+            Passes::Forward(plan, _) => write!(f, "\npass        forward\n{}", plan.pass())?,
             Passes::Decode(plan) => {
                 // All appends have the same kernels.
                 let append = plan.appends().first();

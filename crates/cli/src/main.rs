@@ -31,6 +31,7 @@ mod speed;
 mod table;
 mod timing;
 mod video;
+mod weighed;
 
 use std::io::Write;
 use std::process::ExitCode;

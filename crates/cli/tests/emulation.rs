@@ -187,6 +187,27 @@ fn explaining_a_target_needs_no_gpu() {
     assert!(bytes > 1 << 33 && bytes <= pass["workspace_bytes"].as_u64().unwrap(), "{report}");
 }
 
+/// The plan is the one of the shortest predicted time; where no costs were measured, nothing is predicted.
+#[test]
+fn what_was_weighed_is_explained() {
+    let place = Place::new();
+    for words in
+        ["--heads 24 --seq 1024 --dtype bf16", "--heads 16 --batch 4 --seq 300 --head-dim 64 --causal"]
+    {
+        let report = place.json(&format!("explain --json {words} --target sm_90a"));
+        let weighed = report["weighed"].as_array().unwrap();
+        assert!(weighed.len() > 6, "{weighed:?}");
+        let times: Vec<f64> = weighed.iter().map(|row| row["predicted_us"].as_f64().unwrap()).collect();
+        assert!(times.is_sorted(), "{times:?}");
+        let planned: Vec<bool> = weighed.iter().map(|row| row["planned"].as_bool().unwrap()).collect();
+        assert!(planned[0] && !planned[1..].contains(&true), "{weighed:?}");
+        let shown = String::from_utf8(place.run(&format!("explain {words} --target sm_90a")).stdout).unwrap();
+        assert!(shown.contains("predicted µs") && shown.contains("planned"), "{shown}");
+    }
+    let report = place.json("explain --json --heads 24 --seq 1024 --target sm_89");
+    assert_eq!(report["weighed"].as_array().map(Vec::len), Some(0), "{report}");
+}
+
 /// The command's exit code, and the one line that it writes to standard error.
 fn refused(rows: &[(&str, i32, &str)]) {
     let place = Place::new();

@@ -9,7 +9,7 @@ use sage_core::{
 use sage_cuda::Stream;
 use sage_kernels::TensorArg;
 use sage_kernels::attention::MaskForm;
-use sage_kernels::forward::{Request, Tensors};
+use sage_kernels::forward::{Alternative, Request, Tensors};
 use sage_ptx::Target;
 
 use crate::launches;
@@ -53,12 +53,10 @@ impl Backend for Cuda {
         out: DeviceTensor<'_>,
         lse: Option<DeviceLse<'_>>,
     ) -> Result<()> {
-        let Some(prepared) = self.prepare(stream, call, choice, (out, lse), None)? else { return Ok(()) };
-        let kernels = prepared.plan.kernels(self)?;
-        launches::run(prepared.plan.pass(), kernels, &prepared.tensors, stream, |(_, kernel, grid, args)| {
-            // SAFETY: see `launches::OnStream`.
-            unsafe { kernel.launch(stream, grid, args) }.map_err(driver)
-        })
+        match self.prepare(stream, call, choice, (out, lse), Forced::default())? {
+            Some(prepared) => self.launch(stream, &prepared),
+            None => Ok(()),
+        }
     }
 }
 
@@ -101,6 +99,13 @@ impl CacheBackend for Cuda {
     }
 }
 
+/// What a caller forces in place of the planner's choice.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Forced {
+    pub tiling: Option<Tiling>,
+    pub splits: Option<usize>,
+}
+
 /// A call that is ready to be launched.
 pub(crate) struct Prepared {
     pub plan: Arc<CudaPlan>,
@@ -128,14 +133,50 @@ impl Cuda {
         Ok(Arc::new(self.new_plan(&problem, &request)?.with_prediction(prediction)))
     }
 
-    /// A call's plan and addresses; none where there is nothing to compute. `tiling` is a tile shape to try.
+    /// Ways to compute a call, of which the planner takes one.
+    ///
+    /// # Errors
+    /// When no kernel computes it.
+    pub fn alternatives(&self, call: &DeviceCall<'_>, choice: Choice) -> Result<Vec<Alternative>> {
+        let out = TensorArg { address: 0, strides: [call.problem.head_dim as i64; 3] };
+        let request = request(call, choice, &addresses(call, out), false);
+        Alternative::all(&call.problem, &request, self.machine())
+    }
+
+    /// Computes a call in one of its [`Cuda::alternatives`], as [`Backend::run`] does in the planner's.
+    ///
+    /// # Errors
+    /// As [`Backend::run`].
+    pub fn run_alternative(
+        &self,
+        stream: &Stream,
+        call: &DeviceCall<'_>,
+        alternative: &Alternative,
+        out: DeviceTensor<'_>,
+    ) -> Result<()> {
+        let forced = Forced { tiling: Some(alternative.tiling), splits: Some(alternative.splits) };
+        match self.prepare(stream, call, alternative.scheme.into(), (out, None), forced)? {
+            Some(prepared) => self.launch(stream, &prepared),
+            None => Ok(()),
+        }
+    }
+
+    fn launch(&self, stream: &Stream, prepared: &Prepared) -> Result<()> {
+        let kernels = prepared.plan.kernels(self)?;
+        launches::run(prepared.plan.pass(), kernels, &prepared.tensors, stream, |(_, kernel, grid, args)| {
+            // SAFETY: see `launches::OnStream`.
+            unsafe { kernel.launch(stream, grid, args) }.map_err(driver)
+        })
+    }
+
+    /// A call's plan and addresses; none where there is nothing to compute.
     pub(crate) fn prepare(
         &self,
         stream: &Stream,
         call: &DeviceCall<'_>,
         choice: Choice,
         (out, lse): (DeviceTensor<'_>, Option<DeviceLse<'_>>),
-        tiling: Option<Tiling>,
+        Forced { tiling, splits }: Forced,
     ) -> Result<Option<Prepared>> {
         sage_cuda::check_not_forked().map_err(driver)?;
         let geometry = call.check_output(out.dtype(), out.geometry())?;
@@ -147,7 +188,7 @@ impl Cuda {
             return Ok(None);
         }
         let mut tensors = addresses(call, argument(&out));
-        let request = Request { tiling, ..request(call, choice, &tensors, lse.is_some()) };
+        let request = Request { tiling, splits, ..request(call, choice, &tensors, lse.is_some()) };
         let plan = self.plan_of(&call.problem, &request)?;
         let lists = Lists::new(stream, &call.lengths)?;
         (tensors.cu_seqlens_q, tensors.cu_seqlens_k) = (lists.q, lists.k);

@@ -32,6 +32,7 @@ pub use sage_cuda::{
     Buffer, Device, DeviceInfo, DiskCache, Event, ExecutableGraph, Graph, Origin, Stream,
     arrange_driver_cache, devices, driver_cache, driver_cache_folder,
 };
+pub use sage_kernels::forward::Alternative;
 pub use sage_kernels::{Engine, Tiling, WarpTiling, WarpgroupTiling};
 
 pub use backend::nearest_on_hopper;

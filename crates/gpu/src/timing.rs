@@ -7,7 +7,7 @@ use sage_core::{Choice, Result};
 use sage_cuda::{Event, Kernel, Stream};
 use sage_kernels::pass::Pass;
 
-use crate::backend::Prepared;
+use crate::backend::{Forced, Prepared};
 use crate::launches::{self, Launch};
 use crate::{Cuda, DeviceCall, DeviceTensor, driver};
 
@@ -37,7 +37,7 @@ impl Cuda {
         out: DeviceTensor<'_>,
         runs: usize,
     ) -> Result<Vec<(String, Duration)>> {
-        match self.prepare(stream, call, choice, (out, None), None)? {
+        match self.prepare(stream, call, choice, (out, None), Forced::default())? {
             Some(prepared) => self.time_prepared(stream, &prepared, runs),
             None => Ok(Vec::new()),
         }

@@ -10,6 +10,7 @@ use sage_kernels::Tiling;
 use sage_kernels::tuning::{Key, candidates};
 use serde::{Deserialize, Serialize};
 
+use crate::backend::Forced;
 use crate::{Cuda, DeviceCall, DeviceTensor};
 
 /// Names a file with measured tile shapes.
@@ -132,13 +133,19 @@ impl Cuda {
         out: DeviceTensor<'_>,
         mut tried: impl FnMut(usize, usize),
     ) -> Result<Option<(Key, Vec<Trial>)>> {
-        let Some(own) = self.prepare(stream, call, choice, (out, None), None)? else {
+        let Some(own) = self.prepare(stream, call, choice, (out, None), Forced::default())? else {
             return Ok(None);
         };
         let shape = *own.plan.forward.key();
         let tilings = candidates(self.machine(), &shape);
         let time = |tiling: Tiling| -> Result<Duration> {
-            let prepared = self.prepare(stream, call, choice, (out, None), Some(tiling))?;
+            let prepared = self.prepare(
+                stream,
+                call,
+                choice,
+                (out, None),
+                Forced { tiling: Some(tiling), splits: None },
+            )?;
             let Some(prepared) = prepared else { return Ok(Duration::ZERO) };
             // Clocks fall under load: the first runs warm up.
             self.time_prepared(stream, &prepared, WARM_UP)?;

@@ -14,13 +14,14 @@ use sage_core::{Accumulator, Alignment, Band, DType, Preset, Problem, Pv, Scheme
 use sage_ptx::Target;
 
 use crate::attention::{AttentionConfig, MaskForm};
-use crate::forward::{Extent, ForwardPlan, Request, int8_scheme};
+use crate::forward::{Alternative, Extent, ForwardPlan, Request, int8_scheme};
 use crate::kernel::Kernel;
 use crate::machine::Machine;
 use crate::pass::Pass;
 use crate::predict::PoolBlocksConfig;
 use crate::sequence::Lengths;
 use crate::tail::PooledTailConfig;
+use crate::tiling::Tiling;
 
 /// Head dimensions of models, and one (40) that fills no tile.
 const HEAD_DIMS: [usize; 8] = [40, 64, 72, 80, 96, 128, 192, 256];
@@ -56,6 +57,7 @@ pub fn catalog(target: Target) -> Vec<Entry> {
     }
     for head_dim in PADDED_DIMS {
         list.schemes(head_dim);
+        list.cuts(head_dim);
         list.options(head_dim);
         list.sparse(head_dim);
         list.preparation(head_dim);
@@ -91,6 +93,8 @@ struct Call {
     head_dim: usize,
     scheme: Option<Scheme>,
     size: Size,
+    /// How attention's work is cut, or none for the planner's choice.
+    cut: Option<Cut>,
     mask: MaskForm,
     /// Whether all heads have the same mask.
     one_mask: bool,
@@ -101,6 +105,13 @@ struct Call {
     aligned: bool,
     softcap: bool,
     lse: bool,
+}
+
+/// How attention's work is cut.
+#[derive(Clone, Copy, Debug)]
+struct Cut {
+    tiling: Tiling,
+    splits: usize,
 }
 
 /// Sizes at which plans differ.
@@ -125,6 +136,7 @@ impl Default for Call {
             head_dim: 64,
             scheme: None,
             size: Size::Common,
+            cut: None,
             mask: MaskForm::None,
             one_mask: false,
             blocks: None,
@@ -141,8 +153,21 @@ impl Default for Call {
 impl Call {
     /// The plan, where there is one on the target.
     fn plan(&self, target: Target) -> Option<ForwardPlan> {
+        let (problem, request) = self.asked();
+        ForwardPlan::new(&problem, &request, &machine(target)).ok()
+    }
+
+    /// How the planner may cut attention's work.
+    fn cuts(&self, target: Target) -> Vec<Cut> {
+        let (problem, request) = self.asked();
+        let all = Alternative::all(&problem, &request, &machine(target)).unwrap_or_default();
+        all.into_iter().map(|Alternative { tiling, splits, .. }| Cut { tiling, splits }).collect()
+    }
+
+    /// What a planner is asked.
+    fn asked(&self) -> (Problem, Request) {
         let (batch, heads, q_len, kv_len) = match self.size {
-            Size::Common => (8, 32, 1024, 1024),
+            Size::Common => (8, 32, 4096, 4096),
             Size::FewBlocks => (1, 4, 128, 4096),
             Size::FewQueries => (8, 32, 64, 1024),
             Size::Decode => (1, 8, 1, 4096),
@@ -163,6 +188,8 @@ impl Call {
         problem.masked = self.mask != MaskForm::None;
         let request = Request {
             scheme: self.scheme,
+            tiling: self.cut.map(|cut| cut.tiling),
+            splits: self.cut.map(|cut| cut.splits),
             mask: self.mask,
             mask_extent: Extent { batches: !self.one_mask, heads: !self.one_mask, rows: true },
             lengths: self.lengths,
@@ -173,7 +200,7 @@ impl Call {
             lse: self.lse,
             ..Request::new(&problem)
         };
-        ForwardPlan::new(&problem, &request, &machine(target)).ok()
+        (problem, request)
     }
 }
 
@@ -258,6 +285,19 @@ impl List {
             (DType::F16, Scheme { rotate: true, ..Preset::SAGE3_NVFP4.scheme(head_dim) }),
         ] {
             self.add(&Call { dtype, head_dim, scheme: Some(scheme), ..Call::default() }, false, |_| true);
+        }
+    }
+
+    /// Attention in every tile shape that the planner weighs, keys whole and split.
+    fn cuts(&mut self, head_dim: usize) {
+        let fp8 = Preset::INT8_FP8.scheme(head_dim);
+        for scheme in [Preset::FULL.scheme(head_dim), int8_scheme(DType::F16), fp8] {
+            for size in [Size::Common, Size::FewBlocks] {
+                let call = Call { head_dim, scheme: Some(scheme), size, ..Call::default() };
+                for cut in call.cuts(self.target) {
+                    self.add(&Call { cut: Some(cut), ..call }, false, |_| true);
+                }
+            }
         }
     }
 

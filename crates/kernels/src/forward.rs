@@ -1,12 +1,16 @@
 //! A whole forward pass: which kernels, in which order, with which arguments and which workspace.
 
+mod alternatives;
 mod attention;
 mod call;
 mod choice;
+mod cut;
 mod fallback;
+mod forms;
 mod groups;
 mod lists;
 mod masks;
+mod predicted;
 mod preferences;
 mod request;
 mod sample;
@@ -19,17 +23,19 @@ use sage_core::{DType, Error, MAX_HEADS, Problem, Qk, Result, Scheme};
 
 use crate::attention::MaskForm;
 use crate::machine::Machine;
-use crate::operand::{OperandSource, Operands};
+use crate::operand::OperandSource;
 use crate::pass::Pass;
 use crate::sequence::Lengths;
 use crate::tiling::Tiling;
 use crate::tuning::Key;
+pub use alternatives::Alternative;
 use attention::PlannedAttention;
 use call::{ForwardCall, ForwardPass};
 use choice::choose;
 pub use choice::int8_scheme;
 pub use fallback::nearest_scheme;
 use fallback::{computed, naming_nearest};
+use forms::Forms;
 use groups::HeadsAsRows;
 pub use preferences::{Preference, Preferences};
 pub use request::{Extent, Request};
@@ -83,19 +89,13 @@ impl ForwardPlan {
         let products = machine.product_dtype(problem.dtype);
         let scheme = computed(given, products, &mut reasons);
         let heads_as_rows = HeadsAsRows::of(problem, request, &scheme);
-        let group = problem.group_size();
-        let (mut problem, mut request) = (*problem, *request);
-        if let Some(heads) = heads_as_rows {
-            (problem, request) = (heads.problem(&problem), heads.request(&request));
+        if heads_as_rows.is_some() {
+            let group = problem.group_size();
             reasons
                 .push(format!("{group} query heads are rows of one: K and V are read once for all of them"));
         }
-        let call = ForwardCall {
-            problem,
-            request: request.within(&problem),
-            machine: *machine,
-            heads_as_rows: heads_as_rows == Some(HeadsAsRows::InKernel),
-        };
+        let call = ForwardCall::new(problem, request, machine, heads_as_rows);
+        let problem = call.problem;
         let mut planned = Planned::new(call, &scheme, &mut reasons).map_err(|error| {
             let mut unused = Vec::new();
             let nearest = nearest_scheme(given, problem.dtype, machine.target);
@@ -151,9 +151,8 @@ impl ForwardPlan {
 
 impl Planned {
     fn new(call: ForwardCall, scheme: &Scheme, reasons: &mut Vec<String>) -> Result<Self> {
-        let qk = scores::form(&call, scheme)?;
-        let smooth_q = scores::smooth_q_rows(scheme, call.problem.q_len)?;
-        let operands = Operands::new(call.problem.dtype, qk, values::form(&call, scheme)?);
+        let forms = Forms::of(&call, scheme)?;
+        let Forms { operands, smooth_q, .. } = forms;
         let mut pass = ForwardPass::new();
         let (mut call, lse) = (call, call.request.lse);
         let tail = call.problem.blocks.filter(|_| call.problem.pooled_tail);
@@ -174,11 +173,11 @@ impl Planned {
                 masks::rank_keys(call, &mut pass);
             }
         }
-        if qk != Qk::Full {
+        if scheme.qk != Qk::Full {
             scores::quantize(call, scheme, &operands, smooth_q, &mut pass);
         }
         values::prepare(call, scheme, operands.v, &mut pass);
-        let attention = PlannedAttention::new(call, scheme, operands, smooth_q, reasons);
+        let attention = PlannedAttention::new(call, scheme, &forms, reasons);
         attention.launch(&mut pass);
         if let Some(blocks) = tail {
             reasons.push("the means of the blocks left out are added to what attention has written".into());

@@ -132,7 +132,8 @@ fn what_there_is_one_of_does_not_differ() {
         let mut problem = Problem::dense(DType::F16, [batch, heads, heads], [2048, 2048], 128);
         problem.masked = true;
         let mask = TensorArg { address: 0, strides };
-        let request = Request { mask: MaskForm::Bias(DType::F16), ..Request::new(&problem) }
+        let scheme = Some(int8_scheme(DType::F16));
+        let request = Request { scheme, mask: MaskForm::Bias(DType::F16), ..Request::new(&problem) }
             .with_masks_of(&Tensors { mask, ..Tensors::default() });
         let plan = ForwardPlan::new(&problem, &request, &Machine::typical(Target::SM_90A)).unwrap();
         plan.pass().kernel_names()

@@ -1,8 +1,10 @@
 //! The kernels of warpgroups in the emulator, against the oracle of their scheme.
 
+use std::collections::HashSet;
+
 use sage_core::{Alignment, Band, DType, Preset, Pv, Scheme};
-use sage_kernels::forward::int8_scheme;
-use sage_kernels::{Tiling, WarpgroupTiling};
+use sage_kernels::forward::{Alternative, Request, int8_scheme};
+use sage_kernels::{Machine, Tiling, WarpgroupTiling};
 use sage_ptx::Target;
 use sage_testkit::{Bias, Case, CaseMask, Emulated, Extent, Runner, Sequences, check_within};
 
@@ -24,8 +26,20 @@ fn case() -> Case {
     Case { q_len: 150, kv_len: 200, k_bias: Bias::Channels(3.0), scheme: int8(), ..Case::default() }
 }
 
+/// In full precision `mma.sync` is as fast for such short calls.
+const FULL: WarpgroupTiling = WarpgroupTiling {
+    groups: 3,
+    tile_keys: 64,
+    queries_in_registers: true,
+    stages: 4,
+    sums_by_mma: true,
+    lazy_rescale: 8,
+};
+
 fn check(case: &Case) {
-    check_on(&gpu(), case);
+    let short = case.scheme == Some(full()) && case.head_dim == 64 && case.mask.is_none();
+    let tiling = short.then_some(Tiling::Warpgroups(FULL));
+    check_on(&Emulated { tiling, ..gpu() }, case);
 }
 
 fn check_on(gpu: &Emulated, case: &Case) {
@@ -152,6 +166,29 @@ fn schedules() {
                 check_on(&Emulated { tiling: Some(tiling), ..gpu() }, &Case { scheme, kv_len, ..case() });
             }
         }
+    }
+}
+
+/// Every way to cut the work that the planner weighs: other numbers of warpgroups, `mma.sync`, keys whole or in parts.
+#[test]
+fn cuts() {
+    let machine = Machine { multiprocessors: 132, ..gpu().machine };
+    for head_dim in [64, 72, 128, 256] {
+        let mut shapes = HashSet::new();
+        for scheme in [full(), int8_scheme(DType::F16), Preset::INT8_FP8.scheme(head_dim)] {
+            let band = if shapes.len() % 2 == 0 { CAUSAL } else { Band::FULL };
+            let case = Case { head_dim, kv_len: 600, band, scheme: Some(scheme), ..case() };
+            let problem = case.build().call().problem;
+            let request = Request { scheme: Some(scheme), ..Request::new(&problem) };
+            for cut in Alternative::all(&problem, &request, &machine).unwrap() {
+                shapes.insert((cut.tiling.block_q(), cut.tiling.engine(), cut.splits > 1));
+                let gpu = Emulated { tiling: Some(cut.tiling), splits: Some(cut.splits), ..gpu() };
+                sage_testkit::check(&gpu, &case);
+                sage_testkit::check(&gpu, &Case { lse: false, ..case.clone() });
+            }
+        }
+        // Blocks of 64, 128 and 192 rows and of `mma.sync`, each with keys whole and split.
+        assert!(shapes.len() >= if head_dim == 256 { 3 } else { 7 }, "head_dim {head_dim}: {shapes:?}");
     }
 }
 

@@ -41,8 +41,10 @@ pub struct Emulated {
     pub machine: Machine,
     /// Whether the nearest scheme is computed in place of one that has no kernels.
     pub nearest: bool,
-    /// The attention kernel's tile shape, or none for the tuning table's.
+    /// The attention kernel's tile shape, or none for the planner's choice.
     pub tiling: Option<Tiling>,
+    /// Parts that keys are split into, or none for the planner's choice.
+    pub splits: Option<usize>,
     /// Whether grids are folded as those of very many heads are: three numbers along y, and some blocks too many.
     pub folded: bool,
     /// The most queries and keys that the caller says packed sequences have, where lengths are in device memory.
@@ -64,7 +66,14 @@ impl Emulated {
         let in_place =
             named.map(|name| name.parse().unwrap_or_else(|error| panic!("{IN_PLACE_OF_AMPERE}: {error}")));
         let machine = Machine { multiprocessors: 1, ..Machine::typical(in_place.unwrap_or(target)) };
-        Emulated { machine, nearest: in_place.is_some(), tiling: None, folded: false, longest: None }
+        Emulated {
+            machine,
+            nearest: in_place.is_some(),
+            tiling: None,
+            splits: None,
+            folded: false,
+            longest: None,
+        }
     }
 
     /// The same with so many multiprocessors.
@@ -92,6 +101,7 @@ impl Emulated {
             has_tensor_map: aligned && tensors.k.has_map(k.shape()) && tensors.v.has_map(v.shape()),
             lse: call.lse,
             tiling: self.tiling,
+            splits: self.splits,
             ..Request::new(&checked.problem)
         }
         .with_masks_of(tensors);

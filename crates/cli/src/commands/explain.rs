@@ -62,7 +62,7 @@ impl Explain {
                 if console.json {
                     return console.print_json(&self.gpu_json(&plan));
                 }
-                console.print(&format!("{plan}\n"))
+                console.print(&format!("{plan}{}\n", plan.weighed()))
             }
             None if self.problem.cache.is_some() => Err(Failure::Usage(
                 "--kv-cache: found no --target, expected one, such as sm_89: its passes are a GPU's".into(),
@@ -103,7 +103,11 @@ impl Explain {
             document["predictions"] = predictions.iter().map(|found| found.json(plan)).collect();
             return console.print_json(&document);
         }
-        console.print(&format!("{plan}\n\n{}", prediction::table(model, &predictions, plan)))
+        console.print(&format!(
+            "{plan}{}\n\n{}",
+            plan.weighed(),
+            prediction::table(model, &predictions, plan)
+        ))
     }
 
     fn gpu_json(&self, plan: &GpuPlan) -> Value {
@@ -114,6 +118,7 @@ impl Explain {
         document["splits"] = json!(plan.splits());
         document["passes"] = json!(plan.summaries());
         document["reasons"] = json!(plan.reasons());
+        document["weighed"] = plan.weighed_json();
         document
     }
 

@@ -55,7 +55,7 @@ pub fn run(
 ) -> Result<Emulation> {
     let mut gpu = Gpu::new(plan.machine.target, launched);
     match &plan.passes {
-        Passes::Forward(forward) => forward::run(&mut gpu, forward, made_up, wants_lse),
+        Passes::Forward(forward, _) => forward::run(&mut gpu, forward, made_up, wants_lse),
         Passes::Decode(decode) => decode::run(&mut gpu, decode, made_up, wants_lse),
     }
 }
@@ -74,7 +74,7 @@ pub fn launched(plan: &ForwardPlan, call: &Call<'_>, target: Target) -> Result<V
 /// How many launches a plan has.
 pub fn launches(plan: &GpuPlan) -> usize {
     match &plan.passes {
-        Passes::Forward(forward) => forward.pass().kernels().len(),
+        Passes::Forward(forward, _) => forward.pass().kernels().len(),
         Passes::Decode(decode) => {
             let appends = decode.appends().iter().map(|append| append.call.pass().kernels().len());
             appends.sum::<usize>() + decode.attend().kernels().len()

@@ -1,25 +1,22 @@
 //! The attention kernel itself, and what merges the parts of split keys.
 
-use sage_core::{Accumulator, Granularity, IntQuantizer, Scheme};
+use sage_core::Scheme;
 
 use super::call::{ForwardCall, ForwardPass, slot};
-use super::choice::FEW_QUERIES;
+use super::cut::Cut;
+use super::forms::{Forms, has_words, packs_biases};
 use super::lists::TileLists;
-use super::request::Extent;
 use super::tensors::Tensors;
-use crate::attention::{
-    AttentionArgs, AttentionConfig, MaskForm, TileSource, boxed_tensors, padded_dim, stage_bytes,
-};
+use crate::attention::{AttentionArgs, AttentionConfig, MaskForm, TileSource, boxed_tensors, stage_bytes};
 use crate::combine::{CombineArgs, CombineConfig, PART};
 use crate::grid::grid;
-use crate::key_order::KeyOrder;
-use crate::operand::{Element, Operand, OperandSource, Operands};
+use crate::operand::{Operand, OperandSource};
 use crate::pass::{Addresses, Slot};
 use crate::sequence::{KEY_TILE, Lengths};
 use crate::sparse::Packing;
 use crate::tensor::TensorArg;
 use crate::tiling::{Engine, Tiling};
-use crate::tuning::{Key, Tuned, holds_biases, of_blocks, tiling};
+use crate::tuning::Key;
 
 /// Most heads that attention works on at once: their pieces are many times a GPU's multiprocessors, and the search
 /// for a divisor is short.
@@ -42,20 +39,10 @@ impl PlannedAttention {
     }
 
     /// The kernel for operands in such forms; says why to `reasons`.
-    pub fn new(
-        call: ForwardCall,
-        scheme: &Scheme,
-        operands: Operands,
-        smooth_q: Option<usize>,
-        reasons: &mut Vec<String>,
-    ) -> Self {
+    pub fn new(call: ForwardCall, scheme: &Scheme, forms: &Forms, reasons: &mut Vec<String>) -> Self {
         let (problem, request) = (&call.problem, &call.request);
-        let key = key(&call, &operands, smooth_q);
-        let tuned = match request.tiling {
-            Some(tiling) => Tuned { tiling, reason: "as asked for, or as `sageattn tune` measured" },
-            None => tiling(&call.machine, &key),
-        };
-        let tuned = problem.blocks.map_or(tuned, |blocks| of_blocks(&call.machine, &key, tuned, blocks));
+        let Forms { operands, smooth_q, key } = *forms;
+        let Cut { tuned, splits } = Cut::of(&call, forms);
         let whole_tiles = |[rows, keys]: [usize; 2]| {
             rows.is_multiple_of(tuned.tiling.block_q()) && keys.is_multiple_of(tuned.tiling.tile_keys())
         };
@@ -87,7 +74,6 @@ impl PlannedAttention {
             config.tiling.tile_keys(),
             tuned.reason
         ));
-        let splits = splits(&call, &config);
         if splits > 1 {
             reasons.push(format!("keys in {splits} parts: the query blocks alone would leave the GPU idle"));
             config.split = true;
@@ -269,105 +255,6 @@ impl AttentionSlots {
 /// Where log-sum-exps are written: in a slot of the workspace where the caller wants none.
 pub(super) fn lse_address(slot: Slot, at: &Addresses<'_, Tensors>) -> u64 {
     if slot == Slot::NONE { at.tensors.lse } else { at.of(slot) }
-}
-
-/// Whether an additive mask is packed where the kernel can read its words: one for all heads and sequences, as a copy
-/// of more would take as much memory as scores.
-fn packs_biases(call: &ForwardCall) -> bool {
-    let Extent { batches, heads, .. } = call.request.mask_extent;
-    matches!(call.request.mask, MaskForm::Bias(_)) && !batches && !heads
-}
-
-/// Whether a kernel reads the words of packed biases.
-fn has_words(tiling: &Tiling, key: &Key, operands: &Operands) -> bool {
-    match tiling.engine() {
-        // Biases lie in the natural order of keys.
-        Engine::Warps => tiling.tile_keys() == KEY_TILE && operands.key_order() == KeyOrder::Natural,
-        Engine::Warpgroups => key.bias_bytes > 0,
-    }
-}
-
-/// What the tile shape is chosen for.
-fn key(call: &ForwardCall, operands: &Operands, smooth_q: Option<usize>) -> Key {
-    let key = key_without_biases(call, operands, smooth_q);
-    let MaskForm::Bias(dtype) = call.request.mask else { return key };
-    let staged = Key { bias_bytes: dtype.bytes(), ..key };
-    if key.warpgroups && packs_biases(call) && holds_biases(&call.machine, &staged) {
-        return staged;
-    }
-    Key { plain: true, ..key }
-}
-
-fn key_without_biases(call: &ForwardCall, operands: &Operands, smooth_q: Option<usize>) -> Key {
-    let granularity = operands.quantizer.map(|quantizer| quantizer.granularity);
-    Key {
-        integer: granularity.is_some(),
-        fp4_scores: operands.k.element == Element::E2M1,
-        fp8: operands.v.element == Element::E4M3,
-        fp4_values: operands.v.element == Element::E2M1,
-        two_level: operands.sums_tiles_first(),
-        padded_dim: padded_dim(call.problem.head_dim),
-        plain: call.problem.logit_softcap.is_some()
-            || smooth_q.is_some()
-            || granularity == Some(Granularity::PerToken),
-        unaligned: !call.request.aligned,
-        max_rows_per_warp: max_rows_per_warp(operands),
-        warpgroups: suits_warpgroups(call, operands),
-        per_block: granularity == Some(Granularity::PerBlock),
-        few_rows: call.heads_and_rows()[1] <= 128,
-        bias_bytes: 0,
-    }
-}
-
-/// Most query rows of a warp: the groups of smaller warps would be mixed in one lane.
-fn max_rows_per_warp(operands: &Operands) -> usize {
-    match operands.quantizer {
-        Some(IntQuantizer { granularity: Granularity::PerWarp | Granularity::PerThread, tile, .. }) => {
-            tile.warp_q
-        }
-        _ => 32,
-    }
-}
-
-/// Whether there is a kernel of warpgroups for such operands, and work for it: it takes 128 query rows and more at
-/// once, and keys.
-fn suits_warpgroups(call: &ForwardCall, operands: &Operands) -> bool {
-    let (problem, request) = (&call.problem, &call.request);
-    let [_, rows] = call.heads_and_rows();
-    // Tiles of the workspace always have a map, wherever they came from.
-    let in_workspace = [operands.k, operands.v].iter().all(|o| o.source == OperandSource::Workspace);
-    let mapped = if in_workspace { request.aligned } else { request.has_tensor_map };
-    let multiplied = !matches!(operands.k.element, Element::I4 | Element::E2M1);
-    let summed = match (operands.v.element, operands.sums) {
-        (_, Accumulator::F32) => true,
-        // A tile's own sums beside all tiles' would take 256 registers of wider heads: 2.4 KB of spills in the loop.
-        (Element::E4M3, Accumulator::F32ThenF32) => problem.head_dim <= 128,
-        _ => false,
-    };
-    // There is no tensor map of nothing, and the other kernels need none to write zeros.
-    let work = rows > FEW_QUERIES && problem.kv_len > 0;
-    call.machine.has_wgmma() && multiplied && summed && mapped && work && counts_pieces(call)
-}
-
-/// Whether a counter of 32 bits holds the pieces of work of all warpgroups, of which the least has 64 query rows:
-/// not with very many packed sequences of which one is long.
-fn counts_pieces(call: &ForwardCall) -> bool {
-    let [heads, rows] = call.heads_and_rows();
-    (call.problem.batch * heads)
-        .checked_mul(rows.div_ceil(64))
-        .is_some_and(|count| i32::try_from(count).is_ok())
-}
-
-/// Parts of the keys that give every multiprocessor a block, where the queries alone do not.
-fn splits(call: &ForwardCall, config: &AttentionConfig) -> usize {
-    let problem = &call.problem;
-    let [heads, rows] = call.heads_and_rows();
-    let pieces = config.pieces(problem.batch, heads, rows, 1);
-    let blocks = pieces.iter().product::<usize>();
-    let wanted = 2 * call.machine.multiprocessors;
-    let tiles = problem.kv_len.div_ceil(config.tiling.tile_keys());
-    // Fewer than four tiles a part cost more to merge than they save.
-    if blocks == 0 || blocks * 2 > wanted { 1 } else { (wanted / blocks).min(tiles / 4).max(1) }
 }
 
 /// Heads whose pieces of work are handed out together. Where pieces differ in length there must be many to even out,

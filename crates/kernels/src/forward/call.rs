@@ -2,6 +2,7 @@
 
 use sage_core::Problem;
 
+use super::groups::HeadsAsRows;
 use super::request::Request;
 use super::tensors::Tensors;
 use crate::attention::{MaskForm, padded_dim};
@@ -62,6 +63,24 @@ pub(crate) mod slot {
 }
 
 impl ForwardCall {
+    /// The call for a problem, some of whose query heads become rows.
+    pub fn new(
+        problem: &Problem,
+        request: &Request,
+        machine: &Machine,
+        heads_as_rows: Option<HeadsAsRows>,
+    ) -> Self {
+        let problem_of = |heads: HeadsAsRows| (heads.problem(problem), heads.request(request));
+        let (problem, request) = heads_as_rows.map_or((*problem, *request), problem_of);
+        let in_kernel = heads_as_rows == Some(HeadsAsRows::InKernel);
+        ForwardCall {
+            problem,
+            request: request.within(&problem),
+            machine: *machine,
+            heads_as_rows: in_kernel,
+        }
+    }
+
     /// Key tiles of the workspace, all sequences together.
     pub fn key_tiles(&self) -> usize {
         total_key_tiles(self.request.lengths, self.problem.batch, self.request.kv_rows)

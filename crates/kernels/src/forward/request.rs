@@ -35,8 +35,10 @@ pub struct Request {
     pub has_tensor_map: bool,
     /// Whether the log-sum-exp is wanted.
     pub lse: bool,
-    /// The attention kernel's tile shape, or none for the tuning table's.
+    /// The attention kernel's tile shape, or none for the planner's choice.
     pub tiling: Option<Tiling>,
+    /// Parts that keys are split into, or none for the planner's choice.
+    pub splits: Option<usize>,
 }
 
 /// Which dimensions of a mask are not broadcast.
@@ -100,6 +102,7 @@ impl Request {
             has_tensor_map: aligned,
             lse: false,
             tiling: None,
+            splits: None,
         }
     }
 

@@ -1,7 +1,8 @@
 //! Tile shapes for warpgroups. Figures are TFLOP/s of the attention kernel alone on an H100, 2 × 32 heads of 4096
 //! tokens, or on an H200, 4 × 32 heads, where it says so: to be compared within a row.
 
-use super::{Key, Row, Tuned};
+use super::candidates::{registers, warpgroup_registers};
+use super::{Key, Row, Tuned, ampere};
 use crate::machine::Machine;
 use crate::tiling::{Tiling, WarpgroupTiling};
 
@@ -111,6 +112,33 @@ pub(super) fn tuned(machine: &Machine, key: &Key) -> Tuned {
     let row = key.row(ROWS);
     let stages = row.tiling.stages.min(most_stages(machine, &row.tiling, key));
     Tuned { tiling: Tiling::Warpgroups(WarpgroupTiling { stages, ..row.tiling }), reason: row.reason }
+}
+
+/// The table's tile shape with other numbers of warpgroups, where registers and shared memory have room for it, and
+/// that of `mma.sync` for short calls.
+pub(super) fn other_groups(machine: &Machine, key: &Key, own: WarpgroupTiling) -> Vec<Tuned> {
+    let of_groups = |groups: usize| {
+        let sums_by_mma = groups == 3 && key.padded_dim <= 128 && !key.plain;
+        let tiling = WarpgroupTiling { groups, sums_by_mma, tile_keys: 64, ..own };
+        let stages = most_stages(machine, &tiling, key).min(own.stages.max(4));
+        let fits = stages >= 2
+            && warpgroup_registers(&tiling, key) <= registers(groups)
+            && !(groups == 1 && key.padded_dim > 128)
+            && !(key.per_block && groups != 2)
+            && !(groups == 3 && two_groups(key));
+        let tiling = Tiling::Warpgroups(WarpgroupTiling { stages, ..tiling });
+        fits.then_some(Tuned {
+            tiling,
+            reason: "fewer query rows in a block leave fewer multiprocessors idle",
+        })
+    };
+    let of_warps = || {
+        let alone = Key { warpgroups: false, ..*key };
+        let tuned = ampere::tuned(machine, &alone);
+        (key.bias_bytes == 0).then_some(tuned)
+    };
+    let groups = (1..=3).filter(|&groups| groups != own.groups).filter_map(of_groups);
+    groups.chain(of_warps()).collect()
 }
 
 /// Most stages that a block has shared memory for.

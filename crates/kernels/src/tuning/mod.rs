@@ -4,6 +4,7 @@ mod ampere;
 mod blackwell;
 mod blocks;
 mod candidates;
+mod costs;
 mod hopper;
 mod turing;
 
@@ -14,6 +15,7 @@ use crate::tiling::Tiling;
 
 pub(crate) use blocks::of_blocks;
 pub use candidates::candidates;
+pub(crate) use costs::{Cost, cost};
 
 /// Sixteenths of a byte of a 4-bit element and its part of the scale of 16.
 const FP4_SIXTEENTHS: usize = 9;
@@ -124,6 +126,17 @@ pub fn tiling(machine: &Machine, key: &Key) -> Tuned {
         _ if machine.has_async_copies() => ampere::tuned(machine, key),
         _ => turing::tuned(key),
     }
+}
+
+/// Tile shapes that calls of some sizes are faster in than in [`tiling`]'s: with fewer query rows in a block, and of the
+/// other engine.
+pub(crate) fn alternatives(machine: &Machine, key: &Key) -> Vec<Tuned> {
+    let own = tiling(machine, key);
+    let others = match own.tiling {
+        Tiling::Warpgroups(tiling) => hopper::other_groups(machine, key, tiling),
+        Tiling::Warps(_) => Vec::new(),
+    };
+    std::iter::once(own).chain(others).collect()
 }
 
 #[cfg(test)]

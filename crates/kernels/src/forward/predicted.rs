@@ -1,0 +1,104 @@
+//! Predicted times: how long a call takes of the GPU, by constants that were measured on one of its architecture.
+
+use super::call::ForwardCall;
+use super::cut::{self, Cut};
+use super::forms::Forms;
+use crate::attention::{MaskForm, padded_dim};
+use crate::operand::{Operand, OperandSource};
+use crate::sequence::KEY_TILE;
+use crate::tuning::{Cost, cost};
+
+/// Microseconds from the start of a call's first launch to its first instruction, and back.
+const LAUNCH: f64 = 1.6;
+/// Microseconds of the launches that prepare K, and of those that prepare V, beside what they move.
+const PREPARING_KEYS: f64 = 3.4;
+const PREPARING_VALUES: f64 = 6.3;
+/// Microseconds of ranking keys, which a mask makes preparing wait for.
+const RANKING: f64 = 6.0;
+/// Microseconds of the launch that merges parts of the keys, beside what it moves.
+const MERGING_LAUNCH: f64 = 3.2;
+/// Bytes a microsecond of device memory: an H200's.
+const BANDWIDTH: f64 = 4.2e6;
+/// By how much longer than at that bandwidth the launches that prepare take, and that which merges.
+const PREPARING: f64 = 1.05;
+const MERGING: f64 = 2.7;
+/// The part of the longest piece's time by which the last multiprocessor ends after the mean one.
+const UNEVEN: f64 = 0.23;
+
+/// Rows of a group that computes by itself.
+const GROUP_ROWS: usize = 64;
+
+/// Bytes of an element of the caller's tensors.
+const ELEMENT: f64 = 2.0;
+
+/// Predicted microseconds of a call, cut in such a way; none where the costs of its kernels were not measured.
+pub(super) fn microseconds(call: &ForwardCall, forms: &Forms, cut: &Cut) -> Option<f64> {
+    let cost = cost(&call.machine, &forms.key, &cut.tuned.tiling)?;
+    let attention = attention(call, cut, &cost).max(tensor_bytes(call) / BANDWIDTH);
+    Some(LAUNCH + prepare(call, forms) + attention + merge(call, cut.splits))
+}
+
+/// The attention kernel's time, were memory free.
+fn attention(call: &ForwardCall, cut: &Cut, cost: &Cost) -> f64 {
+    let (problem, tiling) = (&call.problem, &cut.tuned.tiling);
+    let padded = padded_dim(problem.head_dim) as f64;
+    let missing = 1.0 - problem.head_dim.next_multiple_of(16) as f64 / padded;
+    let pieces = cut::blocks(call, tiling) * cut.splits;
+    let is_alone = pieces <= call.machine.multiprocessors;
+    let part = if is_alone { cost.alone } else { 1.0 };
+    let of_tile = cost.tile * (1.0 - cost.channels * missing);
+    let of_tiles = |tiles: f64| part * (cost.piece + of_tile * (tiles / cut.splits as f64).max(1.0));
+    let slots = (call.machine.multiprocessors * tiling.min_blocks() as usize) as f64;
+    let pieces = pieces as f64;
+    let heads = (problem.batch * problem.num_q_heads * cut.splits) as f64;
+    if call.pieces_alike() {
+        return (pieces / slots).ceil() * of_tiles(problem.kv_len.div_ceil(KEY_TILE) as f64);
+    }
+    let rows = tiling.block_q();
+    let tiles_of = |first: usize| {
+        let last = (first + GROUP_ROWS).min(problem.q_len) - 1;
+        let seen = |query: usize| problem.band.keys(query, problem.q_len, problem.kv_len);
+        let (start, end) = (seen(first).start, seen(last).end);
+        (end.max(start).div_ceil(KEY_TILE) - start / KEY_TILE) as f64
+    };
+    let times = (0..problem.q_len).step_by(rows).map(|first| {
+        // Each group passes the tiles that only the others' rows see, which leaves the multiprocessor to them.
+        let groups = (first..(first + rows).min(problem.q_len)).step_by(GROUP_ROWS);
+        of_tiles(groups.map(tiles_of).sum::<f64>() * GROUP_ROWS as f64 / rows as f64)
+    });
+    let (sum, longest) = times.fold((0.0, 0f64), |(sum, longest), time| (sum + time, longest.max(time)));
+    if pieces <= slots { longest } else { heads * sum / slots + UNEVEN * longest }
+}
+
+/// The time of the launches that prepare K and V.
+fn prepare(call: &ForwardCall, forms: &Forms) -> f64 {
+    let problem = &call.problem;
+    let rows = (problem.batch * problem.num_kv_heads * problem.kv_len) as f64;
+    let of = |operand: Operand, launches: f64, channels: usize| match operand.source {
+        // Read in 16 bits and written in 8.
+        OperandSource::Workspace => launches + PREPARING * 3.0 * rows * channels as f64 / BANDWIDTH,
+        OperandSource::Given | OperandSource::Registers => 0.0,
+    };
+    let prepared = of(forms.operands.k, PREPARING_KEYS, problem.head_dim)
+        + of(forms.operands.v, PREPARING_VALUES, problem.value_dim);
+    let waits = prepared > 0.0 && call.request.mask != MaskForm::None;
+    prepared + if waits { RANKING } else { 0.0 }
+}
+
+/// The time of the launch that merges parts of the keys.
+fn merge(call: &ForwardCall, splits: usize) -> f64 {
+    let problem = &call.problem;
+    if splits == 1 {
+        return 0.0;
+    }
+    let outputs = splits * problem.batch * problem.num_q_heads * problem.q_len * problem.value_dim;
+    // Written in single precision, and read.
+    MERGING_LAUNCH + MERGING * 8.0 * outputs as f64 / BANDWIDTH
+}
+
+/// Bytes of Q, K, V and the output.
+fn tensor_bytes(call: &ForwardCall) -> f64 {
+    let problem = &call.problem;
+    let rows = problem.num_q_heads * problem.q_len + problem.num_kv_heads * problem.kv_len;
+    ELEMENT * (problem.batch * rows * (problem.head_dim + problem.value_dim)) as f64
+}

@@ -1,0 +1,82 @@
+//! What a piece of attention's work costs a multiprocessor, as measured: the planner's choices are made by it.
+//!
+//! Constants are fitted to the GPU's times, under CUDA graphs, of some 700 ways to compute 150 calls of more than 64
+//! queries, on an H200 (`scripts/gpu.sh regret`; docs/performance/hopper.md#what-the-planner-predicts). With them the
+//! times of kernels of warpgroups are predicted to within 5% (root mean square), those of `mma.sync` to within 12%.
+
+use super::Key;
+use crate::machine::Machine;
+use crate::tiling::{Tiling, WarpTiling, WarpgroupTiling};
+
+/// Microseconds of as many pieces of work as a multiprocessor has at once.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Cost {
+    /// Their beginnings and ends.
+    pub piece: f64,
+    /// A tile of 64 keys of each.
+    pub tile: f64,
+    /// Part of a tile's cost that falls with the channels that a head has less than it is padded to.
+    pub channels: f64,
+    /// Part of the costs that a piece has which is alone on its multiprocessor, though others would have room.
+    pub alone: f64,
+}
+
+/// The cost in a tile shape; none where it was not measured.
+pub(crate) fn cost(machine: &Machine, key: &Key, tiling: &Tiling) -> Option<Cost> {
+    if !machine.has_wgmma() || key.bias_bytes > 0 {
+        return None;
+    }
+    let ((piece, tile), alone) = match *tiling {
+        Tiling::Warpgroups(WarpgroupTiling { groups: 1, tile_keys: 64, .. }) => {
+            (of_warpgroups(key, 1)?, 0.67)
+        }
+        Tiling::Warpgroups(WarpgroupTiling { groups, tile_keys: 64, .. }) => {
+            (of_warpgroups(key, groups)?, 1.0)
+        }
+        Tiling::Warps(WarpTiling { warps: 4, rows_per_warp: 16, .. }) => (of_warps(key)?, 0.61),
+        _ => return None,
+    };
+    let channels = match key.padded_dim {
+        64 => 0.52,
+        128 => 0.46,
+        _ => 0.35,
+    };
+    Some(Cost { piece, tile, channels, alone })
+}
+
+/// Pieces of so many times 64 queries. Those of one group are two at once.
+fn of_warpgroups(key: &Key, groups: usize) -> Option<(f64, f64)> {
+    Some(match (key.integer, key.fp8, key.padded_dim, groups) {
+        (false, false, 64, 1) => (2.3, 0.54),
+        (false, false, 64, 2) => (2.4, 0.55),
+        (false, false, 64, 3) => (2.5, 0.80),
+        (false, false, 128, 1) => (3.4, 0.84),
+        (false, false, 128, 2) => (3.7, 0.79),
+        (false, false, 128, 3) => (4.5, 1.00),
+        (false, false, 256, 2) => (6.6, 1.17),
+        (true, false, 64, 1) => (2.8, 0.49),
+        (true, false, 64, 2) => (2.7, 0.50),
+        (true, false, 64, 3) => (3.2, 0.70),
+        (true, false, 128, 1) => (3.6, 0.68),
+        (true, false, 128, 2) => (3.7, 0.69),
+        (true, false, 128, 3) => (5.1, 0.87),
+        (true, false, 256, 2) => (5.0, 1.00),
+        (true, true, 64, 1) => (3.8, 0.43),
+        (true, true, 64, 2) => (3.8, 0.45),
+        (true, true, 64, 3) => (4.6, 0.57),
+        (true, true, 128, 1) => (4.4, 0.57),
+        (true, true, 128, 2) => (4.4, 0.59),
+        (true, true, 128, 3) => (5.6, 0.75),
+        (true, true, 256, 2) => (7.1, 0.72),
+        _ => return None,
+    })
+}
+
+/// Pieces of 64 queries by `mma.sync`, two or three at once.
+fn of_warps(key: &Key) -> Option<(f64, f64)> {
+    match (key.integer, key.fp8, key.padded_dim) {
+        (false, false, 64) => Some((2.3, 1.26)),
+        (false, false, 128) => Some((2.6, 1.77)),
+        _ => None,
+    }
+}
