@@ -188,6 +188,13 @@ cases! {
 
     what_cannot_be_warmed_up_is_refused_before_anything_is_compiled, FAKE, "", {
         let there = There::new();
+        let on = |device| Attention::new().device(device).warm_up(&[]);
+        assert_eq!(on(sageattention::Device::Cpu), Ok(Vec::new()), "a processor has nothing to compile");
+        assert_eq!(on(sageattention::Device::Cuda(0)), Ok(Vec::new()));
+        assert_eq!(
+            Attention::new().warm_up(&[]).unwrap_err().to_string(),
+            "device: value is none, expected cuda:N, or cpu, which has nothing to compile"
+        );
         let warm_up = there.gpu.warm_up();
         let shape = |dtype, shape: &[usize]| TensorShape::contiguous(dtype, shape).unwrap();
         let error = |attention: Attention<'_>, q, k| attention.note(&warm_up, [q, k, k]).unwrap_err().to_string();
