@@ -90,7 +90,7 @@ fn options_choose_the_kernels() {
     let plain = names("1,8,2048,128");
     for (words, part) in [
         ("1,8,2048,128 --dtype bf16", "_bf16_"),
-        ("1,8,2048,128 --scheme full", "_full_"),
+        ("1,8,2048,128 --scheme int8-fp8", "_fp8_"),
         ("1,8,2048,128 --mask bool", "_mask"),
         ("1,8,2048,64 --mask f16", "_bias_f16"),
         ("2,8,2048,128 --kv-lens 2048,7", "_kvlens"),

@@ -321,9 +321,9 @@ fn check_tensors<T: Operand>(inputs: &Inputs<'_, T>, q: &T, k: &T, v: &T) -> Res
         return wrong_k(format!("head_dim {head_dim}, as q"));
     }
     let batches =
-        if q_batch == 1 { "batch 1, as q".to_owned() } else { format!("batch {q_batch}, as q, or 1") };
+        || if q_batch == 1 { "batch 1, as q".to_owned() } else { format!("batch {q_batch}, as q, or 1") };
     if k_batch != q_batch && k_batch != 1 {
-        return wrong_k(batches);
+        return wrong_k(batches());
     }
     if num_kv_heads == 0 || !num_q_heads.is_multiple_of(num_kv_heads) {
         return wrong_k(format!("a number of heads that divides q's {num_q_heads}"));
@@ -336,7 +336,7 @@ fn check_tensors<T: Operand>(inputs: &Inputs<'_, T>, q: &T, k: &T, v: &T) -> Res
         return wrong_v(format!("[{}, head_dim], as k", wanted.join(", ")));
     }
     if v_batch != q_batch && v_batch != 1 {
-        return wrong_v(batches);
+        return wrong_v(batches());
     }
     if !(1..=MAX_VALUE_DIM).contains(&value_dim) {
         return Err(Error::value("head_dim of v", value_dim, format!("1 to {MAX_VALUE_DIM}")));
