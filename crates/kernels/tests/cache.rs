@@ -29,8 +29,9 @@ struct Case {
     chunks: Vec<usize>,
     /// Tokens of a part, where it is not the plan that says so.
     split: Option<usize>,
-    rows: Option<usize>,
     options: Options,
+    /// Whether values of some tokens are a thousandth, or nothing, of the others'.
+    value_sizes: bool,
 }
 
 const LAYOUT: CacheLayout =
@@ -44,8 +45,8 @@ fn case() -> Case {
         q_len: 1,
         chunks: vec![70, 1, 1, 30],
         split: Some(64),
-        rows: None,
         options: Options::default().band(Band::causal(Alignment::BottomRight)),
+        value_sizes: false,
     }
 }
 
@@ -178,7 +179,7 @@ impl Case {
             .unwrap_or_else(|failure| panic!("{self:?}\n{failure}"));
     }
 
-    /// Attention by parts of `split` tokens, which are fewer than a plan's, and by blocks of [`Case::rows`].
+    /// Attention by parts of `split` tokens, which are fewer than a plan's.
     fn attend_in_parts(&self, emulator: &mut Emulator, call: &AttendCall, t: &AttendTensors, split: usize) {
         let group = call.num_q_heads / call.num_kv_heads;
         let (head_dim, rows) = (call.storage.head_dim, call.rows());
@@ -186,8 +187,9 @@ impl Case {
         let config = CacheAttendConfig {
             storage: call.storage,
             dtype: call.dtype,
-            rows: self.rows.unwrap_or(CacheAttendConfig::rows_for(call.q_len, group)),
             softcap: call.logit_softcap.is_some(),
+            split: true,
+            lse: false,
         };
         let splits = call.kv_len.div_ceil(split).max(1);
         let partial = emulator.uninitialized("partial", 4 * splits * rows * head_dim);
@@ -196,6 +198,8 @@ impl Case {
         let args = CacheAttendArgs {
             q: t.q,
             pool: t.pool,
+            out: t.out,
+            lse: t.lse,
             partial: partial.address(),
             partial_sums: partial_sums.address(),
             table_stride: call.table_stride as i32,
@@ -236,7 +240,12 @@ impl Case {
                 if i > 0 || sequence == 0 {
                     let shape = [1, self.layout.num_kv_heads, tokens, self.layout.head_dim];
                     let seed = 100 + 4 * i as u64 + 2 * sequence as u64;
-                    let (k, v) = (self.tensor(seed, &shape, 4.0), self.tensor(seed + 1, &shape, 0.0));
+                    let (k, mut v) = (self.tensor(seed, &shape, 4.0), self.tensor(seed + 1, &shape, 0.0));
+                    if self.value_sizes {
+                        let size = |at: usize| [1.0, 1e-3, 0.0, 8.0][at / self.layout.head_dim / 13 % 4];
+                        let values = v.to_f32_vec().into_iter().enumerate().map(|(at, x)| x * size(at));
+                        v = Tensor::new(values.collect::<Vec<_>>(), &shape).unwrap().to_dtype(self.dtype);
+                    }
                     self.append(&mut cache, sequence, &k, &v);
                 }
             }
@@ -331,9 +340,9 @@ fn chunks_of_queries_windows_and_soft_caps_are_the_oracles() {
 
 #[test]
 fn every_number_of_rows_and_length_of_parts_is_the_oracles() {
-    for rows in [1, 2, 4] {
+    for (group, q_len) in [(5, 1), (16, 1), (5, 7), (1, 17)] {
         for split in [64, 128, 1024].map(Some) {
-            Case { rows: Some(rows), split, group: 5, ..case() }.check();
+            Case { split, group, q_len, ..case() }.check();
         }
     }
 }
@@ -365,12 +374,21 @@ fn a_row_that_is_not_finite_spoils_what_sees_it_and_no_other() {
 }
 
 #[test]
+fn values_of_very_different_sizes_are_the_oracles() {
+    for values in ValueFormat::ALL {
+        for chunks in [vec![90, 40, 70], vec![200]] {
+            Case { layout: CacheLayout { values, ..LAYOUT }, value_sizes: true, chunks, ..case() }.check();
+        }
+    }
+}
+
+#[test]
 fn planned_passes_are_the_oracles() {
     let window = Band { left: Some(50), right: Some(0), alignment: Alignment::BottomRight };
     let windowed = Options::default().band(window).logit_softcap(20.0);
     for (q_len, group, options) in [(1, 1, case().options), (1, 2, windowed), (3, 4, case().options)] {
-        // More than the 256 tokens that a part has at least.
-        Case { split: None, chunks: vec![290, 1, 40], q_len, group, options, ..case() }.check();
+        // The first sequence is split.
+        Case { split: None, chunks: vec![690, 1, 40], q_len, group, options, ..case() }.check();
     }
     let empty = Case { split: None, q_len: 0, ..case() };
     empty.check();

@@ -12,25 +12,27 @@ const PAGE_SIZE: usize = 64;
 pub(super) struct CacheCall {
     storage: Storage,
     dtype: DType,
-    /// Query heads that share a key head.
-    group: usize,
+    /// Whether so many blocks are there that tokens are not split.
+    whole: bool,
     softcap: bool,
 }
 
-/// Every form of values for every size of heads, and each other choice once with each form.
+/// Every form of values for every size of heads, and each other choice once, all with tokens whole and in parts.
 pub(super) fn calls() -> Vec<CacheCall> {
     let mut calls = Vec::new();
-    let mut add = |storage, dtype, groups: &[usize], softcap| {
-        calls.extend(groups.iter().map(|&group| CacheCall { storage, dtype, group, softcap }));
+    let mut add = |head_dim, page_size, values, dtype, softcap| {
+        let storage = Storage { head_dim, page_size, values };
+        let calls_of = |whole| CacheCall { storage, dtype, whole, softcap };
+        calls.extend([false, true].map(calls_of));
     };
     for values in ValueFormat::ALL {
         for head_dim in [64, 128, 256] {
-            let groups = if head_dim == 64 { &[1, 2, 4][..] } else { &[4] };
-            add(Storage { head_dim, page_size: PAGE_SIZE, values }, DType::F16, groups, false);
+            add(head_dim, PAGE_SIZE, values, DType::F16, false);
         }
-        add(Storage { head_dim: 128, page_size: PAGE_SIZE, values }, DType::BF16, &[4], false);
+        add(128, PAGE_SIZE, values, DType::BF16, false);
     }
-    add(Storage { head_dim: 80, page_size: 16, values: ValueFormat::Int8 }, DType::F16, &[4], true);
+    add(80, 16, ValueFormat::Int8, DType::F16, true);
+    add(200, 16, ValueFormat::F16, DType::BF16, false);
     calls
 }
 
@@ -57,15 +59,15 @@ impl CacheCall {
         AttendCall {
             storage: self.storage,
             dtype: self.dtype,
-            sequences: 8,
-            num_q_heads: 8 * self.group,
+            sequences: if self.whole { 256 } else { 8 },
+            num_q_heads: 32,
             num_kv_heads: 8,
             q_len: 1,
-            kv_len: 4096,
+            kv_len: 2048,
             sm_scale: 1.0,
             band: Band::FULL,
             logit_softcap: self.softcap.then_some(1.0),
-            lse: false,
+            lse: self.whole,
             table_stride: 64,
         }
     }

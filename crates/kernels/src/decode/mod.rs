@@ -16,7 +16,7 @@ use crate::params::kernel_params;
 
 pub use advance::{CacheAdvanceArgs, CacheAdvanceConfig};
 pub use append::{CacheAppendArgs, CacheAppendConfig};
-pub use attend::{CacheAttendArgs, CacheAttendConfig, MAX_SPLIT_PAGES, split_tokens};
+pub use attend::{CacheAttendArgs, CacheAttendConfig, MAX_SPLIT_PAGES, ROWS};
 pub use pass::{AppendCall, AppendTensors, AttendCall, AttendTensors};
 
 /// Channels of a chunk: what a lane reads at once.

@@ -4,11 +4,11 @@ use sage_core::{Alignment, Band, DType, Error, Result};
 
 use super::{
     CacheAdvanceArgs, CacheAdvanceConfig, CacheAppendArgs, CacheAppendConfig, CacheAttendArgs,
-    CacheAttendConfig, PoolTensors, Storage, split_tokens,
+    CacheAttendConfig, MAX_SPLIT_PAGES, PoolTensors, ROWS, Storage,
 };
 use crate::combine::{CombineArgs, CombineConfig, PART};
 use crate::machine::Machine;
-use crate::pass::{Pass, PassBuilder};
+use crate::pass::{Pass, PassBuilder, Slot};
 use crate::sequence::NO_LIMIT;
 use crate::tensor::TensorArg;
 
@@ -115,7 +115,7 @@ pub struct AttendCall {
 }
 
 impl AttendCall {
-    /// The launches (flash decoding): parts of the tokens, then their merging. None where there is no query.
+    /// The launches (flash decoding): all tokens, or parts of them and their merging. None where there is no query.
     ///
     /// # Errors
     /// When the mask is one that the kernels do not have, or there are more rows than they number.
@@ -135,21 +135,25 @@ impl AttendCall {
         if rows == 0 {
             return Ok(Pass::empty());
         }
-        let group = call.group();
-        let attend = call.attend();
-        let (split, splits) = (call.split(machine), call.splits(machine));
-        let head_dim = call.storage.head_dim;
+        let (head_dim, group) = (call.storage.head_dim, call.group());
+        let Parts { tokens: split, count: splits } = call.parts(machine);
+        let attend = call.attend(splits);
 
         let mut pass = PassBuilder::new();
-        let partial = pass.slot("partial", 4 * splits * rows * head_dim);
-        let partial_sums = pass.slot("partial_sums", 4 * PART * splits * rows);
+        let (mut partial, mut partial_sums) = (Slot::NONE, Slot::NONE);
+        if attend.split {
+            partial = pass.slot("partial", 4 * splits * rows * head_dim);
+            partial_sums = pass.slot("partial_sums", 4 * PART * splits * rows);
+        }
         let log2e = std::f32::consts::LOG2_E;
         let reach = |side: Option<usize>| side.map_or(NO_LIMIT, |n| n.min(NO_LIMIT as usize) as i32);
         pass.launch(attend, move |at, launch| {
-            let AttendTensors { q, pool, .. } = at.tensors;
+            let AttendTensors { q, out, lse, pool } = *at.tensors;
             let args = CacheAttendArgs {
-                q: *q,
-                pool: *pool,
+                q,
+                pool,
+                out,
+                lse,
                 partial: at.of(partial),
                 partial_sums: at.of(partial_sums),
                 table_stride: call.table_stride as i32,
@@ -166,6 +170,9 @@ impl AttendCall {
             let grid = attend.grid(splits, call.num_kv_heads, call.q_len, group, call.sequences);
             launch(grid, &args.args(), &[]);
         });
+        if !attend.split {
+            return Ok(pass.finish());
+        }
         let combine = CombineConfig { dtype: call.dtype, head_dim, lse: call.lse };
         pass.launch(combine, move |at, launch| {
             let AttendTensors { out, lse, .. } = *at.tensors;
@@ -191,13 +198,26 @@ impl AttendCall {
 
     /// Parts that the tokens of a sequence are split into, where each is computed by blocks of its own.
     pub fn splits(&self, machine: &Machine) -> usize {
-        self.kv_len.div_ceil(self.split(machine)).max(1)
+        self.parts(machine).count
     }
 
-    /// Tokens of a part.
-    fn split(&self, machine: &Machine) -> usize {
-        let blocks = self.num_kv_heads * self.attend().row_blocks(self.q_len, self.group()) * self.sequences;
-        split_tokens(&self.storage, self.kv_len, blocks, machine.multiprocessors)
+    /// The parts that take the least time.
+    fn parts(&self, machine: &Machine) -> Parts {
+        let row_blocks = CacheAttendConfig::row_blocks(self.q_len, self.group());
+        let resident = self.attend(1).min_blocks() as usize * machine.multiprocessors;
+        Parts::new(
+            &self.storage,
+            self.seen_by_block(),
+            [self.num_kv_heads * row_blocks * self.sequences, resident],
+        )
+    }
+
+    /// Most tokens of the pages that the rows of a block see.
+    fn seen_by_block(&self) -> usize {
+        let Band { left: Some(left), right: Some(right), .. } = self.band else { return self.kv_len };
+        let queries = self.q_len.min(ROWS);
+        let window = left.saturating_add(right).saturating_add(queries + self.storage.page_size);
+        self.kv_len.min(window)
     }
 
     /// Query heads that share a key head.
@@ -205,13 +225,75 @@ impl AttendCall {
         self.num_q_heads / self.num_kv_heads
     }
 
-    /// The kernel that computes a part.
-    fn attend(&self) -> CacheAttendConfig {
+    /// The kernel, where tokens are in so many parts.
+    fn attend(&self, splits: usize) -> CacheAttendConfig {
         CacheAttendConfig {
             storage: self.storage,
             dtype: self.dtype,
-            rows: CacheAttendConfig::rows_for(self.q_len, self.group()),
             softcap: self.logit_softcap.is_some(),
+            split: splits > 1,
+            lse: self.lse && splits == 1,
         }
+    }
+}
+
+/// What tokens of a sequence are split into.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Parts {
+    /// Tokens of a part: whole pages.
+    tokens: usize,
+    count: usize,
+}
+
+/// What a block's beginning and end cost, and merging parts, beside that of reading a token: on an H200 a block of two on
+/// each multiprocessor reads a token of 128 channels in some 16 ns, begins and ends in some 3 µs, and another launch
+/// takes as long.
+const BLOCK_TOKENS: usize = 180;
+const MERGE_TOKENS: usize = 200;
+
+/// There is at most one part for each so many tokens.
+const LEAST_TOKENS: usize = 256;
+
+impl Parts {
+    /// For sequences of `len` tokens and so many blocks beside the parts, of which `resident` run at once: as many parts
+    /// as make the fewest waves of the shortest blocks.
+    fn new(storage: &Storage, len: usize, [blocks, resident]: [usize; 2]) -> Self {
+        let most_tokens = MAX_SPLIT_PAGES * storage.page_size;
+        let fewest = len.div_ceil(most_tokens).max(1);
+        let most = fewest.max(len.div_ceil(LEAST_TOKENS));
+        let of = |count: usize| {
+            let tokens = len.div_ceil(count).max(1).next_multiple_of(storage.page_size);
+            Parts { tokens, count: len.div_ceil(tokens).max(1) }
+        };
+        let time = |parts: &Parts| {
+            let waves = (blocks * parts.count).div_ceil(resident.max(1));
+            // A row's lines of a few parts are on their way together.
+            let merging = if parts.count == 1 { 0 } else { MERGE_TOKENS + parts.count };
+            waves * (parts.tokens + BLOCK_TOKENS) + merging
+        };
+        // More parts than four waves of blocks only add beginnings.
+        let most = most.min(fewest.max((4 * resident).div_ceil(blocks.max(1))));
+        (fewest..=most).map(of).min_by_key(time).unwrap_or_else(|| of(fewest))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sage_core::ValueFormat;
+
+    #[test]
+    fn parts_fill_an_h200_and_no_more() {
+        let storage = Storage { head_dim: 128, page_size: 64, values: ValueFormat::Int8 };
+        let parts = |len, blocks| {
+            let Parts { tokens, count } = Parts::new(&storage, len, [blocks, 264]);
+            assert!(tokens.is_multiple_of(64) && tokens * count >= len && tokens <= 64 * MAX_SPLIT_PAGES);
+            count
+        };
+        assert_eq!(parts(4096, 128), 2, "batch 16, 8 heads: one wave");
+        assert_eq!(parts(2048, 512), 1, "batch 64: two waves");
+        assert_eq!(parts(16384, 8), 32, "batch 1: all multiprocessors");
+        assert_eq!(parts(65536, 1024), 8, "a block has so many pages");
+        assert_eq!((parts(0, 8), parts(100, 8)), (1, 1));
     }
 }

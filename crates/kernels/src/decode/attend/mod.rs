@@ -1,51 +1,60 @@
-//! Attention of a few queries over a cache (flash decoding): keys and values are read once, where they lie.
+//! Attention of a few queries over a cache (flash decoding): keys and values are read once, where they lie, for all
+//! query heads of a key head.
 //!
-//! A block has some query rows of one key head and a run of its tokens. Neighbouring lanes hold a token together,
-//! sixteen channels each; each such group of lanes goes through tokens of its own with an online softmax of its own,
-//! and the groups' results are merged at the end. So nothing is exchanged while tokens stream by but the sums of dot
-//! products.
+//! A block has up to [`ROWS`] query rows of one key head and a run of its tokens; each of its warps multiplies all rows
+//! with tiles of tokens of its own, by an online softmax of its own, and at the end the warps' results are merged. So
+//! nothing is exchanged while tokens stream by. Codes go from device memory to the registers of the lanes that multiply
+//! them, sixteen bytes at a time, the next tile's while this one is multiplied: the order of a product's depth and of
+//! the output's columns is free, and chosen so that each lane's neighbouring bytes are its own operands.
 //!
-//! Queries are 16-bit integers in two bytes: twice the dot products, which memory hides, leave no error of theirs.
+//! INT8 codes are exact in f16, so that scores are products of the queries as given (of bfloat16, scaled by a power of
+//! two) with codes, times the token's scale, plus the product of the query with the page's constant. Scales of values
+//! are part of the probabilities, relative to the largest power of two among them, as f16 has no range for both.
 
+mod codes;
+mod merge;
+mod queries;
+mod softmax;
 mod tokens;
 mod work;
 
 use half::{bf16, f16};
 use sage_core::{DType, ValueFormat};
-use sage_ptx::{Code, Half, Program, Shared, Stored, Val, kernel};
+use sage_ptx::{Code, Half, Program, RoundedElement, Stored, Target, kernel};
 
-use tokens::{Lanes, Queries, Tokens, Values};
-use work::{Row, Work};
+use merge::Merge;
+use queries::Queries;
+use softmax::Softmax;
+use tokens::{PageHeads, Tokens};
+use work::Work;
 
-use super::{CHUNK, Pool, Quads, Storage, THREADS, WARPS, pack_bytes, scale_of, warp_magnitude};
-use crate::combine::PART;
+use super::{CHUNK, Storage, THREADS, WARPS};
 use crate::grid::grid;
 use crate::kernel::Kernel;
 use crate::params::kernel_params;
 
-/// Largest magnitude of a query's integer: its upper byte after rounding is at most 127.
-const QUERY_MAX: f32 = 32639.0;
+/// Query rows of a block: those of a tensor core's product.
+pub const ROWS: usize = 16;
 
 /// Pages of a block's run of tokens: their numbers and constants' products with the queries are in shared memory.
-pub const MAX_SPLIT_PAGES: usize = 64;
+pub const MAX_SPLIT_PAGES: usize = 128;
 
-/// Tokens that a group of lanes has in flight: enough bytes for the latency of memory, in registers that there are.
-const IN_FLIGHT: usize = 4;
+/// Tokens that are one step of the product of probabilities and values; they lie in one page.
+const GROUP: usize = 16;
 
-/// Words of a chunk of keys.
-const WORDS: usize = CHUNK / 4;
-
-/// Attention over a cache, for parts of the tokens: [`crate::combine`] merges them.
+/// Attention over a cache, for all tokens or, of many, for parts of them: [`crate::combine`] merges those.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct CacheAttendConfig {
     /// What the pages hold.
     pub storage: Storage,
-    /// Element type of Q: f16 or bf16.
+    /// Element type of Q and the output: f16 or bf16.
     pub dtype: DType,
-    /// Query rows of a block: 1, 2 or 4.
-    pub rows: usize,
     /// Whether scores are capped.
     pub softcap: bool,
+    /// Whether a block's tokens are a part of the sequence's.
+    pub split: bool,
+    /// Whether the log-sum-exp is written, where tokens are not split.
+    pub lse: bool,
 }
 
 kernel_params! {
@@ -55,9 +64,14 @@ kernel_params! {
         q: (tensor 3),
         /// The pool.
         pool: pool,
+        /// Output, where tokens are not split.
+        out: (tensor 3),
+        /// Log-sum-exp, `[batch · q_heads · q_len]`, likewise.
+        lse: [f32],
         /// Outputs of the parts, `[splits, batch · q_heads · q_len, head_dim]`.
         partial: [f32],
-        /// What each part sums to, `[.., `[`PART`]`]`, as [`CombineArgs`](crate::combine::CombineArgs) has it.
+        /// What each part sums to, `[.., `[`PART`](crate::combine::PART)`]`, as
+        /// [`CombineArgs`](crate::combine::CombineArgs) has it.
         partial_sums: [f32],
         /// Pages in a row of the tables.
         table_stride: i32,
@@ -82,246 +96,104 @@ kernel_params! {
     }
 }
 
-/// Tokens of a part, so that about two blocks come to each multiprocessor, where there are so many tokens.
-pub fn split_tokens(
-    storage: &Storage,
-    max_kv_len: usize,
-    other_blocks: usize,
-    multiprocessors: usize,
-) -> usize {
-    let parts = (2 * multiprocessors).div_ceil(other_blocks.max(1));
-    let tokens = max_kv_len.div_ceil(parts.max(1)).max(256).next_multiple_of(storage.page_size);
-    tokens.min(MAX_SPLIT_PAGES * storage.page_size)
-}
-
 impl CacheAttendConfig {
-    /// Rows of a block for `q_len` queries of `group` heads.
-    pub fn rows_for(q_len: usize, group: usize) -> usize {
-        match q_len * group {
-            0 | 1 => 1,
-            2 => 2,
-            _ => 4,
-        }
-    }
-
-    /// Blocks of query rows.
-    pub fn row_blocks(&self, q_len: usize, group: usize) -> usize {
-        (q_len * group).div_ceil(self.rows)
+    /// Blocks of query rows for `q_len` queries of `group` heads.
+    pub fn row_blocks(q_len: usize, group: usize) -> usize {
+        (q_len * group).div_ceil(ROWS)
     }
 
     /// Blocks along x, y and z.
     pub fn grid(&self, splits: usize, kv_heads: usize, q_len: usize, group: usize, batch: usize) -> [u32; 3] {
-        grid(splits, kv_heads * self.row_blocks(q_len, group) * batch)
+        grid(splits, kv_heads * Self::row_blocks(q_len, group) * batch)
     }
 
-    /// Lanes that hold a token together.
-    fn lanes(&self) -> usize {
-        (self.storage.pitch() / CHUNK).next_power_of_two()
+    /// Blocks that a multiprocessor should hold: as many as leave registers for sums and tokens on their way.
+    pub fn min_blocks(&self) -> u32 {
+        if self.storage.pitch() <= 64 { 4 } else { 2 }
     }
 
-    fn write<'k, H: Half + Stored<Value = H>>(&self, code: &'k Code) {
+    /// Tokens of a warp's tile.
+    fn tile(&self) -> usize {
+        if self.storage.pitch() <= 128 { 2 * GROUP } else { GROUP }
+    }
+
+    fn write<H: Half + Stored<Value = H>>(&self, code: &Code) {
+        match self.storage.values {
+            ValueFormat::BF16 => self.write_with::<H, bf16>(code),
+            _ => self.write_with::<H, f16>(code),
+        }
+    }
+
+    /// `E` is the element of probabilities and values as they are multiplied.
+    fn write_with<H: Half + Stored<Value = H>, E: RoundedElement>(&self, code: &Code) {
+        code.min_blocks(self.min_blocks());
         let p = CacheAttendParams::declare(code);
         let work = Work::new(self, code, &p);
-        let queries = Queries::new(self, code);
-        for (r, &(i, q_head)) in work.queries.iter().enumerate() {
-            code.when(code.warp_index().eq((r % WARPS) as i32), || {
-                let start = p.q.head(work.batch, q_head) + i.widen() * p.q.row_stride();
-                let row = p.q.start.cast::<H>().at(start);
-                let load = |channel: Val<'k, i32>| row.at(channel).load().to_f32() * p.scale;
-                self.quantize_query(code, r, load, &queries);
-            });
-        }
-        // Index of each page's head among the cache's.
-        let page_heads = code.shared::<i32>("page_heads", MAX_SPLIT_PAGES);
-        let table = p.pool.tables.at(work.batch * p.table_stride);
-        code.range_by(code.thread(), work.pages, THREADS as i32, |i| {
-            page_heads.at(i).store(work.pool.head(table.at(work.first_page + i).load(), work.head));
-        });
+        let pages = PageHeads::load(code, &p, &work);
+        let queries = Queries::load::<H>(self, code, &p, &work);
+        let page_heads = pages.store(code, &work);
         code.barrier();
 
-        let lanes = Lanes::new(self, code);
-        let biases = self.biases(code, &work, &lanes, &queries, page_heads);
+        let step = (WARPS * self.tile()) as i32;
+        let start = work.first_tile() + code.warp_index() * self.tile() as i32;
+        let tokens = Tokens::new(self, code, &work, page_heads);
+        code.note("the first tokens on their way");
+        code.when(start.lt(work.last), || tokens.start(start));
+        let biases = queries.biases(code, &work, page_heads);
         code.barrier();
 
-        let integers: Vec<_> = (0..self.rows).map(|r| queries.integers(r, &lanes)).collect();
+        let softmax = Softmax::new(self, code);
         code.note("tokens stream by");
-        let step = lanes.groups * IN_FLIGHT as i32;
-        code.range_by(work.first, work.last, step, |start| {
-            let tokens = Tokens::load(self, &work, &lanes, page_heads, start);
-            for (r, row) in work.rows.iter().enumerate() {
-                let biases = biases.plus((r * MAX_SPLIT_PAGES) as i32);
-                let cap = self.softcap.then_some(p.cap);
-                tokens.add_to(row, &tokens.scores(row, &integers[r], biases, &lanes, cap));
+        code.range_by(start, work.last, step, |start| {
+            let places = tokens.places(start);
+            let next = start + step;
+            let next_places = tokens.places(next);
+            let exists = next.lt(work.last);
+            let scores = queries.scores(&tokens, &places, &biases, &work);
+            let value_scale = tokens.value_scale();
+            code.when(exists, || tokens.load_keys(&next_places));
+            if self.softcap {
+                softmax.cap(&scores, p.cap);
             }
-        });
-
-        self.merge(code, &p, work.split, &work.rows, lanes.count, lanes.member);
-    }
-
-    /// Products of the pages' constants with the queries, `[rows][MAX_SPLIT_PAGES]`.
-    fn biases<'k>(
-        &self,
-        code: &'k Code,
-        work: &Work<'k>,
-        lanes: &Lanes<'k>,
-        queries: &Queries<'k>,
-        page_heads: Shared<'k, i32>,
-    ) -> Shared<'k, f32> {
-        code.note("products of the pages' constants with the queries");
-        let biases = code.shared::<f32>("biases", self.rows * MAX_SPLIT_PAGES);
-        code.range_by(0, work.pages, lanes.groups, |start| {
-            let page = (start + lanes.group).min(work.pages - 1);
-            let constants = work.pool.constants_of(page_heads.at(page).load());
-            let constants = constants.at(lanes.chunk * CHUNK as i32);
-            let constants: Vec<_> =
-                (0..WORDS).flat_map(|i| constants.plus(4 * i as i32).load_vector::<4>()).collect();
-            for r in 0..self.rows {
-                let row = (r * self.storage.pitch()) as i32;
-                let q = queries.wide.at(lanes.chunk * CHUNK as i32).plus(row);
-                let q = (0..WORDS).flat_map(|i| q.plus(4 * i as i32).load_vector::<4>());
-                let zero = code.constant(0.0);
-                let sum = q.zip(&constants).fold(zero, |sum, (q, c)| q.mul_add(*c, sum));
-                let sum = lanes.sum(lanes.active.select(sum, 0.0));
-                code.when(lanes.member.eq(0) & (start + lanes.group).lt(work.pages), || {
-                    biases.at(page).plus((r * MAX_SPLIT_PAGES) as i32).store(sum);
-                });
-            }
-        });
-        biases
-    }
-
-    /// A query row into shared memory, by one warp.
-    fn quantize_query<'k>(
-        &self,
-        code: &'k Code,
-        r: usize,
-        load: impl Fn(Val<'k, i32>) -> Val<'k, f32>,
-        queries: &Queries<'k>,
-    ) {
-        let (pitch, lane) = (self.storage.pitch(), code.lane_index());
-        let quads = Quads::new(pitch);
-        let row: Vec<[Val<'k, f32>; 4]> = (0..quads.count)
-            .map(|i| {
-                let (quad, _) = quads.quad(lane, i);
-                std::array::from_fn(|j| {
-                    let channel = quad * 4 + j as i32;
-                    let x = code.var(0.0);
-                    code.when(channel.lt(self.storage.head_dim as i32), || x.set(load(channel)));
-                    x.get()
-                })
-            })
-            .collect();
-        let scale = scale_of(warp_magnitude(code, &row), QUERY_MAX);
-        let used = scale.gt(0.0);
-        for (i, x) in row.iter().enumerate() {
-            let (quad, exists) = quads.quad(lane, i);
-            code.when(exists, || {
-                let integers = x.map(|x| used.select((x / scale).round_to_i32(), 0));
-                let upper = integers.map(|x| (x + 128) >> 8);
-                let lower: [_; 4] = std::array::from_fn(|j| integers[j] - (upper[j] << 8));
-                queries.wide.at(quad * 4).plus((r * pitch) as i32).store_vector(*x);
-                queries.upper.at(quad).plus((r * pitch / 4) as i32).store(pack_bytes(upper));
-                queries.lower.at(quad).plus((r * pitch / 4) as i32).store(pack_bytes(lower));
-            });
-        }
-        code.when(lane.eq(0), || queries.scales.plus(r as i32).store(scale));
-    }
-
-    /// A chunk of a row's values, and its scale.
-    fn values<'k>(&self, pool: &Pool<'k>, row: Val<'k, i32>, chunk: Val<'k, i32>) -> Values<'k> {
-        let format = self.storage.values;
-        let words_of_chunk = (CHUNK * format.bytes() / 4) as i32;
-        let from = pool.values_of(row).at(chunk * words_of_chunk);
-        let words: Vec<_> =
-            (0..words_of_chunk / 4).flat_map(|i| from.plus(4 * i).load_vector::<4>()).collect();
-        let numbers = words.into_iter().flat_map(|word| match format {
-            ValueFormat::F16 => word.split::<f16>().map(|x| x.to_f32()).to_vec(),
-            ValueFormat::BF16 => word.split::<bf16>().map(|x| x.to_f32()).to_vec(),
-            ValueFormat::Int8 => int8_values(word).to_vec(),
-            ValueFormat::Fp8E4M3 => e4m3_values(word).to_vec(),
-        });
-        let unit = if format == ValueFormat::Fp8E4M3 { E4M3_UNIT } else { 1.0 };
-        let scale = format.is_scaled().then(|| pool.parts.value_scales.at(row).load() * unit);
-        (numbers.collect(), scale)
-    }
-
-    /// The rows of all groups of lanes together, as a part's output.
-    fn merge<'k>(
-        &self,
-        code: &'k Code,
-        p: &CacheAttendParams<'k>,
-        split: Val<'k, i32>,
-        rows: &[Row<'k>],
-        lanes: usize,
-        member: Val<'k, i32>,
-    ) {
-        code.note("merge: the groups of a warp");
-        let width = lanes * CHUNK;
-        let maxima = code.shared::<f32>("maxima", self.rows * WARPS);
-        let sums = code.shared::<f32>("sums", self.rows * WARPS);
-        let outs = code.shared::<f32>("outs", self.rows * WARPS * width);
-        let (warp, lane) = (code.warp_index(), code.lane_index());
-        let others = 31 & !(lanes as i32 - 1);
-        for (r, row) in rows.iter().enumerate() {
-            let max = row.max.get().reduce_lanes(others, |a, b| a.max(b));
-            let weight = (row.max.get() - max).exp2();
-            let sum = (row.sum.get() * weight).reduce_lanes(others, |a, b| a + b);
-            let out: Vec<_> =
-                row.out.iter().map(|out| (out.get() * weight).reduce_lanes(others, |a, b| a + b)).collect();
-            code.when(lane.lt(lanes as i32), || {
-                let at = warp + (r * WARPS) as i32;
-                code.when(lane.eq(0), || {
-                    maxima.at(at).store(max);
-                    sums.at(at).store(sum);
-                });
-                let to = outs.at(at * width as i32 + member * CHUNK as i32);
-                for i in 0..WORDS {
-                    to.plus(4 * i as i32).store_vector(std::array::from_fn::<_, 4, _>(|j| out[4 * i + j]));
+            let cut = work.is_cut(start, self.tile());
+            code.when(cut, || work.hide(&scores, start));
+            let weights = softmax.step(&scores, value_scale, cut, &tokens);
+            let parts = tokens.value_parts();
+            for part in 0..parts {
+                softmax.add_values::<E>(&weights, &tokens, part);
+                if part + 1 < parts {
+                    tokens.load_values(&places, part + 1);
+                } else {
+                    code.when(exists, || tokens.load_values(&next_places, 0));
                 }
-            });
-        }
-        code.barrier();
-
-        code.note("merge: the warps");
-        let total_rows = p.kv_heads * p.group * p.q_len * p.sequences;
-        for (r, row) in rows.iter().enumerate() {
-            let at = |warp: usize| (r * WARPS + warp) as i32;
-            let warps: Vec<_> = (0..WARPS).map(|w| maxima.plus(at(w)).load()).collect();
-            let Some(max) = warps.iter().copied().reduce(Val::max) else { return };
-            let weights: Vec<_> = warps.iter().map(|m| (*m - max).exp2()).collect();
-            let zero = code.constant(0.0);
-            let sum = weights
-                .iter()
-                .enumerate()
-                .fold(zero, |sum, (w, weight)| sums.plus(at(w)).load().mul_add(*weight, sum));
-            let inverse = sum.eq(0.0).select(0.0, sum.recip());
-            let line = split.mul_wide(total_rows) + row.index.widen();
-            code.when(row.exists, || {
-                code.range_by(code.thread(), self.storage.head_dim as i32, THREADS as i32, |c| {
-                    let out = weights.iter().enumerate().fold(zero, |out, (w, weight)| {
-                        outs.at(c).plus(at(w) * width as i32).load().mul_add(*weight, out)
-                    });
-                    let to = p.partial.at(line * self.storage.head_dim as i64).at(c);
-                    to.store(out * inverse);
-                });
-                code.when(code.thread().eq(0), || {
-                    p.partial_sums.at(line * PART as i64).store_vector([max, sum, sum, zero]);
-                });
-            });
-        }
+            }
+        });
+        Merge::new(self, code, &p, &work, queries.scratch).store::<H>(&softmax);
     }
 }
 
 impl Kernel for CacheAttendConfig {
     fn name(&self) -> String {
-        let cap = if self.softcap { "_softcap" } else { "" };
-        format!("cache_attend_{}_{}_r{}{cap}", self.dtype, self.storage.suffix(), self.rows)
+        let mut name = format!("cache_attend_{}_{}", self.dtype, self.storage.suffix());
+        for (on, part) in [(self.softcap, "_softcap"), (self.split, "_split"), (self.lse, "_lse")] {
+            if on {
+                name += part;
+            }
+        }
+        name
     }
 
     fn description(&self) -> String {
         let cap = if self.softcap { ", softcap" } else { "" };
         let of = self.storage.description();
-        format!("KV cache: attention of {} query rows a block; {}, {of}{cap}", self.rows, self.dtype)
+        let tokens = if self.split { " over parts of the tokens" } else { "" };
+        let lse = if self.lse { ", with LSE" } else { "" };
+        format!("KV cache: attention{tokens}; {}, {of}{cap}{lse}", self.dtype)
+    }
+
+    fn oldest_target(&self) -> Target {
+        // Before Ampere, tensor cores have no bfloat16.
+        if self.storage.values == ValueFormat::BF16 { Target::SM_80 } else { Target::SM_75 }
     }
 
     fn head_dim(&self) -> Option<usize> {
@@ -334,36 +206,4 @@ impl Kernel for CacheAttendConfig {
             _ => self.write::<f16>(code),
         })
     }
-}
-
-/// `cap · tanh(score / cap)` in base 2, from the exponential: the unit's own tanh is too coarse for scores.
-#[track_caller]
-fn cap<'k>(score: Val<'k, f32>, cap: Val<'k, f32>) -> Val<'k, f32> {
-    let exponential = (score / cap * (2.0 * std::f32::consts::LOG2_E)).exp2();
-    (exponential + 1.0).recip().mul_add(-2.0, 1.0) * cap
-}
-
-/// What the numbers of [`e4m3_values`] must be multiplied by.
-const E4M3_UNIT: f32 = 256.0;
-
-/// Four E4M3 values, times 2⁻⁸: their bits are those of halves, moved. (Targets before sm_89 have no conversion.)
-#[track_caller]
-fn e4m3_values(word: Val<'_, u32>) -> [Val<'_, f32>; 4] {
-    let pair = |j: u32| {
-        // Each code in the upper byte of a half.
-        let high = word.permute_bytes(0, (j + 1) << 12 | 4 << 8 | j << 4 | 4);
-        ((high & 0x8000_8000) | ((high & 0x7f00_7f00) >> 1)).split::<f16>().map(|x| x.to_f32())
-    };
-    let ([a, b], [c, d]) = (pair(0), pair(2));
-    [a, b, c, d]
-}
-
-/// Four INT8 values: a byte above 2²³ is a single that needs no conversion.
-#[track_caller]
-fn int8_values(word: Val<'_, u32>) -> [Val<'_, f32>; 4] {
-    let unsigned = word ^ 0x8080_8080;
-    std::array::from_fn(|j| {
-        let bits = unsigned.permute_bytes(0x4b00_0000, 0x7440 | j as u32);
-        bits.reinterpret::<f32>() - 8_388_736.0
-    })
 }

@@ -1,174 +1,309 @@
-//! Queries and tokens as lanes hold them, and their scores.
+//! Tokens on their way from device memory to the registers of the lanes that multiply them.
 
-use std::ops::Add;
+use sage_core::ValueFormat;
+use sage_ptx::{Code, FragmentB, Global, MmaElement, Shared, Val, Var, lane_column, lane_row};
 
-use sage_ptx::{Code, Scalar, Shared, Val};
+use super::codes::{channels, int8_quad};
+use super::work::Work;
+use super::{CHUNK, CacheAttendConfig, CacheAttendParams, GROUP, MAX_SPLIT_PAGES};
+use crate::decode::Storage;
 
-use super::work::{Row, Work};
-use super::{CacheAttendConfig, IN_FLIGHT, WORDS, cap};
-use crate::decode::{CHUNK, THREADS};
+/// Words of a chunk of keys, and so the steps of depth that a chunk of each of a quad's lanes is.
+pub(super) const CHUNK_WORDS: usize = CHUNK / 4;
 
-/// What the block's rows look like in shared memory.
-#[derive(Clone, Copy)]
-pub(super) struct Queries<'k> {
-    pub pitch: usize,
-    pub wide: Shared<'k, f32>,
-    pub upper: Shared<'k, u32>,
-    pub lower: Shared<'k, u32>,
-    pub scales: Shared<'k, f32>,
-}
+/// Lanes that hold chunks of one key, and those that hold values of one token.
+const KEY_LANES: usize = 4;
+const VALUE_LANES: usize = 8;
 
-impl<'k> Queries<'k> {
-    pub(super) fn new(config: &CacheAttendConfig, code: &'k Code) -> Self {
-        let (rows, pitch) = (config.rows, config.storage.pitch());
-        Queries {
-            pitch,
-            wide: code.shared("q_wide", rows * pitch),
-            upper: code.shared("q_upper", rows * pitch / 4),
-            lower: code.shared("q_lower", rows * pitch / 4),
-            scales: code.shared("q_scales", rows),
-        }
-    }
+/// The tokens of a lane among [`GROUP`], as the depth of a product has them, from twice its place in the quad on.
+const LANE_TOKENS: [i32; 4] = [0, 1, 8, 9];
 
-    /// The lane's channels of a row, and its scale.
-    pub(super) fn integers(&self, r: usize, lanes: &Lanes<'k>) -> Integers<'k> {
-        let words = |of: Shared<'k, u32>| {
-            let row = (r * self.pitch / 4) as i32;
-            let words = of.at(lanes.chunk * WORDS as i32).plus(row).load_vector::<4>();
-            words.map(|word| lanes.active.select(word, 0))
-        };
-        Integers {
-            upper: words(self.upper),
-            lower: words(self.lower),
-            scale: self.scales.plus(r as i32).load(),
-        }
-    }
-}
+/// Index of each page's head among the cache's, on its way to shared memory: each thread has one page.
+pub(super) struct PageHeads<'k>(Var<'k, i32>);
 
-/// A query's integers in two bytes: `256 · upper + lower`, times the scale.
-pub(super) struct Integers<'k> {
-    pub upper: [Val<'k, u32>; WORDS],
-    pub lower: [Val<'k, u32>; WORDS],
-    pub scale: Val<'k, f32>,
-}
-
-/// How lanes share a token.
-pub(super) struct Lanes<'k> {
-    /// Lanes that hold a token together.
-    pub count: usize,
-    /// Such groups of lanes in a block, and the lane's.
-    pub groups: i32,
-    pub group: Val<'k, i32>,
-    /// The lane's index in its group.
-    pub member: Val<'k, i32>,
-    /// Whether it has channels. Lanes without read those of the first, and multiply them by queries of zeros.
-    pub active: Val<'k, bool>,
-    /// The chunk of channels that it reads.
-    pub chunk: Val<'k, i32>,
-}
-
-impl<'k> Lanes<'k> {
-    pub(super) fn new(config: &CacheAttendConfig, code: &'k Code) -> Self {
-        let count = config.lanes();
-        let group = code.thread() >> count.ilog2() as i32;
-        let member = code.thread() & (count as i32 - 1);
-        let active = member.lt((config.storage.pitch() / CHUNK) as i32);
-        let chunk = active.select(member, 0).named("chunk");
-        Lanes { count, groups: (THREADS as usize / count) as i32, group, member, active, chunk }
-    }
-
-    /// The sum over the lanes of a group.
-    pub(super) fn sum<T: Scalar>(&self, x: Val<'k, T>) -> Val<'k, T>
-    where
-        Val<'k, T>: Add<Output = Val<'k, T>>,
-    {
-        x.reduce_lanes(self.count as i32 - 1, |a, b| a + b)
-    }
-}
-
-/// The lane's chunk of a token's values, and their scale where they have one.
-pub(super) type Values<'k> = (Vec<Val<'k, f32>>, Option<Val<'k, f32>>);
-
-/// Tokens that a group of lanes has in flight.
-pub(super) struct Tokens<'k> {
-    pub tokens: Vec<Token<'k>>,
-    pub values: Vec<Values<'k>>,
-    pub key_scales: Vec<Val<'k, f32>>,
-}
-
-pub(super) struct Token<'k> {
-    pub index: Val<'k, i32>,
-    pub exists: Val<'k, bool>,
-    /// Page of the part.
-    pub page: Val<'k, i32>,
-    /// The lane's chunk of its key.
-    pub key: [Val<'k, u32>; WORDS],
-}
-
-impl<'k> Tokens<'k> {
-    pub(super) fn load(
-        config: &CacheAttendConfig,
-        work: &Work<'k>,
-        lanes: &Lanes<'k>,
-        page_heads: Shared<'k, i32>,
-        start: Val<'k, i32>,
-    ) -> Self {
-        let bits = config.storage.page_bits();
-        let (tokens, rows): (Vec<_>, Vec<_>) = (0..IN_FLIGHT as i32)
-            .map(|u| {
-                let index = start + lanes.group + u * lanes.groups;
-                let exists = index.lt(work.last);
-                let read = index.min(work.last - 1);
-                let page = (read >> bits) - work.first_page;
-                let row = work.pool.row(page_heads.at(page).load(), read);
-                let key = work.pool.keys_of(row).at(lanes.chunk * WORDS as i32).load_vector::<4>();
-                (Token { index, exists, page, key }, row)
-            })
-            .unzip();
-        let values = rows.iter().map(|&row| config.values(&work.pool, row, lanes.chunk)).collect();
-        let key_scales = rows.iter().map(|&row| work.pool.parts.key_scales.at(row).load()).collect();
-        Tokens { tokens, values, key_scales }
-    }
-
-    /// A row's scores, −∞ where it does not see the token, and whether it does.
-    pub(super) fn scores(
-        &self,
-        row: &Row<'k>,
-        q: &Integers<'k>,
-        biases: Shared<'k, f32>,
-        lanes: &Lanes<'k>,
-        softcap: Option<Val<'k, f32>>,
-    ) -> Vec<(Val<'k, f32>, Val<'k, bool>)> {
-        let scores = self.tokens.iter().zip(&self.key_scales).map(|(token, k_scale)| {
-            let dot = |q: &[Val<'k, u32>; WORDS]| {
-                let zero = q[0].code().constant(0i32);
-                q.iter().zip(&token.key).fold(zero, |sum, (q, k)| q.dot_bytes(*k, sum))
-            };
-            let sum = lanes.sum((dot(&q.upper) << 8) + dot(&q.lower));
-            let bias = biases.at(token.page).load();
-            let score = sum.to_f32().mul_add(q.scale * *k_scale, bias);
-            let score = softcap.map_or(score, |softcap| cap(score, softcap));
-            let visible = token.exists & token.index.ge(row.start) & token.index.lt(row.end);
-            (visible.select(score, f32::NEG_INFINITY), visible)
+impl<'k> PageHeads<'k> {
+    pub fn load(code: &'k Code, p: &CacheAttendParams<'k>, work: &Work<'k>) -> Self {
+        const { assert!(MAX_SPLIT_PAGES <= super::THREADS as usize) };
+        let page = code.var(0i32).named("page");
+        let table = p.pool.tables.at(work.batch * p.table_stride);
+        code.when(code.thread().lt(work.pages), || {
+            page.set(table.at(work.first_page + code.thread()).load())
         });
-        scores.collect()
+        PageHeads(page)
     }
 
-    /// Adds the tokens to a row, of whose scores these are (online softmax).
-    pub(super) fn add_to(&self, row: &Row<'k>, scores: &[(Val<'k, f32>, Val<'k, bool>)]) {
-        let max = scores.iter().fold(row.max.get(), |max, (score, _)| max.max(*score));
-        let rescale = (row.max.get() - max).exp2();
-        row.max.set(max);
-        let p: Vec<_> = scores.iter().map(|(score, _)| (*score - max).exp2()).collect();
-        let sum = p.iter().fold(row.sum.get() * rescale, |sum, p| sum + *p);
-        row.sum.set(sum);
-        row.out.iter().for_each(|out| out.set(out.get() * rescale));
-        for ((p, (_, visible)), (v, scale)) in p.iter().zip(scores).zip(&self.values) {
-            // A hidden row's scale may be NaN.
-            let weight = scale.map_or(*p, |scale| visible.select(*p * scale, 0.0));
-            for (out, v) in row.out.iter().zip(v) {
-                out.set(v.mul_add(weight, out.get()));
+    /// They can be read after the block's next barrier.
+    pub fn store(self, code: &'k Code, work: &Work<'k>) -> Shared<'k, i32> {
+        let page_heads = code.shared::<i32>("page_heads", MAX_SPLIT_PAGES);
+        code.when(code.thread().lt(work.pages), || {
+            page_heads.at(code.thread()).store(work.pool.head(self.0.get(), work.head));
+        });
+        page_heads
+    }
+}
+
+/// Where [`GROUP`] tokens lie that share a page.
+#[derive(Clone, Copy)]
+pub(super) struct Place<'k> {
+    /// Page of the block's run of tokens.
+    pub page: Val<'k, i32>,
+    /// The pool's row of the first of them.
+    row: Val<'k, i32>,
+    /// The first and the last of them that some row of queries sees, for which the others are read.
+    ends: [Val<'k, i32>; 2],
+}
+
+impl<'k> Place<'k> {
+    /// The pool's row of a token.
+    fn row(&self, token: Val<'k, i32>) -> Val<'k, i32> {
+        let [first, last] = self.ends;
+        self.row + token.max(first).min(last)
+    }
+}
+
+/// How a lane holds values: of each of eight lanes' tokens, chunks of so many channels.
+#[derive(Clone, Copy)]
+pub(super) struct ValueShape {
+    format: ValueFormat,
+    /// Neighbouring channels of a lane.
+    pub channels: usize,
+    /// Such chunks of all eight lanes, and those that are on their way at once.
+    chunks: usize,
+    of_part: usize,
+}
+
+impl ValueShape {
+    pub fn new(storage: &Storage) -> Self {
+        let (format, pitch) = (storage.values, storage.pitch());
+        let channels = if format.bytes() == 2 || pitch <= 64 { 8 } else { 16 };
+        let chunks = pitch.div_ceil(VALUE_LANES * channels);
+        // Wide heads in 16 bits would fill the registers.
+        let parts = if format.bytes() == 2 && chunks > 2 { 2 } else { 1 };
+        ValueShape { format, channels, chunks, of_part: chunks.div_ceil(parts) }
+    }
+
+    /// Words of a lane's chunk.
+    fn words(&self) -> usize {
+        self.channels * self.format.bytes() / 4
+    }
+
+    /// Blocks of eight columns that the output has: chunk by chunk, the columns of each a channel of eight lanes'.
+    pub fn blocks(&self) -> usize {
+        self.parts() * self.of_part * self.channels
+    }
+
+    fn parts(&self) -> usize {
+        self.chunks.div_ceil(self.of_part)
+    }
+
+    /// The channel of a column of a block.
+    pub fn channel<'k>(&self, block: Val<'k, i32>, column: Val<'k, i32>) -> Val<'k, i32> {
+        let (chunk, within) = block.split_index(self.channels);
+        (column + chunk * VALUE_LANES as i32) * self.channels as i32 + within
+    }
+}
+
+/// The chunks of a pool's rows, which lanes take in turns.
+#[derive(Clone, Copy)]
+struct Chunks<'k> {
+    /// The first row, and where the lane's first chunk of it lies.
+    start: Global<'k, u8>,
+    of_lane: Global<'k, u8>,
+    /// The lane's place among so many.
+    member: Val<'k, i32>,
+    lanes: usize,
+    /// Bytes of a chunk, and chunks of a row.
+    bytes: usize,
+    count: usize,
+}
+
+impl<'k> Chunks<'k> {
+    fn new(start: Global<'k, u32>, member: Val<'k, i32>, [lanes, bytes, count]: [usize; 3]) -> Self {
+        let start = start.cast::<u8>();
+        Chunks { start, of_lane: start.at(member * bytes as i32), member, lanes, bytes, count }
+    }
+
+    /// The lane's chunk of a row in turn `turn`, or the row's first where it has none there.
+    fn of_row(&self, row: Val<'k, i32>, turn: usize) -> Global<'k, u32> {
+        let row = row.mul_wide((self.count * self.bytes) as i32);
+        let first = (self.lanes * turn) as i32;
+        if self.lanes * (turn + 1) <= self.count {
+            return self.of_lane.at(row).plus(first * self.bytes as i32).cast();
+        }
+        let index = self.member + first;
+        self.start.at(row).at(index.lt(self.count as i32).select(index, 0) * self.bytes as i32).cast()
+    }
+}
+
+/// The tile of tokens that a warp multiplies next, in registers.
+pub(super) struct Tokens<'k, 'w> {
+    work: &'w Work<'k>,
+    storage: Storage,
+    page_heads: Shared<'k, i32>,
+    groups: usize,
+    lane: Val<'k, i32>,
+    /// Where the lane's chunks of keys and of values lie.
+    chunks_of_keys: Chunks<'k>,
+    chunks_of_values: Chunks<'k>,
+    /// Chunks of a key that a lane has.
+    key_chunks: usize,
+    /// For each eight tokens and chunk, the lane's words of its token's key.
+    keys: Vec<[Var<'k, u32>; CHUNK_WORDS]>,
+    /// Scales of the token that has the lane's number.
+    key_scale: Var<'k, f32>,
+    value_scale: Option<Var<'k, f32>>,
+    pub shape: ValueShape,
+    /// For each of the lane's tokens and chunk of a part, the words of its values.
+    values: Vec<Vec<Var<'k, u32>>>,
+}
+
+impl<'k, 'w> Tokens<'k, 'w> {
+    pub fn new(
+        config: &CacheAttendConfig,
+        code: &'k Code,
+        work: &'w Work<'k>,
+        page_heads: Shared<'k, i32>,
+    ) -> Self {
+        let storage = config.storage;
+        let groups = config.tile() / GROUP;
+        let shape = ValueShape::new(&storage);
+        let key_chunks = key_chunks(&storage);
+        let lane = code.lane_index();
+        let parts = work.pool.parts;
+        Tokens {
+            work,
+            storage,
+            page_heads,
+            groups,
+            lane,
+            chunks_of_keys: Chunks::new(parts.keys, lane & 3, [KEY_LANES, CHUNK, storage.pitch() / CHUNK]),
+            chunks_of_values: Chunks::new(
+                parts.values,
+                lane_row(lane),
+                [VALUE_LANES, 4 * shape.words(), storage.pitch() / shape.channels],
+            ),
+            key_chunks,
+            keys: (0..2 * groups * key_chunks).map(|_| [(); CHUNK_WORDS].map(|()| Var::new(code))).collect(),
+            key_scale: Var::new(code).named("key_scale"),
+            value_scale: storage.values.is_scaled().then(|| Var::new(code).named("value_scale")),
+            shape,
+            values: (0..groups * LANE_TOKENS.len() * shape.of_part)
+                .map(|_| (0..shape.words()).map(|_| Var::new(code)).collect())
+                .collect(),
+        }
+    }
+
+    /// Where the tile's tokens lie from `start` on. Tokens that no row sees have the place of one that some row sees.
+    pub fn places(&self, start: Val<'k, i32>) -> Vec<Place<'k>> {
+        let work = self.work;
+        let bits = self.storage.page_bits();
+        let last = work.last - 1;
+        let last_group = last & !(GROUP as i32 - 1);
+        let place = |group: usize| {
+            let first = (start + (GROUP * group) as i32).min(last_group);
+            let page = (first >> bits) - work.first_page;
+            let row = work.pool.row(self.page_heads.at(page).load(), first);
+            Place { page, row, ends: [work.first - first, last - first] }
+        };
+        (0..self.groups).map(place).collect()
+    }
+
+    /// Starts loading the tile from `start` on.
+    pub fn start(&self, start: Val<'k, i32>) {
+        let places = self.places(start);
+        self.load_keys(&places);
+        self.load_values(&places, 0);
+    }
+
+    /// Starts loading keys, and the scales of both.
+    pub fn load_keys(&self, places: &[Place<'k>]) {
+        let parts = self.work.pool.parts;
+        let of_key = lane_row(self.lane);
+        let mut vars = self.keys.iter();
+        for place in places {
+            for block in 0..2 {
+                let row = place.row(of_key + 8 * block);
+                for (chunk, vars) in (0..self.key_chunks).zip(&mut vars) {
+                    self.chunks_of_keys.of_row(row, chunk).load_streaming_into(*vars);
+                }
+            }
+        }
+        let token = self.lane & (GROUP as i32 - 1);
+        let rows = places.iter().map(|place| place.row(token));
+        let second = self.lane.ge(GROUP as i32);
+        let Some(row) = rows.reduce(|first, other| second.select(other, first)) else { return };
+        parts.key_scales.at(row).load_streaming_into([self.key_scale]);
+        if let Some(scale) = self.value_scale {
+            parts.value_scales.at(row).load_streaming_into([scale]);
+        }
+    }
+
+    /// Starts loading a part of the values' channels.
+    pub fn load_values(&self, places: &[Place<'k>], part: usize) {
+        let shape = &self.shape;
+        let mut vars = self.values.iter();
+        for place in places {
+            for token in LANE_TOKENS {
+                let row = place.row(lane_column(self.lane) + token);
+                for (chunk, vars) in (part * shape.of_part..(part + 1) * shape.of_part).zip(&mut vars) {
+                    let from = self.chunks_of_values.of_row(row, chunk);
+                    match vars[..] {
+                        [a, b] => from.load_streaming_into([a, b]),
+                        [a, b, c, d] => from.load_streaming_into([a, b, c, d]),
+                        _ => unreachable!("chunks are of 8 or 16 bytes"),
+                    }
+                }
             }
         }
     }
+
+    /// Keys of sixteen tokens from `token` on, as columns, at a step of the depth.
+    pub fn keys<E: MmaElement>(&self, step: usize, token: usize) -> [FragmentB<'k, E>; 2] {
+        let (chunk, word) = (step / CHUNK_WORDS, step % CHUNK_WORDS);
+        [0, 1].map(|block| {
+            let words = self.keys[(token / 8 + block) * self.key_chunks + chunk];
+            FragmentB::new(int8_quad(words[word].get()))
+        })
+    }
+
+    /// The scale of the token that has the lane's number.
+    pub fn key_scale(&self) -> Val<'k, f32> {
+        self.key_scale.get()
+    }
+
+    /// The same of its value, where values have scales.
+    pub fn value_scale(&self) -> Option<Val<'k, f32>> {
+        self.value_scale.map(Var::get)
+    }
+
+    /// Parts that values' channels are loaded in.
+    pub fn value_parts(&self) -> usize {
+        self.shape.parts()
+    }
+
+    /// Values of a group of tokens, as the depth, in two blocks of columns from block `block` of a part on.
+    pub fn values<E: MmaElement>(&self, group: usize, block: usize) -> [FragmentB<'k, E>; 2] {
+        let (chunk, channel) = (block / self.shape.channels, block % self.shape.channels);
+        let of_word = 4 / self.shape.format.bytes();
+        let (word, half) = (channel / of_word, channel % of_word / 2);
+        let token = |token: usize| {
+            let index = (group * LANE_TOKENS.len() + token) * self.shape.of_part + chunk;
+            self.values[index][word].get()
+        };
+        let [low, high] =
+            [0, 2].map(|first| channels(self.shape.format, [token(first), token(first + 1)], half));
+        [0, 1].map(|i| FragmentB::new([low[i], high[i]]))
+    }
+
+    /// What the tokens of a tile's columns have of a number that each lane holds for the token of its own.
+    pub fn of_columns(&self, of_lane: Val<'k, f32>) -> Vec<Val<'k, f32>> {
+        let first = lane_column(self.lane);
+        let pair = |block: i32| [0, 1].map(|within| of_lane.shuffle(first + (8 * block + within)));
+        (0..2 * self.groups as i32).flat_map(pair).collect()
+    }
+}
+
+/// Chunks of a key that each lane of a quad has.
+pub(super) fn key_chunks(storage: &Storage) -> usize {
+    storage.pitch().div_ceil(KEY_LANES * CHUNK)
 }

@@ -1,42 +1,49 @@
-//! Which rows a block computes, over which tokens, and what becomes of a row.
+//! Which rows a block computes, over which tokens.
 
-use sage_ptx::{Code, Val, Var};
+use sage_ptx::{Code, Rows, SLOT_ROWS, Tile, Val, Var, lane_column, lane_row};
 
-use super::{CacheAttendConfig, CacheAttendParams};
-use crate::decode::{CHUNK, Pool};
+use super::{CacheAttendConfig, CacheAttendParams, GROUP, ROWS};
+use crate::decode::Pool;
 use crate::grid::BlockHead;
 
-/// One query row.
+/// A query row.
+#[derive(Clone, Copy)]
 pub(super) struct Row<'k> {
-    /// Largest score so far, in base 2.
-    pub max: Var<'k, f32>,
-    /// Sum of probabilities relative to it.
-    pub sum: Var<'k, f32>,
-    /// This lane's channels of the output.
-    pub out: Vec<Var<'k, f32>>,
-    /// Tokens that it sees.
-    pub start: Val<'k, i32>,
-    pub end: Val<'k, i32>,
-    /// Index among all rows, and whether it exists.
-    pub index: Val<'k, i32>,
+    /// The query, and the query head among those of the sequence.
+    pub query: Val<'k, i32>,
+    pub head: Val<'k, i32>,
     pub exists: Val<'k, bool>,
+    /// Tokens that it sees.
+    start: Val<'k, i32>,
+    end: Val<'k, i32>,
 }
 
-/// Which rows a block computes, over which tokens.
+/// Which rows a block computes, over which tokens. Rows are counted in the key head: neighbouring ones are heads of one
+/// query, which see the same tokens, and later queries see later tokens.
 pub(super) struct Work<'k> {
+    code: &'k Code,
     pub pool: Pool<'k>,
     pub batch: Val<'k, i32>,
     /// The key head.
     pub head: Val<'k, i32>,
     /// Index of the part of the tokens.
     pub split: Val<'k, i32>,
-    /// The query and query head of each row.
-    pub queries: Vec<(Val<'k, i32>, Val<'k, i32>)>,
-    pub rows: Vec<Row<'k>>,
+    /// The block's first row.
+    first_row: Val<'k, i32>,
+    /// Rows of the key head, query heads that share it, and queries.
+    of_head: Val<'k, i32>,
+    group: Val<'k, i32>,
+    q_len: Val<'k, i32>,
+    /// Tokens visible before and after the diagonal, that of query 0, and tokens of the sequence.
+    window: [Val<'k, i32>; 2],
+    diagonal: Val<'k, i32>,
+    len: Val<'k, i32>,
     /// First and one past the last token that some row sees.
     pub first: Val<'k, i32>,
     pub last: Val<'k, i32>,
-    /// First page of these tokens in the sequence, and how many they lie in.
+    /// First and one past the last token that every row sees.
+    seen_by_all: [Val<'k, i32>; 2],
+    /// First page of the tokens in the sequence, and how many they lie in.
     pub first_page: Val<'k, i32>,
     pub pages: Val<'k, i32>,
 }
@@ -45,62 +52,105 @@ impl<'k> Work<'k> {
     pub(super) fn new(config: &CacheAttendConfig, code: &'k Code, p: &CacheAttendParams<'k>) -> Self {
         let bits = config.storage.page_bits();
         let [split, ..] = code.block_index();
-        let row_blocks = (p.q_len * p.group).div_ceil(config.rows);
+        let of_head = p.q_len * p.group;
+        let row_blocks = (of_head + (ROWS as i32 - 1)) >> ROWS.ilog2() as i32;
         let heads_and_blocks = p.kv_heads * row_blocks;
         let number = BlockHead::new(code, heads_and_blocks, heads_and_blocks * p.sequences);
         let batch = number.sequence;
         let (head, block) = (number.head / row_blocks, number.head % row_blocks);
         let len = p.pool.kv_lens.at(batch).load().named("len");
-        let pool = Pool { storage: config.storage, kv_heads: p.kv_heads, parts: p.pool };
 
         code.note("which rows, which tokens");
-        let of_head = p.q_len * p.group;
-        let heads = p.kv_heads * p.group;
-        let places: Vec<_> = (0..config.rows)
-            .map(|r| {
-                let row = block * config.rows as i32 + r as i32;
-                let exists = row.lt(of_head);
-                let row = row.min(of_head - 1);
-                // Neighbouring rows are heads of one query, which see the same tokens.
-                let (i, q_head) = (row / p.group, head * p.group + row % p.group);
-                (i, q_head, exists)
-            })
-            .collect();
-        let row = |&(i, q_head, exists)| Row::new(code, p, len, (batch, heads), (i, q_head), exists);
-        let rows: Vec<_> = places.iter().map(row).collect();
-        let bound = |of: fn(&Row<'k>) -> Val<'k, i32>,
-                     pick: fn(Val<'k, i32>, Val<'k, i32>) -> Val<'k, i32>| {
-            rows.iter().map(of).reduce(pick).unwrap_or(len)
+        let first_row = block * ROWS as i32;
+        let mut work = Work {
+            code,
+            pool: Pool { storage: config.storage, kv_heads: p.kv_heads, parts: p.pool },
+            batch,
+            head,
+            split,
+            first_row,
+            of_head,
+            group: p.group,
+            q_len: p.q_len,
+            window: [p.left, p.right],
+            diagonal: len - p.q_len,
+            len,
+            first: len,
+            last: len,
+            seen_by_all: [len; 2],
+            first_page: len,
+            pages: len,
         };
-        let first = (split * p.split).max(bound(|row| row.start, Val::min)).named("first");
-        let last = ((split + 1) * p.split).min(bound(|row| row.end, Val::max)).named("last");
-        let first_page = first >> bits;
-        let pages = last.gt(first).select(((last - 1) >> bits) - first_page + 1, 0).named("pages");
-        let queries = places.into_iter().map(|(i, q_head, _)| (i, q_head)).collect();
-        Work { pool, batch, head, split, queries, rows, first, last, first_page, pages }
+        let [(start, end), (last_start, last_end)] = [0, ROWS as i32 - 1].map(|row| {
+            let row = (first_row + row).min(of_head - 1);
+            work.seen(row / p.group)
+        });
+        work.seen_by_all = [last_start, end];
+        let (from, to) = if config.split {
+            // Parts are counted from the page of the first token that some row sees.
+            let part = (start & !(config.storage.page_size as i32 - 1)) + split * p.split;
+            (start.max(part), last_end.min(part + p.split))
+        } else {
+            (start, last_end)
+        };
+        (work.first, work.last) = (from.named("first"), to.named("last"));
+        work.first_page = work.first >> bits;
+        let pages = ((work.last - 1) >> bits) - work.first_page + 1;
+        work.pages = work.last.gt(work.first).select(pages, 0).named("pages");
+        work
     }
-}
 
-impl<'k> Row<'k> {
-    /// A query of a query head, of `heads`, in a sequence of `len` tokens.
-    pub(super) fn new(
-        code: &'k Code,
-        p: &CacheAttendParams<'k>,
-        len: Val<'k, i32>,
-        (batch, heads): (Val<'k, i32>, Val<'k, i32>),
-        (i, q_head): (Val<'k, i32>, Val<'k, i32>),
-        exists: Val<'k, bool>,
-    ) -> Self {
-        let diagonal = i + (len - p.q_len);
-        Row {
-            // Finite, so that differences with it are numbers also before the first visible token.
-            max: code.var(f32::MIN).named("max"),
-            sum: code.var(0.0).named("sum"),
-            out: (0..CHUNK).map(|_| code.var(0.0).named("out")).collect(),
-            start: (diagonal - p.left).max(0),
-            end: (diagonal + p.right + 1).min(len),
-            index: (batch * heads + q_head) * p.q_len + i,
-            exists,
-        }
+    /// First and one past the last token that a query sees.
+    fn seen(&self, query: Val<'k, i32>) -> (Val<'k, i32>, Val<'k, i32>) {
+        let [left, right] = self.window;
+        let diagonal = query + self.diagonal;
+        ((diagonal - left).max(0), (diagonal + right + 1).min(self.len))
+    }
+
+    /// How many rows the block has.
+    pub fn rows(&self) -> Val<'k, i32> {
+        (self.of_head - self.first_row).min(ROWS as i32)
+    }
+
+    /// A row of the block; the last one stands in for rows that the head does not have.
+    pub fn row(&self, row: Val<'k, i32>) -> Row<'k> {
+        let row = self.first_row + row;
+        let exists = row.lt(self.of_head);
+        let row = row.min(self.of_head - 1);
+        let (query, head) = (row / self.group, self.head * self.group + row % self.group);
+        let (start, end) = self.seen(query);
+        Row { query, head, exists, start, end }
+    }
+
+    /// The block's row that the lane holds in a slot.
+    pub fn lane_row(&self, slot: usize) -> Val<'k, i32> {
+        lane_row(self.code.lane_index()) + (SLOT_ROWS * slot) as i32
+    }
+
+    /// Index of a row among all heads and sequences.
+    pub fn index(&self, p: &CacheAttendParams<'k>, row: &Row<'k>) -> Val<'k, i32> {
+        (self.batch * (p.kv_heads * self.group) + row.head) * self.q_len + row.query
+    }
+
+    /// First token of the first tile.
+    pub fn first_tile(&self) -> Val<'k, i32> {
+        self.first & !(GROUP as i32 - 1)
+    }
+
+    /// Whether some row does not see some token of the tile of `tokens` from `start` on.
+    pub fn is_cut(&self, start: Val<'k, i32>, tokens: usize) -> Val<'k, bool> {
+        let [first, end] = self.seen_by_all;
+        !(start.ge(first.max(self.first)) & (start + tokens as i32).le(end.min(self.last)))
+    }
+
+    /// Hides the scores of tokens that their row does not see, of a tile from `start` on.
+    pub fn hide(&self, scores: &Tile<Var<'k, f32>>, start: Val<'k, i32>) {
+        self.code.note("scores: causal mask, window, end of the tokens");
+        let token = start + lane_column(self.code.lane_index());
+        let visible = Rows::from_fn(scores.slots(), |slot| {
+            let row = self.row(self.lane_row(slot));
+            row.start.max(self.first) - token..row.end.min(self.last) - token
+        });
+        scores.fill_outside(&visible, |column| column, f32::NEG_INFINITY);
     }
 }
