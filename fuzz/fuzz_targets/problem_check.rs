@@ -31,6 +31,9 @@ struct Case {
     q_len: u8,
     kv_len: u8,
     head_dim: u8,
+    value_dim: Option<u8>,
+    /// Whether K and V have one batch entry.
+    shared: bool,
     nhd: bool,
     q: Storage,
     k: Storage,
@@ -121,12 +124,11 @@ fuzz_target!(|case: Case| {
 });
 
 /// Wanted shape of a dense or packed tensor.
-fn shape(case: &Case, packed: bool, heads: usize, rows: usize) -> Vec<usize> {
-    let head_dim = head_dim(case);
+fn shape(case: &Case, packed: bool, [batch, heads, rows, channels]: [usize; 4]) -> Vec<usize> {
     match (packed, case.nhd) {
-        (true, _) => vec![rows, heads, head_dim],
-        (false, true) => vec![batch(case), rows, heads, head_dim],
-        (false, false) => vec![batch(case), heads, rows, head_dim],
+        (true, _) => vec![rows, heads, channels],
+        (false, true) => vec![batch, rows, heads, channels],
+        (false, false) => vec![batch, heads, rows, channels],
     }
 }
 
@@ -143,11 +145,12 @@ fn few_or_huge(n: u8) -> usize {
 }
 
 /// Often small, sometimes beyond what is allowed, sometimes 0.
-fn head_dim(case: &Case) -> usize {
-    match case.head_dim {
-        0..128 => usize::from(case.head_dim % 16),
-        128..250 => usize::from(case.head_dim % 16) * 16,
-        large => usize::from(large - 250) + 254,
+fn channels(n: u8) -> usize {
+    match n {
+        0..128 => usize::from(n % 16),
+        128..244 => usize::from(n % 16) * 16,
+        244..250 => usize::from(n - 244) + 510,
+        large => usize::from(large - 250) + 574,
     }
 }
 
@@ -190,10 +193,14 @@ fn run(case: &Case) -> Option<()> {
     let memory = |name, storage: &Storage, wanted: &[usize], seed| {
         Memory::new(name, storage, wanted, storage.dtype.unwrap_or(case.dtype), &case.values, seed)
     };
-    let q = memory("q", &case.q, &shape(case, packed, q_heads, q_len), 0)?;
-    let k = memory("k", &case.k, &shape(case, packed, kv_heads, kv_len), 1)?;
-    let v = memory("v", &case.v, &shape(case, packed, kv_heads, kv_len), 2)?;
-    let mut out = memory("out", &case.out, &shape(case, packed, q_heads, q_len), 3)?;
+    let head_dim = channels(case.head_dim);
+    let value_dim = case.value_dim.map_or(head_dim, channels);
+    let kv_batch = if case.shared { 1 } else { batch(case) };
+    let q = memory("q", &case.q, &shape(case, packed, [batch(case), q_heads, q_len, head_dim]), 0)?;
+    let k = memory("k", &case.k, &shape(case, packed, [kv_batch, kv_heads, kv_len, head_dim]), 1)?;
+    let v = memory("v", &case.v, &shape(case, packed, [kv_batch, kv_heads, kv_len, value_dim]), 2)?;
+    let mut out =
+        memory("out", &case.out, &shape(case, packed, [batch(case), q_heads, q_len, value_dim]), 3)?;
 
     let scores = [batch(case), q_heads, q_len, kv_len];
     let mask = match &case.mask {
@@ -274,7 +281,7 @@ fn check_call(call: &Call<'_>) {
     let tensor_batch = if p.packed { 1 } else { p.batch };
     assert_eq!(call.q.shape(), [tensor_batch, p.num_q_heads, rows(&call.q), p.head_dim]);
     assert_eq!(call.k.shape(), [tensor_batch, p.num_kv_heads, rows(&call.k), p.head_dim]);
-    assert_eq!(call.v.shape(), call.k.shape());
+    assert_eq!(call.v.shape(), [tensor_batch, p.num_kv_heads, rows(&call.k), p.value_dim]);
     assert!(p.num_kv_heads > 0 && p.group_size() * p.num_kv_heads == p.num_q_heads);
     for tensor in [&call.q, &call.k, &call.v] {
         assert_eq!(tensor.dtype(), p.dtype);
@@ -381,7 +388,12 @@ fn check_results(case: &Case, call: &Call<'_>) -> Option<()> {
         }
     };
     let work = call.sequences().try_fold(0usize, |sum, s| {
-        sum.checked_add(s.q_len.checked_mul(s.kv_len)?.checked_mul(p.num_q_heads)?.checked_mul(p.head_dim)?)
+        sum.checked_add(
+            s.q_len
+                .checked_mul(s.kv_len)?
+                .checked_mul(p.num_q_heads)?
+                .checked_mul(p.head_dim.max(p.value_dim))?,
+        )
     });
     let elements = [&call.q, &call.k, &call.v].map(|t| t.geometry().len());
     let heads = call.sequences().len().saturating_mul(p.num_q_heads.max(p.num_kv_heads));
@@ -389,7 +401,7 @@ fn check_results(case: &Case, call: &Call<'_>) -> Option<()> {
         return None;
     }
     let exact = oracle::exact(call);
-    assert_eq!(exact.out.len(), call.q.geometry().len());
+    assert_eq!(exact.out.len(), call.out_dimensions().iter().product::<usize>());
     assert_eq!(exact.lse.len(), call.lse_shape().iter().product::<usize>());
 
     let [q, k, v] = [&call.q, &call.k, &call.v].map(largest);
@@ -444,16 +456,10 @@ fn forward(
     call: &Call<'_>,
     run: impl FnOnce(sage_core::TensorViewMut<'_>) -> sage_core::Result<()>,
 ) -> Option<Vec<f32>> {
-    let [batch, heads, rows, head_dim] = call.q.shape().try_into().ok()?;
     // In the caller's layout: where each element is then found is what `check_output` says.
-    let candidates: [&[usize]; 3] =
-        [&[rows, heads, head_dim], &[batch, rows, heads, head_dim], &[batch, heads, rows, head_dim]];
     let dtype = call.problem.dtype;
-    let fits = |shape: &&&[usize]| {
-        Geometry::contiguous("out", shape).and_then(|geometry| call.check_output(dtype, &geometry)).is_ok()
-    };
-    let mut out = Tensor::zeros(dtype, candidates.iter().find(fits)?).ok()?;
-    let geometry = call.check_output(dtype, out.view().geometry()).ok()?;
+    let mut out = Tensor::zeros(dtype, &call.out_shape()).ok()?;
+    let geometry = call.check_output(dtype, out.view().geometry()).unwrap();
     if let Err(error) = run(out.view_mut()) {
         one_line(&error.to_string());
         return None;

@@ -5,6 +5,7 @@
 //! views of the crate `sageattention`, the interpreter's lock is released, and errors become exceptions with the same
 //! words.
 
+mod channels;
 mod errors;
 mod forward;
 mod host;
@@ -35,6 +36,14 @@ mod _native {
     #[pyfunction]
     fn backend_description() -> String {
         sageattention::backend_description()
+    }
+
+    /// Whether heads of `head_dim` channels of queries and keys, and of `value_dim` of values, are computed: on the CPU, or
+    /// on the GPU of this number.
+    #[pyfunction]
+    #[pyo3(signature = (head_dim, value_dim, gpu=None))]
+    fn computes_channels(head_dim: usize, value_dim: usize, gpu: Option<u32>) -> bool {
+        crate::channels::are_computed(head_dim, value_dim, gpu)
     }
 
     /// Names of all schemes, with a line about each.

@@ -62,17 +62,17 @@ def test_heads_that_lie_side_by_side_stay_so(device):
 
 def test_what_is_left_to_torch(device, caplog):
     q, k, v = qkv(1, 4, 4, 20, 20, 64, dtype=torch.float16, device=device)
-    wide = random(1, 1, 20, 300, seed=0, dtype=torch.float16, device=device)
+    wide = random(1, 1, 20, 600, seed=0, dtype=torch.float16, device=device)
     learned = q.clone().requires_grad_()
     calls = [
         ("dropout_p is above 0", (q, k, v), {"dropout_p": 0.5}),
-        ("head_dim is above 256, or not the same", (wide, wide, wide), {}),
-        ("head_dim is above 256, or not the same", (q, k, v[..., :32]), {}),
+        ("heads of so many channels are not computed", (wide, wide, wide), {}),
+        ("head_dim is not the same for query and key", (q, k[..., :32], v), {}),
         ("tensors are torch.float64", (q.double(), k.double(), v.double()), {}),
         ("scale is not a finite number above 0", (q, k, v), {"scale": -0.1}),
         ("scale is not a finite number above 0", (q, k, v), {"scale": 1e-46}),
         ("attn_mask does not broadcast to the scores", (q, k, v), {"attn_mask": torch.ones(20, 19, device=device) > 0}),
-        ("batches or heads are broadcast", (q.expand(2, 4, 20, 64), k, v), {}),
+        ("batches or heads are broadcast", (q, k.expand(2, 4, 20, 64), v.expand(2, 4, 20, 64)), {}),
         ("a tensor has no element", (q, k[:, :, :0], v[:, :, :0]), {}),
     ]
     sageattention.patch()

@@ -1,8 +1,8 @@
 //! The functions of the crate `candle-flash-attn` 0.11, by the same names: change the import, and nothing else.
 //!
 //! Dense tensors are `[batch, seq, heads, head_dim]`, packed ones `[total, heads, head_dim]` with u32 boundaries.
-//! Beyond the original they take f32, any strides and any head_dim from 1 to 256, and run on CPUs; a head_dim above
-//! 256 is an error. Causal masks and windows are aligned bottom-right, as there.
+//! Beyond the original they take f32, any strides and any head_dim from 1 to 576, values of another head_dim, 1 to 512,
+//! and one batch of keys and values for many of queries, and run on CPUs; a GPU takes a head_dim to 256, V's the same. Causal masks and windows are aligned bottom-right, as there.
 //!
 //! Not here: `flash_attn_varlen_alibi` and `flash_attn_varlen_alibi_windowed` (an ALiBi bias needs a mask, which packed
 //! sequences do not take yet) and `flash_attn_varlen_paged_windowed` (its pages are not quantised).

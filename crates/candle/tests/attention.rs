@@ -32,7 +32,8 @@ fn check(what: &str, [q, k, v]: [&Tensor; 3], options: &Options, question: &Ques
         let what = format!("{what}, {preset}, {:?} {:?}", q.dtype(), q.dims());
         let options = options.clone().scheme(preset);
         let out = sage_attention(q, k, v, &options).unwrap();
-        assert_eq!((out.dims(), out.dtype()), (q.dims(), q.dtype()), "{what}");
+        let (rows, channels) = (&q.dims()[..q.rank() - 1], &v.dims()[v.rank() - 1..]);
+        assert_eq!((out.dims(), out.dtype()), (&[rows, channels].concat()[..], q.dtype()), "{what}");
         assert_close(&out, &expected, limit, &what);
 
         let (again, lse) = sage_attention_with_lse(q, k, v, &options).unwrap();
@@ -60,6 +61,25 @@ fn dtypes_layouts_and_grouped_heads_agree() {
             let options = Options::new().layout(layout).causal(true);
             check("causal", [&q, &k, &v], &options, &Question { options: exact, ..Question::default() });
         }
+    }
+}
+
+#[test]
+fn values_have_channels_of_their_own_and_one_batch_of_keys_serves_many() {
+    for (layout, q_shape, k_shape, value_dim) in [
+        (Layout::Hnd, [2, 4, 60, 192], [2, 2, 90, 192], 128),
+        (Layout::Nhd, [3, 60, 4, 64], [1, 90, 2, 64], 64),
+        (Layout::Hnd, [2, 2, 1, 576], [1, 1, 200, 576], 512),
+    ] {
+        let v_shape = [k_shape[0], k_shape[1], k_shape[2], value_dim];
+        let (q, k, v) = (
+            normal(1, &q_shape, DType::F32),
+            normal(2, &k_shape, DType::F32),
+            normal(3, &v_shape, DType::F32),
+        );
+        let exact = Exact::default().layout(layout).band(CAUSAL);
+        let options = Options::new().layout(layout).causal(true);
+        check("channels", [&q, &k, &v], &options, &Question { options: exact, ..Question::default() });
     }
 }
 

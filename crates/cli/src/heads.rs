@@ -42,17 +42,17 @@ impl<'a> Heads<'a> {
         &self.list
     }
 
-    /// Channels of a head.
+    /// Channels of a head of queries and keys.
     pub fn head_dim(&self) -> usize {
         self.qkv.q.shape()[3]
     }
 
-    /// Exact attention of one head, `[q_len, head_dim]`.
+    /// Exact attention of one head, `[q_len, value_dim]`.
     pub fn exact(&self, head: Head) -> Result<Vec<f64>> {
         self.with_call(head, |call| oracle::exact(call).out)
     }
 
-    /// A scheme's attention of one head, `[q_len, head_dim]`.
+    /// A scheme's attention of one head, `[q_len, value_dim]`.
     pub fn scheme(&self, head: Head, scheme: &Scheme) -> Result<Vec<f64>> {
         self.with_call(head, |call| oracle::scheme(call, scheme).out)
     }
@@ -70,7 +70,7 @@ impl<'a> Heads<'a> {
         Ok(oracle(&call.over(&map)?))
     }
 
-    /// One head of an output in q's shape.
+    /// One head of an output.
     pub fn output(&self, out: &Tensor, head: Head) -> Result<Vec<f32>> {
         Ok(values(&slice("out", out.view(), self.options.layout, head)?))
     }
@@ -101,7 +101,7 @@ impl<'a> Heads<'a> {
     }
 }
 
-/// One head as `[1, 1, seq, head_dim]`.
+/// One head as `[1, 1, seq, channels]`. One batch entry is every one's.
 fn slice<'t>(name: &str, tensor: TensorView<'t>, layout: Layout, head: Head) -> Result<TensorView<'t>> {
     fn typed<'t, T: Copy>(name: &str, view: View<'t, T>, geometry: Geometry) -> Result<TensorView<'t>>
     where
@@ -117,7 +117,7 @@ fn slice<'t>(name: &str, tensor: TensorView<'t>, layout: Layout, head: Head) -> 
     // An empty tensor has no first element to point at.
     let mut at = [0; 4];
     if !tensor.geometry().is_empty() {
-        at[0] = head.batch;
+        at[0] = if shape[0] == 1 { 0 } else { head.batch };
         at[heads] = head.head;
     }
     let geometry = Geometry::strided(
@@ -146,17 +146,19 @@ mod tests {
     use crate::inputs;
     use sageattention::DType;
 
-    /// Heads taken one by one are those of the whole, in both layouts and with shared key heads.
+    /// Heads taken one by one are those of the whole, in both layouts, with shared key heads and a shared batch of them.
     #[test]
     fn heads_one_by_one_are_the_whole() {
         for layout in [Layout::Hnd, Layout::Nhd] {
-            let shape = |heads, rows| match layout {
-                Layout::Hnd => [2, heads, rows, 8],
-                Layout::Nhd => [2, rows, heads, 8],
+            let tensor = |[batch, heads, rows, channels]: [usize; 4], seed| {
+                let shape = match layout {
+                    Layout::Hnd => [batch, heads, rows, channels],
+                    Layout::Nhd => [batch, rows, heads, channels],
+                };
+                inputs::normal(DType::F32, &shape, seed).unwrap()
             };
-            let tensor = |heads, rows, seed| inputs::normal(DType::F32, &shape(heads, rows), seed).unwrap();
-            let qkv =
-                Qkv { prefix: String::new(), q: tensor(4, 5, 1), k: tensor(2, 7, 2), v: tensor(2, 7, 3) };
+            let (q, k) = (tensor([2, 4, 5, 8], 1), tensor([2, 2, 7, 8], 2));
+            let qkv = Qkv { prefix: String::new(), q, k, v: tensor([1, 2, 7, 6], 3) };
             let options = Options::default().layout(layout);
             let heads = Heads::new(&qkv, options).unwrap();
             let inputs = Inputs::new(qkv.q.view(), qkv.k.view(), qkv.v.view());

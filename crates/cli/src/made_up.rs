@@ -47,10 +47,10 @@ impl<'o> MadeUp<'o> {
     /// # Errors
     /// When a shape is none that tensors can have, there is no memory for it, or there is more padding than keys.
     pub fn new(options: &'o ProblemOptions, content: Content) -> Result<Self> {
-        let [q, k] = options.shapes()?;
+        let [q, k, v] = options.shapes()?;
         let dtype = options.dtype.dtype.into();
         let tensor = |name, shape: &[usize], seed| tensor(name, dtype, shape, content, seed);
-        let tensors = [tensor("q", &q, 1)?, tensor("k", &k, 2)?, tensor("v", &k, 3)?];
+        let tensors = [tensor("q", &q, 1)?, tensor("k", &k, 2)?, tensor("v", &v, 3)?];
         Ok(MadeUp { options, tensors, mask: mask(options, content)? })
     }
 

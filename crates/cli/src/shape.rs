@@ -14,6 +14,7 @@ pub struct Shape {
     pub q_len: usize,
     pub kv_len: usize,
     pub head_dim: usize,
+    pub value_dim: usize,
 }
 
 impl FromStr for Shape {
@@ -21,7 +22,7 @@ impl FromStr for Shape {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let wrong =
-            || "expected batch,heads,seq,head_dim such as 1,8,1024,64 or 1,32/8,1x4096,128".to_owned();
+            || "expected batch,heads,seq,head_dim such as 1,8,1024,64 or 1,32/8,1x4096,192/128".to_owned();
         let number = |text: &str| text.trim().parse::<usize>().map_err(|_| wrong());
         let pair = |text: &str, separator| match text.split_once(separator) {
             Some((a, b)) => Ok((number(a)?, number(b)?)),
@@ -30,16 +31,18 @@ impl FromStr for Shape {
         let fields: Vec<&str> = text.split(',').collect();
         let [batch, heads, seq, head_dim] = fields[..] else { return Err(wrong()) };
         let ((heads, kv_heads), (q_len, kv_len)) = (pair(heads, '/')?, pair(seq, 'x')?);
-        Ok(Shape { batch: number(batch)?, heads, kv_heads, q_len, kv_len, head_dim: number(head_dim)? })
+        let (head_dim, value_dim) = pair(head_dim, '/')?;
+        Ok(Shape { batch: number(batch)?, heads, kv_heads, q_len, kv_len, head_dim, value_dim })
     }
 }
 
 impl fmt::Display for Shape {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Shape { batch, heads, kv_heads, q_len, kv_len, head_dim } = self;
+        let Shape { batch, heads, kv_heads, q_len, kv_len, head_dim, value_dim } = self;
         let heads = if heads == kv_heads { heads.to_string() } else { format!("{heads}/{kv_heads}") };
         let seq = if q_len == kv_len { q_len.to_string() } else { format!("{q_len}x{kv_len}") };
-        write!(f, "{batch},{heads},{seq},{head_dim}")
+        write!(f, "{batch},{heads},{seq},{head_dim}")?;
+        if value_dim == head_dim { Ok(()) } else { write!(f, "/{value_dim}") }
     }
 }
 
@@ -49,7 +52,7 @@ mod tests {
 
     #[test]
     fn a_shape_prints_as_it_is_read() {
-        for text in ["1,8,1024,64", "1,32/8,1x4096,128", "2,4,3x5,7"] {
+        for text in ["1,8,1024,64", "1,32/8,1x4096,128", "2,4,3x5,7", "1,128,4096,192/128"] {
             assert_eq!(text.parse::<Shape>().unwrap().to_string(), text);
         }
     }

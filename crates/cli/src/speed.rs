@@ -27,7 +27,7 @@ pub struct Row {
     pub causal: bool,
     #[serde(flatten)]
     pub times: Times,
-    /// 4·B·H·Lq·Lk·D operations, halved for causal, in the median time.
+    /// 2·B·H·Lq·Lk·(D + Dv) operations, halved for causal, in the median time.
     pub gflops: f64,
     /// Full precision's median time over this one's, both from the same run: above 1 is faster.
     pub ratio_to_full_precision: f64,
@@ -75,27 +75,44 @@ impl<'a> Subject<'a> {
     /// Normally distributed tensors.
     pub fn random(shape: &Shape, dtype: DType, attention: Attention<'a>) -> Result<Self> {
         let tensor =
-            |heads, rows, seed| inputs::normal(dtype, &[shape.batch, heads, rows, shape.head_dim], seed);
+            |heads, rows, channels, seed| inputs::normal(dtype, &[shape.batch, heads, rows, channels], seed);
         Ok(Subject {
             attention,
             device: Device::Cpu,
-            q: tensor(shape.heads, shape.q_len, 1)?,
-            k: tensor(shape.kv_heads, shape.kv_len, 2)?,
-            v: tensor(shape.kv_heads, shape.kv_len, 3)?,
+            q: tensor(shape.heads, shape.q_len, shape.head_dim, 1)?,
+            k: tensor(shape.kv_heads, shape.kv_len, shape.head_dim, 2)?,
+            v: tensor(shape.kv_heads, shape.kv_len, shape.value_dim, 3)?,
         })
     }
 
     /// Sizes of the tensors, keys that no query sees included.
     fn shape(&self) -> Shape {
-        let (q, k) = (self.q.shape(), self.k.shape());
-        Shape { batch: q[0], heads: q[1], kv_heads: k[1], q_len: q[2], kv_len: k[2], head_dim: q[3] }
+        let (q, k, v) = (self.q.shape(), self.k.shape(), self.v.shape());
+        Shape {
+            batch: q[0],
+            heads: q[1],
+            kv_heads: k[1],
+            q_len: q[2],
+            kv_len: k[2],
+            head_dim: q[3],
+            value_dim: v[3],
+        }
+    }
+
+    /// Shape of the output.
+    fn out_shape(&self) -> [usize; 4] {
+        let Shape { batch, heads, q_len, value_dim, .. } = self.shape();
+        [batch, heads, q_len, value_dim]
     }
 
     /// How far a scheme's call raises the resident memory of this process, which must not have made one before: later
     /// ones reuse what the first one took.
     pub fn peak_memory(&self, scheme: SchemeName) -> Result<Option<u64>> {
-        // A copy, since zeros would be pages that the call is the first to touch.
-        let mut out = self.q.clone();
+        let mut out = Tensor::zeros(self.q.dtype(), &self.out_shape())?;
+        // The call would be the first to touch pages of zeros.
+        let mut written = out.view_mut();
+        let geometry = *written.geometry();
+        geometry.places().for_each(|at| written.set(at, 1.0));
         let attention = self.attention.clone().scheme(scheme.choice());
         let (result, peak) =
             peak_increase(|| attention.forward_into(&self.q, &self.k, &self.v, out.view_mut(), None));
@@ -106,7 +123,7 @@ impl<'a> Subject<'a> {
     pub fn time(&self, calls: &[Attention<'_>], reps: usize, progress: &ProgressBar) -> Result<Vec<Times>> {
         match self.device {
             Device::Cpu => {
-                let mut out = Tensor::zeros(self.q.dtype(), self.q.shape())?;
+                let mut out = Tensor::zeros(self.q.dtype(), &self.out_shape())?;
                 let call = |i: usize| {
                     let start = Instant::now();
                     calls[i].forward_into(&self.q, &self.k, &self.v, out.view_mut(), None)?;
@@ -157,7 +174,8 @@ impl<'a> Subject<'a> {
                 let p = plan.problem();
                 let seconds = times[i].median_ms / 1e3;
                 // Keys that a window hides are not read.
-                let read = 2 * p.batch * p.num_kv_heads * p.kv_len * p.head_dim * p.dtype.bytes();
+                let channels = p.head_dim + p.value_dim;
+                let read = p.batch * p.num_kv_heads * p.kv_len * channels * p.dtype.bytes();
                 let achieved = (p.q_len == 1).then(|| read as f64 / seconds / 1e9);
                 Ok(Row {
                     scheme: timed[i].name(),
@@ -191,7 +209,7 @@ impl OnGpu {
         let stream = gpu.stream()?;
         let upload = |tensor: &Tensor| CudaTensor::upload(&stream, &tensor.view());
         let inputs = [upload(&subject.q)?, upload(&subject.k)?, upload(&subject.v)?];
-        let out = CudaTensor::uninitialized(&stream, subject.q.dtype(), subject.q.shape())?;
+        let out = CudaTensor::uninitialized(&stream, subject.q.dtype(), &subject.out_shape())?;
         Ok(OnGpu { gpu, stream, inputs, out })
     }
 
@@ -204,7 +222,7 @@ impl OnGpu {
     }
 }
 
-/// 4·B·H·Lq·Lk·D, halved for causal; where the lengths differ, or there is a window, the pairs that are seen are
+/// 2·B·H·Lq·Lk·(D + Dv), halved for causal; where the lengths differ, or there is a window, the pairs that are seen are
 /// counted.
 pub fn operations(p: &Problem) -> f64 {
     let is_causal = p.band.left.is_none() && p.band.right == Some(0);
@@ -213,5 +231,5 @@ pub fn operations(p: &Problem) -> f64 {
     } else {
         (0..p.q_len).map(|i| p.band.keys(i, p.q_len, p.kv_len).len() as f64).sum()
     };
-    4.0 * (p.batch * p.num_q_heads * p.head_dim) as f64 * pairs
+    2.0 * (p.batch * p.num_q_heads * (p.head_dim + p.value_dim)) as f64 * pairs
 }

@@ -227,18 +227,18 @@ fn tensors_that_do_not_serve() {
             "",
             "q: shape is [33, 16], expected [batch, heads, seq, head_dim]",
         ),
-        (replaced(f32s("q", &[2, 4, 33, 16], 1)), "", "k: shape is [1, 2, 40, 16], expected batch 2, as q"),
+        (replaced(f32s("k", &[2, 2, 40, 16], 1)), "", "k: shape is [2, 2, 40, 16], expected batch 1, as q"),
         (
             replaced(f32s("q", &[1, 3, 33, 16], 1)),
             "",
             "k: shape is [1, 2, 40, 16], expected a number of heads that divides q's 3",
         ),
-        (replaced(f32s("q", &[1, 4, 33, 257], 1)), "", "head_dim: value is 257, expected 1 to 256"),
-        (replaced(f32s("q", &[1, 4, 33, 0], 1)), "", "head_dim: value is 0, expected 1 to 256"),
+        (replaced(f32s("q", &[1, 4, 33, 577], 1)), "", "head_dim: value is 577, expected 1 to 576"),
+        (replaced(f32s("q", &[1, 4, 33, 0], 1)), "", "head_dim: value is 0, expected 1 to 576"),
         (
             replaced(f32s("v", &[1, 2, 39, 16], 1)),
             "",
-            "v: shape is [1, 2, 39, 16], expected [1, 2, 40, 16], as k",
+            "v: shape is [1, 2, 39, 16], expected [1, 2, 40, head_dim], as k",
         ),
         (
             replaced(("k", Dtype::F16, vec![1, 2, 40, 16], vec![0; 2560])),
@@ -272,9 +272,9 @@ fn tensors_that_do_not_serve() {
         let line = format!("in.safetensors: {message}");
         wrong.check(&place, &format!("run in.safetensors -o out.safetensors {words}"), 1, &line);
     }
-    let layers = [("b.q", 16), ("b.k", 16), ("b.v", 8)].map(|(name, dim)| f32s(name, &[1, 1, 4, dim], 1));
+    let layers = [("b.q", 4), ("b.k", 4), ("b.v", 3)].map(|(name, rows)| f32s(name, &[1, 1, rows, 16], 1));
     place.write("in.safetensors", &file(&layers));
-    let line = "in.safetensors: b.: v: shape is [1, 1, 4, 8], expected [1, 1, 4, 16], as k";
+    let line = "in.safetensors: b.: v: shape is [1, 1, 3, 16], expected [1, 1, 4, head_dim], as k";
     wrong.check(&place, "run in.safetensors -o out.safetensors", 1, line);
     wrong.check(&place, "accuracy in.safetensors", 1, line);
     assert_eq!(place.names(), ["in.safetensors"]);
@@ -344,7 +344,7 @@ fn command_lines() {
     let shape = |value: &str| {
         format!(
             "invalid value '{value}' for '--shapes <B,H,S,D>...': expected batch,heads,seq,head_dim such as \
-             1,8,1024,64 or 1,32/8,1x4096,128 (see --help)"
+             1,8,1024,64 or 1,32/8,1x4096,192/128 (see --help)"
         )
     };
     for value in ["1,2,3", "1,2,3,4,5", "1,2,3,x", "1,2/,3,4"] {
@@ -424,12 +424,12 @@ fn command_lines_without_a_file() {
         ),
         ("bench --plot a", "--plot: file is a, expected a name ending in .png or .svg"),
         (
-            "explain --heads 8 --seq 64 --head-dim 257",
-            "invalid value '257' for '--head-dim <N>': 257 is not in 1..=256 (see --help)",
+            "explain --heads 8 --seq 64 --head-dim 577",
+            "invalid value '577' for '--head-dim <N>': 577 is not in 1..=576 (see --help)",
         ),
         (
             "explain --heads 8 --seq 64 --head-dim 0",
-            "invalid value '0' for '--head-dim <N>': 0 is not in 1..=256 (see --help)",
+            "invalid value '0' for '--head-dim <N>': 0 is not in 1..=576 (see --help)",
         ),
         (
             "explain --heads x",
@@ -458,7 +458,7 @@ fn problems_that_cannot_be() {
             "explain --heads 8 --seq 64 --head-dim 64 --softcap inf",
             "logit_softcap: value is inf, expected a finite number above 0",
         ),
-        ("bench --shapes 1,8,64,300", "shape 1,8,64,300: head_dim: value is 300, expected 1 to 256"),
+        ("bench --shapes 1,8,64,600", "shape 1,8,64,600: head_dim: value is 600, expected 1 to 576"),
         (
             "bench --shapes 1,8/3,64,64",
             "shape 1,8/3,64,64: k: shape is [1, 3, 64, 64], expected a number of heads that divides q's 8",

@@ -144,6 +144,22 @@ fn accuracy_measures_every_scheme() {
     assert!(full["max_abs_error"].as_f64().unwrap() < 1e-5, "{full}");
 }
 
+/// Values of other channels than keys, and one batch entry of both for two of queries: the output has q's rows and v's
+/// channels, and each head of each entry is compared.
+#[test]
+fn files_may_hold_values_of_other_channels_and_one_batch_of_keys() {
+    let tensors =
+        [f32s("q", &[2, 4, 33, 24], 1), f32s("k", &[1, 2, 40, 24], 2), f32s("v", &[1, 2, 40, 16], 3)];
+    let place = place_with(&file(&tensors));
+    place.succeed("run in.safetensors -o out.safetensors --lse");
+    read(&place.read("out.safetensors"), "out", Dtype::F32, &[2, 4, 33, 16]);
+    let report = place.json("accuracy in.safetensors --schemes full --json");
+    let rows = report["rows"].as_array().unwrap();
+    let full = rows.iter().find(|row| row["computed_by"] == "cpu kernel").unwrap();
+    assert!(full["max_abs_error"].as_f64().unwrap() < 1e-5, "{full}");
+    assert_eq!(full["per_head"].as_array().unwrap().len(), 8, "{full}");
+}
+
 /// The same numbers whichever way round the dimensions are.
 #[test]
 fn accuracy_knows_layouts() {
@@ -181,11 +197,12 @@ fn tables_are_for_people() {
 #[test]
 fn bench_reports_stable_names() {
     let place = Place::new();
-    let report = place.json("bench --shapes 1,2,64,32 1,4/2,1x256,32 --reps 2 --json --threads 2 --causal");
+    let report =
+        place.json("bench --shapes 1,2,64,32/24 1,4/2,1x256,32 --reps 2 --json --threads 2 --causal");
     assert_eq!((&report["threads"], &report["reps"]), (&Value::from(2), &Value::from(2)));
     let rows = report["rows"].as_array().unwrap();
     for row in rows {
-        for name in ["batch", "heads", "q_len", "kv_len", "head_dim"] {
+        for name in ["batch", "heads", "q_len", "kv_len", "head_dim", "value_dim"] {
             assert!(row[name].is_u64(), "{name} of {row}");
         }
         for name in ["median_ms", "min_ms", "max_ms", "gflops", "ratio_to_full_precision"] {
@@ -203,9 +220,9 @@ fn bench_reports_stable_names() {
     let full: Vec<&Value> = rows.iter().filter(|row| row["scheme"] == "full").collect();
     assert_eq!(full.len(), 2);
     assert!(full.iter().all(|row| row["ratio_to_full_precision"] == 1.0));
-    // 4·B·H·Lq·Lk·D, halved for causal; one query, aligned at the bottom right, sees every key.
-    for (row, operations) in full.iter().zip([4.0 * 2.0 * 64.0 * 64.0 * 32.0 / 2.0, 4.0 * 4.0 * 256.0 * 32.0])
-    {
+    // 2·B·H·Lq·Lk·(D + Dv), halved for causal; one query, aligned at the bottom right, sees every key.
+    let operations = [2.0 * 2.0 * 64.0 * 64.0 * (32.0 + 24.0) / 2.0, 4.0 * 4.0 * 256.0 * 32.0];
+    for (row, operations) in full.iter().zip(operations) {
         let done = row["gflops"].as_f64().unwrap() * row["median_ms"].as_f64().unwrap() * 1e6;
         assert!((done / operations - 1.0).abs() < 1e-9, "{row}");
     }
@@ -263,6 +280,8 @@ fn explain_and_info_describe() {
     let report = place.json("explain --heads 8 --seq 1 --kv-len 100 --head-dim 64 --scheme int8 --json");
     assert_eq!((&report["kv_len"], &report["dtype"]), (&Value::from(100), &Value::from("f16")));
     assert_eq!(report["scheme"], Preset::INT8.scheme(64).to_string());
+    let report = place.json("explain --seq 100 --head-dim 192 --value-dim 128 --json");
+    assert_eq!((&report["head_dim"], &report["value_dim"]), (&Value::from(192), &Value::from(128)));
     let report = place.json("info --json --threads 3");
     assert_eq!(
         (&report["threads"], &report["architecture"]),

@@ -298,9 +298,9 @@ fn sizes_and_schemes_that_cannot_be_emulated() {
         ("emulate --batch 0", 2, "--batch: value is 0, expected 1 to 65535 in the emulator"),
         ("emulate --kv-len 65537", 2, "--kv-len: value is 65537, expected 1 to 65536 in the emulator"),
         (
-            "emulate --head-dim 257",
+            "emulate --head-dim 577",
             2,
-            "invalid value '257' for '--head-dim <N>': 257 is not in 1..=256 (see --help)",
+            "invalid value '577' for '--head-dim <N>': 577 is not in 1..=576 (see --help)",
         ),
         ("emulate --seq 0", 2, "--seq: value is 0, expected 1 to 65536 in the emulator"),
         (

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use sage_core::{Error, Problem, Recent, Result};
 use sage_cuda::{Device, Stream};
 use sage_kernels::Machine;
-use sage_kernels::forward::Request;
+use sage_kernels::forward::{ForwardPlan, Request};
 use sage_ptx::Target;
 
 use crate::kept_numbers::KeptNumbers;
@@ -127,6 +127,14 @@ impl Cuda {
     /// What kernels are planned for.
     pub fn machine(&self) -> &Machine {
         &self.0.machine
+    }
+
+    /// That kernels compute such a problem, by a scheme of the planner's choice, wherever its tensors lie.
+    ///
+    /// # Errors
+    /// Says what no kernel here does.
+    pub fn check_problem(&self, problem: &Problem) -> Result<()> {
+        ForwardPlan::new(problem, &Request::new(problem), self.machine()).map(drop)
     }
 
     /// The kernels that were compiled so far.

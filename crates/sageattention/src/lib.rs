@@ -47,7 +47,7 @@ pub use schedule::HybridSchedule;
 pub use sage_core::sparse;
 pub use sage_core::{
     Alignment, Backend, BackendErrorKind, BackendPlan, Band, BlockMask, CacheBackend, CacheLayout, Call,
-    Choice, DType, Element, Error, Geometry, Inputs, Layout, Lengths, MAX_HEAD_DIM, MAX_RANK, Mask, Options,
-    Preset, Problem, Result, Scheme, SmoothK, SparseBackend, Tensor, TensorView, TensorViewMut, ValueFormat,
-    View, ViewMut, single,
+    Choice, DType, Element, Error, Geometry, Inputs, Layout, Lengths, MAX_HEAD_DIM, MAX_RANK, MAX_VALUE_DIM,
+    Mask, Options, Preset, Problem, Result, Scheme, SmoothK, SparseBackend, Tensor, TensorView,
+    TensorViewMut, ValueFormat, View, ViewMut, single,
 };

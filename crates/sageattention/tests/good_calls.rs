@@ -49,6 +49,35 @@ fn options_reach_the_backend() {
     }
 }
 
+/// MLA's heads, and one batch entry of keys and values for several of queries, in every layout.
+#[test]
+fn values_have_channels_of_their_own_and_one_batch_serves_many() {
+    for layout in [Layout::Hnd, Layout::Nhd] {
+        let shape = |[batch, heads, rows, dim]: [usize; 4]| match layout {
+            Layout::Hnd => [batch, heads, rows, dim],
+            Layout::Nhd => [batch, rows, heads, dim],
+        };
+        let q = tensor(DType::F16, &shape([3, 4, 33, 192]), 1);
+        let (k, v) =
+            (tensor(DType::F16, &shape([1, 2, 47, 192]), 2), tensor(DType::F16, &shape([1, 2, 47, 128]), 3));
+        for preset in [Preset::FULL, Preset::INT8] {
+            let attention = Attention::new().layout(layout).scheme(preset).return_lse(true).causal(true);
+            let output = attention.forward(&q, &k, &v).unwrap();
+            assert_eq!(output.out.shape(), shape([3, 4, 33, 128]));
+            let plan = attention.plan(&q, &k, &v).unwrap().to_string();
+            assert!(plan.contains("head_dim 192, value_dim 128"), "{plan}");
+            let inputs = Inputs::new(q.view(), k.view(), v.view());
+            let exact = oracle::exact(&Call::check(&inputs, &attention.options()).unwrap());
+            let lse = Accuracy::of(&output.lse.unwrap().to_f32_vec(), &exact.lse);
+            assert!(lse.max_abs_error < 0.02, "{preset}: {lse}");
+            if layout == Layout::Hnd {
+                let accuracy = Accuracy::of(&output.out.to_f32_vec(), &exact.out);
+                assert!(accuracy.relative_l1 < 0.02, "{preset}: {accuracy}");
+            }
+        }
+    }
+}
+
 #[test]
 fn causal_and_window_combine_in_any_order() {
     let a = Attention::new().window(9, 9).causal(true).options();

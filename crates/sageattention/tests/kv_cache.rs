@@ -153,7 +153,7 @@ fn what_is_wrong_is_named() {
     let text = |result: Result<(), sageattention::Error>| result.unwrap_err().to_string();
     let build = |options: KvCacheOptions| text(options.build().map(|_| ()));
     assert_eq!(build(KvCacheOptions::new(0, 64)), "num_kv_heads: value is 0, expected 1 to 16777216");
-    assert_eq!(build(KvCacheOptions::new(1, 257)), "head_dim: value is 257, expected 1 to 256");
+    assert_eq!(build(KvCacheOptions::new(1, 257)), "head_dim: value is 257, expected 1 to 256 in a KV cache");
     assert_eq!(
         build(KvCacheOptions::new(1, 64).page_size(48)),
         "page_size: value is 48, expected a power of two from 16 to 1024"

@@ -5,7 +5,7 @@ use std::fmt;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
-use sage_core::{Alignment, Band, DType, Geometry, Layout, Options, Preset, SmoothK};
+use sage_core::{Alignment, Band, DType, Geometry, Layout, MAX_VALUE_DIM, Options, Preset, SmoothK};
 
 use crate::random_geometry::{Strides, Use};
 use crate::{MaskKind, Memory, OwnedBlocks, OwnedCall, OwnedMask, for_each_index};
@@ -30,6 +30,9 @@ pub struct RandomCall {
 struct Kind {
     dtype: DType,
     head_dim: usize,
+    value_dim: usize,
+    /// Whether K and V have one batch entry, which all of Q's share.
+    shared: bool,
     preset: Option<Preset>,
     mask: Option<MaskKind>,
     softcap: bool,
@@ -47,8 +50,9 @@ enum LengthsKind {
 }
 
 impl Kind {
-    /// That of call `number`, with one of `presets` or the planner's choice.
-    fn new(number: usize, presets: &[Preset]) -> Self {
+    /// That of call `number`, with one of `presets` or the planner's choice; of `any_channels`, or as many of values as of
+    /// keys and at most 256.
+    fn new(number: usize, presets: &[Preset], any_channels: bool) -> Self {
         let mut rng = ChaCha8Rng::seed_from_u64(1_000_000 + (number / CALLS_OF_A_KERNEL) as u64);
         let rng = &mut rng;
         let lengths = [LengthsKind::Dense, LengthsKind::Dense, LengthsKind::KvLens, LengthsKind::Packed];
@@ -56,8 +60,10 @@ impl Kind {
         let masked = lengths != LengthsKind::Packed && rng.random_bool(0.4);
         let masks = [MaskKind::Bool, MaskKind::Bias(DType::F32), MaskKind::Bias(DType::F16)];
         let masks = [masks[0], masks[1], masks[2], MaskKind::Bias(DType::BF16)];
-        Kind {
+        let mut kind = Kind {
             dtype: *pick(rng, &[DType::F16, DType::BF16]),
+            value_dim: 0,
+            shared: false,
             head_dim: *pick(
                 rng,
                 &[1, 8, 31, 40, 64, 64, 64, 64, 64, 72, 80, 96, 128, 128, 128, 128, 160, 192, 256, 100],
@@ -70,7 +76,16 @@ impl Kind {
             blocks: rng
                 .random_bool(0.2)
                 .then(|| *pick(rng, &[[128, 64], [64, 128], [64, 64], [128, 128], [48, 80], [16, 32]])),
+        };
+        kind.shared = lengths != LengthsKind::Packed && rng.random_bool(0.1);
+        if any_channels && rng.random_bool(0.3) {
+            kind.head_dim = *pick(rng, &[257, 320, 512, 576]);
         }
+        kind.value_dim = match any_channels && rng.random_bool(0.6) {
+            true => *pick(rng, &[1, 7, 24, 64, 96, 128, 200, 512]),
+            false => kind.head_dim.min(MAX_VALUE_DIM),
+        };
+        kind
     }
 }
 
@@ -88,9 +103,18 @@ fn random_len(rng: &mut ChaCha8Rng, most: usize) -> usize {
 }
 
 impl RandomCall {
-    /// Call `number`, of sequences of at most `most` rows, by one of `presets` or the planner's choice.
+    /// Call `number`, of sequences of at most `most` rows, by one of `presets` or the planner's choice. Values have as many
+    /// channels as keys, at most 256.
     pub fn new(number: usize, most: usize, presets: &[Preset]) -> Self {
-        let kind = Kind::new(number, presets);
+        Self::of_kind(number, most, Kind::new(number, presets, false))
+    }
+
+    /// The same with any number of channels of keys, and any of values.
+    pub fn of_any_channels(number: usize, most: usize, presets: &[Preset]) -> Self {
+        Self::of_kind(number, most, Kind::new(number, presets, true))
+    }
+
+    fn of_kind(number: usize, most: usize, kind: Kind) -> Self {
         let mut rng = ChaCha8Rng::seed_from_u64(number as u64);
         let rng = &mut rng;
         let sequences = rng.random_range(1..=4);
@@ -108,10 +132,10 @@ impl RandomCall {
             if packed { lens.iter().map(|len| len[of]).sum() } else { lens[0][of] }
         };
         let (q_rows, kv_rows) = (rows(0), rows(1));
-        let shape = |heads: usize, rows: usize| match (packed, layout) {
-            (true, _) => vec![rows, heads, kind.head_dim],
-            (false, Layout::Hnd) => vec![sequences, heads, rows, kind.head_dim],
-            (false, Layout::Nhd) => vec![sequences, rows, heads, kind.head_dim],
+        let shape = |batch: usize, heads: usize, rows: usize, dim: usize| match (packed, layout) {
+            (true, _) => vec![rows, heads, dim],
+            (false, Layout::Hnd) => vec![batch, heads, rows, dim],
+            (false, Layout::Nhd) => vec![batch, rows, heads, dim],
         };
         let kv_lens = (kind.lengths == LengthsKind::KvLens).then(|| {
             let len = |rng: &mut ChaCha8Rng| match rng.random_range(0..6) {
@@ -130,13 +154,23 @@ impl RandomCall {
         };
 
         let strides = Strides::new(rng);
-        let mut place = |heads, rows, as_what| strides.geometry(rng, &shape(heads, rows), as_what);
-        let (q, k) = (place(q_heads, q_rows, Use::Input), place(kv_heads, kv_rows, Use::Input));
-        let (v, out) = (place(kv_heads, kv_rows, Use::Input), place(q_heads, q_rows, Use::Output));
+        let mut place = |shape: Vec<usize>, as_what| strides.geometry(rng, &shape, as_what);
+        let [q_shape, out_shape] =
+            [kind.head_dim, kind.value_dim].map(|dim| shape(sequences, q_heads, q_rows, dim));
+        let kv_batch = if kind.shared { 1 } else { sequences };
+        let [k_shape, v_shape] =
+            [kind.head_dim, kind.value_dim].map(|dim| shape(kv_batch, kv_heads, kv_rows, dim));
+        let (q, k) = (place(q_shape, Use::Input), place(k_shape, Use::Input));
+        let (v, out) = (place(v_shape, Use::Input), place(out_shape, Use::Output));
         // Rows behind a sequence's valid ones hold what is in memory, such as NaN.
         let row = if layout == Layout::Hnd { 2 } else { 1 };
-        let valid =
-            |index: &[usize]| kv_lens.as_ref().is_none_or(|lens| index[row] < lens[index[0]] as usize);
+        let valid = |index: &[usize]| {
+            let inside = |len: &i32| index[row] < *len as usize;
+            kv_lens.as_ref().is_none_or(|lens| match kind.shared {
+                true => lens.iter().any(inside),
+                false => inside(&lens[index[0]]),
+            })
+        };
         let q = filled(rng, kind.dtype, q, 0.0, |_| true);
         let smooth = kind.preset.is_none_or(|preset| preset.scheme(kind.head_dim).smooth.k != SmoothK::Off);
         let bias = if smooth && rng.random_bool(0.5) { 2.0 } else { 0.0 };

@@ -113,7 +113,7 @@ def forward(
 ) -> Any:
     """Computes into new arrays: the output, or a pair of it and the log-sum-exp; `arguments` are those of
     `_native.forward`."""
-    out = library.empty(q, tuple(q.shape), None)
+    out = library.empty(q, (*q.shape[:-1], *v.shape[-1:]), None)
     lse = None if lse_shape is None else library.empty(q, lse_shape, "float32")
     _native.forward(
         library.raw("q", q),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
+from sageattention import _native
 from sageattention._tally import tally
 from sageattention._torch_inputs import autocast_dtype, capability, has_tangent
 
@@ -84,16 +86,32 @@ def _why_not_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool)
     q, k, v = query.shape, key.shape, value.shape
     if len(q) not in (3, 4) or not len(q) == len(k) == len(v):
         return "tensors have other than 3 or 4 dimensions"
-    if not 1 <= q[-1] <= 256 or not q[-1] == k[-1] == v[-1]:
-        return "head_dim is above 256, or not the same for query, key and value"
-    if k != v or q[0] != k[0]:
+    if q[-1] != k[-1]:
+        return "head_dim is not the same for query and key"
+    if not (q[-1] == v[-1] and 1 <= q[-1] <= 256) and not _computes_channels(q[-1], v[-1], query.device):
+        return f"heads of so many channels are not computed on {query.device.type}"
+    # One batch of keys or values is every one's.
+    if k[1:-1] != v[1:-1] or k[0] not in (1, q[0]) or v[0] not in (1, q[0]):
         return "batches or heads are broadcast"
     if len(q) == 4 and q[1] != k[1]:
         if not enable_gqa or k[1] == 0 or q[1] % k[1] != 0:
             return "heads are broadcast"
-    if query.numel() == 0 or key.numel() == 0:
+    if query.numel() == 0 or key.numel() == 0 or value.numel() == 0:
         return "a tensor has no element"
     return None
+
+
+# Remembered: on a GPU a call is planned to know it.
+_computed_channels = functools.lru_cache(maxsize=None)(_native.computes_channels)
+
+
+@torch.compiler.assume_constant_result
+def _computes_channels(head_dim: int, value_dim: int, device: torch.device) -> bool:
+    """Whether heads of so many channels are computed on a device, of query and key and of value."""
+    gpu = None
+    if device.type == "cuda":
+        gpu = torch.cuda.current_device() if device.index is None else device.index
+    return _computed_channels(int(head_dim), int(value_dim), gpu)
 
 
 def _why_not_options(

@@ -71,6 +71,7 @@ def forward(
     predictor: Optional[Predictor] = None,
     map: Optional[Tensor] = None,
 ) -> None: ...
+def computes_channels(head_dim: int, value_dim: int, gpu: Optional[int] = None) -> bool: ...
 def predict(
     q: Tensor,
     k: Tensor,

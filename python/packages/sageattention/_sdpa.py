@@ -134,14 +134,19 @@ def _backends_are_selected() -> bool:
 
 
 def _sdpa(query, key, value, attn_mask, is_causal, scale, scheme):
-    out = _out_as(query)
+    out = _out_as(query, key, value)
     request = Request(is_causal=bool(is_causal), causal_alignment="top_left", sm_scale=scale, scheme=scheme)
     _torch.forward(query, key, value, out, request, attn_mask=attn_mask)
     return out
 
 
-def _out_as(query, *_):
+def _out_as(query, key, value, *_):
     # As q's heads lie in memory: for `[batch, seq, heads, head_dim]` seen as heads first, joining heads copies nothing.
+    if value.shape[-1] != query.shape[-1]:
+        batch, heads, rows, channels = query.shape[:-1] + value.shape[-1:]
+        if query.stride(1) < query.stride(2):
+            return query.new_empty((batch, rows, heads, channels)).transpose(1, 2)
+        return query.new_empty((batch, heads, rows, channels))
     out = torch.empty_like(query)
     if out.stride(-1) == 1:
         return out

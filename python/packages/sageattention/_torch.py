@@ -207,7 +207,7 @@ def check_rank(name: str, tensor: Tensor, rank: int, wanted: str) -> None:
 
 
 def _dense(q, k, v, attn_mask, block_mask, block_q, block_k, *request):
-    out = out_like(q)
+    out = out_like(q, k, v)
     blocks = None if block_mask is None else (block_mask, block_q, block_k)
     forward(q, k, v, out, request, attn_mask=attn_mask, block_mask=blocks)
     return out
@@ -221,31 +221,32 @@ def _dense_lse(q, k, v, attn_mask, block_mask, block_q, block_k, *request):
 
 
 def _varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *request):
-    out = out_like(q)
+    out = out_like(q, k, v)
     cu_seqlens = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     forward(q, k, v, out, request, cu_seqlens=cu_seqlens)
     return out
 
 
 def _varlen_lse(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *request):
-    out, lse = _varlen_lse_fake(q)
+    out, lse = _varlen_lse_fake(q, k, v)
     cu_seqlens = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     forward(q, k, v, out, request, lse=lse, cu_seqlens=cu_seqlens)
     return out, lse
 
 
-def out_like(q, *_):
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+def out_like(q, k, v, *_):
+    """Memory for an output: q's rows of v's channels."""
+    return q.new_empty(q.shape[:-1] + v.shape[-1:])
 
 
 def _dense_lse_fake(q, k, v, attn_mask, block_mask, block_q, block_k, tensor_layout, *_):
     check_rank("q", q, 4, dense_shape(tensor_layout))
-    return out_like(q), lse_like(q, tensor_layout)
+    return out_like(q, k, v), lse_like(q, tensor_layout)
 
 
-def _varlen_lse_fake(q, *_):
+def _varlen_lse_fake(q, k, v, *_):
     check_rank("q", q, 3, "[total, heads, head_dim]")
-    return out_like(q), torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
+    return out_like(q, k, v), torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
 
 
 _dense_op = define_operator("dense", f"({_DENSE}) -> Tensor", _dense, out_like)

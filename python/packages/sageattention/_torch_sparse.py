@@ -72,7 +72,7 @@ def _sparse_operator(return_lse: bool, return_map: bool) -> Operator:
     def fake(q, k, v, attn_mask, *options):
         tensor_layout = options[_REQUEST]
         _check(q, k, tensor_layout)
-        results = [out_like(q)]
+        results = [out_like(q, k, v)]
         if return_lse:
             results.append(lse_like(q, tensor_layout))
         if return_map:

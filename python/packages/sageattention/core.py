@@ -8,8 +8,10 @@ float16 and bfloat16 (float32 there raises TypeError: convert it, nothing is rou
 a head whose channels are not neighbours in memory is copied first. Inputs are never changed.
 
 **Shapes**: q `[batch, heads, seq, head_dim]` ("HND") or `[batch, seq, heads, head_dim]` ("NHD"); k and v alike, with a
-number of heads that divides q's (grouped-query attention, nothing is expanded) and any length. head_dim is 1 to 256.
-The output has q's shape and dtype and is contiguous.
+number of heads that divides q's (grouped-query attention, nothing is expanded) and any length. head_dim is 1 to
+576 for q and k, and 1 to 512 for v, which may have another than q and k: GPUs take the same one up to 256. k and v of
+batch 1 are every batch entry's, and are not copied.
+The output has q's shape, but v's head_dim, and q's dtype, and is contiguous.
 
 **Log-sum-exp** (`return_lse=True`): float32 `[batch, heads, q_len]` in any layout, natural logarithm, of the scores
 before K was smoothed: outputs of parts of K and V can be merged with it.
@@ -79,7 +81,7 @@ def sageattn(
     Args:
         q: `[batch, heads, q_len, head_dim]` ("HND") or `[batch, q_len, heads, head_dim]` ("NHD").
         k: As q, with heads that divide q's, and any length.
-        v: As k.
+        v: As k, but maybe of another head_dim.
         tensor_layout: "HND" or "NHD".
         is_causal: Whether a query sees no later key.
         sm_scale: Factor on QKᵀ, above 0; `1 / sqrt(head_dim)` when None.
@@ -93,7 +95,7 @@ def sageattn(
         logit_softcap: Scaled scores s become `softcap * tanh(s / softcap)`; None or 0 leaves them.
 
     Returns:
-        The output in q's shape and dtype; with `return_lse` a pair of it and float32 `[batch, heads, q_len]`.
+        The output in q's dtype and shape, but v's head_dim; with `return_lse` a pair of it and float32 `[batch, heads, q_len]`.
 
     Raises:
         ValueError, TypeError, NotImplementedError, MemoryError, RuntimeError: as this module says.
@@ -138,7 +140,7 @@ def sageattn_varlen(
     Args:
         q: `[total_q, heads, head_dim]`.
         k: `[total_k, kv_heads, head_dim]`, heads dividing q's.
-        v: As k.
+        v: As k, but maybe of another head_dim.
         cu_seqlens_q: int32 or int64 `[sequences + 1]`: sequence b is rows `cu_seqlens_q[b]` to `cu_seqlens_q[b + 1]`.
             An array of q's library, or a list.
         cu_seqlens_k: Likewise for k and v.
@@ -155,7 +157,7 @@ def sageattn_varlen(
         logit_softcap: Ours: as in `sageattn`.
 
     Returns:
-        `[total_q, heads, head_dim]`. On a GPU, rows that belong to no sequence are not written.
+        `[total_q, heads, head_dim]`, v's head_dim. On a GPU, rows that belong to no sequence are not written.
 
     Raises:
         ValueError, TypeError, NotImplementedError, MemoryError, RuntimeError: as this module says. Boundaries are

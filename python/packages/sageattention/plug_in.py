@@ -14,11 +14,12 @@ def patch(scheme: Union[str, HybridSchedule, None] = None) -> None:
     """Replaces `torch.nn.functional.scaled_dot_product_attention`, for every model that looks it up there.
 
     All its arguments keep their meaning: `attn_mask` (bool or additive), `is_causal` (aligned top-left, as torch has
-    it), `scale`, `enable_gqa`; under autocast q, k and v are cast, and tensor subclasses and `TorchFunctionMode`s see
-    the call first, as torch does. What cannot be computed here (dropout, gradients and tangents, float32 on a GPU,
-    heads of more than 256 channels, ...) goes to torch's function, with one line in the log `sageattention` for each
-    reason, and so does every call while some of torch's kernels are switched off (`torch.nn.attention.sdpa_kernel`).
-    `counts()` tells how many calls were accelerated.
+    it), `scale`, `enable_gqa`; values may have other channels than keys, and one batch of keys and values be that of
+    many of queries. Under autocast q, k and v are cast, and tensor subclasses and `TorchFunctionMode`s see the call
+    first, as torch does. What cannot be computed here (dropout, gradients and tangents, float32 on a GPU, heads that
+    no kernel has, ...) goes to torch's function, with one line in the log `sageattention` for each reason, and so does
+    every call while some of torch's kernels are switched off (`torch.nn.attention.sdpa_kernel`). `counts()` tells how
+    many calls were accelerated.
 
     `torch.nn.MultiheadAttention` and `TransformerEncoderLayer` have a fast path of their own for inference, which never
     calls the function: it is switched off (`torch.backends.mha.set_fastpath_enabled`) until `unpatch`; who switches it
@@ -81,8 +82,7 @@ def register_transformers(name: str = "sage", scheme: Optional[str] = None) -> N
 
     Causal and padding masks, sliding windows, grouped-query attention, KV caches, soft-capped logits and position
     biases are computed here. What is not goes to transformers' own "sdpa", or to the model's "eager" for what SDPA
-    cannot do: attention sinks, values of another width than the keys, heads of more than 256 channels, dropout and
-    gradients while training, float32 on a GPU. The log `sageattention` has a line for each reason, and `counts()` the
+    cannot do: attention sinks, heads that no kernel has, dropout and gradients while training, float32 on a GPU. The log `sageattention` has a line for each reason, and `counts()` the
     numbers.
 
     Args:

@@ -4,7 +4,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use sage_core::metrics::Accuracy;
-use sage_core::{Call, Inputs, Lengths, Mask, Options, View, oracle};
+use sage_core::{Call, Geometry, Inputs, Lengths, Mask, Options, View, oracle};
 
 /// N(0, 1) in a dtype, row-major.
 pub fn normal(seed: u64, shape: &[usize], dtype: DType) -> Tensor {
@@ -64,8 +64,9 @@ pub fn exact(q: &Tensor, k: &Tensor, v: &Tensor, question: &Question<'_>) -> (Ve
     let inputs = Inputs::new(q.view(), k.view(), v.view()).mask(mask).lengths(question.lengths);
     let call = Call::check(&inputs, &question.options).unwrap();
     let output = oracle::exact(&call);
-    // The oracle's order is [batch, heads, seq, head_dim]; the output's is Q's.
-    let geometry = call.check_output(call.problem.dtype, q.view().geometry()).unwrap();
+    // The oracle's order is [batch, heads, seq, channels]; the output's is Q's.
+    let out = Geometry::contiguous("out", &call.out_shape()).unwrap();
+    let geometry = call.check_output(call.problem.dtype, &out).unwrap();
     let canonical = geometry.shape().to_vec();
     let mut values = vec![0f64; geometry.len()];
     let mut at = output.out.iter();

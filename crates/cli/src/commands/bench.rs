@@ -34,10 +34,10 @@ Examples:
   sageattn bench --seq 16384 --head-dim 128 --schemes int8,full --predictor sla --topk 0.1
   sageattn bench --plot speed.png")]
 pub struct Bench {
-    /// Shapes as batch,heads,seq,head_dim; seq may be QUERIESxKEYS, heads may be HEADS/KVHEADS
+    /// Shapes as batch,heads,seq,head_dim; seq may be QUERIESxKEYS, heads HEADS/KVHEADS, head_dim HEAD_DIM/VALUE_DIM
     #[arg(
         long, value_name = "B,H,S,D", num_args = 1..,
-        conflicts_with_all = ["batch", "heads", "kv_heads", "seq", "kv_len", "head_dim"],
+        conflicts_with_all = ["batch", "heads", "kv_heads", "seq", "kv_len", "head_dim", "value_dim"],
     )]
     shapes: Vec<Shape>,
     /// Batch sizes
@@ -58,6 +58,9 @@ pub struct Bench {
     /// Channels of a head
     #[arg(long, value_delimiter = ',', value_name = "N,…")]
     head_dim: Vec<usize>,
+    /// Channels of a head of values [default: as many as of queries and keys]
+    #[arg(long, value_name = "N")]
+    value_dim: Option<usize>,
     #[command(flatten)]
     dtype: DTypeOption,
     #[command(flatten)]
@@ -172,7 +175,8 @@ impl Bench {
             && self.kv_heads.is_none()
             && self.seq.is_empty()
             && self.kv_len.is_empty()
-            && self.head_dim.is_empty());
+            && self.head_dim.is_empty()
+            && self.value_dim.is_none());
         if !self.shapes.is_empty() {
             return self.shapes.clone();
         }
@@ -183,6 +187,7 @@ impl Bench {
             q_len,
             kv_len,
             head_dim,
+            value_dim: self.value_dim.unwrap_or(head_dim),
         };
         if !sized {
             return vec![

@@ -43,8 +43,8 @@ const REPS: usize = 15;
 
 /// Shapes that are timed on random numbers: the example is too short to show what longer sequences gain.
 const TIMED: [Shape; 2] = [
-    Shape { batch: 1, heads: 8, kv_heads: 8, q_len: 1024, kv_len: 1024, head_dim: 64 },
-    Shape { batch: 1, heads: 8, kv_heads: 8, q_len: 2048, kv_len: 2048, head_dim: 128 },
+    Shape { batch: 1, heads: 8, kv_heads: 8, q_len: 1024, kv_len: 1024, head_dim: 64, value_dim: 64 },
+    Shape { batch: 1, heads: 8, kv_heads: 8, q_len: 2048, kv_len: 2048, head_dim: 128, value_dim: 128 },
 ];
 
 /// Schemes that are timed on them, and how often.

@@ -108,6 +108,7 @@ impl Emulate {
             "q_len": p.q_len,
             "kv_len": p.kv_len,
             "head_dim": p.head_dim,
+            "value_dim": p.value_dim,
             "dtype": p.dtype.name(),
             "causal": self.problem.forward.call.causal.is_some(),
             "call": self.problem.forward.call.to_string(),

@@ -132,6 +132,7 @@ impl Explain {
             "q_len": p.q_len,
             "kv_len": p.kv_len,
             "head_dim": p.head_dim,
+            "value_dim": p.value_dim,
             "dtype": p.dtype.name(),
             "causal": p.band.right == Some(0),
             "call": self.problem.forward.call.to_string(),

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use sageattention::cuda::{Cuda, FlagsShape, LoadedKernel, MaskShape, TensorShape, WarmUp, driver_cache};
-use sageattention::{Device, Geometry, KvCacheOptions, Layout};
+use sageattention::{Device, Error, Geometry, KvCacheOptions, Layout};
 use serde_json::{Value, json};
 
 use crate::console::Console;
@@ -85,16 +85,20 @@ impl Warm {
         attention: sageattention::Attention<'_>,
         shape: &Shape,
     ) -> sageattention::Result<()> {
-        let Shape { batch, heads, kv_heads, q_len, kv_len, head_dim } = *shape;
-        let tensor = |heads, rows| {
+        let Shape { batch, heads, kv_heads, q_len, kv_len, head_dim, value_dim } = *shape;
+        let tensor = |heads, rows, channels| {
             let shape = match Layout::from(self.forward.layout.layout) {
-                Layout::Hnd => [batch, heads, rows, head_dim],
-                Layout::Nhd => [batch, rows, heads, head_dim],
+                Layout::Hnd => [batch, heads, rows, channels],
+                Layout::Nhd => [batch, rows, heads, channels],
             };
             TensorShape::contiguous(self.dtype.dtype.into(), &shape)
         };
-        let (q, k) = (tensor(heads, q_len)?, tensor(kv_heads, kv_len)?);
+        let (q, k) = (tensor(heads, q_len, head_dim)?, tensor(kv_heads, kv_len, head_dim)?);
         if let Some(cache) = &self.cache {
+            if value_dim != head_dim {
+                let wanted = format!("{head_dim}, as of q and k: a KV cache has one for both");
+                return Err(Error::value("head_dim of v", value_dim, wanted));
+            }
             let pages = kv_len.div_ceil(cache.page_size).saturating_mul(batch);
             let options = KvCacheOptions::new(kv_heads, head_dim).sequences(batch).max_pages(pages);
             let options = options.values(cache.kv_cache.0).page_size(cache.page_size);
@@ -104,7 +108,7 @@ impl Warm {
             Some(mask) => attention.mask(mask_shape(mask, &[batch, 1, q_len, kv_len])?),
             None => attention,
         };
-        attention.note(warm_up, [q, k, k])
+        attention.note(warm_up, [q, k, tensor(kv_heads, kv_len, value_dim)?])
     }
 }
 

@@ -4,7 +4,7 @@ use sage_core::{Call, Mask, oracle};
 use sage_emulator::Buffer;
 use sage_kernels::TensorArg;
 use sage_kernels::forward::{ForwardPlan, Tensors};
-use sageattention::Lengths;
+use sageattention::{Geometry, Lengths};
 
 use super::{Emulation, Gpu, argument};
 use crate::failure::Result;
@@ -20,8 +20,7 @@ pub(super) fn run(
     let inputs = made_up.inputs()?;
     let call = Call::check(&inputs, &made_up.attention()?.options())?;
     let dtype = call.problem.dtype;
-    // The output lies as the queries do.
-    let geometry = call.check_output(dtype, inputs.q.geometry())?;
+    let geometry = call.check_output(dtype, &Geometry::contiguous("out", &call.out_shape())?)?;
     let out = gpu.uninitialized("out", dtype.bytes() * geometry.len())?;
     let lse = gpu.lse(call.lse_rows(), wants_lse)?;
     launch(gpu, plan, &call, argument(out, &geometry, dtype), lse)?;
@@ -32,9 +31,9 @@ pub(super) fn run(
 /// Runs the launches of a plan for a call without comparing anything.
 pub(super) fn launch_alone(gpu: &mut Gpu<'_>, plan: &ForwardPlan, call: &Call<'_>) -> Result<()> {
     let dtype = call.problem.dtype;
-    let geometry = call.q.geometry();
+    let geometry = Geometry::contiguous("out", &call.out_dimensions())?;
     let out = gpu.uninitialized("out", dtype.bytes() * geometry.len())?;
-    launch(gpu, plan, call, argument(out, geometry, dtype), None)
+    launch(gpu, plan, call, argument(out, &geometry, dtype), None)
 }
 
 /// Runs the launches of a plan with a call's tensors.

@@ -2,7 +2,7 @@
 
 use clap::Args;
 use sage_core::Error;
-use sageattention::{Attention, Layout, Lengths, MAX_HEAD_DIM, Result};
+use sageattention::{Attention, Layout, Lengths, MAX_HEAD_DIM, MAX_VALUE_DIM, Result};
 
 use super::{CacheOptions, DTypeOption, ForwardOptions, MaskName};
 
@@ -43,12 +43,18 @@ impl SizeOptions {
 pub struct ProblemOptions {
     #[command(flatten)]
     pub sizes: SizeOptions,
-    /// Channels of a head
+    /// Channels of a head of queries and keys
     #[arg(
         long, value_name = "N", default_value_t = 64,
         value_parser = clap::value_parser!(u16).range(1..=MAX_HEAD_DIM as i64),
     )]
     pub head_dim: u16,
+    /// Channels of a head of values and of the output [default: as many as of queries and keys]
+    #[arg(
+        long, value_name = "N", conflicts_with = "kv_cache",
+        value_parser = clap::value_parser!(u16).range(1..=MAX_VALUE_DIM as i64),
+    )]
+    pub value_dim: Option<u16>,
     #[command(flatten)]
     pub dtype: DTypeOption,
     #[command(flatten)]
@@ -100,23 +106,33 @@ impl ProblemOptions {
         }
     }
 
-    /// Shapes of Q and of K and V.
+    /// Shapes of Q, K and V.
     ///
     /// # Errors
     /// When the boundaries of packed sequences end below 0.
-    pub fn shapes(&self) -> Result<[Vec<usize>; 2]> {
+    pub fn shapes(&self) -> Result<[Vec<usize>; 3]> {
         let SizeOptions { batch, heads, seq, .. } = self.sizes;
         let (kv_heads, head_dim) = (self.sizes.kv_heads(), usize::from(self.head_dim));
+        let value_dim = usize::from(self.value_dim.unwrap_or(self.head_dim));
         if let Lengths::Packed { cu_seqlens_q, cu_seqlens_k } = self.lengths() {
             let (queries, keys) =
                 (total("cu_seqlens_q", cu_seqlens_q)?, total("cu_seqlens_k", cu_seqlens_k)?);
-            return Ok([vec![queries, heads, head_dim], vec![keys, kv_heads, head_dim]]);
+            return Ok([
+                vec![queries, heads, head_dim],
+                vec![keys, kv_heads, head_dim],
+                vec![keys, kv_heads, value_dim],
+            ]);
         }
-        let shape = |heads, rows| match Layout::from(self.forward.layout.layout) {
-            Layout::Hnd => vec![batch, heads, rows, head_dim],
-            Layout::Nhd => vec![batch, rows, heads, head_dim],
+        let shape = |heads, rows, channels| match Layout::from(self.forward.layout.layout) {
+            Layout::Hnd => vec![batch, heads, rows, channels],
+            Layout::Nhd => vec![batch, rows, heads, channels],
         };
-        Ok([shape(heads, seq), shape(kv_heads, self.sizes.kv_len())])
+        let kv_len = self.sizes.kv_len();
+        Ok([
+            shape(heads, seq, head_dim),
+            shape(kv_heads, kv_len, head_dim),
+            shape(kv_heads, kv_len, value_dim),
+        ])
     }
 }
 
