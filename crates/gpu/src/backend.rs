@@ -233,7 +233,7 @@ fn addresses(call: &DeviceCall<'_>, out: TensorArg) -> Tensors {
 
 /// What kernels of a call are planned by, beside its problem.
 fn request(call: &DeviceCall<'_>, choice: Choice, tensors: &Tensors, lse: bool) -> Request {
-    let aligned = tensors.aligned(call.problem.head_dim);
+    let aligned = tensors.aligned(&call.problem);
     Request {
         scheme: choice.scheme(call.problem.head_dim),
         accuracy: choice.accuracy(),
@@ -246,6 +246,7 @@ fn request(call: &DeviceCall<'_>, choice: Choice, tensors: &Tensors, lse: bool) 
         q_rows: call.q.shape()[2],
         kv_rows: call.k.shape()[2],
         aligned,
+        values_in_keys: tensors.values_in_keys(&call.problem),
         has_tensor_map: aligned && tensors.k.has_map(call.k.shape()) && tensors.v.has_map(call.v.shape()),
         lse,
         ..Request::new(&call.problem)

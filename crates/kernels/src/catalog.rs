@@ -29,6 +29,10 @@ const HEAD_DIMS: [usize; 8] = [40, 64, 72, 80, 96, 128, 192, 256];
 /// A head dimension for each that tiles are laid out for.
 const PADDED_DIMS: [usize; 3] = [64, 128, 256];
 
+/// Dimensions of heads whose values have others than their keys, or which are larger: of MLA's prefill, and of its
+/// latent cache; of Gemma's global layers and of autoencoders.
+const OTHER_DIMS: [[usize; 2]; 3] = [[192, 128], [576, 512], [512, 512]];
+
 const DTYPES: [DType; 2] = [DType::F16, DType::BF16];
 
 /// Multiprocessors of the GPU that kernels are asked for: as many as an RTX 4090 has. Decides, with the lengths below,
@@ -62,6 +66,9 @@ pub fn catalog(target: Target) -> Vec<Entry> {
         list.sparse(head_dim);
         list.preparation(head_dim);
     }
+    for [head_dim, value_dim] in OTHER_DIMS {
+        list.other_dims(head_dim, value_dim);
+    }
     list.cache();
     list.predictions();
     list.entries
@@ -91,6 +98,8 @@ impl Entry {
 struct Call {
     dtype: DType,
     head_dim: usize,
+    /// Channels of V, where they are not as many.
+    value_dim: Option<usize>,
     scheme: Option<Scheme>,
     size: Size,
     /// How attention's work is cut, or none for the planner's choice.
@@ -134,6 +143,7 @@ impl Default for Call {
         Call {
             dtype: DType::F16,
             head_dim: 64,
+            value_dim: None,
             scheme: None,
             size: Size::Common,
             cut: None,
@@ -178,6 +188,7 @@ impl Call {
         let rows = |len: usize| if packed { batch * len } else { len };
         let mut problem =
             Problem::dense(self.dtype, [batch, group * heads, heads], [q_len, kv_len], self.head_dim)
+                .value_dim(self.value_dim.unwrap_or(self.head_dim))
                 .blocks(self.blocks)
                 .pooled_tail(self.pooled_tail);
         if self.causal {
@@ -258,6 +269,27 @@ impl List {
         let few = [Size::FewQueries, Size::Decode, Size::Speculative];
         for size in [Size::Common, Size::FewBlocks].into_iter().chain(few) {
             self.add(&Call { size, ..*call }, true, |_| true);
+        }
+    }
+
+    /// What the planner chooses for such heads, and usual schemes and options beside.
+    fn other_dims(&mut self, head_dim: usize, value_dim: usize) {
+        let value_dim = Some(value_dim);
+        for dtype in DTYPES {
+            self.defaults(&Call { dtype, head_dim, value_dim, ..Call::default() });
+        }
+        let presets = [Preset::FULL, Preset::INT8_FP8, Preset::SAGE2_INT8_FP8_PER_THREAD];
+        let schemes = presets.map(|preset| preset.scheme(head_dim));
+        for scheme in schemes.into_iter().chain([int8_scheme(DType::BF16)]).map(Some) {
+            let call = Call { dtype: DType::BF16, head_dim, value_dim, scheme, ..Call::default() };
+            for call in [
+                call,
+                Call { lse: true, ..call },
+                Call { mask: MaskForm::Bool, ..call },
+                Call { lengths: Lengths::Packed, ..call },
+            ] {
+                self.add(&call, false, |_| true);
+            }
         }
     }
 
@@ -391,6 +423,7 @@ mod tests {
     use sage_core::Granularity;
 
     use super::*;
+    use crate::attention::padded_dim;
     use crate::operand::{Element, OperandSource, Scales};
 
     fn attention(entries: &[Entry]) -> impl Iterator<Item = &AttentionConfig> {
@@ -402,7 +435,8 @@ mod tests {
         let entries = catalog(Target::SM_89);
         for dim in PADDED_DIMS {
             let has = |what: &str, wanted: &dyn Fn(&AttentionConfig) -> bool| {
-                let found = attention(&entries).any(|config| config.padded_dim() == dim && wanted(config));
+                let of_dim = |config: &&AttentionConfig| padded_dim(config.head_dim) == dim;
+                let found = attention(&entries).filter(of_dim).any(wanted);
                 assert!(found, "head_dim {dim}: no kernel with {what}");
             };
             use Accumulator::{F16, F16ThenF32, F32, F32ThenF32};

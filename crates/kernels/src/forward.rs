@@ -25,6 +25,7 @@ use crate::attention::MaskForm;
 use crate::machine::Machine;
 use crate::operand::OperandSource;
 use crate::pass::Pass;
+use crate::preprocess::MOST_CHANNELS;
 use crate::sequence::Lengths;
 use crate::tiling::Tiling;
 use crate::tuning::Key;
@@ -82,6 +83,10 @@ impl ForwardPlan {
             None => {
                 let (scheme, reason) = choose(problem, request, machine)?;
                 reasons.push(reason);
+                if problem.head_dim > MOST_CHANNELS {
+                    reasons
+                        .push(format!("more than {MOST_CHANNELS} channels are multiplied in 16 bits alone"));
+                }
                 scheme
             }
         };
@@ -191,9 +196,6 @@ impl Planned {
 /// Most rows of a tensor: sums with the "no limit" of a window and the rows of a tile fit 32 bits.
 const MAX_ROWS: usize = (1 << 30) - 1024;
 
-/// Most channels of a head that the kernels compute.
-const MAX_HEAD_DIM: usize = 256;
-
 /// Sizes that tensors with strides of 0, or very many packed sequences, can have, but not the kernels' numbers.
 fn check_sizes(problem: &Problem, request: &Request) -> Result<()> {
     for (name, rows) in [("q", request.q_rows), ("k", request.kv_rows)] {
@@ -205,12 +207,11 @@ fn check_sizes(problem: &Problem, request: &Request) -> Result<()> {
             ));
         }
     }
-    if problem.head_dim > MAX_HEAD_DIM {
-        return Err(Error::value("head_dim", problem.head_dim, format!("1 to {MAX_HEAD_DIM} on a GPU")));
-    }
-    if problem.value_dim != problem.head_dim {
-        let wanted = format!("{} on a GPU, as of q and k", problem.head_dim);
-        return Err(Error::value("head_dim of v", problem.value_dim, wanted));
+    if problem.pooled_tail && problem.head_dim.max(problem.value_dim) > MOST_CHANNELS {
+        return Err(Error::unsupported(
+            format!("pooled_tail with heads of more than {MOST_CHANNELS} channels on a GPU"),
+            "leave it out: the blocks that are kept are computed without it",
+        ));
     }
     if problem.pooled_tail && request.lengths == Lengths::Packed {
         return Err(Error::unsupported(

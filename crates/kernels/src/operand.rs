@@ -39,6 +39,18 @@ impl Element {
         }
     }
 
+    /// Its name in messages.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Element::I4 => "INT4",
+            Element::I8 => "INT8",
+            Element::E2M1 => "FP4",
+            Element::E4M3 => "FP8",
+            Element::F16 => "f16",
+            Element::BF16 => "bf16",
+        }
+    }
+
     /// Bits of an element: in shared memory, in registers and in the workspace alike.
     pub const fn bits(self) -> usize {
         match self {
@@ -78,6 +90,15 @@ pub enum Scales {
     Blocks(Fp4Format),
 }
 
+/// Columns of tiles whose rows hold so many channels of a head: 64, 128, or a larger multiple of 64.
+pub(crate) const fn tile_columns(channels: usize) -> usize {
+    match channels {
+        0..=64 => 64,
+        65..=128 => 128,
+        _ => channels.next_multiple_of(64),
+    }
+}
+
 /// An operand of a product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Operand {
@@ -93,6 +114,15 @@ impl Operand {
     /// Bytes of so many elements.
     pub const fn bytes(&self, elements: usize) -> usize {
         elements * self.element.bits() / 8
+    }
+
+    /// Columns of its tiles whose rows hold so many channels of a head: [`tile_columns`], or where scales of blocks lie
+    /// behind them, a power of two.
+    pub(crate) const fn columns(&self, channels: usize) -> usize {
+        match self.scales {
+            Scales::Blocks(_) if channels > 64 => channels.next_power_of_two(),
+            Scales::Blocks(_) | Scales::None | Scales::Rows(_) | Scales::Channels => tile_columns(channels),
+        }
     }
 
     /// Bytes of a tile of so many rows of so many elements, in the workspace and in shared memory: scales of blocks are

@@ -189,10 +189,11 @@ impl<'k, T: MmaAccumulator> Accumulator<'k, T> {
     }
 }
 
-/// A tile of shared memory whose rows are `row_bytes` long: a power of two from 32 on.
+/// A tile of shared memory whose rows are `row_bytes` long, a multiple of 32.
 ///
 /// The 16-byte chunks of a row change places with the row, so that the same chunk of 8 neighbouring rows lies in 8
-/// different groups of banks: neither `ldmatrix` nor copies of whole rows conflict.
+/// different groups of banks: neither `ldmatrix` nor copies of whole rows conflict. They do so within spans, of the largest power of
+/// two that rows are made of, up to all banks.
 #[derive(Clone, Copy, Debug)]
 pub struct SharedTile<'k> {
     base: Shared<'k, u8>,
@@ -202,13 +203,23 @@ pub struct SharedTile<'k> {
 /// Bytes of a chunk: a row of an 8×8 matrix of `ldmatrix`, and what one thread copies at once.
 pub const CHUNK_BYTES: usize = 16;
 
+/// Bytes of all banks.
+const BANKS_BYTES: usize = 128;
+
+/// Bytes within which the chunks of a row change places: the largest power of two that rows are made of, but no more
+/// than all banks.
+const fn span(row_bytes: usize) -> usize {
+    let power = 1 << row_bytes.trailing_zeros();
+    if power < BANKS_BYTES { power } else { BANKS_BYTES }
+}
+
 impl<'k> SharedTile<'k> {
-    /// A tile at `base`, which must be aligned to its rows.
+    /// A tile at `base`, which must be aligned to its rows, or where their length is no power of two to their span.
     ///
     /// # Panics
     /// When the length of rows is none of those above: the kernel cannot be written.
     pub fn new<T: Stored>(base: Shared<'k, T>, row_bytes: usize) -> Self {
-        assert!(row_bytes.is_power_of_two() && row_bytes >= 32, "rows of {row_bytes} bytes");
+        assert!(row_bytes > 0 && row_bytes.is_multiple_of(32), "rows of {row_bytes} bytes");
         SharedTile { base: base.cast(), row_bytes }
     }
 
@@ -232,10 +243,10 @@ impl<'k> SharedTile<'k> {
     #[track_caller]
     pub fn chunk(&self, row: Val<'k, i32>, chunk: impl Use<'k, i32>) -> ChunkAddress<'k> {
         let chunk = chunk.value(self.base.code());
-        let chunks = (self.row_bytes / CHUNK_BYTES) as i32;
-        // As many rows as fill all banks once share a swizzle.
-        let rows_per_line = (8 / chunks).max(1);
-        let key = (row >> rows_per_line.ilog2() as i32) & (chunks.min(8) - 1);
+        let span = span(self.row_bytes);
+        // As many rows as fill all banks once, or as many spans of as many rows, share a swizzle.
+        let rows_per_line = BANKS_BYTES / span;
+        let key = (row >> rows_per_line.ilog2() as i32) & (span / CHUNK_BYTES - 1) as i32;
         let swizzled = (chunk ^ key) << CHUNK_BYTES.ilog2() as i32;
         let address = self.base.at(row * (self.row_bytes as i32) + swizzled).address();
         ChunkAddress { address, row_bytes: self.row_bytes }
@@ -280,10 +291,14 @@ pub struct ChunkAddress<'k> {
 impl<'k> ChunkAddress<'k> {
     /// The chunk `chunks` further in the same row, and `rows` (a multiple of 8) further down. The chunk that the
     /// address is of must have none of the bits of `chunks`: then the swizzle makes of a sum an exclusive or, and rows
-    /// being aligned to their length, of the address as well.
+    /// being aligned to their length, of the address as well. Where that is no power of two, spans are aligned, and
+    /// whole ones are added.
     #[track_caller]
     pub fn step(&self, rows: usize, chunks: usize) -> Shared<'k, u8> {
-        Pointer::at_address(self.address ^ (chunks * CHUNK_BYTES) as u32).plus((rows * self.row_bytes) as i32)
+        let bytes = chunks * CHUNK_BYTES;
+        let exchanged = if self.row_bytes.is_power_of_two() { bytes } else { bytes % span(self.row_bytes) };
+        Pointer::at_address(self.address ^ exchanged as u32)
+            .plus((rows * self.row_bytes + bytes - exchanged) as i32)
     }
 }
 

@@ -85,7 +85,7 @@ impl Emulated {
     /// The pass of a call whose tensors lie at these addresses.
     fn plan(&self, call: &OwnedCall, scheme: Option<Scheme>, tensors: &Tensors) -> Result<ForwardPlan> {
         let checked = call.call();
-        let aligned = tensors.aligned(checked.problem.head_dim);
+        let aligned = tensors.aligned(&checked.problem);
         let [k, v] = [&checked.k, &checked.v].map(Strided::geometry);
         let request = Request {
             scheme,
@@ -98,6 +98,7 @@ impl Emulated {
             q_rows: checked.q.shape()[2],
             kv_rows: k.shape()[2],
             aligned,
+            values_in_keys: tensors.values_in_keys(&checked.problem),
             has_tensor_map: aligned && tensors.k.has_map(k.shape()) && tensors.v.has_map(v.shape()),
             lse: call.lse,
             tiling: self.tiling,
@@ -206,7 +207,16 @@ impl Device {
         };
         let (_, q) = tensor("q", &call.q, checked.q.geometry());
         let (_, k) = tensor("k", &call.k, checked.k.geometry());
-        let (_, v) = tensor("v", &call.v, checked.v.geometry());
+        // What is the same in memory may be the same memory.
+        let geometry = checked.v.geometry();
+        let v = if !geometry.is_empty() && call.v.half_bits() == call.k.half_bits() {
+            let first = checked.k.geometry().index([0; 4]);
+            let from_first = 2 * (geometry.index([0; 4]) - first);
+            let strides = std::array::from_fn(|i| geometry.strides()[i]);
+            TensorArg { address: k.address.wrapping_add_signed(from_first), strides }
+        } else {
+            tensor("v", &call.v, checked.v.geometry()).1
+        };
         let geometry = checked.check_output(call.q.dtype(), &call.out).unwrap();
         let (out_buffer, out) = tensor("out", &unwritten, &geometry);
         let mask_address = call.mask.as_ref().map_or(0, |mask| upload_mask(&mut emulator, mask));

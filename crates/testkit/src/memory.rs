@@ -148,6 +148,16 @@ impl Memory {
         Memory::new(all, self.dtype(), self.geometry)
     }
 
+    /// The first channels of each row, among the same elements in memory.
+    pub fn first_channels(&self, channels: usize) -> Self {
+        let (mut shape, strides) = (self.shape().to_vec(), self.geometry.strides());
+        let last = shape.len() - 1;
+        shape[last] = channels;
+        let offset = if self.geometry.is_empty() { 0 } else { self.geometry.index([0; MAX_RANK]) };
+        let geometry = Geometry::strided("tensor", &shape, &strides[..=last], offset).unwrap();
+        Memory { elements: self.elements.clone(), geometry }
+    }
+
     /// The bits of all elements in memory.
     pub fn bits(&self) -> Vec<u32> {
         match &self.elements {

@@ -50,8 +50,8 @@ enum LengthsKind {
 }
 
 impl Kind {
-    /// That of call `number`, with one of `presets` or the planner's choice; of `any_channels`, or as many of values as of
-    /// keys and at most 256.
+    /// That of call `number`, with one of `presets` or the planner's choice; of `any_channels`, or of those that GPUs compute in the
+    /// scheme.
     fn new(number: usize, presets: &[Preset], any_channels: bool) -> Self {
         let mut rng = ChaCha8Rng::seed_from_u64(1_000_000 + (number / CALLS_OF_A_KERNEL) as u64);
         let rng = &mut rng;
@@ -78,14 +78,34 @@ impl Kind {
                 .then(|| *pick(rng, &[[128, 64], [64, 128], [64, 64], [128, 128], [48, 80], [16, 32]])),
         };
         kind.shared = lengths != LengthsKind::Packed && rng.random_bool(0.1);
-        if any_channels && rng.random_bool(0.3) {
-            kind.head_dim = *pick(rng, &[257, 320, 512, 576]);
-        }
-        kind.value_dim = match any_channels && rng.random_bool(0.6) {
-            true => *pick(rng, &[1, 7, 24, 64, 96, 128, 200, 512]),
-            false => kind.head_dim.min(MAX_VALUE_DIM),
+        [kind.head_dim, kind.value_dim] = if any_channels {
+            any_dims(rng, kind.head_dim)
+        } else {
+            dims_of_kernels(number, kind.head_dim, kind.preset)
         };
         kind
+    }
+}
+
+/// Channels of keys and values, where keys have `head_dim` unless they have more: any.
+fn any_dims(rng: &mut ChaCha8Rng, head_dim: usize) -> [usize; 2] {
+    let head_dim = if rng.random_bool(0.3) { *pick(rng, &[257, 320, 512, 576]) } else { head_dim };
+    let others = rng.random_bool(0.6);
+    let value_dim = if others { *pick(rng, &[1, 7, 24, 64, 96, 128, 200, 512]) } else { head_dim };
+    [head_dim, value_dim.min(MAX_VALUE_DIM)]
+}
+
+/// Channels of keys and values where keys have `head_dim`, for call `number`: mostly as many, now and then others, and
+/// more than 256 where a GPU's own choice or full precision computes them.
+fn dims_of_kernels(number: usize, head_dim: usize, preset: Option<Preset>) -> [usize; 2] {
+    let mut rng = ChaCha8Rng::seed_from_u64(2_000_000 + (number / CALLS_OF_A_KERNEL) as u64);
+    let rng = &mut rng;
+    let large = preset.is_none_or(|preset| preset == Preset::FULL);
+    match rng.random_range(0..10) {
+        0..=1 => [head_dim, *pick(rng, &[1, 31, 40, 64, 96, 128, 192, 256])],
+        2 => [192, 128],
+        3 if large => *pick(rng, &[[576, 512], [512, 512], [320, 320], [64, 300], [257, 40]]),
+        _ => [head_dim; 2],
     }
 }
 
@@ -103,8 +123,8 @@ fn random_len(rng: &mut ChaCha8Rng, most: usize) -> usize {
 }
 
 impl RandomCall {
-    /// Call `number`, of sequences of at most `most` rows, by one of `presets` or the planner's choice. Values have as many
-    /// channels as keys, at most 256.
+    /// Call `number`, of sequences of at most `most` rows, by one of `presets` or the planner's choice, of channels that
+    /// GPUs compute in it.
     pub fn new(number: usize, most: usize, presets: &[Preset]) -> Self {
         Self::of_kind(number, most, Kind::new(number, presets, false))
     }

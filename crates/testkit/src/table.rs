@@ -30,13 +30,12 @@ pub fn table() -> Vec<Case> {
     cases
 }
 
-/// Most cases of [`table`] that kernels for a target may refuse: those in f32, values of other channels than keys and more
-/// than 256 of them, the schemes that no GPU computes, pooled
-/// terms of packed sequences and of windows that hide the first keys, and the operands that older tensor cores lack: FP8
-/// before sm_89, products of bf16 before sm_80.
+/// Most cases of [`table`] that kernels for a target may refuse: those in f32, more than 256 channels in fewer than 16
+/// bits, the schemes that no GPU computes, pooled terms of packed sequences and of windows that hide the first keys, and
+/// the operands that older tensor cores lack: FP8 before sm_89, products of bf16 before sm_80.
 #[cfg(feature = "emulator")]
 pub fn most_refused(target: sage_ptx::Target) -> usize {
-    if target.sm() >= 89 { 45 } else { 83 }
+    if target.sm() >= 89 { 29 } else { 67 }
 }
 
 fn of(q_len: usize, kv_len: usize, head_dim: usize) -> Case {
@@ -285,7 +284,8 @@ fn dimensions() -> Vec<Case> {
         Case { scheme: Some(fixed12), q_len: 20, ..of(576, 64) },
         with(Preset::INT8, Case { mask: Some(CaseMask::bias(DType::F32, Extent::All)), ..of(64, 24) }),
         Case { blocks: blocks(64, 64, 0.5), ..of(72, 192) },
-        Case { blocks: blocks(64, 64, 0.4), pooled_tail: true, ..of(128, 40) },
+        // Where scores are of 16 bits, nothing makes a bias small before means of blocks are rounded to as many.
+        Case { blocks: blocks(64, 64, 0.4), pooled_tail: true, k_bias: Bias::None, ..of(128, 40) },
         with(Preset::INT8, Case { blocks: blocks(32, 20, 0.4), pooled_tail: true, ..of(40, 128) }),
         Case {
             sequences: Sequences::Packed(vec![0, 30, 70], vec![0, 100, 150]),

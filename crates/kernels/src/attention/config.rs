@@ -19,13 +19,18 @@ const CONSUMERS_BARRIER: i32 = 1;
 /// The named barrier where the threads of the first consumer meet; the other consumers' follow.
 const CONSUMER_BARRIER: i32 = 2;
 
+/// Most channels of V whose products a block sums: with 16 rows they take 128 of a thread's registers.
+const MOST_VALUES: usize = 256;
+
 /// Everything that is known when a kernel is built.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct AttentionConfig {
     /// Element type of Q and of the output, and of K and V where they are read as given: f16 or bf16.
     pub dtype: DType,
-    /// Channels of a head, 1 to 256.
+    /// Channels of a head of Q and K, 1 to 576.
     pub head_dim: usize,
+    /// Channels of a head of V and of the output, 1 to 576.
+    pub value_dim: usize,
     /// Operands of both products.
     pub operands: Operands,
     /// Explicit mask.
@@ -50,6 +55,8 @@ pub struct AttentionConfig {
     pub lengths: Lengths,
     /// Whether rows of Q, K, V and the output start at multiples of 16 bytes and are whole such chunks.
     pub aligned: bool,
+    /// Whether values are the first channels of keys, in the same memory, and so of their tiles: for large heads.
+    pub values_in_keys: bool,
     /// Whether each block computes a part of the keys, to be combined afterwards (split-KV).
     pub split: bool,
     /// Whether the query heads of a key head are rows of one head, those of each query one after the other: K and V
@@ -149,24 +156,51 @@ impl AttentionConfig {
     /// asked for, and heads fill their panels, and products and tiles have room for 8 columns more.
     pub(super) fn sums_by_mma(&self) -> bool {
         let tiling = &self.tiling;
-        let room = self.head_dim == self.padded_dim() && self.head_dim <= 128 && tiling.tile_keys() == 64;
+        let whole = self.value_dim == self.value_columns();
+        let room = whole && self.value_dim <= 128 && tiling.tile_keys() == 64;
         tiling.sums_by_mma() && room
     }
 
-    /// Smallest head dimension that tiles are laid out for and that holds this one.
-    pub fn padded_dim(&self) -> usize {
-        padded_dim(self.head_dim)
+    /// Channels of a row of queries and keys in tiles: [`Operand::columns`](crate::operand::Operand::columns).
+    pub fn key_columns(&self) -> usize {
+        key_columns(&self.operands, self.head_dim, self.rotate)
+    }
+
+    /// Channels of V in tiles, and of the block's output where that passes through their memory.
+    pub fn value_columns(&self) -> usize {
+        value_columns(&self.operands, self.value_dim)
+    }
+
+    /// Blocks that share the channels of V: sums of more than 256 would fill all registers.
+    pub fn value_blocks(&self) -> usize {
+        value_blocks(self.value_dim)
+    }
+
+    /// Channels of V whose products a block sums: of the last block, those up to the head's end.
+    pub fn block_values(&self) -> usize {
+        block_values(self.value_dim)
     }
 
     /// Channels of Q and K as they are multiplied.
     pub(super) fn depth(&self) -> usize {
-        if self.rotate { rotated_dim(self.head_dim) } else { self.head_dim }
+        depth(self.head_dim, self.rotate)
     }
 
-    /// Tiles of queries, and heads of all sequences and `splits` parts of the keys: each tile of each head is a block,
-    /// or with warpgroups a piece of work that blocks share out among themselves. The heads have so many rows.
+    /// Whether the last of the blocks that share the channels of V has fewer than the others.
+    pub(super) fn last_values_are_fewer(&self) -> bool {
+        !self.value_dim.is_multiple_of(self.block_values())
+    }
+
+    /// Tiles of a head of so many rows.
+    pub fn q_tiles(&self, rows: usize) -> usize {
+        rows.div_ceil(self.block_q())
+    }
+
+    /// Tiles of queries, each as often as blocks share the channels of V, and heads of all sequences and `splits` parts
+    /// of the keys: each tile of each head is a block, or with warpgroups a piece of work that blocks share out among
+    /// themselves. The heads have so many rows.
     pub fn pieces(&self, sequences: usize, heads: usize, rows: usize, splits: usize) -> [usize; 2] {
-        [rows.div_ceil(self.block_q()), heads * sequences * splits]
+        [self.q_tiles(rows) * self.value_blocks(), heads * sequences * splits]
     }
 
     /// Heads of a sequence that blocks work on.
@@ -180,7 +214,52 @@ impl AttentionConfig {
     }
 }
 
-/// Smallest of 64, 128 and 256 that holds `head_dim`.
+/// Part of the name of a kernel for heads of so many channels, and V's of so many.
+pub(crate) fn dims_suffix(head_dim: usize, value_dim: usize) -> String {
+    if head_dim == value_dim { format!("d{head_dim}") } else { format!("d{head_dim}v{value_dim}") }
+}
+
+/// The same in its description.
+pub(crate) fn dims_description(head_dim: usize, value_dim: usize) -> String {
+    let dims = format!("head_dim {head_dim}");
+    if head_dim == value_dim { dims } else { format!("{dims}, value_dim {value_dim}") }
+}
+
+/// Channels of Q and K as they are multiplied.
+fn depth(head_dim: usize, rotate: bool) -> usize {
+    if rotate { rotated_dim(head_dim) } else { head_dim }
+}
+
+/// [`AttentionConfig::key_columns`] of such heads.
+pub(crate) fn key_columns(operands: &Operands, head_dim: usize, rotate: bool) -> usize {
+    operands.k.columns(depth(head_dim, rotate))
+}
+
+/// [`AttentionConfig::value_columns`] of such heads.
+pub(crate) fn value_columns(operands: &Operands, value_dim: usize) -> usize {
+    operands.v.columns(block_values(value_dim))
+}
+
+/// [`AttentionConfig::value_blocks`] of such heads.
+pub(crate) fn value_blocks(value_dim: usize) -> usize {
+    value_dim.div_ceil(MOST_VALUES)
+}
+
+/// Channels of V whose products a block sums.
+fn block_values(value_dim: usize) -> usize {
+    match value_blocks(value_dim) {
+        0 | 1 => value_dim,
+        blocks => value_dim.div_ceil(blocks).next_multiple_of(16),
+    }
+}
+
+/// Bytes of a row of the panels that `wgmma` reads rows of so many bytes in.
+pub(super) const fn panel_row_bytes(bytes: usize) -> usize {
+    if bytes.is_multiple_of(128) { 128 } else { 64 }
+}
+
+/// Smallest of 64, 128 and 256 that holds `head_dim`: channels of a head in arrays of statistics, and columns of the
+/// blocks of threads that compute them.
 pub fn padded_dim(head_dim: usize) -> usize {
     head_dim.next_power_of_two().max(64)
 }
@@ -199,7 +278,7 @@ kernel_params! {
         /// Log-sum-exp, `[sequences, q_heads, q_rows]`, or `[q_heads, total]` when packed. Of a split: pairs for
         /// [`CombineConfig`](crate::combine::CombineConfig), `[splits]` such.
         lse: [f32],
-        /// For a split: unrounded outputs `[splits, sequences, q_heads, q_rows, head_dim]`.
+        /// For a split: unrounded outputs `[splits, sequences, q_heads, q_rows, value_dim]`.
         partial: [f32],
         /// Scales of quantised K.
         k_scale: [f32],

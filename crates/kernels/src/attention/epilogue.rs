@@ -4,7 +4,7 @@ use std::f32::consts::LN_2;
 
 use sage_ptx::{Code, Global, Half, Rows, SLOT_ROWS, SharedTile, Stored, Val, lane_column, lane_row};
 
-use super::config::{AttentionConfig, AttentionParams, MaskForm};
+use super::config::{AttentionConfig, AttentionParams, MaskForm, padded_dim};
 use super::output::Output;
 use super::place::Place;
 use super::softmax::RowSum;
@@ -65,7 +65,12 @@ impl<'k, 'a> Epilogue<'k, 'a> {
     fn store_log_sum_exps(&self, rows: &Rows<RowSum<'k>>, taken: &Rows<Val<'k, f32>>) {
         let Epilogue { code, config, params: p, place, first_row } = *self;
         code.note("log-sum-exp");
-        code.when((place.lane & 3).eq(0), || {
+        let mut writes = (place.lane & 3).eq(0);
+        if let Some(values) = place.values {
+            // The other blocks of the rows have the same sums.
+            writes = writes & values.block.eq(0);
+        }
+        code.when(writes, || {
             for (slot, sum) in rows.iter().enumerate() {
                 let row = place.row(slot);
                 // With a cap, what smoothing took was added back before it.
@@ -100,8 +105,8 @@ impl<'k, 'a> Epilogue<'k, 'a> {
         mut visit: impl FnMut(usize, usize, [Val<'k, f32>; 2]),
     ) {
         let Epilogue { config, params: p, place, .. } = *self;
-        let padded = config.padded_dim() as i32;
-        let channel = lane_column(place.lane);
+        let padded = padded_dim(config.value_dim) as i32;
+        let channel = place.channel(lane_column(place.lane));
         let first = place.kv_index(p) * padded + channel;
         let of_channels = |pointer: Global<'k, f32>, column: usize| {
             pointer.at(first).plus(column as i32).load_vector::<2>()
@@ -151,7 +156,7 @@ impl<'k, 'a> Epilogue<'k, 'a> {
         code.note("output: rows to device memory");
         let quad = place.lane & 3;
         let start = place.head_start(&p.out);
-        let whole = config.head_dim == config.padded_dim();
+        let whole = config.value_dim == config.value_columns();
         for (slot, words) in words.iter().enumerate() {
             let mut words = words.clone();
             words.resize(words.len().next_multiple_of(4), code.constant(0));
@@ -166,7 +171,7 @@ impl<'k, 'a> Epilogue<'k, 'a> {
                         target.store_vector([column[0], column[1], column[2], column[3]]);
                     };
                     let channel = 8 * (quad + 4 * index as i32);
-                    if whole { store() } else { code.when(channel.lt(config.head_dim as i32), store) }
+                    if whole { store() } else { code.when(channel.lt(config.value_dim as i32), store) }
                 }
             });
         }
@@ -175,9 +180,9 @@ impl<'k, 'a> Epilogue<'k, 'a> {
     /// Stores two neighbouring channels of the output for a part of the keys, in single precision.
     fn store_partial(&self, slot: usize, column: usize, pair: [Val<'k, f32>; 2]) {
         let Epilogue { code, config, params: p, place, first_row } = *self;
-        let dim = config.head_dim as i32;
+        let dim = config.value_dim as i32;
         let row = place.row(slot);
-        let channel = lane_column(place.lane) + column as i32;
+        let channel = place.channel(lane_column(place.lane)) + column as i32;
         let target = p.partial.at(place.row_index(p, first_row, row) * dim as i64).at(channel);
         for (i, x) in pair.into_iter().enumerate() {
             let inside = row.lt(place.rows) & (channel + i as i32).lt(dim);
@@ -190,7 +195,7 @@ impl<'k, 'a> Epilogue<'k, 'a> {
         let Epilogue { code, config, params: p, place, .. } = *self;
         code.note("output: rows to device memory");
         code.warp_sync();
-        let chunks = config.head_dim.div_ceil(8);
+        let chunks = config.block_values().div_ceil(8);
         let rows = config.tiling.rows_per_warp();
         let start = place.head_start(&p.out);
         let total = rows * chunks;
@@ -199,17 +204,21 @@ impl<'k, 'a> Epilogue<'k, 'a> {
             let (row, chunk) = index.split_index(chunks);
             let in_tile = place.warp * rows as i32 + row;
             let out_row = place.warp_row + row;
-            let valid = out_row.lt(place.rows) & index.lt(total as i32);
+            let channel = || place.channel(chunk * 8);
+            let mut valid = out_row.lt(place.rows) & index.lt(total as i32);
+            if config.last_values_are_fewer() {
+                valid = valid & channel().lt(config.value_dim as i32);
+            }
             code.when(valid, || {
                 let words = tile.chunk(in_tile, chunk).step(0, 0).cast::<u32>().load_vector::<4>();
                 let row = place.row_start(&p.out, start, out_row);
-                let target = p.out.start.cast::<H>().at(row).at(chunk * 8);
+                let target = p.out.start.cast::<H>().at(row).at(channel());
                 if config.aligned {
                     target.cast::<u32>().store_vector(words);
                 } else {
                     let elements = words.into_iter().flat_map(|word| word.split::<H>());
                     for (i, x) in elements.enumerate() {
-                        let inside = (chunk * 8 + i as i32).lt(config.head_dim as i32);
+                        let inside = (channel() + i as i32).lt(config.value_dim as i32);
                         code.when(inside, || target.plus(i as i32).store(x));
                     }
                 }

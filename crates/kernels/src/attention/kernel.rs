@@ -4,7 +4,7 @@ use sage_core::{Accumulator, Granularity, IntBits, PLevels};
 use sage_ptx::{Program, Target};
 
 use super::attention;
-use super::config::{AttentionConfig, MaskForm, TileSource};
+use super::config::{AttentionConfig, MaskForm, TileSource, dims_description, dims_suffix};
 use crate::kernel::Kernel;
 use crate::operand::{Element, OperandSource};
 use crate::tiling::Engine;
@@ -51,7 +51,8 @@ impl Kernel for AttentionConfig {
             Element::E2M1 => self.fp4_values("_2levels").to_lowercase(),
             _ => format!("f16_{}", accumulator(self.operands.sums)),
         };
-        let mut name = format!("attention_{}_{scores}_{values}_d{}", self.dtype, self.head_dim);
+        let dims = dims_suffix(self.head_dim, self.value_dim);
+        let mut name = format!("attention_{}_{scores}_{values}_{dims}", self.dtype);
         if self.mask != MaskForm::None {
             name += &format!("_{}", self.mask.name());
         }
@@ -65,6 +66,7 @@ impl Kernel for AttentionConfig {
             (self.rotate, "_rot"),
             (self.operands.v.source == OperandSource::Workspace, "_vws"),
             (!self.aligned, "_unaligned"),
+            (self.values_in_keys, "_vk"),
             (self.split, "_split"),
             (self.heads_as_rows, "_heads"),
             (self.tiles == TileSource::List, "_list"),
@@ -96,7 +98,8 @@ impl Kernel for AttentionConfig {
             Element::E2M1 => format!("{} PV", self.fp4_values(" in two levels")),
             _ => format!("{format} PV ({})", self.operands.sums.name()),
         };
-        let mut text = format!("attention: {scores}, {values}; {}, head_dim {}", self.dtype, self.head_dim);
+        let dims = dims_description(self.head_dim, self.value_dim);
+        let mut text = format!("attention: {scores}, {values}; {}, {dims}", self.dtype);
         match self.mask {
             MaskForm::None => {}
             MaskForm::Bool => text += ", boolean mask",
@@ -110,6 +113,7 @@ impl Kernel for AttentionConfig {
             (self.smooth_q.is_some(), ", smooth Q"),
             (self.smooth_v, ", smooth V"),
             (self.rotate, ", rotated Q"),
+            (self.values_in_keys, ", values in keys"),
             (self.split, ", keys split"),
             (self.heads_as_rows, ", heads as rows"),
             (self.tiles == TileSource::List, ", listed tiles of keys"),
@@ -133,7 +137,7 @@ impl Kernel for AttentionConfig {
     }
 
     fn head_dim(&self) -> Option<usize> {
-        Some(self.head_dim)
+        Some(self.head_dim.max(self.value_dim))
     }
 
     fn program(&self) -> Program {

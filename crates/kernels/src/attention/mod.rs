@@ -42,6 +42,7 @@ use crate::tiling::Engine;
 pub(crate) use band::Band;
 use config::AttentionParams;
 pub use config::{AttentionArgs, AttentionConfig, MaskForm, TileSource, padded_dim};
+pub(crate) use config::{dims_description, dims_suffix, key_columns, value_blocks, value_columns};
 use key_tiles::TileListParams;
 pub use key_tiles::{CLEARED_TILE, CUT_TILE, ENTRIES_BEHIND, MASKED_TILE, TileListArgs};
 pub(crate) use queries::load_channels;

@@ -44,7 +44,7 @@ impl<'k, 'c> Output<'k, 'c> {
 
     /// Channels that are computed: sixteen at a time, as V's fragments are loaded.
     pub fn columns(config: &AttentionConfig) -> usize {
-        config.head_dim.next_multiple_of(FRAGMENT_CHANNELS)
+        config.block_values().next_multiple_of(FRAGMENT_CHANNELS)
     }
 
     /// The sum of a row slot at a column, in single precision.
@@ -98,7 +98,7 @@ impl<'k> Output<'k, '_> {
         self.code.note("output: exp2(scores) * v");
         let Sums::Single(sums) = &self.sums else { unreachable!("sums of 4-bit values are single") };
         let format = self.config.operands.v.fp4().unwrap_or(Fp4Format::Nv);
-        let words = ScaleWords::new(self.config.padded_dim(), self.config.tiling.tile_keys());
+        let words = ScaleWords::new(self.config.value_columns(), self.config.tiling.tile_keys());
         let (p, scales) = (p.scaled_operand(format), values.group_scales());
         sums.add_scaled_product(
             block_scales(format),

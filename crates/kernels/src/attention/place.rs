@@ -39,8 +39,19 @@ pub(super) struct Place<'k> {
     pub mask_words: Option<MaskWords<'k>>,
     /// Index of the part of the keys, where they are split.
     pub split: Val<'k, i32>,
+    /// Which channels of V the block has, where several share them.
+    pub values: Option<ValueBlock<'k>>,
     /// Whether the sequence has no such queries.
     pub empty: Val<'k, bool>,
+}
+
+/// A block's part of the channels of V.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ValueBlock<'k> {
+    /// Its index among the blocks that share the channels.
+    pub block: Val<'k, i32>,
+    /// The first of its channels.
+    pub first: Val<'k, i32>,
 }
 
 /// What tells one piece of work from another.
@@ -56,7 +67,8 @@ pub(super) struct Piece<'k> {
 
 impl<'k> Place<'k> {
     /// The place of the block in the grid of [`AttentionConfig::pieces`]. The longest rows of a causal mask come first,
-    /// so that the last blocks to start are short.
+    /// so that the last blocks to start are short. Blocks that share the channels of V follow each other, so that the
+    /// tiles of one are in cache for the others.
     pub fn of_block(
         code: &'k Code,
         config: &AttentionConfig,
@@ -67,8 +79,16 @@ impl<'k> Place<'k> {
         let heads = config.heads(p);
         let BlockHead { sequence, head } = BlockHead::new(code, heads, p.all_heads);
         let thread = [code.warp_index(), code.lane_index()];
-        let piece = Piece { q_tile: tiles - 1 - x, head, sequence, kv_head: config.kv_head(p, head) };
-        Place::new(config, p, lists, thread, piece, || p.all_heads / heads)
+        let blocks = config.value_blocks();
+        let piece = |q_tile| Piece { q_tile, head, sequence, kv_head: config.kv_head(p, head) };
+        let place = |q_tile| Place::new(config, p, lists, thread, piece(q_tile), || p.all_heads / heads);
+        if blocks == 1 {
+            return place(tiles - 1 - x);
+        }
+        let (from_last, block) = x.split_index(blocks);
+        let first = (block * config.block_values() as i32).named("first_value");
+        let values = Some(ValueBlock { block: block.named("value_block"), first });
+        Place { values, ..place(tiles.split_index(blocks).0 - 1 - from_last) }
     }
 
     /// The place of a piece of work, for a thread's warp and lane. `sequences` counts those of all parts of the keys.
@@ -125,6 +145,7 @@ impl<'k> Place<'k> {
             seen,
             mask_words,
             split,
+            values: None,
             empty: first_row.ge(rows),
         }
     }
@@ -175,6 +196,11 @@ impl<'k> Place<'k> {
         (self.sequence.batch * heads + self.first_head()).mul_wide(p.q_rows)
             + self.sequence.q_start.widen()
             + self.split.widen() * p.total_rows
+    }
+
+    /// Which channel of V one of the block's is.
+    pub fn channel(&self, of_block: Val<'k, i32>) -> Val<'k, i32> {
+        self.values.map_or(of_block, |values| values.first + of_block)
     }
 
     /// Which strip of 16 rows the warp's strip `index` is of the sequence's.

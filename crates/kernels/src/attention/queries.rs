@@ -6,7 +6,7 @@ use sage_ptx::{
     Shared, Stored, Val, WarpgroupA, lane_row,
 };
 
-use super::config::{AttentionConfig, AttentionParams};
+use super::config::{AttentionConfig, AttentionParams, padded_dim, panel_row_bytes};
 use super::place::Place;
 use crate::fp4::{GroupScale, ScalesOfA};
 use crate::integer::{Step, magnitude_bits, nonzero};
@@ -159,7 +159,7 @@ impl<'k> Loader<'k, '_> {
         if !(config.smooth_k && (config.lse || config.softcap)) {
             return rows.map(|_| code.constant(0.0));
         }
-        let mean = p.k_mean.at(place.kv_index(p) * config.padded_dim() as i32).at(quad * per as i32);
+        let mean = p.k_mean.at(place.kv_index(p) * padded_dim(config.head_dim) as i32).at(quad * per as i32);
         rows.map(|registers| product(registers, mean, per) * p.sm_scale)
     }
 
@@ -169,7 +169,7 @@ impl<'k> Loader<'k, '_> {
         for (slot, registers) in rows.iter_mut().enumerate() {
             let row = place.row(slot);
             let valid = row.lt(place.rows);
-            let mean = p.q_mean.at(place.query_block(row, block, p) * config.padded_dim() as i32);
+            let mean = p.q_mean.at(place.query_block(row, block, p) * padded_dim(config.head_dim) as i32);
             let mean = mean.at(quad * per as i32);
             for (word, channels) in registers.iter_mut().enumerate() {
                 for (i, x) in channels.iter_mut().enumerate() {
@@ -267,8 +267,8 @@ impl<'k> Loader<'k, '_> {
     /// Stores the warpgroup's rows where `wgmma` reads them.
     fn panels(&self, words: &OperandTile<'k>) -> PanelMatrix<'k> {
         let Loader { code, config, place, per, .. } = *self;
-        let (rows, bytes) = (config.block_q(), config.padded_dim() * 4 / per);
-        let row_bytes = bytes.min(128);
+        let (rows, bytes) = (config.block_q(), config.key_columns() * 4 / per);
+        let row_bytes = panel_row_bytes(bytes);
         let memory = code.shared::<u8>("queries", rows * bytes);
         let row = place.warp * 16 + lane_row(place.lane);
         words.store_panels(memory, [rows, row_bytes], row, place.lane);

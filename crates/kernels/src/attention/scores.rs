@@ -196,7 +196,7 @@ impl<'k> Scoring<'k, '_> {
         let (config, tiling) = (self.config, &self.config.tiling);
         let format = config.operands.k.fp4().unwrap_or(Fp4Format::Nv);
         let sums = Tile::new(self.code, tiling.rows_per_warp(), tiling.step_keys());
-        let words = ScaleWords::new(tiling.tile_keys(), config.padded_dim());
+        let words = ScaleWords::new(tiling.tile_keys(), config.key_columns());
         let (scales, steps) = (block_scales(format), depth_steps(config));
         let a = |step: usize| self.queries.scaled_fragments(step);
         let b = |step: usize, column: usize| {

@@ -49,6 +49,7 @@ impl PlannedAttention {
         let mut config = AttentionConfig {
             dtype: problem.dtype,
             head_dim: problem.head_dim,
+            value_dim: problem.value_dim,
             operands,
             mask: request.mask,
             given_biases: matches!(request.mask, MaskForm::Bias(_))
@@ -62,6 +63,7 @@ impl PlannedAttention {
             rotate: scheme.rotate,
             lengths: request.lengths,
             aligned: request.aligned,
+            values_in_keys: key.values_in_keys,
             split: false,
             heads_as_rows: call.heads_as_rows,
             tiles: if call.lists_tiles() { TileSource::List } else { TileSource::Band },
@@ -90,12 +92,13 @@ impl PlannedAttention {
         let boxed = move |at: &Addresses<'_, Tensors>, args: &AttentionArgs| {
             let (problem, t) = (&call.problem, at.tensors);
             let batches = if call.request.lengths == Lengths::Packed { 1 } else { problem.batch };
-            let shape = [problem.head_dim, call.request.kv_rows, problem.num_kv_heads, batches];
-            let shape = shape.map(|size| size as u64);
+            let shape = |channels: usize| {
+                [channels, call.request.kv_rows, problem.num_kv_heads, batches].map(|size| size as u64)
+            };
             let tiles = problem.num_kv_heads * call.key_tiles();
             boxed_tensors(
                 &config,
-                [(shape, t.k.strides), (shape, t.v.strides)],
+                [(shape(problem.head_dim), t.k.strides), (shape(problem.value_dim), t.v.strides)],
                 [args.k.address, args.v.address],
                 tiles,
             )
@@ -136,7 +139,7 @@ impl PlannedAttention {
         let total_rows = self.call.total_rows();
         let (partial, partial_sums) = (pass.find(slot::PARTIAL), pass.find(slot::PARTIAL_SUMS));
         let lse = pass.find(slot::LSE);
-        let config = CombineConfig { dtype: problem.dtype, head_dim: problem.head_dim, lse: request.lse };
+        let config = CombineConfig { dtype: problem.dtype, head_dim: problem.value_dim, lse: request.lse };
         pass.launch(config, move |at, launch| {
             let args = CombineArgs {
                 partial: at.of(partial),
@@ -177,7 +180,7 @@ impl AttentionSlots {
         let rows = splits * call.total_rows();
         let (mut partial, mut partial_sums, mut pieces_taken) = (Slot::NONE, Slot::NONE, Slot::NONE);
         if config.split {
-            partial = pass.slot(slot::PARTIAL, 4 * rows * call.problem.head_dim);
+            partial = pass.slot(slot::PARTIAL, 4 * rows * call.problem.value_dim);
             partial_sums = pass.slot(slot::PARTIAL_SUMS, 4 * PART * rows);
         }
         if config.tiling.engine() == Engine::Warpgroups && !call.pieces_alike() {

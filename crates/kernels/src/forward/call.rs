@@ -5,7 +5,7 @@ use sage_core::Problem;
 use super::groups::HeadsAsRows;
 use super::request::Request;
 use super::tensors::Tensors;
-use crate::attention::{MaskForm, padded_dim};
+use crate::attention::MaskForm;
 use crate::machine::Machine;
 use crate::pass::{Addresses, PassBuilder, Slot};
 use crate::preprocess::{InputArgs, Source};
@@ -91,14 +91,14 @@ impl ForwardCall {
         self.problem.batch * self.problem.num_kv_heads
     }
 
-    /// Bytes of a single for each channel of each head of K or V.
-    pub fn channel_bytes(&self) -> usize {
-        4 * self.all_kv_heads() * padded_dim(self.problem.head_dim)
+    /// Bytes of a single for each channel of each head of a tensor of keys or values.
+    pub fn channel_bytes(&self, source: &Source) -> usize {
+        4 * self.all_kv_heads() * source.padded_dim()
     }
 
-    /// Bytes of so many singles for each channel of each tile of K or V.
-    pub fn tile_channel_bytes(&self, singles: usize) -> usize {
-        4 * singles * padded_dim(self.problem.head_dim) * self.problem.num_kv_heads * self.key_tiles()
+    /// Bytes of so many singles for each channel of each tile of a tensor of keys or values.
+    pub fn tile_channel_bytes(&self, source: &Source, singles: usize) -> usize {
+        4 * singles * source.padded_dim() * self.problem.num_kv_heads * self.key_tiles()
     }
 
     /// Heads of a sequence that the attention kernel works on, and most rows of each.
@@ -130,8 +130,8 @@ impl ForwardCall {
     /// By how many heads statistics run ahead of what needs them: of as many heads a quarter of the L2 cache holds K or
     /// V. On large GPUs these are more blocks than run at once, so that none waits; and their cache is cut in halves
     /// that may both hold a line, with what is being written beside it.
-    pub fn lead(&self) -> usize {
-        let of_head = (2 * self.problem.kv_len * self.problem.head_dim).max(1);
+    pub fn lead(&self, source: &Source) -> usize {
+        let of_head = (2 * self.problem.kv_len * source.head_dim).max(1);
         (self.machine.l2_bytes / 4 / of_head).min(self.all_kv_heads()).max(1)
     }
 
@@ -192,11 +192,20 @@ impl ForwardCall {
         self.problem.kv_len.div_ceil(KEY_TILE).max(1) + 1
     }
 
-    /// K or V as the kernels that prepare them read it.
+    /// Q and K as the kernels that prepare them read them.
     pub fn source(&self) -> Source {
+        self.source_of(self.problem.head_dim)
+    }
+
+    /// V as the kernels that prepare it read it.
+    pub fn value_source(&self) -> Source {
+        self.source_of(self.problem.value_dim)
+    }
+
+    fn source_of(&self, head_dim: usize) -> Source {
         Source {
             dtype: self.problem.dtype,
-            head_dim: self.problem.head_dim,
+            head_dim,
             aligned: self.request.aligned,
             lengths: self.request.lengths,
             masked: self.request.mask != MaskForm::None,

@@ -4,6 +4,7 @@ use super::call::ForwardCall;
 use super::choice::FEW_QUERIES;
 use super::forms::Forms;
 use super::predicted;
+use crate::attention::value_blocks;
 use crate::tiling::Tiling;
 use crate::tuning::{Tuned, alternatives, of_blocks, tiling};
 
@@ -71,7 +72,7 @@ impl Cut {
 /// Blocks of a launch, or pieces of its work, where keys are not split.
 pub(super) fn blocks(call: &ForwardCall, tiling: &Tiling) -> usize {
     let [heads, rows] = call.heads_and_rows();
-    rows.div_ceil(tiling.block_q()) * heads * call.problem.batch
+    rows.div_ceil(tiling.block_q()) * value_blocks(call.problem.value_dim) * heads * call.problem.batch
 }
 
 /// Most parts of the keys that are worth merging.

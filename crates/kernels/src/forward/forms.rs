@@ -6,9 +6,10 @@ use super::call::ForwardCall;
 use super::choice::FEW_QUERIES;
 use super::request::Extent;
 use super::{scores, values};
-use crate::attention::{MaskForm, padded_dim};
+use crate::attention::{MaskForm, key_columns, value_columns};
 use crate::key_order::KeyOrder;
 use crate::operand::{Element, OperandSource, Operands};
+use crate::preprocess::MOST_CHANNELS;
 use crate::sequence::KEY_TILE;
 use crate::tiling::{Engine, Tiling};
 use crate::tuning::{Key, holds_biases};
@@ -31,7 +32,7 @@ impl Forms {
         let qk = scores::form(call, scheme)?;
         let smooth_q = scores::smooth_q_rows(scheme, call.problem.q_len)?;
         let operands = Operands::new(call.problem.dtype, qk, values::form(call, scheme)?);
-        Ok(Forms { operands, smooth_q, key: key(call, &operands, smooth_q) })
+        Ok(Forms { operands, smooth_q, key: key(call, scheme, &operands, smooth_q) })
     }
 }
 
@@ -52,8 +53,8 @@ pub(super) fn has_words(tiling: &Tiling, key: &Key, operands: &Operands) -> bool
 }
 
 /// What the tile shape is chosen for.
-fn key(call: &ForwardCall, operands: &Operands, smooth_q: Option<usize>) -> Key {
-    let key = key_without_biases(call, operands, smooth_q);
+fn key(call: &ForwardCall, scheme: &Scheme, operands: &Operands, smooth_q: Option<usize>) -> Key {
+    let key = key_without_biases(call, scheme, operands, smooth_q);
     let MaskForm::Bias(dtype) = call.request.mask else { return key };
     let staged = Key { bias_bytes: dtype.bytes(), ..key };
     if key.warpgroups && packs_biases(call) && holds_biases(&call.machine, &staged) {
@@ -62,7 +63,12 @@ fn key(call: &ForwardCall, operands: &Operands, smooth_q: Option<usize>) -> Key 
     Key { plain: true, ..key }
 }
 
-fn key_without_biases(call: &ForwardCall, operands: &Operands, smooth_q: Option<usize>) -> Key {
+fn key_without_biases(
+    call: &ForwardCall,
+    scheme: &Scheme,
+    operands: &Operands,
+    smooth_q: Option<usize>,
+) -> Key {
     let granularity = operands.quantizer.map(|quantizer| quantizer.granularity);
     Key {
         integer: granularity.is_some(),
@@ -70,7 +76,9 @@ fn key_without_biases(call: &ForwardCall, operands: &Operands, smooth_q: Option<
         fp8: operands.v.element == Element::E4M3,
         fp4_values: operands.v.element == Element::E2M1,
         two_level: operands.sums_tiles_first(),
-        padded_dim: padded_dim(call.problem.head_dim),
+        padded_dim: key_columns(operands, call.problem.head_dim, scheme.rotate),
+        padded_value_dim: value_columns(operands, call.problem.value_dim),
+        values_in_keys: finds_values_in_keys(call, operands),
         plain: call.problem.logit_softcap.is_some()
             || smooth_q.is_some()
             || granularity == Some(Granularity::PerToken),
@@ -81,6 +89,15 @@ fn key_without_biases(call: &ForwardCall, operands: &Operands, smooth_q: Option<
         few_rows: call.heads_and_rows()[1] <= 128,
         bias_bytes: 0,
     }
+}
+
+/// Whether the kernel reads values in the tiles of keys: of large heads, whose tiles fill shared memory.
+fn finds_values_in_keys(call: &ForwardCall, operands: &Operands) -> bool {
+    let given = [operands.k, operands.v].iter().all(|operand| operand.source == OperandSource::Given);
+    let is_large = call.problem.head_dim > MOST_CHANNELS;
+    // A block's channels start where a swizzle of the rows does.
+    let blocks_align = call.problem.value_dim <= MOST_CHANNELS || call.problem.value_dim == 2 * MOST_CHANNELS;
+    call.request.values_in_keys && given && is_large && blocks_align
 }
 
 /// Most query rows of a warp: the groups of smaller warps would be mixed in one lane.
@@ -105,12 +122,14 @@ fn suits_warpgroups(call: &ForwardCall, operands: &Operands) -> bool {
     let summed = match (operands.v.element, operands.sums) {
         (_, Accumulator::F32) => true,
         // A tile's own sums beside all tiles' would take 256 registers of wider heads: 2.4 KB of spills in the loop.
-        (Element::E4M3, Accumulator::F32ThenF32) => problem.head_dim <= 128,
+        (Element::E4M3, Accumulator::F32ThenF32) => problem.value_dim <= 128,
         _ => false,
     };
     // There is no tensor map of nothing, and the other kernels need none to write zeros.
     let work = rows > FEW_QUERIES && problem.kv_len > 0;
-    call.machine.has_wgmma() && multiplied && summed && mapped && work && counts_pieces(call)
+    // Their sums and queries are those of a whole head.
+    let held = problem.head_dim <= MOST_CHANNELS && problem.value_dim <= MOST_CHANNELS;
+    call.machine.has_wgmma() && held && multiplied && summed && mapped && work && counts_pieces(call)
 }
 
 /// Whether a counter of 32 bits holds the pieces of work of all warpgroups, of which the least has 64 query rows:

@@ -61,7 +61,7 @@ impl TileLists {
         }
         let (sequences, heads) = extent.numbers(call);
         let (block_q, tile_keys) = (config.block_q(), config.tiling.tile_keys());
-        let [q_tiles, _] = config.pieces(problem.batch, problem.num_q_heads, problem.q_len, 1);
+        let q_tiles = config.q_tiles(problem.q_len);
         let list_stride = problem.kv_len.div_ceil(tile_keys) + ENTRIES_BEHIND;
         let lists = sequences * heads * q_tiles;
         let counts = pass.slot(slot::TILE_COUNTS, 4 * lists);

@@ -8,6 +8,7 @@ use sage_ptx::Target;
 use super::choice::int8_scheme;
 use super::fallback::nearest_scheme;
 use crate::machine::Machine;
+use crate::preprocess::MOST_CHANNELS;
 
 /// Relative L1 errors on N(0, 1) at 4096 keys, head_dim 128. The first three are a little above what was measured on an
 /// H100 (docs/performance/hopper.md#accuracy-on-the-gpu), the others a little above the oracle's
@@ -54,6 +55,12 @@ impl Preference {
     /// The scheme for a problem, or none where a GPU has no kernels for it.
     pub fn on(&self, machine: &Machine, problem: &Problem) -> Option<Scheme> {
         let scheme = self.scheme(machine.product_dtype(problem.dtype), problem.head_dim);
+        // Larger heads are multiplied as given, or with INT8 scores and values as given.
+        let as_given = matches!(self.own, Own::Full)
+            || matches!(self.own, Own::Int8) && problem.head_dim <= MOST_CHANNELS;
+        if problem.head_dim.max(problem.value_dim) > MOST_CHANNELS && !as_given {
+            return None;
+        }
         (nearest_scheme(scheme, problem.dtype, machine.target) == scheme).then_some(scheme)
     }
 }

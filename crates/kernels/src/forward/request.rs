@@ -2,7 +2,7 @@
 
 use sage_core::{Problem, Scheme};
 
-use super::tensors::{CHUNK, Tensors};
+use super::tensors::{Tensors, whole_chunks};
 use crate::attention::MaskForm;
 use crate::sequence::Lengths;
 use crate::sparse::MaskAccess;
@@ -31,6 +31,8 @@ pub struct Request {
     pub kv_rows: usize,
     /// Whether every row of Q, K, V and the output starts at a multiple of 16 bytes.
     pub aligned: bool,
+    /// Whether V is the first channels of K, in the same memory.
+    pub values_in_keys: bool,
     /// Whether tensor maps can describe K and V: rows are aligned, and strides positive multiples of 16 bytes.
     pub has_tensor_map: bool,
     /// Whether the log-sum-exp is wanted.
@@ -87,7 +89,7 @@ impl Request {
     /// The planner's choices for a problem whose tensors are dense, without gaps and without the log-sum-exp; its mask,
     /// if it has one, is boolean.
     pub fn new(problem: &Problem) -> Self {
-        let aligned = problem.head_dim.is_multiple_of(CHUNK);
+        let aligned = whole_chunks(problem);
         Request {
             scheme: None,
             accuracy: None,
@@ -99,6 +101,7 @@ impl Request {
             q_rows: problem.q_len,
             kv_rows: problem.kv_len,
             aligned,
+            values_in_keys: false,
             has_tensor_map: aligned,
             lse: false,
             tiling: None,

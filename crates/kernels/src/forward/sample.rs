@@ -8,17 +8,21 @@ use crate::tensor::TensorArg;
 
 /// Adds the launch that samples `rows` of K for their means.
 pub(super) fn means_of_keys(call: ForwardCall, rows: usize, pass: &mut ForwardPass) {
-    let mean = pass.slot(slot::K_MEAN, call.channel_bytes());
+    let source = call.source();
+    let mean = pass.slot(slot::K_MEAN, call.channel_bytes(&source));
     let outputs = Outputs { mean, scale: Slot::NONE, factor: Slot::NONE, v_max: 0.0 };
-    sample(call, rows, ColumnStatistics::Mean, |tensors| &tensors.k, outputs, pass);
+    let config = SampleConfig { source, rows, statistics: ColumnStatistics::Mean };
+    sample(call, config, |tensors| &tensors.k, outputs, pass);
 }
 
 /// Adds the launch that samples `rows` of V for the scales of its channels, whose largest magnitude becomes `v_max`.
 pub(super) fn scales_of_values(call: ForwardCall, rows: usize, v_max: f32, pass: &mut ForwardPass) {
-    let scale = pass.slot(slot::V_SCALE, call.channel_bytes());
-    let factor = pass.slot(slot::V_FACTOR, call.channel_bytes());
+    let source = call.value_source();
+    let [scale, factor] =
+        [slot::V_SCALE, slot::V_FACTOR].map(|name| pass.slot(name, call.channel_bytes(&source)));
     let outputs = Outputs { mean: Slot::NONE, scale, factor, v_max };
-    sample(call, rows, ColumnStatistics::Scale, |tensors| &tensors.v, outputs, pass);
+    let config = SampleConfig { source, rows, statistics: ColumnStatistics::Scale };
+    sample(call, config, |tensors| &tensors.v, outputs, pass);
 }
 
 /// Where statistics go.
@@ -32,13 +36,11 @@ struct Outputs {
 
 fn sample(
     call: ForwardCall,
-    rows: usize,
-    statistics: ColumnStatistics,
+    config: SampleConfig,
     tensor: fn(&Tensors) -> &TensorArg,
     outputs: Outputs,
     pass: &mut ForwardPass,
 ) {
-    let config = SampleConfig { source: call.source(), rows, statistics };
     let clears = pass.clears_counters();
     let keys = call.keys(pass);
     pass.launch(config, move |at, launch| {

@@ -4,12 +4,11 @@ use sage_core::{Error, Granularity, IntQuantizer, Qk, Result, Scheme, SmoothK, S
 
 use super::call::{ForwardCall, ForwardPass, slot};
 use super::sample;
-use crate::attention::padded_dim;
 use crate::operand::Operands;
 use crate::pass::Slot;
 use crate::preprocess::{
-    ColumnStatistics, DeltaSArgs, DeltaSConfig, InputArgs, KeyMean, QuantizeFp4KArgs, QuantizeFp4KConfig,
-    QuantizeKArgs, QuantizeKConfig, QueryMeansArgs, QueryMeansConfig, Source,
+    ColumnStatistics, DeltaSArgs, DeltaSConfig, InputArgs, KeyMean, MOST_CHANNELS, QuantizeFp4KArgs,
+    QuantizeFp4KConfig, QuantizeKArgs, QuantizeKConfig, QueryMeansArgs, QueryMeansConfig, Source,
 };
 use crate::sequence::{KEY_TILE, Lengths};
 
@@ -24,6 +23,17 @@ pub(super) fn form(call: &ForwardCall, scheme: &Scheme) -> Result<Qk> {
             format!("{} Q·Kᵀ on {}", format.name(), call.machine.target),
             "block-scaled FP4 needs sm_120a or sm_121a",
         )),
+        Qk::Int(_) | Qk::Fp4(_) if call.problem.head_dim > MOST_CHANNELS => {
+            let format = match scheme.qk {
+                Qk::Int(quantizer) => quantizer.bits.name(),
+                Qk::Fp4(format) => format.name(),
+                Qk::Full => "full",
+            };
+            Err(Error::unsupported(
+                format!("{format} Q·Kᵀ with head_dim {} on a GPU", call.problem.head_dim),
+                format!("heads of more than {MOST_CHANNELS} channels are multiplied in 16 bits: use `full`"),
+            ))
+        }
         qk @ (Qk::Int(_) | Qk::Fp4(_)) => Ok(qk),
         Qk::Full if scheme.smooth.k.is_on() || scheme.smooth.q != SmoothQ::Off => {
             Err(Error::unsupported("smoothing of full-precision scores", "it changes nothing there"))
@@ -33,7 +43,10 @@ pub(super) fn form(call: &ForwardCall, scheme: &Scheme) -> Result<Qk> {
         }
         Qk::Full if machine.product_dtype(dtype) != dtype => Err(Error::unsupported(
             format!("full-precision scores of {dtype} on {}", machine.target),
-            format!("products of {dtype} need sm_80 or later; use INT8 scores"),
+            match call.problem.head_dim > MOST_CHANNELS {
+                true => format!("products of {dtype} need sm_80 or later; give q, k and v in f16"),
+                false => format!("products of {dtype} need sm_80 or later; use INT8 scores"),
+            },
         )),
         Qk::Full => Ok(Qk::Full),
     }
@@ -94,7 +107,7 @@ fn query_means(call: ForwardCall, rows: usize, pass: &mut ForwardPass) {
     let problem = call.problem;
     let lengths = if call.request.lengths == Lengths::Packed { Lengths::Packed } else { Lengths::Dense };
     let source = Source { lengths, masked: false, ..call.source() };
-    let mean = pass.slot(slot::Q_MEAN, call.query_block_bytes(rows, padded_dim(problem.head_dim)));
+    let mean = pass.slot(slot::Q_MEAN, call.query_block_bytes(rows, source.padded_dim()));
     let config = QueryMeansConfig { source, block: rows };
     pass.launch(config, move |at, launch| {
         let heads = [problem.num_q_heads, problem.batch];
@@ -112,7 +125,7 @@ fn query_means(call: ForwardCall, rows: usize, pass: &mut ForwardPass) {
 }
 
 fn quantize_k(call: ForwardCall, config: QuantizeKConfig, pass: &mut ForwardPass) {
-    let (problem, tiles, lead) = (call.problem, call.key_tiles(), call.lead());
+    let (problem, tiles, lead) = (call.problem, call.key_tiles(), call.lead(&config.source));
     let keys = call.keys(pass);
     let all_tiles = problem.num_kv_heads * tiles;
     let out = pass.slot(slot::K, all_tiles * config.tile_bytes());
@@ -135,7 +148,7 @@ fn quantize_k(call: ForwardCall, config: QuantizeKConfig, pass: &mut ForwardPass
 }
 
 fn quantize_fp4_k(call: ForwardCall, config: QuantizeFp4KConfig, pass: &mut ForwardPass) {
-    let (problem, tiles, lead) = (call.problem, call.key_tiles(), call.lead());
+    let (problem, tiles, lead) = (call.problem, call.key_tiles(), call.lead(&config.source));
     let keys = call.keys(pass);
     let out = pass.slot(slot::K, problem.num_kv_heads * tiles * config.tile_bytes());
     let MeanSlots { mean, partials, arrivals } = MeanSlots::new(&call, config.mean, pass);
@@ -166,9 +179,10 @@ impl MeanSlots {
         if mean != KeyMean::Collected {
             return MeanSlots { mean: pass.find(slot::K_MEAN), partials: Slot::NONE, arrivals: Slot::NONE };
         }
+        let (source, singles) = (call.source(), ColumnStatistics::Mean.partials());
         MeanSlots {
-            mean: pass.slot(slot::K_MEAN, call.channel_bytes()),
-            partials: pass.slot("k_partials", call.tile_channel_bytes(ColumnStatistics::Mean.partials())),
+            mean: pass.slot(slot::K_MEAN, call.channel_bytes(&source)),
+            partials: pass.slot("k_partials", call.tile_channel_bytes(&source, singles)),
             arrivals: pass.counters("k_arrivals", call.all_kv_heads()),
         }
     }

@@ -4,6 +4,7 @@ use super::attention::lse_address;
 use super::call::{ForwardCall, ForwardPass, slot};
 use crate::pass::Slot;
 use crate::predict::{PoolBlocksArgs, PoolBlocksConfig, TokenBlocks, TokensArgs};
+use crate::preprocess::Source;
 use crate::tail::{PooledTailArgs, PooledTailConfig};
 
 /// Adds the launches that pool K and V, and that add what the means of the blocks are worth to the output of `blocks` of
@@ -17,13 +18,15 @@ pub(super) fn add(call: ForwardCall, [block_q, block_k]: [usize; 2], lse: bool, 
     let (block_q, block_k) = (block_q.min(problem.q_len.max(1)), block_k.min(problem.kv_len));
     let k_blocks = problem.kv_len.div_ceil(block_k);
     let (kv_heads, batch) = (problem.num_kv_heads, problem.batch);
-    let blocks = TokenBlocks { source: call.source(), tokens: block_k };
     let k_mean = pass.find(slot::K_MEAN);
     let smooth_k = k_mean != Slot::NONE;
-    let bytes = 2 * batch * kv_heads * k_blocks * call.source().padded_dim();
-    let means = [slot::K_BLOCK_MEANS, slot::V_BLOCK_MEANS].map(|name| pass.slot(name, bytes));
-    for (of_values, means) in means.into_iter().enumerate() {
+    let sources = [call.source(), call.value_source()];
+    let mut of_means =
+        |name, source: &Source| pass.slot(name, 2 * batch * kv_heads * k_blocks * source.padded_dim());
+    let means = [of_means(slot::K_BLOCK_MEANS, &sources[0]), of_means(slot::V_BLOCK_MEANS, &sources[1])];
+    for (of_values, (source, means)) in sources.into_iter().zip(means).enumerate() {
         let smooth = smooth_k && of_values == 0;
+        let blocks = TokenBlocks { source, tokens: block_k };
         let pool = PoolBlocksConfig { blocks, smooth, similarity: false, narrow: true };
         pass.launch(pool, move |at, launch| {
             let args = PoolBlocksArgs {
@@ -41,6 +44,7 @@ pub(super) fn add(call: ForwardCall, [block_q, block_k]: [usize; 2], lse: bool, 
     let config = PooledTailConfig {
         dtype: problem.dtype,
         head_dim: problem.head_dim,
+        value_dim: problem.value_dim,
         aligned: request.aligned,
         softcap: problem.logit_softcap.is_some(),
         smooth_k,

@@ -1,9 +1,16 @@
 //! What a forward pass reads and writes.
 
+use sage_core::Problem;
+
 use crate::tensor::TensorArg;
 
 /// Elements of the 16 bytes that aligned rows start at multiples of, and are whole chunks of.
-pub(super) const CHUNK: usize = 8;
+const CHUNK: usize = 8;
+
+/// Whether heads are whole chunks.
+pub(super) fn whole_chunks(problem: &Problem) -> bool {
+    [problem.head_dim, problem.value_dim].iter().all(|dim| dim.is_multiple_of(CHUNK))
+}
 
 /// What a forward pass reads and writes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -29,12 +36,18 @@ pub struct Tensors {
 }
 
 impl Tensors {
-    /// Whether every row of Q, K, V and the output starts at a multiple of 16 bytes and is whole such chunks.
-    pub fn aligned(&self, head_dim: usize) -> bool {
+    /// Whether V is the first channels of K, in the same memory.
+    pub fn values_in_keys(&self, problem: &Problem) -> bool {
+        self.k.address != 0 && self.k == self.v && problem.value_dim <= problem.head_dim
+    }
+
+    /// Whether every row of Q, K, V and the output starts at a multiple of 16 bytes and, for such a problem, is whole such
+    /// chunks.
+    pub fn aligned(&self, problem: &Problem) -> bool {
         let aligned = |tensor: &TensorArg| {
             let whole = |stride: &i64| stride % CHUNK as i64 == 0;
             tensor.address.is_multiple_of(16) && tensor.strides.iter().all(whole)
         };
-        head_dim.is_multiple_of(CHUNK) && [self.q, self.k, self.v, self.out].iter().all(aligned)
+        whole_chunks(problem) && [self.q, self.k, self.v, self.out].iter().all(aligned)
     }
 }

@@ -4,14 +4,12 @@ use sage_core::{Accumulator, DType, Error, Pv, Qk, Result, ScaleRows, Scheme};
 
 use super::call::{ForwardCall, ForwardPass, slot};
 use super::sample;
-use crate::attention::padded_dim;
 use crate::operand::{Element, Operand, OperandSource, ValueForm};
 use crate::pass::Slot;
 use crate::preprocess::{
-    ConvertVArgs, ConvertVConfig, QuantizeFp4VArgs, QuantizeFp4VConfig, QuantizeVArgs, QuantizeVConfig,
-    ValueScales,
+    ConvertVArgs, ConvertVConfig, MOST_CHANNELS, QuantizeFp4VArgs, QuantizeFp4VConfig, QuantizeVArgs,
+    QuantizeVConfig, ValueScales,
 };
-use crate::sequence::KEY_TILE;
 
 /// What P and V are multiplied as, where kernels do.
 pub(super) fn form(call: &ForwardCall, scheme: &Scheme) -> Result<ValueForm> {
@@ -63,7 +61,15 @@ pub(super) fn form(call: &ForwardCall, scheme: &Scheme) -> Result<ValueForm> {
             return Err(Error::unsupported(what, "no GPU kernel computes its P·V"));
         }
     };
+    let dim = call.problem.head_dim.max(call.problem.value_dim);
     match scheme.pv {
+        _ if dim > MOST_CHANNELS && element != Element::of(call.problem.dtype) => Err(Error::unsupported(
+            format!("P·V in {} with heads of {dim} channels on a GPU", element.name()),
+            format!(
+                "values beside more than {MOST_CHANNELS} channels are multiplied as given: use P·V in {}",
+                call.problem.dtype
+            ),
+        )),
         Pv::Fp8 { rows: ScaleRows::Sampled(_), .. } if scheme.smooth.v => Err(Error::unsupported(
             "smooth V with sampled scales",
             "V's mean is of all rows, and so are its scales then",
@@ -77,7 +83,7 @@ pub(super) fn form(call: &ForwardCall, scheme: &Scheme) -> Result<ValueForm> {
 
 /// Adds the launches that write V's tiles, where attention does not read V as given.
 pub(super) fn prepare(call: ForwardCall, scheme: &Scheme, v: Operand, pass: &mut ForwardPass) {
-    let source = call.source();
+    let source = call.value_source();
     let quantizer = |scales| QuantizeVConfig { source, smooth: scheme.smooth.v, scales };
     match scheme.pv {
         Pv::Fp8 { rows: ScaleRows::Sampled(rows), v_max, .. } => {
@@ -96,14 +102,16 @@ pub(super) fn prepare(call: ForwardCall, scheme: &Scheme, v: Operand, pass: &mut
 }
 
 fn quantize_v(call: ForwardCall, config: QuantizeVConfig, v_max: f32, pass: &mut ForwardPass) {
-    let (problem, tiles, lead) = (call.problem, call.key_tiles(), call.lead());
+    let (problem, tiles, source) = (call.problem, call.key_tiles(), config.source);
+    let lead = call.lead(&source);
     let keys = call.keys(pass);
     let out = pass.slot(slot::V, problem.num_kv_heads * tiles * config.tile_bytes());
-    let [scale, mean, factor] =
-        [slot::V_SCALE, slot::V_MEAN, slot::V_FACTOR].map(|name| pass.slot(name, call.channel_bytes()));
+    let [scale, mean, factor] = [slot::V_SCALE, slot::V_MEAN, slot::V_FACTOR]
+        .map(|name| pass.slot(name, call.channel_bytes(&source)));
     let (mut partials, mut arrivals) = (Slot::NONE, Slot::NONE);
     if config.scales != ValueScales::Given {
-        partials = pass.slot("v_partials", call.tile_channel_bytes(config.statistics().partials()));
+        let singles = config.statistics().partials();
+        partials = pass.slot("v_partials", call.tile_channel_bytes(&source, singles));
         arrivals = pass.counters("v_arrivals", call.all_kv_heads());
     }
     let marked = match config.scales {
@@ -143,8 +151,7 @@ fn quantize_fp4_v(call: ForwardCall, config: QuantizeFp4VConfig, pass: &mut Forw
 fn convert(call: ForwardCall, config: ConvertVConfig, pass: &mut ForwardPass) {
     let (problem, tiles) = (call.problem, call.key_tiles());
     let keys = call.keys(pass);
-    let bytes = 2 * problem.num_kv_heads * tiles * KEY_TILE * padded_dim(problem.head_dim);
-    let out = pass.slot(slot::V, bytes);
+    let out = pass.slot(slot::V, problem.num_kv_heads * tiles * config.tile_bytes());
     pass.launch(config, move |at, launch| {
         let args =
             ConvertVArgs { input: keys.of(&at.tensors.v, at), out: at.of(out), key_tiles: tiles as i32 };

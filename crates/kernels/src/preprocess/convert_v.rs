@@ -6,6 +6,7 @@ use sage_ptx::{Code, Half, Program, Scalar, Val, kernel};
 
 use super::tile_load::{Head, ROWS, RowOrder, Source, tile_grid};
 use crate::kernel::Kernel;
+use crate::operand::tile_columns;
 use crate::params::kernel_params;
 use crate::sequence::KEY_TILE;
 
@@ -32,6 +33,16 @@ kernel_params! {
 }
 
 impl ConvertVConfig {
+    /// Bytes of a tile.
+    pub const fn tile_bytes(&self) -> usize {
+        2 * KEY_TILE * self.columns()
+    }
+
+    /// Channels of a row of tiles.
+    const fn columns(&self) -> usize {
+        tile_columns(self.source.head_dim)
+    }
+
     /// Threads of a block.
     pub const fn threads(&self) -> u32 {
         self.source.threads()
@@ -50,14 +61,21 @@ impl ConvertVConfig {
         code.exit_when((tile * KEY_TILE as i32).ge(head.len()));
 
         let rows = head.load(tile, RowOrder::Modulo8);
-        let width = self.source.padded_dim() as i32;
+        let width = self.columns() as i32;
         let workspace_tile = head.head * p.key_tiles + head.sequence.first_tile + tile;
         let start = workspace_tile.widen() * i64::from(KEY_TILE as i32 * width);
-        let out = p.out.at(start).at(head.thread << 3).cast::<u32>();
-        for i in 0..ROWS {
-            let words = rows.words(i).map(|word| self.convert(word));
-            out.plus(i as i32 * ROWS as i32 * width / 2).store_vector(words);
-        }
+        let out = p.out.at(start);
+        let out = match self.columns() == self.source.padded_dim() {
+            true => out.at(head.thread << 3),
+            false => out.at(head.part * width + (head.chunk << 3)),
+        };
+        let out = out.cast::<u32>();
+        head.when_in_tile(self.columns(), || {
+            for i in 0..ROWS {
+                let words = rows.words(i).map(|word| self.convert(word));
+                out.plus(i as i32 * ROWS as i32 * width / 2).store_vector(words);
+            }
+        });
     }
 
     /// Two neighbouring elements in the tiles' type.

@@ -1,17 +1,17 @@
 //! Kernels that prepare K and V for attention: means, scales, quantised tiles.
 //!
-//! Tiles are of 64 rows ([`crate::KEY_TILE`]). With `T` = [`crate::total_key_tiles`] and `P` = [`Source::padded_dim`],
-//! the workspace holds
+//! Tiles are of 64 rows ([`crate::KEY_TILE`]). With `T` = [`crate::total_key_tiles`], `P` = [`Source::padded_dim`], and
+//! `C` = P or, of more than 128 channels, the next multiple of 64, the workspace holds
 //!
 //! | what | layout |
 //! | --- | --- |
-//! | INT8 K | `[kv_heads][T][64][P]` |
-//! | INT4 K | `[kv_heads][T][64][P/2]`, even channels in the low nibbles |
+//! | INT8 K | `[kv_heads][T][64][C]` |
+//! | INT4 K | `[kv_heads][T][64][C/2]`, even channels in the low nibbles |
 //! | FP4 K | `[kv_heads][T][64][P/2]`, even channels in the low nibbles, keys in their [`KeyOrder`](crate::KeyOrder); behind a tile its scales, 4P bytes |
 //! | scales of K | f32 `[kv_heads][T][groups]`, [`QuantizeKConfig::groups`] |
-//! | E4M3 V | `[kv_heads][T][P][64]`, tokens in the order of `sage_core::oracle::v_token_slot` |
+//! | E4M3 V | `[kv_heads][T][C][64]`, tokens in the order of `sage_core::oracle::v_token_slot` |
 //! | FP4 V | `[kv_heads][T][P][32]`, even tokens in the low nibbles; behind a tile its scales, 4P bytes |
-//! | 16-bit V | `[kv_heads][T][64][P]` |
+//! | 16-bit V | `[kv_heads][T][64][C]` |
 //! | means, scales and factors of channels | f32 `[sequences][heads][P]` |
 //! | keys that count and keys that are visible | u32 `[sequences][kv_heads][tiles + 1][4]`, [`SeenKeysConfig`] |
 //! | how many keys before a tile count | i32 `[sequences][kv_heads][tiles + 1]`, [`RankKeysConfig`] |
@@ -55,4 +55,4 @@ pub use seen::{RankKeysArgs, RankKeysConfig, SEEN_WORDS, SeenKeysArgs, SeenKeysC
 pub use smoothed_keys::KeyMean;
 pub use statistics::ColumnStatistics;
 pub use tile_load::Source;
-pub(crate) use tile_load::{CHUNK, Head, ROWS, Rows};
+pub(crate) use tile_load::{CHUNK, Head, MOST_CHANNELS, ROWS, Rows};

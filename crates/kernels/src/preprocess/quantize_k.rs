@@ -8,8 +8,9 @@ use super::smoothed_keys::{KeyMean, KeyPass, SmoothedKeys, subtract};
 use super::tile_load::{CHUNK, ROWS, Source};
 use crate::integer::{Step, magnitude_bits};
 use crate::kernel::Kernel;
-use crate::operand::Element;
+use crate::operand::{Element, tile_columns};
 use crate::params::kernel_params;
+use crate::rotation::rotated_dim;
 use crate::sequence::KEY_TILE;
 
 /// Quantises K into the workspace: a block for each tile, and where smoothing another that collects its columns.
@@ -77,7 +78,13 @@ impl QuantizeKConfig {
     }
 
     const fn row_bytes(&self) -> usize {
-        self.source.padded_dim() * Element::of_bits(self.bits).bits() / 8
+        self.columns() * Element::of_bits(self.bits).bits() / 8
+    }
+
+    /// Channels of a row of tiles.
+    const fn columns(&self) -> usize {
+        let head_dim = self.source.head_dim;
+        tile_columns(if self.rotate { rotated_dim(head_dim) } else { head_dim })
     }
 
     /// Threads of a block.
@@ -148,8 +155,7 @@ impl QuantizeKConfig {
         let ordinary = ordinary.unwrap_or(code.constant(true)) & rows.all_count();
         let row_bytes = self.row_bytes() as i32;
         let tile_start = workspace_tile.widen() * i64::from(self.tile_bytes() as i32);
-        let thread_start =
-            head.part * row_bytes + head.chunk * (row_bytes / (self.source.padded_dim() / CHUNK) as i32);
+        let thread_start = head.part * row_bytes + head.chunk * (row_bytes / (self.columns() / CHUNK) as i32);
         let out = p.out.at(tile_start).at(thread_start).cast::<u32>();
         let store = |i: usize, words: &[Val<'_, u32>]| {
             let to = out.plus(i as i32 * ROWS as i32 * row_bytes / 4);
@@ -158,19 +164,17 @@ impl QuantizeKConfig {
                 _ => to.store(words[0]),
             }
         };
-        code.if_else(
-            ordinary,
-            || (0..ROWS).for_each(|i| store(i, &self.words(&step(i), keys.row(i)))),
-            || {
-                let careful = shared.careful();
-                for i in 0..ROWS {
-                    let careful = if of_tile == 1 { careful } else { step(i).careful() };
-                    let words = self.words(&careful, keys.row(i));
-                    let words: Vec<_> = words.iter().map(|&word| rows.valid(i).select(word, 0u32)).collect();
-                    store(i, &words);
-                }
-            },
-        );
+        let ordinarily = || (0..ROWS).for_each(|i| store(i, &self.words(&step(i), keys.row(i))));
+        let carefully = || {
+            let careful = shared.careful();
+            for i in 0..ROWS {
+                let careful = if of_tile == 1 { careful } else { step(i).careful() };
+                let words = self.words(&careful, keys.row(i));
+                let words: Vec<_> = words.iter().map(|&word| rows.valid(i).select(word, 0u32)).collect();
+                store(i, &words);
+            }
+        };
+        head.when_in_tile(self.columns(), || code.if_else(ordinary, ordinarily, carefully));
     }
 
     /// The group of each of the thread's rows: the same for all, but per token.

@@ -8,6 +8,7 @@ use super::statistics::{ColumnStatistics, LastBlock, Outputs, Part};
 use super::tile_load::{CHUNK, Head, ROWS, RowOrder, Rows, Source, tile_grid};
 use crate::grid::grid;
 use crate::kernel::Kernel;
+use crate::operand::tile_columns;
 use crate::params::kernel_params;
 use crate::sequence::KEY_TILE;
 
@@ -78,7 +79,12 @@ impl QuantizeVConfig {
 
     /// Bytes of a tile.
     pub const fn tile_bytes(&self) -> usize {
-        KEY_TILE * self.source.padded_dim()
+        KEY_TILE * self.columns()
+    }
+
+    /// Channels of a tile.
+    const fn columns(&self) -> usize {
+        tile_columns(self.source.head_dim)
     }
 
     /// Threads of a block.
@@ -184,7 +190,7 @@ impl QuantizeVConfig {
         let start = (first_tile + tile).widen() * i64::from(self.tile_bytes() as i32);
         let out = p.out.at(start).at(head.thread << 4).cast::<u32>();
         let width = self.source.padded_dim();
-        for i in 0..KEY_TILE / 16 {
+        for i in (0..KEY_TILE / 16).filter(|i| i * width / 4 < self.columns()) {
             let chunks_further = i * width / 4 / CHUNK;
             let words = from.plus((chunks_further * CHANNEL_WORDS) as i32).load_vector::<4>();
             out.plus((i * width * 4) as i32).store_vector(words);

@@ -15,13 +15,16 @@ pub(crate) const CHUNK: usize = 8;
 /// Rows that a thread holds of each tile. Eight threads share a chunk of channels.
 pub(crate) const ROWS: usize = 8;
 
+/// Most channels of a head of a [`Source`]: a block has a thread for each column of a tile.
+pub(crate) const MOST_CHANNELS: usize = 256;
+
 /// A tensor of 16-bit elements that a kernel reads, `[batch, heads, rows, head_dim]` with the last dimension
 /// contiguous.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Source {
     /// Element type: f16 or bf16.
     pub dtype: DType,
-    /// Channels of a head, 1 to 256.
+    /// Channels of a head, 1 to [`MOST_CHANNELS`].
     pub head_dim: usize,
     /// Whether all rows start at multiples of 16 bytes and are whole such chunks.
     pub aligned: bool,
@@ -32,7 +35,7 @@ pub struct Source {
 }
 
 impl Source {
-    /// Smallest head dimension that tiles are laid out for and that holds this one.
+    /// Smallest of 64, 128 and 256 that holds the head's channels: columns of the block of threads, and of statistics.
     pub const fn padded_dim(&self) -> usize {
         match self.head_dim {
             0..=64 => 64,
@@ -208,6 +211,15 @@ impl<'k> Head<'k> {
     #[track_caller]
     pub fn counted_len(&self) -> Val<'k, i32> {
         self.ranked.map_or(self.len(), |ranked| ranked.rank(self.tiles()))
+    }
+
+    /// Writes what the thread has of a tile of so many columns, where it has some: fewer than threads hold.
+    pub fn when_in_tile(&self, columns: usize, write: impl FnOnce()) {
+        if columns == self.source.padded_dim() {
+            write();
+        } else {
+            self.code.when(self.chunk.lt((columns / CHUNK) as i32), write);
+        }
     }
 
     /// What an array `[sequences][heads][padded_dim]` holds for the thread's channels.

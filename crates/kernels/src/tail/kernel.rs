@@ -11,7 +11,7 @@ use sage_ptx::{
 
 use super::rows::TailRows;
 use super::tiles::{TILE, Tiles};
-use crate::attention::{capped, padded_dim};
+use crate::attention::{capped, dims_description, dims_suffix, padded_dim};
 use crate::grid::grid;
 use crate::kernel::Kernel;
 use crate::params::kernel_params;
@@ -28,8 +28,10 @@ const WARPS: usize = 4;
 pub struct PooledTailConfig {
     /// Element type of all tensors: f16 or bf16.
     pub dtype: DType,
-    /// Channels of a head.
+    /// Channels of a head of Q and K.
     pub head_dim: usize,
+    /// Channels of a head of V and of the output.
+    pub value_dim: usize,
     /// Whether all rows start at multiples of 16 bytes and are whole such chunks.
     pub aligned: bool,
     /// Whether scores are capped.
@@ -61,7 +63,7 @@ kernel_params! {
         k_means: [u16],
         /// What smoothing subtracted from K, `[sequences][heads / group][padded_dim]`.
         k_mean: [f32],
-        /// Means of the blocks of V, likewise.
+        /// Means of the blocks of V, likewise, with V's own padded_dim.
         v_means: [u16],
         /// Bytes of the block mask, `[batch, heads, blocks of queries, blocks of keys]`.
         blocks: (tensor 4),
@@ -139,6 +141,10 @@ impl PooledTailConfig {
         padded_dim(self.head_dim)
     }
 
+    pub(super) fn padded_value_dim(&self) -> usize {
+        padded_dim(self.value_dim)
+    }
+
     /// Steps of 16 channels, in which operands are read.
     pub(super) fn steps(&self) -> usize {
         self.head_dim.div_ceil(16)
@@ -156,7 +162,7 @@ impl PooledTailConfig {
             words.map(|_| code.constant(0.0))
         };
         let tiles = Tiles::new(self, code);
-        let state = State::new(code, 16 * self.steps());
+        let state = State::new(code, self.value_dim.next_multiple_of(16));
 
         let means = tiles.means(&p, &rows);
         let number = p.k_blocks.div_ceil(TILE);
@@ -222,7 +228,8 @@ impl Kernel for PooledTailConfig {
             (!self.aligned, "_unaligned"),
         ];
         let parts: String = parts.iter().filter(|(there, _)| *there).map(|(_, name)| *name).collect();
-        format!("pooled_tail_{}_d{}{parts}{}", self.dtype, self.head_dim, self.lengths.suffix())
+        let dims = dims_suffix(self.head_dim, self.value_dim);
+        format!("pooled_tail_{}_{dims}{parts}{}", self.dtype, self.lengths.suffix())
     }
 
     fn description(&self) -> String {
@@ -235,9 +242,9 @@ impl Kernel for PooledTailConfig {
         ];
         let parts: String = parts.iter().filter(|(there, _)| *there).map(|(_, name)| *name).collect();
         format!(
-            "adds the means of the blocks left out; {}, head_dim {}{parts}{}",
+            "adds the means of the blocks left out; {}, {}{parts}{}",
             self.dtype,
-            self.head_dim,
+            dims_description(self.head_dim, self.value_dim),
             self.lengths.description()
         )
     }
@@ -247,7 +254,7 @@ impl Kernel for PooledTailConfig {
     }
 
     fn head_dim(&self) -> Option<usize> {
-        Some(self.head_dim)
+        Some(self.head_dim.max(self.value_dim))
     }
 
     fn program(&self) -> Program {

@@ -44,7 +44,7 @@ impl PooledTailConfig {
                 let (of_kept, of_pooled) = (of_kept * inverse, of_pooled * inverse);
                 let line = (rows.sequence.q_start + row).widen() * p.out.row_stride();
                 let line = p.out.start.cast::<H>().at(start + line);
-                for column in (0..self.head_dim).step_by(8) {
+                for column in (0..self.value_dim).step_by(8) {
                     let channel = lane_column(rows.lane) + column as i32;
                     let pooled = [0, 1].map(|i| state.output.element(slot, column + i) * of_pooled);
                     let merged =
@@ -57,7 +57,7 @@ impl PooledTailConfig {
                         pair.store(low.pack::<H>(merged(high, pooled[1])).reinterpret::<u32>());
                     } else {
                         for (i, pooled) in pooled.into_iter().enumerate() {
-                            code.when((channel + i as i32).lt(self.head_dim as i32), || {
+                            code.when((channel + i as i32).lt(self.value_dim as i32), || {
                                 let at = at.plus(i as i32);
                                 at.store(merged(at.load(), pooled).narrow::<H>());
                             });

@@ -24,17 +24,17 @@ const EIGHT_WARPS: WarpTiling = WarpTiling { warps: 8, min_blocks: 1, ..THREE_BL
 /// The table; see [`Row`].
 pub(super) const ROWS: &[Row<WarpTiling>] = &[
     Row {
-        fits: |key| key.fp4_values && key.padded_dim == 64 && !key.plain && !key.unaligned,
+        fits: |key| key.fp4_values && key.is_narrow() && !key.plain && !key.unaligned,
         tiling: WarpTiling { min_blocks: 4, ..THREE_BLOCKS },
         reason: "sixteen warps: sums of 64 channels and scores of 64 keys fit 128 registers",
     },
     Row {
-        fits: |key| key.fp4_values && key.padded_dim == 64,
+        fits: |key| key.fp4_values && key.is_narrow(),
         tiling: THREE_BLOCKS,
         reason: "twelve warps hide the latency of products, and leave registers for masks and addresses",
     },
     Row {
-        fits: |key| key.fp4_values && key.padded_dim == 128,
+        fits: |key| key.fp4_values && key.is_medium(),
         tiling: THREE_BLOCKS,
         reason: "twelve warps: sums of 128 channels, scores of 64 keys and queries fit 168 registers",
     },
@@ -44,12 +44,12 @@ pub(super) const ROWS: &[Row<WarpTiling>] = &[
         reason: "the sums of 16 rows fill half the registers",
     },
     Row {
-        fits: |key| key.fp8 && key.padded_dim == 64,
+        fits: |key| key.fp8 && key.is_narrow(),
         tiling: WarpTiling { step_keys: 32, ..THREE_BLOCKS },
         reason: "twelve warps hide the latency of products",
     },
     Row {
-        fits: |key| key.fp8 && key.padded_dim == 128,
+        fits: |key| key.fp8 && key.is_medium(),
         tiling: WarpTiling { step_keys: 32, min_blocks: 2, ..THREE_BLOCKS },
         reason: "two blocks leave registers for a tile's own sums",
     },
@@ -59,12 +59,12 @@ pub(super) const ROWS: &[Row<WarpTiling>] = &[
         reason: "the sums of 16 rows fill half the registers",
     },
     Row {
-        fits: |key| key.padded_dim == 64,
+        fits: |key| key.is_narrow(),
         tiling: WarpTiling { step_keys: 32, lazy_rescale: 8, ..THREE_BLOCKS },
         reason: "twelve warps hide the latency of products",
     },
     Row {
-        fits: |key| key.padded_dim == 128,
+        fits: |key| key.is_medium(),
         tiling: WarpTiling { step_keys: 32, stages: 2, min_blocks: 2, lazy_rescale: 8, ..THREE_BLOCKS },
         reason: "two blocks of two stages: tiles of 16-bit values fill shared memory",
     },

@@ -49,7 +49,7 @@ fn of_warpgroups(machine: &Machine, key: &Key, tiling: WarpgroupTiling) -> Vec<T
                 let stages = hopper::most_stages(machine, &tiling, key).min(tiling.stages);
                 let fits = stages >= least_stages && warpgroup_registers(&tiling, key) <= registers(groups);
                 // Half of the registers, which two blocks have each, do not hold the sums of wider heads.
-                let fits = fits && !(groups == 1 && key.padded_dim > 128);
+                let fits = fits && !(groups == 1 && key.is_wide());
                 if fits && !(key.per_block && groups != 2) {
                     all.push(Tiling::Warpgroups(WarpgroupTiling { stages, ..tiling }));
                 }

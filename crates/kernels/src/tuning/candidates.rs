@@ -54,7 +54,7 @@ fn of_warpgroups(machine: &Machine, key: &Key, own: WarpgroupTiling) -> Vec<Tili
                 let tiling = WarpgroupTiling { groups, tile_keys, queries_in_registers, sums_by_mma, ..own };
                 let most = hopper::most_stages(machine, &tiling, key);
                 // Products and tiles of more have no room for the ones.
-                let ones = !sums_by_mma || key.padded_dim <= 128 && tile_keys == 64;
+                let ones = !sums_by_mma || key.padded_value_dim <= 128 && tile_keys == 64;
                 let blocks = !(key.per_block && groups == 3);
                 if most >= 2 && ones && blocks && warpgroup_registers(&tiling, key) <= registers(groups) {
                     let numbers = [most.min(MAX_STAGES), own.stages, 4].map(|stages| stages.min(most));
@@ -74,7 +74,7 @@ pub(super) const fn registers(groups: usize) -> usize {
 
 /// Registers of a thread of a warpgroup, about.
 pub(super) fn warpgroup_registers(tiling: &WarpgroupTiling, key: &Key) -> usize {
-    let sums = key.padded_dim / 2 * if key.two_level { 2 } else { 1 };
+    let sums = key.padded_value_dim / 2 * if key.two_level { 2 } else { 1 };
     let probabilities = tiling.tile_keys / if key.fp8 { 8 } else { 4 };
     let queries = key.padded_dim / if key.integer { 8 } else { 4 };
     let queries = if tiling.queries_in_registers { queries } else { 0 };

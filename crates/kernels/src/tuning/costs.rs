@@ -23,7 +23,8 @@ pub(crate) struct Cost {
 
 /// The cost in a tile shape; none where it was not measured.
 pub(crate) fn cost(machine: &Machine, key: &Key, tiling: &Tiling) -> Option<Cost> {
-    if !machine.has_wgmma() || key.bias_bytes > 0 {
+    // Of heads whose values have other channels than their keys nothing was measured.
+    if !machine.has_wgmma() || key.bias_bytes > 0 || dims(key).is_none() {
         return None;
     }
     let ((piece, tile), alone) = match *tiling {
@@ -36,7 +37,7 @@ pub(crate) fn cost(machine: &Machine, key: &Key, tiling: &Tiling) -> Option<Cost
         Tiling::Warps(WarpTiling { warps: 4, rows_per_warp: 16, .. }) => (of_warps(key)?, 0.61),
         _ => return None,
     };
-    let channels = match key.padded_dim {
+    let channels = match dims(key)? {
         64 => 0.52,
         128 => 0.46,
         _ => 0.35,
@@ -44,9 +45,15 @@ pub(crate) fn cost(machine: &Machine, key: &Key, tiling: &Tiling) -> Option<Cost
     Some(Cost { piece, tile, channels, alone })
 }
 
+/// What heads were padded to that were measured, where both kinds have as many channels.
+fn dims(key: &Key) -> Option<usize> {
+    let [dim, value_dim] = [key.padded_dim, key.padded_value_dim].map(usize::next_power_of_two);
+    (dim == value_dim && !key.is_large()).then_some(dim)
+}
+
 /// Pieces of so many times 64 queries. Those of one group are two at once.
 fn of_warpgroups(key: &Key, groups: usize) -> Option<(f64, f64)> {
-    Some(match (key.integer, key.fp8, key.padded_dim, groups) {
+    Some(match (key.integer, key.fp8, dims(key)?, groups) {
         (false, false, 64, 1) => (2.3, 0.54),
         (false, false, 64, 2) => (2.4, 0.55),
         (false, false, 64, 3) => (2.5, 0.80),
@@ -74,7 +81,7 @@ fn of_warpgroups(key: &Key, groups: usize) -> Option<(f64, f64)> {
 
 /// Pieces of 64 queries by `mma.sync`, two or three at once.
 fn of_warps(key: &Key) -> Option<(f64, f64)> {
-    match (key.integer, key.fp8, key.padded_dim) {
+    match (key.integer, key.fp8, dims(key)?) {
         (false, false, 64) => Some((2.3, 1.26)),
         (false, false, 128) => Some((2.6, 1.77)),
         _ => None,

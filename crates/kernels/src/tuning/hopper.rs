@@ -34,22 +34,22 @@ const fn two_groups(key: &Key) -> bool {
 /// The table; see [`Row`].
 pub(super) const ROWS: &[Row<WarpgroupTiling>] = &[
     Row {
-        fits: |key| key.fp8 && key.padded_dim == 256 && key.bias_bytes > 0,
+        fits: |key| key.fp8 && key.is_wide() && key.bias_bytes > 0,
         tiling: WarpgroupTiling { queries_in_registers: false, ..TWO_FP8 },
         reason: "the sums fill half the registers of two groups, and biases need those of queries",
     },
     Row {
-        fits: |key| key.integer && key.padded_dim == 256 && key.bias_bytes > 0,
+        fits: |key| key.integer && key.is_wide() && key.bias_bytes > 0,
         tiling: WarpgroupTiling { queries_in_registers: false, ..TWO },
         reason: "the sums fill half the registers of two groups, and biases need those of queries",
     },
     Row {
-        fits: |key| key.fp8 && key.padded_dim == 256,
+        fits: |key| key.fp8 && key.is_wide(),
         tiling: WarpgroupTiling { stages: 5, ..TWO_FP8 },
         reason: "1199; the sums fill half the registers of two groups",
     },
     Row {
-        fits: |key| key.fp8 && key.padded_dim == 128 && key.two_level && !key.plain,
+        fits: |key| key.fp8 && key.is_medium() && key.two_level && !key.plain,
         tiling: WarpgroupTiling { stages: 6, sums_by_mma: true, ..TWO_FP8 },
         reason: "805 on an H200; 775 with tiles of 128 keys, which have no room for ones",
     },
@@ -59,7 +59,7 @@ pub(super) const ROWS: &[Row<WarpgroupTiling>] = &[
         reason: "two groups leave registers for masks and tiles' own sums",
     },
     Row {
-        fits: |key| key.fp8 && key.padded_dim == 128,
+        fits: |key| key.fp8 && key.is_medium(),
         tiling: WarpgroupTiling { stages: 6, ..THREE_FP8 },
         reason: "900; 849 by two groups with tiles of 128 keys",
     },
@@ -69,18 +69,23 @@ pub(super) const ROWS: &[Row<WarpgroupTiling>] = &[
         reason: "546; 455 by two groups with tiles of 128 keys",
     },
     Row {
-        fits: |key| key.integer && key.padded_dim == 256,
+        fits: |key| key.integer && key.is_wide(),
         tiling: TWO,
         reason: "998; 981 with queries in shared memory",
     },
     Row {
-        fits: |key| !key.integer && key.padded_dim == 256,
-        tiling: WarpgroupTiling { queries_in_registers: false, stages: 2, ..TWO },
+        fits: |key| !key.integer && key.is_wide(),
+        tiling: WarpgroupTiling { queries_in_registers: false, ..TWO },
         reason: "566; queries would fill the registers",
     },
     Row { fits: two_groups, tiling: TWO, reason: "two groups leave registers for masks" },
     Row {
-        fits: |key| key.integer && key.padded_dim == 128,
+        fits: |key| key.padded_dim == 192,
+        tiling: WarpgroupTiling { queries_in_registers: false, stages: 6, ..THREE },
+        reason: "queries of 192 channels, even integers, are more than the registers that three groups leave",
+    },
+    Row {
+        fits: |key| key.integer && key.is_medium(),
         tiling: WarpgroupTiling { stages: 6, ..THREE },
         reason: "820; 755 by two groups with tiles of 128 keys",
     },
@@ -90,7 +95,7 @@ pub(super) const ROWS: &[Row<WarpgroupTiling>] = &[
         reason: "532 on an H200, 487 of 2 x 16 heads; 532 and 468 with tiles of 128 keys",
     },
     Row {
-        fits: |key| key.padded_dim == 64,
+        fits: |key| key.is_narrow(),
         tiling: THREE,
         reason: "517; 469 by two groups with tiles of 128 keys",
     },
@@ -118,12 +123,12 @@ pub(super) fn tuned(machine: &Machine, key: &Key) -> Tuned {
 /// that of `mma.sync` for short calls.
 pub(super) fn other_groups(machine: &Machine, key: &Key, own: WarpgroupTiling) -> Vec<Tuned> {
     let of_groups = |groups: usize| {
-        let sums_by_mma = groups == 3 && key.padded_dim <= 128 && !key.plain;
+        let sums_by_mma = groups == 3 && key.padded_value_dim <= 128 && !key.plain;
         let tiling = WarpgroupTiling { groups, sums_by_mma, tile_keys: 64, ..own };
         let stages = most_stages(machine, &tiling, key).min(own.stages.max(4));
         let fits = stages >= 2
             && warpgroup_registers(&tiling, key) <= registers(groups)
-            && !(groups == 1 && key.padded_dim > 128)
+            && !(groups == 1 && key.is_wide())
             && !(key.per_block && groups != 2)
             && !(groups == 3 && two_groups(key));
         let tiling = Tiling::Warpgroups(WarpgroupTiling { stages, ..tiling });

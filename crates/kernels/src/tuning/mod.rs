@@ -35,8 +35,14 @@ pub struct Key {
     pub fp4_values: bool,
     /// Whether P·V of a tile is summed by itself first.
     pub two_level: bool,
-    /// 64, 128 or 256.
+    /// Channels of queries and keys in tiles: [`AttentionConfig::key_columns`](crate::attention::AttentionConfig).
     pub padded_dim: usize,
+    /// Channels of V and of the output in tiles of a block: `AttentionConfig::value_columns`.
+    #[serde(default)]
+    pub padded_value_dim: usize,
+    /// Whether values lie in the tiles of keys.
+    #[serde(default)]
+    pub values_in_keys: bool,
     /// Whether scores are plain floats before the softmax: masks, caps, scales of keys.
     pub plain: bool,
     /// Whether rows are copied element by element.
@@ -78,6 +84,26 @@ impl Key {
         found.unwrap_or(&table[table.len() - 1])
     }
 
+    /// Whether Q and K have more channels than registers hold of queries, or than products of integers may sum.
+    const fn is_large(&self) -> bool {
+        self.padded_dim > 256
+    }
+
+    /// Whether the sums of 16 rows, or their queries, fill half the registers.
+    const fn is_wide(&self) -> bool {
+        self.padded_value_dim > 128 || self.padded_dim > 192
+    }
+
+    /// Whether both kinds of heads have few channels.
+    const fn is_narrow(&self) -> bool {
+        self.padded_dim <= 64 && self.padded_value_dim <= 64
+    }
+
+    /// Whether heads are neither.
+    const fn is_medium(&self) -> bool {
+        !self.is_wide() && !self.is_narrow()
+    }
+
     /// Sixteenths of a byte of an element of Q and K as they are multiplied, with its part of a scale where groups have
     /// one.
     const fn key_sixteenths(&self) -> usize {
@@ -99,7 +125,8 @@ impl Key {
 
     /// Bytes of a tile of K and one of V.
     const fn tile_bytes(&self, tile_keys: usize) -> usize {
-        tile_keys * (self.key_sixteenths() + self.value_sixteenths()) * self.padded_dim / 16
+        let of_value = if self.values_in_keys { 0 } else { self.value_sixteenths() * self.padded_value_dim };
+        tile_keys * (self.key_sixteenths() * self.padded_dim + of_value) / 16
     }
 
     /// Bytes of the biases of so many query rows and a tile of keys.
@@ -146,16 +173,21 @@ mod tests {
 
     /// Every key that differs in something.
     fn keys() -> impl Iterator<Item = Key> {
-        let others = [64, 128, 256].into_iter().flat_map(|padded_dim| {
+        let dims = [64, 128, 192, 256, 320, 512, 576]
+            .into_iter()
+            .flat_map(|dim| [dim.min(256), 64, 128, 192, 256].map(|value_dim| [dim, value_dim]));
+        let others = dims.flat_map(|dims| {
             let rows = [16, 32].into_iter();
-            rows.flat_map(move |rows| [0, 2, 4].map(|bias_bytes| (padded_dim, rows, bias_bytes)))
+            rows.flat_map(move |rows| [0, 2, 4].map(|bias_bytes| (dims, rows, bias_bytes)))
         });
-        (0..1 << 10).flat_map(move |bits| {
-            others.clone().map(move |(padded_dim, max_rows_per_warp, bias_bytes)| Key {
+        (0..1 << 11).flat_map(move |bits| {
+            others.clone().map(move |([padded_dim, padded_value_dim], max_rows_per_warp, bias_bytes)| Key {
                 integer: bits & 1 != 0,
                 fp8: bits & 2 != 0,
                 two_level: bits & 4 != 0,
                 padded_dim,
+                padded_value_dim,
+                values_in_keys: bits & 1024 != 0,
                 plain: bits & 8 != 0,
                 unaligned: bits & 16 != 0,
                 max_rows_per_warp,
@@ -169,9 +201,12 @@ mod tests {
         })
     }
 
-    /// Whether some operands have the key: FP4 is not of integers, and values in it go with scores in it.
+    /// Whether some operands have the key: FP4 is not of integers, and values in it go with scores in it; products of more
+    /// than 256 channels are of 16 bits.
     fn possible(key: &Key) -> bool {
-        let scores = !(key.fp4_scores && (key.integer || key.warpgroups));
+        let sixteen = !(key.integer || key.fp4_scores || key.fp8 || key.warpgroups);
+        let scores = !(key.fp4_scores && (key.integer || key.warpgroups)) && (sixteen || !key.is_large());
+        let scores = scores && (key.is_large() || !key.values_in_keys);
         scores && !(key.fp4_values && (key.fp8 || key.two_level || !key.fp4_scores))
     }
 

@@ -25,7 +25,19 @@ const THIRTY_TWO: WarpTiling = WarpTiling { rows_per_warp: 32, warps: 4, min_blo
 /// The table; see [`Row`].
 pub(super) const ROWS: &[Row<WarpTiling>] = &[
     Row {
-        fits: |key| key.integer && key.padded_dim == 256,
+        fits: |key| key.is_large(),
+        tiling: WarpTiling {
+            warps: 2,
+            tile_keys: 16,
+            step_keys: 16,
+            queries_in_registers: false,
+            stages: 1,
+            ..SIXTEEN
+        },
+        reason: "queries of 2 warps and a tile of 16 long keys fill 64 KiB of shared memory",
+    },
+    Row {
+        fits: |key| key.integer && key.is_wide(),
         tiling: WarpTiling { stages: 1, ..SIXTEEN },
         reason: "one tile fills 48 of 64 KiB of shared memory, and sums half the registers",
     },
@@ -35,12 +47,12 @@ pub(super) const ROWS: &[Row<WarpTiling>] = &[
         reason: "16 rows a warp, as the scheme groups them",
     },
     Row {
-        fits: |key| key.integer && key.padded_dim == 64 && !key.two_level,
+        fits: |key| key.integer && key.is_narrow() && !key.two_level,
         tiling: THIRTY_TWO,
         reason: "32 rows a warp halve the reads of K and V",
     },
     Row {
-        fits: |key| key.integer && key.padded_dim == 128 && key.two_level && key.plain,
+        fits: |key| key.integer && key.is_medium() && key.two_level && key.plain,
         tiling: WarpTiling { step_keys: 16, ..SIXTEEN },
         reason: "short steps leave registers for scales of keys and a tile's own sums",
     },
@@ -50,17 +62,17 @@ pub(super) const ROWS: &[Row<WarpTiling>] = &[
         reason: "16 rows a warp leave registers for a tile on its way",
     },
     Row {
-        fits: |key| key.padded_dim == 64,
+        fits: |key| key.is_narrow(),
         tiling: SIXTEEN,
         reason: "16 rows a warp leave registers for a tile on its way",
     },
     Row {
-        fits: |key| key.padded_dim == 128 && key.unaligned,
+        fits: |key| key.is_medium() && key.unaligned,
         tiling: WarpTiling { tile_keys: 32, step_keys: 16, ..SIXTEEN },
         reason: "two tiles of 32 keys fit 64 KiB of shared memory, and short steps leave registers for addresses",
     },
     Row {
-        fits: |key| key.padded_dim == 128,
+        fits: |key| key.is_medium(),
         tiling: WarpTiling { tile_keys: 32, ..SIXTEEN },
         reason: "two tiles of 32 keys fit 64 KiB of shared memory",
     },

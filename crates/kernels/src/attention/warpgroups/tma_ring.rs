@@ -5,7 +5,7 @@ use sage_ptx::{BoxedTensor, Code, PanelMatrix, Shared, Val};
 
 use super::bias_ring;
 use super::pipeline::{Cursor, Pipeline};
-use crate::attention::config::AttentionConfig;
+use crate::attention::config::{AttentionConfig, panel_row_bytes};
 use crate::attention::place::Place;
 use crate::operand::{Element, OperandSource};
 use crate::sequence::KEY_TILE;
@@ -36,22 +36,22 @@ enum BoxSource {
     Transposed,
 }
 
-/// Bytes of a panel's rows of 16-bit elements, and of K's quantised ones where a head has as many.
+/// Bytes of a panel's rows of 16-bit elements.
 const PANEL_BYTES: usize = 128;
 
 impl Form {
     fn of_keys(config: &AttentionConfig) -> Form {
-        let (padded, rows) = (config.padded_dim(), config.tiling.tile_keys());
+        let (columns, rows) = (config.key_columns(), config.tiling.tile_keys());
         let operand = config.operands.k;
         match operand.source {
-            OperandSource::Given | OperandSource::Registers => Form::halves(padded, rows, BoxSource::Given),
+            OperandSource::Given | OperandSource::Registers => Form::halves(columns, rows, BoxSource::Given),
             OperandSource::Workspace => {
-                let row_bytes = padded.min(PANEL_BYTES);
+                let row_bytes = panel_row_bytes(columns);
                 Form {
                     element_bytes: 1,
                     rows,
                     row_bytes,
-                    panels: padded / row_bytes,
+                    panels: columns / row_bytes,
                     has_ones: false,
                     source: BoxSource::Rows,
                 }
@@ -60,26 +60,26 @@ impl Form {
     }
 
     fn of_values(config: &AttentionConfig) -> Form {
-        let (padded, keys) = (config.padded_dim(), config.tiling.tile_keys());
+        let (columns, keys) = (config.value_columns(), config.tiling.tile_keys());
         let form = match (config.operands.v.element, config.operands.v.source) {
             (Element::E4M3, _) => Form {
                 element_bytes: 1,
-                rows: padded,
+                rows: columns,
                 row_bytes: KEY_TILE,
                 panels: keys / KEY_TILE,
                 has_ones: false,
                 source: BoxSource::Transposed,
             },
-            (_, OperandSource::Workspace) => Form::halves(padded, keys, BoxSource::Rows),
+            (_, OperandSource::Workspace) => Form::halves(columns, keys, BoxSource::Rows),
             (_, OperandSource::Given | OperandSource::Registers) => {
-                Form::halves(padded, keys, BoxSource::Given)
+                Form::halves(columns, keys, BoxSource::Given)
             }
         };
         Form { has_ones: config.sums_by_mma(), ..form }
     }
 
-    fn halves(padded: usize, rows: usize, source: BoxSource) -> Form {
-        let panels = 2 * padded / PANEL_BYTES;
+    fn halves(columns: usize, rows: usize, source: BoxSource) -> Form {
+        let panels = 2 * columns / PANEL_BYTES;
         Form { element_bytes: 2, rows, row_bytes: PANEL_BYTES, panels, has_ones: false, source }
     }
 

@@ -62,8 +62,9 @@ pub(super) struct Rounds<'k> {
     code: &'k Code,
     thread: Val<'k, i32>,
     pub threads: usize,
-    /// Chunks of a row.
+    /// Chunks of a row, and those that neighbouring threads take at once.
     chunks: usize,
+    across: usize,
     /// Chunks of the tile.
     pub total: usize,
     /// Row of the thread's first.
@@ -76,8 +77,9 @@ impl<'k> Rounds<'k> {
     pub fn new(code: &'k Code, config: &AttentionConfig, tiles: &CopiedTiles<'k>) -> Self {
         let (threads, thread) = (config.threads() as usize, code.thread());
         let (chunks, total) = (tiles.chunks, tiles.rows * tiles.chunks);
-        let (first_row, first_chunk) = thread.split_index(chunks);
-        Rounds { code, thread, threads, chunks, total, first_row, first_chunk }
+        let across = tiles.across;
+        let (first_row, first_chunk) = thread.split_index(across);
+        Rounds { code, thread, threads, chunks, across, total, first_row, first_chunk }
     }
 
     pub fn count(&self) -> usize {
@@ -86,7 +88,17 @@ impl<'k> Rounds<'k> {
 
     /// Rows of a round.
     pub fn rows(&self) -> i32 {
-        (self.threads / self.chunks) as i32
+        (self.threads / self.across) as i32
+    }
+
+    /// Rounds of each row.
+    pub fn columns(&self) -> usize {
+        self.chunks / self.across
+    }
+
+    /// Rounds of all rows.
+    pub fn rounds_of_rows(&self) -> usize {
+        self.count() / self.columns()
     }
 
     /// Row and chunk of the thread in a round.
@@ -121,8 +133,9 @@ impl<'k> Targets<'k> {
     pub fn of_round(&self, round: usize) -> Shared<'k, u8> {
         let rounds = &self.rounds;
         // Where a round is a multiple of 8 rows, a thread's chunks are at fixed distances.
-        if rounds.threads.is_multiple_of(8 * rounds.chunks) {
-            return self.first.step(round * rounds.rows() as usize, 0);
+        if rounds.threads.is_multiple_of(8 * rounds.across) {
+            let (row, column) = (round / rounds.columns(), round % rounds.columns());
+            return self.first.step(row * rounds.rows() as usize, column * rounds.across);
         }
         let (row, chunk) = rounds.place(round);
         self.to.chunk(row, chunk).step(0, 0)

@@ -3,13 +3,18 @@
 use sage_ptx::{CHUNK_BYTES, Code, FragmentSource, Global, Shared, SharedTile, Val, Var};
 
 use super::chunks::{AsyncCopies, ChunkSink, Parts, Rounds};
+use super::head_channels::HeadChannels;
 
 use crate::attention::config::AttentionConfig;
 use crate::attention::key_tiles::KeyTiles;
 use crate::attention::place::Place;
 use crate::fp4::ScaleWords;
 use crate::preprocess::SeenKeys;
+use crate::sequence::KEY_TILE;
 use crate::tensor::TensorParam;
+
+/// Chunks of a line of memory.
+const LINE_CHUNKS: usize = 8;
 
 /// One operand's tiles: their stages, and where this thread's part of each comes from.
 pub(super) struct CopiedTiles<'k> {
@@ -19,6 +24,8 @@ pub(super) struct CopiedTiles<'k> {
     /// Rows of a tile, those of scales behind it included, and 16-byte chunks of a row that hold channels.
     pub rows: usize,
     pub chunks: usize,
+    /// Chunks of a row that neighbouring threads copy at once: all, or a part that divides them.
+    pub across: usize,
     source: Source<'k>,
     /// Set for values as given where a mask hides keys: rows that no query sees become zeros, as they may hold anything
     /// and products with zeros must be zeros.
@@ -30,9 +37,10 @@ enum Source<'k> {
     /// chunk of a tile: of the next, or of the sequence's first. (In 32 bits, which registers are short of, chunks
     /// count 32 GiB.)
     Workspace { base: Global<'k, u8>, chunk: Known<Var<'k, i32>, Val<'k, i32>> },
-    /// Rows of the caller's tensor, `stride` bytes from each other, where each thread keeps to one chunk of its rows.
+    /// Rows of the caller's tensor, `stride` bytes from each other, where each thread keeps to the same chunks of its
+    /// rows.
     Rows { stride: Val<'k, i64>, rows: Known<NextRows<'k>, AllRows<'k>> },
-    /// Rows of the caller's tensor that are not whole chunks, or whose chunks do not divide the threads.
+    /// Rows of the caller's tensor that are not whole chunks, or whose chunks threads do not share evenly.
     Irregular(AllRows<'k>),
 }
 
@@ -60,6 +68,7 @@ struct AllRows<'k> {
     /// Elements from row to row.
     stride: Val<'k, i64>,
     len: Val<'k, i32>,
+    channels: HeadChannels<'k>,
 }
 
 /// A tile in shared memory, as a lane reads it.
@@ -73,7 +82,7 @@ pub(in crate::attention) struct StagedTile<'k> {
 
 impl<'k> StagedTile<'k> {
     /// The tile `bytes` further.
-    fn at_byte(&self, bytes: Val<'k, i32>) -> Self {
+    pub(super) fn at_byte(&self, bytes: Val<'k, i32>) -> Self {
         let scales =
             self.scales.iter().map(|place| Shared::at_address(place.address() + bytes.reinterpret::<u32>()));
         StagedTile { fragments: self.fragments.at_byte(bytes), scales: scales.collect(), ..*self }
@@ -105,6 +114,14 @@ impl<'k> CopiedTiles<'k> {
     /// Bytes from the first stage to another.
     pub fn offset(&self, stage: Val<'k, i32>) -> Val<'k, i32> {
         stage * (self.rows * self.stages.row_bytes()) as i32
+    }
+
+    /// The rows of the first stage as the depth of a product, whose columns are channels from `first` on.
+    pub fn as_depth(&self, first: Option<Val<'k, i32>>) -> StagedTile<'k> {
+        let rows = self.stages.rows_of_b(0);
+        // Channels of 16 bits. Blocks start where the swizzle of rows does.
+        let fragments = first.map_or(rows, |first| rows.at_byte(first * 2));
+        StagedTile { fragments, scales: Vec::new(), vector: 0 }
     }
 
     /// The tile in a stage, as the lane reads it.
@@ -206,14 +223,17 @@ impl<'k> CopiedTiles<'k> {
                 let there = remaining.gt(round * round_rows);
                 there & seen.is_visible(there.select(key + round * round_rows, 0))
             };
-            (0..rounds.count() as i32).map(of_round).collect::<Vec<_>>()
+            (0..rounds.rounds_of_rows() as i32).map(of_round).collect::<Vec<_>>()
         });
-        for round in 0..rounds.count() {
+        for row in 0..rounds.rounds_of_rows() {
             let valid = match &visible {
-                Some(visible) => visible[round],
-                None => remaining.gt(round as i32 * round_rows),
+                Some(visible) => visible[row],
+                None => remaining.gt(row as i32 * round_rows),
             };
-            sink.take_where(round, Global::at_address(from), valid);
+            for column in 0..rounds.columns() {
+                let from = Global::at_address(from).plus((column * self.across * CHUNK_BYTES) as i32);
+                sink.take_where(row * rounds.columns() + column, from, valid);
+            }
             from = from + round_bytes.reinterpret::<u64>();
         }
         if let Known::OfNext(next) = rows {
@@ -235,12 +255,16 @@ impl<'k> CopiedTiles<'k> {
                 let (row, chunk) = rounds.place(round);
                 let key = tile * self.rows as i32 + row;
                 let there = key.lt(rows.len);
-                let valid = self.seen.map_or(there, |seen| there & seen.is_visible(there.select(key, 0)));
+                let mut valid = self.seen.map_or(there, |seen| there & seen.is_visible(there.select(key, 0)));
+                let mut chunk = chunk;
+                if let Some(there) = rows.channels.has(|| chunk) {
+                    (valid, chunk) = (valid & there, there.select(chunk, 0));
+                }
                 let from = rows.base.at(valid.select(key, 0).widen() * rows.stride).at(chunk * 8);
                 if config.aligned {
                     sink.take_where(round, from.cast(), valid);
                 } else {
-                    sink.take_words(round, || elements(config.head_dim, from, chunk, valid));
+                    sink.take_words(round, || rows.channels.elements(from, chunk, valid));
                 }
             });
         }
@@ -254,7 +278,7 @@ impl<'k> TileShape<'k> {
         let vector = scales.map_or(0, |scales| scales.vector());
         let scales = scales.map_or(Vec::new(), |scales| self.places_of_scales(&scales));
         let first = StagedTile { fragments, scales, vector };
-        CopiedTiles { stages, first, rows, chunks, source, seen: None }
+        CopiedTiles { stages, first, rows, chunks, across: chunks, source, seen: None }
     }
 
     /// Where the lane's words of scales lie in the first stage, which are chunks like those of codes.
@@ -271,17 +295,33 @@ impl<'k> TileShape<'k> {
         (0..scales.of_lane() / scales.vector()).map(of_vector).collect()
     }
 
+    /// Chunks of a row that neighbouring threads copy at once, where as many threads share rows evenly: all of them, or
+    /// as many as are whole lines of memory, of every eight rows at least.
+    fn chunks_across(&self, threads: usize) -> Option<usize> {
+        let evenly =
+            |across: &usize| threads.is_multiple_of(*across) && self.rows.is_multiple_of(threads / *across);
+        let part = 1 << self.chunks.trailing_zeros();
+        let lines = |across: &usize| *across >= LINE_CHUNKS && (threads / *across).is_multiple_of(8);
+        Some(self.chunks).filter(evenly).or(Some(part).filter(evenly).filter(lines))
+    }
+
     /// Tiles of the workspace.
     pub fn of_workspace(self, place: &Place<'k>, base: Global<'k, u8>) -> CopiedTiles<'k> {
         let code = base.code();
         let tile_chunks = (self.rows * self.chunks) as i32;
         let first_chunk = |tile: Val<'k, i32>| tile * tile_chunks + code.thread();
+        // Rows of shorter tiles are parts of the workspace's, one after the other.
+        let parts = if self.depth_in_rows { KEY_TILE / self.rows } else { 1 };
+        let first_tile = match parts {
+            1 => place.first_key_tile,
+            parts => place.first_key_tile * parts as i32,
+        };
         let chunk = match place.key_tiles {
             KeyTiles::Band { own, .. } => {
-                let first = first_chunk(place.first_key_tile + own.start);
+                let first = first_chunk(first_tile + own.start);
                 Known::OfNext(code.var(first).named("workspace_chunk"))
             }
-            KeyTiles::List { .. } => Known::OfAll(first_chunk(place.first_key_tile)),
+            KeyTiles::List { .. } => Known::OfAll(first_chunk(first_tile)),
         };
         self.from(Source::Workspace { base, chunk })
     }
@@ -292,43 +332,34 @@ impl<'k> TileShape<'k> {
         config: &AttentionConfig,
         place: &Place<'k>,
         tensor: &TensorParam<'k, 3>,
+        channels: HeadChannels<'k>,
     ) -> CopiedTiles<'k> {
         let (code, row) = (tensor.start.code(), tensor.row_stride());
         let start = tensor.head(place.sequence.batch, place.kv_head) + place.sequence.kv_start.widen() * row;
         let base = tensor.start.cast::<u16>().at(start);
-        let all = AllRows { base, stride: row, len: place.sequence.kv_len };
+        let base = channels.first.map_or(base, |first| base.at(first));
+        let mut all = AllRows { base, stride: row, len: place.sequence.kv_len, channels };
         let threads = config.threads() as usize;
-        if !config.aligned
-            || !threads.is_multiple_of(self.chunks)
-            || !self.rows.is_multiple_of(threads / self.chunks)
-        {
+        let Some(across) = self.chunks_across(threads).filter(|&across| {
+            // Where a thread has several chunks of a row, all of them are there or none.
+            config.aligned && (across == self.chunks || channels.left.is_none())
+        }) else {
             return self.from(Source::Irregular(all));
+        };
+        let from = |source| CopiedTiles { across, ..self.from(source) };
+        // The thread keeps to a chunk, of which rows have none where the head ends before it.
+        if let Some(there) = channels.has(|| code.thread().split_index(across).1) {
+            all.len = there.select(all.len, 0);
         }
         let KeyTiles::Band { own, .. } = place.key_tiles else {
-            return self.from(Source::Rows { stride: row * 2, rows: Known::OfAll(all) });
+            return from(Source::Rows { stride: row * 2, rows: Known::OfAll(all) });
         };
-        let (first_row, first_chunk) = code.thread().split_index(self.chunks);
+        let (first_row, first_chunk) = code.thread().split_index(across);
         let key = own.start * self.rows as i32 + first_row;
         let chunk = all.base.at(key.widen() * row).at(first_chunk * 8);
         let chunk = code.var(chunk.address()).named("row_chunk");
         let stride = row * 2;
         let remaining = code.var(all.len - key).named("remaining_rows");
-        self.from(Source::Rows { stride, rows: Known::OfNext(NextRows { chunk, remaining }) })
+        from(Source::Rows { stride, rows: Known::OfNext(NextRows { chunk, remaining }) })
     }
-}
-
-/// A chunk's eight elements, loaded one by one, zeros beyond the head and where the row is not valid.
-pub(crate) fn elements<'k>(
-    head_dim: usize,
-    from: Global<'k, u16>,
-    chunk: Val<'k, i32>,
-    valid: Val<'k, bool>,
-) -> [Val<'k, u32>; 4] {
-    let element = |i: i32| {
-        let here = valid & (chunk * 8 + i).lt(head_dim as i32);
-        // An element that is not there is read from the chunk's start, which is, and dropped.
-        let offset = here.select(i, 0);
-        here.select(from.at(offset).load(), 0u32)
-    };
-    [0, 1, 2, 3].map(|word| element(2 * word) | (element(2 * word + 1) << 16))
 }

@@ -3,6 +3,7 @@
 mod chunks;
 mod copied_tiles;
 mod cp_async_ring;
+mod head_channels;
 mod register_ring;
 mod tile_memory;
 
@@ -17,8 +18,8 @@ use crate::attention::queries::Queries;
 use crate::attention::scores::{KeyScales, Keys, MaskSource, Masking, Scoring};
 use crate::attention::softmax::{Probabilities, Softmax};
 pub(super) use copied_tiles::StagedTile;
-pub(crate) use copied_tiles::elements;
 use cp_async_ring::CpAsyncRing;
+pub(crate) use head_channels::elements;
 use register_ring::RegisterRing;
 
 /// The kernel's code. `add` adds P·V of a step's keys to the output.

@@ -20,8 +20,8 @@ pub(super) struct RegisterRing<'k, 'c> {
     code: &'k Code,
     config: &'c AttentionConfig,
     memory: TileMemory<'k>,
-    /// Of K and of V.
-    parts: [Parts<'k>; 2],
+    /// Of each operand that is copied.
+    parts: Vec<Parts<'k>>,
     /// Stage of the tile that is stored next.
     stage: Var<'k, i32>,
 }
@@ -34,7 +34,7 @@ impl<'k, 'c> RegisterRing<'k, 'c> {
         place: &Place<'k>,
     ) -> Self {
         let memory = TileMemory::new(code, config, p, place);
-        let parts = memory.operands().map(|operand| operand.parts(code, config));
+        let parts = memory.operands().into_iter().map(|operand| operand.parts(code, config)).collect();
         let stage = code.var(0).named("stage");
         memory.clear_unused_chunks(code, config);
         RegisterRing { code, config, memory, parts, stage }

@@ -3,6 +3,7 @@
 use sage_ptx::{CHUNK_BYTES, Code, Shared, SharedTile, Stored, Val};
 
 use super::copied_tiles::{CopiedTiles, StagedTile, TileShape};
+use super::head_channels::HeadChannels;
 use crate::attention::config::{AttentionConfig, AttentionParams};
 use crate::attention::place::Place;
 use crate::fp4::ScaleWords;
@@ -10,23 +11,32 @@ use crate::operand::{Element, OperandSource};
 
 /// The stages of both operands.
 pub(super) struct TileMemory<'k> {
-    pub keys: CopiedTiles<'k>,
-    pub values: CopiedTiles<'k>,
+    keys: CopiedTiles<'k>,
+    values: Values<'k>,
     shared: Shared<'k, u8>,
     /// Bytes of the stages, and of all.
     stages_bytes: usize,
     bytes: usize,
 }
 
+/// Where tiles of values lie.
+enum Values<'k> {
+    Copied(Box<CopiedTiles<'k>>),
+    /// In the rows of keys: those of the first stage.
+    InKeys(StagedTile<'k>),
+}
+
 impl<'k> TileMemory<'k> {
     pub fn new(code: &'k Code, config: &AttentionConfig, p: &AttentionParams<'k>, place: &Place<'k>) -> Self {
-        let (padded, tile_keys) = (config.padded_dim(), config.tiling.tile_keys());
+        let (of_k, of_v, tile_keys) =
+            (config.key_columns(), config.value_columns(), config.tiling.tile_keys());
         let operands = &config.operands;
-        let key_bytes = operands.k.bytes(padded);
-        let tile_bytes = [operands.k.tile_bytes(tile_keys, padded), operands.v.tile_bytes(padded, tile_keys)];
+        let key_bytes = operands.k.bytes(of_k);
+        let value_bytes = if config.values_in_keys { 0 } else { operands.v.tile_bytes(of_v, tile_keys) };
+        let tile_bytes = [operands.k.tile_bytes(tile_keys, of_k), value_bytes];
         let stages_bytes = config.tiling.stages() * tile_bytes.iter().sum::<usize>();
         // The output passes through the same memory at the end.
-        let bytes = stages_bytes.max(config.block_q() * 2 * padded);
+        let bytes = stages_bytes.max(config.block_q() * 2 * of_v);
         let shared = code.shared::<u8>("tiles", bytes);
         let first_value = (config.tiling.stages() * tile_bytes[0]) as i32;
         let shape = |base: i32, row_bytes, rows, chunks| TileShape {
@@ -43,45 +53,63 @@ impl<'k> TileMemory<'k> {
             let shape = whole_rows(base, row_bytes, rows + scales.bytes() / row_bytes);
             TileShape { scales: Some(scales), ..shape }
         };
-        let used_chunks = config.head_dim.div_ceil(8);
+        let keys_of_head = HeadChannels { dim: config.head_dim, first: None, left: None };
+        let values_of_head = HeadChannels::of_values(config, place);
+        let used_chunks = |channels: usize| channels.div_ceil(8);
 
-        let keys = match (operands.k.element, operands.k.source) {
+        let mut keys = match (operands.k.element, operands.k.source) {
             (_, OperandSource::Given | OperandSource::Registers) => {
-                shape(0, key_bytes, tile_keys, used_chunks).of_rows(config, place, &p.k)
+                let shape = shape(0, key_bytes, tile_keys, used_chunks(config.head_dim));
+                shape.of_rows(config, place, &p.k, keys_of_head)
             }
             (Element::E2M1, OperandSource::Workspace) => {
-                scaled(0, tile_keys, padded).of_workspace(place, p.k.start)
+                scaled(0, tile_keys, of_k).of_workspace(place, p.k.start)
             }
             (_, OperandSource::Workspace) => {
                 whole_rows(0, key_bytes, tile_keys).of_workspace(place, p.k.start)
             }
         };
+        if config.values_in_keys {
+            // Rows of keys that no query sees are values that count with zero, and must be numbers.
+            keys.seen = place.seen;
+            let values = Values::InKeys(keys.as_depth(place.values.map(|values| values.first)));
+            return TileMemory { keys, values, shared, stages_bytes, bytes };
+        }
         let rows_of_values =
-            |chunks| TileShape { depth_in_rows: true, ..shape(first_value, 2 * padded, tile_keys, chunks) };
+            |chunks| TileShape { depth_in_rows: true, ..shape(first_value, 2 * of_v, tile_keys, chunks) };
         let mut values = match (operands.v.element, operands.v.source) {
-            (Element::E2M1, _) => scaled(first_value, padded, tile_keys).of_workspace(place, p.v.start),
-            (Element::E4M3, _) => whole_rows(first_value, tile_keys, padded).of_workspace(place, p.v.start),
+            (Element::E2M1, _) => scaled(first_value, of_v, tile_keys).of_workspace(place, p.v.start),
+            (Element::E4M3, _) => whole_rows(first_value, tile_keys, of_v).of_workspace(place, p.v.start),
             (_, OperandSource::Workspace) => {
-                rows_of_values(2 * padded / CHUNK_BYTES).of_workspace(place, p.v.start)
+                rows_of_values(2 * of_v / CHUNK_BYTES).of_workspace(place, p.v.start)
             }
             (_, OperandSource::Given | OperandSource::Registers) => {
-                rows_of_values(used_chunks).of_rows(config, place, &p.v)
+                let shape = rows_of_values(used_chunks(config.block_values()));
+                shape.of_rows(config, place, &p.v, values_of_head)
             }
         };
         if operands.v.source == OperandSource::Given {
             values.seen = place.seen;
         }
-        TileMemory { keys, values, shared, stages_bytes, bytes }
+        TileMemory { keys, values: Values::Copied(Box::new(values)), shared, stages_bytes, bytes }
     }
 
-    /// Both operands.
-    pub fn operands(&self) -> [&CopiedTiles<'k>; 2] {
-        [&self.keys, &self.values]
+    /// The operands that are copied: both, but for values that lie in keys.
+    pub fn operands(&self) -> Vec<&CopiedTiles<'k>> {
+        match &self.values {
+            Values::Copied(values) => vec![&self.keys, values],
+            Values::InKeys(_) => vec![&self.keys],
+        }
     }
 
     /// K and V of a stage, as the lane reads them.
     pub fn staged(&self, stage: Val<'k, i32>) -> (StagedTile<'k>, StagedTile<'k>) {
-        (self.keys.staged(stage), self.values.staged(stage))
+        let keys = self.keys.staged(stage);
+        let values = match &self.values {
+            Values::Copied(values) => values.staged(stage),
+            Values::InKeys(first) => first.at_byte(self.keys.offset(stage)),
+        };
+        (keys, values)
     }
 
     /// Memory beyond the stages, which the output alone takes, where there are so many bytes.
@@ -91,7 +119,7 @@ impl<'k> TileMemory<'k> {
 
     /// The memory as rows of the output.
     pub fn output(&self, config: &AttentionConfig) -> SharedTile<'k> {
-        SharedTile::new(self.shared, 2 * config.padded_dim())
+        SharedTile::new(self.shared, 2 * config.value_columns())
     }
 
     /// Writes zeros, once, to the chunks that no copy writes and products read.
