@@ -110,7 +110,7 @@ fn check_with_lead(tensor: &Tensor, config: &QuantizeKConfig, seed: u64, lead: u
                     let bytes = config.tile_bytes() / KEY_TILE;
                     let start = of_tile * config.tile_bytes() + row * bytes;
                     let written = unpack(config.bits, &out[start..start + bytes]);
-                    let expected = row_of(&expected.values, tile * KEY_TILE + row, width);
+                    let expected = row_of(&expected.values, tile * KEY_TILE + row, written.len());
                     assert_eq!(written, expected, "{}: row {row} of tile {tile}, head {head}", config.name());
                 }
             }
