@@ -179,14 +179,8 @@ impl Case {
             .unwrap_or_else(|failure| panic!("{self:?}\n{failure}"));
     }
 
-    /// Attention by parts of `split` tokens, which are fewer than a plan's, with so many tiles in shared memory.
-    fn attend_in_parts(
-        &self,
-        emulator: &mut Emulator,
-        call: &AttendCall,
-        t: &AttendTensors,
-        [split, stages]: [usize; 2],
-    ) {
+    /// Attention by parts of `split` tokens, which are fewer than a plan's.
+    fn attend_in_parts(&self, emulator: &mut Emulator, call: &AttendCall, t: &AttendTensors, split: usize) {
         let group = call.num_q_heads / call.num_kv_heads;
         let (head_dim, rows) = (call.storage.head_dim, call.rows());
         let log2e = std::f32::consts::LOG2_E;
@@ -194,7 +188,6 @@ impl Case {
             storage: call.storage,
             dtype: call.dtype,
             softcap: call.logit_softcap.is_some(),
-            stages,
             split: true,
             lse: false,
         };
@@ -261,14 +254,6 @@ impl Case {
     }
 
     fn check(&self) {
-        self.check_with(0);
-        if self.split.is_some() {
-            self.check_with(3);
-        }
-    }
-
-    /// With so many tiles of tokens in shared memory, where it is not the plan that says so.
-    fn check_with(&self, stages: usize) {
         let mut cache = self.filled();
         let CacheLayout { num_kv_heads, head_dim, .. } = self.layout;
         let q_heads = num_kv_heads * self.group;
@@ -305,7 +290,7 @@ impl Case {
             table_stride: cache.table_stride,
         };
         match self.split {
-            Some(split) => self.attend_in_parts(emulator, &attend, &tensors, [split, stages]),
+            Some(split) => self.attend_in_parts(emulator, &attend, &tensors, split),
             None => {
                 let pass = attend.pass(&Machine::typical(Target::SM_80)).unwrap();
                 self.run(emulator, &pass, &tensors);

@@ -137,7 +137,7 @@ impl AttendCall {
         }
         let (head_dim, group) = (call.storage.head_dim, call.group());
         let Parts { tokens: split, count: splits } = call.parts(machine);
-        let attend = call.attend(splits).with_stages(machine);
+        let attend = call.attend(splits);
 
         let mut pass = PassBuilder::new();
         let (mut partial, mut partial_sums) = (Slot::NONE, Slot::NONE);
@@ -231,7 +231,6 @@ impl AttendCall {
             storage: self.storage,
             dtype: self.dtype,
             softcap: self.logit_softcap.is_some(),
-            stages: 0,
             split: splits > 1,
             lse: self.lse && splits == 1,
         }

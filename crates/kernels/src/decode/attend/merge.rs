@@ -17,7 +17,7 @@ const BLOCK: usize = OF_BLOCK * 32;
 
 /// Singles of shared memory that merging takes: the outputs of half of the warps.
 pub(super) fn memory(config: &CacheAttendConfig) -> usize {
-    WARPS / 2 * ValueShape::new(&config.storage, config.stages).blocks() * BLOCK
+    WARPS / 2 * ValueShape::new(&config.storage).blocks() * BLOCK
 }
 
 /// Where results go.
@@ -45,16 +45,7 @@ impl<'k, 'a> Merge<'k, 'a> {
     ) -> Self {
         let maxima = code.shared::<f32>("maxima", WARPS * ROWS);
         let sums = code.shared::<f32>("sums", WARPS * ROWS);
-        Merge {
-            config,
-            code,
-            params,
-            work,
-            shape: ValueShape::new(&config.storage, config.stages),
-            maxima,
-            sums,
-            outputs,
-        }
+        Merge { config, code, params, work, shape: ValueShape::new(&config.storage), maxima, sums, outputs }
     }
 
     /// Merges what the warps have and stores the rows.

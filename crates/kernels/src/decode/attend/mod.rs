@@ -14,7 +14,6 @@
 mod codes;
 mod merge;
 mod queries;
-mod room;
 mod softmax;
 mod tokens;
 mod work;
@@ -32,7 +31,6 @@ use work::Work;
 use super::{CHUNK, Storage, THREADS, WARPS};
 use crate::grid::grid;
 use crate::kernel::Kernel;
-use crate::machine::Machine;
 use crate::params::kernel_params;
 
 /// Query rows of a block: those of a tensor core's product.
@@ -40,13 +38,6 @@ pub const ROWS: usize = 16;
 
 /// Pages of a block's run of tokens: their numbers and constants' products with the queries are in shared memory.
 pub const MAX_SPLIT_PAGES: usize = 128;
-
-/// Most tiles of a warp in shared memory.
-const MOST_STAGES: usize = 4;
-
-/// Bytes of shared memory that the system takes of each block, and those of small arrays.
-const SYSTEM_BYTES: usize = 1 << 10;
-const SMALL_ARRAYS: usize = 1 << 10;
 
 /// Tokens that are one step of the product of probabilities and values; they lie in one page.
 const GROUP: usize = 16;
@@ -60,8 +51,6 @@ pub struct CacheAttendConfig {
     pub dtype: DType,
     /// Whether scores are capped.
     pub softcap: bool,
-    /// Tiles of each warp's tokens on their way to shared memory; 0 where they go to registers.
-    pub stages: usize,
     /// Whether a block's tokens are a part of the sequence's.
     pub split: bool,
     /// Whether the log-sum-exp is written, where tokens are not split.
@@ -123,25 +112,6 @@ impl CacheAttendConfig {
         if self.storage.pitch() <= 64 { 4 } else { 2 }
     }
 
-    /// The same where a multiprocessor's blocks have so much shared memory each as `machine` has: with as many tiles in it
-    /// as there is room for, but for one, which registers hold as well.
-    #[must_use]
-    pub fn with_stages(self, machine: &Machine) -> Self {
-        if !machine.has_async_copies() {
-            return self;
-        }
-        let of_block = (machine.shared_bytes + SYSTEM_BYTES) / self.min_blocks() as usize - SYSTEM_BYTES;
-        let most = (2..=MOST_STAGES).rev().map(|stages| CacheAttendConfig { stages, ..self });
-        most.into_iter().find(|config| config.shared_bytes() <= of_block).unwrap_or(self)
-    }
-
-    /// Bytes of a block's shared memory.
-    fn shared_bytes(&self) -> usize {
-        let shape = tokens::ValueShape::new(&self.storage, self.stages);
-        let ring = tokens::pieces(&self.storage, &shape, self.tile() / GROUP).ring_bytes(self.stages);
-        ring + queries::memory(self) + 4 * MAX_SPLIT_PAGES * (ROWS + 1) + SMALL_ARRAYS
-    }
-
     /// Tokens of a warp's tile.
     fn tile(&self) -> usize {
         if self.storage.pitch() <= 128 { 2 * GROUP } else { GROUP }
@@ -168,16 +138,15 @@ impl CacheAttendConfig {
         let start = work.first_tile() + code.warp_index() * self.tile() as i32;
         let tokens = Tokens::new(self, code, &work, page_heads);
         code.note("the first tokens on their way");
-        tokens.start(start, step);
+        code.when(start.lt(work.last), || tokens.start(start));
         let biases = queries.biases(code, &work, page_heads);
         code.barrier();
 
         let softmax = Softmax::new(self, code);
         code.note("tokens stream by");
         code.range_by(start, work.last, step, |start| {
-            tokens.wait();
             let places = tokens.places(start);
-            let next = start + step * tokens.ahead();
+            let next = start + step;
             let next_places = tokens.places(next);
             let exists = next.lt(work.last);
             let scores = queries.scores(&tokens, &places, &biases, &work);
@@ -198,7 +167,6 @@ impl CacheAttendConfig {
                     code.when(exists, || tokens.load_values(&next_places, 0));
                 }
             }
-            tokens.advance();
         });
         Merge::new(self, code, &p, &work, queries.scratch).store::<H>(&softmax);
     }
@@ -207,9 +175,6 @@ impl CacheAttendConfig {
 impl Kernel for CacheAttendConfig {
     fn name(&self) -> String {
         let mut name = format!("cache_attend_{}_{}", self.dtype, self.storage.suffix());
-        if self.stages > 0 {
-            name += &format!("_s{}", self.stages);
-        }
         for (on, part) in [(self.softcap, "_softcap"), (self.split, "_split"), (self.lse, "_lse")] {
             if on {
                 name += part;
@@ -227,9 +192,8 @@ impl Kernel for CacheAttendConfig {
     }
 
     fn oldest_target(&self) -> Target {
-        // Before Ampere, tensor cores have no bfloat16, and nothing is copied asynchronously.
-        let ampere = self.storage.values == ValueFormat::BF16 || self.stages > 0;
-        if ampere { Target::SM_80 } else { Target::SM_75 }
+        // Before Ampere, tensor cores have no bfloat16.
+        if self.storage.values == ValueFormat::BF16 { Target::SM_80 } else { Target::SM_75 }
     }
 
     fn head_dim(&self) -> Option<usize> {

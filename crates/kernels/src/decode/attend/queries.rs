@@ -33,16 +33,6 @@ struct Part<'k> {
     elements: [[Val<'k, f32>; 4]; 2],
 }
 
-/// Singles of the queries in single precision, and of what merging takes in their place.
-fn scratch(config: &CacheAttendConfig) -> usize {
-    (ROWS * config.storage.pitch()).max(super::merge::memory(config))
-}
-
-/// Bytes of shared memory of the queries.
-pub(super) fn memory(config: &CacheAttendConfig) -> usize {
-    4 * scratch(config) + 4 * 4 * 32 * steps(config)
-}
-
 /// Steps of the depth.
 fn steps(config: &CacheAttendConfig) -> usize {
     key_chunks(&config.storage) * CHUNK_WORDS
@@ -59,7 +49,7 @@ impl<'k> Queries<'k> {
         code.note("queries");
         let pitch = config.storage.pitch();
         let lanes = steps(config) * 32;
-        let scratch = code.shared::<f32>("scratch", scratch(config));
+        let scratch = code.shared::<f32>("scratch", (ROWS * pitch).max(super::merge::memory(config)));
         let fragments = code.shared::<u32>("queries", 4 * lanes);
         // All are asked for before the first is waited for.
         let parts: Vec<_> =

@@ -31,7 +31,7 @@ pub(super) struct Weights<'k>(Tile<Val<'k, f32>>);
 
 impl<'k> Softmax<'k> {
     pub fn new(config: &CacheAttendConfig, code: &'k Code) -> Self {
-        let shape = super::tokens::ValueShape::new(&config.storage, config.stages);
+        let shape = super::tokens::ValueShape::new(&config.storage);
         Softmax {
             code,
             // Finite, so that differences with it are numbers also before the first visible token.

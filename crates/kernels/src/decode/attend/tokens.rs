@@ -1,10 +1,9 @@
-//! Tokens on their way from device memory to the lanes that multiply them.
+//! Tokens on their way from device memory to the registers of the lanes that multiply them.
 
 use sage_core::ValueFormat;
 use sage_ptx::{Code, FragmentB, Global, MmaElement, Shared, Val, Var, lane_column, lane_row};
 
 use super::codes::{channels, int8_quad};
-use super::room::{Pieces, Room};
 use super::work::Work;
 use super::{CHUNK, CacheAttendConfig, CacheAttendParams, GROUP, MAX_SPLIT_PAGES};
 use crate::decode::Storage;
@@ -74,12 +73,12 @@ pub(super) struct ValueShape {
 }
 
 impl ValueShape {
-    pub fn new(storage: &Storage, stages: usize) -> Self {
+    pub fn new(storage: &Storage) -> Self {
         let (format, pitch) = (storage.values, storage.pitch());
         let channels = if format.bytes() == 2 || pitch <= 64 { 8 } else { 16 };
         let chunks = pitch.div_ceil(VALUE_LANES * channels);
         // Wide heads in 16 bits would fill the registers.
-        let parts = if stages == 0 && format.bytes() == 2 && chunks > 2 { 2 } else { 1 };
+        let parts = if format.bytes() == 2 && chunks > 2 { 2 } else { 1 };
         ValueShape { format, channels, chunks, of_part: chunks.div_ceil(parts) }
     }
 
@@ -136,17 +135,7 @@ impl<'k> Chunks<'k> {
     }
 }
 
-/// What a lane has of a tile of so many groups of tokens.
-pub(super) fn pieces(storage: &Storage, shape: &ValueShape, groups: usize) -> Pieces {
-    Pieces {
-        keys: 2 * groups * key_chunks(storage),
-        values: groups * LANE_TOKENS.len() * shape.of_part,
-        value_words: shape.words(),
-        scales: if storage.values.is_scaled() { 2 } else { 1 },
-    }
-}
-
-/// The tile of tokens that a warp multiplies, and those on their way.
+/// The tile of tokens that a warp multiplies next, in registers.
 pub(super) struct Tokens<'k, 'w> {
     work: &'w Work<'k>,
     storage: Storage,
@@ -158,10 +147,14 @@ pub(super) struct Tokens<'k, 'w> {
     chunks_of_values: Chunks<'k>,
     /// Chunks of a key that a lane has.
     key_chunks: usize,
+    /// For each eight tokens and chunk, the lane's words of its token's key.
+    keys: Vec<[Var<'k, u32>; CHUNK_WORDS]>,
+    /// Scales of the token that has the lane's number.
+    key_scale: Var<'k, f32>,
+    value_scale: Option<Var<'k, f32>>,
     pub shape: ValueShape,
-    /// For each eight tokens and chunk the lane's words of its token's key; for each of the lane's tokens and chunk of a
-    /// part the words of its values; and scales of the token that has the lane's number.
-    room: Room<'k>,
+    /// For each of the lane's tokens and chunk of a part, the words of its values.
+    values: Vec<Vec<Var<'k, u32>>>,
 }
 
 impl<'k, 'w> Tokens<'k, 'w> {
@@ -173,7 +166,8 @@ impl<'k, 'w> Tokens<'k, 'w> {
     ) -> Self {
         let storage = config.storage;
         let groups = config.tile() / GROUP;
-        let shape = ValueShape::new(&storage, config.stages);
+        let shape = ValueShape::new(&storage);
+        let key_chunks = key_chunks(&storage);
         let lane = code.lane_index();
         let parts = work.pool.parts;
         Tokens {
@@ -188,9 +182,14 @@ impl<'k, 'w> Tokens<'k, 'w> {
                 lane_row(lane),
                 [VALUE_LANES, 4 * shape.words(), storage.pitch() / shape.channels],
             ),
-            key_chunks: key_chunks(&storage),
+            key_chunks,
+            keys: (0..2 * groups * key_chunks).map(|_| [(); CHUNK_WORDS].map(|()| Var::new(code))).collect(),
+            key_scale: Var::new(code).named("key_scale"),
+            value_scale: storage.values.is_scaled().then(|| Var::new(code).named("value_scale")),
             shape,
-            room: Room::new(code, pieces(&storage, &shape, groups), config.stages),
+            values: (0..groups * LANE_TOKENS.len() * shape.of_part)
+                .map(|_| (0..shape.words()).map(|_| Var::new(code)).collect())
+                .collect(),
         }
     }
 
@@ -209,44 +208,23 @@ impl<'k, 'w> Tokens<'k, 'w> {
         (0..self.groups).map(place).collect()
     }
 
-    /// Asks for the first tiles: the one from `start` on, and those `step` tokens apart that there is room for.
-    pub fn start(&self, start: Val<'k, i32>, step: i32) {
-        for tile in 0..self.room.tiles() as i32 {
-            let start = start + tile * step;
-            start.code().when(start.lt(self.work.last), || {
-                let places = self.places(start);
-                self.load_keys(&places);
-                self.load_values(&places, 0);
-            });
-            self.room.advance();
-        }
-    }
-
-    /// Tiles from the one in use to the one that takes its place.
-    pub fn ahead(&self) -> i32 {
-        self.room.tiles() as i32
-    }
-
-    /// Waits for the tile in use.
-    pub fn wait(&self) {
-        self.room.wait();
-    }
-
-    /// Ends what is asked for in place of the tile in use, which is done with.
-    pub fn advance(&self) {
-        self.room.advance();
+    /// Starts loading the tile from `start` on.
+    pub fn start(&self, start: Val<'k, i32>) {
+        let places = self.places(start);
+        self.load_keys(&places);
+        self.load_values(&places, 0);
     }
 
     /// Starts loading keys, and the scales of both.
     pub fn load_keys(&self, places: &[Place<'k>]) {
         let parts = self.work.pool.parts;
         let of_key = lane_row(self.lane);
-        let mut index = 0..;
+        let mut vars = self.keys.iter();
         for place in places {
             for block in 0..2 {
                 let row = place.row(of_key + 8 * block);
-                for (chunk, index) in (0..self.key_chunks).zip(&mut index) {
-                    self.room.load_key(index, self.chunks_of_keys.of_row(row, chunk));
+                for (chunk, vars) in (0..self.key_chunks).zip(&mut vars) {
+                    self.chunks_of_keys.of_row(row, chunk).load_streaming_into(*vars);
                 }
             }
         }
@@ -254,21 +232,26 @@ impl<'k, 'w> Tokens<'k, 'w> {
         let rows = places.iter().map(|place| place.row(token));
         let second = self.lane.ge(GROUP as i32);
         let Some(row) = rows.reduce(|first, other| second.select(other, first)) else { return };
-        self.room.load_scale(0, parts.key_scales.at(row));
-        if self.storage.values.is_scaled() {
-            self.room.load_scale(1, parts.value_scales.at(row));
+        parts.key_scales.at(row).load_streaming_into([self.key_scale]);
+        if let Some(scale) = self.value_scale {
+            parts.value_scales.at(row).load_streaming_into([scale]);
         }
     }
 
     /// Starts loading a part of the values' channels.
     pub fn load_values(&self, places: &[Place<'k>], part: usize) {
         let shape = &self.shape;
-        let mut index = 0..;
+        let mut vars = self.values.iter();
         for place in places {
             for token in LANE_TOKENS {
                 let row = place.row(lane_column(self.lane) + token);
-                for (chunk, index) in (part * shape.of_part..(part + 1) * shape.of_part).zip(&mut index) {
-                    self.room.load_value(index, self.chunks_of_values.of_row(row, chunk));
+                for (chunk, vars) in (part * shape.of_part..(part + 1) * shape.of_part).zip(&mut vars) {
+                    let from = self.chunks_of_values.of_row(row, chunk);
+                    match vars[..] {
+                        [a, b] => from.load_streaming_into([a, b]),
+                        [a, b, c, d] => from.load_streaming_into([a, b, c, d]),
+                        _ => unreachable!("chunks are of 8 or 16 bytes"),
+                    }
                 }
             }
         }
@@ -278,19 +261,19 @@ impl<'k, 'w> Tokens<'k, 'w> {
     pub fn keys<E: MmaElement>(&self, step: usize, token: usize) -> [FragmentB<'k, E>; 2] {
         let (chunk, word) = (step / CHUNK_WORDS, step % CHUNK_WORDS);
         [0, 1].map(|block| {
-            let words = self.room.key((token / 8 + block) * self.key_chunks + chunk);
-            FragmentB::new(int8_quad(words[word]))
+            let words = self.keys[(token / 8 + block) * self.key_chunks + chunk];
+            FragmentB::new(int8_quad(words[word].get()))
         })
     }
 
     /// The scale of the token that has the lane's number.
     pub fn key_scale(&self) -> Val<'k, f32> {
-        self.room.scale(0)
+        self.key_scale.get()
     }
 
     /// The same of its value, where values have scales.
     pub fn value_scale(&self) -> Option<Val<'k, f32>> {
-        self.storage.values.is_scaled().then(|| self.room.scale(1))
+        self.value_scale.map(Var::get)
     }
 
     /// Parts that values' channels are loaded in.
@@ -305,7 +288,7 @@ impl<'k, 'w> Tokens<'k, 'w> {
         let (word, half) = (channel / of_word, channel % of_word / 2);
         let token = |token: usize| {
             let index = (group * LANE_TOKENS.len() + token) * self.shape.of_part + chunk;
-            self.room.value(index)[word]
+            self.values[index][word].get()
         };
         let [low, high] =
             [0, 2].map(|first| channels(self.shape.format, [token(first), token(first + 1)], half));
