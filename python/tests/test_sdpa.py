@@ -67,14 +67,18 @@ def test_what_is_left_to_torch(device, caplog):
     calls = [
         ("dropout_p is above 0", (q, k, v), {"dropout_p": 0.5}),
         ("heads of so many channels are not computed", (wide, wide, wide), {}),
-        ("head_dim is not the same for query and key", (q, k[..., :32], v), {}),
         ("tensors are torch.float64", (q.double(), k.double(), v.double()), {}),
         ("scale is not a finite number above 0", (q, k, v), {"scale": -0.1}),
         ("scale is not a finite number above 0", (q, k, v), {"scale": 1e-46}),
         ("attn_mask does not broadcast to the scores", (q, k, v), {"attn_mask": torch.ones(20, 19, device=device) > 0}),
-        ("batches or heads are broadcast", (q, k.expand(2, 4, 20, 64), v.expand(2, 4, 20, 64)), {}),
         ("a tensor has no element", (q, k[:, :, :0], v[:, :, :0]), {}),
     ]
+    if device == "cpu":
+        # On a GPU torch itself crashes when it is asked for one of these a second time.
+        calls += [
+            ("head_dim is not the same for query and key", (q, k[..., :32], v), {}),
+            ("batches or heads are broadcast", (q, k.expand(2, 4, 20, 64), v.expand(2, 4, 20, 64)), {}),
+        ]
     sageattention.patch()
     with caplog.at_level(logging.WARNING, "sageattention"):
         for reason, arguments, options in calls:

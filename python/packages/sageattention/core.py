@@ -9,7 +9,7 @@ a head whose channels are not neighbours in memory is copied first. Inputs are n
 
 **Shapes**: q `[batch, heads, seq, head_dim]` ("HND") or `[batch, seq, heads, head_dim]` ("NHD"); k and v alike, with a
 number of heads that divides q's (grouped-query attention, nothing is expanded) and any length. head_dim is 1 to
-576 for q and k, and 1 to 512 for v, which may have another than q and k: GPUs take the same one up to 256. k and v of
+576 for q and k, and 1 to 512 for v, which may have another than q and k; GPUs compute more than 256 in 16 bits. k and v of
 batch 1 are every batch entry's, and are not copied.
 The output has q's shape, but v's head_dim, and q's dtype, and is contiguous.
 

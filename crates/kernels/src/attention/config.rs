@@ -161,7 +161,7 @@ impl AttentionConfig {
         tiling.sums_by_mma() && room
     }
 
-    /// Channels of a row of queries and keys in tiles: [`Operand::columns`](crate::operand::Operand::columns).
+    /// Channels of a row of queries and keys in tiles, padded as those are.
     pub fn key_columns(&self) -> usize {
         key_columns(&self.operands, self.head_dim, self.rotate)
     }

@@ -24,7 +24,7 @@ pub(crate) const MOST_CHANNELS: usize = 256;
 pub struct Source {
     /// Element type: f16 or bf16.
     pub dtype: DType,
-    /// Channels of a head, 1 to [`MOST_CHANNELS`].
+    /// Channels of a head, 1 to 256.
     pub head_dim: usize,
     /// Whether all rows start at multiples of 16 bytes and are whole such chunks.
     pub aligned: bool,
