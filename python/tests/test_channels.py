@@ -87,7 +87,9 @@ def test_arrays_of_numpy():
 
 def test_arrays_of_jax():
     jax = pytest.importorskip("jax")
-    q, k, v = (jax.numpy.asarray(x.numpy()) for x in qkv(96, 40, "cpu", dtype=torch.float32))
+    # f32 is computed on the CPU alone, where JAX has arrays also beside a GPU.
+    cpu = jax.devices("cpu")[0]
+    q, k, v = (jax.device_put(x.numpy(), cpu) for x in qkv(96, 40, "cpu", dtype=torch.float32))
     out = sageattention.sageattn(q, k, v)
     wanted = attention(*(torch.from_numpy(numpy.asarray(x).copy()) for x in (q, k, v)))[0]
     assert_close(torch.from_numpy(numpy.asarray(out).copy()), wanted, TOLERANCE["fp16"])
