@@ -140,7 +140,7 @@ fn what_cannot_be_warmed_up_is_said() {
             &[],
             2,
             "invalid value '1,8,64' for '<SHAPE>...': expected batch,heads,seq,head_dim such as 1,8,1024,64 or \
-             1,32/8,1x4096,128 (see --help)",
+             1,32/8,1x4096,192/128 (see --help)",
         ),
         (
             "warm 1,8,64,64 --device cpu",
