@@ -138,9 +138,9 @@ pub(super) fn other_groups(machine: &Machine, key: &Key, own: WarpgroupTiling) -
         })
     };
     let of_warps = || {
-        let alone = Key { warpgroups: false, ..*key };
-        let tuned = ampere::tuned(machine, &alone);
-        (key.bias_bytes == 0).then_some(tuned)
+        // Integers repay the pass over K in longer calls alone, and wider heads spill.
+        let short = !key.integer && key.padded_dim <= 128 && key.bias_bytes == 0;
+        short.then(|| ampere::tuned(machine, &Key { warpgroups: false, ..*key }))
     };
     let groups = (1..=3).filter(|&groups| groups != own.groups).filter_map(of_groups);
     groups.chain(of_warps()).collect()
