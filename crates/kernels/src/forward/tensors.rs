@@ -2,6 +2,7 @@
 
 use sage_core::Problem;
 
+use crate::preprocess::MOST_CHANNELS;
 use crate::tensor::TensorArg;
 
 /// Elements of the 16 bytes that aligned rows start at multiples of, and are whole chunks of.
@@ -36,9 +37,11 @@ pub struct Tensors {
 }
 
 impl Tensors {
-    /// Whether V is the first channels of K, in the same memory.
+    /// Whether V is the first channels of K, in the same memory, where a plan asks: of heads whose tiles fill shared
+    /// memory.
     pub fn values_in_keys(&self, problem: &Problem) -> bool {
-        self.k.address != 0 && self.k == self.v && problem.value_dim <= problem.head_dim
+        let is_large = problem.head_dim > MOST_CHANNELS && problem.value_dim <= problem.head_dim;
+        is_large && self.k.address != 0 && self.k == self.v
     }
 
     /// Whether every row of Q, K, V and the output starts at a multiple of 16 bytes and, for such a problem, is whole such
