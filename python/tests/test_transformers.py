@@ -139,6 +139,14 @@ def gemma4(implementation, device, dtype):
     return transformers.Gemma4ForCausalLM(config).to(device=device, dtype=dtype).eval()
 
 
+def prompts(length, *, seed, padding, device):
+    """Tokens of two sequences and their mask; the first sequence begins with so much padding."""
+    ids = torch.randint(0, 500, (2, length), generator=torch.Generator().manual_seed(seed)).to(device)
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    return ids, mask
+
+
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("build", [deepseek, gemma4])
 def test_heads_of_many_channels_and_values_of_few(device, build, padded):
@@ -148,10 +156,7 @@ def test_heads_of_many_channels_and_values_of_few(device, build, padded):
     exact = build("eager", device, torch.float32)
     for model in (sage, full, exact):
         model.load_state_dict(eager.state_dict())
-    ids = torch.randint(0, 500, (2, 150), generator=torch.Generator().manual_seed(9)).to(device)
-    mask = torch.ones_like(ids)
-    if padded:
-        mask[0, :40] = 0
+    ids, mask = prompts(150, seed=9, padding=40 if padded else 0, device=device)
     sageattention.counts(reset=True)
     logits = [model(ids, attention_mask=mask).logits[mask.bool()] for model in (exact, eager, sage, full)]
     counts = sageattention.counts()
@@ -183,10 +188,7 @@ def test_what_is_not_computed_here_is_left_to_transformers(device, build, other,
     reason = reason + device if reason == CHANNELS else reason
     theirs, sage = build(other, device, dtype), build("sage", device, dtype)
     sage.load_state_dict(theirs.state_dict())
-    ids = torch.randint(0, 500, (2, 50), generator=torch.Generator().manual_seed(6)).to(device)
-    mask = torch.ones_like(ids)
-    if padded:
-        mask[0, :20] = 0
+    ids, mask = prompts(50, seed=6, padding=20 if padded else 0, device=device)
     sageattention.counts(reset=True)
     with caplog.at_level(logging.WARNING, "sageattention"):
         wanted, found = (model(ids, attention_mask=mask).logits[mask.bool()] for model in (theirs, sage))

@@ -39,9 +39,7 @@ impl Backend for Cuda {
     }
 
     fn plan<'c>(&self, call: &DeviceCall<'c>, choice: Choice, lse: bool) -> Result<Arc<CudaPlan>> {
-        // Of an output without gaps every row is as far from the next as it is long.
-        let out = TensorArg { address: 0, strides: [call.problem.value_dim as i64; 3] };
-        let request = request(call, choice, &addresses(call, out), lse);
+        let request = request(call, choice, &addresses(call, output_without_gaps(call)), lse);
         self.plan_of(&call.problem, &request)
     }
 
@@ -124,8 +122,7 @@ impl Cuda {
         choice: Choice,
         lse: bool,
     ) -> Result<Arc<CudaPlan>> {
-        let out = TensorArg { address: 0, strides: [call.problem.head_dim as i64; 3] };
-        let mut tensors = addresses(call, out);
+        let mut tensors = addresses(call, output_without_gaps(call));
         // Of a predicted map every head of every sequence has blocks of its own.
         tensors.blocks.strides = [1; 4];
         let problem = call.problem.blocks(blocks);
@@ -138,8 +135,7 @@ impl Cuda {
     /// # Errors
     /// When no kernel computes it.
     pub fn alternatives(&self, call: &DeviceCall<'_>, choice: Choice) -> Result<Vec<Alternative>> {
-        let out = TensorArg { address: 0, strides: [call.problem.head_dim as i64; 3] };
-        let request = request(call, choice, &addresses(call, out), false);
+        let request = request(call, choice, &addresses(call, output_without_gaps(call)), false);
         Alternative::all(&call.problem, &request, self.machine())
     }
 
@@ -216,6 +212,11 @@ pub fn nearest_on_hopper(scheme: Scheme, dtype: DType) -> Scheme {
 /// Whether a call has no query.
 pub(crate) fn computes_nothing(call: &DeviceCall<'_>) -> bool {
     call.problem.q_len == 0 || call.problem.batch == 0 || call.problem.num_q_heads == 0
+}
+
+/// An output of which every row is as far from the next as it is long.
+fn output_without_gaps(call: &DeviceCall<'_>) -> TensorArg {
+    TensorArg { address: 0, strides: [call.problem.value_dim as i64; 3] }
 }
 
 /// Where a call's tensors and its output lie.

@@ -33,6 +33,6 @@ pub use kernel::Kernel;
 pub use key_order::KeyOrder;
 pub use machine::Machine;
 pub use operand::{Element, Operand, OperandSource, Operands, Scales, ValueForm};
-pub use sequence::{KEY_TILE, LengthArgs, Lengths, total_key_tiles};
+pub use sequence::{KEY_TILE, LengthArgs, Lengths, seen_key_tiles, total_key_tiles};
 pub use tensor::TensorArg;
 pub use tiling::{Copies, Engine, Tiling, WarpTiling, WarpgroupTiling};

@@ -39,6 +39,11 @@ impl Machine {
         self.target.sm() >= 80
     }
 
+    /// Blocks that run at once, where a multiprocessor holds so many.
+    pub(crate) fn resident_blocks(&self, of_each: u32) -> usize {
+        self.multiprocessors * of_each as usize
+    }
+
     /// The type that tensor cores multiply 16-bit tensors of type `dtype` in: their own, or f16 where they lack it.
     pub fn product_dtype(&self, dtype: DType) -> DType {
         product_dtype(dtype, self.target)

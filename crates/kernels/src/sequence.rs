@@ -1,6 +1,6 @@
 //! Which rows of the tensors are a sequence's, and where its key tiles lie in the workspace.
 
-use sage_core::{Alignment, Band};
+use sage_core::{Alignment, Band, Problem};
 use sage_ptx::{Code, Global, Val};
 
 use crate::params::kernel_params;
@@ -47,6 +47,14 @@ pub fn total_key_tiles(lengths: Lengths, batch: usize, kv_rows: usize) -> usize 
         Lengths::Dense | Lengths::KvLens => batch * kv_rows.div_ceil(KEY_TILE),
         Lengths::Packed => kv_rows / KEY_TILE + batch,
     }
+}
+
+/// Tiles of keys of which the band lets some of `rows` queries from `first` on see a key; `first` is one of the problem's.
+pub fn seen_key_tiles(problem: &Problem, first: usize, rows: usize) -> usize {
+    let last = (first + rows).min(problem.q_len) - 1;
+    let seen = |query: usize| problem.band.keys(query, problem.q_len, problem.kv_len);
+    let (start, end) = (seen(first).start, seen(last).end);
+    end.max(start).div_ceil(KEY_TILE) - start / KEY_TILE
 }
 
 /// A sequence, inside a kernel.

@@ -1,7 +1,7 @@
 //! How the work of a launch grows with a call.
 
 use sage_core::Problem;
-use sage_kernels::KEY_TILE;
+use sage_kernels::{KEY_TILE, seen_key_tiles};
 
 use super::work::Work;
 use crate::failure::Result;
@@ -34,17 +34,10 @@ pub struct Extent {
 impl Extent {
     /// That of a call, for blocks of `block_q` queries.
     pub fn of(problem: &Problem, block_q: usize) -> Self {
-        let Problem { batch, num_q_heads, num_kv_heads, q_len, kv_len, band, .. } = *problem;
+        let Problem { batch, num_q_heads, num_kv_heads, q_len, kv_len, .. } = *problem;
         let heads = (batch * num_q_heads) as f64;
-        let pairs_of_head: usize = (0..q_len)
-            .step_by(block_q)
-            .map(|first| {
-                let last = (first + block_q).min(q_len) - 1;
-                let (start, end) =
-                    (band.keys(first, q_len, kv_len).start, band.keys(last, q_len, kv_len).end);
-                end.max(start).div_ceil(KEY_TILE) - start / KEY_TILE
-            })
-            .sum();
+        let pairs_of_head: usize =
+            (0..q_len).step_by(block_q).map(|first| seen_key_tiles(problem, first, block_q)).sum();
         Extent {
             blocks: heads * q_len.div_ceil(block_q) as f64,
             tiles: (batch * num_kv_heads * kv_len.div_ceil(KEY_TILE)) as f64,

@@ -204,7 +204,7 @@ impl AttendCall {
     /// The parts that take the least time.
     fn parts(&self, machine: &Machine) -> Parts {
         let row_blocks = CacheAttendConfig::row_blocks(self.q_len, self.group());
-        let resident = self.attend(1).min_blocks() as usize * machine.multiprocessors;
+        let resident = machine.resident_blocks(self.attend(1).min_blocks());
         Parts::new(
             &self.storage,
             self.seen_by_block(),

@@ -27,8 +27,8 @@ pub struct Alternative {
 }
 
 impl Alternative {
-    /// Ways to compute a call: in the scheme asked for, or in all that the architecture
-    /// prefers and that are accurate enough, the most accurate first.
+    /// Ways to compute a call: in the scheme asked for, or in all that the architecture prefers and that are accurate
+    /// enough, the most accurate first.
     ///
     /// # Errors
     /// When no kernel computes it.

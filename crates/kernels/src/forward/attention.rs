@@ -117,7 +117,7 @@ impl PlannedAttention {
             match config.tiling.engine() {
                 Engine::Warps => launch(grid(q_tiles, all_heads), values, &[]),
                 Engine::Warpgroups => {
-                    let resident = call.machine.multiprocessors * config.tiling.min_blocks() as usize;
+                    let resident = call.machine.resident_blocks(config.tiling.min_blocks());
                     let blocks = (q_tiles * all_heads).min(resident);
                     launch([blocks as u32, 1, 1], values, &boxed(at, &args));
                 }

@@ -55,7 +55,7 @@ impl Cut {
         }
         for tuned in alternatives(&call.machine, &forms.key) {
             let blocks = blocks(call, &tuned.tiling);
-            let slots = call.machine.multiprocessors * tuned.tiling.min_blocks() as usize;
+            let slots = call.machine.resident_blocks(tuned.tiling.min_blocks());
             let most = most_splits(call, &tuned.tiling);
             let parts = [1, slots / blocks.max(1), 2 * slots / blocks.max(1), splits(call, &tuned.tiling)];
             for splits in parts.map(|parts| parts.clamp(1, most)) {

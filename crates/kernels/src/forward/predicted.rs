@@ -5,7 +5,7 @@ use super::cut::{self, Cut};
 use super::forms::Forms;
 use crate::attention::{MaskForm, padded_dim};
 use crate::operand::{Operand, OperandSource};
-use crate::sequence::KEY_TILE;
+use crate::sequence::{KEY_TILE, seen_key_tiles};
 use crate::tuning::{Cost, cost};
 
 /// Microseconds from the start of a call's first launch to its first instruction, and back.
@@ -48,19 +48,14 @@ fn attention(call: &ForwardCall, cut: &Cut, cost: &Cost) -> f64 {
     let part = if is_alone { cost.alone } else { 1.0 };
     let of_tile = cost.tile * (1.0 - cost.channels * missing);
     let of_tiles = |tiles: f64| part * (cost.piece + of_tile * (tiles / cut.splits as f64).max(1.0));
-    let slots = (call.machine.multiprocessors * tiling.min_blocks() as usize) as f64;
+    let slots = call.machine.resident_blocks(tiling.min_blocks()) as f64;
     let pieces = pieces as f64;
     let heads = (problem.batch * problem.num_q_heads * cut.splits) as f64;
     if call.pieces_alike() {
         return (pieces / slots).ceil() * of_tiles(problem.kv_len.div_ceil(KEY_TILE) as f64);
     }
     let rows = tiling.block_q();
-    let tiles_of = |first: usize| {
-        let last = (first + GROUP_ROWS).min(problem.q_len) - 1;
-        let seen = |query: usize| problem.band.keys(query, problem.q_len, problem.kv_len);
-        let (start, end) = (seen(first).start, seen(last).end);
-        (end.max(start).div_ceil(KEY_TILE) - start / KEY_TILE) as f64
-    };
+    let tiles_of = |first: usize| seen_key_tiles(problem, first, GROUP_ROWS) as f64;
     let times = (0..problem.q_len).step_by(rows).map(|first| {
         // Each group passes the tiles that only the others' rows see, which leaves the multiprocessor to them.
         let groups = (first..(first + rows).min(problem.q_len)).step_by(GROUP_ROWS);
