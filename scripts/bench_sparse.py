@@ -11,7 +11,7 @@ alone) and by SpargeAttn (with their self-similarity); and by SLA where the bloc
 installed is named and left out. Contestants take turns; of each, the median of its rounds. Random maps and random
 inputs have no structure: they tell time, not quality.
 
-Needs a CUDA GPU, torch and the wheel of this repository.
+Needs a CUDA GPU, torch and both wheels of this repository, `sageattention` and `sageattention-shims`.
 """
 
 import argparse

@@ -7,13 +7,13 @@
 #     scripts/gpu.sh bench-quick                                  # two lengths, one round
 #     scripts/gpu.sh sweep                                        # some 160 shapes, large and small, beside 16-bit peers
 #     scripts/gpu.sh regret                                       # the same shapes: our plan beside all that it weighed
-#     scripts/gpu.sh build DIR                                    # only build programs and wheel, to be carried along
+#     scripts/gpu.sh build DIR                                    # only build programs and wheels, to be carried along
 #     GPU_BIN=DIR scripts/gpu.sh …                                # run such programs instead of building
 #     SCHEMES=auto,full scripts/gpu.sh …                          # measure these schemes
 #     SAGE_GPU_TARGET=sm_75 scripts/gpu.sh …                      # an older GPU's kernels, on the one that is here
 #     GPU_OUT=DIR scripts/gpu.sh …                                # keep times and counters there as files
 #
-# Needs the driver. `python` needs a Python with torch and pytest, installs the wheel into a folder of its own, and tests
+# Needs the driver. `python` needs a Python with torch and pytest, installs the wheels into a folder of its own, and tests
 # numpy, JAX, CuPy, transformers and diffusers where they are installed. `sanitize` needs compute-sanitizer and `profile`
 # ncu; accuracy and benchmarks need Python with torch (and take the peers named in scripts/bench_gpu.py where they are
 # installed). What is missing is said, not skipped silently.
@@ -101,14 +101,15 @@ first_call() {
 python_suite() {
     heading "Python"
     python3 -c 'import torch, pytest' || { echo "left out: Python has no torch and pytest here"; return; }
-    local module wheels=("$bin"/sageattention-*.whl)
-    if [[ ! -f ${wheels[0]} ]]; then
+    local module wheels
+    wheels=("$bin"/sageattention-*.whl "$bin"/sageattention_shims-*.whl)
+    if [[ ! -f ${wheels[0]} || ! -f ${wheels[1]} ]]; then
         if [[ -n ${GPU_BIN:-} ]]; then
-            echo "left out: there is no wheel in $bin; scripts/gpu.sh build puts one there"
+            echo "left out: the two wheels are not in $bin; scripts/gpu.sh build puts them there"
             return
         fi
         scripts/test_python.sh wheel "$bin"
-        wheels=("$bin"/sageattention-*.whl)
+        wheels=("$bin"/sageattention-*.whl "$bin"/sageattention_shims-*.whl)
     fi
     for module in numpy jax cupy transformers diffusers; do
         python3 -c "import $module" 2>/dev/null || echo "left out: tests of $module, which Python does not have here"
@@ -122,8 +123,10 @@ python_suite() {
     fi
     local folder code=0
     folder=$(mktemp -d)
-    python3 -m pip install --quiet --disable-pip-version-check --no-index --no-deps --target "$folder" "${wheels[0]}"
-    PYTHONPATH=$folder${PYTHONPATH:+:$PYTHONPATH} PYTHONDONTWRITEBYTECODE=1 \
+    python3 -m pip install --quiet --disable-pip-version-check --no-index --no-deps --target "$folder" "${wheels[@]}"
+    # Python reads no .pth file outside site-packages: the shims' folder is named as well.
+    PYTHONPATH=$folder:$folder/sageattention_shims/modules${PYTHONPATH:+:$PYTHONPATH} PYTHONDONTWRITEBYTECODE=1 \
+        SAGEATTENTION_WHEELS=$(realpath "$bin") \
         python3 -m pytest python/tests -p no:cacheprovider -q "${workers[@]}" || code=$?
     rm -rf "$folder"
     return "$code"

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Builds the Python wheel, installs it into clean environments, runs python/README.md's examples and python/tests.
+# Builds both Python wheels, installs them into clean environments, runs python/README.md's examples and python/tests.
 # Needs rustup's cargo and python3 (on Debian, what python3 lacks is installed as root). The first run downloads torch
 # with its CUDA libraries, several GB, into target/python-test; later ones find them there.
 #
 #     scripts/test_python.sh [PYTEST OPTIONS]      # all of it
-#     scripts/test_python.sh wheel DIR             # only build the wheel, into DIR, to be carried to a machine
+#     scripts/test_python.sh wheel DIR             # only build the wheels, into DIR, to be carried to a machine
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -27,25 +27,27 @@ pip_install() {
     "$1/bin/python" -m pip install --quiet --disable-pip-version-check "${@:2}"
 }
 
-# The wheel, into the folder $1.
-build_wheel() {
+# Both wheels, `sageattention` and `sageattention-shims`, into the folder $1.
+build_wheels() {
     local tools=$target/python-build
     if ! "$tools/bin/maturin" --version 2>/dev/null | grep -qx "${maturin/==/ }"; then
         environment "$tools"
         pip_install "$tools" "$maturin"
     fi
-    rm -f "$1"/sageattention-*.whl
+    rm -f "$1"/sageattention-*.whl "$1"/sageattention_shims-*.whl
     "$tools/bin/maturin" build --release --locked --manifest-path python/Cargo.toml --target-dir "$target" --out "$1"
+    "$tools/bin/python" -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir "$1" ./python/shims
 }
 
 if [[ ${1:-} == wheel ]]; then
-    build_wheel "${2:?the folder for the wheel}"
+    build_wheels "${2:?the folder for the wheels}"
     exit
 fi
 
-build_wheel "$target/python-wheel"
-wheels=("$target"/python-wheel/sageattention-*.whl)
-wheel=${wheels[0]}
+export SAGEATTENTION_WHEELS=$target/python-wheel
+build_wheels "$SAGEATTENTION_WHEELS"
+wheel=$(echo "$SAGEATTENTION_WHEELS"/sageattention-*.whl)
+shims=$(echo "$SAGEATTENTION_WHEELS"/sageattention_shims-*.whl)
 bytes=$(stat -c %s "$wheel")
 echo "test_python: $(basename "$wheel"), $bytes bytes"
 if ((bytes >= max_wheel_bytes)); then
@@ -57,7 +59,8 @@ echo "test_python: a clean environment, numpy alone"
 clean=$target/python-clean
 rm -rf "$clean"
 environment "$clean"
-pip_install "$clean" "$wheel" numpy
+pip_install "$clean" "${wheel}[shims]" "$shims" numpy
+"$clean/bin/python" -m sageattention_shims
 "$clean/bin/python" - <<'PYTHON'
 import numpy
 from sageattention import sageattn
@@ -76,7 +79,7 @@ if [[ $(cat "$tests/installed" 2>/dev/null) != "$frameworks" ]]; then
     pip_install "$tests" $frameworks
     echo "$frameworks" >"$tests/installed"
 fi
-pip_install "$tests" --force-reinstall --no-deps "$wheel"
+pip_install "$tests" --force-reinstall --no-deps "$wheel" "$shims"
 
 echo "test_python: the examples of python/README.md that are marked to be run"
 awk '/^<!-- run -->$/ { run = 1 } run && /^```python$/ { inside = 1; next } /^```$/ { run = inside = 0 } inside' \

@@ -23,7 +23,11 @@ X = random(1, 4, 70, 64, seed=0)
             r"k: shape is \[1, 3, 70, 64\], expected a number of heads that divides q's 4",
             lambda f: f(X, X[:, :3], X[:, :3]),
         ),
-        (ValueError, r"v: shape is \[1, 4, 69, 64\], expected \[1, 4, 70, head_dim\], as k", lambda f: f(X, X, X[:, :, :69])),
+        (
+            ValueError,
+            r"v: shape is \[1, 4, 69, 64\], expected \[1, 4, 70, head_dim\], as k",
+            lambda f: f(X, X, X[:, :, :69]),
+        ),
         (ValueError, "head_dim: value is 600, expected 1 to 576", lambda f: f(*qkv(1, 1, 1, 4, 4, 600))),
         (TypeError, "q: dtype is float64, expected f16, bf16 or f32", lambda f: f(X.double(), X.double(), X.double())),
         (TypeError, "k: dtype is f16, expected f32, as q", lambda f: f(X, X.half(), X)),

@@ -7,7 +7,6 @@ import time
 
 import pytest
 import torch
-
 from sageattention import sageattn
 
 # Far longer than any call here takes, on a busy machine too.

@@ -3,10 +3,9 @@
 import math
 
 import pytest
+import sageattention
 import torch
 from exact import attention, qkv, random, relative_l1
-
-import sageattention
 from sageattention import sageattn
 
 # The device's own choice, K quantised by blocks of keys or by each, and 16-bit scores.

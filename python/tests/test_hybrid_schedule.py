@@ -53,7 +53,9 @@ def test_calls_have_the_scheme_of_the_step(device):
     for scheme in ("full", "int8", "full", "full"):
         wanted = sageattn(q, k, v, scheme=scheme)
         assert torch.equal(schedule(q, k, v), wanted)
-        assert torch.equal(schedule(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), "NHD"), wanted.transpose(1, 2))
+        assert torch.equal(
+            schedule(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), "NHD"), wanted.transpose(1, 2)
+        )
         schedule.step()
 
 

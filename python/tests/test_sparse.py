@@ -75,9 +75,7 @@ def test_a_pooled_tail_has_the_means_of_what_is_left_out(device, library, layout
     if library == "numpy":
         given = [x.numpy() for x in given]
     options = {"tensor_layout": layout, "return_lse": True, "return_map": True}
-    out, lse, blocks = (
-        torch.as_tensor(x) for x in sparse_attention(*given, predictor, pooled_tail=True, **options)
-    )
+    out, lse, blocks = (torch.as_tensor(x) for x in sparse_attention(*given, predictor, pooled_tail=True, **options))
     plain, _, same = (torch.as_tensor(x) for x in sparse_attention(*given, predictor, **options))
     assert torch.equal(blocks, same)
     if layout == "NHD":

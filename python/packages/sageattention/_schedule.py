@@ -94,4 +94,6 @@ class HybridSchedule:
 
     def __repr__(self) -> str:
         steps, first, last = self.steps, self.first, self.last
-        return f"HybridSchedule({steps}, {first=}, {last=}, outer={self.outer!r}, inner={self.inner!r}) at step {self.at}"
+        return (
+            f"HybridSchedule({steps}, {first=}, {last=}, outer={self.outer!r}, inner={self.inner!r}) at step {self.at}"
+        )

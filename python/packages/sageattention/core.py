@@ -9,8 +9,8 @@ a head whose channels are not neighbours in memory is copied first. Inputs are n
 
 **Shapes**: q `[batch, heads, seq, head_dim]` ("HND") or `[batch, seq, heads, head_dim]` ("NHD"); k and v alike, with a
 number of heads that divides q's (grouped-query attention, nothing is expanded) and any length. head_dim is 1 to
-576 for q and k, and 1 to 512 for v, which may have another than q and k; GPUs compute more than 256 in 16 bits. k and v of
-batch 1 are every batch entry's, and are not copied.
+576 for q and k, and 1 to 512 for v, which may have another than q and k; GPUs compute more than 256 in 16 bits. k and v
+of batch 1 are every batch entry's, and are not copied.
 The output has q's shape, but v's head_dim, and q's dtype, and is contiguous.
 
 **Log-sum-exp** (`return_lse=True`): float32 `[batch, heads, q_len]` in any layout, natural logarithm, of the scores
@@ -95,7 +95,8 @@ def sageattn(
         logit_softcap: Scaled scores s become `softcap * tanh(s / softcap)`; None or 0 leaves them.
 
     Returns:
-        The output in q's dtype and shape, but v's head_dim; with `return_lse` a pair of it and float32 `[batch, heads, q_len]`.
+        The output in q's dtype and shape, but v's head_dim; with `return_lse` a pair of it and float32
+        `[batch, heads, q_len]`.
 
     Raises:
         ValueError, TypeError, NotImplementedError, MemoryError, RuntimeError: as this module says.

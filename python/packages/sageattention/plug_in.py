@@ -82,8 +82,8 @@ def register_transformers(name: str = "sage", scheme: Optional[str] = None) -> N
 
     Causal and padding masks, sliding windows, grouped-query attention, KV caches, soft-capped logits and position
     biases are computed here. What is not goes to transformers' own "sdpa", or to the model's "eager" for what SDPA
-    cannot do: attention sinks, heads that no kernel has, dropout and gradients while training, float32 on a GPU. The log `sageattention` has a line for each reason, and `counts()` the
-    numbers.
+    cannot do: attention sinks, heads that no kernel has, dropout and gradients while training, float32 on a GPU. The
+    log `sageattention` has a line for each reason, and `counts()` the numbers.
 
     Args:
         name: What models are to call it. Several names may have several schemes.

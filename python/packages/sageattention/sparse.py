@@ -65,8 +65,8 @@ def sparse_attention(
         return_lse: Whether to return the log-sum-exp too, of the scores that were computed and of pooled terms.
         attn_mask: Bool or additive, broadcastable to `[batch, heads, q_len, kv_len]`.
         return_map: Whether to return the map too.
-        pooled_tail: Whether each block that is left out counts as one key, with the means of its keys and values and the
-            weight of all of them, as in Sol-Attn (arXiv 2607.24027): worth a fifth of the error and more where few
+        pooled_tail: Whether each block that is left out counts as one key, with the means of its keys and values and
+            the weight of all of them, as in Sol-Attn (arXiv 2607.24027): worth a fifth of the error and more where few
             blocks are kept of a video, and nothing for text. Not with `attn_mask`.
         smoothing: Whether K's mean is subtracted before K is quantised; what the predictor subtracts is its own option.
         scheme: The name of a scheme, in place of the device's choice.

@@ -13,7 +13,6 @@ from typing import Any, Optional
 
 from sageattention import _values, sageattn
 from sageattention._frameworks import major_capability
-from sageattention._installed import warn_if_shared
 from sageattention._keywords import callers_keywords
 
 __all__ = ["sageattn3_blackwell", "sageattn_blackwell"]
@@ -28,8 +27,6 @@ _SCHEMES = {
     (True, True): "sage3-nvfp4-one-level",
     (False, True): "sage3-nvfp4-one-level-sequence-mean",
 }
-
-warn_if_shared(__file__)
 
 
 @callers_keywords

@@ -3,8 +3,6 @@
 `sageattention.sparse` is the same with other names: more predictors, and maps that are returned.
 """
 
-from sageattention._installed import warn_if_shared
-
 from spas_sage_attn.core import (
     block_sparse_sage2_attn_cuda,
     spas_sage2_attn_meansim_cuda,
@@ -20,5 +18,3 @@ __all__ = [
     "spas_sage_attn_meansim_cuda",
     "spas_sage_attn_meansim_topk_cuda",
 ]
-
-warn_if_shared(__file__)

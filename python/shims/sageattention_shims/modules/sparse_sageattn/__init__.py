@@ -7,14 +7,11 @@ from typing import Any, Optional
 from sageattention import _values
 from sageattention._block_maps import given_map
 from sageattention._frameworks import dense
-from sageattention._installed import warn_if_shared
 from sageattention._keywords import callers_keywords
 from sageattention._request import request
 from sageattention._sparge_schemes import scheme_on
 
 __all__ = ["sparse_sageattn"]
-
-warn_if_shared(__file__)
 
 
 @callers_keywords
