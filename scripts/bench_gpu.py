@@ -37,7 +37,7 @@ MODELS = [
 SHAPES = {"all": GRID + MODELS, "grid": GRID, "models": MODELS}
 
 # As in crates/sageattention/examples/bench_gpu.rs, so that contestants are timed alike.
-WARM_UP_RUNS, WARM_UP_MS = 3, 20
+WARM_UP_RUNS, WARM_UP_MS = 3, 60
 GROUP_MS = 1
 GROUPS, TIMED_MS = (7, 50), 80
 

@@ -249,6 +249,7 @@ fn request(call: &DeviceCall<'_>, choice: Choice, tensors: &Tensors, lse: bool) 
         aligned,
         values_in_keys: tensors.values_in_keys(&call.problem),
         has_tensor_map: aligned && tensors.k.has_map(call.k.shape()) && tensors.v.has_map(call.v.shape()),
+        has_query_map: aligned && tensors.q.has_map(call.q.shape()),
         lse,
         ..Request::new(&call.problem)
     }

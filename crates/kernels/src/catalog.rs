@@ -208,6 +208,7 @@ impl Call {
             kv_rows: rows(kv_len),
             aligned: self.aligned,
             has_tensor_map: self.aligned,
+            has_query_map: self.aligned,
             lse: self.lse,
             ..Request::new(&problem)
         };

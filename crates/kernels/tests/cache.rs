@@ -217,7 +217,7 @@ impl Case {
         emulator
             .launch(&config.program(), grid, &args.args())
             .unwrap_or_else(|failure| panic!("{self:?}\n{failure}"));
-        let combine = CombineConfig { dtype: call.dtype, head_dim, lse: true };
+        let combine = CombineConfig::new(call.dtype, head_dim, true, splits);
         let args = CombineArgs {
             partial: partial.address(),
             partial_sums: partial_sums.address(),

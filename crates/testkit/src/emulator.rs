@@ -100,6 +100,7 @@ impl Emulated {
             aligned,
             values_in_keys: tensors.values_in_keys(&checked.problem),
             has_tensor_map: aligned && tensors.k.has_map(k.shape()) && tensors.v.has_map(v.shape()),
+            has_query_map: aligned && tensors.q.has_map(checked.q.shape()),
             lse: call.lse,
             tiling: self.tiling,
             splits: self.splits,

@@ -62,6 +62,10 @@ pub struct AttentionConfig {
     /// Whether the query heads of a key head are rows of one head, those of each query one after the other: K and V
     /// are then read once for all of them.
     pub heads_as_rows: bool,
+    /// Whether heads have so few rows that a block's last warps have none, and leave products to the others.
+    pub idle_warps: bool,
+    /// Whether warpgroups get their queries through TMA, ahead of their piece of work; otherwise each lane reads its own.
+    pub queries_by_tma: bool,
     /// Which tiles of keys are multiplied.
     pub tiles: TileSource,
     /// Tile shapes.
@@ -159,6 +163,12 @@ impl AttentionConfig {
         let whole = self.value_dim == self.value_columns();
         let room = whole && self.value_dim <= 128 && tiling.tile_keys() == 64;
         tiling.sums_by_mma() && room
+    }
+
+    /// Whether products read queries in shared memory as TMA has put them there.
+    pub(super) fn multiplies_staged_queries(&self) -> bool {
+        let as_given = self.operands.quantizer.is_none() && self.smooth_q.is_none() && !self.rotate;
+        self.queries_by_tma && as_given && !self.smooth_k && !self.tiling.queries_in_registers()
     }
 
     /// Channels of a row of queries and keys in tiles, padded as those are.

@@ -69,6 +69,8 @@ impl Kernel for AttentionConfig {
             (self.values_in_keys, "_vk"),
             (self.split, "_split"),
             (self.heads_as_rows, "_heads"),
+            (self.idle_warps, "_idle"),
+            (self.queries_by_tma, "_qtma"),
             (self.tiles == TileSource::List, "_list"),
         ] {
             if on {

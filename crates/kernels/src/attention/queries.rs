@@ -8,6 +8,7 @@ use sage_ptx::{
 
 use super::config::{AttentionConfig, AttentionParams, padded_dim, panel_row_bytes};
 use super::place::Place;
+use super::warpgroups::StagedRows;
 use crate::fp4::{GroupScale, ScalesOfA};
 use crate::integer::{Step, magnitude_bits, nonzero};
 use crate::rotation::{RowLayout, rotate};
@@ -51,19 +52,33 @@ pub(super) fn elements_per_word(config: &AttentionConfig) -> usize {
 }
 
 impl<'k> Queries<'k> {
-    /// Reads and prepares them; `scratch` is shared memory that nothing else needs meanwhile, where there is some.
+    /// Reads and prepares them; `scratch` is shared memory that nothing else needs meanwhile, where there is some, and
+    /// `staged` has the block's rows where they are in shared memory already.
     pub fn load<H: Half + Stored<Value = H>>(
         code: &'k Code,
         config: &AttentionConfig,
         p: &AttentionParams<'k>,
         place: &Place<'k>,
         scratch: Option<Shared<'k, i32>>,
+        staged: Option<&StagedRows<'k>>,
     ) -> Self {
         code.note("queries: read, smooth, quantise");
-        let head = place.head_start(&p.q);
         let quad = place.lane & 3;
+        if let Some(staged) = staged.filter(|_| config.multiplies_staged_queries()) {
+            let slots = config.tiling.rows_per_warp() / SLOT_ROWS;
+            let scale = p.sm_scale * std::f32::consts::LOG2_E;
+            return Queries {
+                operand: Operand::Panels(staged.matrix(place.warp)),
+                group_scales: Vec::new(),
+                scale: Rows::from_fn(slots, |_| scale),
+                taken: Rows::from_fn(slots, |_| code.constant(0.0)),
+            };
+        }
         let loader = Loader { code, config, p, place, scratch, quad, per: elements_per_word(config) };
-        let loaded = loader.load::<H>(head);
+        let loaded = match staged {
+            Some(staged) => loader.staged(staged),
+            None => loader.load::<H>(place.head_start(&p.q)),
+        };
         let channels = |words: &Vec<Val<'k, u32>>| {
             words.iter().flat_map(|word| word.split::<H>()).map(|x| x.to_f32()).collect()
         };
@@ -149,6 +164,15 @@ impl<'k> Loader<'k, '_> {
                 )
             };
             (0..2 * depth_steps(config)).map(register).collect()
+        })
+    }
+
+    /// The same of rows in shared memory. Rows that the sequence does not have may hold anything, as nobody reads what
+    /// comes of them.
+    fn staged(&self, rows: &StagedRows<'k>) -> Registers<'k, u32> {
+        let Loader { config, place, per, .. } = *self;
+        Rows::from_fn(config.tiling.rows_per_warp() / SLOT_ROWS, |slot| {
+            (0..2 * depth_steps(config)).map(|word| rows.words(place, slot, word, per)).collect()
         })
     }
 

@@ -173,7 +173,7 @@ impl AttendCall {
         if !attend.split {
             return Ok(pass.finish());
         }
-        let combine = CombineConfig { dtype: call.dtype, head_dim, lse: call.lse };
+        let combine = CombineConfig::new(call.dtype, head_dim, call.lse, splits);
         pass.launch(combine, move |at, launch| {
             let AttendTensors { out, lse, .. } = *at.tensors;
             let args = CombineArgs {

@@ -7,7 +7,9 @@ use super::cut::Cut;
 use super::forms::{Forms, has_words, packs_biases};
 use super::lists::TileLists;
 use super::tensors::Tensors;
-use crate::attention::{AttentionArgs, AttentionConfig, MaskForm, TileSource, boxed_tensors, stage_bytes};
+use crate::attention::{
+    AttentionArgs, AttentionConfig, MaskForm, TileSource, boxed_tensors, stage_bytes, tensor_maps,
+};
 use crate::combine::{CombineArgs, CombineConfig, PART};
 use crate::grid::grid;
 use crate::operand::{Operand, OperandSource};
@@ -66,6 +68,12 @@ impl PlannedAttention {
             values_in_keys: key.values_in_keys,
             split: false,
             heads_as_rows: call.heads_as_rows,
+            idle_warps: tuned.tiling.engine() == Engine::Warps
+                && call.heads_and_rows()[1] <= (tuned.tiling.warps() - 1) * tuned.tiling.rows_per_warp(),
+            // The rows of several heads are no box of the tensor.
+            queries_by_tma: tuned.tiling.engine() == Engine::Warpgroups
+                && request.has_query_map
+                && !call.heads_as_rows,
             tiles: if call.lists_tiles() { TileSource::List } else { TileSource::Band },
             tiling: tuned.tiling,
         };
@@ -92,16 +100,18 @@ impl PlannedAttention {
         let boxed = move |at: &Addresses<'_, Tensors>, args: &AttentionArgs| {
             let (problem, t) = (&call.problem, at.tensors);
             let batches = if call.request.lengths == Lengths::Packed { 1 } else { problem.batch };
-            let shape = |channels: usize| {
-                [channels, call.request.kv_rows, problem.num_kv_heads, batches].map(|size| size as u64)
+            let shape = |channels: usize, rows: usize, heads: usize| {
+                [channels, rows, heads, batches].map(|size| size as u64)
             };
+            let of_keys = |channels: usize| shape(channels, call.request.kv_rows, problem.num_kv_heads);
+            let of_queries = shape(problem.head_dim, call.request.q_rows, problem.num_q_heads);
+            let given = [
+                (of_keys(problem.head_dim), t.k.strides),
+                (of_keys(problem.value_dim), t.v.strides),
+                (of_queries, t.q.strides),
+            ];
             let tiles = problem.num_kv_heads * call.key_tiles();
-            boxed_tensors(
-                &config,
-                [(shape(problem.head_dim), t.k.strides), (shape(problem.value_dim), t.v.strides)],
-                [args.k.address, args.v.address],
-                tiles,
-            )
+            boxed_tensors(&config, given, [args.k.address, args.v.address, args.q.address], tiles)
         };
         let together = heads_together(&call, &config, all_heads);
         pass.launch(config, move |at, launch| {
@@ -119,7 +129,8 @@ impl PlannedAttention {
                 Engine::Warpgroups => {
                     let resident = call.machine.resident_blocks(config.tiling.min_blocks());
                     let blocks = (q_tiles * all_heads).min(resident);
-                    launch([blocks as u32, 1, 1], values, &boxed(at, &args));
+                    let maps = &boxed(at, &args)[..tensor_maps(&config).len()];
+                    launch([blocks as u32, 1, 1], values, maps);
                 }
             }
         });
@@ -139,7 +150,7 @@ impl PlannedAttention {
         let total_rows = self.call.total_rows();
         let (partial, partial_sums) = (pass.find(slot::PARTIAL), pass.find(slot::PARTIAL_SUMS));
         let lse = pass.find(slot::LSE);
-        let config = CombineConfig { dtype: problem.dtype, head_dim: problem.value_dim, lse: request.lse };
+        let config = CombineConfig::new(problem.dtype, problem.value_dim, request.lse, splits);
         pass.launch(config, move |at, launch| {
             let args = CombineArgs {
                 partial: at.of(partial),

@@ -80,9 +80,34 @@ fn most_splits(call: &ForwardCall, tiling: &Tiling) -> usize {
     (call.problem.kv_len.div_ceil(tiling.tile_keys()) / LEAST_TILES).max(1)
 }
 
-/// Parts of the keys that give every multiprocessor a block, where the queries alone do not.
+/// Parts of the keys of a call whose time is not predicted: those that give every multiprocessor a block, where the
+/// queries alone do not. Calls of few queries take as long as memory does, which is busy while all places of blocks are.
 fn splits(call: &ForwardCall, tiling: &Tiling) -> usize {
     let blocks = blocks(call, tiling);
     let wanted = 2 * call.machine.multiprocessors;
-    if blocks == 0 || blocks * 2 > wanted { 1 } else { (wanted / blocks).min(most_splits(call, tiling)) }
+    let most = most_splits(call, tiling);
+    let slots = call.machine.resident_blocks(tiling.min_blocks());
+    if blocks == 0 {
+        1
+    } else if blocks * 2 <= wanted {
+        (wanted / blocks).min(most)
+    } else if blocks > slots && call.problem.q_len <= FEW_QUERIES {
+        evened_out(call, blocks, slots).min(most)
+    } else {
+        1
+    }
+}
+
+/// Most parts that are looked at to even out the last round of blocks.
+const MOST_EVENED: usize = 8;
+
+/// Parts of the keys that leave the fewest of so many places of blocks empty in their last round, if that saves more than
+/// merging costs.
+fn evened_out(call: &ForwardCall, blocks: usize, slots: usize) -> usize {
+    let time = predicted::tensor_bytes(call) / predicted::BANDWIDTH;
+    let rounds = |parts: usize| (blocks * parts).div_ceil(slots) as f64 / parts as f64;
+    let even = blocks as f64 / slots as f64;
+    let cost = |parts: usize| time * rounds(parts) / even + predicted::merge(call, parts);
+    let compared = |a: &usize, b: &usize| cost(*a).total_cmp(&cost(*b));
+    (1..=MOST_EVENED).min_by(compared).unwrap_or(1)
 }

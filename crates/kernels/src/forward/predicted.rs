@@ -6,6 +6,7 @@ use super::forms::Forms;
 use crate::attention::{MaskForm, padded_dim};
 use crate::operand::{Operand, OperandSource};
 use crate::sequence::{KEY_TILE, seen_key_tiles};
+use crate::tiling::Engine;
 use crate::tuning::{Cost, cost};
 
 /// Microseconds from the start of a call's first launch to its first instruction, and back.
@@ -18,12 +19,16 @@ const RANKING: f64 = 6.0;
 /// Microseconds of the launch that merges parts of the keys, beside what it moves.
 const MERGING_LAUNCH: f64 = 3.2;
 /// Bytes a microsecond of device memory: an H200's.
-const BANDWIDTH: f64 = 4.2e6;
+pub(super) const BANDWIDTH: f64 = 4.2e6;
 /// By how much longer than at that bandwidth the launches that prepare take, and that which merges.
 const PREPARING: f64 = 1.05;
 const MERGING: f64 = 2.7;
 /// The part of the longest piece's time by which the last multiprocessor ends after the mean one.
 const UNEVEN: f64 = 0.23;
+
+/// Microseconds at least that a block waits for 64 keys whose values come from rows that are not whole pairs of sectors:
+/// TMA is slow with them.
+const RAGGED_TILE: f64 = 0.55;
 
 /// Rows of a group that computes by itself.
 const GROUP_ROWS: usize = 64;
@@ -34,19 +39,23 @@ const ELEMENT: f64 = 2.0;
 /// Predicted microseconds of a call, cut in such a way; none where the costs of its kernels were not measured.
 pub(super) fn microseconds(call: &ForwardCall, forms: &Forms, cut: &Cut) -> Option<f64> {
     let cost = cost(&call.machine, &forms.key, &cut.tuned.tiling)?;
-    let attention = attention(call, cut, &cost).max(tensor_bytes(call) / BANDWIDTH);
+    let attention = attention(call, forms, cut, &cost).max(tensor_bytes(call) / BANDWIDTH);
     Some(LAUNCH + prepare(call, forms) + attention + merge(call, cut.splits))
 }
 
 /// The attention kernel's time, were memory free.
-fn attention(call: &ForwardCall, cut: &Cut, cost: &Cost) -> f64 {
+fn attention(call: &ForwardCall, forms: &Forms, cut: &Cut, cost: &Cost) -> f64 {
     let (problem, tiling) = (&call.problem, &cut.tuned.tiling);
     let padded = padded_dim(problem.head_dim) as f64;
     let missing = 1.0 - problem.head_dim.next_multiple_of(16) as f64 / padded;
     let pieces = cut::blocks(call, tiling) * cut.splits;
     let is_alone = pieces <= call.machine.multiprocessors;
     let part = if is_alone { cost.alone } else { 1.0 };
-    let of_tile = cost.tile * (1.0 - cost.channels * missing);
+    let is_ragged = tiling.engine() == Engine::Warpgroups
+        && forms.operands.v.source == OperandSource::Given
+        && !(ELEMENT as usize * problem.value_dim).is_multiple_of(64);
+    let least = if is_ragged { RAGGED_TILE * f64::from(tiling.min_blocks()) } else { 0.0 };
+    let of_tile = (cost.tile * (1.0 - cost.channels * missing)).max(least);
     let of_tiles = |tiles: f64| part * (cost.piece + of_tile * (tiles / cut.splits as f64).max(1.0));
     let slots = call.machine.resident_blocks(tiling.min_blocks()) as f64;
     let pieces = pieces as f64;
@@ -81,7 +90,7 @@ fn prepare(call: &ForwardCall, forms: &Forms) -> f64 {
 }
 
 /// The time of the launch that merges parts of the keys.
-fn merge(call: &ForwardCall, splits: usize) -> f64 {
+pub(super) fn merge(call: &ForwardCall, splits: usize) -> f64 {
     let problem = &call.problem;
     if splits == 1 {
         return 0.0;
@@ -92,7 +101,7 @@ fn merge(call: &ForwardCall, splits: usize) -> f64 {
 }
 
 /// Bytes of Q, K, V and the output.
-fn tensor_bytes(call: &ForwardCall) -> f64 {
+pub(super) fn tensor_bytes(call: &ForwardCall) -> f64 {
     let problem = &call.problem;
     let rows = problem.num_q_heads * problem.q_len + problem.num_kv_heads * problem.kv_len;
     ELEMENT * (problem.batch * rows * (problem.head_dim + problem.value_dim)) as f64

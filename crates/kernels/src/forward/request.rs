@@ -35,6 +35,8 @@ pub struct Request {
     pub values_in_keys: bool,
     /// Whether tensor maps can describe K and V: rows are aligned, and strides positive multiples of 16 bytes.
     pub has_tensor_map: bool,
+    /// Whether one can describe Q.
+    pub has_query_map: bool,
     /// Whether the log-sum-exp is wanted.
     pub lse: bool,
     /// The attention kernel's tile shape, or none for the planner's choice.
@@ -103,6 +105,7 @@ impl Request {
             aligned,
             values_in_keys: false,
             has_tensor_map: aligned,
+            has_query_map: aligned,
             lse: false,
             tiling: None,
             splits: None,

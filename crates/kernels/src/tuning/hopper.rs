@@ -146,9 +146,16 @@ pub(super) fn other_groups(machine: &Machine, key: &Key, own: WarpgroupTiling) -
     groups.chain(of_warps()).collect()
 }
 
+/// Bytes of the queries that come through TMA, and of those that they become where products read these there as well.
+fn queries_bytes(tiling: &WarpgroupTiling, key: &Key) -> usize {
+    let rows = 64 * tiling.groups;
+    let staged = Key { integer: false, padded_dim: key.padded_dim.next_multiple_of(64), ..*key };
+    let converted = key.integer && !tiling.queries_in_registers;
+    staged.queries_bytes(rows) + if converted { key.queries_bytes(rows) } else { 0 }
+}
+
 /// Most stages that a block has shared memory for.
 pub(super) fn most_stages(machine: &Machine, tiling: &WarpgroupTiling, key: &Key) -> usize {
-    let rows = if tiling.queries_in_registers { 0 } else { 64 * tiling.groups };
     let ones = match (tiling.sums_by_mma, key.fp8) {
         (false, _) => 0,
         (true, true) => 16,
@@ -159,5 +166,5 @@ pub(super) fn most_stages(machine: &Machine, tiling: &WarpgroupTiling, key: &Key
     // A second block has as much, but for what the system takes of each.
     let bytes =
         if tiling.groups == 1 { (machine.shared_bytes - SYSTEM_BYTES) / 2 } else { machine.shared_bytes };
-    bytes.saturating_sub(SMALL_ARRAYS + key.queries_bytes(rows)) / stage
+    bytes.saturating_sub(SMALL_ARRAYS + queries_bytes(tiling, key)) / stage
 }

@@ -10,8 +10,8 @@
 //! kernel once, for profilers.
 //!
 //! A choice is `auto`, `auto@ERROR` with the largest error allowed, or a scheme's name. A shape is
-//! `BATCH,HEADS[/KV_HEADS],LENGTH,HEAD_DIM`, where a length is `TOKENS` or `QUERIESxKEYS`, and what is visible, each
-//! after a comma: `causal`; `blocks=QxK@DENSITY`, a block mask of random blocks; `mask=padding`, a boolean mask that hides
+//! `BATCH,HEADS[/KV_HEADS],LENGTH,HEAD_DIM[/VALUE_DIM]`, where a length is `TOKENS` or `QUERIESxKEYS`, and what is
+//! visible, each after a comma: `causal`; `blocks=QxK@DENSITY`, a block mask of random blocks; `mask=padding`, a boolean mask that hides
 //! the last tenth of the keys; `mask=dense`, one of random scores; `mask=triangle`, a causal one; `mask=bias`, an additive
 //! one of random biases. A scheme that cannot run is reported and passed over.
 
@@ -39,7 +39,7 @@ use timing::{Budget, Launching, times};
 type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
 
 const USAGE: &str = "bench_gpu [--graphs] [--alternatives] [--bf16] [--launch] CHOICE,… SHAPE…, a shape \
-    BATCH,HEADS[/KV_HEADS],LENGTH,HEAD_DIM[,VISIBLE…] or -";
+    BATCH,HEADS[/KV_HEADS],LENGTH,HEAD_DIM[/VALUE_DIM][,VISIBLE…] or -";
 
 fn main() -> Result<()> {
     let (flags, arguments): (Vec<_>, Vec<_>) = std::env::args().skip(1).partition(|x| x.starts_with("--"));
@@ -101,26 +101,28 @@ impl Bench {
     /// Times all choices on one shape.
     fn shape(&mut self, choices: &[&str], text: &str) -> Result<()> {
         let shape: Shape = text.parse()?;
-        let sizes = |heads, rows| [shape.batch, heads, rows, shape.head_dim];
-        let (q_sizes, kv_sizes) = (sizes(shape.heads, shape.q_len), sizes(shape.kv_heads, shape.kv_len));
-        for (seed, (tensor, sizes)) in (1..).zip(self.inputs.iter_mut().zip([q_sizes, kv_sizes, kv_sizes])) {
+        let of_queries = |channels| [shape.batch, shape.heads, shape.q_len, channels];
+        let of_keys = |channels| [shape.batch, shape.kv_heads, shape.kv_len, channels];
+        let (q_sizes, out_sizes) = (of_queries(shape.head_dim), of_queries(shape.value_dim));
+        let (k_sizes, v_sizes) = (of_keys(shape.head_dim), of_keys(shape.value_dim));
+        for (seed, (tensor, sizes)) in (1..).zip(self.inputs.iter_mut().zip([q_sizes, k_sizes, v_sizes])) {
             let len = sizes.iter().product();
             if elements(tensor) < len {
                 let values = Tensor::new(normal(seed, len), &[len])?.to_dtype(self.dtype);
                 *tensor = CudaTensor::upload(&self.stream, &values.view())?;
             }
         }
-        let len = q_sizes.iter().product();
+        let len = out_sizes.iter().product();
         if elements(&self.out) < len {
             self.out = CudaTensor::uninitialized(&self.stream, self.dtype, &[len])?;
         }
         let [q, k, v] = &self.inputs;
         let blocks = shape.blocks.map(|blocks| Blocks::new(&self.stream, &shape, blocks)).transpose()?;
         let mask = shape.mask.map(|mask| ExplicitMask::new(&self.stream, &shape, mask)).transpose()?;
-        let inputs = Inputs::new(seen_as(q, &q_sizes)?, seen_as(k, &kv_sizes)?, seen_as(v, &kv_sizes)?)
+        let inputs = Inputs::new(seen_as(q, &q_sizes)?, seen_as(k, &k_sizes)?, seen_as(v, &v_sizes)?)
             .mask(mask.as_ref().map(ExplicitMask::view).transpose()?)
             .block_mask(blocks.as_ref().map(Blocks::view).transpose()?);
-        let out = seen_as(&self.out, &q_sizes)?;
+        let out = seen_as(&self.out, &out_sizes)?;
         let band = Band { right: shape.causal.then_some(0), ..Band::FULL };
         let call = Call::check(&inputs, &Options::default().band(band))?;
         for &choice in choices {

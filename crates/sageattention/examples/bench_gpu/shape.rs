@@ -12,6 +12,8 @@ pub struct Shape {
     pub q_len: usize,
     pub kv_len: usize,
     pub head_dim: usize,
+    /// Channels of a head of V.
+    pub value_dim: usize,
     pub causal: bool,
     /// Queries and keys of a block, and the share of blocks that are computed.
     pub blocks: Option<(usize, usize, f64)>,
@@ -31,8 +33,11 @@ impl FromStr for Shape {
     type Err = Box<dyn std::error::Error>;
 
     fn from_str(text: &str) -> Result<Self> {
-        let wrong =
-            || format!("shape is {text:?}, expected BATCH,HEADS[/KV_HEADS],LENGTH,HEAD_DIM[,VISIBLE…]");
+        let wrong = || {
+            format!(
+                "shape is {text:?}, expected BATCH,HEADS[/KV_HEADS],LENGTH,HEAD_DIM[/VALUE_DIM][,VISIBLE…]"
+            )
+        };
         let parts: Vec<&str> = text.split(',').collect();
         let [batch, heads, length, head_dim, ref visible @ ..] = parts[..] else {
             return Err(wrong().into());
@@ -59,6 +64,7 @@ impl FromStr for Shape {
             }
         }
         let (heads, kv_heads) = heads.split_once('/').unwrap_or((heads, heads));
+        let (head_dim, value_dim) = head_dim.split_once('/').unwrap_or((head_dim, head_dim));
         let (q_len, kv_len) = length.split_once('x').unwrap_or((length, length));
         let number = |text: &str| text.parse::<usize>().map_err(|_| wrong());
         Ok(Shape {
@@ -68,6 +74,7 @@ impl FromStr for Shape {
             q_len: number(q_len)?,
             kv_len: number(kv_len)?,
             head_dim: number(head_dim)?,
+            value_dim: number(value_dim)?,
             causal,
             blocks,
             mask,

@@ -25,7 +25,7 @@ pub struct Budget {
 impl Budget {
     /// Beside other programs.
     pub const CONTEST: Budget =
-        Budget { warm_up: Duration::from_millis(20), timed: Duration::from_millis(80) };
+        Budget { warm_up: Duration::from_millis(60), timed: Duration::from_millis(80) };
     /// One of many in a row.
     pub const ONE_OF_MANY: Budget =
         Budget { warm_up: Duration::from_millis(4), timed: Duration::from_millis(20) };

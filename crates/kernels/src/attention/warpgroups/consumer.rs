@@ -12,6 +12,7 @@ use sage_ptx::{
 use super::bias_ring::{self, BiasRing};
 use super::output_in_flight::OutputInFlight;
 use super::pipeline::Cursor;
+use super::query_stage::QueryStage;
 use super::tma_ring::TmaRing;
 use crate::attention::config::{AttentionConfig, AttentionParams};
 use crate::attention::epilogue::Epilogue;
@@ -35,6 +36,8 @@ pub(super) struct Cursors<'k> {
     done: Cursor<'k>,
     /// The next tile with biases, where they are packed.
     biases: Option<Cursor<'k>>,
+    /// The next piece's queries, where they come through TMA.
+    queries: Option<Cursor<'k>>,
 }
 
 /// What the producer fills.
@@ -42,6 +45,8 @@ pub(super) struct Rings<'k, 'c> {
     pub tiles: TmaRing<'k, 'c>,
     /// Where biases are packed.
     pub biases: Option<BiasRing<'k>>,
+    /// Where queries come through TMA.
+    pub queries: Option<QueryStage<'k>>,
 }
 
 impl<'k> Cursors<'k> {
@@ -49,7 +54,8 @@ impl<'k> Cursors<'k> {
         let cursor = |name| Cursor::new(code, config.tiling.stages(), name);
         let biases = bias_ring::stage_bytes(config) > 0;
         let biases = biases.then(|| cursor("biases"));
-        Cursors { next: cursor("next"), own: cursor("own"), done: cursor("done"), biases }
+        let queries = config.queries_by_tma.then(|| QueryStage::cursor(code, "queries"));
+        Cursors { next: cursor("next"), own: cursor("own"), done: cursor("done"), biases, queries }
     }
 
     /// The next tile's scores are there.
@@ -67,6 +73,8 @@ pub(super) struct Consumer<'k, 'c, 'r, E> {
     ring: &'r TmaRing<'k, 'c>,
     /// The ring of biases, where the warpgroup stands in it, and where the lane's lie in its first stage.
     biases: Option<(&'r BiasRing<'k>, &'r Cursor<'k>, Shared<'k, u32>)>,
+    /// The queries in shared memory that products read there, and where the warpgroup stands.
+    staged: Option<(&'r QueryStage<'k>, &'r Cursor<'k>)>,
     /// Where a mask's bits lie, where it is packed as bits.
     bits: Option<LaneBits<'k>>,
     scoring: Scoring<'k, 'c>,
@@ -93,7 +101,17 @@ impl<'k, 'c, 'r, E: RoundedElement> Consumer<'k, 'c, 'r, E> {
         rings: &'r Rings<'k, 'c>,
         cursors: &'r Cursors<'k>,
     ) -> Self {
-        let queries = Queries::load::<H>(code, config, p, &place, None);
+        let staged = rings.queries.as_ref().zip(cursors.queries.as_ref());
+        let rows = staged.map(|(stage, cursor)| stage.wait(cursor));
+        let queries = Queries::load::<H>(code, config, p, &place, None, rows);
+        // What was read into registers is not needed any more.
+        let staged = staged.filter(|(stage, cursor)| {
+            let in_place = config.multiplies_staged_queries();
+            if !in_place {
+                stage.release(place.lane, cursor);
+            }
+            in_place
+        });
         let key_scales = KeyScales::new(config, p, &place);
         let tile_keys = config.tiling.tile_keys();
         let output = OutputInFlight::new(code, config);
@@ -109,6 +127,7 @@ impl<'k, 'c, 'r, E: RoundedElement> Consumer<'k, 'c, 'r, E> {
             code,
             config,
             ring: &rings.tiles,
+            staged,
             biases,
             bits,
             scoring: Scoring { code, config, params: *p, place, queries },
@@ -139,7 +158,7 @@ impl<'k, 'c, 'r, E: RoundedElement> Consumer<'k, 'c, 'r, E> {
         let Span { start, end } = tiles.own();
         let last = end - 1;
         tiles.for_each_before(k, |tile| self.pass(tile));
-        k.when(start.le(last), || {
+        let computed = || {
             let walk = Walk::start(k, *tiles);
             let first = walk.this(start);
             self.load_ahead(&first);
@@ -150,11 +169,23 @@ impl<'k, 'c, 'r, E: RoundedElement> Consumer<'k, 'c, 'r, E> {
                 self.tile::<H>(&walk, position, true);
                 walk.advance();
             });
+            self.release_queries();
             self.tile::<H>(&walk, last, false);
             self.output.drain();
             self.ring.values.release(place.lane, &self.cursors.own);
-        });
+        };
+        match self.staged {
+            None => k.when(start.le(last), computed),
+            Some(_) => k.if_else(start.le(last), computed, || self.release_queries()),
+        }
         tiles.for_each_after(k, |tile| self.pass(tile));
+    }
+
+    /// The scores of all tiles are there, so that the next piece's queries may come.
+    fn release_queries(&self) {
+        if let Some((stage, cursor)) = self.staged {
+            stage.release(self.scoring.place.lane, cursor);
+        }
     }
 
     /// Lets a tile pass that only other groups' rows see.

@@ -6,6 +6,7 @@ mod bias_ring;
 mod consumer;
 mod output_in_flight;
 mod pipeline;
+mod query_stage;
 mod tma_ring;
 mod work_queue;
 
@@ -16,8 +17,10 @@ use crate::attention::key_tiles::TileListParams;
 use bias_ring::BiasRing;
 use consumer::{Consumer, Cursors, Rings};
 use pipeline::Cursor;
+use query_stage::QueryStage;
+pub(super) use query_stage::StagedRows;
 use tma_ring::TmaRing;
-pub use tma_ring::{TENSOR_MAPS, boxed_tensors, stage_bytes};
+pub use tma_ring::{boxed_tensors, stage_bytes, tensor_maps};
 use work_queue::WorkQueue;
 
 /// Registers of a multiprocessor.
@@ -48,10 +51,11 @@ pub(super) fn write<'k, H, E>(
     H: Half + MmaElement + Stored<Value = H>,
     E: RoundedElement,
 {
-    let maps = TENSOR_MAPS.map(|name| k.tensor_map(name));
-    let tiles = TmaRing::new(k, config, maps);
+    let maps: Vec<_> = tensor_maps(config).iter().map(|name| k.tensor_map(name)).collect();
+    let tiles = TmaRing::new(k, config, [maps[0], maps[1]]);
     let biases = BiasRing::new(k, config, tiles.memory_of_biases);
-    let rings = Rings { tiles, biases };
+    let queries = maps.get(2).map(|&map| QueryStage::new(k, config, map));
+    let rings = Rings { tiles, biases, queries };
     let work = WorkQueue::new(k, config, p, lists);
     k.barrier();
     let [warp, lane] = work.thread;
@@ -66,7 +70,12 @@ pub(super) fn write<'k, H, E>(
                 let cursor = Cursor::new(k, stages, "produced");
                 let biases =
                     rings.biases.as_ref().map(|ring| (ring, Cursor::new(k, stages, "biases_produced")));
+                let queries =
+                    rings.queries.as_ref().map(|stage| (stage, QueryStage::cursor(k, "queries_produced")));
                 work.hand_out(|place| {
+                    if let Some((stage, cursor)) = &queries {
+                        stage.load(place, cursor);
+                    }
                     place.key_tiles.for_each_loaded(k, |tile| {
                         rings.tiles.load(place, tile.index, &cursor);
                         if let Some((ring, cursor)) = &biases {

@@ -10,17 +10,22 @@ use crate::attention::place::Place;
 use crate::operand::{Element, OperandSource};
 use crate::sequence::KEY_TILE;
 
-/// Tensor maps that a kernel of warpgroups takes after its other parameters: K's and V's.
-pub const TENSOR_MAPS: [&str; 2] = ["k_map", "v_map"];
+/// Tensor maps of K, V and Q.
+const TENSOR_MAPS: [&str; 3] = ["k_map", "v_map", "q_map"];
+
+/// Tensor maps that a kernel of warpgroups takes after its other parameters.
+pub fn tensor_maps(config: &AttentionConfig) -> &'static [&'static str] {
+    &TENSOR_MAPS[..if config.queries_by_tma { 3 } else { 2 }]
+}
 
 /// How an operand's tiles lie in shared memory, and where boxes of them come from.
 #[derive(Clone, Copy, Debug)]
-struct Form {
+pub(super) struct Form {
     element_bytes: usize,
     /// Rows of a panel, which are `row_bytes` long.
-    rows: usize,
-    row_bytes: usize,
-    panels: usize,
+    pub rows: usize,
+    pub row_bytes: usize,
+    pub panels: usize,
     /// Whether ones stand behind the panels: columns of the product with P that are P's sums.
     has_ones: bool,
     source: BoxSource,
@@ -78,16 +83,21 @@ impl Form {
         Form { has_ones: config.sums_by_mma(), ..form }
     }
 
+    pub fn of_queries(config: &AttentionConfig) -> Form {
+        let columns = config.head_dim.next_multiple_of(PANEL_BYTES / 2);
+        Form::halves(columns, config.block_q(), BoxSource::Given)
+    }
+
     fn halves(columns: usize, rows: usize, source: BoxSource) -> Form {
         let panels = 2 * columns / PANEL_BYTES;
         Form { element_bytes: 2, rows, row_bytes: PANEL_BYTES, panels, has_ones: false, source }
     }
 
-    fn panel_bytes(&self) -> usize {
+    pub fn panel_bytes(&self) -> usize {
         self.rows * self.row_bytes
     }
 
-    fn stage_bytes(&self) -> usize {
+    pub fn stage_bytes(&self) -> usize {
         self.copied_bytes() + self.ones_bytes()
     }
 
@@ -114,7 +124,7 @@ impl Form {
         }
     }
 
-    fn columns(&self) -> usize {
+    pub fn columns(&self) -> usize {
         self.row_bytes / self.element_bytes
     }
 }
@@ -124,15 +134,15 @@ pub fn stage_bytes(config: &AttentionConfig) -> usize {
     Form::of_keys(config).stage_bytes() + Form::of_values(config).stage_bytes()
 }
 
-/// What K's and V's tensor maps describe: `address` of K and V as given or in the workspace, `strides` of batch, heads
-/// and rows as given, in elements.
+/// What the tensor maps of K, V and Q describe: their shapes and the strides of batch, heads and rows, in elements, as
+/// given, and addresses as given or in the workspace.
 pub fn boxed_tensors(
     config: &AttentionConfig,
-    given: [([u64; 4], [i64; 3]); 2],
-    addresses: [u64; 2],
+    given: [([u64; 4], [i64; 3]); 3],
+    addresses: [u64; 3],
     workspace_tiles: usize,
-) -> [BoxedTensor; 2] {
-    let forms = [Form::of_keys(config), Form::of_values(config)];
+) -> [BoxedTensor; 3] {
+    let forms = [Form::of_keys(config), Form::of_values(config), Form::of_queries(config)];
     std::array::from_fn(|i| {
         let form = forms[i];
         let (columns, bytes) = (form.columns() as u32, form.element_bytes as u64);

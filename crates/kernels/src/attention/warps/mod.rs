@@ -36,11 +36,12 @@ pub(super) fn write<'k, H>(
     k.exit_when(place.empty);
     let ring = Ring::new(k, config, p, &place);
     ring.start(&place);
-    let queries = Queries::load::<H>(k, config, p, &place, ring.scratch());
+    let queries = Queries::load::<H>(k, config, p, &place, ring.scratch(), None);
     let key_scales = KeyScales::new(config, p, &place);
     let softmax = Softmax::new(k, config);
     let output = Output::new(k, config);
     let scoring = Scoring { code: k, config, params: *p, place, queries };
+    let has_rows = place.warp_row.lt(place.rows);
 
     place.key_tiles.for_each(k, |tile: KeyTile<'k>| {
         // On their way while the tile is waited for.
@@ -51,14 +52,17 @@ pub(super) fn write<'k, H>(
         let group_scales = keys.group_scales();
         let fragments = keys.fragments;
         let keys = Keys { index: tile.index, fragments, scales, group_scales, deltas, masking };
-        for step in 0..config.tiling.tile_keys() / config.tiling.step_keys() {
-            let scores = [scoring.scores::<H>(&keys, step)];
-            let first_column = step * config.tiling.step_keys();
-            let rescale = |alphas: &Rows<_>| output.mul_rows(alphas);
-            for p in scoring.probabilities(&softmax, &scores, first_column, &keys.masking, rescale) {
-                add(&output, &p, &values, step);
+        let multiply = || {
+            for step in 0..config.tiling.tile_keys() / config.tiling.step_keys() {
+                let scores = [scoring.scores::<H>(&keys, step)];
+                let first_column = step * config.tiling.step_keys();
+                let rescale = |alphas: &Rows<_>| output.mul_rows(alphas);
+                for p in scoring.probabilities(&softmax, &scores, first_column, &keys.masking, rescale) {
+                    add(&output, &p, &values, step);
+                }
             }
-        }
+        };
+        if config.idle_warps { k.when(has_rows, multiply) } else { multiply() }
     });
 
     let tile = ring.finish();
