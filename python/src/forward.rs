@@ -27,6 +27,7 @@ struct Tensors<'p> {
     out: RawTensor,
     lse: Option<RawTensor>,
     mask: Option<RawTensor>,
+    sinks: Option<RawTensor>,
     block_mask: Option<Blocks>,
     packed: Option<Packed>,
     predictor: Option<&'p Predictor>,
@@ -39,6 +40,7 @@ struct Tensors<'p> {
 /// given (the GPU's number, the stream's handle) that GPU's.
 /// Where a `predictor` is given, only the blocks that it finds worth it are computed, and `map` is told which they are:
 /// `[batch, heads, q_blocks, k_blocks]` bytes without gaps, not 0 where a block was computed.
+/// `sinks` are attention sinks, float32 `[heads]`.
 /// With `wait`, a GPU is done when the call returns.
 /// `packed` is (address of cu_seqlens_q, of cu_seqlens_k, sequences, longest q, longest k).
 ///
@@ -46,7 +48,7 @@ struct Tensors<'p> {
 #[pyfunction]
 #[pyo3(signature = (
     q, k, v, out, options, lse=None, mask=None, block_mask=None, packed=None, stream=None, wait=false, predictor=None,
-    map=None
+    map=None, sinks=None
 ))]
 #[expect(clippy::too_many_arguments, reason = "arguments of a Python function")]
 pub(crate) fn forward(
@@ -64,8 +66,9 @@ pub(crate) fn forward(
     wait: bool,
     predictor: Option<&Predictor>,
     map: Option<RawTensor>,
+    sinks: Option<RawTensor>,
 ) -> PyResult<()> {
-    let tensors = Tensors { q, k, v, out, lse, mask, block_mask, packed, predictor, map };
+    let tensors = Tensors { q, k, v, out, lse, mask, sinks, block_mask, packed, predictor, map };
     let run = || match stream {
         _ if tensors.map.is_some() && predictor.is_none() => {
             Err(Error::unsupported("a map without a predictor", "give both"))
@@ -108,6 +111,10 @@ fn on_cpu(tensors: &Tensors<'_>, options: &Options) -> Result<()> {
     } else if let Some(mask) = &tensors.mask {
         // SAFETY: as above.
         attention = attention.mask(Mask::Additive(unsafe { host::view("mask", mask) }?));
+    }
+    if let Some(sinks) = &tensors.sinks {
+        // SAFETY: as above.
+        attention = attention.sinks(unsafe { host::view("sinks", sinks) }?);
     }
     let blocks =
         tensors.block_mask.as_ref().map(|Blocks(tensor, ..)| flags("block_mask", tensor)).transpose()?;
@@ -163,6 +170,9 @@ fn on_gpu(tensors: &Tensors<'_>, options: &Options, ordinal: u32, stream: u64, w
     let mut attention = options.attention();
     if let Some(mask) = mask {
         attention = attention.mask(mask);
+    }
+    if let Some(sinks) = &tensors.sinks {
+        attention = attention.sinks(tensor("sinks", sinks)?);
     }
     if let Some(Blocks(flags, block_q, block_k)) = &tensors.block_mask {
         // SAFETY: as above.

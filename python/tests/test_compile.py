@@ -84,9 +84,11 @@ def test_fake_and_real_outputs_agree(device):
     request = Request(tensor_layout="NHD", is_causal=True)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     for operator in (_torch._dense_op, _torch._dense_lse_op):
-        torch.library.opcheck(operator.overload, (q, k, v, None, None, 0, 0, *request), test_utils=checks)
+        for sinks in (None, torch.zeros(4, device=device)):
+            dense = (q, k, v, None, sinks, None, 0, 0, *request)
+            torch.library.opcheck(operator.overload, dense, test_utils=checks)
     cu = torch.tensor([0, 15, 40], dtype=torch.int32, device=device)
-    packed = (q[0], k[0, :40], v[0, :40], cu, cu, 25, 25, *Request())
+    packed = (q[0], k[0, :40], v[0, :40], torch.zeros(4, device=device), cu, cu, 25, 25, *Request())
     for operator in (_torch._varlen_op, _torch._varlen_lse_op):
         torch.library.opcheck(operator.overload, packed, test_utils=checks)
 

@@ -131,7 +131,6 @@ def test_smoothing_is_smooth_k_where_a_function_has_that():
         (NotImplementedError, "out: value is Tensor, expected None", {"out": X}),
         (NotImplementedError, "sliding_window: value is 128, expected None or -1: .*; window takes", {"sliding_window": 128}),
         (NotImplementedError, "kv_lens: value is Tensor, expected None", {"kv_lens": X}),
-        (NotImplementedError, "s_aux: value is Tensor, expected None", {"s_aux": X}),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )  # fmt: skip

@@ -173,15 +173,14 @@ def test_heads_of_many_channels_and_values_of_few(device, build, padded):
     assert precise < 1e-5 + 2 * theirs
 
 
-SINKS = "attention sinks (s_aux) are not computed"
 CHANNELS = "heads of so many channels are not computed on "
 
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(
     ("build", "other", "reason"),
-    [(gpt_oss, "eager", SINKS), (wide, "sdpa", CHANNELS)],
-    ids=["gpt_oss", "wide"],
+    [(wide, "sdpa", CHANNELS)],
+    ids=["wide"],
 )
 def test_what_is_not_computed_here_is_left_to_transformers(device, build, other, reason, padded, caplog):
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -199,6 +198,61 @@ def test_what_is_not_computed_here_is_left_to_transformers(device, build, other,
     with sageattention.patched():
         sage(ids, attention_mask=mask)
     assert sageattention.counts().fallbacks == {reason: 4}, "each call counts once under patch() too"
+
+
+def generated(model, ids, mask, **options):
+    """Logits of eight tokens that a model adds to prompts, and the tokens."""
+    options.update(max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0)
+    options.update(output_logits=True, return_dict_in_generate=True)
+    return model.generate(ids, attention_mask=mask, **options)
+
+
+def assert_generates_alike(found, wanted, prompt, allowed):
+    """A near-tie may be decided otherwise; up to there the logits must agree."""
+    assert found.sequences.shape == wanted.sequences.shape
+    steps = 0
+    for step, (x, y) in enumerate(zip(found.logits, wanted.logits)):
+        if not torch.equal(found.sequences[:, : prompt + step], wanted.sequences[:, : prompt + step]):
+            break
+        assert relative_l1(x, y.double()) < allowed, step
+        steps += 1
+    assert steps > 0
+
+
+MODELS = pytest.mark.parametrize("build", [llama, gemma, gpt_oss])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@MODELS
+def test_generation_by_every_cache_of_transformers(device, build, cache, padded):
+    """Static caches, padding, and windows that are shorter than prompts, against eager attention."""
+    eager, sage = (
+        build(name, device, torch.bfloat16 if device == "cuda" else torch.float32) for name in ("eager", "sage")
+    )
+    sage.load_state_dict(eager.state_dict())
+    ids, mask = prompts(60, seed=11, padding=25 if padded else 0, device=device)
+    options = {"cache_implementation": "static", "disable_compile": True} if cache == "static" else {}
+    sageattention.counts(reset=True)
+    found = generated(sage, ids, mask, **options)
+    assert sageattention.counts().fallbacks == {} and sageattention.counts().accelerated > 0
+    assert_generates_alike(found, generated(eager, ids, mask, **options), 60, 0.03 if device == "cpu" else 0.06)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_sinks(device, padded):
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    eager, sage = (gpt_oss(name, device, dtype) for name in ("eager", "sage"))
+    sage.load_state_dict(eager.state_dict())
+    for model in (eager, sage):
+        # From one that hardly matters to one that takes most of the weight.
+        for layer in model.model.layers:
+            layer.self_attn.sinks.copy_(torch.tensor([-3.0, 0.0, 3.0, 6.0]))
+    ids, mask = prompts(50, seed=6, padding=20 if padded else 0, device=device)
+    sageattention.counts(reset=True)
+    wanted, found = (model(ids, attention_mask=mask).logits[mask.bool()] for model in (eager, sage))
+    assert relative_l1(found, wanted.double()) < (0.02 if device == "cpu" else 0.04)
+    assert sageattention.counts() == (2, {})
 
 
 def test_training_is_left_to_transformers():

@@ -1,8 +1,8 @@
 //! Attention of tensors in this process's memory.
 
-use candle_core::{CpuStorage, Result, WithDType};
+use candle_core::{CpuStorage, Result, Storage, WithDType};
 use half::{bf16, f16};
-use sageattention::{Attention, BlockMask, DType, Element, Geometry, TensorViewMut, ViewMut};
+use sageattention::{Attention, BlockMask, DType, Element, Error, Geometry, TensorViewMut, ViewMut};
 
 use crate::Options;
 use crate::error::wrap;
@@ -48,6 +48,14 @@ pub(crate) fn with_attention<R>(
     if let Some((flags, block_q, block_k)) = &blocks {
         let (block_q, block_k) = (*block_q, *block_k);
         attention = attention.block_mask(BlockMask { blocks: flags.view().map_err(wrap)?, block_q, block_k });
+    }
+    let sinks = options.sinks.as_ref().map(|sinks| sinks.storage_and_layout());
+    if let Some((storage, layout)) = &sinks {
+        let Storage::Cpu(storage) = &**storage else {
+            let found = format!("{:?}", storage.device().location());
+            return Err(wrap(Error::value("sinks device", found, "cpu, where q is")));
+        };
+        attention = attention.sinks(view::tensor("sinks", storage, layout).map_err(wrap)?);
     }
     let (first, second);
     attention = match &options.lengths {

@@ -58,6 +58,11 @@ fn run<T: CudaDType + DeviceRepr + sageattention::Element>(
         Memory::flags("block_mask", storage, layout, &candle_stream).map(|flags| (*blocks, flags))
     });
     let blocks = blocks.transpose()?;
+    let sinks = options.sinks.as_ref().map(|sinks| sinks.storage_and_layout());
+    let sinks = sinks.as_ref().map(|(storage, layout)| {
+        Memory::tensor("sinks", on_device("sinks", storage, device)?, layout, &candle_stream)
+    });
+    let sinks = sinks.transpose()?;
     let lists = options.lengths.tensors();
     let lists = lists.iter().map(|(name, tensor)| (*name, tensor.storage_and_layout())).collect::<Vec<_>>();
     let lists = lists
@@ -79,11 +84,12 @@ fn run<T: CudaDType + DeviceRepr + sageattention::Element>(
         let lse_guard = lse.as_mut().map(|lse| lse.device_ptr_mut(&candle_stream));
         // SAFETY: candle's storages hold every element that their layouts reach; the guards keep them, and let other
         // streams wait for this one.
-        let (tensors, mask, blocks, out, lse) = unsafe {
+        let (tensors, mask, sinks, blocks, out, lse) = unsafe {
             let lse = lse_guard.as_ref().map(|(address, _)| DeviceLse::from_raw(*address, lse_rows));
             (
                 [q.view(dtype), k.view(k_dtype), v.view(v_dtype)],
                 mask.as_ref().map(|mask| mask.view()),
+                sinks.as_ref().map(|(dtype, sinks)| sinks.view(*dtype)),
                 blocks.as_ref().map(|(blocks, flags)| BlockMask {
                     blocks: DeviceBytes::from_raw(flags.geometry, flags.address),
                     block_q: blocks.block_q,
@@ -95,6 +101,7 @@ fn run<T: CudaDType + DeviceRepr + sageattention::Element>(
         };
         let attention = options.attention().lengths(lengths);
         let attention = mask.into_iter().fold(attention, Attention::mask);
+        let attention = sinks.into_iter().fold(attention, Attention::sinks);
         let attention = blocks.into_iter().fold(attention, Attention::block_mask);
         attention.forward_on(&gpu, &stream, tensors, out, lse).map_err(wrap)?;
     }

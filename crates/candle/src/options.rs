@@ -18,6 +18,7 @@ pub struct Options {
     logit_softcap: Option<f32>,
     pub(crate) mask: Option<Tensor>,
     pub(crate) blocks: Option<Blocks>,
+    pub(crate) sinks: Option<Tensor>,
     predictor: Option<Predictor>,
     pub(crate) lengths: Lengths,
     pub(crate) scheme: Choice,
@@ -105,6 +106,12 @@ impl Options {
     /// and window: u8 (0 hides a key), or f32, f16 or bf16 (added to the scaled scores; −∞ hides a key).
     pub fn mask(self, mask: &Tensor) -> Self {
         Options { mask: Some(mask.clone()), ..self }
+    }
+
+    /// Attention sinks, a logit for each query head: see [`Attention::sinks`]. f32 `[num_q_heads]` without gaps, on Q's
+    /// device.
+    pub fn sinks(self, sinks: &Tensor) -> Self {
+        Options { sinks: Some(sinks.clone()), ..self }
     }
 
     /// The blocks of the score matrix to compute, of `block_q` queries and `block_k` keys each: u8 on Q's device (0

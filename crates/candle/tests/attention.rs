@@ -65,6 +65,18 @@ fn dtypes_layouts_and_grouped_heads_agree() {
 }
 
 #[test]
+fn sinks_join_every_heads_denominator() {
+    let sinks = [-1.0, 2.0, f32::NEG_INFINITY, 6.0];
+    let (q, k, v) = (
+        normal(1, &[2, 4, 60, 64], DType::F32),
+        normal(2, &[2, 2, 90, 64], DType::F32),
+        normal(3, &[2, 2, 90, 64], DType::F32),
+    );
+    let options = Options::new().sinks(&Tensor::new(&sinks, &Device::Cpu).unwrap());
+    check("sinks", [&q, &k, &v], &options, &Question { sinks: Some(&sinks), ..Question::default() });
+}
+
+#[test]
 fn values_have_channels_of_their_own_and_one_batch_of_keys_serves_many() {
     for (layout, q_shape, k_shape, value_dim) in [
         (Layout::Hnd, [2, 4, 60, 192], [2, 2, 90, 192], 128),

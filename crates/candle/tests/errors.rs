@@ -52,6 +52,19 @@ fn dtypes() {
 }
 
 #[test]
+fn sinks() {
+    let refused = |sinks: &Tensor| message([Q, KV, KV], &Options::new().sinks(sinks));
+    assert_eq!(
+        refused(&Tensor::zeros(2, DType::F32, &Device::Cpu).unwrap()),
+        "sinks: shape is [2], expected [4], one for each query head"
+    );
+    assert_eq!(
+        refused(&Tensor::zeros(4, DType::F16, &Device::Cpu).unwrap()),
+        "sinks: dtype is f16, expected f32"
+    );
+}
+
+#[test]
 fn block_masks() {
     let refused = |flags: &Tensor| message([Q, KV, KV], &Options::new().block_mask(flags, 4, 4));
     assert_eq!(

@@ -65,7 +65,7 @@ impl DecodePlan {
         };
         let call_options = options.attention().options();
         let [q, ..] = made_up.tensors();
-        let inputs = CachedInputs { q, mask: None, block_mask: None, kv_lens: &kv_lens };
+        let inputs = CachedInputs::new(q, &kv_lens);
         let problem = Call::check_cached(&inputs, &layout, &call_options)?.problem;
         let table_stride = problem.kv_len.div_ceil(layout.page_size).max(1);
         let attend = AttendCall {
@@ -79,6 +79,7 @@ impl DecodePlan {
             sm_scale: problem.sm_scale,
             band: problem.band,
             logit_softcap: problem.logit_softcap,
+            sinks: problem.sinks,
             lse: options.forward.lse,
             table_stride,
         };
@@ -155,7 +156,7 @@ impl DecodePlan {
     /// # Errors
     /// None: they were checked before.
     pub fn cached_call<'a>(&'a self, q: TensorView<'a>) -> Result<Call<'a>> {
-        let inputs = CachedInputs { q, mask: None, block_mask: None, kv_lens: &self.kv_lens };
+        let inputs = CachedInputs::new(q, &self.kv_lens);
         Call::check_cached(&inputs, &self.layout, &self.options)
     }
 

@@ -38,6 +38,8 @@ pub struct Call<'a, T: Operand = TensorView<'a>> {
     pub block_mask: Option<BlockMask<T::Blocks>>,
     /// The lengths as they were given.
     pub lengths: Lengths<'a, T::List>,
+    /// Attention sinks, f32 `[num_q_heads]` without gaps.
+    pub sinks: Option<T>,
     sequences: Sequences<'a>,
     layout: Layout,
     /// Keys of the longest sequence, those that are left out among them.
@@ -124,6 +126,7 @@ impl<'a, T: Operand> Call<'a, T> {
         let scores = [batch, num_q_heads, q_len, kv_len];
         let mask = check_mask(inputs, scores)?;
         let block_mask = check_block_mask(inputs, scores, given_kv_len)?;
+        let sinks = check_sinks(inputs, num_q_heads)?;
         let problem = Problem {
             dtype: q.dtype(),
             batch,
@@ -140,9 +143,10 @@ impl<'a, T: Operand> Call<'a, T> {
             masked: mask.is_some(),
             blocks: block_mask.map(|mask| [mask.block_q, mask.block_k]),
             pooled_tail: options.pooled_tail,
+            sinks: sinks.is_some(),
         };
         let lengths = inputs.lengths;
-        Ok(Call { problem, q, k, v, mask, block_mask, lengths, sequences, layout, given_kv_len })
+        Ok(Call { problem, q, k, v, mask, block_mask, lengths, sinks, sequences, layout, given_kv_len })
     }
 
     /// Whether the sequences hold only keys that the band lets some query see.
@@ -246,15 +250,26 @@ impl<'a> Call<'a> {
             ));
         }
         let problem = Problem { blocks: Some([block_q, block_k]), ..self.problem };
-        let Call { q, k, v, mask, lengths, sequences, layout, given_kv_len, .. } = *self;
+        let Call { q, k, v, mask, lengths, sinks, sequences, layout, given_kv_len, .. } = *self;
         let block_mask = Some(map.mask());
-        Ok(Call { problem, q, k, v, mask, block_mask, lengths, sequences, layout, given_kv_len })
+        Ok(Call { problem, q, k, v, mask, block_mask, lengths, sinks, sequences, layout, given_kv_len })
     }
 
     /// This call without pooled terms for the blocks that its block mask leaves out.
     #[must_use]
     pub fn without_tail(&self) -> Self {
         Call { problem: self.problem.pooled_tail(false), ..*self }
+    }
+
+    /// This call without attention sinks.
+    #[must_use]
+    pub fn without_sinks(&self) -> Self {
+        Call { problem: self.problem.sinks(false), sinks: None, ..*self }
+    }
+
+    /// The attention sink of a query head; none where the call has none.
+    pub fn sink(&self, head: usize) -> Option<f32> {
+        self.sinks.map(|sinks| sinks.at([0, 0, 0, head]))
     }
 }
 
@@ -265,6 +280,7 @@ impl<'a, T: Operand<List = Infallible>> Call<'a, T> {
         [q, k, v]: [U; 3],
         mask: Option<U::Mask>,
         blocks: Option<U::Blocks>,
+        sinks: Option<U>,
     ) -> Call<'a, U> {
         let Call { problem, sequences, layout, given_kv_len, .. } = *self;
         let moved = |(mask, blocks): (BlockMask<_>, U::Blocks)| BlockMask {
@@ -274,7 +290,7 @@ impl<'a, T: Operand<List = Infallible>> Call<'a, T> {
         };
         let block_mask = self.block_mask.zip(blocks).map(moved);
         let lengths = self.lengths.beside();
-        Call { problem, q, k, v, mask, block_mask, lengths, sequences, layout, given_kv_len }
+        Call { problem, q, k, v, mask, block_mask, lengths, sinks, sequences, layout, given_kv_len }
     }
 }
 
@@ -391,6 +407,30 @@ fn check_block_mask<T: Operand>(
     let geometry =
         broadcast("block_mask", blocks.geometry(), wanted)?.narrowed(3, 0..kv_len.div_ceil(block_k));
     Ok(Some(BlockMask { blocks: blocks.with_geometry(geometry), block_q, block_k }))
+}
+
+/// The attention sinks: a number for each query head.
+fn check_sinks<T: Operand>(inputs: &Inputs<'_, T>, num_q_heads: usize) -> Result<Option<T>> {
+    let Some(sinks) = inputs.sinks else { return Ok(None) };
+    let geometry = sinks.geometry();
+    if geometry.shape() != [num_q_heads] {
+        return Err(Error::shape(
+            "sinks",
+            geometry.shape(),
+            format!("[{num_q_heads}], one for each query head"),
+        ));
+    }
+    if !geometry.is_contiguous() {
+        return Err(Error::Strides {
+            name: "sinks".into(),
+            found: format!("{:?}", geometry.strides()),
+            wanted: "1: no gaps".into(),
+        });
+    }
+    match sinks.dtype() {
+        DType::F32 => Ok(Some(sinks)),
+        found => Err(Error::DType { name: "sinks".into(), found: found.to_string(), wanted: "f32".into() }),
+    }
 }
 
 /// Keys or values for each entry of a batch: one batch of them is for every one, without a copy.

@@ -63,12 +63,15 @@ pub struct Inputs<'a, T: Operand = TensorView<'a>> {
     pub block_mask: Option<BlockMask<T::Blocks>>,
     /// Lengths of the sequences.
     pub lengths: Lengths<'a, T::List>,
+    /// Attention sinks, f32 `[num_q_heads]` without gaps: each head's is a logit in natural units that joins the
+    /// softmax's denominator and has no value. `sm_scale` and the soft cap do not touch it. −∞ is none.
+    pub sinks: Option<T>,
 }
 
 impl<'a, T: Operand> Inputs<'a, T> {
     /// Dense queries, keys and values without an explicit mask.
     pub fn new(q: T, k: T, v: T) -> Self {
-        Inputs { q, k, v, mask: None, block_mask: None, lengths: Lengths::Dense }
+        Inputs { q, k, v, mask: None, block_mask: None, lengths: Lengths::Dense, sinks: None }
     }
 
     /// The same with an explicit mask, or without.
@@ -87,6 +90,12 @@ impl<'a, T: Operand> Inputs<'a, T> {
     #[must_use]
     pub fn lengths(self, lengths: Lengths<'a, T::List>) -> Self {
         Inputs { lengths, ..self }
+    }
+
+    /// The same with attention sinks, or without.
+    #[must_use]
+    pub fn sinks(self, sinks: impl Into<Option<T>>) -> Self {
+        Inputs { sinks: sinks.into(), ..self }
     }
 }
 
@@ -185,6 +194,8 @@ pub struct Problem {
     pub blocks: Option<[usize; 2]>,
     /// Whether the blocks that it leaves out count with their means.
     pub pooled_tail: bool,
+    /// Whether there are attention sinks.
+    pub sinks: bool,
 }
 
 impl Problem {
@@ -212,6 +223,7 @@ impl Problem {
             masked: false,
             blocks: None,
             pooled_tail: false,
+            sinks: false,
         }
     }
 
@@ -237,6 +249,12 @@ impl Problem {
     #[must_use]
     pub const fn pooled_tail(self, pooled_tail: bool) -> Self {
         Problem { pooled_tail, ..self }
+    }
+
+    /// The same with attention sinks, or without.
+    #[must_use]
+    pub const fn sinks(self, sinks: bool) -> Self {
+        Problem { sinks, ..self }
     }
 
     /// Query heads that share a key head.
@@ -283,6 +301,7 @@ impl fmt::Display for Problem {
         writeln!(f, "{}", if self.packed { ", packed sequences" } else { "" })?;
         writeln!(f, "visible     {}", self.visible())?;
         write!(f, "scores      sm_scale {}", self.sm_scale)?;
-        self.logit_softcap.map_or(Ok(()), |cap| write!(f, ", soft cap {cap}"))
+        self.logit_softcap.map_or(Ok(()), |cap| write!(f, ", soft cap {cap}"))?;
+        f.write_str(if self.sinks { ", a sink for each head" } else { "" })
     }
 }

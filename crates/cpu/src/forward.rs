@@ -73,7 +73,8 @@ impl<E: Load> Attention<'_, '_, E> {
         }
     }
 
-    /// Writes one row of the output, and its log-sum-exp from the maximum and sum of its probabilities.
+    /// Writes one row of the output, and its log-sum-exp from the maximum and sum of its probabilities; both with the
+    /// head's sink, where there is one: `out` is scaled by the share that it leaves.
     ///
     /// `mean_score` is what smoothing K took from the row's scores, in base 2.
     ///
@@ -85,24 +86,44 @@ impl<E: Load> Attention<'_, '_, E> {
         row: &Row,
         (max, sum): (f32, f32),
         mean_score: f32,
-        out: &[f32],
+        out: &mut [f32],
     ) {
-        let out = &out[..self.call.problem.value_dim];
+        let out = &mut out[..self.call.problem.value_dim];
+        let lse = log_sum_exp((max, sum), mean_score);
+        let lse = self.call.sink(row.head).map_or(lse, |sink| with_sink(lse, sink, out));
         let index = sequence.q_start + row.index;
         // SAFETY: the caller's promise.
         unsafe {
             E::narrow(out, self.out.row_mut(sequence.batch, row.head, index));
-            if let Some(lse) = &self.lse {
-                // No visible key: −∞. A bias of the least finite numbers on all of them does not fit base 2.
-                let value = match sum {
-                    0.0 => f32::NEG_INFINITY,
-                    _ if sum > 0.0 && max <= f32::MIN / 2.0 => f32::MIN,
-                    _ => (max + sum.log2() + mean_score) * LN_2,
-                };
-                lse.row_mut(sequence.batch, row.head, index)[0] = value;
+            if let Some(to) = &self.lse {
+                to.row_mut(sequence.batch, row.head, index)[0] = lse;
             }
         }
     }
+}
+
+/// The log-sum-exp of a row in natural units, from the maximum and sum of its probabilities and what smoothing K took from
+/// its scores in base 2.
+fn log_sum_exp((max, sum): (f32, f32), mean_score: f32) -> f32 {
+    match sum {
+        // No visible key.
+        0.0 => f32::NEG_INFINITY,
+        // A bias of the least finite numbers on all of them does not fit base 2.
+        _ if sum > 0.0 && max <= f32::MIN / 2.0 => f32::MIN,
+        _ => (max + sum.log2() + mean_score) * LN_2,
+    }
+}
+
+/// Takes a sink's share from a row of the output, and returns the log-sum-exp that it is part of.
+fn with_sink(lse: f32, sink: f32, out: &mut [f32]) -> f32 {
+    let max = lse.max(sink);
+    if max == f32::NEG_INFINITY {
+        return lse;
+    }
+    let (of_keys, of_sink) = ((lse - max).exp(), (sink - max).exp());
+    let share = of_keys / (of_keys + of_sink);
+    out.iter_mut().for_each(|x| *x *= share);
+    max + (of_keys + of_sink).ln()
 }
 
 /// Maximum of a row that has been through online softmax, and the sum of its probabilities before they were rounded.

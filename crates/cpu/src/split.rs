@@ -123,7 +123,7 @@ impl<E: Load> Attention<'_, '_, E> {
                 out.iter_mut().zip(part).for_each(|(out, x)| *out += weight * x);
             }
             // SAFETY: each row belongs to one unit, and each unit to one thread.
-            unsafe { self.write_row(sequence, row, (max, sum), 0.0, &out) }
+            unsafe { self.write_row(sequence, row, (max, sum), 0.0, &mut out) }
         }
     }
 }

@@ -147,7 +147,7 @@ fn check(case: &Case) {
     for cpu in every_cpu() {
         let filled = case.fill(&cpu);
         let (q, lens) = (case.q(), filled.lens());
-        let inputs = CachedInputs { q: q.view(), mask: None, block_mask: None, kv_lens: &lens };
+        let inputs = CachedInputs::new(q.view(), &lens);
         let call = Call::check_cached(&inputs, &case.layout, &case.options).unwrap();
         let (out, lse) = filled.attend(&cpu, &call, case.dtype);
         compare(&out, &lse, &cached(&call, &filled.heads), case.dtype, &format!("{cpu:?} {case:?}"));
@@ -223,7 +223,7 @@ fn a_mask_hides_cached_keys() {
         let filled = case.fill(&cpu);
         let (q, lens) = (case.q(), filled.lens());
         let mask = Some(Mask::Bool(View::contiguous("mask", &visible, &[150]).unwrap()));
-        let inputs = CachedInputs { q: q.view(), mask, block_mask: None, kv_lens: &lens };
+        let inputs = CachedInputs { mask, ..CachedInputs::new(q.view(), &lens) };
         let call = Call::check_cached(&inputs, &case.layout, &case.options).unwrap();
         let (out, lse) = filled.attend(&cpu, &call, case.dtype);
         compare(&out, &lse, &cached(&call, &filled.heads), case.dtype, "mask");
@@ -235,7 +235,7 @@ fn against_exact(case: &Case) -> (f64, f64) {
     let cpu = Cpu::detect();
     let filled = case.fill(&cpu);
     let (q, lens) = (case.q(), filled.lens());
-    let inputs = CachedInputs { q: q.view(), mask: None, block_mask: None, kv_lens: &lens };
+    let inputs = CachedInputs::new(q.view(), &lens);
     let call = Call::check_cached(&inputs, &case.layout, &case.options).unwrap();
     let (out, lse) = filled.attend(&cpu, &call, case.dtype);
     let inputs =
@@ -294,7 +294,7 @@ fn any_number_of_threads_gives_the_same_bits() {
             let cpu = Cpu::detect();
             let filled = case.fill(&cpu);
             let (q, lens) = (case.q(), filled.lens());
-            let inputs = CachedInputs { q: q.view(), mask: None, block_mask: None, kv_lens: &lens };
+            let inputs = CachedInputs::new(q.view(), &lens);
             let call = Call::check_cached(&inputs, &case.layout, &case.options).unwrap();
             filled.attend(&cpu, &call, case.dtype)
         })
@@ -318,7 +318,7 @@ fn numbers_that_are_not_finite_are_never_silently_wrong() {
                 filled.append(&cpu, 0, &k, &v);
                 let lens = [300];
                 let q = Tensor::new(normal(5, 3 * 64), &[1, 1, 3, 64]).unwrap();
-                let inputs = CachedInputs { q: q.view(), mask: None, block_mask: None, kv_lens: &lens };
+                let inputs = CachedInputs::new(q.view(), &lens);
                 // All but the last hundred keys are hidden from every row of this window, and so is token 200 from all
                 // but the first: whoever sees it is not finite.
                 let band = Band { left: Some(97), ..Band::causal(Alignment::BottomRight) };
@@ -330,7 +330,7 @@ fn numbers_that_are_not_finite_are_never_silently_wrong() {
                 // Forgotten, it has left no trace.
                 filled.tables.truncate(0, 200).unwrap();
                 let lens = [200];
-                let inputs = CachedInputs { q: q.view(), mask: None, block_mask: None, kv_lens: &lens };
+                let inputs = CachedInputs::new(q.view(), &lens);
                 let call = Call::check_cached(&inputs, &case.layout, &options).unwrap();
                 let (out, lse) = filled.attend(&cpu, &call, DType::F32);
                 assert!(out.iter().chain(&lse).all(|x| x.is_finite()), "{bad} in a key: {in_key}");
@@ -376,7 +376,7 @@ fn tokens_that_no_query_sees_reach_nothing() {
                 let mut filled = Case { chunks: vec![vec![]], ..case.clone() }.fill(&cpu);
                 filled.append(&cpu, 0, &k, &v);
                 let (q, lens) = (case.q(), filled.lens());
-                let inputs = CachedInputs { q: q.view(), mask, block_mask: None, kv_lens: &lens };
+                let inputs = CachedInputs { mask, ..CachedInputs::new(q.view(), &lens) };
                 let call = Call::check_cached(&inputs, &case.layout, &case.options).unwrap();
                 let (out, lse) = filled.attend(&cpu, &call, case.dtype);
                 let what = format!("{} {values} {band:?} {q_len} queries", cpu.instruction_set());
@@ -411,7 +411,7 @@ fn large_and_small_numbers_give_what_ordinary_ones_do() {
                 let mut filled = Case { chunks: vec![vec![]], ..case.clone() }.fill(&cpu);
                 filled.append(&cpu, 0, &k, &v);
                 let lens = filled.lens();
-                let inputs = CachedInputs { q: q.view(), mask: None, block_mask: None, kv_lens: &lens };
+                let inputs = CachedInputs::new(q.view(), &lens);
                 let call = Call::check_cached(&inputs, &case.layout, &case.options).unwrap();
                 let (out, lse) = filled.attend(&cpu, &call, case.dtype);
                 let what =

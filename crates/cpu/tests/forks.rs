@@ -36,7 +36,7 @@ fn cached(cpu: &Cpu) -> Vec<u32> {
     cpu.append_cached(&mut pages, &tables, &[0], tensor(1, 700).view(), tensor(2, 700).view()).unwrap();
     tables.advance(&[0], 700).unwrap();
     let q = tensor(3, 3);
-    let inputs = CachedInputs { q: q.view(), mask: None, block_mask: None, kv_lens: &[700] };
+    let inputs = CachedInputs::new(q.view(), &[700]);
     let call = Call::check_cached(&inputs, &layout, &Options::default()).unwrap();
     let mut out = Tensor::zeros(DType::F32, q.shape()).unwrap();
     cpu.forward_cached(&pages, &tables, &[0], &call, out.view_mut(), None).unwrap();

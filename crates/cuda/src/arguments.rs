@@ -8,7 +8,7 @@ use sage_ptx::{Arg, Param, ParamType};
 use crate::error::{Error, Result};
 
 /// Most parameters of a kernel. The pointers to a launch's arguments lie on the stack.
-pub(crate) const MAX_PARAMS: usize = 64;
+pub(crate) const MAX_PARAMS: usize = 72;
 
 /// Most bytes of parameters, on GPUs and drivers of every age.
 pub(crate) const MAX_PARAM_BYTES: usize = 4096;

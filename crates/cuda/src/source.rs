@@ -211,8 +211,8 @@ mod tests {
             message(KernelSource { dynamic_shared_bytes: 232_449, ..good }),
             "kernel `k`: dynamic shared memory is 232449, expected at most 232448 bytes on this GPU"
         );
-        let many = vec![Param { name: "x".into(), ty: ParamType::U32 }; 65];
-        assert_eq!(message(source(&many)), "kernel `k`: number of parameters is 65, expected at most 64");
+        let many = vec![Param { name: "x".into(), ty: ParamType::U32 }; 73];
+        assert_eq!(message(source(&many)), "kernel `k`: number of parameters is 73, expected at most 72");
         let large = vec![Param { name: "x".into(), ty: ParamType::TensorMap }; 33];
         assert_eq!(
             message(source(&large)),

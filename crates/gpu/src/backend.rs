@@ -7,9 +7,9 @@ use sage_core::{
     Scheme, Strided,
 };
 use sage_cuda::Stream;
-use sage_kernels::TensorArg;
 use sage_kernels::attention::MaskForm;
 use sage_kernels::forward::{Alternative, Request, Tensors};
+use sage_kernels::{SinkArgs, TensorArg};
 use sage_ptx::Target;
 
 use crate::launches;
@@ -228,8 +228,14 @@ fn addresses(call: &DeviceCall<'_>, out: TensorArg) -> Tensors {
         out,
         mask: call.mask.map_or(TensorArg::default(), |mask| mask.argument()),
         blocks: call.block_mask.map_or(TensorArg::default(), |mask| mask.blocks.argument()),
+        sinks: sinks(call),
         ..Tensors::default()
     }
+}
+
+/// Where a call's attention sinks lie.
+pub(crate) fn sinks(call: &DeviceCall<'_>) -> SinkArgs {
+    call.sinks.map_or(SinkArgs::default(), |sinks| SinkArgs::of_heads(sinks.first_element()))
 }
 
 /// What kernels of a call are planned by, beside its problem.

@@ -77,6 +77,7 @@ impl CacheShape {
             sm_scale: problem.sm_scale,
             band: problem.band,
             logit_softcap: problem.logit_softcap,
+            sinks: problem.sinks,
             lse,
             table_stride: self.max_pages,
         })

@@ -70,10 +70,12 @@ pub(crate) fn on_copies<R>(
     let mask = mask.as_ref().map(CopiedMask::view);
     let blocks = call.block_mask.as_ref().map(|mask| CopiedFlags::new(&stream, &mask.blocks)).transpose()?;
     let blocks = blocks.as_ref().map(CopiedFlags::view);
+    let sinks = call.sinks.map(|sinks| CudaTensor::upload(&stream, &sinks)).transpose()?;
     let out_there = CudaTensor::uninitialized(&stream, out.dtype(), out.geometry().shape())?;
     let lse_there =
         lse.as_ref().map(|lse| Buffer::new(&stream, size_of_val(&**lse))).transpose().map_err(driver)?;
-    let there = call.moved([q.view(), k.view(), v.view()], mask, blocks);
+    let there =
+        call.moved([q.view(), k.view(), v.view()], mask, blocks, sinks.as_ref().map(CudaTensor::view));
     let result = run(&stream, &there, out_there.view(), lse_there.as_ref().map(DeviceLse::of))?;
 
     match out {

@@ -8,6 +8,7 @@ use sage_kernels::TensorArg;
 use sage_kernels::decode::{AppendCall, AppendTensors, AttendCall, AttendTensors, PoolTensors};
 use sage_kernels::pass::Pass;
 
+use crate::backend::sinks;
 use crate::cache_shape::{CacheShape, INSTEAD, check_options, runs, sixteen_bits};
 use crate::launches::{self, Launch};
 use crate::tensor::argument;
@@ -139,6 +140,7 @@ impl CachePool {
                 q: from(argument(&call.q), run.entry),
                 out: from(argument(&out), run.entry),
                 lse: lse.map_or(0, |lse| lse.address() + row),
+                sinks: sinks(call),
                 pool: self.pool(run.first),
             };
             // q, out and the log-sum-exp are as their makers promise, were checked, and have a place for each row.

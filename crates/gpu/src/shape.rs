@@ -110,7 +110,8 @@ impl Strided for FlagsShape {
 pub(crate) fn without_memory<'a>(call: &Call<'a>) -> Call<'a, TensorShape> {
     let mask = call.mask.as_ref().map(MaskShape::from);
     let blocks = call.block_mask.as_ref().map(|mask| FlagsShape(*mask.blocks.geometry()));
-    call.moved([&call.q, &call.k, &call.v].map(TensorShape::from), mask, blocks)
+    let sinks = call.sinks.as_ref().map(TensorShape::from);
+    call.moved([&call.q, &call.k, &call.v].map(TensorShape::from), mask, blocks, sinks)
 }
 
 /// The call as if its tensors lay in a GPU's memory: for planning alone, nothing may be launched with them.
@@ -122,7 +123,7 @@ pub(crate) fn stand_in<'a>(call: &Call<'a, TensorShape>) -> DeviceCall<'a> {
         MaskShape::Additive(biases) => DeviceMask::Additive(tensor(biases)),
     });
     let blocks = call.block_mask.as_ref().map(|mask| flags_stand_in(&mask.blocks.0));
-    call.moved([&call.q, &call.k, &call.v].map(tensor), mask, blocks)
+    call.moved([&call.q, &call.k, &call.v].map(tensor), mask, blocks, call.sinks.as_ref().map(tensor))
 }
 
 /// Flags as if they lay in a GPU's memory: for planning alone.

@@ -64,7 +64,7 @@ impl SparseBackend for HostTensors {
         let stream = self.0.stream()?;
         let [q, k] = [&call.q, &call.k].map(|tensor| crate::CudaTensor::upload(&stream, tensor));
         let (q, k) = (q?, k?);
-        let there = call.moved([q.view(), k.view(), k.view()], None, None);
+        let there = call.moved([q.view(), k.view(), k.view()], None, None, None);
         self.0.predict_map(&stream, &there, predictor)?.to_host()
     }
 

@@ -113,6 +113,7 @@ struct Call {
     lengths: Lengths,
     aligned: bool,
     softcap: bool,
+    sinks: bool,
     lse: bool,
 }
 
@@ -155,6 +156,7 @@ impl Default for Call {
             lengths: Lengths::Dense,
             aligned: true,
             softcap: false,
+            sinks: false,
             lse: false,
         }
     }
@@ -190,7 +192,8 @@ impl Call {
             Problem::dense(self.dtype, [batch, group * heads, heads], [q_len, kv_len], self.head_dim)
                 .value_dim(self.value_dim.unwrap_or(self.head_dim))
                 .blocks(self.blocks)
-                .pooled_tail(self.pooled_tail);
+                .pooled_tail(self.pooled_tail)
+                .sinks(self.sinks);
         if self.causal {
             problem.band = Band::causal(Alignment::BottomRight);
         }
@@ -352,11 +355,13 @@ impl List {
                 Call { blocks: Some([64, 128]), ..call },
                 Call { blocks: Some([48, 80]), mask: MaskForm::Bias(DType::F16), ..call },
                 Call { softcap: true, ..call },
+                Call { sinks: true, ..call },
                 Call { lse: true, ..call },
                 Call { lengths: Lengths::KvLens, ..call },
                 Call { lengths: Lengths::Packed, ..call },
                 Call { aligned: false, ..call },
                 Call { size: Size::FewBlocks, lse: true, ..call },
+                Call { size: Size::FewBlocks, sinks: true, lse: true, ..call },
             ] {
                 self.add(&call, false, |_| true);
             }
@@ -365,6 +370,7 @@ impl List {
         let steps =
             Call { head_dim, scheme, size: Size::Speculative, lengths: Lengths::Packed, ..Call::default() };
         self.add(&steps, false, |_| true);
+        self.add(&Call { sinks: true, lengths: Lengths::Dense, ..steps }, false, |_| true);
     }
 
     /// Block masks beside FP8 values, summed in one level and in two.
@@ -473,6 +479,8 @@ mod tests {
                 v.source == OperandSource::Workspace && v.element != Element::E4M3
             });
             has("softcap", &|config| config.softcap);
+            has("sinks", &|config| config.sinks && !config.split);
+            has("sinks of split keys", &|config| config.sinks && config.split);
             has("LSE", &|config| config.lse && !config.split);
             has("smooth V", &|config| config.smooth_v);
             has("a rough K", &|config| !config.smooth_k);

@@ -8,6 +8,7 @@ use sage_ptx::{Code, Global, Half, Program, Shared, Stored, Val, Var, kernel};
 use crate::kernel::Kernel;
 use crate::least_bias::least_lse;
 use crate::params::kernel_params;
+use crate::sinks::{SinkParams, inverse_with_sink, sum_with_sink};
 
 /// Floats that a part of the keys hands over for each row, beside its output.
 pub const PART: usize = 4;
@@ -33,6 +34,8 @@ pub struct CombineConfig {
     /// Whether the warps of a block share the parts of one row, and do not have rows of their own: where parts are many,
     /// rows are few, and what counts is how long one takes.
     pub shares_rows: bool,
+    /// Whether rows have attention sinks, which come in here.
+    pub sinks: bool,
 }
 
 kernel_params! {
@@ -56,13 +59,15 @@ kernel_params! {
         q_heads: i32,
         /// Parts of the keys.
         splits: i32,
+        /// Attention sinks.
+        sinks: sinks,
     }
 }
 
 impl CombineConfig {
-    /// For so many parts of the keys.
+    /// For so many parts of the keys, without attention sinks.
     pub fn new(dtype: DType, head_dim: usize, lse: bool, splits: usize) -> Self {
-        CombineConfig { dtype, head_dim, lse, shares_rows: splits > TOGETHER }
+        CombineConfig { dtype, head_dim, lse, shares_rows: splits > TOGETHER, sinks: false }
     }
 
     /// Blocks along x, y and z.
@@ -75,7 +80,8 @@ impl CombineConfig {
     }
 
     fn write<'k, H: Half + Stored<Value = H>>(&self, k: &'k Code) {
-        let p = CombineParams::declare(k);
+        let mut p = CombineParams::declare(k);
+        p.sinks = self.sinks.then(|| SinkParams::declare(k));
         let [block, ..] = k.block_index();
         let row = if self.shares_rows { block } else { block * WARPS as i32 + k.warp_index() };
         k.exit_when(row.ge(p.total_rows));
@@ -86,25 +92,30 @@ impl CombineConfig {
         let store = |channel: Val<'k, i32>, value: Val<'k, f32>| {
             p.out.start.cast::<H>().at(line).at(channel).store(value.narrow::<H>());
         };
+        let sink_of = |totals: &Totals<'k>| {
+            p.sinks.map(|sinks| sinks.of_row(head % p.q_heads, row_of_head, totals.taken))
+        };
         let sums = self.sums(k, &p, row);
-        let (totals, writer) = if self.shares_rows {
+        let (totals, sink, writer) = if self.shares_rows {
             let shares = Shares::new(k, self.head_dim);
             self.for_each_channel(k, |index, channel| shares.hand_in(channel, sums.channels[index].get()));
             k.when(k.lane_index().eq(0), || shares.hand_in_totals(&sums.totals));
             k.barrier();
             let (totals, rises) = shares.totals();
-            let inverse = totals.inverse();
+            let sink = sink_of(&totals);
+            let inverse = totals.inverse(sink);
             k.range_by(k.thread(), self.head_dim as i32, (WARPS * LANES) as i32, |channel| {
                 store(channel, shares.sum(channel, &rises) * inverse);
             });
-            (totals, k.thread())
+            (totals, sink, k.thread())
         } else {
-            let inverse = sums.totals.inverse();
+            let sink = sink_of(&sums.totals);
+            let inverse = sums.totals.inverse(sink);
             self.for_each_channel(k, |index, channel| store(channel, sums.channels[index].get() * inverse));
-            (sums.totals, k.lane_index())
+            (sums.totals, sink, k.lane_index())
         };
         if self.lse {
-            k.when(writer.eq(0), || p.lse.at(row).store(totals.log_sum_exp()));
+            k.when(writer.eq(0), || p.lse.at(row).store(totals.log_sum_exp(sink)));
         }
     }
 
@@ -215,11 +226,20 @@ impl<'k> Totals<'k> {
         self.max.eq(f32::NEG_INFINITY)
     }
 
-    fn inverse(&self) -> Val<'k, f32> {
-        self.is_empty().select(0.0, self.weights.recip())
+    fn inverse(&self, sink: Option<Val<'k, f32>>) -> Val<'k, f32> {
+        match sink {
+            None => self.is_empty().select(0.0, self.weights.recip()),
+            Some(sink) => inverse_with_sink(sink, self.max, self.weights),
+        }
     }
 
-    fn log_sum_exp(&self) -> Val<'k, f32> {
+    fn log_sum_exp(&self, sink: Option<Val<'k, f32>>) -> Val<'k, f32> {
+        if let Some(sink) = sink {
+            // Of a row without keys it is the sink.
+            let (sum, reference) = sum_with_sink(sink, self.max, self.unrounded);
+            let lse = (sum.log2() + reference).mul_add(std::f32::consts::LN_2, self.taken);
+            return least_lse(reference, lse);
+        }
         let lse = (self.unrounded.log2() + self.max).mul_add(std::f32::consts::LN_2, self.taken);
         self.is_empty().select(f32::NEG_INFINITY, least_lse(self.max, lse))
     }
@@ -280,13 +300,15 @@ impl Kernel for CombineConfig {
     fn name(&self) -> String {
         let lse = if self.lse { "_lse" } else { "" };
         let shares = if self.shares_rows { "_shared" } else { "" };
-        format!("combine_{}_d{}{lse}{shares}", self.dtype, self.head_dim)
+        let sinks = if self.sinks { "_sinks" } else { "" };
+        format!("combine_{}_d{}{sinks}{lse}{shares}", self.dtype, self.head_dim)
     }
 
     fn description(&self) -> String {
         let lse = if self.lse { ", with LSE" } else { "" };
         let parts = if self.shares_rows { "many parts" } else { "parts" };
-        format!("merges {parts} of split keys; {}, head_dim {}{lse}", self.dtype, self.head_dim)
+        let sinks = if self.sinks { ", sinks" } else { "" };
+        format!("merges {parts} of split keys; {}, head_dim {}{sinks}{lse}", self.dtype, self.head_dim)
     }
 
     fn head_dim(&self) -> Option<usize> {

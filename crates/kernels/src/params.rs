@@ -9,7 +9,8 @@
 /// [`InputParams`](crate::preprocess::InputParams). `pool` is a KV cache's: [`PoolParams`](crate::decode::PoolParams).
 /// `per_head` is a number that heads may have of their own: [`PerHeadParam`](crate::predict::PerHeadParam). `tokens`
 /// says which tokens are whose: [`TokensParams`](crate::predict::TokensParams), and `lengths` which rows are a sequence's:
-/// [`LengthParams`](crate::sequence::LengthParams).
+/// [`LengthParams`](crate::sequence::LengthParams). `sinks` are attention sinks, which few kernels have: those declare them
+/// after all else ([`SinkParams`](crate::sinks::SinkParams)), and their launches pass them last.
 macro_rules! kernel_params {
     (
         $(#[$doc:meta])*
@@ -64,6 +65,7 @@ macro_rules! inside {
     (per_head) => { $crate::predict::PerHeadParam<'k> };
     (tokens) => { $crate::predict::TokensParams<'k> };
     (lengths) => { $crate::sequence::LengthParams<'k> };
+    (sinks) => { Option<$crate::sinks::SinkParams<'k>> };
     ([$element:ty]) => { sage_ptx::Global<'k, $element> };
     ($scalar:ty) => { sage_ptx::Val<'k, $scalar> };
 }
@@ -86,6 +88,9 @@ macro_rules! outside {
     };
     (lengths) => {
         $crate::sequence::LengthArgs
+    };
+    (sinks) => {
+        $crate::sinks::SinkArgs
     };
     ([$element:ty]) => {
         u64
@@ -114,6 +119,9 @@ macro_rules! declare {
     ($code:ident, lengths, $name:expr) => {
         $crate::sequence::LengthParams::declare($code)
     };
+    ($code:ident, sinks, $name:expr) => {
+        None
+    };
     ($code:ident, [$element:ty], $name:expr) => {
         $code.global::<$element>($name)
     };
@@ -141,6 +149,9 @@ macro_rules! count {
     (lengths) => {
         $crate::sequence::LengthArgs::COUNT
     };
+    (sinks) => {
+        0
+    };
     ($kind:tt) => {
         1
     };
@@ -164,6 +175,9 @@ macro_rules! arg {
     };
     (lengths, $value:expr) => {
         $value.args()
+    };
+    (sinks, $value:expr) => {
+        []
     };
     ([$element:ty], $value:expr) => {
         [sage_ptx::Arg::Pointer($value)]

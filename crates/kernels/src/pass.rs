@@ -16,7 +16,7 @@ use crate::kernel::Kernel;
 pub const SLOT_ALIGNMENT: usize = 256;
 
 /// Most arguments of a launch with tensor maps.
-const MAX_ARGS: usize = 64;
+pub(crate) const MAX_ARGS: usize = 72;
 
 /// Launches over tensors of type `T`, in order.
 pub struct Pass<T> {

@@ -7,7 +7,9 @@
 use half::{bf16, f16};
 use sage_core::metrics::Accuracy;
 use sage_core::oracle::{CachedHead, Matrix, cached};
-use sage_core::{Alignment, Band, CacheLayout, CachedInputs, Call, DType, Options, Tensor, ValueFormat};
+use sage_core::{
+    Alignment, Band, CacheLayout, CachedInputs, Call, DType, Options, Tensor, TensorView, ValueFormat, View,
+};
 use sage_emulator::{Buffer, Emulator, Failure};
 use sage_kernels::combine::{CombineArgs, CombineConfig, PART};
 use sage_kernels::decode::{
@@ -15,7 +17,7 @@ use sage_kernels::decode::{
     Storage,
 };
 use sage_kernels::pass::{Launcher, Pass};
-use sage_kernels::{Kernel, Machine, TensorArg};
+use sage_kernels::{Kernel, Machine, SinkArgs, TensorArg};
 use sage_ptx::{Arg, BoxedTensor, Target};
 use sage_testkit::normal;
 
@@ -30,6 +32,8 @@ struct Case {
     /// Tokens of a part, where it is not the plan that says so.
     split: Option<usize>,
     options: Options,
+    /// Whether query heads have attention sinks.
+    sinks: bool,
     /// Whether values of some tokens are a thousandth, or nothing, of the others'.
     value_sizes: bool,
 }
@@ -46,6 +50,7 @@ fn case() -> Case {
         chunks: vec![70, 1, 1, 30],
         split: Some(64),
         options: Options::default().band(Band::causal(Alignment::BottomRight)),
+        sinks: false,
         value_sizes: false,
     }
 }
@@ -188,6 +193,7 @@ impl Case {
             storage: call.storage,
             dtype: call.dtype,
             softcap: call.logit_softcap.is_some(),
+            sinks: false,
             split: true,
             lse: false,
         };
@@ -212,12 +218,14 @@ impl Case {
             cap: call.logit_softcap.unwrap_or(0.0) * log2e,
             left: limit(call.band.left),
             right: limit(call.band.right),
+            ..CacheAttendArgs::default()
         };
         let grid = folded(config.grid(splits, call.num_kv_heads, call.q_len, group, call.sequences));
         emulator
             .launch(&config.program(), grid, &args.args())
             .unwrap_or_else(|failure| panic!("{self:?}\n{failure}"));
-        let combine = CombineConfig::new(call.dtype, head_dim, true, splits);
+        let combine =
+            CombineConfig { sinks: call.sinks, ..CombineConfig::new(call.dtype, head_dim, true, splits) };
         let args = CombineArgs {
             partial: partial.address(),
             partial_sums: partial_sums.address(),
@@ -227,9 +235,12 @@ impl Case {
             q_rows: call.q_len as i32,
             q_heads: call.num_q_heads as i32,
             splits: splits as i32,
+            sinks: t.sinks,
         };
+        let of_sinks = call.sinks.then(|| t.sinks.args());
+        let args: Vec<_> = args.args().into_iter().chain(of_sinks.into_iter().flatten()).collect();
         emulator
-            .launch(&combine.program(), combine.grid(rows), &args.args())
+            .launch(&combine.program(), combine.grid(rows), &args)
             .unwrap_or_else(|failure| panic!("{self:?}\n{failure}"));
     }
 
@@ -259,7 +270,12 @@ impl Case {
         let q_heads = num_kv_heads * self.group;
         let q = self.tensor(1, &[2, q_heads, self.q_len, head_dim], 0.0);
         let lens = cache.lens.clone();
-        let inputs = CachedInputs { q: q.view(), mask: None, block_mask: None, kv_lens: &lens };
+        // From far below the log-sum-exps of the rows to far above them, and none for the last.
+        let mut sinks: Vec<f32> = (0..q_heads).map(|head| -4.0 + 3.0 * head as f32).collect();
+        sinks[q_heads - 1] = f32::NEG_INFINITY;
+        let of_heads = TensorView::F32(View::contiguous("sinks", &sinks, &[q_heads]).unwrap());
+        let inputs =
+            CachedInputs { sinks: self.sinks.then_some(of_heads), ..CachedInputs::new(q.view(), &lens) };
         let call = Call::check_cached(&inputs, &self.layout, &self.options).unwrap();
         let expected = cached(&call, &cache.heads);
 
@@ -272,6 +288,7 @@ impl Case {
             q: TensorArg { address: emulator.buffer("q", &bits(&q)).address(), strides },
             out: TensorArg { address: out.address(), strides },
             lse: lse.address(),
+            sinks: SinkArgs::of_heads(emulator.buffer("sinks", &sinks).address()),
             pool: PoolTensors { kv_lens: emulator.buffer("kv_lens", &lens).address(), ..cache.pool },
         };
         let longest = lens.iter().max().map_or(0, |&len| len as usize);
@@ -286,6 +303,7 @@ impl Case {
             sm_scale: call.problem.sm_scale,
             band: self.options.band,
             logit_softcap: self.options.logit_softcap,
+            sinks: self.sinks,
             lse: true,
             table_stride: cache.table_stride,
         };
@@ -344,6 +362,21 @@ fn every_number_of_rows_and_length_of_parts_is_the_oracles() {
         for split in [64, 128, 1024].map(Some) {
             Case { split, group, q_len, ..case() }.check();
         }
+    }
+}
+
+#[test]
+fn attention_sinks_of_whole_sequences_and_of_parts_are_the_oracles() {
+    let window = Band { left: Some(20), ..Band::causal(Alignment::BottomRight) };
+    for split in [None, Some(64)] {
+        let sinks = Case { sinks: true, split, ..case() };
+        sinks.check();
+        // A sequence without tokens: its log-sum-exps are the sinks.
+        Case { chunks: vec![9], ..sinks.clone() }.check();
+        let options = Options::default().band(window).logit_softcap(5.0);
+        Case { q_len: 7, dtype: DType::BF16, options, ..sinks.clone() }.check();
+        let layout = CacheLayout { values: ValueFormat::Int8, ..LAYOUT };
+        Case { layout, value_sizes: true, ..sinks }.check();
     }
 }
 

@@ -54,7 +54,7 @@ fn cases_of_every_kind_are_the_oracles() {
         case.scheme = Some(preset.scheme(case.head_dim));
     }
     // Those in single precision, and what is refused of every scheme.
-    check_table(&gpu(), &cases, 15);
+    check_table(&gpu(), &cases, 16);
 }
 
 #[test]

@@ -9,7 +9,7 @@ use sage_core::{
 };
 
 use crate::backend::{self, Device};
-use crate::place::{AnyBlockMask, AnyLengths, AnyMask, Place};
+use crate::place::{AnyBlockMask, AnyLengths, AnyMask, AnySinks, Place};
 use crate::plan::Plan;
 
 /// What attention returns.
@@ -18,7 +18,7 @@ use crate::plan::Plan;
 pub struct Output {
     /// The output, in q's layout, shape and element type.
     pub out: Tensor,
-    /// Natural logarithm of each row's sum of exponentials, f32, where [`Attention::return_lse`] asked for it:
+    /// Natural logarithm of each row's sum of exponentials, that of the head's sink included, f32, where [`Attention::return_lse`] asked for it:
     /// `[batch, num_q_heads, q_len]`, or `[num_q_heads, total]` for packed sequences.
     pub lse: Option<Tensor>,
     /// The blocks that were computed, where [`Attention::sparse`] had them predicted.
@@ -43,6 +43,7 @@ pub struct Attention<'a> {
     block_mask: Option<AnyBlockMask<'a>>,
     predictor: Option<Predictor>,
     pooled_tail: bool,
+    sinks: Option<AnySinks<'a>>,
     lengths: AnyLengths<'a>,
     choice: Choice,
     nearest: bool,
@@ -63,6 +64,7 @@ impl Default for Attention<'_> {
             block_mask: None,
             predictor: None,
             pooled_tail: false,
+            sinks: None,
             lengths: Lengths::Dense,
             choice: Choice::Automatic,
             nearest: false,
@@ -161,6 +163,28 @@ impl<'a> Attention<'a> {
     /// ```
     pub fn pooled_tail(self, pooled_tail: bool) -> Self {
         Attention { pooled_tail, ..self }
+    }
+
+    /// Attention sinks, a logit for each query head (of GPT-OSS: learned; `s_aux` in Hugging Face transformers): one more
+    /// score of each of the head's rows, which has no value. So `O = Σ exp(s_j)·V_j / (Σ exp(s_j) + exp(sink))`. They are in
+    /// natural units; neither `sm_scale` nor a soft cap touches them, and −∞ is none. A `&[f32]`, or in a GPU's memory an f32
+    /// [`DeviceTensor`](crate::cuda::DeviceTensor) of `[num_q_heads]`, which is read when the work runs.
+    ///
+    /// The log-sum-exp has them in it, as that of flash-attention's kernels has: parts of a call merge by their
+    /// log-sum-exps when exactly one of them has the sinks. A row that sees no key is zero, and its log-sum-exp the sink.
+    ///
+    /// ```
+    /// use sageattention::{Attention, Tensor};
+    ///
+    /// let q = Tensor::new(vec![0.0f32; 2 * 64], &[1, 2, 1, 64])?;
+    /// let v = Tensor::new(vec![1.0f32; 2 * 3 * 64], &[1, 2, 3, 64])?;
+    /// // Three keys of score 0 beside a sink of 0, which has a quarter of the weight; the other head has none.
+    /// let out = Attention::new().sinks(&[0.0, f32::NEG_INFINITY][..]).forward(&q, &v, &v)?.out.to_f32_vec();
+    /// assert!((out[0] - 0.75).abs() < 1e-6 && (out[64] - 1.0).abs() < 1e-6);
+    /// # Ok::<(), sageattention::Error>(())
+    /// ```
+    pub fn sinks(self, sinks: impl Into<AnySinks<'a>>) -> Self {
+        Attention { sinks: Some(sinks.into()), ..self }
     }
 
     /// Only the first `kv_lens[b]` keys of batch entry `b` are valid.
@@ -413,7 +437,8 @@ impl<'a> Attention<'a> {
         let inputs = Inputs::new(q, k, v)
             .mask(self.mask.map(|mask| B::mask(mask)).transpose()?)
             .block_mask(self.block_mask.map(|mask| B::block_mask(mask)).transpose()?)
-            .lengths(B::lengths(self.lengths)?);
+            .lengths(B::lengths(self.lengths)?)
+            .sinks(self.sinks.map(|sinks| B::sinks(sinks)).transpose()?);
         match &self.predictor {
             Some(predictor) => Call::check_sparse(&inputs, &self.options(), predictor),
             None => Call::check(&inputs, &self.options()),
@@ -462,7 +487,8 @@ impl<'a> Attention<'a> {
         }
         let mask = self.mask.map(|mask| B::mask(mask)).transpose()?;
         let block_mask = self.block_mask.map(|mask| B::block_mask(mask)).transpose()?;
-        Ok(CachedInputs { q, mask, block_mask, kv_lens })
+        let sinks = self.sinks.map(|sinks| B::sinks(sinks)).transpose()?;
+        Ok(CachedInputs { q, mask, block_mask, kv_lens, sinks })
     }
 
     /// What [`Attention::device`] asked for.

@@ -40,7 +40,7 @@ pub use attention::{Attention, Output};
 pub use backend::{Device, backend_description};
 pub use kv_cache::{KvCache, KvCacheOptions};
 pub use nearest::nearest_scheme;
-pub use place::{AnyBlockMask, AnyLengths, AnyMask, Place};
+pub use place::{AnyBlockMask, AnyLengths, AnyMask, AnySinks, Place};
 pub use plan::Plan;
 pub use schedule::HybridSchedule;
 

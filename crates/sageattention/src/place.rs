@@ -1,4 +1,4 @@
-//! Where masks and lengths lie: those of a call in the memory of the backend that computes it.
+//! Where masks, lengths and attention sinks lie: those of a call in the memory of the backend that computes it.
 
 use sage_core::{BlockMask, Error, Lengths, Mask, Operand, Result, SparseBackend, TensorView, View};
 use sage_cpu::Cpu;
@@ -34,6 +34,22 @@ pub enum AnyBlockMask<'a> {
     /// Without memory, for a [`WarmUp`].
     #[cfg(feature = "cuda")]
     Shape(BlockMask<FlagsShape>),
+}
+
+/// Attention sinks, a number for each query head, in this machine's memory or a GPU's.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub enum AnySinks<'a> {
+    /// A list in this machine's memory.
+    List(&'a [f32]),
+    /// A tensor in this machine's memory: f32 `[num_q_heads]`.
+    Host(TensorView<'a>),
+    /// In a GPU's memory: f32 `[num_q_heads]`.
+    #[cfg(feature = "cuda")]
+    Device(DeviceTensor<'a>),
+    /// Without memory, for a [`WarmUp`].
+    #[cfg(feature = "cuda")]
+    Shape(TensorShape),
 }
 
 /// Lengths of sequences, in this machine's memory or a GPU's.
@@ -83,6 +99,38 @@ impl From<BlockMask<FlagsShape>> for AnyBlockMask<'_> {
     }
 }
 
+impl<'a> From<&'a [f32]> for AnySinks<'a> {
+    fn from(sinks: &'a [f32]) -> Self {
+        AnySinks::List(sinks)
+    }
+}
+
+impl<'a> From<TensorView<'a>> for AnySinks<'a> {
+    fn from(sinks: TensorView<'a>) -> Self {
+        AnySinks::Host(sinks)
+    }
+}
+
+impl<'a> From<&'a Vec<f32>> for AnySinks<'a> {
+    fn from(sinks: &'a Vec<f32>) -> Self {
+        AnySinks::List(sinks)
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl<'a> From<DeviceTensor<'a>> for AnySinks<'a> {
+    fn from(sinks: DeviceTensor<'a>) -> Self {
+        AnySinks::Device(sinks)
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl From<TensorShape> for AnySinks<'_> {
+    fn from(sinks: TensorShape) -> Self {
+        AnySinks::Shape(sinks)
+    }
+}
+
 /// A backend, and what it makes of masks and lengths: an error that names those which lie in another memory.
 pub trait Place: SparseBackend {
     /// The same tensor for a shorter time, which generic code cannot know to be possible.
@@ -105,6 +153,12 @@ pub trait Place: SparseBackend {
     /// # Errors
     /// When they lie elsewhere.
     fn lengths(lengths: AnyLengths<'_>) -> Result<Lengths<'_, <Self::Tensor<'_> as Operand>::List>>;
+
+    /// Attention sinks.
+    ///
+    /// # Errors
+    /// When they lie elsewhere, or one that the host can read is NaN or +∞.
+    fn sinks(sinks: AnySinks<'_>) -> Result<Self::Tensor<'_>>;
 }
 
 /// The [`Place`] of a backend of host tensors.
@@ -137,6 +191,17 @@ macro_rules! host_place {
 
             fn lengths(lengths: AnyLengths<'_>) -> Result<Lengths<'_>> {
                 on_this_machine(lengths)
+            }
+
+            fn sinks(sinks: AnySinks<'_>) -> Result<TensorView<'_>> {
+                match sinks {
+                    AnySinks::List(sinks) => host_sinks(list(sinks)?),
+                    AnySinks::Host(sinks) => host_sinks(sinks),
+                    #[cfg(feature = "cuda")]
+                    AnySinks::Device(_) => Err(on_device("sinks")),
+                    #[cfg(feature = "cuda")]
+                    AnySinks::Shape(_) => Err(nowhere("sinks")),
+                }
             }
         }
     };
@@ -171,6 +236,14 @@ impl Place for Cuda {
     fn lengths(lengths: AnyLengths<'_>) -> Result<Lengths<'_, <DeviceTensor<'_> as Operand>::List>> {
         Ok(lengths)
     }
+
+    fn sinks(sinks: AnySinks<'_>) -> Result<DeviceTensor<'_>> {
+        match sinks {
+            AnySinks::Device(sinks) => Ok(sinks),
+            AnySinks::List(_) | AnySinks::Host(_) => Err(on_host("sinks")),
+            AnySinks::Shape(_) => Err(nowhere("sinks")),
+        }
+    }
 }
 
 /// Of masks the shapes alone are used; lengths are read, and so are this machine's.
@@ -201,6 +274,37 @@ impl Place for WarmUp {
     fn lengths(lengths: AnyLengths<'_>) -> Result<Lengths<'_>> {
         on_this_machine(lengths)
     }
+
+    fn sinks(sinks: AnySinks<'_>) -> Result<TensorShape> {
+        match sinks {
+            AnySinks::Shape(sinks) => Ok(sinks),
+            AnySinks::List(sinks) => Ok(TensorShape::from(&list(sinks)?)),
+            AnySinks::Host(sinks) => Ok(TensorShape::from(&sinks)),
+            AnySinks::Device(_) => Err(on_device("sinks")),
+        }
+    }
+}
+
+/// Attention sinks in this machine's memory.
+fn host_sinks(sinks: TensorView<'_>) -> Result<TensorView<'_>> {
+    let heads = match sinks.shape() {
+        [heads] => *heads,
+        // The call's check says what is wrong.
+        _ => 0,
+    };
+    for head in 0..heads {
+        let sink = sinks.at([0, 0, 0, head]);
+        // As a score, either would make every row of its head NaN.
+        if sink.is_nan() || sink == f32::INFINITY {
+            return Err(Error::value(format!("sinks[{head}]"), sink, "a number, or -inf for none"));
+        }
+    }
+    Ok(sinks)
+}
+
+/// A list as a tensor.
+fn list(sinks: &[f32]) -> Result<TensorView<'_>> {
+    View::contiguous("sinks", sinks, &[sinks.len()]).map(TensorView::F32)
 }
 
 /// Lengths in this machine's memory.

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use sage_core::oracle::SeenKeys;
-use sage_core::{BlockMask, Call, Geometry, Inputs, Lengths, List, Mask, Options, Tensor, View};
+use sage_core::{BlockMask, Call, Geometry, Inputs, Lengths, List, Mask, Options, Tensor, TensorView, View};
 
 use crate::Memory;
 
@@ -28,6 +28,8 @@ pub struct OwnedCall {
     pub kv_lens: Option<Vec<i32>>,
     /// Boundaries of packed queries and keys.
     pub cu_seqlens: Option<(Vec<i32>, Vec<i32>)>,
+    /// An attention sink for each query head.
+    pub sinks: Option<Vec<f32>>,
     /// Whether the log-sum-exp is wanted.
     pub lse: bool,
 }
@@ -70,6 +72,7 @@ impl OwnedCall {
             blocks: None,
             kv_lens: None,
             cu_seqlens: None,
+            sinks: None,
             lse: true,
         }
     }
@@ -85,6 +88,11 @@ impl OwnedCall {
             .mask(self.mask.as_ref().map(OwnedMask::view))
             .block_mask(block_mask)
             .lengths(self.lengths())
+            .sinks(
+                self.sinks
+                    .as_ref()
+                    .map(|sinks| TensorView::F32(View::contiguous("sinks", sinks, &[sinks.len()]).unwrap())),
+            )
     }
 
     /// Lengths of the sequences.

@@ -54,6 +54,8 @@ pub struct Case {
     pub blocks: Option<CaseBlocks>,
     /// Whether the blocks that it leaves out count with their means.
     pub pooled_tail: bool,
+    /// Whether each query head has an attention sink.
+    pub sinks: bool,
     /// Lengths of the sequences.
     pub sequences: Sequences,
     /// What K and V hold where no query sees a key.
@@ -222,6 +224,7 @@ impl Default for Case {
             mask: None,
             blocks: None,
             pooled_tail: false,
+            sinks: false,
             sequences: Sequences::Dense,
             spoil: None,
             scheme: None,
@@ -288,8 +291,18 @@ impl Case {
                 Sequences::Packed(q, k) => Some((q.clone(), k.clone())),
                 _ => None,
             },
+            sinks: self.sinks.then(|| self.sinks_of_heads()),
             lse: self.lse,
         }
+    }
+
+    /// Sinks from far below the log-sum-exps of N(0, 1) scores to far above them, and none for the fourth head.
+    fn sinks_of_heads(&self) -> Vec<f32> {
+        let sink = |head: usize| match head % 4 {
+            3 => f32::NEG_INFINITY,
+            part => -2.0 + 4.0 * part as f32 + 0.5 * (head / 4) as f32,
+        };
+        (0..self.q_heads).map(sink).collect()
     }
 
     fn staggered(&self) -> Vec<i32> {

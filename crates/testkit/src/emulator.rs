@@ -6,7 +6,7 @@ use sage_emulator::{Emulator, Failure};
 use sage_kernels::attention::MaskForm;
 use sage_kernels::forward::{ForwardPlan, Request, Tensors, nearest_scheme};
 use sage_kernels::pass::Launcher;
-use sage_kernels::{KEY_TILE, Lengths, Machine, TensorArg, Tiling};
+use sage_kernels::{KEY_TILE, Lengths, Machine, SinkArgs, TensorArg, Tiling};
 use sage_ptx::{Arg, BoxedTensor, Program, Target};
 
 use crate::{Computed, Memory, OwnedCall, OwnedMask, Runner, Tolerance, poison};
@@ -237,6 +237,9 @@ impl Device {
         let packed = call.cu_seqlens.as_ref();
         let cu_seqlens_q = list("cu_seqlens_q", packed.map(|(q, _)| q));
         let cu_seqlens_k = list("cu_seqlens_k", packed.map(|(_, k)| k).or(call.kv_lens.as_ref()));
+        let sinks = call.sinks.as_ref().map_or(SinkArgs::default(), |sinks| {
+            SinkArgs::of_heads(emulator.buffer("sinks", sinks).address())
+        });
         let rows: usize = checked.lse_shape().iter().product();
         let lse = call.lse.then(|| emulator.uninitialized("lse", 4 * rows));
         let tensors = Tensors {
@@ -249,6 +252,7 @@ impl Device {
             blocks: TensorArg { address: blocks, strides: blocks_strides },
             cu_seqlens_q,
             cu_seqlens_k,
+            sinks,
         };
         Device { emulator, tensors, unwritten, out: out_buffer, lse }
     }

@@ -64,13 +64,15 @@ impl Runner for Cuda {
             block_q: mask.block_q,
             block_k: mask.block_k,
         });
+        let sinks = call.inputs().sinks.map(|sinks| CudaTensor::upload(&stream, &sinks).unwrap());
         // What is the same in memory may be the same memory.
         let same = call.v.bits() == call.k.bits();
         let v = if same { k.view().with_geometry(*call.v.geometry()) } else { v.view() };
         let inputs: DeviceInputs<'_> = Inputs::new(q.view(), k.view(), v)
             .mask(mask.as_ref().map(MaskThere::view))
             .block_mask(block_mask)
-            .lengths(call.lengths());
+            .lengths(call.lengths())
+            .sinks(sinks.as_ref().map(CudaTensor::view));
         let lse = call.lse.then(|| Buffer::new(&stream, 4 * checked.lse_rows()).unwrap());
         let choice = scheme.map_or(Choice::Automatic, Choice::Scheme);
         let to = lse.as_ref().map(DeviceLse::of);

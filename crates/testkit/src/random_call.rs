@@ -224,6 +224,7 @@ impl RandomCall {
         // What no backend has: an explicit mask; and packed sequences, which not every backend has.
         options.pooled_tail =
             blocks.is_some() && mask.is_none() && !packed && kv_rows > 0 && rng.random_bool(0.5);
+        let sinks = random_sinks(number, q_heads);
         let call = OwnedCall {
             out: out.0,
             options,
@@ -231,11 +232,23 @@ impl RandomCall {
             blocks,
             kv_lens,
             cu_seqlens,
+            sinks,
             lse: kind.lse,
             ..OwnedCall::dense(q, k, v)
         };
         RandomCall { number, preset: kind.preset, call }
     }
+}
+
+/// Attention sinks of call `number`, of one kind of call in five: about the log-sum-exps of scores, now and then none.
+fn random_sinks(number: usize, heads: usize) -> Option<Vec<f32>> {
+    let mut kind = ChaCha8Rng::seed_from_u64(3_000_000 + (number / CALLS_OF_A_KERNEL) as u64);
+    let mut rng = ChaCha8Rng::seed_from_u64(4_000_000 + number as u64);
+    let sink = |rng: &mut ChaCha8Rng| match rng.random_range(0..8) {
+        0 => f32::NEG_INFINITY,
+        _ => rng.random_range(-4.0..8.0),
+    };
+    kind.random_bool(0.2).then(|| (0..heads).map(|_| sink(&mut rng)).collect())
 }
 
 fn random_band(rng: &mut ChaCha8Rng) -> Band {

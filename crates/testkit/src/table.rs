@@ -24,6 +24,7 @@ pub fn table() -> Vec<Case> {
     cases.extend(block_masks());
     cases.extend(pooled_tails());
     cases.extend(dimensions());
+    cases.extend(sinks());
     for (number, case) in cases.iter_mut().enumerate() {
         case.seed = 8 * number as u64;
     }
@@ -35,7 +36,7 @@ pub fn table() -> Vec<Case> {
 /// the operands that older tensor cores lack: FP8 before sm_89, products of bf16 before sm_80.
 #[cfg(feature = "emulator")]
 pub fn most_refused(target: sage_ptx::Target) -> usize {
-    if target.sm() >= 89 { 29 } else { 67 }
+    if target.sm() >= 89 { 31 } else { 72 }
 }
 
 fn of(q_len: usize, kv_len: usize, head_dim: usize) -> Case {
@@ -195,6 +196,51 @@ fn block_masks() -> Vec<Case> {
             softcap: Some(20.0),
             ..case
         },
+    ]
+}
+
+/// Attention sinks in every form of the softmax's end: rows and parts of them, with smoothed keys and values, beside caps,
+/// masks, rows without keys, lengths, blocks that are left out, and log-sum-exps or none.
+fn sinks() -> Vec<Case> {
+    let case = Case { sinks: true, q_heads: 8, kv_heads: 2, ..of(70, 130, 64) };
+    let preset = |preset: Preset| Some(preset.scheme(64));
+    let biased = Case { k_bias: Bias::Channels(4.0), ..case.clone() };
+    vec![
+        case.clone(),
+        Case { scheme: int8(), ..biased.clone() },
+        Case { scheme: int8(), lse: false, ..biased.clone() },
+        Case { scheme: int8(), softcap: Some(5.0), ..biased.clone() },
+        Case { scheme: preset(Preset::INT8_FP8), dtype: DType::BF16, ..biased.clone() },
+        Case {
+            scheme: preset(Preset::SAGE2_INT8_FP8_F32_SMOOTH_V_PER_THREAD),
+            v_bias: Bias::Channels(3.0),
+            ..biased.clone()
+        },
+        Case { scheme: preset(Preset::SAGE3_NVFP4), ..biased.clone() },
+        // Few queries: heads are rows.
+        Case { batch: 2, q_len: 1, kv_len: 64, ..case.clone() },
+        Case { q_len: 3, kv_len: 700, band: CAUSAL, lse: false, ..case.clone() },
+        Case { q_len: 1, kv_len: 300, mask: Some(CaseMask::bool(Extent::Keys)), ..case.clone() },
+        Case { q_len: 20, kv_len: 700, scheme: int8(), ..biased.clone() },
+        // Rows that see no key.
+        Case { band: TOP_LEFT, q_len: 130, kv_len: 70, ..case.clone() },
+        Case { band: CAUSAL, q_len: 130, kv_len: 70, scheme: int8(), ..biased.clone() },
+        Case { batch: 3, sequences: Sequences::Staggered, band: WINDOW, ..case.clone() },
+        Case { mask: Some(CaseMask::bias(DType::F32, Extent::All)), batch: 2, ..case.clone() },
+        Case {
+            sequences: Sequences::Packed(vec![0, 30, 30, 70], vec![0, 50, 60, 130]),
+            band: CAUSAL,
+            ..case.clone()
+        },
+        Case { blocks: Some(CaseBlocks::new(64, 64).keeping(0.5)), scheme: int8(), ..biased.clone() },
+        Case {
+            blocks: Some(CaseBlocks::new(64, 64).keeping(0.3)),
+            pooled_tail: true,
+            ..Case { q_len: 150, kv_len: 400, ..case.clone() }
+        },
+        Case { head_dim: 128, layout: Layout::Nhd, gap: 8, ..case.clone() },
+        Case { head_dim: 320, ..case.clone() },
+        Case { dtype: DType::F32, ..case },
     ]
 }
 

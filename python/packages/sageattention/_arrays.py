@@ -34,15 +34,26 @@ def dense(
     v: Any,
     request: Request,
     attn_mask: Any,
+    sinks: Any,
     block_mask: Optional[tuple[Any, int, int]],
     return_lse: bool,
 ) -> Any:
     """See `_frameworks.dense`."""
-    library = library_of(q, k=k, v=v, attn_mask=attn_mask)
+    library = library_of(q, k=k, v=v, attn_mask=attn_mask, sinks=sinks)
     lse_shape = dense_lse_shape(q, request)
     blocks = None if block_mask is None else (library.raw("block_mask", block_mask[0]), *block_mask[1:])
     mask = None if attn_mask is None else library.raw("mask", attn_mask)
-    return forward(library, q, k, v, request, lse_shape if return_lse else None, mask=mask, block_mask=blocks)
+    return forward(
+        library,
+        q,
+        k,
+        v,
+        request,
+        lse_shape if return_lse else None,
+        mask=mask,
+        block_mask=blocks,
+        sinks=None if sinks is None else library.raw("sinks", sinks),
+    )
 
 
 def dense_lse_shape(q: Any, request: Request) -> tuple[int, ...]:
@@ -64,10 +75,11 @@ def varlen(
     max_seqlen_q: Optional[int],
     max_seqlen_k: Optional[int],
     request: Request,
+    sinks: Any,
     return_lse: bool,
 ) -> Any:
     """See `_frameworks.varlen`."""
-    library = library_of(q, k=k, v=v)
+    library = library_of(q, k=k, v=v, sinks=sinks)
     if library.name not in ("numpy", "cupy"):
         raise NotImplementedError(f"cu_seqlens of {library.name} is not supported: use numpy, CuPy or torch")
     cu_seqlens_q, cu_seqlens_k = (
@@ -100,7 +112,8 @@ def varlen(
     addresses = [library.raw("cu_seqlens", compact)[0] for compact in boundaries]
     packed = (*addresses, boundaries[0].size - 1, max_seqlen_q, max_seqlen_k)
     lse_shape = (q.shape[1], q.shape[0]) if len(q.shape) == 3 else ()
-    return forward(library, q, k, v, request, lse_shape if return_lse else None, packed=packed)
+    of_heads = None if sinks is None else library.raw("sinks", sinks)
+    return forward(library, q, k, v, request, lse_shape if return_lse else None, packed=packed, sinks=of_heads)
 
 
 def _longest(boundaries: Any) -> int:

@@ -38,7 +38,9 @@ def register(layout_position: int) -> None:
         return _heads_first_or_not(q, k, v, arguments[layout_position - 3])
 
     @register_flop_formula([operators.varlen, operators.varlen_lse], get_raw=True)
-    def varlen(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int, *_: Any, **__: Any) -> int:
+    def varlen(
+        q: Any, k: Any, v: Any, sinks: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int, *_: Any, **__: Any
+    ) -> int:
         return _packed(q, v, cu_q, cu_k, max_q, max_k)
 
 

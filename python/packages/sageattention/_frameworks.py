@@ -66,11 +66,12 @@ def dense(
     request: Request,
     *,
     attn_mask: Any = None,
+    sinks: Any = None,
     block_mask: Optional[tuple[Any, int, int]] = None,
     return_lse: bool = False,
 ) -> Any:
     """Attention of tensors `[batch, heads, seq, head_dim]`, or in the order that the request says."""
-    return _module_for(q).dense(q, k, v, request, attn_mask, block_mask, return_lse)
+    return _module_for(q).dense(q, k, v, request, attn_mask, sinks, block_mask, return_lse)
 
 
 def varlen(
@@ -83,11 +84,12 @@ def varlen(
     max_seqlen_k: Optional[int],
     request: Request,
     *,
+    sinks: Any = None,
     return_lse: bool = False,
 ) -> Any:
     """Attention of packed sequences, `[total, heads, head_dim]`."""
     module = _module_for(q)
-    return module.varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, request, return_lse)
+    return module.varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, request, sinks, return_lse)
 
 
 def sparse(

@@ -23,6 +23,7 @@ _SPELLINGS: dict[str, tuple[str, ...]] = {
     "softcap": ("logit_softcap",),
     "logits_soft_cap": ("logit_softcap",),
     "return_softmax_lse": ("return_lse",),
+    "s_aux": ("sinks",),
     "layout": ("tensor_layout",),
     # Where a function of the original's has `smooth_k`, it is what `smoothing` is in `sageattn`.
     "smoothing": ("smooth_k",),

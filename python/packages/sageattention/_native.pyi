@@ -21,6 +21,7 @@ class Options:
         scheme: Optional[str],
         nearest: bool,
         smooth_k: bool,
+        pooled_tail: bool,
     ) -> None: ...
 
 class Predictor:
@@ -70,6 +71,7 @@ def forward(
     wait: bool = False,
     predictor: Optional[Predictor] = None,
     map: Optional[Tensor] = None,
+    sinks: Optional[Tensor] = None,
 ) -> None: ...
 def computes_channels(head_dim: int, value_dim: int, gpu: Optional[int] = None) -> bool: ...
 def predict(

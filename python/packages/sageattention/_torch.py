@@ -50,9 +50,12 @@ def schema_of(fields: type) -> str:
 
 
 OPTIONS = schema_of(Request)
-_DENSE = f"Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? block_mask, int block_q, int block_k, {OPTIONS}"
+_DENSE = (
+    "Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? sinks, Tensor? block_mask, int block_q, int block_k, "
+    f"{OPTIONS}"
+)
 _VARLEN = (
-    "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
+    "Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
     f"SymInt max_seqlen_k, {OPTIONS}"
 )
 
@@ -66,6 +69,7 @@ def dense(
     v: Tensor,
     request: Request,
     attn_mask: Optional[Tensor],
+    sinks: Optional[Tensor],
     block_mask: Optional[tuple[Tensor, int, int]],
     return_lse: bool,
 ) -> Any:
@@ -73,13 +77,13 @@ def dense(
     blocks, block_q, block_k = block_mask if block_mask is not None else (None, 0, 0)
     operator = _dense_lse_op if return_lse else _dense_op
     call = operator.compute
-    if not is_plain(q, k, v, attn_mask, blocks):
+    if not is_plain(q, k, v, attn_mask, sinks, blocks):
         attn_mask = plain_mask(attn_mask, q.device)
-        check_tensors(q, k=k, v=v, attn_mask=attn_mask, block_mask=blocks)
-        refuse_derivatives(q=q, k=k, v=v, attn_mask=attn_mask)
+        check_tensors(q, k=k, v=v, attn_mask=attn_mask, sinks=sinks, block_mask=blocks)
+        refuse_derivatives(q=q, k=k, v=v, attn_mask=attn_mask, sinks=sinks)
         call = operator.overload
     q, k, v, attn_mask = autocast(q, k, v, attn_mask)
-    return call(q, k, v, attn_mask, blocks, block_q, block_k, *request)
+    return call(q, k, v, attn_mask, sinks, blocks, block_q, block_k, *request)
 
 
 def varlen(
@@ -91,14 +95,15 @@ def varlen(
     max_seqlen_q: Optional[int],
     max_seqlen_k: Optional[int],
     request: Request,
+    sinks: Optional[Tensor],
     return_lse: bool,
 ) -> Any:
     """See `_frameworks.varlen`."""
     operator = _varlen_lse_op if return_lse else _varlen_op
     call = operator.compute
-    if not is_plain(q, k, v, cu_seqlens_q, cu_seqlens_k):
-        check_tensors(q, k=k, v=v)
-        refuse_derivatives(q=q, k=k, v=v)
+    if not is_plain(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k):
+        check_tensors(q, k=k, v=v, sinks=sinks)
+        refuse_derivatives(q=q, k=k, v=v, sinks=sinks)
         call = operator.overload
     q, k, v = autocast(q, k, v)
     cu_seqlens_q, cu_seqlens_k = _listed("cu_seqlens_q", cu_seqlens_q, q), _listed("cu_seqlens_k", cu_seqlens_k, q)
@@ -106,7 +111,7 @@ def varlen(
         max_seqlen_q = _longest(cu_seqlens_q, q)
     if max_seqlen_k is None:
         max_seqlen_k = _longest(cu_seqlens_k, k)
-    return call(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *request)
+    return call(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *request)
 
 
 def _listed(name: str, cu_seqlens: Any, q: Tensor) -> Tensor:
@@ -137,6 +142,7 @@ def forward(
     *,
     lse: Optional[Tensor] = None,
     attn_mask: Optional[Tensor] = None,
+    sinks: Optional[Tensor] = None,
     block_mask: Optional[tuple[Tensor, int, int]] = None,
     cu_seqlens: Optional[tuple[Tensor, Tensor, int, int]] = None,
     predictor: Optional[_native.Predictor] = None,
@@ -153,7 +159,20 @@ def forward(
         packed = (on_device[0].data_ptr(), on_device[1].data_ptr(), on_device[0].numel() - 1, *cu_seqlens[2:])
     stream = current_stream(q)
     _native.forward(
-        q, k, v, out, native_options(request), lse, attn_mask, block_mask, packed, stream, False, predictor, block_map
+        q,
+        k,
+        v,
+        out,
+        native_options(request),
+        lse,
+        attn_mask,
+        block_mask,
+        packed,
+        stream,
+        False,
+        predictor,
+        block_map,
+        sinks,
     )
     tally.accelerated()
 
@@ -206,31 +225,31 @@ def check_rank(name: str, tensor: Tensor, rank: int, wanted: str) -> None:
         raise ValueError(f"{name}: shape is {list(tensor.shape)}, expected {wanted}")
 
 
-def _dense(q, k, v, attn_mask, block_mask, block_q, block_k, *request):
+def _dense(q, k, v, attn_mask, sinks, block_mask, block_q, block_k, *request):
     out = out_like(q, k, v)
     blocks = None if block_mask is None else (block_mask, block_q, block_k)
-    forward(q, k, v, out, request, attn_mask=attn_mask, block_mask=blocks)
+    forward(q, k, v, out, request, attn_mask=attn_mask, sinks=sinks, block_mask=blocks)
     return out
 
 
-def _dense_lse(q, k, v, attn_mask, block_mask, block_q, block_k, *request):
-    out, lse = _dense_lse_fake(q, k, v, attn_mask, block_mask, block_q, block_k, *request)
+def _dense_lse(q, k, v, attn_mask, sinks, block_mask, block_q, block_k, *request):
+    out, lse = _dense_lse_fake(q, k, v, attn_mask, sinks, block_mask, block_q, block_k, *request)
     blocks = None if block_mask is None else (block_mask, block_q, block_k)
-    forward(q, k, v, out, request, lse=lse, attn_mask=attn_mask, block_mask=blocks)
+    forward(q, k, v, out, request, lse=lse, attn_mask=attn_mask, sinks=sinks, block_mask=blocks)
     return out, lse
 
 
-def _varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *request):
+def _varlen(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *request):
     out = out_like(q, k, v)
     cu_seqlens = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    forward(q, k, v, out, request, cu_seqlens=cu_seqlens)
+    forward(q, k, v, out, request, sinks=sinks, cu_seqlens=cu_seqlens)
     return out
 
 
-def _varlen_lse(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *request):
+def _varlen_lse(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *request):
     out, lse = _varlen_lse_fake(q, k, v)
     cu_seqlens = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    forward(q, k, v, out, request, lse=lse, cu_seqlens=cu_seqlens)
+    forward(q, k, v, out, request, lse=lse, sinks=sinks, cu_seqlens=cu_seqlens)
     return out, lse
 
 
@@ -239,7 +258,7 @@ def out_like(q, k, v, *_):
     return q.new_empty(q.shape[:-1] + v.shape[-1:])
 
 
-def _dense_lse_fake(q, k, v, attn_mask, block_mask, block_q, block_k, tensor_layout, *_):
+def _dense_lse_fake(q, k, v, attn_mask, sinks, block_mask, block_q, block_k, tensor_layout, *_):
     check_rank("q", q, 4, dense_shape(tensor_layout))
     return out_like(q, k, v), lse_like(q, tensor_layout)
 
@@ -254,5 +273,5 @@ _dense_lse_op = define_operator("dense_lse", f"({_DENSE}) -> (Tensor, Tensor)", 
 _varlen_op = define_operator("varlen", f"({_VARLEN}) -> Tensor", _varlen, out_like)
 _varlen_lse_op = define_operator("varlen_lse", f"({_VARLEN}) -> (Tensor, Tensor)", _varlen_lse, _varlen_lse_fake)
 
-# Their seventh argument is the first of the request's, `tensor_layout`.
-_flops.register(layout_position=7)
+# Their argument of this index is the first of the request's, `tensor_layout`.
+_flops.register(layout_position=8)

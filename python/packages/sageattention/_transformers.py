@@ -53,12 +53,11 @@ def attention_forward(
         # No kernel takes such a factor, and torch's for the CPU give NaN with a causal mask; q's sign costs nothing.
         query, scaling = -query, -scaling
 
-    if s_aux is not None:
-        reason: Optional[str] = "attention sinks (s_aux) are not computed"
-    else:
-        # A bias goes on top of a causal mask here, so that only a mask of its own would be a reason.
-        plain = is_plain(query, key, value, mask)
-        reason = why_not(query, key, value, mask, dropout, False, scaling, enable_gqa=True, plain=plain)
+    # A bias goes on top of a causal mask here, so that only a mask of its own would be a reason.
+    plain = is_plain(query, key, value, mask)
+    reason = why_not(query, key, value, mask, dropout, False, scaling, enable_gqa=True, plain=plain)
+    if reason is None and s_aux is not None and s_aux.requires_grad and torch.is_grad_enabled():
+        reason = "a tensor requires its gradient, and there is no backward pass yet"
     if reason is not None:
         options = dict(dropout=dropout, scaling=scaling, is_causal=is_causal, position_bias=position_bias)
         if softcap is not None:
@@ -77,7 +76,12 @@ def attention_forward(
         scheme=scheme,
     )
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    return dense(query, key, value, asked, mask, None, False), None
+    return dense(query, key, value, asked, mask, _sinks(s_aux), None, False), None
+
+
+def _sinks(s_aux: Optional[Tensor]) -> Optional[Tensor]:
+    """Attention sinks, which models have as a parameter in their own dtype."""
+    return None if s_aux is None else s_aux.detach().float()
 
 
 def _biased(position_bias: Tensor, attention_mask: Optional[Tensor]) -> Tensor:

@@ -26,6 +26,11 @@ KV caches have it. A row that sees no key is zeros, with log-sum-exp -inf.
 (left, right): keys further before or after the diagonal are hidden. None or -1 is no limit, as in flash-attention; a
 single number is refused, because programs mean different things by it. A soft cap of 0 is none.
 
+**Attention sinks** (`sinks`, of GPT-OSS; `s_aux` is taken for it): float32 `[heads]`, natural units, a logit of each
+query head that joins its rows' denominator and has no value: `out = sum(exp(s) v) / (sum(exp(s)) + exp(sink))`. Neither
+`sm_scale` nor a soft cap touches it, and -inf is none. The log-sum-exp has it in it, as flash-attention's has: parts
+merge when exactly one of them has the sinks. A row that sees no key is zeros, with the sink as its log-sum-exp.
+
 **GPUs**: work is put on the caller's current stream and not waited for.
 
 **Autocast** (torch): q, k, v and an additive mask are cast as torch casts those of its own function, so that q and k
@@ -74,6 +79,7 @@ def sageattn(
     causal_alignment: str = "bottom_right",
     window: Optional[tuple[Optional[int], Optional[int]]] = None,
     logit_softcap: Optional[float] = None,
+    sinks: Any = None,
     **kwargs: Any,
 ) -> Any:
     """Attention with the fastest accurate scheme of the device at hand.
@@ -93,6 +99,8 @@ def sageattn(
         causal_alignment: "bottom_right" or "top_left": where the diagonal lies when q_len != kv_len.
         window: (left, right): keys further before or after the diagonal are hidden; None or -1 is no limit.
         logit_softcap: Scaled scores s become `softcap * tanh(s / softcap)`; None or 0 leaves them.
+        sinks: Float32 `[heads]`: for each query head a logit that joins the softmax's denominator and has no value, as
+            GPT-OSS has them (`s_aux` in transformers).
 
     Returns:
         The output in q's dtype and shape, but v's head_dim; with `return_lse` a pair of it and float32
@@ -113,7 +121,7 @@ def sageattn(
         scheme=scheme,
         smooth_k=_values.flag("smoothing", smoothing),
     )
-    return dense(q, k, v, asked, attn_mask=attn_mask, return_lse=_values.flag("return_lse", return_lse))
+    return dense(q, k, v, asked, attn_mask=attn_mask, sinks=sinks, return_lse=_values.flag("return_lse", return_lse))
 
 
 @callers_keywords
@@ -134,6 +142,7 @@ def sageattn_varlen(
     causal_alignment: str = "bottom_right",
     window: Optional[tuple[Optional[int], Optional[int]]] = None,
     logit_softcap: Optional[float] = None,
+    sinks: Any = None,
     **kwargs: Any,
 ) -> Any:
     """Attention of packed sequences of different lengths.
@@ -156,6 +165,7 @@ def sageattn_varlen(
         causal_alignment: Ours: "bottom_right" or "top_left", where the diagonal of each sequence lies.
         window: Ours: (left, right), as in `sageattn`, within each sequence.
         logit_softcap: Ours: as in `sageattn`.
+        sinks: Ours: as in `sageattn`.
 
     Returns:
         `[total_q, heads, head_dim]`, v's head_dim. On a GPU, rows that belong to no sequence are not written.
@@ -180,7 +190,9 @@ def sageattn_varlen(
     max_seqlen_q = _values.length("max_seqlen_q", max_seqlen_q)
     max_seqlen_k = _values.length("max_seqlen_k", max_seqlen_k)
     return_lse = _values.flag("return_lse", return_lse)
-    return varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, asked, return_lse=return_lse)
+    return varlen(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, asked, sinks=sinks, return_lse=return_lse
+    )
 
 
 @callers_keywords

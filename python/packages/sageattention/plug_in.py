@@ -80,10 +80,10 @@ def counts(reset: bool = False) -> Counts:
 def register_transformers(name: str = "sage", scheme: Optional[str] = None) -> None:
     """Teaches Hugging Face transformers `attn_implementation=name`.
 
-    Causal and padding masks, sliding windows, grouped-query attention, KV caches, soft-capped logits and position
-    biases are computed here. What is not goes to transformers' own "sdpa", or to the model's "eager" for what SDPA
-    cannot do: attention sinks, heads that no kernel has, dropout and gradients while training, float32 on a GPU. The
-    log `sageattention` has a line for each reason, and `counts()` the numbers.
+    Causal and padding masks, sliding windows, grouped-query attention, KV caches, soft-capped logits, attention sinks
+    and position biases are computed here. What is not goes to transformers' own "sdpa", or to the model's "eager" for
+    what SDPA cannot do: heads that no kernel has, dropout and gradients while training, float32 on a GPU. The log
+    `sageattention` has a line for each reason, and `counts()` the numbers.
 
     Args:
         name: What models are to call it. Several names may have several schemes.

@@ -43,6 +43,7 @@ pub struct Question<'a> {
     pub options: Options,
     pub mask: Option<&'a Tensor>,
     pub lengths: Lengths<'a>,
+    pub sinks: Option<&'a [f32]>,
 }
 
 /// Exact attention: output in Q's layout, and log-sum-exp.
@@ -61,7 +62,11 @@ pub fn exact(q: &Tensor, k: &Tensor, v: &Tensor, question: &Question<'_>) -> (Ve
             Some(Mask::Additive(bias.view()))
         }
     };
-    let inputs = Inputs::new(q.view(), k.view(), v.view()).mask(mask).lengths(question.lengths);
+    let inputs = Inputs::new(q.view(), k.view(), v.view()).mask(mask).lengths(question.lengths).sinks(
+        question.sinks.map(|sinks| {
+            sage_core::TensorView::F32(View::contiguous("sinks", sinks, &[sinks.len()]).unwrap())
+        }),
+    );
     let call = Call::check(&inputs, &question.options).unwrap();
     let output = oracle::exact(&call);
     // The oracle's order is [batch, heads, seq, channels]; the output's is Q's.

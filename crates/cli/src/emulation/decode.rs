@@ -49,6 +49,7 @@ pub(super) fn run(
         out: argument(out, &geometry, dtype),
         lse: lse.map_or(0, |lse| lse.address()),
         pool: PoolTensors { kv_lens: kv_lens.address(), ..pool },
+        ..AttendTensors::default()
     };
     gpu.run(plan.attend(), &attended)?;
     let found = gpu.read(out, &geometry, dtype);

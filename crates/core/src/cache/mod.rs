@@ -181,6 +181,15 @@ pub struct CachedInputs<'a, T: Operand = TensorView<'a>> {
     pub block_mask: Option<BlockMask<T::Blocks>>,
     /// Cached tokens of each sequence.
     pub kv_lens: &'a [i32],
+    /// Attention sinks, as those of [`Inputs`].
+    pub sinks: Option<T>,
+}
+
+impl<'a, T: Operand> CachedInputs<'a, T> {
+    /// Queries over so many tokens of each sequence, without masks and sinks.
+    pub fn new(q: T, kv_lens: &'a [i32]) -> Self {
+        CachedInputs { q, mask: None, block_mask: None, kv_lens, sinks: None }
+    }
 }
 
 impl<'a, T: Operand> Call<'a, T> {
@@ -228,6 +237,7 @@ impl<'a, T: Operand> Call<'a, T> {
             mask: inputs.mask,
             block_mask: inputs.block_mask,
             lengths: Lengths::KvLens(inputs.kv_lens),
+            sinks: inputs.sinks,
             ..Inputs::new(inputs.q, stand_in, stand_in)
         };
         // Pages hold all keys of a sequence, whatever the band lets its queries see.

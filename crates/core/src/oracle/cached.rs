@@ -151,6 +151,9 @@ fn value_row(row: &[f32], format: ValueFormat) -> (Vec<f64>, f32) {
 /// # Panics
 /// When there are fewer heads or tokens than the call has.
 pub fn cached(call: &Call<'_>, heads: &[CachedHead]) -> Output {
+    if call.sinks.is_some() {
+        return cached(&call.without_sinks(), heads).with_sinks(call);
+    }
     let problem = &call.problem;
     let mut output = Output::without_keys(call);
     for sequence in call.sequences() {

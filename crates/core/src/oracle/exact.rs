@@ -19,9 +19,15 @@ pub struct Score {
 ///
 /// - A hidden key has no influence at all, whatever K and V hold there.
 /// - A row that sees no key, or none with a score above −∞, is zero and its log-sum-exp −∞.
+/// - A head's sink ([`Inputs::sinks`](crate::Inputs)) is one more score of each of its rows, of no value: it is in ℓ and in
+///   the log-sum-exp, so that parts of which one has the sinks merge like parts of keys. A row that sees no key is zero
+///   and has the sink as its log-sum-exp.
 /// - With [`Options::pooled_tail`](crate::Options::pooled_tail) it is [`pooled_tail`].
 /// - A row that sees a score of NaN or +∞ is NaN, and so is its log-sum-exp, as in PyTorch.
 pub fn exact(call: &Call<'_>) -> Output {
+    if call.sinks.is_some() {
+        return exact(&call.without_sinks()).with_sinks(call);
+    }
     if call.problem.pooled_tail {
         return pooled_tail(call);
     }
@@ -130,6 +136,81 @@ mod tests {
         let output = exact(&quarters().call(&unscaled()));
         close(&output.out, &[7.0]);
         close(&output.lse, &[4f64.ln()]);
+    }
+
+    /// The call of a sample with these sinks.
+    fn with_sinks(sample: &Sample, sinks: &[f32], options: Options) -> Output {
+        let sinks = TensorView::F32(View::contiguous("sinks", sinks, &[sinks.len()]).unwrap());
+        exact(&Call::check(&sample.inputs().sinks(sinks), &options).unwrap())
+    }
+
+    #[test]
+    fn a_sink_is_a_score_without_a_value_that_no_scale_and_no_cap_touches() {
+        // Exponentials 1 and 3 beside 4: (1·4 + 3·8) / 8.
+        let sink = 4f32.ln();
+        let output = with_sinks(&quarters(), &[sink], unscaled());
+        close(&output.out, &[3.5]);
+        close(&output.lse, &[8f64.ln()]);
+        // Half the scale of twice the query, and a cap that is so high that it leaves scores as they are.
+        let twice = Sample::one_head(1, &[2.0], &[0.0, LN_3], &[4.0, 8.0]);
+        let options = Options { sm_scale: Some(0.5), logit_softcap: Some(1e4), ..Options::default() };
+        close(&with_sinks(&twice, &[sink], options).out, &[3.5]);
+        // None, and one that takes all.
+        close(&with_sinks(&quarters(), &[f32::NEG_INFINITY], unscaled()).out, &[7.0]);
+        close(&with_sinks(&quarters(), &[200.0], unscaled()).out, &[0.0]);
+        // A row that sees no key has its sink as its log-sum-exp, and the sum of parts counts it.
+        let unseen = Options { band: Band::causal(Alignment::Offset(-1)), ..unscaled() };
+        let output = with_sinks(&quarters(), &[sink], unseen);
+        assert_eq!((output.out[0], output.lse[0]), (0.0, f64::from(sink)));
+    }
+
+    #[test]
+    fn parts_of_the_keys_merge_where_one_of_them_has_the_sinks() {
+        let sizes = Sizes { batch: 2, num_q_heads: 4, num_kv_heads: 2, q_len: 3, kv_len: 8, head_dim: 4 };
+        let sample = Sample::normal(7, sizes);
+        let sinks = [0.5, -1.0, f32::NEG_INFINITY, 3.0];
+        let whole = with_sinks(&sample, &sinks, Options::default());
+        let half = |of: std::ops::Range<usize>| {
+            let [k, v] = [&sample.k, &sample.v].map(|tensor| {
+                let rows: Vec<f32> = tensor
+                    .to_f32_vec()
+                    .chunks(8 * 4)
+                    .flat_map(|head| head[4 * of.start..4 * of.end].to_vec())
+                    .collect();
+                Tensor::new(rows, &[2, 2, of.len(), 4]).unwrap()
+            });
+            Sample { q: sample.q.clone(), k, v }
+        };
+        let parts = [
+            with_sinks(&half(0..5), &sinks, Options::default()),
+            exact(&half(5..8).call(&Options::default())),
+        ];
+        for row in 0..whole.lse.len() {
+            let lse = parts.iter().map(|part| part.lse[row].exp()).sum::<f64>().ln();
+            let share = |part: &Output| (part.lse[row] - lse).exp();
+            let merged: Vec<f64> =
+                (0..4).map(|c| parts.iter().map(|part| share(part) * part.row(row).0[c]).sum()).collect();
+            close(&merged, whole.row(row).0);
+            close(&[lse], &[whole.lse[row]]);
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_with_sinks_is_named() {
+        let sample = quarters();
+        let text = |sinks: TensorView<'_>| {
+            Call::check(&sample.inputs().sinks(sinks), &unscaled()).map(|_| ()).unwrap_err().to_string()
+        };
+        let of = |data: &'static [f32], shape: &[usize]| {
+            TensorView::F32(View::contiguous("sinks", data, shape).unwrap())
+        };
+        assert_eq!(text(of(&[0.0; 2], &[2])), "sinks: shape is [2], expected [1], one for each query head");
+        assert_eq!(
+            text(of(&[0.0], &[1, 1])),
+            "sinks: shape is [1, 1], expected [1], one for each query head"
+        );
+        let half = Tensor::new(vec![0.0f32], &[1]).unwrap().to_dtype(crate::DType::F16);
+        assert_eq!(text(half.view()), "sinks: dtype is f16, expected f32");
     }
 
     #[test]

@@ -40,6 +40,9 @@ pub fn scheme_by_tiles(call: &Call<'_>, scheme: &Scheme, tile: usize) -> Output 
 
 /// Attention with a scheme's operands, of which `quantize` makes P of a row's scores and the largest of them.
 fn attention(call: &Call<'_>, scheme: &Scheme, quantize: impl Fn(&[Score], f64) -> Weights) -> Output {
+    if call.sinks.is_some() {
+        return attention(&call.without_sinks(), scheme, quantize).with_sinks(call);
+    }
     if call.problem.pooled_tail {
         return with_pooled_tail(call, attention(&call.without_tail(), scheme, quantize));
     }

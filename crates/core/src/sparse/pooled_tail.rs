@@ -18,6 +18,9 @@ use crate::{Call, Problem};
 /// nothing of later keys. Without a block mask this is [`oracle::exact`](crate::oracle::exact()), and so it is where
 /// the keys of a block are all alike.
 pub fn pooled_tail(call: &Call<'_>) -> Output {
+    if call.sinks.is_some() {
+        return pooled_tail(&call.without_sinks()).with_sinks(call);
+    }
     with_pooled_tail(call, exact(&call.without_tail()))
 }
 

@@ -145,7 +145,7 @@ pub fn filtered(call: &Call<'_>, filter: &PvFilter) -> Result<Filtered> {
             }
         }
     }
-    Ok(found)
+    Ok(Filtered { output: found.output.with_sinks(call), ..found })
 }
 
 #[cfg(test)]

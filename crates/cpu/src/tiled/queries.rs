@@ -58,7 +58,8 @@ impl<E: Load> Attention<'_, '_, E> {
         let q = resized(q, rows * layout.qk_dim);
         mean_score.clear();
         mean_score.resize(rows, 0.0);
-        let wants_mean_score = self.lse.is_some() || self.call.problem.logit_softcap.is_some();
+        let wants_mean_score =
+            self.lse.is_some() || self.call.problem.logit_softcap.is_some() || self.call.problem.sinks;
         for (i, row) in q.chunks_exact_mut(layout.qk_dim).enumerate() {
             queries.read(first + i, row, |given| {
                 if wants_mean_score {

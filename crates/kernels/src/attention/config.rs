@@ -41,6 +41,8 @@ pub struct AttentionConfig {
     pub block_edges: bool,
     /// Whether scores are capped.
     pub softcap: bool,
+    /// Whether rows have attention sinks, which are added where keys are not split.
+    pub sinks: bool,
     /// Whether the log-sum-exp is written.
     pub lse: bool,
     /// Whether K's mean was subtracted, which the log-sum-exp and a cap must know.
@@ -112,6 +114,11 @@ impl AttentionConfig {
             MaskForm::Bool => Some(Packing::Bits),
             MaskForm::None | MaskForm::Bias(_) => self.block_edges.then_some(Packing::Bits),
         }
+    }
+
+    /// Whether the kernel adds the rows' attention sinks: of keys that are split, what merges the parts does.
+    pub fn adds_sinks(&self) -> bool {
+        self.sinks && !self.split
     }
 
     /// Whether rows of values that no query sees are cleared in shared memory, tile by tile: those of the workspace are
@@ -350,5 +357,7 @@ kernel_params! {
         sm_scale: f32,
         /// Cap of the scaled scores.
         softcap: f32,
+        /// Attention sinks.
+        sinks: sinks,
     }
 }

@@ -11,6 +11,7 @@ use super::softmax::RowSum;
 use crate::combine::PART;
 use crate::least_bias::least_lse;
 use crate::operand::Scales;
+use crate::sinks::{inverse_with_sink, sum_with_sink};
 
 /// Where a warp's rows go.
 pub(super) struct Epilogue<'k, 'a> {
@@ -42,6 +43,8 @@ impl<'k, 'a> Epilogue<'k, 'a> {
         taken: &Rows<Val<'k, f32>>,
         tile: Option<&SharedTile<'k>>,
     ) {
+        let with_sinks = self.with_sinks(rows, taken);
+        let rows = with_sinks.as_ref().unwrap_or(rows);
         if self.config.lse || self.config.split {
             self.store_log_sum_exps(rows, taken);
         }
@@ -59,6 +62,21 @@ impl<'k, 'a> Epilogue<'k, 'a> {
             Some(tile) => self.store_through::<H>(&words, tile),
             None => self.store_columns::<H>(&words),
         }
+    }
+
+    /// The rows' sums with their attention sinks, where the kernel adds them.
+    fn with_sinks(&self, rows: &Rows<RowSum<'k>>, taken: &Rows<Val<'k, f32>>) -> Option<Rows<RowSum<'k>>> {
+        let sinks = self.params.sinks?;
+        self.code.note("attention sinks");
+        Some(Rows::from_fn(rows.slots(), |slot| {
+            let row = rows[slot];
+            // With a cap, what smoothing took was added back before it.
+            let taken = if self.config.softcap { self.code.constant(0.0) } else { taken[slot] };
+            let sink = self.place.sink(&sinks, self.place.row(slot), taken);
+            let inverse = inverse_with_sink(sink, row.reference, row.divisor).named("inverse_sum");
+            let (sum, reference) = sum_with_sink(sink, row.reference, row.sum);
+            RowSum { divisor: row.divisor, inverse, reference, sum }
+        }))
     }
 
     /// Stores log-sum-exps, or for a part of the keys what they are made of.
@@ -122,6 +140,8 @@ impl<'k, 'a> Epilogue<'k, 'a> {
                         x = x * scale[i];
                     }
                     match mean {
+                        // P of all keys sums to less than 1 where a sink has a share.
+                        Some(mean) if config.adds_sinks() => mean[i].mul_add(row.divisor * row.inverse, x),
                         Some(mean) => row.inverse.eq(0.0).select(0.0, x + mean[i]),
                         None => x,
                     }

@@ -37,6 +37,7 @@ use sage_ptx::{Code, E4M3, Half, MmaElement, Program, RoundedElement, Stored, ke
 
 use crate::kernel::Kernel;
 use crate::operand::Element;
+use crate::sinks::SinkParams;
 use crate::tiling::Engine;
 
 pub(crate) use band::Band;
@@ -95,8 +96,9 @@ fn declared(
 ) -> Program {
     kernel(&config.name(), config.block_threads(), |k| {
         k.min_blocks(config.tiling.min_blocks());
-        let p = AttentionParams::declare(k);
+        let mut p = AttentionParams::declare(k);
         let lists = (config.tiles == TileSource::List).then(|| TileListParams::declare(k));
+        p.sinks = config.adds_sinks().then(|| SinkParams::declare(k));
         write(k, &p, lists.as_ref());
     })
 }

@@ -8,6 +8,7 @@ use super::key_tiles::{KeyTiles, TileListParams};
 use crate::grid::BlockHead;
 use crate::preprocess::SeenKeys;
 use crate::sequence::{KEY_TILE, LengthParams, Lengths, Sequence};
+use crate::sinks::SinkParams;
 use crate::sparse::{MaskWords, STRIP_ROWS};
 use crate::tensor::TensorParam;
 
@@ -187,6 +188,16 @@ impl<'k> Place<'k> {
         match self.heads_as_rows {
             None => first + row.widen(),
             Some(heads) => first + (row / heads).widen() + (row % heads).mul_wide(p.q_rows),
+        }
+    }
+
+    /// The attention sink of a row of the head, in base 2, less what smoothing `taken` from the row's scores.
+    pub fn sink(&self, sinks: &SinkParams<'k>, row: Val<'k, i32>, taken: Val<'k, f32>) -> Val<'k, f32> {
+        // Rows that the head does not have have no sink either.
+        let row = row.min(self.rows - 1);
+        match self.heads_as_rows {
+            None => sinks.of_row(self.head, row, taken),
+            Some(heads) => sinks.of_row(self.first_head() + row % heads, row, taken),
         }
     }
 

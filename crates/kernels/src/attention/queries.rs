@@ -180,7 +180,7 @@ impl<'k> Loader<'k, '_> {
     /// row, the product with the keys' mean. Zeros where nobody asks.
     fn taken(&self, rows: &Registers<'k, f32>) -> Rows<Val<'k, f32>> {
         let Loader { code, config, p, place, quad, per, .. } = *self;
-        if !(config.smooth_k && (config.lse || config.softcap)) {
+        if !(config.smooth_k && (config.lse || config.softcap || config.sinks)) {
             return rows.map(|_| code.constant(0.0));
         }
         let mean = p.k_mean.at(place.kv_index(p) * padded_dim(config.head_dim) as i32).at(quad * per as i32);

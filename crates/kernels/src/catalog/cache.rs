@@ -15,31 +15,33 @@ pub(super) struct CacheCall {
     /// Whether so many blocks are there that tokens are not split.
     whole: bool,
     softcap: bool,
+    sinks: bool,
 }
 
 /// Every form of values for every size of heads, and each other choice once, all with tokens whole and in parts.
 pub(super) fn calls() -> Vec<CacheCall> {
     let mut calls = Vec::new();
-    let mut add = |head_dim, page_size, values, dtype, softcap| {
+    let mut add = |head_dim, page_size, values, dtype, [softcap, sinks]: [bool; 2]| {
         let storage = Storage { head_dim, page_size, values };
-        let calls_of = |whole| CacheCall { storage, dtype, whole, softcap };
+        let calls_of = |whole| CacheCall { storage, dtype, whole, softcap, sinks };
         calls.extend([false, true].map(calls_of));
     };
     for values in ValueFormat::ALL {
         for head_dim in [64, 128, 256] {
-            add(head_dim, PAGE_SIZE, values, DType::F16, false);
+            add(head_dim, PAGE_SIZE, values, DType::F16, [false; 2]);
         }
-        add(128, PAGE_SIZE, values, DType::BF16, false);
+        add(128, PAGE_SIZE, values, DType::BF16, [false; 2]);
     }
-    add(80, 16, ValueFormat::Int8, DType::F16, true);
-    add(200, 16, ValueFormat::F16, DType::BF16, false);
+    add(80, 16, ValueFormat::Int8, DType::F16, [true, false]);
+    add(64, PAGE_SIZE, ValueFormat::Int8, DType::BF16, [false, true]);
+    add(200, 16, ValueFormat::F16, DType::BF16, [false; 2]);
     calls
 }
 
 impl CacheCall {
     /// Whether a cache with default options is asked so.
     pub fn is_default(&self) -> bool {
-        self.storage.values == ValueFormat::F16 && !self.softcap
+        self.storage.values == ValueFormat::F16 && !self.softcap && !self.sinks
     }
 
     /// A new token of each of eight sequences.
@@ -67,6 +69,7 @@ impl CacheCall {
             sm_scale: 1.0,
             band: Band::FULL,
             logit_softcap: self.softcap.then_some(1.0),
+            sinks: self.sinks,
             lse: self.whole,
             table_stride: 64,
         }

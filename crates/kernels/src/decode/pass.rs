@@ -10,6 +10,7 @@ use crate::combine::{CombineArgs, CombineConfig, PART};
 use crate::machine::Machine;
 use crate::pass::{Pass, PassBuilder, Slot};
 use crate::sequence::NO_LIMIT;
+use crate::sinks::SinkArgs;
 use crate::tensor::TensorArg;
 
 /// What an append reads and writes.
@@ -32,6 +33,8 @@ pub struct AttendTensors {
     pub out: TensorArg,
     /// Log-sum-exp, row-major; 0 where it is not wanted.
     pub lse: u64,
+    /// Attention sinks, where the call has some.
+    pub sinks: SinkArgs,
     /// The pool.
     pub pool: PoolTensors,
 }
@@ -108,6 +111,8 @@ pub struct AttendCall {
     pub band: Band,
     /// Soft cap of the scaled scores.
     pub logit_softcap: Option<f32>,
+    /// Whether there are attention sinks.
+    pub sinks: bool,
     /// Whether the log-sum-exp is wanted.
     pub lse: bool,
     /// Pages in a row of the tables.
@@ -148,7 +153,7 @@ impl AttendCall {
         let log2e = std::f32::consts::LOG2_E;
         let reach = |side: Option<usize>| side.map_or(NO_LIMIT, |n| n.min(NO_LIMIT as usize) as i32);
         pass.launch(attend, move |at, launch| {
-            let AttendTensors { q, out, lse, pool } = *at.tensors;
+            let AttendTensors { q, out, lse, sinks, pool } = *at.tensors;
             let args = CacheAttendArgs {
                 q,
                 pool,
@@ -166,16 +171,20 @@ impl AttendCall {
                 cap: call.logit_softcap.map_or(0.0, |cap| (cap * log2e).min(f32::MAX)),
                 left: reach(call.band.left),
                 right: reach(call.band.right),
+                sinks,
             };
             let grid = attend.grid(splits, call.num_kv_heads, call.q_len, group, call.sequences);
-            launch(grid, &args.args(), &[]);
+            let plain = args.args();
+            let with_sinks = attend.sinks.then(|| sinks.after(&plain));
+            launch(grid, with_sinks.as_deref().unwrap_or(&plain), &[]);
         });
         if !attend.split {
             return Ok(pass.finish());
         }
-        let combine = CombineConfig::new(call.dtype, head_dim, call.lse, splits);
+        let combine =
+            CombineConfig { sinks: call.sinks, ..CombineConfig::new(call.dtype, head_dim, call.lse, splits) };
         pass.launch(combine, move |at, launch| {
-            let AttendTensors { out, lse, .. } = *at.tensors;
+            let AttendTensors { out, lse, sinks, .. } = *at.tensors;
             let args = CombineArgs {
                 partial: at.of(partial),
                 partial_sums: at.of(partial_sums),
@@ -185,8 +194,11 @@ impl AttendCall {
                 q_rows: call.q_len as i32,
                 q_heads: call.num_q_heads as i32,
                 splits: splits as i32,
+                sinks,
             };
-            launch(combine.grid(rows), &args.args(), &[]);
+            let plain = args.args();
+            let with_sinks = combine.sinks.then(|| sinks.after(&plain));
+            launch(combine.grid(rows), with_sinks.as_deref().unwrap_or(&plain), &[]);
         });
         Ok(pass.finish())
     }
@@ -232,6 +244,7 @@ impl AttendCall {
             dtype: self.dtype,
             softcap: self.logit_softcap.is_some(),
             split: splits > 1,
+            sinks: self.sinks && splits == 1,
             lse: self.lse && splits == 1,
         }
     }

@@ -58,6 +58,7 @@ impl PlannedAttention {
                 && !(packs_biases(&call) && has_words(&tuned.tiling, &key, &operands)),
             block_edges: !problem.blocks.is_none_or(whole_tiles),
             softcap: problem.logit_softcap.is_some(),
+            sinks: problem.sinks,
             lse: request.lse,
             smooth_k: scheme.smooth.k.is_on(),
             smooth_q,
@@ -124,6 +125,8 @@ impl PlannedAttention {
             };
             let (plain, listed) = (args.args(), lists.map(|lists| lists.args(&args, at)));
             let values = listed.as_ref().map_or(&plain[..], |listed| &listed[..]);
+            let with_sinks = config.adds_sinks().then(|| args.sinks.after(values));
+            let values = with_sinks.as_deref().unwrap_or(values);
             match config.tiling.engine() {
                 Engine::Warps => launch(grid(q_tiles, all_heads), values, &[]),
                 Engine::Warpgroups => {
@@ -150,7 +153,10 @@ impl PlannedAttention {
         let total_rows = self.call.total_rows();
         let (partial, partial_sums) = (pass.find(slot::PARTIAL), pass.find(slot::PARTIAL_SUMS));
         let lse = pass.find(slot::LSE);
-        let config = CombineConfig::new(problem.dtype, problem.value_dim, request.lse, splits);
+        let config = CombineConfig {
+            sinks: problem.sinks,
+            ..CombineConfig::new(problem.dtype, problem.value_dim, request.lse, splits)
+        };
         pass.launch(config, move |at, launch| {
             let args = CombineArgs {
                 partial: at.of(partial),
@@ -161,8 +167,11 @@ impl PlannedAttention {
                 q_rows: request.q_rows as i32,
                 q_heads: problem.num_q_heads as i32,
                 splits: splits as i32,
+                sinks: at.tensors.sinks,
             };
-            launch(config.grid(total_rows), &args.args(), &[]);
+            let plain = args.args();
+            let with_sinks = config.sinks.then(|| args.sinks.after(&plain));
+            launch(config.grid(total_rows), with_sinks.as_deref().unwrap_or(&plain), &[]);
         });
     }
 }
@@ -261,6 +270,7 @@ impl AttentionSlots {
             total_rows: call.total_rows() as i64,
             sm_scale: problem.sm_scale,
             softcap: problem.logit_softcap.unwrap_or(0.0),
+            sinks: t.sinks,
             ..AttentionArgs::default()
         }
     }

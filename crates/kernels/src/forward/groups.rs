@@ -70,7 +70,8 @@ impl HeadsAsRows {
         };
         let [batch, head, _, key] = tensors.mask.strides;
         let mask = TensorArg { strides: [batch, group * head, head, key], ..tensors.mask };
-        Tensors { q: rows(tensors.q), out: rows(tensors.out), mask, ..*tensors }
+        let sinks = tensors.sinks.as_rows(group as usize);
+        Tensors { q: rows(tensors.q), out: rows(tensors.out), mask, sinks, ..*tensors }
     }
 }
 

@@ -3,6 +3,7 @@
 use sage_core::Problem;
 
 use crate::preprocess::MOST_CHANNELS;
+use crate::sinks::SinkArgs;
 use crate::tensor::TensorArg;
 
 /// Elements of the 16 bytes that aligned rows start at multiples of, and are whole chunks of.
@@ -14,7 +15,7 @@ pub(super) fn whole_chunks(problem: &Problem) -> bool {
 }
 
 /// What a forward pass reads and writes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Tensors {
     /// Queries.
     pub q: TensorArg,
@@ -34,6 +35,8 @@ pub struct Tensors {
     pub cu_seqlens_q: u64,
     /// Boundaries of packed keys, or valid keys of each batch entry.
     pub cu_seqlens_k: u64,
+    /// Attention sinks, where the problem has some.
+    pub sinks: SinkArgs,
 }
 
 impl Tensors {

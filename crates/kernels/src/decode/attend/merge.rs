@@ -10,6 +10,7 @@ use super::tokens::ValueShape;
 use super::work::{Row, Work};
 use super::{CacheAttendConfig, CacheAttendParams, ROWS, WARPS};
 use crate::combine::PART;
+use crate::sinks::{inverse_with_sink, sum_with_sink};
 
 /// Singles of a block of eight columns, of a lane and of a warp.
 const OF_BLOCK: usize = 4;
@@ -74,13 +75,20 @@ impl<'k, 'a> Merge<'k, 'a> {
             let zero = code.constant(0.0);
             terms.fold(zero, |total, (max, sum)| sum.mul_add((max - all_max[slot]).exp2(), total))
         });
+        let sinks = self.params.sinks.map(|sinks| {
+            let of_row = |row: Row<'k>| sinks.of_row(row.head, row.query, code.constant(0.0));
+            Rows::from_fn(2, |slot| of_row(work.row(work.lane_row(slot))))
+        });
         let weights = Rows::from_fn(2, |slot| {
-            let inverse = all_sum[slot].eq(0.0).select(0.0, all_sum[slot].recip());
+            let inverse = match &sinks {
+                None => all_sum[slot].eq(0.0).select(0.0, all_sum[slot].recip()),
+                Some(sinks) => inverse_with_sink(sinks[slot], all_max[slot], all_sum[slot]),
+            };
             (max[slot] - all_max[slot]).exp2() * inverse * self.unit(softmax)
         });
         self.add_outputs(softmax.output(), &weights);
         let rows = [0, 1].map(|slot| work.row(work.lane_row(slot)));
-        self.store_sums(&rows, &all_max, &all_sum);
+        self.store_sums(&rows, &all_max, &all_sum, sinks.as_ref());
         self.store_outputs::<H>(&rows);
     }
 
@@ -121,7 +129,13 @@ impl<'k, 'a> Merge<'k, 'a> {
     }
 
     /// Stores what rows sum to.
-    fn store_sums(&self, rows: &[Row<'k>; 2], max: &Rows<Val<'k, f32>>, sum: &Rows<Val<'k, f32>>) {
+    fn store_sums(
+        &self,
+        rows: &[Row<'k>; 2],
+        max: &Rows<Val<'k, f32>>,
+        sum: &Rows<Val<'k, f32>>,
+        sinks: Option<&Rows<Val<'k, f32>>>,
+    ) {
         let Merge { config, code, params: p, work, .. } = *self;
         let first_lanes = code.warp_index().eq(0) & (code.lane_index() & 3).eq(0);
         for (slot, row) in rows.iter().enumerate() {
@@ -131,6 +145,7 @@ impl<'k, 'a> Merge<'k, 'a> {
                     let zero = code.constant(0.0);
                     p.partial_sums.at(self.line(row) * PART as i64).store_vector([max, sum, sum, zero]);
                 } else if config.lse {
+                    let (sum, max) = sinks.map_or((sum, max), |sinks| sum_with_sink(sinks[slot], max, sum));
                     let lse = (sum.log2() + max) * LN_2;
                     let lse = sum.eq(0.0).select(f32::NEG_INFINITY, lse);
                     p.lse.at(work.index(p, row)).store(lse);

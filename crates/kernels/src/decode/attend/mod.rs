@@ -32,6 +32,7 @@ use super::{CHUNK, Storage, THREADS, WARPS};
 use crate::grid::grid;
 use crate::kernel::Kernel;
 use crate::params::kernel_params;
+use crate::sinks::SinkParams;
 
 /// Query rows of a block: those of a tensor core's product.
 pub const ROWS: usize = 16;
@@ -53,6 +54,8 @@ pub struct CacheAttendConfig {
     pub softcap: bool,
     /// Whether a block's tokens are a part of the sequence's.
     pub split: bool,
+    /// Whether rows have attention sinks, where tokens are not split.
+    pub sinks: bool,
     /// Whether the log-sum-exp is written, where tokens are not split.
     pub lse: bool,
 }
@@ -93,6 +96,8 @@ kernel_params! {
         left: i32,
         /// Tokens visible after the diagonal, at most 2³⁰.
         right: i32,
+        /// Attention sinks.
+        sinks: sinks,
     }
 }
 
@@ -127,7 +132,8 @@ impl CacheAttendConfig {
     /// `E` is the element of probabilities and values as they are multiplied.
     fn write_with<H: Half + Stored<Value = H>, E: RoundedElement>(&self, code: &Code) {
         code.min_blocks(self.min_blocks());
-        let p = CacheAttendParams::declare(code);
+        let mut p = CacheAttendParams::declare(code);
+        p.sinks = self.sinks.then(|| SinkParams::declare(code));
         let work = Work::new(self, code, &p);
         let pages = PageHeads::load(code, &p, &work);
         let queries = Queries::load::<H>(self, code, &p, &work);
@@ -175,7 +181,9 @@ impl CacheAttendConfig {
 impl Kernel for CacheAttendConfig {
     fn name(&self) -> String {
         let mut name = format!("cache_attend_{}_{}", self.dtype, self.storage.suffix());
-        for (on, part) in [(self.softcap, "_softcap"), (self.split, "_split"), (self.lse, "_lse")] {
+        for (on, part) in
+            [(self.softcap, "_softcap"), (self.sinks, "_sinks"), (self.split, "_split"), (self.lse, "_lse")]
+        {
             if on {
                 name += part;
             }
@@ -185,10 +193,11 @@ impl Kernel for CacheAttendConfig {
 
     fn description(&self) -> String {
         let cap = if self.softcap { ", softcap" } else { "" };
+        let sinks = if self.sinks { ", sinks" } else { "" };
         let of = self.storage.description();
         let tokens = if self.split { " over parts of the tokens" } else { "" };
         let lse = if self.lse { ", with LSE" } else { "" };
-        format!("KV cache: attention{tokens}; {}, {of}{cap}{lse}", self.dtype)
+        format!("KV cache: attention{tokens}; {}, {of}{cap}{sinks}{lse}", self.dtype)
     }
 
     fn oldest_target(&self) -> Target {
