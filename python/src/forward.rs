@@ -216,12 +216,12 @@ pub(crate) fn finished(stream: &Stream) -> Result<()> {
 }
 
 /// The rows of a log-sum-exp.
-fn rows_of_lse(lse: &RawTensor) -> Result<usize> {
+pub(crate) fn rows_of_lse(lse: &RawTensor) -> Result<usize> {
     let fits = lse.dtype("lse")? == DType::F32 && lse.geometry("lse")?.is_contiguous();
     if fits { Ok(lse.shape.iter().product()) } else { Err(wrong_lse(lse)) }
 }
 
-fn wrong_lse(lse: &RawTensor) -> Error {
+pub(crate) fn wrong_lse(lse: &RawTensor) -> Error {
     Error::Shape {
         name: "lse".into(),
         found: format!("{:?} with strides {:?}", lse.shape, lse.strides),

@@ -9,6 +9,7 @@ mod channels;
 mod errors;
 mod forward;
 mod host;
+mod kv_cache;
 mod map;
 mod options;
 mod predict;
@@ -23,6 +24,8 @@ mod _native {
 
     #[pymodule_export]
     use crate::forward::forward;
+    #[pymodule_export]
+    use crate::kv_cache::KvCache;
     #[pymodule_export]
     use crate::options::Options;
     #[pymodule_export]

@@ -25,7 +25,7 @@ impl WarmUp {
 
     /// Notes what a call needs. Tensors are as those of `forward`, but for their addresses, which nobody reads;
     /// `packed` is the boundaries of queries and of keys.
-    #[pyo3(signature = (q, k, v, options, lse=false, mask=None, packed=None, predictor=None))]
+    #[pyo3(signature = (q, k, v, options, lse=false, mask=None, packed=None, predictor=None, sinks=None))]
     #[expect(clippy::too_many_arguments, reason = "arguments of a Python function")]
     fn note(
         &self,
@@ -38,6 +38,7 @@ impl WarmUp {
         mask: Option<RawTensor>,
         packed: Option<(Vec<i32>, Vec<i32>)>,
         predictor: Option<&Predictor>,
+        sinks: Option<RawTensor>,
     ) -> PyResult<()> {
         let note = || {
             let shape =
@@ -48,6 +49,9 @@ impl WarmUp {
                     true => MaskShape::Bool(FlagsShape(mask.geometry("mask")?)),
                     false => MaskShape::Additive(shape("mask", mask)?),
                 });
+            }
+            if let Some(sinks) = &sinks {
+                attention = attention.sinks(shape("sinks", sinks)?);
             }
             if let Some((q, k)) = &packed {
                 attention = attention.packed(q, k);

@@ -15,6 +15,8 @@ Before a server takes its first request:
 
     sageattention.warm_up([(1, 24, 4608, 128)])   # kernels of such calls are compiled, and kept on disk
 
+`KvCache` keeps keys and values of past tokens in 8 bits, and `transformers_cache` does for transformers' models.
+
 diffusers finds its `sage*` backends by itself, but `patch` reaches more of its models: those that call torch's function
 themselves, and those that have masks. `HybridSchedule` changes the scheme from step to step of a diffusion process.
 `sageattention.sparse` computes only the blocks of the scores that are worth it.
@@ -32,13 +34,15 @@ from sageattention.core import (
     sageattn_qk_int8_pv_fp16_triton,
     sageattn_varlen,
 )
-from sageattention.plug_in import counts, patch, patched, register_transformers, unpatch
+from sageattention.kv_cache import KvCache
+from sageattention.plug_in import counts, patch, patched, register_transformers, transformers_cache, unpatch
 
 __version__ = "3.0.0"
 
 __all__ = [
     "Counts",
     "HybridSchedule",
+    "KvCache",
     "WarmedKernel",
     "counts",
     "patch",
@@ -50,6 +54,7 @@ __all__ = [
     "sageattn_qk_int8_pv_fp8_cuda",
     "sageattn_qk_int8_pv_fp8_cuda_sm90",
     "sageattn_varlen",
+    "transformers_cache",
     "unpatch",
     "warm_up",
 ]

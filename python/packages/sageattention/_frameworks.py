@@ -53,6 +53,12 @@ def major_capability(x: Any) -> Optional[int]:
     return _module_for(x).major_capability(x) if is_torch(x) else None
 
 
+def library_of(q: Any, **others: Any) -> Any:
+    """What must be known of the library of q's kind to compute its arrays (`_arrays.Library`); the others are refused
+    where they are of another, or lie elsewhere."""
+    return _module_for(q).library_of(q, **others)
+
+
 def is_compiling() -> bool:
     """Whether torch is tracing a graph."""
     torch = sys.modules.get("torch")

@@ -42,6 +42,44 @@ class Predictor:
         k_padding: Optional[Sequence[int]],
     ) -> None: ...
 
+class KvCache:
+    def __init__(
+        self,
+        *,
+        num_kv_heads: int,
+        head_dim: int,
+        sequences: int,
+        values: str,
+        page_size: int,
+        max_pages: Optional[int],
+        tensor_layout: str,
+    ) -> None: ...
+    def append(
+        self,
+        sequences: Sequence[int],
+        k: Tensor,
+        v: Tensor,
+        stream: Optional[tuple[int, int]] = None,
+        wait: bool = False,
+    ) -> None: ...
+    def attend(
+        self,
+        sequences: Sequence[int],
+        q: Tensor,
+        out: Tensor,
+        options: Options,
+        lse: Optional[Tensor] = None,
+        mask: Optional[Tensor] = None,
+        sinks: Optional[Tensor] = None,
+        stream: Optional[tuple[int, int]] = None,
+        wait: bool = False,
+    ) -> None: ...
+    def truncate(self, sequence: int, len: int) -> None: ...
+    def clear(self) -> None: ...
+    def fork(self, source: int, to: int) -> None: ...
+    def lengths(self) -> list[int]: ...
+    def bytes(self) -> int: ...
+
 class WarmUp:
     def __init__(self, ordinal: int) -> None: ...
     def note(
@@ -54,6 +92,7 @@ class WarmUp:
         mask: Optional[Tensor] = None,
         packed: Optional[tuple[Sequence[int], Sequence[int]]] = None,
         predictor: Optional[Predictor] = None,
+        sinks: Optional[Tensor] = None,
     ) -> None: ...
     def load(self) -> list[tuple[str, str, float]]: ...
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sageattention import _flops, _native, _values
+from sageattention._arrays import Library
 from sageattention._operators import define_operator, is_plain
 from sageattention._request import Request, dense_shape, native_options
 from sageattention._tally import tally
@@ -133,6 +134,17 @@ def _longest(cu_seqlens: Tensor, packed: Tensor) -> int:
     return min(rows, max(0, int(cu_seqlens.diff().max())))
 
 
+def library_of(q: Tensor, **others: Any) -> Library:
+    """See `_frameworks.library_of`."""
+    check_tensors(q, **others)
+    refuse_derivatives(q=q, **others)
+    return _LIBRARY
+
+
+def _empty(tensor: Tensor, shape: tuple[int, ...], dtype: Optional[str]) -> Tensor:
+    return torch.empty(shape, dtype=tensor.dtype if dtype is None else getattr(torch, dtype), device=tensor.device)
+
+
 def forward(
     q: Tensor,
     k: Tensor,
@@ -210,6 +222,9 @@ def current_stream(q: Tensor) -> Optional[tuple[int, int]]:
     ordinal = q.get_device()
     # The handle alone: an object of torch.cuda's takes as long as a launch.
     return (ordinal, torch._C._cuda_getCurrentRawStream(ordinal))
+
+
+_LIBRARY = Library("torch", _empty, lambda name, tensor: with_neighbouring_channels(tensor), current_stream, wait=False)
 
 
 def lse_like(q: Tensor, tensor_layout: str) -> Tensor:

@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sageattention._cached_tensor import CachedTensor
 from sageattention._fallback import fell_back, why_not
 from sageattention._operators import is_plain
 from sageattention._request import check_scheme, request
+from sageattention._tally import tally
 from sageattention._torch import dense
 
 
@@ -45,6 +47,11 @@ def attention_forward(
 ) -> tuple[Tensor, Any]:
     """Attention of `[batch, heads, seq, head_dim]`; the output is `[batch, seq, heads, head_dim]`."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if type(key) is CachedTensor:
+        out = _over_cache(
+            key, query, attention_mask, bool(causal), dropout, scaling, position_bias, softcap, s_aux, scheme, kwargs
+        )
+        return out.transpose(1, 2), None
     # A single query is the newest of its sequence, and sees all keys. A mask holds the causal one already.
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
     mask = attention_mask if position_bias is None else _biased(position_bias, attention_mask)
@@ -77,6 +84,43 @@ def attention_forward(
     )
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     return dense(query, key, value, asked, mask, _sinks(s_aux), None, False), None
+
+
+def _over_cache(
+    key: CachedTensor,
+    query: Tensor,
+    attention_mask: Optional[Tensor],
+    causal: bool,
+    dropout: float,
+    scaling: Optional[float],
+    position_bias: Optional[Tensor],
+    softcap: Optional[float],
+    s_aux: Optional[Tensor],
+    scheme: Optional[str],
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """Attention over a quantised cache (`plug_in.transformers_cache`), of `[batch, heads, seq, head_dim]`."""
+    if dropout > 0.0:
+        raise NotImplementedError(f"dropout: value is {dropout}, expected 0 over a sageattention cache")
+    if position_bias is not None:
+        raise NotImplementedError("position_bias: a tensor, expected None over a sageattention cache")
+    if scheme is not None:
+        raise NotImplementedError(
+            f"scheme: value is {scheme}, expected None: that of a sageattention cache is what it stores"
+        )
+    if scaling is not None and scaling < 0.0:
+        query, scaling = -query, -scaling
+    out = key.layer.attend(
+        query,
+        attention_mask,
+        causal=causal,
+        scaling=scaling,
+        sliding_window=kwargs.get("sliding_window"),
+        softcap=softcap,
+        sinks=_sinks(s_aux),
+    )
+    tally.accelerated()
+    return out
 
 
 def _sinks(s_aux: Optional[Tensor]) -> Optional[Tensor]:

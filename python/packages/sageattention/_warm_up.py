@@ -48,6 +48,7 @@ def warm_up(
     causal_alignment: str = "bottom_right",
     window: Optional[tuple[Optional[int], Optional[int]]] = None,
     logit_softcap: Optional[float] = None,
+    sinks: bool = False,
     device: Any = None,
     **kwargs: Any,
 ) -> list[WarmedKernel]:
@@ -81,6 +82,7 @@ def warm_up(
         causal_alignment: "bottom_right" or "top_left".
         window: (left, right): keys further before or after the diagonal are hidden; None or -1 is no limit.
         logit_softcap: Scaled scores s become `softcap * tanh(s / softcap)`; None or 0 leaves them.
+        sinks: Whether calls have attention sinks.
         device: "cuda", "cuda:N", N or a torch.device; torch's current GPU when None. "cpu" has nothing to compile.
 
     Returns:
@@ -104,6 +106,7 @@ def warm_up(
     )
     options = native_options(asked)
     return_lse = _values.flag("return_lse", return_lse)
+    has_sinks = _values.flag("sinks", sinks)
     name = _dtype_name("dtype", dtype)
     calls = [_shapes(f"shapes[{index}]", shape) for index, shape in enumerate(shapes)]
     mask = None if attn_mask is None else _mask(attn_mask)
@@ -121,7 +124,9 @@ def warm_up(
     for index, (q, k, v) in enumerate(calls):
         tensors = (_tensor(q, name), _tensor(k, name), _tensor(v, name))
         try:
-            warming.note(*tensors, options, return_lse, mask, packed, _predictor(predictor, q, tensor_layout))
+            given = _predictor(predictor, q, tensor_layout)
+            heads = _sinks(q, tensor_layout) if has_sinks else None
+            warming.note(*tensors, options, return_lse, mask, packed, given, heads)
         except (ValueError, TypeError, NotImplementedError) as error:
             raise type(error)(f"shapes[{index}]: {error}") from None
     kernels = [WarmedKernel(*kernel) for kernel in warming.load()]
@@ -169,6 +174,12 @@ def _tensor(shape: tuple[int, ...], dtype: str) -> _native.Tensor:
     """A tensor without gaps, for the Rust module."""
     strides = tuple(math.prod(shape[place + 1 :]) for place in range(len(shape)))
     return (0, shape, strides, dtype)
+
+
+def _sinks(q: tuple[int, ...], tensor_layout: str) -> _native.Tensor:
+    """Attention sinks, one for each of q's heads: of packed and of NHD tensors the dimension before the last."""
+    heads = q[-2] if len(q) == 3 or tensor_layout == "NHD" else q[-3] if len(q) > 2 else 0
+    return _tensor((heads,), "float32")
 
 
 def _mask(value: Any) -> _native.Tensor:

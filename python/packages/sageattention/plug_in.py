@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 from sageattention._schedule import HybridSchedule
 from sageattention._tally import Counts, tally
@@ -84,6 +84,7 @@ def register_transformers(name: str = "sage", scheme: Optional[str] = None) -> N
     and position biases are computed here. What is not goes to transformers' own "sdpa", or to the model's "eager" for
     what SDPA cannot do: heads that no kernel has, dropout and gradients while training, float32 on a GPU. The log
     `sageattention` has a line for each reason, and `counts()` the numbers.
+    `transformers_cache` keeps keys and values quantised.
 
     Args:
         name: What models are to call it. Several names may have several schemes.
@@ -95,3 +96,37 @@ def register_transformers(name: str = "sage", scheme: Optional[str] = None) -> N
     from sageattention import _transformers
 
     _transformers.register(name, scheme)
+
+
+def transformers_cache(
+    *, keys: str = "int8", values: str = "fp16", page_size: int = 64, max_cache_len: Optional[int] = None
+) -> Any:
+    """A quantised KV cache for Hugging Face transformers, for models with `attn_implementation="sage"`:
+
+        sageattention.register_transformers()
+        model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="sage")
+        model.generate(**inputs, past_key_values=sageattention.transformers_cache(values="int8"))
+
+    (From transformers 5.24 on the argument is also called `cache`.) Attention reads the codes where they lie, as in
+    `KvCache`; nothing is expanded. Causal masks, sliding windows, left padding (whose tokens are not kept), soft caps
+    and attention sinks are computed on the CPU and on GPUs, and on the CPU any mask. Where something needs the keys
+    themselves (another attention implementation, dropout, gradients) it raises NotImplementedError. Cropping works;
+    beam search does on the CPU, where beams share pages. Cross attention and models whose layers keep other states need
+    another cache.
+
+    Args:
+        keys: "int8".
+        values: "fp16", "bf16", "int8" or "fp8", as in `KvCache`.
+        page_size: Tokens of a page.
+        max_cache_len: The most tokens of a sequence; needed on a GPU.
+
+    Returns:
+        A `transformers.Cache` for one batch; `reset()` makes it ready for another of the same size, and `nbytes` is
+        what it takes.
+
+    Raises:
+        ValueError: what is wrong with an option, at the first tokens.
+    """
+    from sageattention import _transformers_cache
+
+    return _transformers_cache.SageCache(keys=keys, values=values, page_size=page_size, max_cache_len=max_cache_len)
