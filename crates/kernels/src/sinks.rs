@@ -4,7 +4,6 @@
 //! the parts adds them, once.
 
 use std::f32::consts::LOG2_E;
-
 use std::ops::Deref;
 
 use sage_ptx::{Arg, Val};
@@ -59,7 +58,7 @@ impl Deref for ArgsWithSinks {
 }
 
 impl<'k> SinkParams<'k> {
-    /// The sink of a row in base 2, less what smoothing K `taken` from the row's scores in natural units.
+    /// The sink of a row in base 2, less what smoothing K took from the row's scores: `taken`, in natural units.
     #[track_caller]
     pub(crate) fn of_row(&self, head: Val<'k, i32>, row: Val<'k, i32>, taken: Val<'k, f32>) -> Val<'k, f32> {
         let index = head * self.sink_stride_head + row * self.sink_stride_row;

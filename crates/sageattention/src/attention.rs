@@ -18,8 +18,9 @@ use crate::plan::Plan;
 pub struct Output {
     /// The output, in q's layout, shape and element type.
     pub out: Tensor,
-    /// Natural logarithm of each row's sum of exponentials, that of the head's sink included, f32, where [`Attention::return_lse`] asked for it:
-    /// `[batch, num_q_heads, q_len]`, or `[num_q_heads, total]` for packed sequences.
+    /// Natural logarithm of each row's sum of exponentials, that of the head's sink included, f32, where
+    /// [`Attention::return_lse`] asked for it: `[batch, num_q_heads, q_len]`, or `[num_q_heads, total]` for packed
+    /// sequences.
     pub lse: Option<Tensor>,
     /// The blocks that were computed, where [`Attention::sparse`] had them predicted.
     pub map: Option<BlockMap>,
@@ -165,13 +166,15 @@ impl<'a> Attention<'a> {
         Attention { pooled_tail, ..self }
     }
 
-    /// Attention sinks, a logit for each query head (of GPT-OSS: learned; `s_aux` in Hugging Face transformers): one more
-    /// score of each of the head's rows, which has no value. So `O = Σ exp(s_j)·V_j / (Σ exp(s_j) + exp(sink))`. They are in
-    /// natural units; neither `sm_scale` nor a soft cap touches them, and −∞ is none. A `&[f32]`, or in a GPU's memory an f32
-    /// [`DeviceTensor`](crate::cuda::DeviceTensor) of `[num_q_heads]`, which is read when the work runs.
+    /// Attention sinks, a logit for each query head (of GPT-OSS: learned; `s_aux` in Hugging Face transformers): one
+    /// more score of each of the head's rows, which has no value. So `O = Σ exp(s_j)·V_j / (Σ exp(s_j) + exp(sink))`.
+    /// They are in natural units; neither `sm_scale` nor a soft cap touches them, and −∞ is none. A `&[f32]`, or in a
+    /// GPU's memory an f32 [`DeviceTensor`](crate::cuda::DeviceTensor) of `[num_q_heads]`, which is read when the work
+    /// runs.
     ///
-    /// The log-sum-exp has them in it, as that of flash-attention's kernels has: parts of a call merge by their
-    /// log-sum-exps when exactly one of them has the sinks. A row that sees no key is zero, and its log-sum-exp the sink.
+    /// The log-sum-exp has them in it, as that of flash-attention's kernels with sinks (`flash_attn.cute`): parts of a
+    /// call merge by their log-sum-exps when exactly one of them has the sinks. A row that sees no key is zero, and its
+    /// log-sum-exp the sink.
     ///
     /// ```
     /// use sageattention::{Attention, Tensor};

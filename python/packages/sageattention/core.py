@@ -28,8 +28,9 @@ single number is refused, because programs mean different things by it. A soft c
 
 **Attention sinks** (`sinks`, of GPT-OSS; `s_aux` is taken for it): float32 `[heads]`, natural units, a logit of each
 query head that joins its rows' denominator and has no value: `out = sum(exp(s) v) / (sum(exp(s)) + exp(sink))`. Neither
-`sm_scale` nor a soft cap touches it, and -inf is none. The log-sum-exp has it in it, as flash-attention's has: parts
-merge when exactly one of them has the sinks. A row that sees no key is zeros, with the sink as its log-sum-exp.
+`sm_scale` nor a soft cap touches it, and -inf is none. The log-sum-exp has it in it, as that of flash-attention's
+kernels with sinks (`flash_attn.cute`): parts merge when exactly one of them has the sinks. A row that sees no key is
+zeros, with the sink as its log-sum-exp.
 
 **GPUs**: work is put on the caller's current stream and not waited for.
 

@@ -191,10 +191,10 @@ impl<'k> Place<'k> {
         }
     }
 
-    /// The attention sink of a row of the head, in base 2, less what smoothing `taken` from the row's scores.
+    /// The attention sink of a row of the head, as [`SinkParams::of_row`] has it.
     pub fn sink(&self, sinks: &SinkParams<'k>, row: Val<'k, i32>, taken: Val<'k, f32>) -> Val<'k, f32> {
-        // Rows that the head does not have have no sink either.
-        let row = row.min(self.rows - 1);
+        // Rows that the head does not have have no sink either, and a sequence may have none.
+        let row = row.min(self.rows - 1).max(0);
         match self.heads_as_rows {
             None => sinks.of_row(self.head, row, taken),
             Some(heads) => sinks.of_row(self.first_head() + row % heads, row, taken),
