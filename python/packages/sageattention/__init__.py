@@ -9,6 +9,7 @@ accelerate a model without touching it:
 
     sageattention.patch()                      # torch.nn.functional.scaled_dot_product_attention
     sageattention.register_transformers()      # attn_implementation="sage"
+    sageattention.register_diffusers()         # set_attention_backend("sage"), with masks and on many GPUs
     sageattention.counts()                     # what was computed here, what was left to torch and why
 
 Before a server takes its first request:
@@ -17,8 +18,9 @@ Before a server takes its first request:
 
 `KvCache` keeps keys and values of past tokens in 8 bits, and `transformers_cache` does for transformers' models.
 
-diffusers finds its `sage*` backends by itself, but `patch` reaches more of its models: those that call torch's function
-themselves, and those that have masks. `HybridSchedule` changes the scheme from step to step of a diffusion process.
+diffusers finds its `sage*` backends by itself; `register_diffusers` lets them take masks and grouped heads, and `patch`
+reaches those of its models that call torch's function themselves. `HybridSchedule` changes the scheme from step to step
+of a diffusion process.
 `sageattention.sparse` computes only the blocks of the scores that are worth it.
 Importing this package imports no framework.
 """
@@ -35,7 +37,16 @@ from sageattention.core import (
     sageattn_varlen,
 )
 from sageattention.kv_cache import KvCache
-from sageattention.plug_in import counts, patch, patched, register_transformers, transformers_cache, unpatch
+from sageattention.plug_in import (
+    counts,
+    patch,
+    patched,
+    register_diffusers,
+    register_flash_attention,
+    register_transformers,
+    transformers_cache,
+    unpatch,
+)
 
 __version__ = "3.0.0"
 
@@ -47,6 +58,8 @@ __all__ = [
     "counts",
     "patch",
     "patched",
+    "register_diffusers",
+    "register_flash_attention",
     "register_transformers",
     "sageattn",
     "sageattn_qk_int8_pv_fp16_cuda",

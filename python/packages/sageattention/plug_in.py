@@ -1,4 +1,4 @@
-"""Models that become faster without being touched: torch's own function replaced, transformers taught a name."""
+"""Models that become faster without being touched: torch's own function replaced, transformers and diffusers taught."""
 
 from __future__ import annotations
 
@@ -130,3 +130,67 @@ def transformers_cache(
     from sageattention import _transformers_cache
 
     return _transformers_cache.SageCache(keys=keys, values=values, page_size=page_size, max_cache_len=max_cache_len)
+
+
+def register_diffusers(scheme: Union[str, HybridSchedule, None] = None) -> None:
+    """Puts our functions behind diffusers' attention backends "sage", "sage_varlen" and "_sage_qk_int8_pv_...".
+
+    diffusers finds the package by itself, but its own code for these backends refuses masks, grouped heads, values of
+    other channels than keys, and tensors on the CPU on our behalf; after this call they are computed, so that
+    `model.set_attention_backend("sage")`, `attention_backend("sage")` and `DIFFUSERS_ATTN_BACKEND=sage` serve models
+    with masked text too. `return_lse` gives float32 `[batch, heads, q_len]`, under context parallelism
+    `[batch, q_len, heads]`, as diffusers has it. Rings, Ulysses and both together
+    (`enable_parallelism`) work for every one of them, with masks: in a ring each part of the keys has its own part of
+    the mask, where diffusers hands one mask to all. A causal mask is aligned top-left, as torch has it.
+
+    What is not computed here goes to diffusers' native backend: dropout, gradients, float32 on a GPU, heads that no
+    kernel has. The log `sageattention` has a line for each reason, and `counts()` the numbers.
+
+    Models that call torch's function themselves (SD3, CogVideoX, Mochi, Sana, ...) have no backend: for them there is
+    `patch`.
+    "sage_hub" and "sage_blackwell_hub" stay what they are: names of kernels that diffusers downloads.
+
+    Args:
+        scheme: What "sage" and "sage_varlen" compute: the name of a scheme, a `HybridSchedule`, or None for the
+            device's own choice. The other backends are schemes of their own; where a device lacks one, the nearest is
+            computed.
+
+    Raises:
+        ValueError: if there is no such scheme.
+        ImportError: if there is no diffusers, or one before 0.36.
+    """
+    from sageattention import _diffusers
+
+    _diffusers.register(scheme)
+
+
+def register_flash_attention(name: str = "sage", scheme: Union[str, HybridSchedule, None] = None) -> None:
+    """Makes our kernels one of torch's flash-attention implementations.
+
+        sageattention.register_flash_attention()
+        torch.nn.attention.activate_flash_attention_impl("sage")
+        ...
+        torch.nn.attention.restore_flash_attention_impl()
+
+    While it is active, every call of torch's function that would be computed by FlashAttention on an NVIDIA GPU is
+    computed here, and so are `torch.compile`d graphs, `torch.distributed.tensor.experimental.context_parallel` and
+    `torch.nn.attention.varlen.varlen_attn`: it is the operator that is replaced, not a function's name. torch never
+    gives that operator a mask: masked calls stay with torch's other kernels, and `patch` is what takes them. cuDNN's
+    attention, which torch prefers on some GPUs, is switched off meanwhile (`torch.backends.cuda.enable_cudnn_sdp`).
+
+    What is not computed here goes to torch's own kernel, with one line in the log `sageattention` for each reason:
+    dropout, gradients, heads that no kernel has. There is no backward pass yet: where a forward pass cannot know that
+    one will follow (a compiled graph, `context_parallel`), the backward pass raises NotImplementedError.
+
+    Args:
+        name: What `activate_flash_attention_impl` is to call it.
+        scheme: The name of a scheme, in place of the device's own choice; or a `HybridSchedule`, whose scheme of the
+            step at hand each call has.
+
+    Raises:
+        ValueError: if there is no such scheme.
+        NotImplementedError: if torch has no such registry.
+    """
+    from sageattention import _flash
+
+    _flash.register(name, scheme)
