@@ -7,6 +7,8 @@
 #     scripts/gpu.sh bench-quick                                  # two lengths, one round
 #     scripts/gpu.sh sweep                                        # some 160 shapes, large and small, beside 16-bit peers
 #     scripts/gpu.sh regret                                       # the same shapes: our plan beside all that it weighed
+#     scripts/gpu.sh multi                                        # all GPUs of this machine: rings, Ulysses, scaling
+#     scripts/gpu.sh end-to-end                                   # whole models of diffusers and transformers, beside SDPA
 #     scripts/gpu.sh build DIR                                    # only build programs and wheels, to be carried along
 #     GPU_BIN=DIR scripts/gpu.sh …                                # run such programs instead of building
 #     SCHEMES=auto,full scripts/gpu.sh …                          # measure these schemes
@@ -97,20 +99,58 @@ first_call() {
     rm -rf "$folder"
 }
 
-# The Python suite, with what this machine has to import.
-python_suite() {
-    heading "Python"
-    python3 -c 'import torch, pytest' || { echo "left out: Python has no torch and pytest here"; return; }
-    local module wheels
-    wheels=("$bin"/sageattention-*.whl "$bin"/sageattention_shims-*.whl)
+# Both wheels, installed into the folder $1.
+install_wheels() {
+    local wheels=("$bin"/sageattention-*.whl "$bin"/sageattention_shims-*.whl)
     if [[ ! -f ${wheels[0]} || ! -f ${wheels[1]} ]]; then
         if [[ -n ${GPU_BIN:-} ]]; then
             echo "left out: the two wheels are not in $bin; scripts/gpu.sh build puts them there"
-            return
+            return 1
         fi
         scripts/test_python.sh wheel "$bin"
         wheels=("$bin"/sageattention-*.whl "$bin"/sageattention_shims-*.whl)
     fi
+    python3 -m pip install --quiet --disable-pip-version-check --no-index --no-deps --target "$1" "${wheels[@]}"
+}
+
+# Runs a command in whose Python the wheels are installed.
+with_wheels() {
+    local folder code=0
+    folder=$(mktemp -d)
+    install_wheels "$folder" || { rm -rf "$folder"; return 0; }
+    # Python reads no .pth file outside site-packages: the shims' folder is named as well.
+    PYTHONPATH=$folder:$folder/sageattention_shims/modules${PYTHONPATH:+:$PYTHONPATH} PYTHONDONTWRITEBYTECODE=1 \
+        SAGEATTENTION_WHEELS=$(realpath "$bin") "$@" || code=$?
+    rm -rf "$folder"
+    return "$code"
+}
+
+# Attention spread over all GPUs of this machine, through NCCL.
+multi() {
+    heading "many GPUs"
+    python3 -c 'import torch' || { echo "left out: Python has no torch here"; return; }
+    local gpus
+    gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())')
+    if ((gpus < 2)); then
+        echo "left out: there is one GPU here at most"
+        return
+    fi
+    with_wheels python3 -m torch.distributed.run --standalone --nproc-per-node "$gpus" scripts/multi_gpu.py \
+        ${GPU_OUT:+--json "$GPU_OUT/multi.json"}
+}
+
+# Whole models, ours beside torch's own attention.
+end_to_end() {
+    heading "whole models"
+    python3 -c 'import torch' || { echo "left out: Python has no torch here"; return; }
+    with_wheels python3 scripts/end_to_end.py ${GPU_OUT:+--json "$GPU_OUT/end-to-end.json"}
+}
+
+# The Python suite, with what this machine has to import.
+python_suite() {
+    heading "Python"
+    python3 -c 'import torch, pytest' || { echo "left out: Python has no torch and pytest here"; return; }
+    local module
     for module in numpy jax cupy transformers diffusers; do
         python3 -c "import $module" 2>/dev/null || echo "left out: tests of $module, which Python does not have here"
     done
@@ -121,15 +161,7 @@ python_suite() {
     else
         echo "one process: Python has no pytest-xdist here"
     fi
-    local folder code=0
-    folder=$(mktemp -d)
-    python3 -m pip install --quiet --disable-pip-version-check --no-index --no-deps --target "$folder" "${wheels[@]}"
-    # Python reads no .pth file outside site-packages: the shims' folder is named as well.
-    PYTHONPATH=$folder:$folder/sageattention_shims/modules${PYTHONPATH:+:$PYTHONPATH} PYTHONDONTWRITEBYTECODE=1 \
-        SAGEATTENTION_WHEELS=$(realpath "$bin") \
-        python3 -m pytest python/tests -p no:cacheprovider -q "${workers[@]}" || code=$?
-    rm -rf "$folder"
-    return "$code"
+    with_wheels python3 -m pytest python/tests -p no:cacheprovider -q "${workers[@]}"
 }
 
 # A representative set under the checkers, which make kernels some hundred times slower.
@@ -183,6 +215,8 @@ for part in "$@"; do
         tests) tests ;;
         python) python_suite ;;
         first-call) first_call ;;
+        multi) multi ;;
+        end-to-end) end_to_end ;;
         sanitize) sanitize ;;
         accuracy) accuracy ;;
         profile) profile ;;
@@ -192,7 +226,7 @@ for part in "$@"; do
         bench-quick) bench --rounds 1 --shapes grid --lengths 4096,8192 ;;
         *)
             echo "gpu.sh: part is $part, expected tests, python, first-call, sanitize, accuracy, profile, bench-hopper," \
-                "bench-quick, sweep or regret" >&2
+                "bench-quick, sweep, regret, multi or end-to-end" >&2
             exit 2
             ;;
     esac
