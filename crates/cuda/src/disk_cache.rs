@@ -68,7 +68,8 @@ impl DiskCache {
         Ok(DiskCache { folder, limit })
     }
 
-    /// The cache of this process: in `SAGEATTENTION_CACHE_DIR`, or `sageattention` in `XDG_CACHE_HOME` or `~/.cache`.
+    /// The cache of this process: in `SAGEATTENTION_CACHE_DIR`, or `sageattention` in `XDG_CACHE_HOME` or `~/.cache`; on
+    /// Windows in `LOCALAPPDATA`.
     ///
     /// None, with one warning, where that variable is empty or the folder cannot be written. Looked up once.
     pub fn from_env() -> Option<&'static DiskCache> {
@@ -221,7 +222,9 @@ fn read(path: &Path, key: &CacheKey, limit: u64) -> io::Result<Vec<u8>> {
     if metadata.len() > limit {
         return Err(damaged(format!("has {} bytes, expected at most {limit}", metadata.len())));
     }
-    let mut file = File::open(path)?;
+    // On Windows a file's times are changed by whoever may write to it.
+    let mut file =
+        File::options().read(true).write(cfg!(windows)).open(path).or_else(|_| File::open(path))?;
     let mut bytes = Vec::with_capacity(metadata.len() as usize);
     Read::by_ref(&mut file).take(limit.saturating_add(1)).read_to_end(&mut bytes)?;
     let Some(body) = bytes.get(HEADER..) else {
@@ -243,11 +246,15 @@ fn location(variable: impl Fn(&str) -> Option<OsString>, home: Option<PathBuf>) 
         return if folder.is_empty() { Err(empty()) } else { Ok(folder.into()) };
     }
     // The XDG specification has relative paths ignored.
-    let shared = variable("XDG_CACHE_HOME").map(PathBuf::from).filter(|folder| folder.is_absolute());
-    let home = home.filter(|home| !home.as_os_str().is_empty()).map(|home| home.join(".cache"));
-    let parent = shared.or(home).ok_or(
-        "there is no home folder and XDG_CACHE_HOME names none, expected one, or SAGEATTENTION_CACHE_DIR to be set",
-    )?;
+    let (name, below_home) =
+        if cfg!(windows) { ("LOCALAPPDATA", "AppData\\Local") } else { ("XDG_CACHE_HOME", ".cache") };
+    let shared = variable(name).map(PathBuf::from).filter(|folder| folder.is_absolute());
+    let home = home.filter(|home| !home.as_os_str().is_empty()).map(|home| home.join(below_home));
+    let parent = shared.or(home).ok_or_else(|| {
+        format!(
+            "there is no home folder and {name} names none, expected one, or SAGEATTENTION_CACHE_DIR to be set"
+        )
+    })?;
     Ok(parent.join("sageattention"))
 }
 
@@ -260,6 +267,19 @@ mod tests {
         location(get, home.map(PathBuf::from))
     }
 
+    #[cfg(windows)]
+    #[test]
+    fn the_environment_says_where() {
+        let (own, local) = (("SAGEATTENTION_CACHE_DIR", "D:\\own"), ("LOCALAPPDATA", "C:\\local"));
+        assert_eq!(locate(&[own, local], Some("C:\\me")), Ok("D:\\own".into()));
+        assert_eq!(locate(&[local], Some("C:\\me")), Ok("C:\\local\\sageattention".into()));
+        for ignored in ["", "relative", "\\on-no-drive"] {
+            let found = locate(&[("LOCALAPPDATA", ignored)], Some("C:\\me"));
+            assert_eq!(found, Ok("C:\\me\\AppData\\Local\\sageattention".into()));
+        }
+    }
+
+    #[cfg(not(windows))]
     #[test]
     fn the_environment_says_where() {
         let (own, xdg) = (("SAGEATTENTION_CACHE_DIR", "/own"), ("XDG_CACHE_HOME", "/xdg"));
@@ -278,7 +298,11 @@ mod tests {
         assert_eq!(empty, Err("SAGEATTENTION_CACHE_DIR is empty, expected a folder".into()));
         for home in [None, Some("")] {
             let reason = locate(&[], home).unwrap_err();
-            assert!(reason.starts_with("there is no home folder and XDG_CACHE_HOME names none"), "{reason}");
+            let name = if cfg!(windows) { "LOCALAPPDATA" } else { "XDG_CACHE_HOME" };
+            assert!(
+                reason.starts_with(&format!("there is no home folder and {name} names none")),
+                "{reason}"
+            );
         }
     }
 

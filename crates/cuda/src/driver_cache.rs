@@ -152,6 +152,16 @@ mod tests {
         find(&get, home.map(PathBuf::from), &writable)
     }
 
+    #[cfg(windows)]
+    #[test]
+    fn the_roaming_folder_says_where() {
+        let roaming = ("APPDATA", "C:\\me\\Roaming");
+        assert_eq!(of(&[roaming], Some("C:\\me"), &[]), Ok("C:\\me\\Roaming\\NVIDIA\\ComputeCache".into()));
+        assert_eq!(of(&[("CUDA_CACHE_PATH", "D:\\c"), roaming], None, &["C:\\me"]), Ok("D:\\c".into()));
+        let none = Forgets { reason: "there is no home folder".to_owned(), by_default: true };
+        assert_eq!(of(&[], Some("C:\\me"), &[]), Err(none));
+    }
+
     #[cfg(not(windows))]
     #[test]
     fn the_environment_and_the_home_say_where() {

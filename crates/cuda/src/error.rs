@@ -6,6 +6,7 @@ use sage_core::BackendErrorKind;
 use sage_ptx::Target;
 
 use crate::driver_version::DriverVersion;
+use crate::library;
 
 /// Result of anything that talks to the driver.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -17,7 +18,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[non_exhaustive]
 pub enum Error {
     /// The driver's library is missing or cannot be used.
-    #[error("CUDA driver: {reason}, expected libcuda, which the NVIDIA driver installs")]
+    #[error("CUDA driver: {reason}, expected {}, which the NVIDIA driver installs", library::CALLED)]
     NoDriver {
         /// What the loader said.
         reason: String,

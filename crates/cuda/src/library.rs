@@ -11,6 +11,9 @@ use crate::error::{Error, Result};
 pub(crate) const LIBRARY_NAMES: &[&str] =
     if cfg!(windows) { &["cuda.dll", "nvcuda.dll"] } else { &["libcuda.so", "libcuda.so.1"] };
 
+/// What messages call the driver's library.
+pub(crate) const CALLED: &str = if cfg!(windows) { "nvcuda.dll" } else { "libcuda" };
+
 /// Whether the driver's library is there.
 pub(crate) fn is_installed() -> bool {
     open(LIBRARY_NAMES).is_ok()
@@ -60,7 +63,10 @@ mod tests {
         let error = open(&["libcuda_that_nobody_has.so"]).unwrap_err().to_string();
         assert!(error.starts_with("CUDA driver: cannot be loaded ("), "{error}");
         assert!(error.contains("libcuda_that_nobody_has.so"), "{error}");
-        assert!(error.ends_with("), expected libcuda, which the NVIDIA driver installs"), "{error}");
+        assert!(
+            error.ends_with(&format!("), expected {CALLED}, which the NVIDIA driver installs")),
+            "{error}"
+        );
     }
 
     #[test]

@@ -107,6 +107,16 @@ fn another_process_finds_it() {
 }
 
 #[test]
+fn its_folder_may_have_spaces_and_letters_of_any_script() {
+    let parent = tempfile::tempdir().unwrap();
+    let folder = parent.path().join("Jörg und 注意").join("mémoire des noyaux");
+    let cache = DiskCache::open(&folder, LIMIT).unwrap();
+    assert_eq!(logged(|| cache.put(&key("a"), b"compiled")), "");
+    let reopened = DiskCache::open(&folder, LIMIT).unwrap();
+    assert_eq!(reopened.get(&key("a")).as_deref(), Some(&b"compiled"[..]));
+}
+
+#[test]
 fn every_damaged_byte_is_found_and_the_entry_rebuilt() {
     let (_folder, cache) = cache(LIMIT);
     let (key, body) = (key("a"), body(1, 5000));

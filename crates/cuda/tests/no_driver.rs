@@ -25,8 +25,11 @@ fn without_a_driver_every_entrance_says_so() {
     assert_eq!(error.kind(), BackendErrorKind::NoDevice);
     let message = error.to_string();
     assert!(message.starts_with("CUDA driver: cannot be loaded ("), "{message}");
+    // On Windows the loader's words name no file.
     assert!(message.contains("libcuda") || cfg!(windows), "{message}");
-    assert!(message.ends_with("), expected libcuda, which the NVIDIA driver installs"), "{message}");
+    let library = if cfg!(windows) { "nvcuda.dll" } else { "libcuda" };
+    let end = format!("), expected {library}, which the NVIDIA driver installs");
+    assert!(message.ends_with(&end), "{message}");
 
     // The outcome is remembered: every entrance gives the same.
     assert_eq!(devices().unwrap_err(), error);
