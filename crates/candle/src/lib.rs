@@ -47,3 +47,8 @@ pub use op::{sage_attention, sage_attention_with_lse};
 pub use options::Options;
 pub use sageattention::sparse;
 pub use sageattention::{Alignment, BackendErrorKind, Choice, KvCacheOptions, Layout, Preset, ValueFormat};
+
+/// The examples of the README are tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

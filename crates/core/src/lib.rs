@@ -52,3 +52,8 @@ pub use scheme::{
 };
 pub use single::single;
 pub use tensor::{Elements, Tensor, TensorView, TensorViewMut, View, ViewMut};
+
+/// The examples of the README are tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -264,3 +264,8 @@ fn kernels(instruction_set: InstructionSet) -> &'static Kernels {
         _ => &kernels::PORTABLE,
     }
 }
+
+/// The examples of the README are tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -72,3 +72,8 @@ pub use memory::Buffer;
 pub use source::KernelSource;
 pub use stream::Stream;
 pub use tensor_map::{ElementType, L2Promotion, Swizzle, TensorMap};
+
+/// The examples of the README are tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

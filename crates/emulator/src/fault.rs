@@ -6,6 +6,7 @@ use std::panic::Location;
 
 /// Kinds of faults.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum FaultKind {
     /// Arguments do not fit the program's parameters, or the grid is impossible.
     Arguments,

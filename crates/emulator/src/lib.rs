@@ -67,3 +67,8 @@ pub use fault::{Failure, Fault, FaultKind};
 pub use options::{EmulatorOptions, Fp8Accumulation};
 pub use report::{Conflicts, Report, Sectors};
 pub use tensor_map::{Swizzle, TensorMap};
+
+/// The examples of the README are tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

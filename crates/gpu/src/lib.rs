@@ -59,6 +59,11 @@ pub(crate) fn driver(error: sage_cuda::Error) -> Error {
     Error::Backend { kind: error.kind(), message: error.to_string() }
 }
 
+/// The examples of the README are tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
 #[cfg(test)]
 mod tests {
     use sage_core::BackendErrorKind;

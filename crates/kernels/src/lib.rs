@@ -38,3 +38,8 @@ pub use sequence::{KEY_TILE, LengthArgs, Lengths, seen_key_tiles, total_key_tile
 pub use sinks::SinkArgs;
 pub use tensor::TensorArg;
 pub use tiling::{Copies, Engine, Tiling, WarpTiling, WarpgroupTiling};
+
+/// The examples of the README are tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

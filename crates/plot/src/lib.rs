@@ -221,6 +221,11 @@ where
     Ok(y + LINE / 2.0 - top)
 }
 
+/// The examples of the README are tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
 #[cfg(test)]
 mod tests {
     use super::*;

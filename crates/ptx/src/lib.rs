@@ -54,3 +54,8 @@ pub use validate::Invalid;
 pub use value::{Use, Val};
 pub use var::Var;
 pub use warpgroup::{MatrixDescriptor, PanelMatrix, WarpgroupA, warpgroup_product};
+
+/// The examples of the README are tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

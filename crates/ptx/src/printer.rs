@@ -12,6 +12,7 @@ use crate::validate::Invalid;
 
 /// Why there is no text of a program.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum PtxError {
     /// No GPU could run it.
     Invalid(Invalid),

@@ -51,3 +51,8 @@ pub use sage_core::{
     Mask, Options, Preset, Problem, Result, Scheme, SmoothK, SparseBackend, Tensor, TensorView,
     TensorViewMut, ValueFormat, View, ViewMut, single,
 };
+
+/// The examples of the README are tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
