@@ -107,6 +107,17 @@ def test_yunchang_and_xdit(device, function):
     assert_lse_close(lse, wanted_lse)
 
 
+@pytest.mark.parametrize("window", [[-1, -1], (-1, -1), (None, None), None])
+def test_servers_pass_flash_attention_s_keywords(device, window):
+    """vLLM and SGLang hand their backends flash-attention's keywords, with lists for tuples and None for what is not set."""
+    q, k, v = qkv(1, 8, 2, 100, 100, 64, layout="NHD", dtype=torch.bfloat16, device=device)
+    out = sageattn(
+        q, k, v, tensor_layout="NHD", softmax_scale=0.11, causal=True, window_size=window, softcap=0.0,
+        alibi_slopes=None, dropout_p=0.0, block_table=None, q_descale=None, k_descale=None, v_descale=None,
+    )  # fmt: skip
+    assert_close(out, attention(q, k, v, layout="NHD", scale=0.11, causal="bottom_right")[0], TOLERANCE["fp16"])
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("function", RING, ids=lambda function: function.func.__name__)
 def test_yunchang_s_ring(device, function, causal):

@@ -13,8 +13,8 @@ class Counts(NamedTuple):
     """Calls on torch's tensors that were computed here, by whatever way they came: `patch`, transformers' "sage",
     `sageattn` or another function. Counted when they ran; a replayed CUDA graph counts once, at capture."""
     fallbacks: dict[str, int]
-    """Calls to the replaced function, and of transformers' "sage", that torch computed itself, for each reason. Under
-    torch.compile they count when compiled."""
+    """Calls to the replaced function, of transformers' and diffusers' "sage", and to torch's flash attention, that
+    torch computed itself, for each reason. Under torch.compile they count when compiled."""
 
 
 class _Tally:
