@@ -28,7 +28,7 @@ build() {
     {
         cargo test --no-run --message-format=json -p sage-cuda --test gpu
         cargo test --no-run --message-format=json -p sageattention --test gpu --test gpu_kv_cache \
-            --test gpu_random --test gpu_edges --test gpu_table --test gpu_predict --test gpu_warm_up
+            --test gpu_random --test gpu_edges --test gpu_table --test gpu_predict --test gpu_warm_up --test sinks
         cargo build --message-format=json -p sageattention --example bench_gpu --example bench_gpu_kv_cache \
             --example bench_gpu_predict
         cargo build --message-format=json -p sageattn
@@ -42,6 +42,7 @@ for line in sys.stdin:
     if name == "gpu":
         name = "test_cuda" if "/cuda/" in message["target"]["src_path"] else "test_attention"
     name = name.replace("gpu_", "test_") if name.startswith("gpu_") else name
+    name = "test_sinks" if name == "sinks" else name
     shutil.copy(message["executable"], f"{sys.argv[1]}/{name}")
 ' "$1"
     ls "$1"
@@ -73,6 +74,8 @@ tests() {
     "$bin/test_random" --nocapture
     heading "predicted block maps against the oracle"
     "$bin/test_predict" --test-threads=1 --nocapture
+    heading "attention sinks"
+    "$bin/test_sinks" --test-threads=1 --nocapture
     heading "kernels that are compiled before calls"
     "$bin/test_warm_up" --test-threads=1 --nocapture
 }
