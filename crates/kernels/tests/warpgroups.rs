@@ -2,11 +2,13 @@
 
 use std::collections::HashSet;
 
-use sage_core::{Alignment, Band, DType, Preset, Pv, Scheme};
+use sage_core::{Alignment, Band, DType, Geometry, Preset, Pv, Scheme};
 use sage_kernels::forward::{Alternative, Request, int8_scheme};
 use sage_kernels::{Machine, Tiling, WarpgroupTiling};
 use sage_ptx::Target;
-use sage_testkit::{Bias, Case, CaseMask, Emulated, Extent, Runner, Sequences, check_within};
+use sage_testkit::{
+    Bias, Case, CaseMask, Emulated, Extent, Memory, OwnedCall, Runner, Sequences, check_within, normal,
+};
 
 fn gpu() -> Emulated {
     Emulated::on(Target::SM_90A)
@@ -138,6 +140,30 @@ fn gaps_and_split_keys() {
     check(&Case { gap: 8, ..case() });
     let long = Case { q_len: 70, kv_len: 1100, q_heads: 2, kv_heads: 2, ..case() };
     check_on(&gpu().multiprocessors(40), &long);
+}
+
+/// Queries that no tensor map can describe, of repeated heads or heads that run backwards, are read by the lanes.
+#[test]
+fn queries_without_a_tensor_map() {
+    let case = Case { q_heads: 3, kv_heads: 3, ..case() };
+    let plain = case.build();
+    let [_, heads, rows, channels] = plain.q.geometry().shape().try_into().unwrap();
+    let of_head = (rows * channels) as i64;
+    for (stride, first) in [(0, 0), (-of_head, (heads as i64 - 1) * of_head)] {
+        for scheme in [int8_scheme(DType::F16), full()] {
+            let strides = [0, stride, channels as i64, 1];
+            let geometry = Geometry::strided("q", &[1, heads, rows, channels], &strides, first).unwrap();
+            let q = Memory::new(normal(5, heads * rows * channels), DType::F16, geometry);
+            let call = OwnedCall { q, ..plain.clone() };
+            let tiling = (scheme == full()).then_some(Tiling::Warpgroups(FULL));
+            let gpu = Emulated { tiling, ..gpu() };
+            let computed = gpu.run(&call, Some(scheme));
+            let kernel = computed.kernels.iter().find(|name| name.contains("_wg")).unwrap();
+            assert!(!kernel.contains("qtma"), "{kernel}");
+            let expected = gpu.expected(&call.call(), &computed.scheme);
+            computed.check(&expected, &gpu.tolerance(DType::F16, &computed.scheme)).unwrap();
+        }
+    }
 }
 
 /// Every way to order the work of a tile.

@@ -8,7 +8,7 @@ use super::forms::{Forms, has_words, packs_biases};
 use super::lists::TileLists;
 use super::tensors::Tensors;
 use crate::attention::{
-    AttentionArgs, AttentionConfig, MaskForm, TileSource, boxed_tensors, stage_bytes, tensor_maps,
+    AttentionArgs, AttentionConfig, MappedOperand, MaskForm, TileSource, boxed_tensor, stage_bytes,
 };
 use crate::combine::{CombineArgs, CombineConfig, PART};
 use crate::grid::grid;
@@ -98,7 +98,7 @@ impl PlannedAttention {
         let slots = AttentionSlots::of(self, pass);
         let (call, config, splits) = (self.call, self.config, self.splits);
         let [q_tiles, all_heads] = self.pieces();
-        let boxed = move |at: &Addresses<'_, Tensors>, args: &AttentionArgs| {
+        let boxed = move |operand: MappedOperand, at: &Addresses<'_, Tensors>, args: &AttentionArgs| {
             let (problem, t) = (&call.problem, at.tensors);
             let batches = if call.request.lengths == Lengths::Packed { 1 } else { problem.batch };
             let shape = |channels: usize, rows: usize, heads: usize| {
@@ -106,13 +106,12 @@ impl PlannedAttention {
             };
             let of_keys = |channels: usize| shape(channels, call.request.kv_rows, problem.num_kv_heads);
             let of_queries = shape(problem.head_dim, call.request.q_rows, problem.num_q_heads);
-            let given = [
-                (of_keys(problem.head_dim), t.k.strides),
-                (of_keys(problem.value_dim), t.v.strides),
-                (of_queries, t.q.strides),
-            ];
-            let tiles = problem.num_kv_heads * call.key_tiles();
-            boxed_tensors(&config, given, [args.k.address, args.v.address, args.q.address], tiles)
+            let (given, address) = match operand {
+                MappedOperand::Keys => ((of_keys(problem.head_dim), t.k.strides), args.k.address),
+                MappedOperand::Values => ((of_keys(problem.value_dim), t.v.strides), args.v.address),
+                MappedOperand::Queries => ((of_queries, t.q.strides), args.q.address),
+            };
+            boxed_tensor(&config, operand, given, address, problem.num_kv_heads * call.key_tiles())
         };
         let together = heads_together(&call, &config, all_heads);
         pass.launch(config, move |at, launch| {
@@ -132,8 +131,14 @@ impl PlannedAttention {
                 Engine::Warpgroups => {
                     let resident = call.machine.resident_blocks(config.tiling.min_blocks());
                     let blocks = (q_tiles * all_heads).min(resident);
-                    let maps = &boxed(at, &args)[..tensor_maps(&config).len()];
-                    launch([blocks as u32, 1, 1], values, maps);
+                    let boxed = |operand| boxed(operand, at, &args);
+                    let [k, v] = [MappedOperand::Keys, MappedOperand::Values].map(boxed);
+                    let grid = [blocks as u32, 1, 1];
+                    if config.queries_by_tma {
+                        launch(grid, values, &[k, v, boxed(MappedOperand::Queries)]);
+                    } else {
+                        launch(grid, values, &[k, v]);
+                    }
                 }
             }
         });

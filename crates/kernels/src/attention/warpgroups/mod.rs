@@ -20,7 +20,7 @@ use pipeline::Cursor;
 use query_stage::QueryStage;
 pub(super) use query_stage::StagedRows;
 use tma_ring::TmaRing;
-pub use tma_ring::{boxed_tensors, stage_bytes, tensor_maps};
+pub use tma_ring::{MappedOperand, boxed_tensor, stage_bytes};
 use work_queue::WorkQueue;
 
 /// Registers of a multiprocessor.
@@ -51,10 +51,12 @@ pub(super) fn write<'k, H, E>(
     H: Half + MmaElement + Stored<Value = H>,
     E: RoundedElement,
 {
-    let maps: Vec<_> = tensor_maps(config).iter().map(|name| k.tensor_map(name)).collect();
-    let tiles = TmaRing::new(k, config, [maps[0], maps[1]]);
+    let map = |operand: MappedOperand| k.tensor_map(operand.map_name());
+    let kv_maps = [MappedOperand::Keys, MappedOperand::Values].map(map);
+    let q_map = config.queries_by_tma.then(|| map(MappedOperand::Queries));
+    let tiles = TmaRing::new(k, config, kv_maps);
     let biases = BiasRing::new(k, config, tiles.memory_of_biases);
-    let queries = maps.get(2).map(|&map| QueryStage::new(k, config, map));
+    let queries = q_map.map(|map| QueryStage::new(k, config, map));
     let rings = Rings { tiles, biases, queries };
     let work = WorkQueue::new(k, config, p, lists);
     k.barrier();

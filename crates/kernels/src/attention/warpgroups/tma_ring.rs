@@ -10,12 +10,26 @@ use crate::attention::place::Place;
 use crate::operand::{Element, OperandSource};
 use crate::sequence::KEY_TILE;
 
-/// Tensor maps of K, V and Q.
-const TENSOR_MAPS: [&str; 3] = ["k_map", "v_map", "q_map"];
+/// What comes through TMA.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MappedOperand {
+    /// K.
+    Keys,
+    /// V.
+    Values,
+    /// Q, where [`AttentionConfig::queries_by_tma`] says so.
+    Queries,
+}
 
-/// Tensor maps that a kernel of warpgroups takes after its other parameters.
-pub fn tensor_maps(config: &AttentionConfig) -> &'static [&'static str] {
-    &TENSOR_MAPS[..if config.queries_by_tma { 3 } else { 2 }]
+impl MappedOperand {
+    /// The name of its tensor map, which kernels of warpgroups take after their other parameters in the order above.
+    pub(super) fn map_name(self) -> &'static str {
+        match self {
+            MappedOperand::Keys => "k_map",
+            MappedOperand::Values => "v_map",
+            MappedOperand::Queries => "q_map",
+        }
+    }
 }
 
 /// How an operand's tiles lie in shared memory, and where boxes of them come from.
@@ -134,47 +148,47 @@ pub fn stage_bytes(config: &AttentionConfig) -> usize {
     Form::of_keys(config).stage_bytes() + Form::of_values(config).stage_bytes()
 }
 
-/// What the tensor maps of K, V and Q describe: their shapes and the strides of batch, heads and rows, in elements, as
-/// given, and addresses as given or in the workspace.
-pub fn boxed_tensors(
+/// What the tensor map of an operand describes: its shape and the strides of batch, heads and rows, in elements, as given,
+/// and its address as given or in the workspace.
+pub fn boxed_tensor(
     config: &AttentionConfig,
-    given: [([u64; 4], [i64; 3]); 3],
-    addresses: [u64; 3],
+    operand: MappedOperand,
+    (shape, [batch, head, row]): ([u64; 4], [i64; 3]),
+    address: u64,
     workspace_tiles: usize,
-) -> [BoxedTensor; 3] {
-    let forms = [Form::of_keys(config), Form::of_values(config), Form::of_queries(config)];
-    std::array::from_fn(|i| {
-        let form = forms[i];
-        let (columns, bytes) = (form.columns() as u32, form.element_bytes as u64);
-        let rows = form.box_rows() as u32;
-        let (shape, strides) = match form.source {
-            BoxSource::Given => {
-                let (shape, [batch, head, row]) = given[i];
-                // The stride of a dimension of one element means nothing, but must be a valid one.
-                let stride = |stride: i64, size: u64| if size > 1 { stride as u64 * bytes } else { 16 };
-                let strides = [stride(row, shape[1]), stride(head, shape[2]), stride(batch, shape[3])];
-                (shape, strides)
-            }
-            BoxSource::Rows => {
-                let row = form.panels as u64 * u64::from(columns);
-                let rows = (workspace_tiles * KEY_TILE) as u64;
-                ([row, rows, 1, 1], [row * bytes, 16, 16])
-            }
-            BoxSource::Transposed => {
-                let rows = (workspace_tiles * form.rows) as u64;
-                ([u64::from(columns), rows, 1, 1], [u64::from(columns) * bytes, 16, 16])
-            }
-        };
-        BoxedTensor {
-            name: TENSOR_MAPS[i],
-            address: addresses[i],
-            element_bytes: form.element_bytes,
-            shape,
-            strides,
-            tile: [columns, rows, 1, 1],
-            swizzle: form.row_bytes,
+) -> BoxedTensor {
+    let form = match operand {
+        MappedOperand::Keys => Form::of_keys(config),
+        MappedOperand::Values => Form::of_values(config),
+        MappedOperand::Queries => Form::of_queries(config),
+    };
+    let (columns, bytes) = (form.columns() as u32, form.element_bytes as u64);
+    let rows = form.box_rows() as u32;
+    let (shape, strides) = match form.source {
+        BoxSource::Given => {
+            // The stride of a dimension of one element means nothing, but must be a valid one.
+            let stride = |stride: i64, size: u64| if size > 1 { stride as u64 * bytes } else { 16 };
+            (shape, [stride(row, shape[1]), stride(head, shape[2]), stride(batch, shape[3])])
         }
-    })
+        BoxSource::Rows => {
+            let row = form.panels as u64 * u64::from(columns);
+            let rows = (workspace_tiles * KEY_TILE) as u64;
+            ([row, rows, 1, 1], [row * bytes, 16, 16])
+        }
+        BoxSource::Transposed => {
+            let rows = (workspace_tiles * form.rows) as u64;
+            ([u64::from(columns), rows, 1, 1], [u64::from(columns) * bytes, 16, 16])
+        }
+    };
+    BoxedTensor {
+        name: operand.map_name(),
+        address,
+        element_bytes: form.element_bytes,
+        shape,
+        strides,
+        tile: [columns, rows, 1, 1],
+        swizzle: form.row_bytes,
+    }
 }
 
 /// One operand's stages.
