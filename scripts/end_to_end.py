@@ -31,7 +31,7 @@ CONTESTANTS = {
     "FlashAttention-2": lambda: sdpa_kernel([SDPBackend.FLASH_ATTENTION]),
     "torch's choice": contextlib.nullcontext,
     "ours": lambda: sageattention.patched(),
-    "ours, FP8": lambda: sageattention.patched("sage2-int8-fp8-per-thread"),
+    "ours, FP8": lambda: sageattention.patched("int8-fp8"),
 }
 OURS = [name for name in CONTESTANTS if name.startswith("ours")]
 
