@@ -27,6 +27,23 @@ class Theirs:
         return out, lse, None, None, query.shape[2], key.shape[2], state, state[0], query.new_empty(0)
 
 
+class TheirPacked:
+    def call_boxed(self, keys, query, key, value, cum_q, cum_k, max_q, max_k, dropout_p, causal, debug, scale, **_):
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        out, lse, *_, state, offset, mask = Theirs().call_boxed(keys, q, k, v, dropout_p, causal, debug, scale=scale)
+        return out.transpose(1, 2), lse, state, offset, mask
+
+
+class TheirsByPacked:
+    """As torch's kernel for GPUs does it: by the packed operator, of tensors without gradients."""
+
+    def call_boxed(self, keys, query, key, value, *args, scale=None):
+        q, k, v = (x.detach().transpose(1, 2) for x in (query, key, value))
+        lengths = (query.shape[2], key.shape[2])
+        out, lse, state, offset, mask = packed_flash(q, k, v, None, None, *lengths, *args, scale=scale)
+        return out.transpose(1, 2), lse, None, None, *lengths, state, offset, mask
+
+
 class TheirBackward:
     def call_boxed(
         self, keys, grad_out, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, dropout_p, causal, *_, scale=None
@@ -36,12 +53,12 @@ class TheirBackward:
         )
 
 
-@pytest.fixture
-def on_cpu():
+@pytest.fixture(params=[Theirs, TheirsByPacked])
+def on_cpu(request):
     library = torch.library.Library("aten", "IMPL", "CPU")
     for operator, make, theirs in (
-        ("_scaled_dot_product_flash_attention", _flash.forward_of, Theirs()),
-        ("_flash_attention_forward", _flash.packed_forward_of, None),
+        ("_scaled_dot_product_flash_attention", _flash.forward_of, request.param()),
+        ("_flash_attention_forward", _flash.packed_forward_of, TheirPacked()),
         ("_scaled_dot_product_flash_attention_backward", _flash.backward_of, TheirBackward()),
     ):
         library.impl(operator, make(theirs, None), "CPU", with_keyset=True)

@@ -38,7 +38,8 @@ def test_a_row_without_keys_and_one_query(device):
     q, k, v = qkv(1, 6, 2, 40, 20, 64, dtype=dtype, device=device)
     out, lse = sageattn(q, k, v, is_causal=True, sinks=sinks_on(device), return_lse=True)
     assert (out[:, :, :20] == 0).all()
-    assert torch.equal(lse[0, :, 0], sinks_on(device))
+    # By logarithms and exponentials that a GPU approximates to 2 in 2^22.
+    assert torch.allclose(lse[0, :, 0], sinks_on(device), rtol=1e-6, atol=1e-6)
     q, k, v = qkv(2, 6, 2, 1, 700, 64, dtype=dtype, device=device)
     wanted, _ = with_sinks(*attention(q, k, v), sinks_on(device))
     assert relative_l1(sageattn(q, k, v, sinks=sinks_on(device)), wanted) < TOLERANCE["fp16"]

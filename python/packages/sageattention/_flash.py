@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional, Union
+import threading
+from typing import Any, Callable, Optional, Union
 
 import torch
 from torch import Tensor
@@ -22,6 +23,27 @@ _Scheme = Union[str, HybridSchedule, None]
 # For each device the state of a random generator that our outputs come with: dropout there is none, and a backward pass
 # that gets it knows by it who computed its forward pass.
 _no_dropout: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+
+class _Left(threading.local):
+    """Whether the thread is in a call that is left to torch.
+
+    The operators within it are then torch's as well: its function calls the packed one, with tensors that no longer
+    show that they require gradients.
+    """
+
+    to_torch = False
+
+
+_left = _Left()
+
+
+def _leave_to_torch(compute: Callable[[], Any]) -> Any:
+    outer, _left.to_torch = _left.to_torch, True
+    try:
+        return compute()
+    finally:
+        _left.to_torch = outer
 
 
 def register(name: str, scheme: _Scheme) -> None:
@@ -78,7 +100,9 @@ def forward_of(theirs: Any, scheme: _Scheme) -> Any:
         reason = _why_not(query, key, value, dropout_p, scale, return_debug_mask)
         if reason is not None:
             fell_back(_WHAT, reason)
-            return theirs.call_boxed(keys, query, key, value, dropout_p, is_causal, return_debug_mask, scale=scale)
+            return _leave_to_torch(
+                lambda: theirs.call_boxed(keys, query, key, value, dropout_p, is_causal, return_debug_mask, scale=scale)
+            )
         out = _sdpa._out_as(query, key, value)
         lse = _torch.lse_like(query, "HND")
         _torch.forward(query, key, value, out, _request("HND", is_causal, scale, scheme), lse=lse)
@@ -109,6 +133,12 @@ def packed_forward_of(theirs: Any, scheme: _Scheme) -> Any:
         window_size_right: Optional[int] = None,
         **others: Any,
     ) -> Any:
+        left_to_torch = lambda: theirs.call_boxed(
+            keys, query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask,
+            scale=scale, window_size_left=window_size_left, window_size_right=window_size_right, **others,
+        )  # fmt: skip
+        if _left.to_torch:
+            return left_to_torch()
         packed = cum_seq_q is not None
         q, k, v = (x[None].transpose(1, 2) if packed else x.transpose(1, 2) for x in (query, key, value))
         reason = _why_not(q, k, v, dropout_p, scale, return_debug_mask)
@@ -119,10 +149,7 @@ def packed_forward_of(theirs: Any, scheme: _Scheme) -> Any:
             reason = "cum_seq_k is not given"
         if reason is not None:
             fell_back(_WHAT, reason)
-            return theirs.call_boxed(
-                keys, query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask,
-                scale=scale, window_size_left=window_size_left, window_size_right=window_size_right, **others,
-            )  # fmt: skip
+            return left_to_torch()
         left, right = (
             limit if limit is not None and limit >= 0 else None for limit in (window_size_left, window_size_right)
         )
