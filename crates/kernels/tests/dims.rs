@@ -2,7 +2,7 @@
 //! the oracle of their scheme.
 
 use sage_core::{Accumulator, Alignment, Band, DType, Preset, Pv, Scheme, SmoothQ};
-use sage_kernels::forward::int8_scheme;
+use sage_kernels::forward::{Alternative, Request, int8_scheme};
 use sage_ptx::Target;
 use sage_testkit::{Bias, Case, CaseBlocks, CaseMask, Emulated, Extent, OwnedCall, Runner, Sequences, check};
 
@@ -281,7 +281,12 @@ fn three_warpgroups_of_unlike_heads() {
         for (head_dim, band) in [(192, CAUSAL), (136, Band::FULL)] {
             let scheme = Some(scheme);
             let case = Case { scheme, band, q_len: 200, kv_len: 200, lse: false, ..of(head_dim, 128) };
-            let kernels = check(&Emulated::on(Target::SM_90A), &case).kernels;
+            let gpu = Emulated::on(Target::SM_90A);
+            let problem = case.build().call().problem;
+            let request = Request { scheme, ..Request::new(&problem) };
+            let weighed = Alternative::all(&problem, &request, &gpu.machine).unwrap();
+            let three = weighed.iter().find(|cut| cut.tiling.block_q() == 192).unwrap();
+            let kernels = check(&Emulated { tiling: Some(three.tiling), ..gpu }, &case).kernels;
             assert!(kernels.iter().any(|name| name.contains("_wg12x16x64x64")), "{kernels:?}");
         }
     }
