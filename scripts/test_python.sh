@@ -13,16 +13,6 @@ frameworks="torch==2.15.0 numpy jax transformers==5.24.0 diffusers==0.42.1 pytes
 max_wheel_bytes=10000000
 target=${CARGO_TARGET_DIR:-$PWD/target}
 
-# A virtual environment in the folder $1; Debian's python3 comes without what makes one.
-environment() {
-    if ! python3 -m venv "$1" 2>/dev/null; then
-        apt-get update
-        DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends python3 python3-venv
-        rm -rf "$1"
-        python3 -m venv "$1"
-    fi
-}
-
 pip_install() {
     "$1/bin/python" -m pip install --quiet --disable-pip-version-check "${@:2}"
 }
@@ -30,10 +20,7 @@ pip_install() {
 # Both wheels, `sageattention` and `sageattention-shims`, into the folder $1.
 build_wheels() {
     local tools=$target/python-build
-    if ! "$tools/bin/maturin" --version 2>/dev/null | grep -qx "${maturin/==/ }"; then
-        environment "$tools"
-        pip_install "$tools" "$maturin"
-    fi
+    scripts/environment.sh "$tools" "$maturin"
     rm -f "$1"/sageattention-*.whl "$1"/sageattention_shims-*.whl
     "$tools/bin/maturin" build --release --locked --manifest-path python/Cargo.toml --target-dir "$target" --out "$1"
     "$tools/bin/python" -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir "$1" ./python/shims
@@ -58,8 +45,8 @@ fi
 echo "test_python: a clean environment, numpy alone"
 clean=$target/python-clean
 rm -rf "$clean"
-environment "$clean"
-pip_install "$clean" "${wheel}[shims]" "$shims" numpy
+scripts/environment.sh "$clean" numpy
+pip_install "$clean" "${wheel}[shims]" "$shims"
 "$clean/bin/python" -m sageattention_shims
 "$clean/bin/python" - <<'PYTHON'
 import numpy
@@ -71,14 +58,9 @@ print("test_python:", type(out).__module__, out.shape, out.dtype)
 PYTHON
 
 tests=$target/python-test
-if [[ $(cat "$tests/installed" 2>/dev/null) != "$frameworks" ]]; then
-    echo "test_python: installing $frameworks"
-    rm -rf "$tests"
-    environment "$tests"
-    # shellcheck disable=SC2086 -- a list
-    pip_install "$tests" $frameworks
-    echo "$frameworks" >"$tests/installed"
-fi
+echo "test_python: an environment with $frameworks"
+# shellcheck disable=SC2086 -- a list
+scripts/environment.sh "$tests" $frameworks
 pip_install "$tests" --force-reinstall --no-deps "$wheel" "$shims"
 
 echo "test_python: the examples of python/README.md that are marked to be run"

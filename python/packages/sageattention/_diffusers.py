@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any, Optional, Union
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
 from sageattention._fallback import fell_back, why_not
 from sageattention._operators import is_plain
-from sageattention._request import Request, check_scheme
-from sageattention._schedule import HybridSchedule
+from sageattention._request import Request
+from sageattention._schedule import AnyScheme, check_any_scheme, scheme_now
 from sageattention._torch import dense
 
 # Backends of diffusers, and the scheme that each one's name stands for; None is the one that is registered.
@@ -30,14 +30,13 @@ _BACKENDS = {
 _HIDDEN_LSE = -8192.0
 
 
-def register(scheme: Union[str, HybridSchedule, None]) -> None:
+def register(scheme: AnyScheme) -> None:
     """See `plug_in.register_diffusers`."""
     from diffusers import __version__ as version
     from diffusers.models import attention_dispatch
     from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
-    if not isinstance(scheme, HybridSchedule):
-        check_scheme(scheme)
+    check_any_scheme(scheme)
     if "supports_context_parallel" not in inspect.signature(_AttentionBackendRegistry.register).parameters:
         raise ImportError(f"diffusers: version is {version}, expected 0.36 or later")
     for name, named in _BACKENDS.items():
@@ -48,7 +47,7 @@ def register(scheme: Union[str, HybridSchedule, None]) -> None:
         register(_backend(attention_dispatch, name, named or scheme, nearest=named is not None))
 
 
-def _backend(dispatch: Any, name: str, scheme: Union[str, HybridSchedule, None], nearest: bool) -> Any:
+def _backend(dispatch: Any, name: str, scheme: AnyScheme, nearest: bool) -> Any:
     """The function behind a name. diffusers passes the arguments that its signature has, and drops all others."""
     native = dispatch.AttentionBackendName.NATIVE
     what = f"diffusers' {name}"
@@ -85,8 +84,7 @@ def _backend(dispatch: Any, name: str, scheme: Union[str, HybridSchedule, None],
         if attn_mask is not None and attn_mask.ndim == 2 and attn_mask.shape == (query.shape[0], key.shape[1]):
             # A mask of keys, as diffusers' native backend reads it.
             attn_mask = attn_mask[:, None, None]
-        current = scheme.scheme if isinstance(scheme, HybridSchedule) else scheme
-        asked = Request("NHD", is_causal, "top_left", sm_scale=scale, scheme=current, nearest=nearest)
+        asked = Request("NHD", is_causal, "top_left", sm_scale=scale, scheme=scheme_now(scheme), nearest=nearest)
         if _parallel_config is None:
             return dense(query, key, value, asked, attn_mask, None, None, return_lse)
         parallel = _parallel_config.context_parallel_config

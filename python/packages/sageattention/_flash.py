@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import Any, Callable, Optional, Union
+from typing import Any, Callable, Optional
 
 import torch
 from torch import Tensor
@@ -11,14 +11,13 @@ from torch import Tensor
 from sageattention import _sdpa, _torch
 from sageattention._fallback import fell_back, why_not
 from sageattention._operators import is_plain
-from sageattention._request import Request, check_scheme
-from sageattention._schedule import HybridSchedule
+from sageattention._request import Request
+from sageattention._schedule import AnyScheme, check_any_scheme, scheme_now
 
 _FORWARD = "_scaled_dot_product_flash_attention"
 _PACKED_FORWARD = "_flash_attention_forward"
 _BACKWARDS = ("_scaled_dot_product_flash_attention_backward", "_flash_attention_backward")
 _WHAT = "torch's flash attention"
-_Scheme = Union[str, HybridSchedule, None]
 
 # For each device the state of a random generator that our outputs come with: dropout there is none, and a backward pass
 # that gets it knows by it who computed its forward pass.
@@ -46,10 +45,9 @@ def _leave_to_torch(compute: Callable[[], Any]) -> Any:
         _left.to_torch = outer
 
 
-def register(name: str, scheme: _Scheme) -> None:
+def register(name: str, scheme: AnyScheme) -> None:
     """See `plug_in.register_flash_attention`."""
-    if not isinstance(scheme, HybridSchedule):
-        check_scheme(scheme)
+    check_any_scheme(scheme)
     if not hasattr(torch.nn.attention, "register_flash_attention_impl") or not hasattr(torch.library, "get_kernel"):
         raise NotImplementedError(
             f"torch: version is {torch.__version__}, expected one with torch.nn.attention.register_flash_attention_impl"
@@ -60,7 +58,7 @@ def register(name: str, scheme: _Scheme) -> None:
 class Active:
     """Our kernels in the dispatcher, until `remove`; torch keeps the handle."""
 
-    def __init__(self, scheme: _Scheme) -> None:
+    def __init__(self, scheme: AnyScheme) -> None:
         self._library: Optional[torch.library.Library] = torch.library.Library("aten", "IMPL", "CUDA")
         for operator, make in (
             (_FORWARD, forward_of),
@@ -83,7 +81,7 @@ class Active:
             torch.backends.cuda.enable_cudnn_sdp(self._cudnn_before)
 
 
-def forward_of(theirs: Any, scheme: _Scheme) -> Any:
+def forward_of(theirs: Any, scheme: AnyScheme) -> Any:
     """aten::_scaled_dot_product_flash_attention, of `[batch, heads, seq, head_dim]`."""
 
     def forward(
@@ -112,7 +110,7 @@ def forward_of(theirs: Any, scheme: _Scheme) -> Any:
     return forward
 
 
-def packed_forward_of(theirs: Any, scheme: _Scheme) -> Any:
+def packed_forward_of(theirs: Any, scheme: AnyScheme) -> Any:
     """aten::_flash_attention_forward, of `[batch, seq, heads, head_dim]` or, packed, `[total, heads, head_dim]`."""
 
     def forward(
@@ -167,7 +165,7 @@ def packed_forward_of(theirs: Any, scheme: _Scheme) -> Any:
     return forward
 
 
-def backward_of(theirs: Any, scheme: _Scheme) -> Any:
+def backward_of(theirs: Any, scheme: AnyScheme) -> Any:
     """torch's backward passes, which must not follow our forward pass: its output is another than they take it for."""
 
     def backward(keys: Any, grad_out: Tensor, *args: Any, **options: Any) -> Any:
@@ -197,12 +195,13 @@ def _request(
     layout: str,
     is_causal: bool,
     scale: Optional[float],
-    scheme: _Scheme,
+    scheme: AnyScheme,
     left: Optional[int] = None,
     right: Optional[int] = None,
 ) -> Request:
-    current = scheme.scheme if isinstance(scheme, HybridSchedule) else scheme
-    return Request(layout, bool(is_causal), window_left=left, window_right=right, sm_scale=scale, scheme=current)
+    return Request(
+        layout, bool(is_causal), window_left=left, window_right=right, sm_scale=scale, scheme=scheme_now(scheme)
+    )
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 from sageattention import _values
 from sageattention._request import check_scheme
@@ -97,3 +97,22 @@ class HybridSchedule:
         return (
             f"HybridSchedule({steps}, {first=}, {last=}, outer={self.outer!r}, inner={self.inner!r}) at step {self.at}"
         )
+
+
+# What plug-ins take for a scheme: a name, one that changes from step to step, or None for the device's own choice.
+AnyScheme = Union[str, HybridSchedule, None]
+
+
+def check_any_scheme(scheme: AnyScheme) -> None:
+    """Refuses a name that no scheme has.
+
+    Raises:
+        ValueError: if there is no such scheme.
+    """
+    if not isinstance(scheme, HybridSchedule):
+        check_scheme(scheme)
+
+
+def scheme_now(scheme: AnyScheme) -> Optional[str]:
+    """What is computed now."""
+    return scheme.scheme if isinstance(scheme, HybridSchedule) else scheme

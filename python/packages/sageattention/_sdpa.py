@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -13,15 +13,15 @@ from torch.overrides import handle_torch_function, has_torch_function
 from sageattention import _flops, _torch
 from sageattention._fallback import fell_back, why_not
 from sageattention._operators import define_operator, is_plain
-from sageattention._request import Request, check_scheme
-from sageattention._schedule import HybridSchedule
+from sageattention._request import Request
+from sageattention._schedule import AnyScheme, check_any_scheme, scheme_now
 from sageattention._torch_inputs import autocast
 
 _NAME = "scaled_dot_product_attention"
 # Before, torch.compile cannot ask for them.
 _MODES_ARE_TRACED = _torch.version_is_at_least(2, 6)
 torch_sdpa = F.scaled_dot_product_attention
-_scheme: Union[str, HybridSchedule, None] = None
+_scheme: AnyScheme = None
 # Whether torch's multi-head attention took its fast path before; None while torch's function is in place.
 _fast_path_before: Optional[bool] = None
 
@@ -30,16 +30,15 @@ class State(NamedTuple):
     """What is in place."""
 
     function: Any
-    scheme: Union[str, HybridSchedule, None]
+    scheme: AnyScheme
     fast_path_before: Optional[bool]
     fast_path: bool
 
 
-def patch(scheme: Union[str, HybridSchedule, None]) -> None:
+def patch(scheme: AnyScheme) -> None:
     """See `plug_in.patch`."""
     global _scheme, _fast_path_before
-    if not isinstance(scheme, HybridSchedule):
-        check_scheme(scheme)
+    check_any_scheme(scheme)
     _scheme = scheme
     if _fast_path_before is None:
         _fast_path_before = torch.backends.mha.get_fastpath_enabled()
@@ -111,7 +110,7 @@ def scaled_dot_product_attention(
     if scale is not None and not isinstance(scale, (float, torch.SymFloat)):
         scale = float(scale)
     call = _sdpa_op.compute if plain else _sdpa_op.overload
-    scheme = _scheme.scheme if isinstance(_scheme, HybridSchedule) else _scheme
+    scheme = scheme_now(_scheme)
     if query.ndim == 3:
         if attn_mask is not None and attn_mask.ndim == 3:
             attn_mask = attn_mask.unsqueeze(1)

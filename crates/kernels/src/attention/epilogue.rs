@@ -70,13 +70,16 @@ impl<'k, 'a> Epilogue<'k, 'a> {
         self.code.note("attention sinks");
         Some(Rows::from_fn(rows.slots(), |slot| {
             let row = rows[slot];
-            // With a cap, what smoothing took was added back before it.
-            let taken = if self.config.softcap { self.code.constant(0.0) } else { taken[slot] };
-            let sink = self.place.sink(&sinks, self.place.row(slot), taken);
+            let sink = self.place.sink(&sinks, self.place.row(slot), self.still_taken(taken[slot]));
             let inverse = inverse_with_sink(sink, row.reference, row.divisor).named("inverse_sum");
             let (sum, reference) = sum_with_sink(sink, row.reference, row.sum);
             RowSum { divisor: row.divisor, inverse, reference, sum }
         }))
+    }
+
+    /// What a row's scores lack of what smoothing took from them: with a cap it was added back before that.
+    fn still_taken(&self, taken: Val<'k, f32>) -> Val<'k, f32> {
+        if self.config.softcap { self.code.constant(0.0) } else { taken }
     }
 
     /// Stores log-sum-exps, or for a part of the keys what they are made of.
@@ -91,8 +94,7 @@ impl<'k, 'a> Epilogue<'k, 'a> {
         code.when(writes, || {
             for (slot, sum) in rows.iter().enumerate() {
                 let row = place.row(slot);
-                // With a cap, what smoothing took was added back before it.
-                let taken = if config.softcap { code.constant(0.0) } else { taken[slot] };
+                let taken = self.still_taken(taken[slot]);
                 code.when(row.lt(place.rows), || {
                     let at = place.row_index(p, first_row, row);
                     if config.split {

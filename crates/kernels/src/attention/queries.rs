@@ -2,8 +2,8 @@
 
 use sage_core::{Fp4Format, Granularity, IntQuantizer};
 use sage_ptx::{
-    Code, E2M1, FragmentA, Global, Half, MmaElement, OperandTile, PanelMatrix, Rows, SLOT_ROWS, ScaledA,
-    Shared, Stored, Val, WarpgroupA, lane_row,
+    AddressSpace, Code, E2M1, FragmentA, Global, Half, MmaElement, OperandTile, PanelMatrix, Pointer, Rows,
+    SLOT_ROWS, ScaledA, Shared, Stored, Val, WarpgroupA, lane_row,
 };
 
 use super::config::{AttentionConfig, AttentionParams, padded_dim, panel_row_bytes};
@@ -330,12 +330,7 @@ pub(crate) fn load_channels<'k, H: Half + Stored<Value = H>>(
         let channel = offset + first;
         let here = if passes { (channel + per as i32).le(dim) } else { code.constant(true) };
         let at = row.at(here.select(channel, 0)).cast::<u32>();
-        let words: Vec<Val<'k, u32>> = match per {
-            2 => vec![at.load()],
-            4 => at.load_vector::<2>().to_vec(),
-            _ => at.load_vector::<4>().to_vec(),
-        };
-        words.into_iter().map(|word| here.select(word, 0u32)).collect()
+        load_words(at, per / 2).into_iter().map(|word| here.select(word, 0u32)).collect()
     } else {
         let element = |i: usize| {
             let channel = offset + (first + i as i32);
@@ -343,6 +338,15 @@ pub(crate) fn load_channels<'k, H: Half + Stored<Value = H>>(
             here.select(row.at(here.select(channel, 0)).load().to_f32(), 0.0)
         };
         (0..per / 2).map(|word| element(2 * word).pack::<H>(element(2 * word + 1)).reinterpret()).collect()
+    }
+}
+
+/// One, two or four neighbouring words.
+pub(super) fn load_words<'k, S: AddressSpace>(at: Pointer<'k, S, u32>, count: usize) -> Vec<Val<'k, u32>> {
+    match count {
+        1 => vec![at.load()],
+        2 => at.load_vector::<2>().to_vec(),
+        _ => at.load_vector::<4>().to_vec(),
     }
 }
 

@@ -4,12 +4,13 @@
 //! A lane that reads its own words of rows in device memory touches 16 bytes of each of eight rows at once, which took
 //! 1.7 microseconds of a piece of 192 rows for every 64 channels: as long as two to four tiles of keys.
 
-use sage_ptx::{Code, PanelMatrix, SLOT_ROWS, Shared, SharedTile, Val, lane_row};
+use sage_ptx::{CHUNK_BYTES, Code, PanelMatrix, SLOT_ROWS, Shared, SharedTile, Val, lane_row};
 
 use super::pipeline::{Cursor, Pipeline};
 use super::tma_ring::Form;
 use crate::attention::config::AttentionConfig;
 use crate::attention::place::Place;
+use crate::attention::queries::load_words;
 
 /// The one stage of queries, in the caller's element type.
 pub(super) struct QueryStage<'k> {
@@ -84,13 +85,10 @@ impl<'k> StagedRows<'k> {
     /// quad has some; zeros where the head ends.
     pub fn words(&self, place: &Place<'k>, slot: usize, index: usize, per: usize) -> Vec<Val<'k, u32>> {
         let code = place.lane.code();
-        // Words of a lane, and chunks of a quad.
-        let (words, chunks) = (per / 2, per / 2);
-        let (panel, chunk) = {
-            let chunks_of_row = self.form.row_bytes / 16;
-            let first = index * chunks;
-            (first / chunks_of_row, first % chunks_of_row)
-        };
+        // Words of a lane, and 16-byte chunks of a quad.
+        let words = per / 2;
+        let chunks_of_row = self.form.row_bytes / CHUNK_BYTES;
+        let (panel, chunk) = (index * words / chunks_of_row, index * words % chunks_of_row);
         if panel >= self.form.panels {
             return vec![code.constant(0); words];
         }
@@ -98,11 +96,6 @@ impl<'k> StagedRows<'k> {
         let tile = SharedTile::new(panel, self.form.row_bytes);
         let (of_quad, within) = ((place.lane & 3) * words as i32).split_index(4);
         let row = place.warp * 16 + lane_row(place.lane);
-        let at = tile.chunk(row, of_quad).step(SLOT_ROWS * slot, chunk).cast::<u32>().at(within);
-        match words {
-            1 => vec![at.load()],
-            2 => at.load_vector::<2>().to_vec(),
-            _ => at.load_vector::<4>().to_vec(),
-        }
+        load_words(tile.chunk(row, of_quad).step(SLOT_ROWS * slot, chunk).cast::<u32>().at(within), words)
     }
 }
