@@ -6,7 +6,7 @@ use sage_core::sparse::{BlockMap, PaddedBlocks, PerHead, Predictor, Select};
 use sage_core::{BlockMask, Error, Geometry, Result, Strided};
 use sage_cuda::{Buffer, Kernel, Stream};
 use sage_kernels::pass::Pass;
-use sage_kernels::predict::{PredictCall, PredictTensors};
+use sage_kernels::predict::{LengthLists, PredictCall, PredictTensors};
 
 use crate::launches::{self, PassKernels};
 use crate::lists::{Lists, kernel_lengths};
@@ -143,7 +143,9 @@ impl Cuda {
         let tensors = tensors(call);
         let aligned = tensors.aligned(call.problem.head_dim);
         let padded_keys = predictor.k_padding.is_some();
-        let call = PredictCall { problem: call.problem, lengths, aligned, padded_keys };
+        let [q_rows, kv_rows] = [&call.q, &call.k].map(|tensor| tensor.shape()[2]);
+        let call =
+            PredictCall { lengths, q_rows, kv_rows, aligned, padded_keys, ..PredictCall::new(&call.problem) };
         self.prediction_of((call, planned_by(predictor)))
     }
 
@@ -163,8 +165,8 @@ impl Cuda {
         let map = CudaMap { flags, shape, geometry, block_q, block_k };
         let lists = Lists::new(stream, &call.lengths)?;
         let numbers = Numbers::new(self, stream, predictor)?;
-        let tensors =
-            PredictTensors { kv_lens: lists.k, map: map.flags.address(), ..numbers.tensors(tensors(call)) };
+        let lengths = LengthLists { queries: lists.q, keys: lists.k };
+        let tensors = PredictTensors { lengths, map: map.flags.address(), ..numbers.tensors(tensors(call)) };
         Ok(PreparedPrediction { plan, tensors, map, _lists: lists, _numbers: numbers })
     }
 

@@ -132,7 +132,8 @@ impl<'a> Attention<'a> {
         Attention { block_mask: Some(mask.into()), ..self }
     }
 
-    /// Computes only the blocks of the score matrix that `predictor` finds worth it; [`Output::map`] has them.
+    /// Computes only the blocks of the score matrix that `predictor` finds worth it; [`Output::map`] has them. Packed
+    /// sequences are predicted each by itself, and are entries of the map's batch.
     ///
     /// ```
     /// use sageattention::sparse::Predictor;

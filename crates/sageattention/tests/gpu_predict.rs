@@ -3,9 +3,9 @@
 #![cfg(feature = "cuda")]
 
 use sage_testkit::{gpu, normal_tensor, predictions};
-use sageattention::cuda::{Buffer, CudaTensor, DeviceBytes, DeviceTensor};
+use sageattention::cuda::{Buffer, CudaTensor, DeviceBytes, DeviceInts, DeviceTensor};
 use sageattention::sparse::{Predictor, Select};
-use sageattention::{Attention, DType, Device, Geometry, Preset, Tensor};
+use sageattention::{Attention, DType, Device, Geometry, Lengths, Preset, Tensor};
 
 #[test]
 fn maps_are_the_oracles() {
@@ -74,6 +74,51 @@ fn attention_is_over_the_map_that_it_predicts() {
         // SAFETY: what the graph uses outlives its replay.
         unsafe { graph.launch(&stream) }.unwrap();
         assert_eq!(bits(&out), bits(&replayed));
+    }
+}
+
+/// Boundaries in the GPU's memory are read there: the calls are captured in a graph, which nothing may wait for, and the
+/// graph computes other sequences when the boundaries change.
+#[test]
+fn packed_sequences_are_predicted_where_their_boundaries_lie() {
+    let Some(cuda) = gpu::first("packed_sequences_are_predicted_where_their_boundaries_lie") else { return };
+    let stream = cuda.stream().unwrap();
+    let host = [1, 2, 3].map(|seed| normal_tensor(seed, &[900, 4, 64], DType::F16));
+    let [q, k, v] = host.each_ref().map(|tensor| CudaTensor::upload(&stream, &tensor.view()).unwrap());
+    let attention = Attention::new().scheme(Preset::FULL).causal(true);
+    let (first, second) = ([0, 300, 300, 900], [0, 500, 730, 900]);
+    let mut boundaries = Buffer::from_slice(&stream, &first).unwrap();
+    // SAFETY: the buffer has four numbers, and lives until the stream is done.
+    let list = unsafe { DeviceInts::from_raw(boundaries.address(), 4) };
+    let lengths =
+        Lengths::DevicePacked { cu_seqlens_q: list, cu_seqlens_k: list, max_q_len: 600, max_kv_len: 600 };
+    let on_gpu = attention.clone().sparse(sparge()).lengths(lengths);
+    let out = CudaTensor::uninitialized(&stream, DType::F16, &[900, 4, 64]).unwrap();
+    let run = || on_gpu.forward_on(&cuda, &stream, [q.view(), k.view(), v.view()], out.view(), None).unwrap();
+    let expected = |boundaries: &[i32; 4]| {
+        let packed = attention.clone().sparse(sparge()).packed(boundaries, boundaries);
+        packed.device(Device::Cuda(0)).forward(&host[0], &host[1], &host[2]).unwrap()
+    };
+    let bits = || out.buffer().to_vec::<u16>().unwrap();
+    let bits_of = |tensor: &Tensor| match tensor.view() {
+        sageattention::TensorView::F16(view) => view.data().iter().map(|x| x.to_bits()).collect::<Vec<u16>>(),
+        _ => panic!("in half precision"),
+    };
+
+    let map = run().expect("predicted").to_host().unwrap();
+    let of_host = expected(&first);
+    assert_eq!(Some(map), of_host.map);
+    let on_cpu = attention.clone().sparse(sparge()).packed(&first, &first);
+    assert_eq!(of_host.map, Some(on_cpu.predict(&host[0], &host[1]).unwrap()));
+    assert_eq!(bits(), bits_of(&of_host.out));
+    stream.begin_capture().unwrap();
+    drop(run());
+    let graph = stream.end_capture().unwrap().instantiate().unwrap();
+    for sequences in [second, first] {
+        boundaries.copy_from_host(&sequences).unwrap();
+        // SAFETY: what the graph uses outlives its replay.
+        unsafe { graph.launch(&stream) }.unwrap();
+        assert_eq!(bits(), bits_of(&expected(&sequences).out));
     }
 }
 

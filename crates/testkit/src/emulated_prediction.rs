@@ -3,11 +3,11 @@
 use sage_core::Geometry;
 use sage_core::sparse::{PaddedBlocks, PerHead, Select};
 use sage_emulator::Emulator;
-use sage_kernels::predict::{PredictCall, PredictTensors};
+use sage_kernels::predict::{LengthLists, PredictCall, PredictTensors};
 use sage_kernels::{Lengths, TensorArg};
 
 use crate::emulator::Launches;
-use crate::{Emulated, Memory, Prediction};
+use crate::{Emulated, Memory, Prediction, Sequences};
 
 impl Emulated {
     /// The bytes of a predicted map.
@@ -28,15 +28,25 @@ impl Emulated {
         };
         let q = tensor("q", &tensors[0], checked.q.geometry());
         let k = tensor("k", &tensors[1], checked.k.geometry());
-        let lengths = if case.kv_lens.is_some() { Lengths::KvLens } else { Lengths::Dense };
+        let lengths = match &case.sequences {
+            Sequences::Dense | Sequences::Staggered => Lengths::Dense,
+            Sequences::KvLens(_) => Lengths::KvLens,
+            Sequences::Packed(..) => Lengths::Packed,
+        };
+        let mut problem = checked.problem;
+        if let (Some([q_len, kv_len]), Lengths::Packed) = (self.longest, lengths) {
+            (problem.q_len, problem.kv_len) = (problem.q_len.min(q_len), problem.kv_len.min(kv_len));
+        }
         let call = PredictCall {
-            problem: checked.problem,
             lengths,
+            q_rows: checked.q.shape()[2],
+            kv_rows: checked.k.shape()[2],
             aligned,
             padded_keys: case.predictor.k_padding.is_some(),
+            ..PredictCall::new(&problem)
         };
         let pass = call.pass(&case.predictor).unwrap_or_else(|error| panic!("{error}: {case:?}"));
-        let bytes: usize = case.predictor.shape(&checked.problem).iter().product();
+        let bytes: usize = case.predictor.shape(&problem).iter().product();
         let map = emulator.uninitialized("map", bytes.max(1));
         let mut each = |name: &str, number: Option<&PerHead>| match number {
             Some(PerHead::Each(numbers)) => emulator.buffer(name, numbers).address(),
@@ -60,7 +70,13 @@ impl Emulated {
         let mut integers = |name: &str, values: Option<Vec<i32>>| {
             values.map_or(0, |values| emulator.buffer(name, &values).address())
         };
-        tensors.kv_lens = integers("kv_lens", case.kv_lens.clone());
+        let (queries, keys) = match &case.sequences {
+            Sequences::Dense | Sequences::Staggered => (None, None),
+            Sequences::KvLens(kv_lens) => (None, Some(kv_lens.clone())),
+            Sequences::Packed(q, k) => (Some(q.clone()), Some(k.clone())),
+        };
+        tensors.lengths =
+            LengthLists { queries: integers("cu_seqlens_q", queries), keys: integers("cu_seqlens_k", keys) };
         let sizes = |padding: &Option<PaddedBlocks>| {
             padding.as_ref().map(|padding| padding.sizes().iter().map(|&size| size as i32).collect())
         };

@@ -4,8 +4,8 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use sage_core::oracle::Output;
 use sage_core::{
-    Backend, BlockMask, Call, Choice, DType, Geometry, Inputs, Lengths, Options, Problem, Scheme,
-    SparseBackend, Strided,
+    Backend, BlockMask, Call, Choice, DType, Geometry, Inputs, Options, Problem, Scheme, SparseBackend,
+    Strided,
 };
 use sage_gpu::{Buffer, Cuda, CudaTensor, DeviceBytes, DeviceInputs, DeviceLse, DeviceMask, Stream, devices};
 use sage_kernels::forward::{ForwardPlan, Request};
@@ -27,8 +27,7 @@ pub fn first(test: &str) -> Option<Cuda> {
 pub fn predicted(cuda: &Cuda, case: &Prediction) -> Vec<u8> {
     let stream = cuda.stream().unwrap();
     let [q, k] = case.tensors().map(|tensor| CudaTensor::upload(&stream, &tensor.view()).unwrap());
-    let lengths = case.kv_lens.as_deref().map_or(Lengths::Dense, Lengths::KvLens);
-    let inputs: DeviceInputs<'_> = Inputs::new(q.view(), k.view(), k.view()).lengths(lengths.beside());
+    let inputs: DeviceInputs<'_> = Inputs::new(q.view(), k.view(), k.view()).lengths(case.lengths().beside());
     let call = Call::check_sparse(&inputs, &Options::default().band(case.band), &case.predictor).unwrap();
     let map = SparseBackend::predict(cuda, &stream, &call, &case.predictor)
         .unwrap_or_else(|error| panic!("{error}: {case:?}"));

@@ -3,7 +3,7 @@
 use sage_core::sparse::{BlockMap, PaddedBlocks, Predictor, Select};
 use sage_core::{Alignment, Band, Call, DType, Geometry, Inputs, Layout, Lengths, Options};
 
-use crate::{Memory, for_each_index, normal};
+use crate::{Memory, Sequences, for_each_index, normal};
 
 /// What tokens hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,20 +39,20 @@ pub struct Prediction {
     pub band: Band,
     /// Element type.
     pub dtype: DType,
-    /// Batch entries.
+    /// Batch entries, of tensors that are not packed.
     pub batch: usize,
     /// Query heads.
     pub q_heads: usize,
     /// Key heads.
     pub kv_heads: usize,
-    /// Queries.
+    /// Queries, of tensors that are not packed.
     pub q_len: usize,
-    /// Keys.
+    /// Keys, of tensors that are not packed.
     pub kv_len: usize,
     /// Channels.
     pub head_dim: usize,
-    /// Valid keys of each batch entry.
-    pub kv_lens: Option<Vec<i32>>,
+    /// Lengths of the sequences.
+    pub sequences: Sequences,
     /// Which dimension of tokens or heads lies outside in memory.
     pub layout: Layout,
     /// Elements between rows.
@@ -74,31 +74,43 @@ impl Prediction {
             q_len: 333,
             kv_len: 550,
             head_dim: 64,
-            kv_lens: None,
+            sequences: Sequences::Dense,
             layout: Layout::Hnd,
             gap: 0,
             tokens: Tokens::Runs,
         }
     }
 
-    /// Queries and keys as `[batch, heads, tokens, head_dim]`.
+    /// Queries and keys as `[batch, heads, tokens, head_dim]`, or packed as `[tokens, heads, head_dim]`.
     pub fn tensors(&self) -> [Memory; 2] {
-        [(self.q_heads, self.q_len, false), (self.kv_heads, self.kv_len, true)]
-            .map(|(heads, len, keys)| self.tensor(heads, len, keys))
+        let last = |boundaries: &[i32]| boundaries.last().map_or(0, |&end| end as usize);
+        let [batch, q_rows, kv_rows] = match &self.sequences {
+            Sequences::Packed(q, k) => [1, last(q), last(k)],
+            _ => [self.batch, self.q_len, self.kv_len],
+        };
+        [(self.q_heads, q_rows, false), (self.kv_heads, kv_rows, true)]
+            .map(|(heads, len, keys)| self.tensor([batch, heads, len], keys))
     }
 
-    fn tensor(&self, heads: usize, len: usize, keys: bool) -> Memory {
-        let (shape, row) = ([self.batch, heads, len, self.head_dim], self.head_dim + self.gap);
+    fn tensor(&self, [batch, heads, len]: [usize; 3], keys: bool) -> Memory {
+        let (shape, row) = ([batch, heads, len, self.head_dim], self.head_dim + self.gap);
         let (head, token) = match self.layout {
             Layout::Nhd => (row, heads * row),
             Layout::Hnd => (len * row, row),
         };
         let strides = [heads * len * row, head, token, 1].map(|stride| stride as i64);
-        let geometry = Geometry::strided("tensor", &shape, &strides, 0).unwrap();
+        let geometry = match self.sequences {
+            Sequences::Packed(..) => {
+                let strides = [token, head, 1].map(|stride| stride as i64);
+                Geometry::strided("tensor", &[len, heads, self.head_dim], &strides, 0)
+            }
+            _ => Geometry::strided("tensor", &shape, &strides, 0),
+        }
+        .unwrap();
         // The same directions in queries and keys, so that some blocks are alike.
         let directions = normal(7, 64 * self.head_dim);
         let noise = normal(if keys { 8 } else { 9 }, shape.iter().product());
-        let mut memory = vec![f32::NAN; self.batch * heads * len * row];
+        let mut memory = vec![f32::NAN; batch * heads * len * row];
         let mut number = 0;
         for_each_index(&shape, |index| {
             let [_, h, i, c] = [0, 1, 2, 3].map(|at| index[at]);
@@ -122,9 +134,17 @@ impl Prediction {
 
     /// The call of these tensors, in which the keys stand for values as well: they have no part in a prediction.
     pub fn call<'a>(&'a self, [q, k]: &'a [Memory; 2]) -> Call<'a> {
-        let lengths = self.kv_lens.as_deref().map_or(Lengths::Dense, Lengths::KvLens);
-        let inputs = Inputs::new(q.view(), k.view(), k.view()).lengths(lengths);
+        let inputs = Inputs::new(q.view(), k.view(), k.view()).lengths(self.lengths());
         Call::check_sparse(&inputs, &Options::default().band(self.band), &self.predictor).unwrap()
+    }
+
+    /// The lengths as a call takes them.
+    pub fn lengths(&self) -> Lengths<'_> {
+        match &self.sequences {
+            Sequences::Dense | Sequences::Staggered => Lengths::Dense,
+            Sequences::KvLens(kv_lens) => Lengths::KvLens(kv_lens),
+            Sequences::Packed(q, k) => Lengths::Packed { cu_seqlens_q: q, cu_seqlens_k: k },
+        }
     }
 
     /// The map that the oracle predicts.
@@ -205,11 +225,12 @@ pub fn predictions() -> Vec<Prediction> {
 
     // Lengths, with every band.
     for band in [Band::FULL, causal, late, window, ahead] {
-        let kv_lens = Some(vec![550, 0, 301, 64]);
+        let sequences = Sequences::KvLens(vec![550, 0, 301, 64]);
         for predictor in [sparge(0.7), Predictor::sla(0.3), Predictor::sol_attn(0.5)] {
-            all.push(Prediction { batch: 4, kv_lens: kv_lens.clone(), band, ..of(predictor) });
+            all.push(Prediction { batch: 4, sequences: sequences.clone(), band, ..of(predictor) });
         }
     }
+    all.extend(packed(&[Band::FULL, causal, late, window, ahead]));
     // Data.
     let spoiled = [Spoil::Nan, Spoil::Infinity].map(Tokens::Spoiled);
     for tokens in [Tokens::Outliers, Tokens::Alike, Tokens::Zeros].into_iter().chain(spoiled) {
@@ -250,6 +271,44 @@ fn every_selection(bands: &[Band]) -> Vec<Prediction> {
     all
 }
 
+/// Packed sequences, some without queries or keys, with every selection, each of the bands, and rows in either order.
+fn packed(bands: &[Band]) -> Vec<Prediction> {
+    let [q, k] = [[0, 70, 70, 71, 330, 460], [0, 90, 300, 300, 301, 850]].map(Vec::from);
+    let mut all = Vec::new();
+    for (number, select) in selects().into_iter().enumerate() {
+        for (of_band, &band) in bands.iter().enumerate() {
+            let mut predictor = Predictor::new(select.clone()).blocks([64, 48][number % 2], 64);
+            predictor.smooth_k = (number + of_band) % 2 == 0;
+            predictor.similarity = ((number + of_band) % 3 != 0).then(|| 0.25.into());
+            let layout = [Layout::Nhd, Layout::Hnd][of_band % 2];
+            let sequences = Sequences::Packed(q.clone(), k.clone());
+            all.push(Prediction { sequences, band, layout, ..Prediction::of(predictor) });
+        }
+    }
+    let sparge = Predictor::sparge_attn(Select::TopK(vec![0.2, 0.5].into()), vec![0.1, 0.4]);
+    let of_heads = Prediction { q_heads: 4, kv_heads: 2, ..Prediction::of(Predictor::sla(0.3)) };
+    for (head_dim, gap, dtype) in
+        [(128, 0, DType::BF16), (72, 0, DType::F16), (33, 0, DType::BF16), (64, 3, DType::F16)]
+    {
+        let sequences = Sequences::Packed(vec![0, 130, 200], vec![0, 190, 200]);
+        all.push(Prediction { sequences, head_dim, gap, dtype, ..of_heads.clone() });
+    }
+    let sinks = sparge.clone().sink_k(0..1).sink_q(1..2).original_tails(true);
+    let padded = |sizes: &[i32], block: usize| PaddedBlocks::new(sizes, block).unwrap();
+    let padded = sparge.clone().q_padding(padded(&[40, 0, 17], 128)).k_padding(padded(&[3, 64, 0, 10], 64));
+    all.push(Prediction { sequences: Sequences::Packed(q.clone(), k.clone()), ..Prediction::of(sinks) });
+    let sequences = Sequences::Packed(vec![0, 384, 414], vec![0, 130, 386]);
+    all.push(Prediction { sequences, ..Prediction::of(padded) });
+    // None at all, and none with a query.
+    let without = |q: &[i32], k: &[i32]| Sequences::Packed(q.to_vec(), k.to_vec());
+    for sequences in
+        [without(&[0], &[0]), without(&[0, 0, 0], &[0, 90, 100]), without(&[0, 9, 80], &[0, 0, 0])]
+    {
+        all.push(Prediction { sequences, ..Prediction::of(sparge.clone()) });
+    }
+    all
+}
+
 /// Each of these predictors with every rule beside the selection.
 fn rules(predictors: &[Predictor], causal: Band) -> Vec<Prediction> {
     let mut all = Vec::new();
@@ -268,9 +327,9 @@ fn rules(predictors: &[Predictor], causal: Band) -> Vec<Prediction> {
             .k_padding(padded(&k_sizes, block_k))
             .smooth_k(true);
         let padded = Prediction { q_len: 4 * block_q, kv_len: 8 * block_k, ..Prediction::of(predictor) };
-        let kv_lens = Some(vec![8 * block_k as i32, 5 * block_k as i32 + 7, 2 * block_k as i32 + 1]);
+        let kv_lens = vec![8 * block_k as i32, 5 * block_k as i32 + 7, 2 * block_k as i32 + 1];
         all.push(Prediction { band: causal, ..padded.clone() });
-        all.push(Prediction { batch: 3, kv_lens, ..padded });
+        all.push(Prediction { batch: 3, sequences: Sequences::KvLens(kv_lens), ..padded });
     }
     for select in [
         Select::TopK(vec![0.1, 0.7].into()),

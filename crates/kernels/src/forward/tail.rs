@@ -3,7 +3,7 @@
 use super::attention::lse_address;
 use super::call::{ForwardCall, ForwardPass, slot};
 use crate::pass::Slot;
-use crate::predict::{PoolBlocksArgs, PoolBlocksConfig, TokenBlocks, TokensArgs};
+use crate::predict::{LengthLists, PoolBlocksArgs, PoolBlocksConfig, TokenBlocks, TokensArgs};
 use crate::preprocess::Source;
 use crate::tail::{PooledTailArgs, PooledTailConfig};
 
@@ -29,9 +29,10 @@ pub(super) fn add(call: ForwardCall, [block_q, block_k]: [usize; 2], lse: bool, 
         let blocks = TokenBlocks { source, tokens: block_k };
         let pool = PoolBlocksConfig { blocks, smooth, similarity: false, narrow: true };
         pass.launch(pool, move |at, launch| {
+            let lists = LengthLists { queries: at.tensors.cu_seqlens_q, keys: at.tensors.cu_seqlens_k };
             let args = PoolBlocksArgs {
                 x: if of_values == 1 { at.tensors.v } else { at.tensors.k },
-                tokens: TokensArgs::of_keys(&problem, block_k, at.tensors.cu_seqlens_k, 0),
+                tokens: TokensArgs::of_keys(&problem, block_k, lists),
                 heads: kv_heads as i32,
                 all_heads: (batch * kv_heads) as i32,
                 subtracted: if smooth { at.of(k_mean) } else { 0 },

@@ -4,6 +4,7 @@ use sage_ptx::{Code, Program, Val, kernel};
 
 use super::row::{Columns, LANES, Row, Similar};
 use super::selection::{Chosen, Survey};
+use super::tokens::Tokens;
 use super::weight::{NO_SCORE, score};
 use crate::grid::{BlockHead, grid};
 use crate::kernel::Kernel;
@@ -41,7 +42,7 @@ pub struct ChooseBlocksConfig {
     pub counts: bool,
     /// Scores that a lane holds in registers; none where they are too many.
     pub per_lane: Option<usize>,
-    /// Where the lengths of sequences come from; not packed.
+    /// Where the lengths of sequences come from.
     pub lengths: Lengths,
 }
 
@@ -129,7 +130,7 @@ impl ChooseBlocksConfig {
         let keys = p.keys.of_sequence(self.lengths, index);
         let first_query = q_block * p.block_q;
         let seen = keys.seen_keys(first_query, p.block_q);
-        let count = p.queries(q_block, first_query);
+        let count = p.queries(&keys, q_block, first_query);
         code.note("a row that sees nothing, or has no queries");
         let empty = seen[0].ge(seen[1]) | count.le(0);
         code.when(empty, || {
@@ -207,9 +208,9 @@ impl ChooseBlocksConfig {
 impl<'k> ChooseBlocksParams<'k> {
     /// How many queries of a block, which begins with `first`, count.
     #[track_caller]
-    fn queries(&self, q_block: Val<'k, i32>, first: Val<'k, i32>) -> Val<'k, i32> {
+    fn queries(&self, keys: &Tokens<'k>, q_block: Val<'k, i32>, first: Val<'k, i32>) -> Val<'k, i32> {
         let code = first.code();
-        let count = code.var((self.keys.queries - first).min(self.block_q));
+        let count = code.var((keys.queries() - first).min(self.block_q));
         code.when(self.q_sizes.address().ne(0u64), || {
             count.set(count.get().min(self.q_sizes.at(q_block).load()));
         });

@@ -13,7 +13,7 @@ const MOST_SLOTS: usize = 16;
 /// time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct TokenBlocks {
-    /// The tensor as given; its lengths are not packed.
+    /// The tensor as given.
     pub source: Source,
     /// Tokens of a block.
     pub tokens: usize,

@@ -22,7 +22,7 @@ const LEVELS: usize = 23;
 pub struct MeanOfBlocksConfig {
     /// Channels of a row of sums: a multiple of 64.
     pub padded_dim: usize,
-    /// Where the lengths of sequences come from; not packed.
+    /// Where the lengths of sequences come from.
     pub lengths: Lengths,
 }
 

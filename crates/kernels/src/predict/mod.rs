@@ -6,8 +6,10 @@
 //! ```
 //!
 //! The map is bytes `[batch, num_q_heads, q_blocks, k_blocks]`, 1 for a block that is kept, which
-//! [`ListTilesConfig`](crate::sparse::ListTilesConfig) reads as a block mask. With `P` = [`Source::padded_dim`], the
-//! workspace holds, in single precision,
+//! [`ListTilesConfig`](crate::sparse::ListTilesConfig) reads as a block mask. Packed sequences are entries of that batch,
+//! each with as many blocks as the longest has: kernels find a sequence's rows by the boundaries in device memory, so that
+//! nothing waits for them, and blocks behind its own end have no tokens. With `P` = [`Source::padded_dim`], the workspace
+//! holds, in single precision,
 //!
 //! | what | layout |
 //! | --- | --- |
@@ -44,5 +46,5 @@ pub(crate) use per_head::PerHeadParam;
 pub use pool_blocks::{PoolBlocksArgs, PoolBlocksConfig};
 pub use score_blocks::{ScoreBlocksArgs, ScoreBlocksConfig};
 pub use sum_blocks::{SumBlocksArgs, SumBlocksConfig};
-pub use tokens::TokensArgs;
 pub(crate) use tokens::TokensParams;
+pub use tokens::{LengthLists, TokensArgs};

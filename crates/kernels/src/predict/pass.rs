@@ -6,9 +6,9 @@ use sage_core::sparse::{PerHead, Predictor, Select};
 use sage_core::{DType, Error, Problem, Result, default_sm_scale};
 
 use super::{
-    Choice, ChooseBlocksArgs, ChooseBlocksConfig, MeanOfBlocksArgs, MeanOfBlocksConfig, PerHeadArg,
-    PoolBlocksArgs, PoolBlocksConfig, ScoreBlocksArgs, ScoreBlocksConfig, SumBlocksArgs, SumBlocksConfig,
-    TokenBlocks, TokensArgs,
+    Choice, ChooseBlocksArgs, ChooseBlocksConfig, LengthLists, MeanOfBlocksArgs, MeanOfBlocksConfig,
+    PerHeadArg, PoolBlocksArgs, PoolBlocksConfig, ScoreBlocksArgs, ScoreBlocksConfig, SumBlocksArgs,
+    SumBlocksConfig, TokenBlocks, TokensArgs,
 };
 use crate::pass::{Pass, PassBuilder, Slot};
 use crate::preprocess::{CHUNK, Source};
@@ -18,12 +18,13 @@ use crate::tensor::TensorArg;
 /// What a prediction reads and writes.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct PredictTensors {
-    /// Queries, `[batch, q_heads, q_len, head_dim]`.
+    /// Queries, `[batch, q_heads, q_rows, head_dim]`; of packed sequences a batch of one.
     pub q: TensorArg,
-    /// Keys, `[batch, kv_heads, kv_len, head_dim]`.
+    /// Keys, `[batch, kv_heads, kv_rows, head_dim]`; of packed sequences a batch of one.
     pub k: TensorArg,
-    /// Valid keys of each batch entry, i32 `[batch]`, with [`Lengths::KvLens`].
-    pub kv_lens: u64,
+    /// With [`Lengths::Packed`] boundaries of queries and of keys, i32 `[batch + 1]`; with [`Lengths::KvLens`] as those of
+    /// keys the valid keys of each batch entry, i32 `[batch]`.
+    pub lengths: LengthLists,
     /// How many queries of each block count, i32 `[q_blocks]`, where the predictor pads blocks of queries.
     pub q_sizes: u64,
     /// How many keys of each block count, i32 `[k_blocks]`, where the predictor pads blocks of keys.
@@ -54,8 +55,12 @@ impl PredictTensors {
 pub struct PredictCall {
     /// The call, as [`Call::check_sparse`](sage_core::Call::check_sparse) checked it.
     pub problem: Problem,
-    /// Where lengths come from: not packed.
+    /// Where lengths come from.
     pub lengths: Lengths,
+    /// Rows of the tensor of queries: more than a sequence has, where they are packed.
+    pub q_rows: usize,
+    /// Rows of the tensor of keys.
+    pub kv_rows: usize,
     /// Whether all rows of both tensors start at multiples of 16 bytes and are whole such chunks.
     pub aligned: bool,
     /// Whether blocks of keys are padded, so that [`PredictTensors::k_sizes`] has their sizes.
@@ -101,11 +106,23 @@ struct Selection {
 }
 
 impl PredictCall {
+    /// A prediction for dense tensors without gaps, none of whose blocks are padded.
+    pub fn new(problem: &Problem) -> Self {
+        PredictCall {
+            problem: *problem,
+            lengths: Lengths::Dense,
+            q_rows: problem.q_len,
+            kv_rows: problem.kv_len,
+            aligned: problem.head_dim.is_multiple_of(CHUNK),
+            padded_keys: false,
+        }
+    }
+
     /// The launches that predict a map by `predictor`, which was checked with the call. Of hyper-parameters that heads
     /// have of their own, and of padded blocks, the kernels read the values that [`PredictTensors`] point to.
     ///
     /// # Errors
-    /// When tensors are not of 16 bits or packed, or blocks are without tokens or too many.
+    /// When tensors are not of 16 bits, or blocks are without tokens or too many.
     pub fn pass(&self, predictor: &Predictor) -> Result<Pass<PredictTensors>> {
         let planned = self.planned(predictor)?;
         let heads = self.problem.batch * self.problem.num_q_heads;
@@ -133,12 +150,6 @@ impl PredictCall {
         }
         if dtype == DType::F32 {
             return Err(Error::unsupported("a prediction from f32 on a GPU", "use f16 or bf16"));
-        }
-        if self.lengths == Lengths::Packed {
-            return Err(Error::unsupported(
-                "a predictor with cu_seqlens",
-                "a block map needs dense tensors: predict each sequence by itself",
-            ));
         }
         // A longer block has the same tokens; with one more than there are it is not whole, as before.
         let block = |block: usize, len: usize| block.min(len + 1);
@@ -208,7 +219,11 @@ struct Pooled {
 impl Planned {
     fn source(&self, side: Side) -> Source {
         let PredictCall { problem: Problem { dtype, head_dim, .. }, aligned, lengths, .. } = self.call;
-        let lengths = if side == Side::Keys { lengths } else { Lengths::Dense };
+        // Valid lengths are of keys alone.
+        let lengths = match (side, lengths) {
+            (Side::Queries, Lengths::KvLens) => Lengths::Dense,
+            _ => lengths,
+        };
         Source { dtype, head_dim, aligned, lengths, masked: false }
     }
 
@@ -223,7 +238,16 @@ impl Planned {
 
     /// Which keys count.
     fn keys(&self, tensors: &PredictTensors) -> TokensArgs {
-        TokensArgs::of_keys(&self.call.problem, self.block_k, tensors.kv_lens, tensors.k_sizes)
+        let PredictCall { problem, q_rows, kv_rows, .. } = self.call;
+        let keys = TokensArgs::of_keys(&problem, self.block_k, tensors.lengths);
+        keys.rows(kv_rows, q_rows).sizes(tensors.k_sizes)
+    }
+
+    /// Which queries count.
+    fn queries(&self, tensors: &PredictTensors) -> TokensArgs {
+        let PredictCall { problem, q_rows, .. } = self.call;
+        let queries = TokensArgs::of_queries(&problem, self.block_q, tensors.lengths);
+        queries.rows(q_rows, q_rows).sizes(tensors.q_sizes)
     }
 
     /// Heads of Q, of a sequence and of all.
@@ -283,9 +307,7 @@ impl Planned {
             PoolBlocksConfig { blocks: self.blocks(side), smooth: mean.is_some(), similarity, narrow: false };
         pass.launch(pool, move |at, launch| {
             let (x, tokens) = match side {
-                Side::Queries => {
-                    (at.tensors.q, TokensArgs::of_queries(rows, planned.block_q, at.tensors.q_sizes))
-                }
+                Side::Queries => (at.tensors.q, planned.queries(at.tensors)),
                 Side::Keys => (at.tensors.k, planned.keys(at.tensors)),
             };
             let args = PoolBlocksArgs {

@@ -29,7 +29,7 @@ const UNROLLED: usize = 4;
 pub struct ScoreBlocksConfig {
     /// Channels of a mean: a multiple of 64.
     pub padded_dim: usize,
-    /// Where the lengths of sequences come from; not packed.
+    /// Where the lengths of sequences come from.
     pub lengths: Lengths,
 }
 

@@ -14,14 +14,18 @@ kernel_params! {
     TokensParams, TokensArgs {
         /// Tokens of the tensor.
         tokens: i32,
-        /// Valid tokens of each batch entry.
-        lens: [i32],
+        /// Tokens of the longest sequence: what packed ones have beyond it has no blocks.
+        longest: i32,
+        /// Boundaries of packed sequences, or valid tokens of each batch entry.
+        cu_seqlens: [i32],
         /// Tokens of a block.
         block: i32,
         /// How many tokens of each block count, `[blocks]`; 0 where all do.
         sizes: [i32],
-        /// For keys: queries of each batch entry.
+        /// For keys: queries of the tensors.
         queries: i32,
+        /// For keys: boundaries of packed queries.
+        cu_seqlens_q: [i32],
         /// For keys: those visible before the diagonal; 2³⁰ for all.
         window_left: i32,
         /// For keys: those visible after the diagonal; 2³⁰ for all.
@@ -31,34 +35,60 @@ kernel_params! {
     }
 }
 
+/// Addresses of the lengths of sequences, each 0 where kernels read none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LengthLists {
+    /// Boundaries of packed queries.
+    pub queries: u64,
+    /// Boundaries of packed keys, or valid keys of each batch entry.
+    pub keys: u64,
+}
+
 impl TokensArgs {
-    /// Keys of a call, of which those count that some query sees; see the fields for `lens` and `sizes`.
-    pub fn of_keys(problem: &Problem, block: usize, lens: u64, sizes: u64) -> Self {
+    /// Keys of a call, of which those count that some query sees, in blocks of which none is padded; their tensors have the
+    /// rows of a sequence.
+    pub fn of_keys(problem: &Problem, block: usize, lists: LengthLists) -> Self {
         let [window_left, window_right] = window(&problem.band);
         TokensArgs {
             tokens: problem.kv_len as i32,
-            lens,
+            longest: problem.kv_len as i32,
+            cu_seqlens: lists.keys,
             block: block as i32,
-            sizes,
+            sizes: 0,
             queries: problem.q_len as i32,
+            cu_seqlens_q: lists.queries,
             window_left,
             window_right,
             bottom_right: bottom_right(&problem.band),
         }
     }
 
-    /// Queries, which all count.
-    pub fn of_queries(queries: usize, block: usize, sizes: u64) -> Self {
+    /// Queries of a call, which all count, as [`TokensArgs::of_keys`].
+    pub fn of_queries(problem: &Problem, block: usize, lists: LengthLists) -> Self {
         TokensArgs {
-            tokens: queries as i32,
+            tokens: problem.q_len as i32,
+            longest: problem.q_len as i32,
+            cu_seqlens: lists.queries,
             block: block as i32,
-            sizes,
-            // As if one query saw all others.
-            queries: 1,
+            sizes: 0,
+            // As if each query saw all others.
+            queries: problem.q_len as i32,
+            cu_seqlens_q: lists.queries,
             window_left: NO_LIMIT,
             window_right: NO_LIMIT,
-            ..TokensArgs::default()
+            bottom_right: 0,
         }
+    }
+
+    /// The same where the tensors have so many rows, of these tokens and of queries: more than a sequence has, where they
+    /// are packed.
+    pub fn rows(self, tokens: usize, queries: usize) -> Self {
+        TokensArgs { tokens: tokens as i32, queries: queries as i32, ..self }
+    }
+
+    /// The same where blocks are padded, by the address of how many tokens of each count.
+    pub fn sizes(self, sizes: u64) -> Self {
+        TokensArgs { sizes, ..self }
     }
 }
 
@@ -81,15 +111,19 @@ impl<'k> TokensParams<'k> {
         let params = LengthParams {
             q_rows: self.queries,
             kv_rows: self.tokens,
-            cu_seqlens_q: self.lens,
-            cu_seqlens_k: self.lens,
+            cu_seqlens_q: self.cu_seqlens_q,
+            cu_seqlens_k: self.cu_seqlens,
             window_left: self.window_left,
             window_right: self.window_right,
             bottom_right: self.bottom_right,
         };
         // Keys are counted from the tensor's first, as under an explicit mask.
-        let sequence = Sequence::new(index.code(), lengths, true, &params, index);
-        let [start, end] = seen(&params, &sequence, index.code().constant(0), self.queries);
+        let mut sequence = Sequence::new(index.code(), lengths, true, &params, index);
+        if lengths == Lengths::Packed {
+            // Nobody has checked lists in device memory, and a workspace has places for so many blocks.
+            sequence.kv_len = sequence.kv_len.min(self.longest);
+        }
+        let [start, end] = seen(&params, &sequence, index.code().constant(0), sequence.q_len);
         Tokens { lengths: params, sequence, block: self.block, sizes: self.sizes, start, end }
     }
 }
@@ -110,6 +144,11 @@ fn seen<'k>(
 }
 
 impl<'k> Tokens<'k> {
+    /// For keys: queries of the sequence; not positive where device memory has boundaries that fall.
+    pub fn queries(&self) -> Val<'k, i32> {
+        self.sequence.q_len
+    }
+
     /// Blocks up to the last that has a token that counts.
     #[track_caller]
     pub fn blocks(&self) -> Val<'k, i32> {
@@ -170,14 +209,15 @@ pub(super) fn head<'k>(
         rows: tokens.tokens,
         heads,
         sequences: zero,
-        cu_seqlens: tokens.lens,
-        q_rows: zero,
-        cu_seqlens_q: tokens.lens,
+        cu_seqlens: tokens.cu_seqlens,
+        // As if the rows were queries that see all others.
+        q_rows: tokens.tokens,
+        cu_seqlens_q: tokens.cu_seqlens,
         window_left: no_limit,
         window_right: no_limit,
         bottom_right: zero,
-        seen: tokens.lens.cast(),
-        ranks: tokens.lens,
+        seen: tokens.cu_seqlens.cast(),
+        ranks: tokens.cu_seqlens,
         seen_stride_sequence: zero,
         seen_stride_head: zero,
     };
