@@ -61,15 +61,17 @@ pub struct Reference<'a> {
 
 impl<'a> Reference<'a> {
     /// Computes exact attention, all heads at once; they are added to the progress. The kernels that are compared
-    /// with it are those of `device`. With a predictor, which `attention` has too, schemes compute its blocks alone.
+    /// with it are those of `device`. With a predictor, which `attention` has too, schemes compute its blocks alone;
+    /// `sinks` are its attention sinks.
     pub fn new(
         qkv: &'a Qkv,
         attention: Attention<'a>,
         device: Device,
         predictor: Option<&Predictor>,
+        sinks: Option<&'a [f32]>,
         progress: &ProgressBar,
     ) -> Result<Self> {
-        let heads = Heads::new(qkv, attention.options())?;
+        let heads = Heads::new(qkv, attention.options(), sinks)?;
         progress.inc_length(heads.list().len() as u64);
         let exact = per_head(&heads, progress, |head| heads.exact(head))?;
         Ok(Reference {

@@ -6,6 +6,7 @@ use sage_kernels::decode::{AppendCall, AttendCall, AttendTensors, Storage};
 use sage_kernels::pass::Pass;
 use sageattention::{DType, Error, Inputs, Lengths, Options, Problem, Result, TensorView};
 
+use crate::inputs;
 use crate::made_up::MadeUp;
 use crate::options::{CacheOptions, ProblemOptions};
 use crate::pass_summary::PassSummary;
@@ -17,6 +18,7 @@ pub struct DecodePlan {
     options: Options,
     problem: Problem,
     kv_lens: Vec<i32>,
+    sinks: Option<Vec<f32>>,
     appends: Vec<Append>,
     attend: Pass<AttendTensors>,
     table_stride: usize,
@@ -65,8 +67,11 @@ impl DecodePlan {
         };
         let call_options = options.attention().options();
         let [q, ..] = made_up.tensors();
-        let inputs = CachedInputs::new(q, &kv_lens);
-        let problem = Call::check_cached(&inputs, &layout, &call_options)?.problem;
+        let queries = CachedInputs {
+            sinks: made_up.sinks().map(inputs::sinks).transpose()?,
+            ..CachedInputs::new(q, &kv_lens)
+        };
+        let problem = Call::check_cached(&queries, &layout, &call_options)?.problem;
         let table_stride = problem.kv_len.div_ceil(layout.page_size).max(1);
         let attend = AttendCall {
             storage: Storage::new(&layout),
@@ -96,6 +101,7 @@ impl DecodePlan {
             options: call_options,
             problem,
             kv_lens,
+            sinks: made_up.sinks().map(<[f32]>::to_vec),
             appends,
             attend: pass,
             table_stride,
@@ -151,13 +157,21 @@ impl DecodePlan {
         append.into_iter().chain([PassSummary::new("attend", &self.attend)]).collect()
     }
 
+    /// The attention sinks.
+    pub fn sinks(&self) -> Option<&[f32]> {
+        self.sinks.as_deref()
+    }
+
     /// The queries over the cache, checked.
     ///
     /// # Errors
     /// None: they were checked before.
     pub fn cached_call<'a>(&'a self, q: TensorView<'a>) -> Result<Call<'a>> {
-        let inputs = CachedInputs::new(q, &self.kv_lens);
-        Call::check_cached(&inputs, &self.layout, &self.options)
+        let queries = CachedInputs {
+            sinks: self.sinks().map(inputs::sinks).transpose()?,
+            ..CachedInputs::new(q, &self.kv_lens)
+        };
+        Call::check_cached(&queries, &self.layout, &self.options)
     }
 
     /// The same attention over tensors, without a cache.
@@ -165,8 +179,8 @@ impl DecodePlan {
     /// # Errors
     /// None: they were checked before.
     pub fn exact_call<'a>(&'a self, [q, k, v]: [TensorView<'a>; 3]) -> Result<Call<'a>> {
-        let inputs = Inputs::new(q, k, v).lengths(Lengths::KvLens(&self.kv_lens));
-        Call::check(&inputs, &self.options)
+        let tensors = Inputs::new(q, k, v).lengths(Lengths::KvLens(&self.kv_lens));
+        Call::check(&tensors.sinks(self.sinks().map(inputs::sinks).transpose()?), &self.options)
     }
 }
 

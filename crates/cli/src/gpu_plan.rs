@@ -2,12 +2,14 @@
 
 use std::fmt;
 
+use sage_core::sparse::{ExpectedDensity, Predictor};
 use sage_core::{Call, Mask};
 use sage_kernels::attention::MaskForm;
 use sage_kernels::forward::{Alternative, ForwardPlan, Request, Tensors};
 use sage_kernels::pass::Pass;
+use sage_kernels::predict::{PredictCall, PredictTensors};
 use sage_kernels::{Machine, TensorArg};
-use sageattention::{Choice, Error, Lengths, Problem, Result};
+use sageattention::{Error, Lengths, Problem, Result};
 use serde_json::Value;
 
 use crate::decode_plan::DecodePlan;
@@ -26,8 +28,19 @@ pub struct GpuPlan {
     pub problem: Problem,
     /// The GPU.
     pub machine: Machine,
+    /// How the blocks of scores are predicted that the passes compute, where they are.
+    pub prediction: Option<Predicted>,
     /// The passes.
     pub passes: Passes,
+}
+
+/// A prediction of blocks.
+#[derive(Debug)]
+pub struct Predicted {
+    /// The pass.
+    pub pass: Pass<PredictTensors>,
+    /// How many blocks it is expected to keep.
+    pub density: ExpectedDensity,
 }
 
 /// What computes a call.
@@ -49,19 +62,49 @@ impl GpuPlan {
         let call = Call::check(&inputs, &made_up.attention()?.options())?;
         check_scores(&call.problem)?;
         let Some(cache) = &options.cache else {
-            let request =
-                request(&call, made_up.mask_argument(), options.forward.scheme.choice(), options.forward.lse);
+            let request = request(&call, &call.problem, made_up, options);
             let forward = ForwardPlan::new(&call.problem, &request, &machine)?;
             check_target(forward.pass(), &machine)?;
             // What only the plan's nearest scheme computes has no alternatives.
             let weighed = Alternative::all(&call.problem, &request, &machine).unwrap_or_default();
             let passes = Passes::Forward(forward, Weighed::new(weighed));
-            return Ok(GpuPlan { problem: call.problem, machine, passes });
+            return Ok(GpuPlan { problem: call.problem, machine, prediction: None, passes });
         };
         let decode = DecodePlan::new(options, cache, made_up, &machine)?;
         decode.appends().iter().take(1).try_for_each(|append| check_target(&append.call.pass(), &machine))?;
         check_target(decode.attend(), &machine)?;
-        Ok(GpuPlan { problem: *decode.problem(), machine, passes: Passes::Decode(decode) })
+        let (problem, passes) = (*decode.problem(), Passes::Decode(decode));
+        Ok(GpuPlan { problem, machine, prediction: None, passes })
+    }
+
+    /// Plans the prediction of blocks of what the options describe, and attention over them, with pooled terms for the
+    /// others or without.
+    ///
+    /// # Errors
+    /// As [`GpuPlan::new`], and when the predictor does not fit the call.
+    pub fn over_predicted(
+        options: &ProblemOptions,
+        made_up: &MadeUp<'_>,
+        machine: Machine,
+        predictor: &Predictor,
+        pooled_tail: bool,
+    ) -> Result<Self> {
+        let inputs = made_up.inputs()?;
+        let call_options = made_up.attention()?.options().pooled_tail(pooled_tail);
+        let call = Call::check_sparse(&inputs, &call_options, predictor)?;
+        check_scores(&call.problem)?;
+        let [q_rows, kv_rows] = [&call.q, &call.k].map(|tensor| tensor.shape()[2]);
+        let lengths = kernel_lengths(&call);
+        let predict = PredictCall { lengths, q_rows, kv_rows, ..PredictCall::new(&call.problem) };
+        let prediction =
+            Predicted { pass: predict.pass(predictor)?, density: predictor.expected_density(&call.problem) };
+        check_target(&prediction.pass, &machine)?;
+        let problem = call.problem.blocks([predictor.block_q, predictor.block_k]);
+        let forward = ForwardPlan::new(&problem, &request(&call, &problem, made_up, options), &machine)?;
+        check_target(forward.pass(), &machine)?;
+        // Times are predicted for attention over all keys alone.
+        let passes = Passes::Forward(forward, Weighed::default());
+        Ok(GpuPlan { problem, machine, prediction: Some(prediction), passes })
     }
 
     /// What is computed: a scheme, or what a KV cache stores.
@@ -106,10 +149,13 @@ impl GpuPlan {
 
     /// The passes in words, each kind once.
     pub fn summaries(&self) -> Vec<PassSummary> {
-        match &self.passes {
+        let prediction =
+            self.prediction.as_ref().map(|prediction| PassSummary::new("predict", &prediction.pass));
+        let others = match &self.passes {
             Passes::Forward(plan, _) => vec![PassSummary::new("forward", plan.pass())],
             Passes::Decode(plan) => plan.summaries(),
-        }
+        };
+        prediction.into_iter().chain(others).collect()
     }
 
     /// Bytes of the largest workspace.
@@ -118,8 +164,21 @@ impl GpuPlan {
     }
 }
 
-/// What a forward pass of tensors without gaps is asked for.
-fn request(call: &Call<'_>, mask: TensorArg<4>, choice: Choice, lse: bool) -> Request {
+/// Where kernels learn the lengths of a call's sequences.
+fn kernel_lengths(call: &Call<'_>) -> sage_kernels::Lengths {
+    match call.lengths {
+        Lengths::KvLens(_) => sage_kernels::Lengths::KvLens,
+        Lengths::Packed { .. } => sage_kernels::Lengths::Packed,
+        _ => sage_kernels::Lengths::Dense,
+    }
+}
+
+/// What a forward pass of tensors without gaps is asked for, which computes `problem`: the call's, or that over blocks of a
+/// map that is to be predicted.
+fn request(call: &Call<'_>, problem: &Problem, made_up: &MadeUp<'_>, options: &ProblemOptions) -> Request {
+    let choice = options.forward.scheme.choice();
+    // Of a predicted map every head of every sequence has blocks of its own.
+    let blocks = TensorArg { address: 0, strides: if problem.blocks.is_some() { [1; 4] } else { [0; 4] } };
     Request {
         scheme: choice.scheme(call.problem.head_dim),
         accuracy: choice.accuracy(),
@@ -128,17 +187,13 @@ fn request(call: &Call<'_>, mask: TensorArg<4>, choice: Choice, lse: bool) -> Re
             Some(Mask::Bool(_)) => MaskForm::Bool,
             Some(Mask::Additive(bias)) => MaskForm::Bias(bias.dtype()),
         },
-        lengths: match call.lengths {
-            Lengths::KvLens(_) => sage_kernels::Lengths::KvLens,
-            Lengths::Packed { .. } => sage_kernels::Lengths::Packed,
-            _ => sage_kernels::Lengths::Dense,
-        },
+        lengths: kernel_lengths(call),
         q_rows: call.q.shape()[2],
         kv_rows: call.k.shape()[2],
-        lse,
-        ..Request::new(&call.problem)
+        lse: options.forward.lse,
+        ..Request::new(problem)
     }
-    .with_masks_of(&Tensors { mask, ..Tensors::default() })
+    .with_masks_of(&Tensors { mask: made_up.mask_argument(), blocks, ..Tensors::default() })
 }
 
 /// Refuses kernels with instructions that the target lacks.
@@ -168,6 +223,12 @@ impl fmt::Display for GpuPlan {
         writeln!(f, "scheme      {}", self.scheme())?;
         let Machine { target, multiprocessors, .. } = self.machine;
         write!(f, "device      {target}, {multiprocessors} multiprocessors")?;
+        if let Some(Predicted { pass, density }) = &self.prediction {
+            write!(
+                f,
+                "\ndensity     {density}, of the blocks that the mask shows\npass        predict\n{pass}"
+            )?;
+        }
         match &self.passes {
             Passes::Forward(plan, _) => write!(f, "\npass        forward\n{}", plan.pass())?,
             Passes::Decode(plan) => {

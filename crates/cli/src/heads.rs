@@ -7,6 +7,8 @@ use sage_core::{Call, Inputs};
 use sageattention::{Geometry, Layout, Options, Result, Scheme, Tensor, TensorView, View};
 use sageattn_files::qkv_file::Qkv;
 
+use crate::inputs;
+
 /// A query head of a batch entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Head {
@@ -21,20 +23,22 @@ pub struct Head {
 pub struct Heads<'a> {
     qkv: &'a Qkv,
     options: Options,
+    sinks: Option<&'a [f32]>,
     /// Query heads that share a key head.
     group_size: usize,
     list: Vec<Head>,
 }
 
 impl<'a> Heads<'a> {
-    /// Checks the tensors as a call to attention would.
-    pub fn new(qkv: &'a Qkv, options: Options) -> Result<Self> {
-        let inputs = Inputs::new(qkv.q.view(), qkv.k.view(), qkv.v.view());
-        let problem = Call::check(&inputs, &options)?.problem;
+    /// Checks the tensors, and attention sinks where there are some, as a call to attention would.
+    pub fn new(qkv: &'a Qkv, options: Options, sinks: Option<&'a [f32]>) -> Result<Self> {
+        let tensors = Inputs::new(qkv.q.view(), qkv.k.view(), qkv.v.view());
+        let tensors = tensors.sinks(sinks.map(inputs::sinks).transpose()?);
+        let problem = Call::check(&tensors, &options)?.problem;
         let list = (0..problem.batch)
             .flat_map(|batch| (0..problem.num_q_heads).map(move |head| Head { batch, head }))
             .collect();
-        Ok(Heads { qkv, options, group_size: problem.group_size(), list })
+        Ok(Heads { qkv, options, sinks, group_size: problem.group_size(), list })
     }
 
     /// All query heads.
@@ -91,13 +95,15 @@ impl<'a> Heads<'a> {
     fn slices(&self, head: Head) -> Result<(Inputs<'a>, Options)> {
         let layout = self.options.layout;
         let kv_head = Head { head: head.head / self.group_size, ..head };
-        let inputs = Inputs::new(
+        let tensors = Inputs::new(
             slice("q", self.qkv.q.view(), layout, head)?,
             slice("k", self.qkv.k.view(), layout, kv_head)?,
             slice("v", self.qkv.v.view(), layout, kv_head)?,
         );
+        let own = self.sinks.map(|sinks| inputs::sinks(&sinks[head.head..=head.head])).transpose()?;
+        let tensors = tensors.sinks(own);
         // The slices are all in one order, whatever the tensors' layout was.
-        Ok((inputs, self.options.layout(Layout::Hnd)))
+        Ok((tensors, self.options.layout(Layout::Hnd)))
     }
 }
 
@@ -143,7 +149,6 @@ fn values(head: &TensorView<'_>) -> Vec<f32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::inputs;
     use sageattention::DType;
 
     /// Heads taken one by one are those of the whole, in both layouts, with shared key heads and a shared batch of them.
@@ -160,11 +165,15 @@ mod tests {
             let (q, k) = (tensor([2, 4, 5, 8], 1), tensor([2, 2, 7, 8], 2));
             let qkv = Qkv { prefix: String::new(), q, k, v: tensor([1, 2, 7, 6], 3) };
             let options = Options::default().layout(layout);
-            let heads = Heads::new(&qkv, options).unwrap();
-            let inputs = Inputs::new(qkv.q.view(), qkv.k.view(), qkv.v.view());
-            let whole = oracle::exact(&Call::check(&inputs, &options).unwrap()).out;
-            let parts: Vec<f64> = heads.list().iter().flat_map(|&head| heads.exact(head).unwrap()).collect();
-            assert_eq!(parts, whole);
+            for sinks in [None, Some(&[0.5, -1.0, f32::NEG_INFINITY, 2.0][..])] {
+                let heads = Heads::new(&qkv, options, sinks).unwrap();
+                let inputs = Inputs::new(qkv.q.view(), qkv.k.view(), qkv.v.view())
+                    .sinks(sinks.map(|sinks| inputs::sinks(sinks).unwrap()));
+                let whole = oracle::exact(&Call::check(&inputs, &options).unwrap()).out;
+                let parts: Vec<f64> =
+                    heads.list().iter().flat_map(|&head| heads.exact(head).unwrap()).collect();
+                assert_eq!(parts, whole);
+            }
         }
     }
 }

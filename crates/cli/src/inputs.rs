@@ -5,7 +5,7 @@ use std::path::Path;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
-use sageattention::{DType, Error, Geometry, Result as CallResult, Tensor};
+use sageattention::{DType, Error, Geometry, Layout, Result as CallResult, Tensor, TensorView, View};
 use sageattn_files::qkv_file::{self, Qkv, QkvFile};
 
 use crate::failure::{Failure, Result};
@@ -30,6 +30,19 @@ pub fn load(path: &Path, file: &QkvFile<'_>, prefix: Option<&str>) -> Result<Vec
         None => file.prefixes().and_then(|all| all.iter().map(|prefix| file.load(prefix)).collect()),
     };
     loaded.map_err(|error| Failure::file(path, &error))
+}
+
+/// Query heads of a tensor of queries in a layout; 0 where it has another number of dimensions, which the call refuses.
+pub fn num_q_heads(q: &Tensor, layout: Layout) -> usize {
+    match (q.shape(), layout) {
+        (&[_, heads, _, _], Layout::Hnd) | (&[_, _, heads, _], Layout::Nhd) => heads,
+        _ => 0,
+    }
+}
+
+/// Attention sinks as a call takes them.
+pub fn sinks(sinks: &[f32]) -> CallResult<TensorView<'_>> {
+    View::contiguous("sinks", sinks, &[sinks.len()]).map(TensorView::F32)
 }
 
 /// A tensor of normally distributed numbers, the same in every run.

@@ -4,8 +4,9 @@ use sage_core::Strided;
 use sage_kernels::TensorArg;
 use sageattention::{Attention, DType, Error, Geometry, Inputs, Mask, Result, Tensor, TensorView, View};
 
+use crate::failure;
 use crate::inputs;
-use crate::options::ProblemOptions;
+use crate::options::{ProblemOptions, with_sinks};
 
 /// What made-up tensors hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,12 +17,13 @@ pub enum Content {
     StandIn,
 }
 
-/// A call's tensors and mask.
+/// A call's tensors, mask and attention sinks.
 #[derive(Clone, Debug)]
 pub struct MadeUp<'o> {
     options: &'o ProblemOptions,
     tensors: [Laid<Tensor>; 3],
     mask: Option<Laid<MaskData>>,
+    sinks: Option<Vec<f32>>,
 }
 
 /// Data, and where in it each element of a tensor lies.
@@ -45,13 +47,15 @@ impl<'o> MadeUp<'o> {
     /// Makes up what the options describe.
     ///
     /// # Errors
-    /// When a shape is none that tensors can have, there is no memory for it, or there is more padding than keys.
-    pub fn new(options: &'o ProblemOptions, content: Content) -> Result<Self> {
+    /// When a shape is none that tensors can have, there is no memory for it, there is more padding than keys, or sinks
+    /// cannot be read.
+    pub fn new(options: &'o ProblemOptions, content: Content) -> failure::Result<Self> {
         let [q, k, v] = options.shapes()?;
         let dtype = options.dtype.dtype.into();
         let tensor = |name, shape: &[usize], seed| tensor(name, dtype, shape, content, seed);
         let tensors = [tensor("q", &q, 1)?, tensor("k", &k, 2)?, tensor("v", &v, 3)?];
-        Ok(MadeUp { options, tensors, mask: mask(options, content)? })
+        let sinks = options.forward.sinks.of_heads(options.sizes.heads, "")?;
+        Ok(MadeUp { options, tensors, mask: mask(options, content)?, sinks })
     }
 
     /// Q, K and V in the layout that the options name.
@@ -66,7 +70,13 @@ impl<'o> MadeUp<'o> {
     pub fn inputs(&self) -> Result<Inputs<'_>> {
         let [q, k, v] = self.tensors();
         let mask = self.mask.as_ref().map(Laid::view).transpose()?;
-        Ok(Inputs::new(q, k, v).mask(mask).lengths(self.options.lengths()))
+        let sinks = self.sinks().map(inputs::sinks).transpose()?;
+        Ok(Inputs::new(q, k, v).mask(mask).lengths(self.options.lengths()).sinks(sinks))
+    }
+
+    /// The attention sinks.
+    pub fn sinks(&self) -> Option<&[f32]> {
+        self.sinks.as_deref()
     }
 
     /// The mask as kernels take it, where it has memory without gaps: strides of batch, heads, queries and keys, 0 where it
@@ -84,12 +94,12 @@ impl<'o> MadeUp<'o> {
         TensorArg { address: 0, strides }
     }
 
-    /// Attention with all options, the mask included.
+    /// Attention with all options, the mask and sinks included.
     ///
     /// # Errors
     /// None: what was made up is whole.
     pub fn attention(&self) -> Result<Attention<'_>> {
-        let attention = self.options.attention();
+        let attention = with_sinks(self.options.attention(), self.sinks());
         Ok(match &self.mask {
             Some(mask) => attention.mask(mask.view()?),
             None => attention,

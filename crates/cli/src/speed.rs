@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::inputs;
 use crate::memory::peak_increase;
-use crate::options::SchemeName;
+use crate::options::{SchemeName, with_sinks};
 use crate::shape::Shape;
 use crate::timing::{Times, interleaved};
 
@@ -66,19 +66,27 @@ pub struct Subject<'a> {
     pub attention: Attention<'a>,
     /// What computes.
     pub device: Device,
+    /// Attention sinks, which `attention` has as well: on a GPU they are copied there once.
+    pub sinks: Option<&'a [f32]>,
     pub q: Tensor,
     pub k: Tensor,
     pub v: Tensor,
 }
 
 impl<'a> Subject<'a> {
-    /// Normally distributed tensors.
-    pub fn random(shape: &Shape, dtype: DType, attention: Attention<'a>) -> Result<Self> {
+    /// Normally distributed tensors, and `attention` with these sinks where there are some.
+    pub fn random(
+        shape: &Shape,
+        dtype: DType,
+        attention: Attention<'a>,
+        sinks: Option<&'a [f32]>,
+    ) -> Result<Self> {
         let tensor =
             |heads, rows, channels, seed| inputs::normal(dtype, &[shape.batch, heads, rows, channels], seed);
         Ok(Subject {
-            attention,
+            attention: with_sinks(attention, sinks),
             device: Device::Cpu,
+            sinks,
             q: tensor(shape.heads, shape.q_len, shape.head_dim, 1)?,
             k: tensor(shape.kv_heads, shape.kv_len, shape.head_dim, 2)?,
             v: tensor(shape.kv_heads, shape.kv_len, shape.value_dim, 3)?,
@@ -200,6 +208,7 @@ struct OnGpu {
     gpu: Cuda,
     stream: Stream,
     inputs: [CudaTensor; 3],
+    sinks: Option<CudaTensor>,
     out: CudaTensor,
 }
 
@@ -209,13 +218,18 @@ impl OnGpu {
         let stream = gpu.stream()?;
         let upload = |tensor: &Tensor| CudaTensor::upload(&stream, &tensor.view());
         let inputs = [upload(&subject.q)?, upload(&subject.k)?, upload(&subject.v)?];
+        let sinks = subject.sinks.map(|sinks| CudaTensor::upload(&stream, &inputs::sinks(sinks)?));
         let out = CudaTensor::uninitialized(&stream, subject.q.dtype(), &subject.out_shape())?;
-        Ok(OnGpu { gpu, stream, inputs, out })
+        Ok(OnGpu { gpu, stream, inputs, sinks: sinks.transpose()?, out })
     }
 
     /// The GPU's time for one call.
     fn time(&self, attention: &Attention<'_>) -> Result<Duration> {
         let tensors = || self.inputs.each_ref().map(CudaTensor::view);
+        let attention = match &self.sinks {
+            Some(sinks) => attention.clone().sinks(sinks.view()),
+            None => attention.clone(),
+        };
         self.gpu.time(&self.stream, || {
             attention.forward_on(&self.gpu, &self.stream, tensors(), self.out.view(), None).map(drop)
         })

@@ -175,6 +175,50 @@ fn other_commands_take_predictors() {
     assert!(plan.iter().any(says), "{plan:?}");
 }
 
+/// The launches of a prediction, those of attention over its map, and how much of that is expected.
+#[test]
+fn a_target_shows_the_prediction_and_what_it_leaves() {
+    let place = Place::new();
+    let explain = |words: &str| {
+        place.json(&format!("explain --heads 24 --seq 4096 --head-dim 128 --dtype bf16 --json {words}"))
+    };
+    let passes = |report: &Value| -> Vec<(String, Vec<String>)> {
+        let words = |value: &Value| value.as_str().unwrap().to_owned();
+        let pass = |pass: &Value| {
+            (words(&pass["pass"]), pass["kernels"].as_array().unwrap().iter().map(words).collect())
+        };
+        report["passes"].as_array().unwrap().iter().map(pass).collect()
+    };
+    let density = |report: &Value| {
+        (report["density"]["expected"].as_f64().unwrap(), report["density"]["is_least"].as_bool().unwrap())
+    };
+    for target in ["sm_75", "sm_89", "sm_90a"] {
+        let report = explain(&format!("--predictor sla --topk 0.1 --target {target}"));
+        assert_eq!(report["predictor"], "sla topk 0.1 64x64");
+        let passes = passes(&report);
+        assert_eq!(passes.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), ["predict", "forward"]);
+        let [predict, forward] = [0, 1].map(|pass: usize| passes[pass].1.join(" "));
+        for kernel in ["sum_blocks", "mean_of_blocks", "pool_blocks", "score_blocks", "choose_blocks_top"] {
+            assert!(predict.contains(kernel), "{target}: {predict}");
+        }
+        assert!(forward.contains("list_tiles") && !forward.contains("choose"), "{target}: {forward}");
+        // 6 of 64 blocks.
+        assert_eq!(density(&report), (0.09375, false));
+        assert!(report["workspace_bytes"].as_u64().unwrap() > 0);
+    }
+    let report = explain("--predictor sparge --cdf 0.9 --causal --target sm_90a");
+    let (share, is_least) = density(&report);
+    assert!(is_least && (0.01..0.1).contains(&share), "{share}");
+    let packed = explain_packed(&place);
+    assert!(packed.contains("choose_blocks_beyond_sigmas_4_packed"), "{packed}");
+    assert!(packed.contains("density     about 0.159, of the blocks that the mask shows"), "{packed}");
+    assert_eq!(explain("--target sm_90a")["density"], Value::Null);
+}
+
+fn explain_packed(place: &Place) -> String {
+    place.succeed("explain --cu-seqlens 0,3000,5000 --predictor sol --tau 1 --target sm_89")
+}
+
 #[test]
 fn what_does_not_go_together_is_refused_by_name() {
     let place = place_with_file();
@@ -257,9 +301,14 @@ fn what_does_not_go_together_is_refused_by_name() {
             "the following required arguments were not provided: --predictor <NAME> (see --help)",
         ),
         (
-            "explain --predictor sla --topk 0.1 --target sm_90a",
+            "explain --predictor sla --topk 0.1 --gpu h200",
             2,
-            "the argument '--predictor <NAME>' cannot be used with '--target <SM>' (see --help)",
+            "the argument '--predictor <NAME>' cannot be used with '--gpu <NAME>' (see --help)",
+        ),
+        (
+            "explain --predictor sla --topk 0.1 --dtype f32 --target sm_90a",
+            1,
+            "a prediction from f32 on a GPU is not supported: use f16 or bf16",
         ),
     ] {
         let output = place.run(words);

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use sage_core::{Accumulator, Pv};
-use sageattention::{Device, Preset, Scheme};
+use sageattention::{Preset, Scheme};
 use sageattn_files::qkv_file::{Qkv, printable};
 
 use crate::accuracy_plot::AccuracyPlot;
@@ -14,7 +14,9 @@ use crate::console::Console;
 use crate::failure::{Failure, Result};
 use crate::inputs;
 use crate::metrics::Metrics;
-use crate::options::{CallOptions, DeviceOption, LayoutOption, PredictorOptions, PresetName, Setting};
+use crate::options::{
+    CallOptions, DeviceOption, LayoutOption, PredictorOptions, PresetName, Setting, SinksOption, with_sinks,
+};
 use crate::table::{Cell, TITLE, Table, styled};
 
 /// Compare every scheme with exact attention on the tensors of a file
@@ -32,6 +34,7 @@ Examples:
   sageattn accuracy qkv.safetensors --per-head --schemes int8,sage2-int8-fp8-per-thread
   sageattn accuracy a.safetensors b.safetensors --causal --plot accuracy.png
   sageattn accuracy qkv.safetensors --predictor sla --topk 0.25 --schemes full,int8
+  sageattn accuracy qkv.safetensors --causal --sinks sinks.safetensors
   sageattn accuracy qkv.safetensors --prefix layer2. --json")]
 pub struct Accuracy {
     /// Files of queries, keys and values (safetensors)
@@ -43,6 +46,8 @@ pub struct Accuracy {
     device: DeviceOption,
     #[command(flatten)]
     layout: LayoutOption,
+    #[command(flatten)]
+    sinks: SinksOption,
     #[command(flatten)]
     predictor: PredictorOptions,
     /// Schemes [default: all]
@@ -74,11 +79,14 @@ impl Accuracy {
             let bytes = inputs::read(path)?;
             let file = inputs::parse(path, &bytes)?;
             for layer in inputs::load(path, &file, self.prefix.as_deref())? {
+                let heads = inputs::num_q_heads(&layer.q, self.layout.layout.into());
+                let sinks = self.sinks.of_heads(heads, &layer.prefix)?;
                 let place = || format!("{}: {}", path.display(), printable(&layer.prefix));
-                let added =
-                    self.compare(console, (path, &layer), &presets, setting.as_ref(), &mut plot).map_err(
-                        |error| Failure::Failed(format!("{}: {error}", place().trim_end_matches(": "))),
-                    )?;
+                let added = self
+                    .compare(console, (path, &layer), sinks.as_deref(), &presets, setting.as_ref(), &mut plot)
+                    .map_err(|error| {
+                        Failure::Failed(format!("{}: {error}", place().trim_end_matches(": ")))
+                    })?;
                 if !console.json {
                     console.print(&self.tables(path, &layer, &added))?;
                 }
@@ -105,25 +113,26 @@ impl Accuracy {
         &self,
         console: Console,
         (path, layer): (&Path, &Qkv),
+        sinks: Option<&[f32]>,
         presets: &[Preset],
         setting: Option<&Setting>,
         plot: &mut Option<AccuracyPlot>,
     ) -> Result<Vec<Row>, sageattention::Error> {
         let (attention, device) =
             (self.call.attention().layout(self.layout.layout.into()), self.device.device);
+        let attention = with_sinks(attention, sinks);
         let attention = match setting {
             Some(setting) => {
                 attention.sparse(setting.predictor.clone()).pooled_tail(self.predictor.pooled_tail)
             }
             None => attention,
         };
-        if device != Device::Cpu {
-            // A scheme without kernels is passed over below, but not a device that computes none at all.
-            attention.clone().device(device).plan(&layer.q, &layer.k, &layer.v)?;
-        }
+        // A scheme without kernels is passed over below, but not a device that computes none at all, nor what is wrong with
+        // the call.
+        attention.clone().device(device).plan(&layer.q, &layer.k, &layer.v)?;
         let progress = console.progress("exact attention", 0);
         let predictor = setting.map(|setting| &setting.predictor);
-        let reference = Reference::new(layer, attention, device, predictor, &progress)?;
+        let reference = Reference::new(layer, attention, device, predictor, sinks, &progress)?;
         progress.set_message("schemes");
         let head_dim = layer.q.shape()[3];
         let mut schemes: Vec<(Scheme, Option<Comparison>)> = Vec::new();
@@ -163,12 +172,13 @@ impl Accuracy {
     fn tables(&self, path: &Path, layer: &Qkv, rows: &[Row]) -> String {
         let predictor = rows.first().and_then(|row| row.predictor.as_ref());
         let title = format!(
-            "{} {}· q {:?}, k {:?}, {}{}",
+            "{} {}· q {:?}, k {:?}, {}{}{}",
             path.display(),
             if layer.prefix.is_empty() { String::new() } else { format!("{} ", printable(&layer.prefix)) },
             layer.q.shape(),
             layer.k.shape(),
             layer.q.dtype(),
+            self.sinks.title(),
             predictor.map_or(String::new(), |setting| format!(", blocks of {setting}"))
         );
         let mut text = format!("{}\n\n", styled(TITLE, title));

@@ -10,7 +10,9 @@ use serde_json::json;
 use crate::bench_plot::BenchPlot;
 use crate::console::Console;
 use crate::failure::{Failure, Result};
-use crate::options::{CallOptions, DTypeOption, DeviceOption, PredictorOptions, SchemeName, Setting};
+use crate::options::{
+    CallOptions, DTypeOption, DeviceOption, PredictorOptions, SchemeName, Setting, SinksOption,
+};
 use crate::plot::PlotFile;
 use crate::shape::Shape;
 use crate::speed::{Row, Subject, runnable};
@@ -68,6 +70,8 @@ pub struct Bench {
     #[command(flatten)]
     device: DeviceOption,
     #[command(flatten)]
+    sinks: SinksOption,
+    #[command(flatten)]
     predictor: PredictorOptions,
     /// Schemes [default: all that the device computes; on the CPU, those that are our own]
     #[arg(long, value_delimiter = ',', value_name = "NAME,…")]
@@ -100,7 +104,8 @@ impl Bench {
             }
         };
         if let (true, [shape], [scheme]) = (self.peak_memory, &shapes[..], &self.schemes[..]) {
-            let peak = Subject::random(shape, dtype, attention())?.peak_memory(*scheme)?;
+            let sinks = self.sinks.of_heads(shape.heads, "")?;
+            let peak = Subject::random(shape, dtype, attention(), sinks.as_deref())?.peak_memory(*scheme)?;
             return console.print(&peak.map(|bytes| bytes.to_string()).unwrap_or_default());
         }
         let decodes = shapes.iter().any(|shape| shape.q_len == 1);
@@ -109,7 +114,8 @@ impl Bench {
         let progress = console.progress("measuring", 0);
         for shape in &shapes {
             let in_shape = |error| Failure::Failed(format!("shape {}: {error}", shape));
-            let subject = Subject::random(shape, dtype, attention()).map_err(in_shape)?;
+            let sinks = self.sinks.of_heads(shape.heads, "")?;
+            let subject = Subject::random(shape, dtype, attention(), sinks.as_deref()).map_err(in_shape)?;
             let subject = Subject { device, ..subject };
             let schemes = match self.schemes.as_slice() {
                 [] => {
@@ -134,6 +140,7 @@ impl Bench {
                 "command": "bench",
                 "device": device.to_string(),
                 "call": self.call.to_string(),
+                "sinks": self.sinks.sinks.as_ref().map(ToString::to_string),
                 "predictor": setting.as_ref().map(Setting::to_string),
                 "pooled_tail": self.predictor.pooled_tail,
                 "threads": rayon::current_num_threads(),
@@ -163,7 +170,7 @@ impl Bench {
         let mut command = process::Command::new(std::env::current_exe().ok()?);
         command.args(["bench", "--peak-memory", "--shapes", &shape.to_string(), "--schemes", scheme.name()]);
         command.args(["--dtype", dtype.get_name(), "--threads", &rayon::current_num_threads().to_string()]);
-        command.args(self.call.words()).args(self.predictor.words());
+        command.args(self.call.words()).args(self.sinks.words()).args(self.predictor.words());
         let output = command.stdin(process::Stdio::null()).output().ok()?;
         String::from_utf8(output.stdout).ok()?.trim().parse().ok()
     }
@@ -220,9 +227,10 @@ impl Bench {
             gpu => gpu.to_string(),
         };
         let title = format!(
-            "Speed of attention · {}, {}{}, {computes}, median of {}",
+            "Speed of attention · {}, {}{}{}, {computes}, median of {}",
             first.map_or("", |row| row.dtype),
             self.call,
+            self.sinks.title(),
             setting.map_or(String::new(), |setting| format!(", blocks of {setting}")),
             self.reps
         );

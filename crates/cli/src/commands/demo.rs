@@ -71,7 +71,7 @@ pub fn execute(console: Console) -> Result<()> {
     let progress = console.progress("exact attention", 0);
     let references = layers
         .iter()
-        .map(|layer| Reference::new(layer, Attention::new(), Device::Cpu, None, &progress))
+        .map(|layer| Reference::new(layer, Attention::new(), Device::Cpu, None, None, &progress))
         .collect::<Result<Vec<_>, _>>()?;
     let heads: usize = references.iter().map(|reference| reference.heads().list().len()).sum();
     progress.inc_length((heads * 2 * SMOOTHED.len()) as u64);
@@ -98,7 +98,7 @@ pub fn execute(console: Console) -> Result<()> {
     let mut by_shape = Vec::new();
     progress.inc_length((TIMED.len() * TIMED_SCHEMES.len() * TIMED_REPS) as u64);
     for shape in &TIMED {
-        let subject = Subject::random(shape, DType::F32, Attention::new())?;
+        let subject = Subject::random(shape, DType::F32, Attention::new(), None)?;
         by_shape.extend(subject.measure(
             &TIMED_SCHEMES.map(SchemeName::from),
             TIMED_REPS,
@@ -138,6 +138,7 @@ fn speed(layer: &Qkv, progress: &indicatif::ProgressBar) -> Result<Vec<speed::Ro
     let subject = Subject {
         attention: Attention::new(),
         device: Device::Cpu,
+        sinks: None,
         q: layer.q.clone(),
         k: layer.k.clone(),
         v: layer.v.clone(),

@@ -18,12 +18,14 @@ use crate::prediction;
     mut_arg("target", |target| target.conflicts_with("device")),
     mut_arg("multiprocessors", |number| number.requires("target")),
     mut_arg("gpu", |gpu| gpu.conflicts_with_all(["target", "device", "kv_cache", "predictor"])),
-    mut_arg("predictor", |predictor| predictor.conflicts_with_all(["target", "cu_seqlens", "kv_cache"])),
+    mut_arg("predictor", |predictor| predictor.conflicts_with("kv_cache")),
     after_help = "\
 Nothing is computed, and no memory is needed for the tensors. Without --target it is the very plan that a call on the \
 device would run; with it, the passes, kernels and workspaces of a GPU that need not be there. With --gpu they are \
 those of a GPU as it is sold, and a table follows of the schemes that its architecture prefers, each with a predicted \
-time: instructions that the emulator counts, at the rates that NVIDIA publishes.
+time: instructions that the emulator counts, at the rates that NVIDIA publishes. With a predictor and --target the \
+passes are those of its prediction and of attention over the blocks that it keeps, beside their share of all blocks as \
+far as it can be told without tensors.
 
 Examples:
   sageattn explain --batch 1 --heads 32 --kv-heads 8 --seq 4096 --head-dim 128 --causal
@@ -31,6 +33,7 @@ Examples:
   sageattn explain --heads 12 --seq 512 --head-dim 32 --scheme auto --json
   sageattn explain --heads 24 --seq 17550 --head-dim 128 --predictor sla --topk 0.1
   sageattn explain --heads 32 --seq 4096 --head-dim 128 --target sm_90a
+  sageattn explain --heads 24 --seq 17550 --head-dim 128 --predictor sla --topk 0.1 --target sm_90a
   sageattn explain --heads 24 --seq 17776 --head-dim 128 --gpu rtx-5090
   sageattn explain --heads 32 --kv-heads 8 --seq 1 --kv-len 8192 --kv-cache fp8-e4m3 --target sm_89"
 )]
@@ -58,9 +61,17 @@ impl Explain {
         }
         match self.target {
             Some(gpu) => {
-                let plan = GpuPlan::new(&self.problem, &made_up, gpu.machine())?;
+                let plan = match &setting {
+                    Some(Setting { predictor, .. }) => {
+                        let tail = self.predictor.pooled_tail;
+                        GpuPlan::over_predicted(&self.problem, &made_up, gpu.machine(), predictor, tail)?
+                    }
+                    None => GpuPlan::new(&self.problem, &made_up, gpu.machine())?,
+                };
                 if console.json {
-                    return console.print_json(&self.gpu_json(&plan));
+                    let mut document = self.gpu_json(&plan);
+                    document["predictor"] = json!(setting.as_ref().map(Setting::to_string));
+                    return console.print_json(&document);
                 }
                 console.print(&format!("{plan}{}\n", plan.weighed()))
             }
@@ -119,6 +130,10 @@ impl Explain {
         document["passes"] = json!(plan.summaries());
         document["reasons"] = json!(plan.reasons());
         document["weighed"] = plan.weighed_json();
+        document["density"] = json!(plan.prediction.as_ref().map(|prediction| json!({
+            "expected": prediction.density.share,
+            "is_least": prediction.density.is_least,
+        })));
         document
     }
 
@@ -137,6 +152,7 @@ impl Explain {
             "causal": p.band.right == Some(0),
             "call": self.problem.forward.call.to_string(),
             "sm_scale": p.sm_scale,
+            "sinks": p.sinks,
             "scheme": scheme,
             "plan": plan.lines().collect::<Vec<_>>(),
         })

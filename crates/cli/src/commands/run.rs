@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use crate::console::Console;
 use crate::failure::{Failure, Result};
-use crate::options::{DeviceOption, ForwardOptions};
+use crate::options::{DeviceOption, ForwardOptions, with_sinks};
 use crate::table::Table;
 use crate::{atomic_file, inputs};
 
@@ -25,7 +25,8 @@ Examples:
   sageattn run qkv.safetensors -o out.safetensors
   sageattn run qkv.safetensors -o out.safetensors --causal --lse --prefix layer0.
   sageattn run qkv.safetensors -o out.safetensors --causal=top-left --window 128,0 --layout nhd
-  sageattn run qkv.safetensors -o out.safetensors --mask padding --scheme auto --json")]
+  sageattn run qkv.safetensors -o out.safetensors --mask padding --scheme auto --json
+  sageattn run qkv.safetensors -o out.safetensors --causal --sinks qkv.safetensors")]
 pub struct Run {
     /// File of queries, keys and values (safetensors)
     #[arg(value_name = "IN")]
@@ -110,7 +111,9 @@ impl Run {
             };
             Failure::Failed(format!("{}: {place}{error}", self.input.display()))
         };
-        let attention = self.attention(mask.as_ref()).map_err(in_file)?;
+        let layout = self.forward.layout.layout.into();
+        let sinks = self.forward.sinks.of_heads(inputs::num_q_heads(&layer.q, layout), &layer.prefix)?;
+        let attention = self.attention(mask.as_ref(), sinks.as_deref()).map_err(in_file)?;
         let plan = attention.plan(&layer.q, &layer.k, &layer.v).map_err(in_file)?;
         tracing::info!(prefix = layer.prefix, "plan\n{plan}");
         let start = Instant::now();
@@ -130,8 +133,13 @@ impl Run {
         })
     }
 
-    fn attention<'a>(&'a self, mask: Option<&'a MaskTensor>) -> Result<Attention<'a>, sageattention::Error> {
+    fn attention<'a>(
+        &'a self,
+        mask: Option<&'a MaskTensor>,
+        sinks: Option<&'a [f32]>,
+    ) -> Result<Attention<'a>, sageattention::Error> {
         let attention = self.forward.attention().device(self.device.device);
+        let attention = with_sinks(attention, sinks);
         Ok(match mask {
             Some(MaskTensor::Bool { visible, shape }) => {
                 attention.mask(Mask::Bool(View::contiguous("mask", visible, shape)?))

@@ -17,7 +17,8 @@ use crate::heads::{Head, Heads};
 use crate::inputs;
 use crate::map_picture::MapPicture;
 use crate::options::{
-    CallOptions, DTypeOption, DeviceOption, LayoutOption, PredictorOptions, SchemeName, Setting,
+    CallOptions, DTypeOption, DeviceOption, LayoutOption, PredictorOptions, SchemeName, Setting, SinksOption,
+    with_sinks,
 };
 use crate::plot::PlotFile;
 use crate::sparse_plot::sparse_plot;
@@ -81,6 +82,8 @@ pub struct Sparse {
     device: DeviceOption,
     #[command(flatten)]
     layout: LayoutOption,
+    #[command(flatten)]
+    sinks: SinksOption,
     /// Scheme, or "auto" for the fastest that is accurate
     #[arg(long, value_name = "NAME", default_value = SchemeName::AUTOMATIC)]
     scheme: SchemeName,
@@ -123,10 +126,15 @@ impl Sparse {
         let mut rows = Vec::new();
         let mut picture = None;
         for source in self.sources()? {
-            let added = self.measure(console, &source, &mut picture).map_err(|failure| match failure {
-                Failure::Failed(error) => Failure::Failed(format!("{}: {error}", source.place())),
-                other => other,
-            })?;
+            let heads = inputs::num_q_heads(&source.qkv.q, self.layout.layout.into());
+            let sinks = self.sinks.of_heads(heads, &source.qkv.prefix)?;
+            let added =
+                self.measure(console, &source, sinks.as_deref(), &mut picture).map_err(|failure| {
+                    match failure {
+                        Failure::Failed(error) => Failure::Failed(format!("{}: {error}", source.place())),
+                        other => other,
+                    }
+                })?;
             if !console.json {
                 console.print(&self.tables(&source, &added))?;
             }
@@ -137,6 +145,7 @@ impl Sparse {
                 "command": "sparse",
                 "device": self.device.device.to_string(),
                 "call": self.call.to_string(),
+                "sinks": self.sinks.sinks.as_ref().map(ToString::to_string),
                 "threads": rayon::current_num_threads(),
                 "reps": self.reps,
                 "rows": rows,
@@ -177,6 +186,7 @@ impl Sparse {
         &self,
         console: Console,
         source: &Source,
+        sinks: Option<&[f32]>,
         picture: &mut Option<MapPicture>,
     ) -> Result<Vec<Row>> {
         let Qkv { q, k, v, .. } = &source.qkv;
@@ -186,6 +196,7 @@ impl Sparse {
             .layout(self.layout.layout.into())
             .scheme(self.scheme.choice())
             .device(self.device.device);
+        let attention = with_sinks(attention, sinks);
         let plan = attention.plan(q, k, v)?;
         let problem = plan.problem();
         let settings = self.predictor.settings(problem.kv_len)?;
@@ -197,7 +208,7 @@ impl Sparse {
         }
         // What no backend computes is refused before hours of exact attention.
         calls.iter().try_for_each(|call| call.plan(q, k, v).map(drop))?;
-        let heads = Heads::new(&source.qkv, attention.options())?;
+        let heads = Heads::new(&source.qkv, attention.options(), sinks)?;
         self.check_map_head(heads.list().len())?;
 
         let progress = console.progress("exact attention", heads.list().len());
@@ -207,6 +218,7 @@ impl Sparse {
         let subject = Subject {
             attention: attention.clone(),
             device: self.device.device,
+            sinks,
             q: q.clone(),
             k: k.clone(),
             v: v.clone(),
@@ -282,12 +294,13 @@ impl Sparse {
     fn tables(&self, source: &Source, rows: &[Row]) -> String {
         let Qkv { q, k, .. } = &source.qkv;
         let title = format!(
-            "{} · q {:?}, k {:?}, {}, {}",
+            "{} · q {:?}, k {:?}, {}, {}{}",
             source.place(),
             q.shape(),
             k.shape(),
             q.dtype(),
-            self.call
+            self.call,
+            self.sinks.title()
         );
         let mut text = format!("{}\n\n{}\n", styled(TITLE, title), self.table(rows));
         if let Some(row) = rows.first() {

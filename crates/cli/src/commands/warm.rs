@@ -9,7 +9,9 @@ use serde_json::{Value, json};
 
 use crate::console::Console;
 use crate::failure::{Failure, Result};
-use crate::options::{CacheOptions, DTypeOption, DeviceOption, ForwardOptions, MaskName, PredictorOptions};
+use crate::options::{
+    CacheOptions, DTypeOption, DeviceOption, ForwardOptions, MaskName, PredictorOptions, with_sinks,
+};
 use crate::shape::Shape;
 use crate::table::{TITLE, Table, styled};
 
@@ -63,7 +65,8 @@ impl Warm {
         let warm_up = gpu.warm_up();
         let started = Instant::now();
         for shape in &self.shapes {
-            let mut attention = self.forward.attention();
+            let sinks = self.forward.sinks.of_heads(shape.heads, "")?;
+            let mut attention = with_sinks(self.forward.attention(), sinks.as_deref());
             if let Some(predictor) = &predictor {
                 attention = attention.sparse(predictor.clone()).pooled_tail(self.predictor.pooled_tail);
             }

@@ -48,8 +48,8 @@ pub(super) fn run(
         q: gpu.upload("q", &call.q),
         out: argument(out, &geometry, dtype),
         lse: lse.map_or(0, |lse| lse.address()),
+        sinks: gpu.sinks(plan.sinks()),
         pool: PoolTensors { kv_lens: kv_lens.address(), ..pool },
-        ..AttendTensors::default()
     };
     gpu.run(plan.attend(), &attended)?;
     let found = gpu.read(out, &geometry, dtype);

@@ -51,6 +51,8 @@ fn launch(
         }
         _ => (0, 0),
     };
+    let heads = 0..call.problem.num_q_heads;
+    let sinks = call.sinks.map(|sinks| heads.map(|head| sinks.at([0, 0, 0, head])).collect::<Vec<f32>>());
     let tensors = Tensors {
         q: gpu.upload("q", &call.q),
         k: gpu.upload("k", &call.k),
@@ -60,6 +62,7 @@ fn launch(
         mask: call.mask.as_ref().map_or(TensorArg::default(), |mask| upload_mask(gpu, mask)),
         cu_seqlens_q,
         cu_seqlens_k,
+        sinks: gpu.sinks(sinks.as_deref()),
         ..Tensors::default()
     };
     gpu.run(plan.pass(), &plan.arranged(&tensors))

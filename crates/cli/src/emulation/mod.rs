@@ -10,9 +10,9 @@ use sage_core::Call;
 use sage_core::metrics::Accuracy;
 use sage_core::oracle::Output;
 use sage_emulator::{Buffer, Emulator, EmulatorOptions, Report};
-use sage_kernels::TensorArg;
 use sage_kernels::forward::ForwardPlan;
 use sage_kernels::pass::{Launcher, Pass};
+use sage_kernels::{SinkArgs, TensorArg};
 use sage_ptx::{Arg, BoxedTensor, Program, Target};
 use sageattention::{DType, Geometry, TensorView};
 
@@ -108,6 +108,13 @@ impl<'a> Gpu<'a> {
         let options = EmulatorOptions { workers: rayon::current_num_threads(), ..EmulatorOptions::default() };
         let emulator = Emulator::with_options(options);
         Gpu { emulator, target, launches: Vec::new(), launched }
+    }
+
+    /// Attention sinks, copied to the GPU; those of no kernel where there are none.
+    fn sinks(&mut self, sinks: Option<&[f32]>) -> SinkArgs {
+        sinks.map_or(SinkArgs::default(), |sinks| {
+            SinkArgs::of_heads(self.emulator.buffer("sinks", sinks).address())
+        })
     }
 
     /// A tensor of four dimensions, copied to the GPU.

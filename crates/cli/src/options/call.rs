@@ -6,6 +6,7 @@ use std::str::FromStr;
 use clap::Args;
 use sageattention::Attention;
 
+use super::SinksOption;
 use super::names::{AlignmentName, LayoutName, SchemeName};
 
 /// What is visible, and how scores are scaled.
@@ -98,13 +99,15 @@ pub struct ForwardOptions {
     /// Valid keys of each batch entry
     #[arg(long, value_name = "N,…", value_delimiter = ',', allow_hyphen_values = true)]
     pub kv_lens: Option<Vec<i32>>,
+    #[command(flatten)]
+    pub sinks: SinksOption,
     /// Also compute each row's log-sum-exp
     #[arg(long)]
     pub lse: bool,
 }
 
 impl ForwardOptions {
-    /// Attention with these options.
+    /// Attention with these options, but for sinks, whose numbers are for whoever knows the heads.
     pub fn attention(&self) -> Attention<'_> {
         let attention = self
             .call
@@ -121,7 +124,7 @@ impl ForwardOptions {
 
 /// A number in single precision, unless that would make 0 or infinity of another number: whoever reads of those in an
 /// error would not know them.
-fn single(text: &str) -> Result<f32, String> {
+pub(super) fn single(text: &str) -> Result<f32, String> {
     let x: f32 = text.parse().map_err(|error: std::num::ParseFloatError| error.to_string())?;
     let mantissa = text.split(['e', 'E']).next().unwrap_or(text);
     let vanishes = x == 0.0 && mantissa.contains(|digit: char| matches!(digit, '1'..='9'));

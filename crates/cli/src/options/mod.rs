@@ -5,12 +5,14 @@ mod gpu;
 mod names;
 mod predictor;
 mod problem;
+mod sinks;
 
 pub use call::{CallOptions, ForwardOptions, LayoutOption};
 pub use gpu::{CacheOptions, GpuOptions};
 pub use names::{DTypeName, MaskName, PresetName, SchemeName};
 pub use predictor::{PredictorOptions, Setting};
 pub use problem::{ProblemOptions, SizeOptions};
+pub use sinks::{SinksOption, with_sinks};
 
 use clap::Args;
 use sageattention::Device;

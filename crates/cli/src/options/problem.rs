@@ -85,7 +85,7 @@ pub struct ProblemOptions {
 }
 
 impl ProblemOptions {
-    /// Attention with these options, but for a mask.
+    /// Attention with these options, but for a mask and sinks.
     pub fn attention(&self) -> Attention<'_> {
         let attention = self.forward.attention();
         match self.lengths() {

@@ -3,7 +3,7 @@
 //! - [`BlockMap`]: a flag for each block of queries and block of keys of each head; [`BlockLists`]: the same as lists
 //!   of key blocks; [`PaddedBlocks`]: sequences that are padded block by block;
 //! - [`Predictor`]: predicts a map from queries and keys, as SpargeAttn, SLA, VSA and Sol-Attn do; [`Select`]: how many
-//!   blocks it chooses; [`PooledBlocks`], [`mean_of_blocks`], [`sum()`] and [`weight()`]: its arithmetic, step by step;
+//!   blocks it chooses; [`ExpectedDensity`]: how many that is, without tensors; [`PooledBlocks`], [`mean_of_blocks`], [`sum()`] and [`weight()`]: its arithmetic, step by step;
 //! - [`PvFilter`] and [`filtered`]: attention that skips the P·V of tiles with little weight; [`pooled_tail`]
 //!   and [`with_pooled_tail`]: attention in which the blocks left out count with their means.
 //!
@@ -11,6 +11,7 @@
 //! be compared bit for bit.
 
 mod arithmetic;
+mod density;
 mod grid;
 mod lists;
 mod map;
@@ -23,6 +24,7 @@ mod pv_filter;
 mod select;
 
 pub use arithmetic::{EXP2, sum, weight};
+pub use density::ExpectedDensity;
 pub use lists::BlockLists;
 pub use map::BlockMap;
 pub use padded::PaddedBlocks;
