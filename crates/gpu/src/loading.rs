@@ -130,6 +130,10 @@ impl Kernels {
 
 /// What `work` returns on this thread and on others, as many together as the machine runs at once, but at most `most`.
 fn side_by_side<R: Send>(most: usize, work: &(impl Fn() -> R + Sync)) -> Vec<R> {
+    if most == 0 {
+        // A plan whose kernels are known asks the system nothing: of tokens that are generated each has a plan.
+        return Vec::new();
+    }
     let threads = thread::available_parallelism().map_or(1, usize::from).min(most);
     thread::scope(|scope| {
         let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();

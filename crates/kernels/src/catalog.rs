@@ -93,6 +93,10 @@ impl Entry {
     }
 }
 
+/// Masks that are the same for all heads, and those of keys alone, such as padding.
+const ROWS: Extent = Extent { batches: false, heads: false, rows: true };
+const KEYS: Extent = Extent { batches: true, heads: false, rows: false };
+
 /// A call whose kernels are asked for.
 #[derive(Clone, Copy, Debug)]
 struct Call {
@@ -105,8 +109,8 @@ struct Call {
     /// How attention's work is cut, or none for the planner's choice.
     cut: Option<Cut>,
     mask: MaskForm,
-    /// Whether all heads have the same mask.
-    one_mask: bool,
+    /// Which dimensions of the mask are not broadcast.
+    mask_extent: Extent,
     blocks: Option<[usize; 2]>,
     pooled_tail: bool,
     causal: bool,
@@ -149,7 +153,7 @@ impl Default for Call {
             size: Size::Common,
             cut: None,
             mask: MaskForm::None,
-            one_mask: false,
+            mask_extent: Extent::ALL,
             blocks: None,
             pooled_tail: false,
             causal: false,
@@ -205,7 +209,7 @@ impl Call {
             tiling: self.cut.map(|cut| cut.tiling),
             splits: self.cut.map(|cut| cut.splits),
             mask: self.mask,
-            mask_extent: Extent { batches: !self.one_mask, heads: !self.one_mask, rows: true },
+            mask_extent: self.mask_extent,
             lengths: self.lengths,
             q_rows: rows(q_len),
             kv_rows: rows(kv_len),
@@ -346,9 +350,13 @@ impl List {
             for call in [
                 Call { mask: MaskForm::Bool, ..call },
                 Call { mask: MaskForm::Bias(DType::F16), ..call },
-                Call { mask: MaskForm::Bias(DType::F16), one_mask: true, ..call },
-                Call { mask: MaskForm::Bias(DType::BF16), one_mask: true, ..call },
-                Call { mask: MaskForm::Bias(DType::F32), one_mask: true, ..call },
+                Call { mask: MaskForm::Bias(DType::F16), mask_extent: ROWS, ..call },
+                Call { mask: MaskForm::Bias(DType::BF16), mask_extent: ROWS, ..call },
+                Call { mask: MaskForm::Bias(DType::F32), mask_extent: ROWS, ..call },
+                Call { mask: MaskForm::Bool, mask_extent: KEYS, ..call },
+                Call { mask: MaskForm::Bias(DType::F16), mask_extent: KEYS, ..call },
+                Call { mask: MaskForm::Bias(DType::BF16), mask_extent: KEYS, ..call },
+                Call { mask: MaskForm::Bias(DType::F32), mask_extent: KEYS, ..call },
                 Call { mask: MaskForm::Bias(DType::BF16), ..call },
                 Call { mask: MaskForm::Bias(DType::F32), ..call },
                 Call { blocks: Some([128, 64]), ..call },

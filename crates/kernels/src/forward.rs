@@ -23,7 +23,6 @@ use sage_core::{DType, Error, MAX_HEADS, Problem, Qk, Result, Scheme};
 
 use crate::attention::MaskForm;
 use crate::machine::Machine;
-use crate::operand::OperandSource;
 use crate::pass::Pass;
 use crate::preprocess::MOST_CHANNELS;
 use crate::sequence::Lengths;
@@ -172,12 +171,7 @@ impl Planned {
             pass.slot(call::slot::LSE, 4 * call.total_rows());
             call.request.lse = true;
         }
-        if call.request.mask != MaskForm::None {
-            masks::see_keys(call, &mut pass);
-            if [operands.k, operands.v].iter().any(|operand| operand.source == OperandSource::Workspace) {
-                masks::rank_keys(call, &mut pass);
-            }
-        }
+        masks::prepare(call, [operands.k, operands.v], &mut pass);
         if scheme.qk != Qk::Full {
             scores::quantize(call, scheme, &operands, smooth_q, &mut pass);
         }

@@ -5,6 +5,7 @@
 pub mod attention;
 pub mod catalog;
 pub mod combine;
+mod counters;
 pub mod decode;
 pub mod forward;
 mod fp4;

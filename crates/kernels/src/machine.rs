@@ -5,6 +5,9 @@ use sage_ptx::Target;
 
 use crate::gpu_model::GpuModel;
 
+/// Bytes of shared memory that the system takes for each block.
+pub(crate) const RESERVED: usize = 1024;
+
 /// What plans and tile shapes ask of a GPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Machine {
@@ -37,6 +40,16 @@ impl Machine {
     /// Whether threads copy from device memory to shared memory without registers (`cp.async`).
     pub fn has_async_copies(&self) -> bool {
         self.target.sm() >= 80
+    }
+
+    /// Whether a thread has whole runs of bytes copied to shared memory, which an `mbarrier` counts (`cp.async.bulk`).
+    pub fn has_bulk_copies(&self) -> bool {
+        self.target.sm() >= 90
+    }
+
+    /// Most bytes of shared memory of each of so many blocks on a multiprocessor.
+    pub(crate) fn shared_bytes_of_each(&self, blocks: u32) -> usize {
+        (self.shared_bytes + RESERVED) / blocks as usize - RESERVED
     }
 
     /// Blocks that run at once, where a multiprocessor holds so many.

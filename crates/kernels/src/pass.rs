@@ -76,9 +76,9 @@ impl<T> Addresses<'_, T> {
         slot.0.map_or(0, |index| self.start + self.workspace.slots[index].offset)
     }
 
-    /// Address and number of the 32-bit counters that must be zeros before a launch counts.
-    pub fn counters(&self) -> (u64, i32) {
-        (self.start, (self.workspace.zeroed / 4) as i32)
+    /// Address and number of the 32-bit counters that a launch is to set to zero: none unless it `clears` them.
+    pub fn counters(&self, clears: bool) -> (u64, i32) {
+        if clears { (self.start, (self.workspace.zeroed / 4) as i32) } else { (0, 0) }
     }
 }
 

@@ -178,6 +178,19 @@ impl<'k, T: MmaAccumulator> Accumulator<'k, T> {
         self.multiply(a, b, &vec![addend; T::REGISTERS]);
     }
 
+    /// `self = a · b + addends`, an addend for each register.
+    #[track_caller]
+    pub fn set_product_from<E: MmaElement>(
+        &self,
+        a: FragmentA<'k, E>,
+        b: FragmentB<'k, E>,
+        addends: &[Val<'k, T>],
+    ) {
+        assert_eq!(addends.len(), T::REGISTERS, "an addend for each register");
+        let addends: Vec<_> = addends.iter().map(|addend| addend.in_register_operand()).collect();
+        self.multiply(a, b, &addends);
+    }
+
     #[track_caller]
     fn multiply<E: MmaElement>(&self, a: FragmentA<'k, E>, b: FragmentB<'k, E>, addend: &[Operand]) {
         let mma = Mma { a: E::TY, b: E::TY, acc: T::MMA };

@@ -192,6 +192,23 @@ impl<'k, T: MmaAccumulator> Tile<Var<'k, T>> {
         });
     }
 
+    /// The same with an addend for each row, of a tile of 16 rows.
+    #[track_caller]
+    pub fn set_product_from<E: MmaElement>(
+        &self,
+        first: &Rows<Val<'k, T>>,
+        steps: usize,
+        a: impl Fn(usize) -> Vec<FragmentA<'k, E>>,
+        b: impl Fn(usize, usize) -> [FragmentB<'k, E>; 2],
+    ) {
+        assert_eq!(first.slots(), 2, "an addend for each of a lane's rows");
+        let of_slot = T::REGISTERS / 2;
+        let addends: Vec<_> = first.iter().flat_map(|&addend| vec![addend; of_slot]).collect();
+        self.multiply(steps, a, b, |step, sum, a, b| {
+            if step == 0 { sum.set_product_from(a, b, &addends) } else { sum.add_product(a, b) }
+        });
+    }
+
     /// `self += a · b` by a warp, as [`Tile::set_product`].
     #[track_caller]
     pub fn add_product<E: MmaElement>(

@@ -48,6 +48,7 @@ use key_tiles::TileListParams;
 pub use key_tiles::{CLEARED_TILE, CUT_TILE, ENTRIES_BEHIND, MASKED_TILE, TileListArgs};
 pub(crate) use queries::load_channels;
 pub(crate) use score_tile::capped;
+pub(crate) use warpgroups::Cursor;
 pub use warpgroups::{MappedOperand, boxed_tensor, stage_bytes};
 pub(crate) use warps::elements;
 

@@ -142,7 +142,7 @@ impl AttendCall {
         }
         let (head_dim, group) = (call.storage.head_dim, call.group());
         let Parts { tokens: split, count: splits } = call.parts(machine);
-        let attend = call.attend(splits);
+        let attend = call.attend(splits, machine);
 
         let mut pass = PassBuilder::new();
         let (mut partial, mut partial_sums) = (Slot::NONE, Slot::NONE);
@@ -216,7 +216,7 @@ impl AttendCall {
     /// The parts that take the least time.
     fn parts(&self, machine: &Machine) -> Parts {
         let row_blocks = CacheAttendConfig::row_blocks(self.q_len, self.group());
-        let resident = machine.resident_blocks(self.attend(1).min_blocks());
+        let resident = machine.resident_blocks(self.attend(1, machine).min_blocks());
         Parts::new(
             &self.storage,
             self.seen_by_block(),
@@ -238,7 +238,7 @@ impl AttendCall {
     }
 
     /// The kernel, where tokens are in so many parts.
-    fn attend(&self, splits: usize) -> CacheAttendConfig {
+    fn attend(&self, splits: usize, machine: &Machine) -> CacheAttendConfig {
         CacheAttendConfig {
             storage: self.storage,
             dtype: self.dtype,
@@ -246,7 +246,9 @@ impl AttendCall {
             split: splits > 1,
             sinks: self.sinks && splits == 1,
             lse: self.lse && splits == 1,
+            stages: 0,
         }
+        .with_stages(machine)
     }
 }
 

@@ -36,11 +36,11 @@ impl Forms {
     }
 }
 
-/// Whether an additive mask is packed where the kernel can read its words: one for all heads and sequences, as a copy
-/// of more would take as much memory as scores.
+/// Whether an additive mask is packed where the kernel can read its words: one for all heads, and for all sequences or
+/// all queries, as a copy of more would take as much memory as scores.
 pub(super) fn packs_biases(call: &ForwardCall) -> bool {
-    let Extent { batches, heads, .. } = call.request.mask_extent;
-    matches!(call.request.mask, MaskForm::Bias(_)) && !batches && !heads
+    let Extent { batches, heads, rows } = call.request.mask_extent;
+    matches!(call.request.mask, MaskForm::Bias(_)) && !heads && !(batches && rows)
 }
 
 /// Whether a kernel reads the words of packed biases.

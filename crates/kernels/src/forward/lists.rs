@@ -3,13 +3,16 @@
 use sage_ptx::Arg;
 
 use super::call::{ForwardCall, ForwardPass, slot};
+use super::masks;
 use super::request::Extent;
 use super::tensors::Tensors;
 use crate::attention::{AttentionArgs, AttentionConfig, ENTRIES_BEHIND, MaskForm, TileListArgs};
 use crate::pass::{Addresses, Slot};
+use crate::preprocess::SEEN_WORDS;
 use crate::sequence::{KEY_TILE, Lengths};
 use crate::sparse::{
-    CLASS_ROWS, ListTilesArgs, ListTilesConfig, MaskAccess, PackMaskArgs, PackMaskConfig, Packing,
+    CLASS_ROWS, KeyMaskArgs, KeyMaskConfig, ListTilesArgs, ListTilesConfig, MaskAccess, PackMaskArgs,
+    PackMaskConfig, Packing,
 };
 
 /// Arguments of an attention kernel that takes lists.
@@ -49,6 +52,10 @@ impl TileLists {
     /// Adds the launches that make the lists for an attention kernel.
     pub fn make(call: &ForwardCall, config: &AttentionConfig, pass: &mut ForwardPass) -> Self {
         let (problem, request) = (&call.problem, &call.request);
+        // Where no launch has said which keys are seen, this one is to.
+        if request.mask != MaskForm::None && pass.find(slot::SEEN) == Slot::NONE {
+            return TileLists::of_key_mask(*call, config, pass);
+        }
         let packed = PackedMask::pack(call, config, pass);
         // Blocks that end within tiles are in the classes.
         let whole_blocks = problem.blocks.filter(|_| !config.block_edges);
@@ -59,13 +66,10 @@ impl TileLists {
         if whole_blocks.is_some() {
             extent = extent.or(request.blocks_extent);
         }
-        let (sequences, heads) = extent.numbers(call);
+        let seen = pass.find(slot::SEEN);
+        let made = TileLists::reserve(call, config, (extent, packed, seen), pass);
+        let TileLists { q_tiles, sequences, heads, .. } = made;
         let (block_q, tile_keys) = (config.block_q(), config.tiling.tile_keys());
-        let q_tiles = config.q_tiles(problem.q_len);
-        let list_stride = problem.kv_len.div_ceil(tile_keys) + ENTRIES_BEHIND;
-        let lists = sequences * heads * q_tiles;
-        let counts = pass.slot(slot::TILE_COUNTS, 4 * lists);
-        let entries = pass.slot(slot::TILE_LISTS, 4 * lists * list_stride);
         let list = ListTilesConfig {
             block_q,
             tile_keys,
@@ -74,18 +78,6 @@ impl TileLists {
             lengths: request.lengths,
             masked: request.mask != MaskForm::None,
             clears: config.clears_values(),
-        };
-        let seen = pass.find(slot::SEEN);
-        let made = TileLists {
-            counts,
-            lists: entries,
-            list_stride,
-            q_tiles,
-            extent,
-            sequences,
-            heads,
-            packed,
-            seen,
         };
         let call = *call;
         let [blocks_q, blocks_k] = whole_blocks.map_or([1; 2], |[q, k]| [q / block_q, k / tile_keys]);
@@ -98,6 +90,57 @@ impl TileLists {
             launch(list.grid(q_tiles, sequences * heads), &args.args(), &[]);
         });
         made
+    }
+
+    /// Adds the launch that makes them of a mask of keys alone, with the words of keys that are seen.
+    fn of_key_mask(call: ForwardCall, config: &AttentionConfig, pass: &mut ForwardPass) -> Self {
+        let (problem, extent) = (call.problem, call.request.mask_extent);
+        let packed = PackedMask::reserve(&call, config.packing(), extent, pass);
+        let seen = masks::seen_slot(&call, pass);
+        let made = TileLists::reserve(&call, config, (extent, Some(packed), seen), pass);
+        let key_mask = KeyMaskConfig {
+            mask: call.request.mask,
+            packing: config.packing(),
+            tile_keys: config.tiling.tile_keys(),
+            clears: config.clears_values(),
+        };
+        let clears = pass.clears_counters();
+        pass.launch(key_mask, move |at, launch| {
+            let [seen_stride, _] = call.seen_strides(at.tensors);
+            let (counters, counter_count) = at.counters(clears);
+            let args = KeyMaskArgs {
+                mask: at.tensors.mask,
+                keys: problem.kv_len as i32,
+                sequences: made.sequences as i32,
+                seen: at.of(seen),
+                seen_stride: SEEN_WORDS as i32 * seen_stride,
+                words: at.of(packed.words),
+                q_tiles: made.q_tiles as i32,
+                tile_counts: at.of(made.counts),
+                tile_lists: at.of(made.lists),
+                list_stride: made.list_stride as i32,
+                counters,
+                counter_count,
+            };
+            launch(key_mask.grid(made.sequences), &args.args(), &[]);
+        });
+        made
+    }
+
+    /// Reserves the lists of masks that differ so.
+    fn reserve(
+        call: &ForwardCall,
+        config: &AttentionConfig,
+        (extent, packed, seen): (Extent, Option<PackedMask>, Slot),
+        pass: &mut ForwardPass,
+    ) -> Self {
+        let (sequences, heads) = extent.numbers(call);
+        let q_tiles = config.q_tiles(call.problem.q_len);
+        let list_stride = call.problem.kv_len.div_ceil(config.tiling.tile_keys()) + ENTRIES_BEHIND;
+        let lists = sequences * heads * q_tiles;
+        let counts = pass.slot(slot::TILE_COUNTS, 4 * lists);
+        let entries = pass.slot(slot::TILE_LISTS, 4 * lists * list_stride);
+        TileLists { counts, lists: entries, list_stride, q_tiles, extent, sequences, heads, packed, seen }
     }
 
     fn list(&self, call: &ForwardCall, at: &Addresses<'_, Tensors>) -> ListTilesArgs {
@@ -175,19 +218,12 @@ impl PackedMask {
             blocks: config.block_edges,
             packing: config.packing(),
         };
-        let (sequences, heads) = extent.numbers(call);
-        let rows = if extent.rows { problem.q_len } else { 1 };
-        let keys = problem.kv_len.max(1);
-        let packing = config.packing();
-        let none = Slot::NONE;
-        let mut packed = PackedMask { classes: none, words: none, packing, extent, heads, rows, keys };
+        let mut packed = PackedMask::reserve(call, config.packing(), extent, pass);
+        let PackedMask { rows, keys, heads, .. } = packed;
+        let (sequences, _) = extent.numbers(call);
         let all_heads = sequences * heads;
         let classes = all_heads * rows.div_ceil(CLASS_ROWS) * keys.div_ceil(KEY_TILE);
         packed.classes = pass.slot(slot::MASK_CLASSES, classes);
-        let words = all_heads * rows.div_ceil(CLASS_ROWS) * packed.row_words();
-        if words > 0 {
-            packed.words = pass.slot(slot::MASK_WORDS, 4 * words);
-        }
         pass.launch(pack, move |at, launch| {
             let [blocks_q, blocks_k] = problem.blocks.unwrap_or([1; 2]);
             let args = PackMaskArgs {
@@ -205,6 +241,20 @@ impl PackedMask {
             launch(pack.grid(rows, problem.kv_len, all_heads), &args.args(), &[]);
         });
         Some(packed)
+    }
+
+    /// Reserves the words of a mask that differs so; it has no classes.
+    fn reserve(call: &ForwardCall, packing: Option<Packing>, extent: Extent, pass: &mut ForwardPass) -> Self {
+        let (sequences, heads) = extent.numbers(call);
+        let rows = if extent.rows { call.problem.q_len } else { 1 };
+        let keys = call.problem.kv_len.max(1);
+        let none = Slot::NONE;
+        let mut packed = PackedMask { classes: none, words: none, packing, extent, heads, rows, keys };
+        let words = sequences * heads * rows.div_ceil(CLASS_ROWS) * packed.row_words();
+        if words > 0 {
+            packed.words = pass.slot(slot::MASK_WORDS, 4 * words);
+        }
+        packed
     }
 
     /// Words of a tile of rows.

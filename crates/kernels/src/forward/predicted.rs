@@ -5,7 +5,7 @@ use super::cut::{self, Cut};
 use super::forms::Forms;
 use crate::attention::{MaskForm, padded_dim};
 use crate::operand::{Operand, OperandSource};
-use crate::sequence::{KEY_TILE, seen_key_tiles};
+use crate::sequence::{KEY_TILE, Lengths, seen_key_tiles};
 use crate::tiling::Engine;
 use crate::tuning::{Cost, cost};
 
@@ -60,7 +60,8 @@ fn attention(call: &ForwardCall, forms: &Forms, cut: &Cut, cost: &Cost) -> f64 {
     let slots = call.machine.resident_blocks(tiling.min_blocks()) as f64;
     let pieces = pieces as f64;
     let heads = (problem.batch * problem.num_q_heads * cut.splits) as f64;
-    if call.pieces_alike() {
+    // Of an explicit mask's tiles nothing is known before the call: its pieces, without a band, are taken for alike.
+    if problem.band.is_full() && call.request.lengths == Lengths::Dense {
         return (pieces / slots).ceil() * of_tiles(problem.kv_len.div_ceil(KEY_TILE) as f64);
     }
     let rows = tiling.block_q();

@@ -44,7 +44,7 @@ fn sample(
     let clears = pass.clears_counters();
     let keys = call.keys(pass);
     pass.launch(config, move |at, launch| {
-        let (counters, counter_count) = if clears { at.counters() } else { (0, 0) };
+        let (counters, counter_count) = at.counters(clears);
         let args = SampleArgs {
             input: keys.of(tensor(at.tensors), at),
             mean: at.of(outputs.mean),

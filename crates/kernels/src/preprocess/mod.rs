@@ -51,6 +51,7 @@ pub use quantize_v::{QuantizeVArgs, QuantizeVConfig, ValueScales};
 pub use query_means::{QueryMeansArgs, QueryMeansConfig};
 pub use sample::{SampleArgs, SampleConfig};
 pub(crate) use seen::SeenKeys;
+pub(crate) use seen::counts_and_is_visible;
 pub use seen::{RankKeysArgs, RankKeysConfig, SEEN_WORDS, SeenKeysArgs, SeenKeysConfig};
 pub use smoothed_keys::KeyMean;
 pub use statistics::ColumnStatistics;

@@ -4,6 +4,7 @@ use sage_ptx::{Code, Program, kernel};
 
 use super::statistics::{Collector, ColumnStatistics, Outputs, across_block};
 use super::tile_load::{CHUNK, Head, Source};
+use crate::counters::clear_counters;
 use crate::grid::grid;
 use crate::kernel::Kernel;
 use crate::params::kernel_params;
@@ -56,12 +57,7 @@ impl SampleConfig {
         self.source.bound_registers(code, 512);
         let p = SampleParams::declare(code);
         let head = Head::new(code, &self.source, &p.input);
-        let first = code.block_index().map(|index| index.eq(0)).into_iter().reduce(|a, b| a & b);
-        code.when(first.unwrap_or(code.constant(true)), || {
-            code.range_by(head.thread, p.counter_count, self.threads() as i32, |index| {
-                p.counters.at(index).store(0u32);
-            });
-        });
+        clear_counters(code, p.counters, p.counter_count, self.threads());
         let parts = self.statistics.parts();
         let collectors: Vec<_> =
             parts.iter().map(|&part| [(); CHUNK].map(|()| Collector::new(code, part))).collect();

@@ -10,6 +10,7 @@ use sage_ptx::isa::AtomicOp;
 use sage_ptx::{Code, Global, Program, Stored, Val, Var, kernel};
 
 use crate::attention::MaskForm;
+use crate::counters::clear_counters;
 use crate::grid::{BlockHead, grid};
 use crate::kernel::Kernel;
 use crate::params::kernel_params;
@@ -67,6 +68,10 @@ kernel_params! {
         stride_sequence: i32,
         /// Tiles from one head's words to the next.
         stride_head: i32,
+        /// Counters of the launches that follow, which the first block sets to zero.
+        counters: [u32],
+        /// How many.
+        counter_count: i32,
     }
 }
 
@@ -82,6 +87,7 @@ impl SeenKeysConfig {
         counts_and_visible: impl Fn(Val<'k, B::Value>) -> [Val<'k, bool>; 2],
     ) {
         let p = SeenKeysParams::declare(code);
+        clear_counters(code, p.counters, p.counter_count, (WARPS * LANES as usize) as u32);
         let [tile, ..] = code.block_index();
         let BlockHead { sequence: index, head } = BlockHead::new(code, p.heads, p.heads * p.sequences);
         let lengths = LengthParams {
@@ -183,15 +189,19 @@ impl Kernel for SeenKeysConfig {
                 let visible = byte.ne(0u32);
                 [visible, visible]
             }),
-            MaskForm::Bias(DType::F16) => self.write::<f16>(code, |x| of_bias(x.to_f32(), DType::F16)),
-            MaskForm::Bias(DType::BF16) => self.write::<bf16>(code, |x| of_bias(x.to_f32(), DType::BF16)),
-            MaskForm::Bias(DType::F32) => self.write::<f32>(code, |x| of_bias(x, DType::F32)),
+            MaskForm::Bias(DType::F16) => {
+                self.write::<f16>(code, |x| counts_and_is_visible(x.to_f32(), DType::F16))
+            }
+            MaskForm::Bias(DType::BF16) => {
+                self.write::<bf16>(code, |x| counts_and_is_visible(x.to_f32(), DType::BF16))
+            }
+            MaskForm::Bias(DType::F32) => self.write::<f32>(code, |x| counts_and_is_visible(x, DType::F32)),
         })
     }
 }
 
 /// Whether a key with such a bias counts, and whether it is visible.
-fn of_bias(bias: Val<'_, f32>, dtype: DType) -> [Val<'_, bool>; 2] {
+pub(crate) fn counts_and_is_visible(bias: Val<'_, f32>, dtype: DType) -> [Val<'_, bool>; 2] {
     // A bias of NaN is neither hidden nor padding.
     [!bias.le(padding_bias(dtype)), !bias.le(f32::NEG_INFINITY)]
 }

@@ -6,15 +6,20 @@
 //! block mask, band, lengths ─────────────────────────────────────────────────────────────────────────────┴─> lists
 //! ```
 //!
+//! A mask of keys alone, such as padding, takes one launch for all of that: [`KeyMaskConfig`].
+//!
 //! A list has the tiles that some row sees, in order. Those that every row sees wholly pay for no mask in the attention
 //! kernel; the others are marked: those that the band or the end of the keys cuts, where it compares with both, and
 //! those that a mask hides or changes some scores of, where it reads the mask. Nothing returns to the host in between.
 
+mod key_mask;
 mod list_tiles;
 mod mask_strip;
 mod mask_words;
 mod pack_mask;
 
+pub(crate) use key_mask::MOST_KEYS;
+pub use key_mask::{KeyMaskArgs, KeyMaskConfig};
 pub use list_tiles::{ListTilesArgs, ListTilesConfig};
 pub use mask_words::Packing;
 pub(crate) use mask_words::{

@@ -57,13 +57,13 @@ pub struct PackMaskConfig {
 }
 
 /// An element of a mask.
-struct Element<'k> {
+pub(super) struct Element<'k> {
     /// Whether the key is visible.
-    visible: Val<'k, bool>,
+    pub visible: Val<'k, bool>,
     /// Whether its score is left as it is.
-    kept: Val<'k, bool>,
+    pub kept: Val<'k, bool>,
     /// What is added to the score.
-    bias: Val<'k, f32>,
+    pub bias: Val<'k, f32>,
 }
 
 kernel_params! {
@@ -244,10 +244,21 @@ fn of_quad<'k>(own: Val<'k, u32>, lane: Val<'k, i32>) -> Val<'k, u32> {
     let quad_lane = lane & 3;
     let of_chunk = |chunk: i32| {
         // Two neighbouring keys of every eight.
-        let pairs = (own.shuffle((lane - quad_lane) + chunk) >> (quad_lane * 2)) & 0x0303_0303;
-        ((pairs | (pairs >> 6)) & 0x000f_000f) << (4 * chunk)
+        four_of_sixteen(own.shuffle((lane - quad_lane) + chunk) >> (quad_lane * 2)) << (4 * chunk)
     };
     (0..4).map(of_chunk).reduce(|a, b| a | b).expect("a quad has lanes")
+}
+
+/// The lowest two of every eight bits, side by side.
+pub(super) fn of_pairs(bits: Val<'_, u32>) -> Val<'_, u32> {
+    let fours = four_of_sixteen(bits);
+    (fours | (fours >> 12)) & 0xff
+}
+
+/// The lowest two of every eight bits, those of each half side by side in its lowest four.
+fn four_of_sixteen(bits: Val<'_, u32>) -> Val<'_, u32> {
+    let pairs = bits & 0x0303_0303;
+    (pairs | (pairs >> 6)) & 0x000f_000f
 }
 
 impl Kernel for PackMaskConfig {
@@ -294,12 +305,12 @@ impl Kernel for PackMaskConfig {
 }
 
 impl<'k> Element<'k> {
-    fn of_flag(visible: Val<'k, bool>) -> Self {
+    pub fn of_flag(visible: Val<'k, bool>) -> Self {
         Element { visible, kept: visible, bias: visible.select(0.0, f32::NEG_INFINITY) }
     }
 
     /// A bias of NaN hides nothing.
-    fn of_bias(bias: Val<'k, f32>) -> Self {
+    pub fn of_bias(bias: Val<'k, f32>) -> Self {
         Element { visible: !bias.eq(f32::NEG_INFINITY), kept: bias.eq(0.0), bias }
     }
 }
@@ -308,7 +319,7 @@ impl<'k> Element<'k> {
 const LEAST_PACKED: f32 = f32::from_bits(LEAST_BIAS.to_bits() & 0xffff_0000);
 
 /// A lane's biases in words: but for −∞ none below what is finite in base 2.
-fn packed<'k>(dtype: DType, biases: &[Val<'k, f32>]) -> Vec<Val<'k, u32>> {
+pub(super) fn packed<'k>(dtype: DType, biases: &[Val<'k, f32>]) -> Vec<Val<'k, u32>> {
     let finite = |&bias: &Val<'k, f32>| {
         bias.eq(f32::NEG_INFINITY).select(f32::NEG_INFINITY, bias.max_nan(LEAST_PACKED))
     };

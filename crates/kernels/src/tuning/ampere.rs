@@ -1,7 +1,7 @@
 //! Tile shapes for `mma.sync`, on Ampere and every GPU since whose own instructions no kernel uses.
 
 use super::{Key, Row, Tuned};
-use crate::machine::Machine;
+use crate::machine::{Machine, RESERVED};
 use crate::tiling::{Copies, Tiling, WarpTiling};
 
 /// Two blocks of four warps of 32 rows.
@@ -91,9 +91,6 @@ pub(super) const ROWS: &[Row<WarpTiling>] = &[
         reason: "the sums of 16 rows fill half the registers, so Q stays in shared memory",
     },
 ];
-
-/// Shared memory that a block takes beside its tiles.
-const RESERVED: usize = 1024;
 
 /// The tile shape for a kernel: the table's, in as much shared memory as the GPU has.
 pub(super) fn tuned(machine: &Machine, key: &Key) -> Tuned {

@@ -109,9 +109,6 @@ pub(super) const ROWS: &[Row<WarpgroupTiling>] = &[
 /// Barriers, maxima, and the gaps that alignment leaves, in bytes of shared memory.
 const SMALL_ARRAYS: usize = 3 << 10;
 
-/// Bytes of shared memory that each block takes beside its own.
-const SYSTEM_BYTES: usize = 1 << 10;
-
 /// The tile shape for a kernel: the table's, in as much shared memory as the GPU has.
 pub(super) fn tuned(machine: &Machine, key: &Key) -> Tuned {
     let row = key.row(ROWS);
@@ -163,8 +160,7 @@ pub(super) fn most_stages(machine: &Machine, tiling: &WarpgroupTiling, key: &Key
     };
     let biases = key.biases_bytes(64 * tiling.groups, tiling.tile_keys);
     let stage = key.tile_bytes(tiling.tile_keys) + ones * tiling.tile_keys + biases;
-    // A second block has as much, but for what the system takes of each.
-    let bytes =
-        if tiling.groups == 1 { (machine.shared_bytes - SYSTEM_BYTES) / 2 } else { machine.shared_bytes };
+    // Of one group there is a second block, which has as much.
+    let bytes = machine.shared_bytes_of_each(if tiling.groups == 1 { 2 } else { 1 });
     bytes.saturating_sub(SMALL_ARRAYS + queries_bytes(tiling, key)) / stage
 }

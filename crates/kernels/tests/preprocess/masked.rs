@@ -108,6 +108,7 @@ impl Masked {
             seen: words.address(),
             stride_sequence: 2 * (tiles as i32 + 1),
             stride_head: tiles as i32 + 1,
+            ..SeenKeysArgs::default()
         };
         launch(emulator, &config.program(), config.grid(self.kv_len, 2, 2), &args.args());
         let rank = RankKeysConfig;

@@ -16,7 +16,7 @@ use crate::attention::config::{AttentionConfig, AttentionParams, WARPGROUP};
 use crate::attention::key_tiles::TileListParams;
 use bias_ring::BiasRing;
 use consumer::{Consumer, Cursors, Rings};
-use pipeline::Cursor;
+pub(crate) use pipeline::Cursor;
 use query_stage::QueryStage;
 pub(super) use query_stage::StagedRows;
 use tma_ring::TmaRing;

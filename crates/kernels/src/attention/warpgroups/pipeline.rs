@@ -5,7 +5,7 @@ use sage_ptx::{Code, Mbarrier, Mbarriers, Val, Var};
 
 /// Where a thread stands in a pipeline: the stage, and the parity of the round.
 #[derive(Clone, Copy)]
-pub(super) struct Cursor<'k> {
+pub(crate) struct Cursor<'k> {
     stage: Var<'k, i32>,
     parity: Var<'k, i32>,
     stages: usize,
@@ -23,6 +23,11 @@ impl<'k> Cursor<'k> {
     /// The stage.
     pub fn stage(&self) -> Val<'k, i32> {
         self.stage.get()
+    }
+
+    /// The parity of the round.
+    pub fn parity(&self) -> Val<'k, i32> {
+        self.parity.get()
     }
 
     /// Moves to where `other` stands.
@@ -70,7 +75,7 @@ impl<'k> Pipeline<'k> {
     /// The producer's part: waits until the stage at the cursor, which it returns, is empty.
     pub fn wait_empty(&self, cursor: &Cursor<'k>) -> Val<'k, i32> {
         let stage = cursor.stage.get();
-        self.barriers.from(self.stages).at(stage).wait(cursor.parity.get() ^ 1);
+        self.barriers.from(self.stages).at(stage).wait(cursor.parity() ^ 1);
         stage
     }
 
@@ -82,7 +87,7 @@ impl<'k> Pipeline<'k> {
     /// A consumer's part: waits until the stage at the cursor, which it returns, is full.
     pub fn wait_full(&self, cursor: &Cursor<'k>) -> Val<'k, i32> {
         let stage = cursor.stage.get();
-        self.full(stage).wait(cursor.parity.get());
+        self.full(stage).wait(cursor.parity());
         stage
     }
 

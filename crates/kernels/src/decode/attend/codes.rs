@@ -7,11 +7,14 @@ use sage_ptx::{F16x2, Val};
 /// What the numbers of [`e4m3_pair`] must be multiplied by.
 pub(super) const E4M3_UNIT: f32 = 256.0;
 
-/// Four INT8 codes as f16, the first two in one register, the others in the next.
+/// By how much the numbers of [`int8_quad`] are above codes.
+pub(super) const ABOVE_CODES: f32 = 1152.0;
+
+/// Four INT8 codes plus [`ABOVE_CODES`] as f16, the first two in one register, the others in the next.
 #[track_caller]
 pub(super) fn int8_quad(word: Val<'_, u32>) -> [Val<'_, u32>; 2] {
     let unsigned = word ^ 0x8080_8080;
-    [0x4140, 0x4342].map(|bytes| int8_pair(unsigned, bytes))
+    [0x4140, 0x4342].map(|bytes| int8_pair_above(unsigned, bytes))
 }
 
 /// Two neighbouring channels of two tokens, each channel's values in a register: of 8 bits, those of `half` of the
@@ -40,13 +43,18 @@ pub(super) fn channels<'k>(
     }
 }
 
-/// Two INT8 codes plus 128, which are bytes of `codes`, as f16: a byte above 1024 is one that needs no conversion.
+/// Two INT8 codes plus 128, which are bytes of `codes`, as f16 above 1024, where a byte needs no conversion.
+#[track_caller]
+fn int8_pair_above(codes: Val<'_, u32>, bytes: u32) -> Val<'_, u32> {
+    codes.permute_bytes(0x6464_6464, bytes)
+}
+
+/// The same codes themselves.
 #[track_caller]
 fn int8_pair(codes: Val<'_, u32>, bytes: u32) -> Val<'_, u32> {
-    let above = codes.permute_bytes(0x6464_6464, bytes).reinterpret::<F16x2>();
     // Instructions on pairs take no constants.
-    let bias = codes.code().var(F16x2([f16::from_f32_const(1152.0); 2]));
-    (above - bias.get()).word()
+    let above = codes.code().var(F16x2([f16::from_f32_const(ABOVE_CODES); 2]));
+    (int8_pair_above(codes, bytes).reinterpret::<F16x2>() - above.get()).word()
 }
 
 /// Two E4M3 codes, which are bytes of `codes`, as f16 times 2⁻⁸: their bits are those of halves, moved. (Targets before

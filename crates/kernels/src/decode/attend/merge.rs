@@ -36,7 +36,7 @@ pub(super) struct Merge<'k, 'a> {
 }
 
 impl<'k, 'a> Merge<'k, 'a> {
-    /// `outputs` is memory of [`memory`] that every warp has read before the last barrier.
+    /// `outputs` is memory of [`memory`] that no warp reads once it is here.
     pub fn new(
         config: &'a CacheAttendConfig,
         code: &'k Code,

@@ -8,13 +8,15 @@
 //! the output's columns is free, and chosen so that each lane's neighbouring bytes are its own operands.
 //!
 //! INT8 codes are exact in f16, so that scores are products of the queries as given (of bfloat16, scaled by a power of
-//! two) with codes, times the token's scale, plus the product of the query with the page's constant. Scales of values
-//! are part of the probabilities, relative to the largest power of two among them, as f16 has no range for both.
+//! two) with codes, times the token's scale, plus the product of the query with the page's constant. Codes are multiplied
+//! as a permutation of bytes leaves them in f16, 1152 too high, and the sums start as much below. Scales of values are
+//! part of the probabilities, relative to the largest power of two among them, as f16 has no range for both.
 
 mod codes;
 mod merge;
 mod queries;
 mod softmax;
+mod stages;
 mod tokens;
 mod work;
 
@@ -25,12 +27,14 @@ use sage_ptx::{Code, Half, Program, RoundedElement, Stored, Target, kernel};
 use merge::Merge;
 use queries::Queries;
 use softmax::Softmax;
+use stages::Stages;
 use tokens::{PageHeads, Tokens};
 use work::Work;
 
 use super::{CHUNK, Storage, THREADS, WARPS};
 use crate::grid::grid;
 use crate::kernel::Kernel;
+use crate::machine::Machine;
 use crate::params::kernel_params;
 use crate::sinks::SinkParams;
 
@@ -42,6 +46,9 @@ pub const MAX_SPLIT_PAGES: usize = 128;
 
 /// Tokens that are one step of the product of probabilities and values; they lie in one page.
 const GROUP: usize = 16;
+
+/// Stages of a warp beyond which no more bytes need be on their way.
+const MOST_STAGES: usize = 4;
 
 /// Attention over a cache, for all tokens or, of many, for parts of them: [`crate::combine`] merges those.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -58,6 +65,8 @@ pub struct CacheAttendConfig {
     pub sinks: bool,
     /// Whether the log-sum-exp is written, where tokens are not split.
     pub lse: bool,
+    /// Stages of shared memory that a warp's tiles pass through by bulk copies; 0 where they go straight to registers.
+    pub stages: usize,
 }
 
 kernel_params! {
@@ -122,6 +131,25 @@ impl CacheAttendConfig {
         if self.storage.pitch() <= 128 { 2 * GROUP } else { GROUP }
     }
 
+    /// With as many stages as there is shared memory for, where a GPU has bulk copies and there is room for two.
+    pub fn with_stages(self, machine: &Machine) -> Self {
+        let of_block = machine.shared_bytes_of_each(self.min_blocks());
+        let staged = (2..=MOST_STAGES).rev().map(|stages| CacheAttendConfig { stages, ..self });
+        let fits = |config: &Self| machine.has_bulk_copies() && config.shared_bytes() <= of_block;
+        staged.into_iter().find(fits).unwrap_or(CacheAttendConfig { stages: 0, ..self })
+    }
+
+    /// Bytes of shared memory of a block.
+    fn shared_bytes(&self) -> usize {
+        let stages = WARPS * self.stages * stages::stage_bytes(&self.storage, self.tile());
+        stages + 4 * (queries::memory(self) + MAX_SPLIT_PAGES * (1 + ROWS) + 3 * WARPS * ROWS)
+    }
+
+    /// Tokens of a tile that lie side by side in a page.
+    fn run(&self) -> usize {
+        self.tile().min(self.storage.page_size)
+    }
+
     fn write<H: Half + Stored<Value = H>>(&self, code: &Code) {
         match self.storage.values {
             ValueFormat::BF16 => self.write_with::<H, bf16>(code),
@@ -138,16 +166,18 @@ impl CacheAttendConfig {
         let pages = PageHeads::load(code, &p, &work);
         let queries = Queries::load::<H>(self, code, &p, &work);
         let page_heads = pages.store(code, &work);
+        let stages = Stages::new(self, code, &work, page_heads);
         code.barrier();
 
         let step = (WARPS * self.tile()) as i32;
-        let start = work.first_tile() + code.warp_index() * self.tile() as i32;
-        let tokens = Tokens::new(self, code, &work, page_heads);
+        let start = work.first_tile(self.run()) + code.warp_index() * self.tile() as i32;
+        let tokens = Tokens::new(self, code, &work, page_heads, stages);
         code.note("the first tokens on their way");
         code.when(start.lt(work.last), || tokens.start(start));
         let biases = queries.biases(code, &work, page_heads);
         code.barrier();
 
+        let below = queries.below();
         let softmax = Softmax::new(self, code);
         code.note("tokens stream by");
         code.range_by(start, work.last, step, |start| {
@@ -155,26 +185,24 @@ impl CacheAttendConfig {
             let next = start + step;
             let next_places = tokens.places(next);
             let exists = next.lt(work.last);
-            let scores = queries.scores(&tokens, &places, &biases, &work);
+            tokens.take_keys(start, &places);
+            let scores = queries.scores(&tokens, &places, (&below, &biases), &work);
             let value_scale = tokens.value_scale();
-            code.when(exists, || tokens.load_keys(&next_places));
+            tokens.load_after_scores(&next_places, exists);
             if self.softcap {
                 softmax.cap(&scores, p.cap);
             }
             let cut = work.is_cut(start, self.tile());
             code.when(cut, || work.hide(&scores, start));
             let weights = softmax.step(&scores, value_scale, cut, &tokens);
-            let parts = tokens.value_parts();
-            for part in 0..parts {
+            for part in 0..tokens.value_parts() {
+                tokens.take_values(start, &places, part);
                 softmax.add_values::<E>(&weights, &tokens, part);
-                if part + 1 < parts {
-                    tokens.load_values(&places, part + 1);
-                } else {
-                    code.when(exists, || tokens.load_values(&next_places, 0));
-                }
+                tokens.load_after_values(part, &places, &next_places, exists);
             }
         });
-        Merge::new(self, code, &p, &work, queries.scratch).store::<H>(&softmax);
+        let outputs = tokens.stages().map_or(queries.scratch, Stages::memory);
+        Merge::new(self, code, &p, &work, outputs).store::<H>(&softmax);
     }
 }
 
@@ -187,6 +215,9 @@ impl Kernel for CacheAttendConfig {
             if on {
                 name += part;
             }
+        }
+        if self.stages > 0 {
+            name += &format!("_stages{}", self.stages);
         }
         name
     }
@@ -201,8 +232,12 @@ impl Kernel for CacheAttendConfig {
     }
 
     fn oldest_target(&self) -> Target {
-        // Before Ampere, tensor cores have no bfloat16.
-        if self.storage.values == ValueFormat::BF16 { Target::SM_80 } else { Target::SM_75 }
+        match self.storage.values {
+            _ if self.stages > 0 => Target::SM_90,
+            // Before Ampere, tensor cores have no bfloat16.
+            ValueFormat::BF16 => Target::SM_80,
+            _ => Target::SM_75,
+        }
     }
 
     fn head_dim(&self) -> Option<usize> {

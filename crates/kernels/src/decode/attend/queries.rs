@@ -2,8 +2,9 @@
 
 use half::f16;
 use sage_core::DType;
-use sage_ptx::{Code, FragmentA, Half, Rows, Shared, Stored, Tile, Val, Var};
+use sage_ptx::{Code, FragmentA, FragmentB, Half, RoundedElement, Rows, Shared, Stored, Tile, Val, Var};
 
+use super::codes::ABOVE_CODES;
 use super::tokens::{CHUNK_WORDS, Place, Tokens, key_chunks};
 use super::work::Work;
 use super::{CHUNK, CacheAttendConfig, CacheAttendParams, GROUP, MAX_SPLIT_PAGES, ROWS, THREADS, WARPS};
@@ -33,6 +34,17 @@ struct Part<'k> {
     elements: [[Val<'k, f32>; 4]; 2],
 }
 
+/// Words of shared memory that queries take.
+pub(super) fn memory(config: &CacheAttendConfig) -> usize {
+    4 * 32 * steps(config) + scratch(config)
+}
+
+/// Words of [`Queries::scratch`], where results are merged at the end unless there are stages for that.
+fn scratch(config: &CacheAttendConfig) -> usize {
+    let merging = if config.stages == 0 { super::merge::memory(config) } else { 0 };
+    (ROWS * config.storage.pitch()).max(merging)
+}
+
 /// Steps of the depth.
 fn steps(config: &CacheAttendConfig) -> usize {
     key_chunks(&config.storage) * CHUNK_WORDS
@@ -49,7 +61,7 @@ impl<'k> Queries<'k> {
         code.note("queries");
         let pitch = config.storage.pitch();
         let lanes = steps(config) * 32;
-        let scratch = code.shared::<f32>("scratch", (ROWS * pitch).max(super::merge::memory(config)));
+        let scratch = code.shared::<f32>("scratch", scratch(config));
         let fragments = code.shared::<u32>("queries", 4 * lanes);
         // All are asked for before the first is waited for.
         let parts: Vec<_> =
@@ -104,20 +116,40 @@ impl<'k> Queries<'k> {
         biases
     }
 
-    /// Scores of a tile's tokens, in base 2.
+    /// What products of the queries with keys as they are multiplied, which are above codes, start from.
+    pub fn below(&self) -> Rows<Val<'k, f32>> {
+        let code = self.fragments.code();
+        code.note("sums of the queries");
+        let sums = Tile::new(code, ROWS, GROUP);
+        let ones = code.constant(f16::ONES);
+        sums.set_product(
+            0.0,
+            steps(&self.config),
+            |step| self.operand(step),
+            |_, _| [FragmentB::new([ones; 2]); 2],
+        );
+        Rows::from_fn(2, |slot| sums.at(slot, 0).get() * -ABOVE_CODES)
+    }
+
+    /// The operand at a step of the depth.
+    fn operand(&self, step: usize) -> Vec<FragmentA<'k, f16>> {
+        let lane = self.fragments.at(self.fragments.code().lane_index() * 4);
+        vec![FragmentA::new(lane.plus(128 * step as i32).load_vector())]
+    }
+
+    /// Scores of a tile's tokens, in base 2, from products that start [`below`](Queries::below).
     pub fn scores(
         &self,
         tokens: &Tokens<'k, '_>,
         places: &[Place<'k>],
-        biases: &Shared<'k, f32>,
+        (below, biases): (&Rows<Val<'k, f32>>, &Shared<'k, f32>),
         work: &Work<'k>,
     ) -> Tile<Var<'k, f32>> {
         let code = self.fragments.code();
         code.note("scores: queries * codes");
         let scores = Tile::new(code, ROWS, places.len() * GROUP);
-        let lane = self.fragments.at(code.lane_index() * 4);
-        let a = |step: usize| vec![FragmentA::<f16>::new(lane.plus(128 * step as i32).load_vector())];
-        scores.set_product(0.0, steps(&self.config), a, |step, token| tokens.keys(step, token));
+        let keys = |step: usize, token: usize| tokens.keys(step, token);
+        scores.set_product_from(below, steps(&self.config), |step| self.operand(step), keys);
 
         let factors = tokens.of_columns(tokens.key_scale() * self.factor);
         let last_row = work.rows() - 1;

@@ -1,9 +1,11 @@
-//! Tokens on their way from device memory to the registers of the lanes that multiply them.
+//! Tokens on their way from device memory to the registers of the lanes that multiply them: straight there, the next
+//! tile while this one is multiplied, or through [`Stages`] of shared memory, which hold more tiles on their way.
 
 use sage_core::ValueFormat;
-use sage_ptx::{Code, FragmentB, Global, MmaElement, Shared, Val, Var, lane_column, lane_row};
+use sage_ptx::{AddressSpace, Code, FragmentB, MmaElement, Pointer, Shared, Val, Var, lane_column, lane_row};
 
 use super::codes::{channels, int8_quad};
+use super::stages::Stages;
 use super::work::Work;
 use super::{CHUNK, CacheAttendConfig, CacheAttendParams, GROUP, MAX_SPLIT_PAGES};
 use crate::decode::Storage;
@@ -45,16 +47,18 @@ impl<'k> PageHeads<'k> {
 /// Where [`GROUP`] tokens lie that share a page.
 #[derive(Clone, Copy)]
 pub(super) struct Place<'k> {
+    /// The first of them.
+    first: Val<'k, i32>,
     /// Page of the block's run of tokens.
     pub page: Val<'k, i32>,
-    /// The pool's row of the first of them.
+    /// The row of the first of them, in the pool or in a stage.
     row: Val<'k, i32>,
     /// The first and the last of them that some row of queries sees, for which the others are read.
     ends: [Val<'k, i32>; 2],
 }
 
 impl<'k> Place<'k> {
-    /// The pool's row of a token.
+    /// The row of a token.
     fn row(&self, token: Val<'k, i32>) -> Val<'k, i32> {
         let [first, last] = self.ends;
         self.row + token.max(first).min(last)
@@ -103,12 +107,12 @@ impl ValueShape {
     }
 }
 
-/// The chunks of a pool's rows, which lanes take in turns.
+/// The chunks of rows in the pool or in a stage, which lanes take in turns.
 #[derive(Clone, Copy)]
-struct Chunks<'k> {
+struct Chunks<'k, S: AddressSpace> {
     /// The first row, and where the lane's first chunk of it lies.
-    start: Global<'k, u8>,
-    of_lane: Global<'k, u8>,
+    start: Pointer<'k, S, u8>,
+    of_lane: Pointer<'k, S, u8>,
     /// The lane's place among so many.
     member: Val<'k, i32>,
     lanes: usize,
@@ -117,14 +121,26 @@ struct Chunks<'k> {
     count: usize,
 }
 
-impl<'k> Chunks<'k> {
-    fn new(start: Global<'k, u32>, member: Val<'k, i32>, [lanes, bytes, count]: [usize; 3]) -> Self {
+impl<'k, S: AddressSpace> Chunks<'k, S> {
+    /// Of keys.
+    fn of_keys(storage: &Storage, start: Pointer<'k, S, u32>, lane: Val<'k, i32>) -> Self {
+        Chunks::new(start, lane & 3, [KEY_LANES, CHUNK, storage.pitch() / CHUNK])
+    }
+
+    /// Of values.
+    fn of_values(storage: &Storage, start: Pointer<'k, S, u32>, lane: Val<'k, i32>) -> Self {
+        let shape = ValueShape::new(storage);
+        let sizes = [VALUE_LANES, 4 * shape.words(), storage.pitch() / shape.channels];
+        Chunks::new(start, lane_row(lane), sizes)
+    }
+
+    fn new(start: Pointer<'k, S, u32>, member: Val<'k, i32>, [lanes, bytes, count]: [usize; 3]) -> Self {
         let start = start.cast::<u8>();
         Chunks { start, of_lane: start.at(member * bytes as i32), member, lanes, bytes, count }
     }
 
     /// The lane's chunk of a row in turn `turn`, or the row's first where it has none there.
-    fn of_row(&self, row: Val<'k, i32>, turn: usize) -> Global<'k, u32> {
+    fn of_row(&self, row: Val<'k, i32>, turn: usize) -> Pointer<'k, S, u32> {
         let row = row.mul_wide((self.count * self.bytes) as i32);
         let first = (self.lanes * turn) as i32;
         if self.lanes * (turn + 1) <= self.count {
@@ -135,16 +151,16 @@ impl<'k> Chunks<'k> {
     }
 }
 
-/// The tile of tokens that a warp multiplies next, in registers.
+/// The tile of tokens that a warp multiplies, or multiplies next, in registers.
 pub(super) struct Tokens<'k, 'w> {
+    code: &'k Code,
     work: &'w Work<'k>,
     storage: Storage,
     page_heads: Shared<'k, i32>,
     groups: usize,
     lane: Val<'k, i32>,
-    /// Where the lane's chunks of keys and of values lie.
-    chunks_of_keys: Chunks<'k>,
-    chunks_of_values: Chunks<'k>,
+    /// Where tokens pass through shared memory.
+    stages: Option<Stages<'k, 'w>>,
     /// Chunks of a key that a lane has.
     key_chunks: usize,
     /// For each eight tokens and chunk, the lane's words of its token's key.
@@ -163,25 +179,20 @@ impl<'k, 'w> Tokens<'k, 'w> {
         code: &'k Code,
         work: &'w Work<'k>,
         page_heads: Shared<'k, i32>,
+        stages: Option<Stages<'k, 'w>>,
     ) -> Self {
         let storage = config.storage;
         let groups = config.tile() / GROUP;
         let shape = ValueShape::new(&storage);
         let key_chunks = key_chunks(&storage);
-        let lane = code.lane_index();
-        let parts = work.pool.parts;
         Tokens {
+            code,
             work,
             storage,
             page_heads,
             groups,
-            lane,
-            chunks_of_keys: Chunks::new(parts.keys, lane & 3, [KEY_LANES, CHUNK, storage.pitch() / CHUNK]),
-            chunks_of_values: Chunks::new(
-                parts.values,
-                lane_row(lane),
-                [VALUE_LANES, 4 * shape.words(), storage.pitch() / shape.channels],
-            ),
+            lane: code.lane_index(),
+            stages,
             key_chunks,
             keys: (0..2 * groups * key_chunks).map(|_| [(); CHUNK_WORDS].map(|()| Var::new(code))).collect(),
             key_scale: Var::new(code).named("key_scale"),
@@ -193,7 +204,13 @@ impl<'k, 'w> Tokens<'k, 'w> {
         }
     }
 
-    /// Where the tile's tokens lie from `start` on. Tokens that no row sees have the place of one that some row sees.
+    /// The stages, where tokens pass through some.
+    pub fn stages(&self) -> Option<&Stages<'k, 'w>> {
+        self.stages.as_ref()
+    }
+
+    /// Where the tile's tokens lie in the pool from `start` on. Tokens that no row sees have the place of one that some
+    /// row sees.
     pub fn places(&self, start: Val<'k, i32>) -> Vec<Place<'k>> {
         let work = self.work;
         let bits = self.storage.page_bits();
@@ -203,31 +220,84 @@ impl<'k, 'w> Tokens<'k, 'w> {
             let first = (start + (GROUP * group) as i32).min(last_group);
             let page = (first >> bits) - work.first_page;
             let row = work.pool.row(self.page_heads.at(page).load(), first);
-            Place { page, row, ends: [work.first - first, last - first] }
+            Place { first, page, row, ends: [work.first - first, last - first] }
         };
         (0..self.groups).map(place).collect()
     }
 
-    /// Starts loading the tile from `start` on.
+    /// Starts loading the warp's first tile, from `start` on.
     pub fn start(&self, start: Val<'k, i32>) {
         let places = self.places(start);
-        self.load_keys(&places);
-        self.load_values(&places, 0);
-    }
-
-    /// Starts loading keys, and the scales of both.
-    pub fn load_keys(&self, places: &[Place<'k>]) {
-        let parts = self.work.pool.parts;
-        let of_key = lane_row(self.lane);
-        let mut vars = self.keys.iter();
-        for place in places {
-            for block in 0..2 {
-                let row = place.row(of_key + 8 * block);
-                for (chunk, vars) in (0..self.key_chunks).zip(&mut vars) {
-                    self.chunks_of_keys.of_row(row, chunk).load_streaming_into(*vars);
-                }
+        match &self.stages {
+            Some(stages) => {
+                stages.start(start);
+                self.load_scales(&places);
+            }
+            None => {
+                self.load_keys(&places);
+                self.load_scales(&places);
+                self.load_values(&places, 0);
             }
         }
+    }
+
+    /// Has the keys of the tile from `start` on, which lies at `places`, in registers.
+    pub fn take_keys(&self, start: Val<'k, i32>, places: &[Place<'k>]) {
+        let Some(stages) = &self.stages else { return };
+        self.code.note("keys from the stage");
+        stages.wait();
+        let chunks = Chunks::of_keys(&self.storage, stages.keys(), self.lane);
+        self.each_key(&in_stage(start, places), |row, turn, words| {
+            words.iter().zip(chunks.of_row(row, turn).load_vector::<4>()).for_each(|(to, x)| to.set(x));
+        });
+    }
+
+    /// Starts loading what registers have room for once the scores are there: scales and keys of the next tile, which
+    /// lies at `next` if it `exists`.
+    pub fn load_after_scores(&self, next: &[Place<'k>], exists: Val<'k, bool>) {
+        self.code.when(exists, || {
+            if self.stages.is_none() {
+                self.load_keys(next);
+            }
+            self.load_scales(next);
+        });
+    }
+
+    /// Has a part of the channels of the values of the tile from `start` on, which lies at `places`, in registers.
+    pub fn take_values(&self, start: Val<'k, i32>, places: &[Place<'k>], part: usize) {
+        let Some(stages) = &self.stages else { return };
+        self.code.note("values from the stage");
+        let chunks = Chunks::of_values(&self.storage, stages.values(), self.lane);
+        self.each_value(&in_stage(start, places), part, |row, turn, words| {
+            let from = chunks.of_row(row, turn);
+            match words {
+                [a, b] => [a, b].into_iter().zip(from.load_vector::<2>()).for_each(|(to, x)| to.set(x)),
+                _ => words.iter().zip(from.load_vector::<4>()).for_each(|(to, x)| to.set(x)),
+            }
+        });
+        if part + 1 == self.shape.parts() {
+            stages.release(start);
+        }
+    }
+
+    /// Starts loading what registers have room for once a part of the values is multiplied: the next part, or the first
+    /// of the next tile, which lies at `next` if it `exists`.
+    pub fn load_after_values(
+        &self,
+        part: usize,
+        places: &[Place<'k>],
+        next: &[Place<'k>],
+        exists: Val<'k, bool>,
+    ) {
+        match part + 1 {
+            _ if self.stages.is_some() => {}
+            following if following < self.shape.parts() => self.load_values(places, following),
+            _ => self.code.when(exists, || self.load_values(next, 0)),
+        }
+    }
+
+    fn load_scales(&self, places: &[Place<'k>]) {
+        let parts = self.work.pool.parts;
         let token = self.lane & (GROUP as i32 - 1);
         let rows = places.iter().map(|place| place.row(token));
         let second = self.lane.ge(GROUP as i32);
@@ -238,21 +308,53 @@ impl<'k, 'w> Tokens<'k, 'w> {
         }
     }
 
-    /// Starts loading a part of the values' channels.
-    pub fn load_values(&self, places: &[Place<'k>], part: usize) {
-        let shape = &self.shape;
+    fn load_keys(&self, places: &[Place<'k>]) {
+        let chunks = Chunks::of_keys(&self.storage, self.work.pool.parts.keys, self.lane);
+        self.each_key(places, |row, turn, words| chunks.of_row(row, turn).load_streaming_into(*words));
+    }
+
+    fn load_values(&self, places: &[Place<'k>], part: usize) {
+        let chunks = Chunks::of_values(&self.storage, self.work.pool.parts.values, self.lane);
+        self.each_value(places, part, |row, turn, words| {
+            let from = chunks.of_row(row, turn);
+            match *words {
+                [a, b] => from.load_streaming_into([a, b]),
+                [a, b, c, d] => from.load_streaming_into([a, b, c, d]),
+                _ => unreachable!("chunks are of 8 or 16 bytes"),
+            }
+        });
+    }
+
+    /// Visits each of the lane's keys: its row, the turn of the chunk, and what its words are kept in.
+    fn each_key(
+        &self,
+        places: &[Place<'k>],
+        visit: impl Fn(Val<'k, i32>, usize, &[Var<'k, u32>; CHUNK_WORDS]),
+    ) {
+        let of_key = lane_row(self.lane);
+        let mut vars = self.keys.iter();
+        for place in places {
+            for block in 0..2 {
+                let row = place.row(of_key + 8 * block);
+                (0..self.key_chunks).zip(&mut vars).for_each(|(turn, words)| visit(row, turn, words));
+            }
+        }
+    }
+
+    /// The same of its values, in a part of their channels.
+    fn each_value(
+        &self,
+        places: &[Place<'k>],
+        part: usize,
+        visit: impl Fn(Val<'k, i32>, usize, &[Var<'k, u32>]),
+    ) {
+        let of_part = self.shape.of_part;
         let mut vars = self.values.iter();
         for place in places {
             for token in LANE_TOKENS {
                 let row = place.row(lane_column(self.lane) + token);
-                for (chunk, vars) in (part * shape.of_part..(part + 1) * shape.of_part).zip(&mut vars) {
-                    let from = self.chunks_of_values.of_row(row, chunk);
-                    match vars[..] {
-                        [a, b] => from.load_streaming_into([a, b]),
-                        [a, b, c, d] => from.load_streaming_into([a, b, c, d]),
-                        _ => unreachable!("chunks are of 8 or 16 bytes"),
-                    }
-                }
+                let turns = part * of_part..(part + 1) * of_part;
+                turns.zip(&mut vars).for_each(|(turn, words)| visit(row, turn, words));
             }
         }
     }
@@ -301,6 +403,11 @@ impl<'k, 'w> Tokens<'k, 'w> {
         let pair = |block: i32| [0, 1].map(|within| of_lane.shuffle(first + (8 * block + within)));
         (0..2 * self.groups as i32).flat_map(pair).collect()
     }
+}
+
+/// Where the tokens of a tile from token `start` on lie in its stage.
+fn in_stage<'k>(start: Val<'k, i32>, places: &[Place<'k>]) -> Vec<Place<'k>> {
+    places.iter().map(|place| Place { row: place.first - start, ..*place }).collect()
 }
 
 /// Chunks of a key that each lane of a quad has.

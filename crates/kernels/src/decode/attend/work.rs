@@ -2,7 +2,7 @@
 
 use sage_ptx::{Code, Rows, SLOT_ROWS, Tile, Val, Var, lane_column, lane_row};
 
-use super::{CacheAttendConfig, CacheAttendParams, GROUP, ROWS};
+use super::{CacheAttendConfig, CacheAttendParams, ROWS};
 use crate::decode::Pool;
 use crate::grid::BlockHead;
 
@@ -132,9 +132,9 @@ impl<'k> Work<'k> {
         (self.batch * (p.kv_heads * self.group) + row.head) * self.q_len + row.query
     }
 
-    /// First token of the first tile.
-    pub fn first_tile(&self) -> Val<'k, i32> {
-        self.first & !(GROUP as i32 - 1)
+    /// First token of the first tile, where tiles start at multiples of `run`.
+    pub fn first_tile(&self, run: usize) -> Val<'k, i32> {
+        self.first & !(run as i32 - 1)
     }
 
     /// Whether some row does not see some token of the tile of `tokens` from `start` on.
