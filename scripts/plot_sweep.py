@@ -53,7 +53,7 @@ def draw(record, path):
         axes.annotate(f"{mean:.2f}", (mean, row - 0.38), ha="center", va="bottom", fontsize=8)
     axes.axvline(1, color="grey", linewidth=0.8)
     axes.set_xscale("log")
-    ticks = [0.6, 0.8, 1, 1.25, 1.5, 2, 2.5]
+    ticks = [0.6, 0.8, 1, 1.25, 1.5, 2, 3, 5]
     axes.set_xticks(ticks, [f"{tick:g}×" for tick in ticks])
     axes.set_xticks([], minor=True)
     labels = [f"{family} ({len(values)})" for family, values in found.items()]
