@@ -14,11 +14,11 @@ pub(crate) struct Predictor(sparse::Predictor);
 impl Predictor {
     /// `select` is "topk", "count", "cdf", "topk_topp" or "sigmas", of `threshold`, `topp` and `num_blocks` as
     /// [`Select`] has them. Hyper-parameters are lists: of one value for all query heads, or of one for each.
-    /// `sinks` are where the always computed blocks of keys begin and end, and those of queries; paddings say how many
+    /// `sink_blocks` are where the always computed blocks of keys begin and end, and those of queries; paddings say how many
     /// tokens of each block count.
     #[new]
     #[pyo3(signature = (
-        *, select, threshold, topp, num_blocks, block_q, block_k, predict_smooth_k, simthreshd1, sinks, original_tails, q_padding,
+        *, select, threshold, topp, num_blocks, block_q, block_k, predict_smooth_k, simthreshd1, sink_blocks, original_tails, q_padding,
         k_padding
     ))]
     #[expect(clippy::too_many_arguments, reason = "keywords of a Python constructor")]
@@ -31,7 +31,7 @@ impl Predictor {
         block_k: usize,
         predict_smooth_k: bool,
         simthreshd1: Option<Vec<f64>>,
-        sinks: [usize; 4],
+        sink_blocks: [usize; 4],
         original_tails: bool,
         q_padding: Option<Vec<i32>>,
         k_padding: Option<Vec<i32>>,
@@ -40,8 +40,8 @@ impl Predictor {
             let mut predictor = sparse::Predictor::new(selection(select, threshold, topp, num_blocks)?)
                 .blocks(block_q, block_k)
                 .smooth_k(predict_smooth_k)
-                .sink_k(sinks[0]..sinks[1])
-                .sink_q(sinks[2]..sinks[3])
+                .sink_k(sink_blocks[0]..sink_blocks[1])
+                .sink_q(sink_blocks[2]..sink_blocks[3])
                 .original_tails(original_tails);
             if let Some(threshold) = simthreshd1 {
                 predictor = predictor.similarity(per_head(threshold));

@@ -3,8 +3,17 @@
 import numpy
 import pytest
 import torch
-from exact import TOLERANCE, attention, qkv, random, relative_l1
+from exact import TOLERANCE, attention, local, qkv, random, relative_l1, visible
 from sageattention import sageattn, sageattn_varlen
+from sageattention.sparse import Predictor, predict_blocks, sparse_attention
+from sparse_sageattn import sparse_sageattn
+from spas_sage_attn import (
+    block_sparse_sage2_attn_cuda,
+    spas_sage2_attn_meansim_cuda,
+    spas_sage2_attn_meansim_topk_cuda,
+    spas_sage_attn_meansim_cuda,
+    spas_sage_attn_meansim_topk_cuda,
+)
 
 SINKS = [-2.0, 1.0, 4.0, float("-inf"), 7.0, 30.0]
 
@@ -70,6 +79,86 @@ def test_packed_sequences(device):
         assert (lse[None, :, q0:q1] - wanted_lse).abs().max() < 0.15
 
 
+PREDICTING = [
+    spas_sage2_attn_meansim_cuda,
+    spas_sage2_attn_meansim_topk_cuda,
+    spas_sage_attn_meansim_cuda,
+    spas_sage_attn_meansim_topk_cuda,
+]
+
+
+def block_tensors(device):
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    return local(1, 6, 2, 500, 420, 64, dtype=dtype, device=device, sharp=1.2)
+
+
+def original_blocks(device):
+    """Queries and keys of the original's blocks on a device."""
+    hopper = device == "cuda" and torch.cuda.get_device_capability()[0] == 9
+    return (64, 128) if hopper else (128, 64)
+
+
+def check_over_blocks(found, q, k, v, blocks, sizes, device):
+    """A pair of output and log-sum-exp against exact attention of a map's blocks with sinks."""
+    shown = visible(blocks, *sizes, q.shape[2], k.shape[2])
+    assert 0 < blocks.float().mean() < 0.9, "a map of all blocks tells nothing"
+    wanted, wanted_lse = with_sinks(*attention(q, k, v, mask=shown), sinks_on(device))
+    out, lse = found
+    assert relative_l1(out, wanted) < TOLERANCE["fp8"]
+    assert (lse - wanted_lse).abs().max() < 0.15
+    assert out[:, 5].abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("function", PREDICTING, ids=lambda function: function.__name__)
+def test_functions_that_predict_blocks_have_them(device, function):
+    q, k, v = block_tensors(device)
+    options = {"topk": 0.4} if "topk" in function.__name__ else {"cdfthreshd": 0.8}
+    sizes = original_blocks(device)
+    predictor = Predictor.sparge_attn(simthreshd1=-0.1, **options).replace(block_q=sizes[0], block_k=sizes[1])
+    blocks = predict_blocks(q, k, predictor)
+    found = function(q, k, v, simthreshd1=-0.1, sinks=sinks_on(device), return_lse=True, **options)
+    check_over_blocks(found, q, k, v, blocks, sizes, device)
+
+
+def test_functions_that_are_given_blocks_have_them(device):
+    q, k, v = block_tensors(device)
+    blocks = predict_blocks(q, k, Predictor.sla(0.4).replace(block_q=128))
+    found = sparse_sageattn(q, k, v, blocks, sinks=sinks_on(device), return_lse=True)
+    check_over_blocks(found, q, k, v, blocks, (128, 64), device)
+    sizes = original_blocks(device)
+    blocks = predict_blocks(q, k, Predictor.sla(0.4).replace(block_q=sizes[0], block_k=sizes[1]))
+    found = block_sparse_sage2_attn_cuda(q, k, v, blocks, s_aux=sinks_on(device), return_lse=True)
+    check_over_blocks(found, q, k, v, blocks, sizes, device)
+
+
+def test_predicted_blocks_and_pooled_terms_have_them(device):
+    q, k, v = block_tensors(device)
+    predictor = Predictor.sla(0.4)
+    options = {"return_lse": True, "return_map": True}
+    *found, blocks = sparse_attention(q, k, v, predictor, sinks=sinks_on(device), **options)
+    check_over_blocks(found, q, k, v, blocks, (64, 64), device)
+    # What a tail adds is in the sum as well: as much more of the output, as the log-sum-exp says.
+    tail, tail_lse, _ = sparse_attention(q, k, v, predictor, pooled_tail=True, **options)
+    wanted, wanted_lse = with_sinks(tail.double(), tail_lse.double(), sinks_on(device))
+    out, lse, _ = sparse_attention(q, k, v, predictor, pooled_tail=True, sinks=sinks_on(device), **options)
+    assert relative_l1(out, wanted) < 2e-3 and (lse - wanted_lse).abs().max() < 1e-3
+    if device == "cpu":
+        given = (x.numpy() for x in (q, k, v))
+        arrays = sparse_attention(*given, predictor, s_aux=numpy.array(SINKS, dtype="float32"))
+        assert torch.equal(torch.from_numpy(arrays), found[0])
+
+
+def test_a_compiled_sparse_graph_has_them(device):
+    q, k, v = block_tensors(device)
+    function = torch.compile(
+        lambda q, k, v, sinks: sparse_attention(q, k, v, Predictor.sla(0.4), sinks=sinks) * 2,
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    wanted = sparse_attention(q, k, v, Predictor.sla(0.4), sinks=sinks_on(device)) * 2
+    assert torch.equal(function(q, k, v, sinks_on(device)), wanted)
+
+
 def test_numpy_arrays_and_transformers_name():
     q, k, v = qkv(1, 6, 2, 20, 30, 64)
     wanted = sageattn(q, k, v, sinks=sinks_on("cpu"))
@@ -99,6 +188,10 @@ def test_what_is_wrong_is_named(device):
         sageattn(q, k, v, sinks=torch.zeros(6, device=device, dtype=torch.float16))
     with pytest.raises(TypeError, match="sinks: type is list, expected torch.Tensor, as q"):
         sageattn(q, k, v, sinks=SINKS)
+    with pytest.raises(TypeError, match="sinks: type is list, expected torch.Tensor, as q"):
+        spas_sage2_attn_meansim_cuda(q, k, v, sinks=SINKS)
+    with pytest.raises(ValueError, match=r"sinks: shape is \[2\], expected \[6\], one for each query head"):
+        sparse_attention(q, k, v, Predictor.sla(0.5), sinks=torch.zeros(2, device=device))
     with torch.enable_grad(), pytest.raises(NotImplementedError, match="sinks: requires_grad is True"):
         sageattn(q, k, v, sinks=torch.zeros(6, device=device, requires_grad=True))
 

@@ -79,6 +79,23 @@ def varlen(
     return_lse: bool,
 ) -> Any:
     """See `_frameworks.varlen`."""
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return forward_packed(q, k, v, lengths, request, sinks, return_lse)
+
+
+def forward_packed(
+    q: Any,
+    k: Any,
+    v: Any,
+    lengths: tuple[Any, Any, Optional[int], Optional[int]],
+    request: Request,
+    sinks: Any,
+    return_lse: bool,
+    **arguments: Any,
+) -> Any:
+    """Attention of packed sequences; `lengths` are the boundaries of queries and of keys and the longest of either, and
+    `arguments` others of `_native.forward`."""
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = lengths
     library = library_of(q, k=k, v=v, sinks=sinks)
     if library.name not in ("numpy", "cupy"):
         raise NotImplementedError(f"cu_seqlens of {library.name} is not supported: use numpy, CuPy or torch")
@@ -113,7 +130,9 @@ def varlen(
     packed = (*addresses, boundaries[0].size - 1, max_seqlen_q, max_seqlen_k)
     lse_shape = (q.shape[1], q.shape[0]) if len(q.shape) == 3 else ()
     of_heads = None if sinks is None else library.raw("sinks", sinks)
-    return forward(library, q, k, v, request, lse_shape if return_lse else None, packed=packed, sinks=of_heads)
+    return forward(
+        library, q, k, v, request, lse_shape if return_lse else None, packed=packed, sinks=of_heads, **arguments
+    )
 
 
 def _longest(boundaries: Any) -> int:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Optional
 
 from sageattention import _native
-from sageattention._arrays import Library, dense_lse_shape, forward, library_of
+from sageattention._arrays import Library, dense_lse_shape, forward, forward_packed, library_of
 from sageattention._block_maps import map_shape
 from sageattention._predictor import Fields, native_predictor
 from sageattention._request import Request, dense_shape, native_options
@@ -18,11 +18,12 @@ def sparse(
     fields: Fields,
     request: Request,
     attn_mask: Any,
+    sinks: Any,
     return_lse: bool,
     return_map: bool,
 ) -> list[Any]:
     """See `_frameworks.sparse`."""
-    library = library_of(q, k=k, v=v, attn_mask=attn_mask)
+    library = library_of(q, k=k, v=v, attn_mask=attn_mask, sinks=sinks)
     block_map = _map_like(library, q, k, fields, request) if return_map else None
     result = forward(
         library,
@@ -32,11 +33,27 @@ def sparse(
         request,
         dense_lse_shape(q, request) if return_lse else None,
         mask=None if attn_mask is None else library.raw("mask", attn_mask),
+        sinks=None if sinks is None else library.raw("sinks", sinks),
         predictor=native_predictor(fields),
         map=None if block_map is None else library.raw("map", block_map),
     )
     results = list(result) if return_lse else [result]
     return results if block_map is None else [*results, block_map]
+
+
+def sparse_varlen(
+    q: Any,
+    k: Any,
+    v: Any,
+    lengths: tuple[Any, Any, Optional[int], Optional[int]],
+    fields: Fields,
+    request: Request,
+    sinks: Any,
+    return_lse: bool,
+) -> Any:
+    """See `_frameworks.sparse_varlen`."""
+    predictor = native_predictor(fields)
+    return forward_packed(q, k, v, lengths, request, sinks, return_lse, predictor=predictor)
 
 
 def predict(q: Any, k: Any, fields: Fields, request: Request) -> Any:

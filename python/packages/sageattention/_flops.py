@@ -37,7 +37,13 @@ def register(layout_position: int) -> None:
     def dense(q: Any, k: Any, v: Any, *arguments: Any, **_: Any) -> int:
         return _heads_first_or_not(q, k, v, arguments[layout_position - 3])
 
-    @register_flop_formula([operators.varlen, operators.varlen_lse], get_raw=True)
+    _register_packed([operators.varlen, operators.varlen_lse])
+
+
+def _register_packed(operators: list[Any]) -> None:
+    """The formula for operators of packed sequences."""
+
+    @register_flop_formula(operators, get_raw=True)
     def varlen(
         q: Any, k: Any, v: Any, sinks: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int, *_: Any, **__: Any
     ) -> int:
@@ -51,6 +57,8 @@ def register_sparse(layout_position: int) -> None:
     @register_flop_formula([operators.sparse, operators.sparse_lse, operators.sparse_map, operators.sparse_lse_map])
     def sparse(q: Any, k: Any, v: Any, *arguments: Any, **_: Any) -> int:
         return _heads_first_or_not(q, k, v, arguments[layout_position - 3])
+
+    _register_packed([operators.sparse_varlen, operators.sparse_varlen_lse])
 
 
 def register_sdpa() -> None:

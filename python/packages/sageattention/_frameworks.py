@@ -106,12 +106,29 @@ def sparse(
     request: Request,
     *,
     attn_mask: Any = None,
+    sinks: Any = None,
     return_lse: bool = False,
     return_map: bool = False,
 ) -> list[Any]:
     """Attention of the blocks that a predictor keeps: the output, and what else was asked for in the order of the
     arguments. The map is of booleans, `[batch, heads, q_blocks, k_blocks]`."""
-    return _sparse_module_for(q).sparse(q, k, v, fields, request, attn_mask, return_lse, return_map)
+    return _sparse_module_for(q).sparse(q, k, v, fields, request, attn_mask, sinks, return_lse, return_map)
+
+
+def sparse_varlen(
+    q: Any,
+    k: Any,
+    v: Any,
+    lengths: tuple[Any, Any, Optional[int], Optional[int]],
+    fields: Fields,
+    request: Request,
+    *,
+    sinks: Any = None,
+    return_lse: bool = False,
+) -> Any:
+    """Attention of the blocks that a predictor keeps of packed sequences, `[total, heads, head_dim]`; `lengths` are the
+    boundaries of queries and of keys, and the longest of either."""
+    return _sparse_module_for(q).sparse_varlen(q, k, v, lengths, fields, request, sinks, return_lse)
 
 
 def predict(q: Any, k: Any, fields: Fields, request: Request) -> Any:

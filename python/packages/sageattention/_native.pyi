@@ -36,7 +36,7 @@ class Predictor:
         block_k: int,
         predict_smooth_k: bool,
         simthreshd1: Optional[Sequence[float]],
-        sinks: Sequence[int],
+        sink_blocks: Sequence[int],
         original_tails: bool,
         q_padding: Optional[Sequence[int]],
         k_padding: Optional[Sequence[int]],

@@ -197,14 +197,14 @@ class Fields(NamedTuple):
     block_k: int
     predict_smooth_k: bool
     simthreshd1: Optional[list[float]]
-    sinks: list[int]
+    sink_blocks: list[int]
     original_tails: bool
     q_padding: Optional[list[int]]
     k_padding: Optional[list[int]]
 
 
-def fields(predictor: Any, q: Any, tensor_layout: str) -> Fields:
-    """A predictor as operators take it, for the heads of q."""
+def fields(predictor: Any, q: Any, tensor_layout: str, packed: bool = False) -> Fields:
+    """A predictor as operators take it, for the heads of q, which holds packed sequences or not."""
     if not isinstance(predictor, Predictor):
         raise TypeError(
             f"predictor: type is {type(predictor).__name__}, expected sageattention.sparse.Predictor, such as "
@@ -212,8 +212,9 @@ def fields(predictor: Any, q: Any, tensor_layout: str) -> Fields:
         )
     found = predictor._normalised()
     shape = getattr(q, "shape", ())
+    rank, dimension = (3, 1) if packed else (4, 2 if tensor_layout == "NHD" else 1)
     # Of another rank, the call itself says what is wrong with q.
-    heads = shape[2 if tensor_layout == "NHD" else 1] if len(shape) == 4 else None
+    heads = shape[dimension] if len(shape) == rank else None
     threshold = _THRESHOLDS.get(found.select, "threshold")
     return Fields(
         found.select,

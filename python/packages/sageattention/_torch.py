@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sageattention import _flops, _native, _values
 from sageattention._arrays import Library
-from sageattention._operators import define_operator, is_plain
+from sageattention._operators import Operator, define_operator, is_plain
 from sageattention._request import Request, dense_shape, native_options
 from sageattention._tally import tally
 from sageattention._torch_inputs import autocast, capability, check_tensors, plain_mask, refuse_derivatives
@@ -55,10 +55,11 @@ _DENSE = (
     "Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? sinks, Tensor? block_mask, int block_q, int block_k, "
     f"{OPTIONS}"
 )
-_VARLEN = (
+PACKED = (
     "Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
-    f"SymInt max_seqlen_k, {OPTIONS}"
+    "SymInt max_seqlen_k"
 )
+_VARLEN = f"{PACKED}, {OPTIONS}"
 
 # What kernels read is int32.
 _LARGEST_BOUNDARY = 2**31 - 1
@@ -101,6 +102,20 @@ def varlen(
 ) -> Any:
     """See `_frameworks.varlen`."""
     operator = _varlen_lse_op if return_lse else _varlen_op
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return call_packed(operator, (q, k, v), lengths, sinks, request)
+
+
+def call_packed(
+    operator: Operator,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    lengths: tuple[Any, Any, Optional[int], Optional[int]],
+    sinks: Optional[Tensor],
+    options: tuple[Any, ...],
+) -> Any:
+    """Calls an operator of packed sequences: its arguments are q, k, v, sinks, the boundaries of queries and of keys,
+    the longest of either, and then `options`."""
+    (q, k, v), (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) = qkv, lengths
     call = operator.compute
     if not is_plain(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k):
         check_tensors(q, k=k, v=v, sinks=sinks)
@@ -112,7 +127,7 @@ def varlen(
         max_seqlen_q = _longest(cu_seqlens_q, q)
     if max_seqlen_k is None:
         max_seqlen_k = _longest(cu_seqlens_k, k)
-    return call(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *request)
+    return call(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *options)
 
 
 def _listed(name: str, cu_seqlens: Any, q: Tensor) -> Tensor:
@@ -261,6 +276,12 @@ def _varlen(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen
     return out
 
 
+def varlen_lse_like(q: Tensor) -> Tensor:
+    """Memory for a log-sum-exp of packed sequences."""
+    check_rank("q", q, 3, "[total, heads, head_dim]")
+    return torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
+
+
 def _varlen_lse(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *request):
     out, lse = _varlen_lse_fake(q, k, v)
     cu_seqlens = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
@@ -279,8 +300,7 @@ def _dense_lse_fake(q, k, v, attn_mask, sinks, block_mask, block_q, block_k, ten
 
 
 def _varlen_lse_fake(q, k, v, *_):
-    check_rank("q", q, 3, "[total, heads, head_dim]")
-    return out_like(q, k, v), torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
+    return out_like(q, k, v), varlen_lse_like(q)
 
 
 _dense_op = define_operator("dense", f"({_DENSE}) -> Tensor", _dense, out_like)

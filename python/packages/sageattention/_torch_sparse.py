@@ -14,12 +14,15 @@ from sageattention._predictor import Fields, native_predictor
 from sageattention._request import Request, dense_shape, native_options
 from sageattention._torch import (
     OPTIONS,
+    PACKED,
+    call_packed,
     check_rank,
     current_stream,
     forward,
     lse_like,
     out_like,
     schema_of,
+    varlen_lse_like,
     with_neighbouring_channels,
 )
 from sageattention._torch_inputs import autocast, check_tensors, plain_mask, refuse_derivatives
@@ -27,7 +30,7 @@ from sageattention._torch_inputs import autocast, check_tensors, plain_mask, ref
 _PREDICTOR = schema_of(Fields)
 # Where the fields of a request begin among what follows the tensors.
 _REQUEST = len(Fields._fields)
-_SPARSE = f"Tensor q, Tensor k, Tensor v, Tensor? attn_mask, {_PREDICTOR}, {OPTIONS}"
+_SPARSE = f"Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? sinks, {_PREDICTOR}, {OPTIONS}"
 _PREDICT = f"Tensor q, Tensor k, {_PREDICTOR}, {OPTIONS}"
 
 
@@ -38,20 +41,35 @@ def sparse(
     fields: Fields,
     request: Request,
     attn_mask: Optional[Tensor],
+    sinks: Optional[Tensor],
     return_lse: bool,
     return_map: bool,
 ) -> list[Tensor]:
     """See `_frameworks.sparse`."""
     operator = _sparse_ops[return_lse, return_map]
     call = operator.compute
-    if not is_plain(q, k, v, attn_mask):
+    if not is_plain(q, k, v, attn_mask, sinks):
         attn_mask = plain_mask(attn_mask, q.device)
-        check_tensors(q, k=k, v=v, attn_mask=attn_mask)
-        refuse_derivatives(q=q, k=k, v=v, attn_mask=attn_mask)
+        check_tensors(q, k=k, v=v, attn_mask=attn_mask, sinks=sinks)
+        refuse_derivatives(q=q, k=k, v=v, attn_mask=attn_mask, sinks=sinks)
         call = operator.overload
     q, k, v, attn_mask = autocast(q, k, v, attn_mask)
-    results = call(q, k, v, attn_mask, *fields, *request)
+    results = call(q, k, v, attn_mask, sinks, *fields, *request)
     return list(results) if return_lse or return_map else [results]
+
+
+def sparse_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: tuple[Any, Any, Optional[int], Optional[int]],
+    fields: Fields,
+    request: Request,
+    sinks: Optional[Tensor],
+    return_lse: bool,
+) -> Any:
+    """See `_frameworks.sparse_varlen`."""
+    return call_packed(_varlen_ops[return_lse], (q, k, v), lengths, sinks, (*fields, *request))
 
 
 def predict(q: Tensor, k: Tensor, fields: Fields, request: Request) -> Tensor:
@@ -69,7 +87,7 @@ def predict(q: Tensor, k: Tensor, fields: Fields, request: Request) -> Tensor:
 def _sparse_operator(return_lse: bool, return_map: bool) -> Operator:
     """The operator with these results: one for each combination, as those of varying results have no rule for vmap."""
 
-    def fake(q, k, v, attn_mask, *options):
+    def fake(q, k, v, attn_mask, sinks, *options):
         tensor_layout = options[_REQUEST]
         _check(q, k, tensor_layout)
         results = [out_like(q, k, v)]
@@ -79,8 +97,8 @@ def _sparse_operator(return_lse: bool, return_map: bool) -> Operator:
             results.append(_map_like(q, k, options))
         return tuple(results) if return_lse or return_map else results[0]
 
-    def compute(q, k, v, attn_mask, *options):
-        results = fake(q, k, v, attn_mask, *options)
+    def compute(q, k, v, attn_mask, sinks, *options):
+        results = fake(q, k, v, attn_mask, sinks, *options)
         out, *others = results if return_lse or return_map else (results,)
         forward(
             q,
@@ -90,6 +108,7 @@ def _sparse_operator(return_lse: bool, return_map: bool) -> Operator:
             options[_REQUEST:],
             lse=others[0] if return_lse else None,
             attn_mask=attn_mask,
+            sinks=sinks,
             predictor=native_predictor(options[:_REQUEST]),
             block_map=others[-1] if return_map else None,
         )
@@ -98,6 +117,26 @@ def _sparse_operator(return_lse: bool, return_map: bool) -> Operator:
     name = "sparse" + "_lse" * return_lse + "_map" * return_map
     returned = ", ".join(["Tensor"] * (1 + return_lse + return_map))
     return define_operator(name, f"({_SPARSE}) -> ({returned})", compute, fake)
+
+
+def _varlen_operator(return_lse: bool) -> Operator:
+    """The operator of packed sequences, with their log-sum-exp or without."""
+
+    def fake(q, k, v, *_):
+        out = out_like(q, k, v)
+        return (out, varlen_lse_like(q)) if return_lse else out
+
+    def compute(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *options):
+        results = fake(q, k, v)
+        out, lse = results if return_lse else (results, None)
+        lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        predictor = native_predictor(options[:_REQUEST])
+        forward(q, k, v, out, options[_REQUEST:], lse=lse, sinks=sinks, cu_seqlens=lengths, predictor=predictor)
+        return results
+
+    name = "sparse_varlen" + "_lse" * return_lse
+    returned = "(Tensor, Tensor)" if return_lse else "Tensor"
+    return define_operator(name, f"({PACKED}, {_PREDICTOR}, {OPTIONS}) -> {returned}", compute, fake)
 
 
 def _predict(q, k, *options):
@@ -127,7 +166,8 @@ def _map_like(q: Tensor, k: Tensor, options: tuple[Any, ...]) -> Tensor:
 _sparse_ops = {
     (lse, block_map): _sparse_operator(lse, block_map) for lse in (False, True) for block_map in (False, True)
 }
+_varlen_ops = {lse: _varlen_operator(lse) for lse in (False, True)}
 _predict_op = define_operator("predict", f"({_PREDICT}) -> Tensor", _predict, _predict_fake)
 
-# After q and k come v and the mask.
-_flops.register_sparse(layout_position=4 + _REQUEST)
+# After q and k come v, the mask and the sinks.
+_flops.register_sparse(layout_position=5 + _REQUEST)

@@ -124,7 +124,7 @@ def warm_up(
     for index, (q, k, v) in enumerate(calls):
         tensors = (_tensor(q, name), _tensor(k, name), _tensor(v, name))
         try:
-            given = _predictor(predictor, q, tensor_layout)
+            given = _predictor(predictor, q, tensor_layout, packed is not None)
             heads = _sinks(q, tensor_layout) if has_sinks else None
             warming.note(*tensors, options, return_lse, mask, packed, given, heads)
         except (ValueError, TypeError, NotImplementedError) as error:
@@ -201,12 +201,12 @@ def _dtype_name(name: str, value: Any) -> str:
     return found
 
 
-def _predictor(predictor: Any, q: tuple[int, ...], tensor_layout: str) -> Optional[_native.Predictor]:
+def _predictor(predictor: Any, q: tuple[int, ...], tensor_layout: str, packed: bool) -> Optional[_native.Predictor]:
     if predictor is None:
         return None
     from sageattention._predictor import fields, native_predictor
 
-    return native_predictor(tuple(fields(predictor, SimpleNamespace(shape=q), tensor_layout)))
+    return native_predictor(tuple(fields(predictor, SimpleNamespace(shape=q), tensor_layout, packed)))
 
 
 def _ordinal(device: Any) -> Optional[int]:

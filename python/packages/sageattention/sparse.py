@@ -5,9 +5,10 @@
     out = sparse_attention(q, k, v, Predictor.sparge_attn(topk=0.5, simthreshd1=-0.1))
 
 A `Predictor` says which blocks those are, from the means of blocks of queries and keys; each of its constructors is a
-published system's. Tensors, layouts, masks, devices, keywords and errors are as `sageattention.core` has them; packed
-sequences are not predicted. `video_sparse_attn` and `block_sparse_attn_from_indices` are FastVideo's functions. For
-maps that are at hand already there is `spas_sage_attn.block_sparse_sage2_attn_cuda`.
+published system's. Tensors, layouts, masks, devices, keywords and errors are as `sageattention.core` has them.
+`sparse_attention_varlen` predicts each of packed sequences by itself. `video_sparse_attn` and
+`block_sparse_attn_from_indices` are FastVideo's functions. For maps that are at hand already there is
+`spas_sage_attn.block_sparse_sage2_attn_cuda`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 from typing import Any, Optional
 
 from sageattention import _values
-from sageattention._frameworks import predict, sparse
+from sageattention._frameworks import predict, sparse, sparse_varlen
 from sageattention._keywords import callers_keywords
 from sageattention._predictor import Predictor, fields
 from sageattention._request import request
@@ -26,6 +27,7 @@ __all__ = [
     "block_sparse_attn_from_indices",
     "predict_blocks",
     "sparse_attention",
+    "sparse_attention_varlen",
     "video_sparse_attn",
 ]
 
@@ -49,6 +51,7 @@ def sparse_attention(
     causal_alignment: str = "bottom_right",
     window: Optional[tuple[Optional[int], Optional[int]]] = None,
     logit_softcap: Optional[float] = None,
+    sinks: Any = None,
     **kwargs: Any,
 ) -> Any:
     """Attention of the blocks that a predictor keeps; the others are left out.
@@ -73,11 +76,13 @@ def sparse_attention(
         causal_alignment: "bottom_right" or "top_left": where the diagonal lies when q_len != kv_len.
         window: (left, right): keys further before or after the diagonal are hidden; None or -1 is no limit.
         logit_softcap: Scaled scores s become `softcap * tanh(s / softcap)`; None or 0 leaves them.
+        sinks: Attention sinks, float32 `[heads]`, as in `sageattention.sageattn`; they do not change which blocks are
+            kept. (First blocks of keys that are kept in any case are a predictor's `sink_k`.)
 
     Returns:
         The output in q's shape and dtype; where asked for, a tuple of it, the log-sum-exp (float32
         `[batch, heads, q_len]`) and the map (bool `[batch, heads, q_blocks, k_blocks]`, True where a block was
-        computed). Rows that see no key of a kept block are zeros, with log-sum-exp -inf.
+        computed). Rows that see no key of a kept block are zeros, with log-sum-exp -inf, or their sink's.
 
     Raises:
         ValueError, TypeError, NotImplementedError, MemoryError, RuntimeError: as `sageattention.core` says.
@@ -100,10 +105,83 @@ def sparse_attention(
         fields(predictor, q, tensor_layout),
         asked,
         attn_mask=attn_mask,
+        sinks=sinks,
         return_lse=_values.flag("return_lse", return_lse),
         return_map=_values.flag("return_map", return_map),
     )
     return tuple(results) if len(results) > 1 else results[0]
+
+
+@callers_keywords
+def sparse_attention_varlen(
+    q: Any,
+    k: Any,
+    v: Any,
+    predictor: Predictor,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    max_seqlen_q: Optional[int],
+    max_seqlen_k: Optional[int],
+    is_causal: bool = False,
+    sm_scale: Optional[float] = None,
+    smooth_k: bool = True,
+    *,
+    return_lse: bool = False,
+    scheme: Optional[str] = None,
+    causal_alignment: str = "bottom_right",
+    window: Optional[tuple[Optional[int], Optional[int]]] = None,
+    logit_softcap: Optional[float] = None,
+    sinks: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """Attention of the blocks that a predictor keeps of packed sequences, each predicted by itself: its blocks begin
+    with its first query and key. Nothing waits for a GPU where the longest is given.
+
+    Args:
+        q: `[total_q, heads, head_dim]`.
+        k: `[total_k, kv_heads, head_dim]`, heads dividing q's.
+        v: As k, but maybe of another head_dim.
+        predictor: What predicts the blocks, as in `sparse_attention`.
+        cu_seqlens_q: int32 or int64 `[sequences + 1]`, and all that follows, as in `sageattention.sageattn_varlen`.
+        cu_seqlens_k: Likewise for k and v.
+        max_seqlen_q: The longest sequence of q, or more; None finds it.
+        max_seqlen_k: Likewise for k and v.
+        is_causal: Whether a query sees no later key of its sequence.
+        sm_scale: Factor on QKᵀ; `1 / sqrt(head_dim)` when None.
+        smooth_k: Whether K's mean over each sequence is subtracted before K is quantised; what the predictor subtracts
+            is its own option.
+        return_lse: Whether to return (out, float32 `[heads, total_q]`) as well.
+        scheme: The name of a scheme, in place of the device's choice.
+        causal_alignment: "bottom_right" or "top_left", where the diagonal of each sequence lies.
+        window: (left, right), within each sequence.
+        logit_softcap: As in `sparse_attention`.
+        sinks: As in `sparse_attention`.
+
+    Returns:
+        `[total_q, heads, head_dim]`, v's head_dim; with `return_lse` a pair. On a GPU, rows that belong to no sequence
+        are not written.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError, MemoryError, RuntimeError: as `sageattention.core` says.
+    """
+    asked = request(
+        "HND",
+        is_causal,
+        sm_scale,
+        causal_alignment=causal_alignment,
+        window=window,
+        logit_softcap=logit_softcap,
+        scheme=scheme,
+        smooth_k=smooth_k,
+    )
+    lengths = (
+        cu_seqlens_q,
+        cu_seqlens_k,
+        _values.length("max_seqlen_q", max_seqlen_q),
+        _values.length("max_seqlen_k", max_seqlen_k),
+    )
+    found = fields(predictor, q, "HND", packed=True)
+    return sparse_varlen(q, k, v, lengths, found, asked, sinks=sinks, return_lse=_values.flag("return_lse", return_lse))
 
 
 @callers_keywords

@@ -30,6 +30,7 @@ def sparse_sageattn(
     window: Optional[tuple[Optional[int], Optional[int]]] = None,
     logit_softcap: Optional[float] = None,
     attn_mask: Any = None,
+    sinks: Any = None,
     **kwargs: Any,
 ) -> Any:
     """Attention of the blocks that a map names, with SageAttention1's arithmetic: INT8 QKᵀ, values in 16 bits.
@@ -49,6 +50,8 @@ def sparse_sageattn(
         window: (left, right); None or -1 is no limit.
         logit_softcap: Soft cap of the scaled scores.
         attn_mask: Bool or additive, broadcastable to `[batch, heads, q_len, kv_len]`.
+        sinks: Attention sinks, float32 `[heads]`: for each query head a logit that joins the softmax's denominator and
+            has no value.
 
     Returns:
         The output in q's shape and dtype, zeros in rows without a block; with `return_lse` a pair of it and float32
@@ -72,4 +75,4 @@ def sparse_sageattn(
     )
     blocks = None if mask_id is None else given_map(q, k, mask_id, tensor_layout, [(128, 64)])
     return_lse = _values.flag("return_lse", return_lse)
-    return dense(q, k, v, asked, attn_mask=attn_mask, block_mask=blocks, return_lse=return_lse)
+    return dense(q, k, v, asked, attn_mask=attn_mask, sinks=sinks, block_mask=blocks, return_lse=return_lse)

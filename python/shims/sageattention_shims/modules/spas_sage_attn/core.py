@@ -67,6 +67,7 @@ def spas_sage2_attn_meansim_cuda(
     causal_alignment: str = "top_left",
     window: Optional[tuple[Optional[int], Optional[int]]] = None,
     logit_softcap: Optional[float] = None,
+    sinks: Any = None,
     **kwargs: Any,
 ) -> Any:
     """Attention over the blocks that have together the share `cdfthreshd` of the weight; values in FP8.
@@ -93,6 +94,8 @@ def spas_sage2_attn_meansim_cuda(
         causal_alignment: Ours, as all that follow and as in `sageattention.sageattn`: "bottom_right" or "top_left".
         window: (left, right); None or -1 is no limit.
         logit_softcap: Soft cap of the scaled scores.
+        sinks: Attention sinks, float32 `[heads]`: for each query head a logit that joins the softmax's denominator and
+            has no value, as in `sageattention.sageattn`. Not `attention_sink`, which keeps blocks.
 
     Returns:
         The output in q's shape; where asked for, a tuple of it, the log-sum-exp and the sparsity.
@@ -107,7 +110,9 @@ def spas_sage2_attn_meansim_cuda(
         q, _SAGE2, tensor_layout, is_causal, scale, smooth_k, causal_alignment, window, logit_softcap, dropout_p
     )
     _check_pvthreshd(pvthreshd)
-    return predicted(q, k, v, predictor, asked, attn_mask, attention_sink, output_dtype, return_sparsity, return_lse)
+    return predicted(
+        q, k, v, predictor, asked, attn_mask, attention_sink, output_dtype, return_sparsity, return_lse, sinks
+    )
 
 
 @callers_keywords
@@ -133,6 +138,7 @@ def spas_sage2_attn_meansim_topk_cuda(
     causal_alignment: str = "top_left",
     window: Optional[tuple[Optional[int], Optional[int]]] = None,
     logit_softcap: Optional[float] = None,
+    sinks: Any = None,
     **kwargs: Any,
 ) -> Any:
     """Attention over the share `topk` of the key blocks, those that score highest; values in FP8.
@@ -146,7 +152,9 @@ def spas_sage2_attn_meansim_topk_cuda(
         q, _SAGE2, tensor_layout, is_causal, scale, smooth_k, causal_alignment, window, logit_softcap, dropout_p
     )
     _check_pvthreshd(pvthreshd)
-    return predicted(q, k, v, predictor, asked, attn_mask, attention_sink, output_dtype, return_sparsity, return_lse)
+    return predicted(
+        q, k, v, predictor, asked, attn_mask, attention_sink, output_dtype, return_sparsity, return_lse, sinks
+    )
 
 
 @callers_keywords
@@ -171,6 +179,7 @@ def spas_sage_attn_meansim_cuda(
     causal_alignment: str = "top_left",
     window: Optional[tuple[Optional[int], Optional[int]]] = None,
     logit_softcap: Optional[float] = None,
+    sinks: Any = None,
     **kwargs: Any,
 ) -> Any:
     """As `spas_sage2_attn_meansim_cuda`, with values in 16 bits.
@@ -182,7 +191,9 @@ def spas_sage_attn_meansim_cuda(
         q, _SAGE1, tensor_layout, is_causal, scale, smooth_k, causal_alignment, window, logit_softcap, dropout_p
     )
     _check_pvthreshd(pvthreshd)
-    return predicted(q, k, v, predictor, asked, attn_mask, attention_sink, output_dtype, return_sparsity, return_lse)
+    return predicted(
+        q, k, v, predictor, asked, attn_mask, attention_sink, output_dtype, return_sparsity, return_lse, sinks
+    )
 
 
 @callers_keywords
@@ -208,6 +219,7 @@ def spas_sage_attn_meansim_topk_cuda(
     causal_alignment: str = "top_left",
     window: Optional[tuple[Optional[int], Optional[int]]] = None,
     logit_softcap: Optional[float] = None,
+    sinks: Any = None,
     **kwargs: Any,
 ) -> Any:
     """As `spas_sage2_attn_meansim_topk_cuda`, with values in 16 bits.
@@ -219,7 +231,9 @@ def spas_sage_attn_meansim_topk_cuda(
         q, _SAGE1, tensor_layout, is_causal, scale, smooth_k, causal_alignment, window, logit_softcap, dropout_p
     )
     _check_pvthreshd(pvthreshd)
-    return predicted(q, k, v, predictor, asked, attn_mask, attention_sink, output_dtype, return_sparsity, return_lse)
+    return predicted(
+        q, k, v, predictor, asked, attn_mask, attention_sink, output_dtype, return_sparsity, return_lse, sinks
+    )
 
 
 @callers_keywords
@@ -243,6 +257,7 @@ def block_sparse_sage2_attn_cuda(
     window: Optional[tuple[Optional[int], Optional[int]]] = None,
     logit_softcap: Optional[float] = None,
     attn_mask: Any = None,
+    sinks: Any = None,
     **kwargs: Any,
 ) -> Any:
     """Attention of the blocks that a map names; the others are left out.
@@ -268,6 +283,7 @@ def block_sparse_sage2_attn_cuda(
         window: (left, right); None or -1 is no limit.
         logit_softcap: Soft cap of the scaled scores.
         attn_mask: Bool or additive, broadcastable to `[batch, heads, q_len, kv_len]`.
+        sinks: Attention sinks, float32 `[heads]`, as in `spas_sage2_attn_meansim_cuda`.
 
     Returns:
         The output in q's shape; where asked for, a tuple of it, the log-sum-exp and the sparsity. Rows without a block
@@ -289,7 +305,7 @@ def block_sparse_sage2_attn_cuda(
         block_mask = given_map(q, k, mask_id, tensor_layout, sizes)
         if _values.flag("attention_sink", attention_sink):
             block_mask[0][..., 0] = True
-    result = dense(q, k, v, asked, attn_mask=attn_mask, block_mask=block_mask, return_lse=return_lse)
+    result = dense(q, k, v, asked, attn_mask=attn_mask, sinks=sinks, block_mask=block_mask, return_lse=return_lse)
     out, *rest = result if return_lse else (result,)
     others: list[Any] = rest
     if _values.flag("return_sparsity", return_sparsity):
@@ -310,6 +326,7 @@ def predicted(
     output_dtype: Any,
     return_sparsity: bool,
     return_lse: bool,
+    sinks: Any = None,
 ) -> Any:
     """Attention over the blocks that a predictor of the original's blocks keeps."""
     options: dict[str, Any] = {"smooth_k": asked.smooth_k}
@@ -326,6 +343,7 @@ def predicted(
         fields(predictor, q, asked.tensor_layout),
         asked,
         attn_mask=attn_mask,
+        sinks=sinks,
         return_lse=_values.flag("return_lse", return_lse),
         return_map=return_sparsity,
     )
