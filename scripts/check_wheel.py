@@ -16,9 +16,10 @@ from pathlib import Path
 MOST_BYTES = 10_000_000
 SHIMS = {"sageattn3", "spas_sage_attn", "sparse_sageattn"}
 
-# Platforms that releases are for. One wheel is for every CPython from 3.9 on, by the stable interface.
+# Platforms that releases are for. A tag may give a platform's old name as well, with a dot between the two, in either
+# order. One wheel is for every CPython from 3.9 on, by the stable interface.
 PLATFORMS = (
-    r"manylinux_2_17_(x86_64|aarch64)(\.manylinux2014_\1)?",
+    r"manylinux(_2_17|2014)_(x86_64|aarch64)",
     r"musllinux_1_2_(x86_64|aarch64)",
     r"win_amd64",
     r"macosx_\d+_\d+_(arm64|x86_64)",
@@ -79,7 +80,7 @@ def wrong_with(path):
         tops = {file.partition("/")[0] for file in files}
         if name == "sageattention":
             platform = "|".join(PLATFORMS)
-            if tags[:2] != ["cp39", "abi3"] or not re.fullmatch(platform, tags[2]):
+            if tags[:2] != ["cp39", "abi3"] or not all(re.fullmatch(platform, tag) for tag in tags[2].split(".")):
                 yield f"its tags are {'-'.join(tags)}, expected cp39-abi3 and one of {', '.join(PLATFORMS)}"
             native = "sageattention/_native.pyd" if tags[2].startswith("win") else "sageattention/_native.abi3.so"
             needed = {native, "sageattention/__init__.py", "sageattention/_native.pyi", "sageattention/py.typed"}

@@ -16,5 +16,8 @@ if ! python3 -m venv "$folder" 2>/dev/null; then
     rm -rf "$folder"
     python3 -m venv "$folder"
 fi
-"$folder/bin/python" -m pip install --quiet --disable-pip-version-check "${@:2}"
+python=$folder/bin/python
+# Where Windows has a virtual environment's programs.
+[[ -d $folder/bin ]] || python=$folder/Scripts/python.exe
+"$python" -m pip install --quiet --disable-pip-version-check "${@:2}"
 echo "$packages" >"$folder/installed"

@@ -21,30 +21,7 @@ if [[ $(uname -m) == aarch64 ]]; then
     exec cargo test --package sage-core --package sage-cpu --lib -- "$@"
 fi
 
-missing() {
-    local package
-    for package in "${packages[@]}"; do
-        dpkg-query --show --showformat='${Status}\n' "$package" 2>/dev/null | grep -q '^install ok installed$' ||
-            echo "$package"
-    done
-}
-
-command -v dpkg-query >/dev/null || skip "this is not a Debian machine"
-absent=$(missing)
-if [[ -n $absent ]]; then
-    absent=${absent//$'\n'/ }
-    [[ $(id -u) == 0 ]] || skip "not root, and these packages are missing: $absent"
-    echo "test_neon: installing $absent" >&2
-    dpkg --add-architecture arm64
-    log=$(mktemp)
-    # shellcheck disable=SC2086 # one word for each package
-    if ! { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends $absent; } \
-        >"$log" 2>&1; then
-        tail -n 5 "$log" >&2
-        skip "apt could not install $absent"
-    fi
-    rm -f "$log"
-fi
+scripts/debian_packages.sh "${packages[@]}" || skip "there is no compiler for $triple, or no qemu"
 
 # A compiler of another version than the workspace's: a target folder of its own keeps the two apart.
 export RUSTC=/usr/bin/rustc RUSTDOC=/usr/bin/rustdoc

@@ -18,7 +18,9 @@ mod tensor;
 mod warm_up;
 
 /// Functions and types for `python/packages/sageattention`; nothing here is for users.
-#[pyo3::pymodule]
+// Free-threaded builds of Python, for which there is no wheel, switch their lock on where they import what was built for
+// them from source: nothing of this was tested without it.
+#[pyo3::pymodule(gil_used = true)]
 mod _native {
     use pyo3::prelude::*;
 
