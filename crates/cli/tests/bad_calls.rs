@@ -286,31 +286,30 @@ fn files_that_cannot_be_opened() {
     let mut wrong = Wrong::default();
     place.write("in.safetensors", &file(&qkv()));
     std::fs::create_dir(place.path("dir")).unwrap();
+    // What the system says of such a file, each in its own words.
+    let read = |name: &str| std::fs::read(place.path(name)).unwrap_err();
+    let written = |name: &str| std::fs::File::create(place.path(name)).unwrap_err();
+    let (missing, folder) = (read("none.safetensors"), read("dir"));
+    let (nowhere, below_a_file) = (written("none/out"), written("in.safetensors/out"));
     for (words, line) in [
-        (
-            "run none.safetensors -o out.safetensors",
-            "none.safetensors: cannot be read: No such file or directory (os error 2)",
-        ),
-        ("run dir -o out.safetensors", "dir: cannot be read: Is a directory (os error 21)"),
+        ("run none.safetensors -o out.safetensors", format!("none.safetensors: cannot be read: {missing}")),
+        ("run dir -o out.safetensors", format!("dir: cannot be read: {folder}")),
         (
             "run in.safetensors -o none/out.safetensors",
-            "none/out.safetensors: cannot be written: No such file or directory (os error 2)",
+            format!("none/out.safetensors: cannot be written: {nowhere}"),
         ),
-        ("run in.safetensors -o dir", "dir: cannot be written: is a directory"),
+        ("run in.safetensors -o dir", "dir: cannot be written: is a directory".to_owned()),
         (
             "run in.safetensors -o in.safetensors/out",
-            "in.safetensors/out: cannot be written: Not a directory (os error 20)",
+            format!("in.safetensors/out: cannot be written: {below_a_file}"),
         ),
-        (
-            "accuracy none.safetensors",
-            "none.safetensors: cannot be read: No such file or directory (os error 2)",
-        ),
+        ("accuracy none.safetensors", format!("none.safetensors: cannot be read: {missing}")),
         (
             "accuracy in.safetensors --json --schemes full --plot none/a.png",
-            "none/a.png: cannot be written: No such file or directory (os error 2)",
+            format!("none/a.png: cannot be written: {nowhere}"),
         ),
     ] {
-        wrong.check(&place, words, 1, line);
+        wrong.check(&place, words, 1, &line);
     }
     // Nothing half-written is left behind.
     assert_eq!(place.names(), ["dir", "in.safetensors"]);

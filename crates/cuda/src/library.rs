@@ -41,7 +41,9 @@ pub(crate) fn open(names: &[&str]) -> Result<Library> {
             Err(error) => {
                 // The words of the loader are the source of an error that only says that it failed.
                 let cause = error.source().map_or_else(|| error.to_string(), ToString::to_string);
-                reason = format!("cannot be loaded ({cause})");
+                // Those of Windows leave the name out.
+                let named = if cause.contains(name) { String::new() } else { format!("{name}: ") };
+                reason = format!("cannot be loaded ({named}{cause})");
             }
         }
     }
