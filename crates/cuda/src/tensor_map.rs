@@ -128,7 +128,11 @@ impl<'a> From<&'a BoxedTensor> for TensorMap<'a> {
             shape: &tensor.shape,
             strides: &tensor.strides,
             tile: &tensor.tile,
-            swizzle: if tensor.swizzle == 128 { Swizzle::B128 } else { Swizzle::B64 },
+            swizzle: match tensor.swizzle {
+                32 => Swizzle::B32,
+                64 => Swizzle::B64,
+                _ => Swizzle::B128,
+            },
             promotion: L2Promotion::B256,
         }
     }

@@ -60,7 +60,11 @@ impl From<&BoxedTensor> for TensorMap {
             shape: tensor.shape.to_vec(),
             strides: tensor.strides.to_vec(),
             box_shape: tensor.tile.to_vec(),
-            swizzle: if tensor.swizzle == 128 { Swizzle::Bytes128 } else { Swizzle::Bytes64 },
+            swizzle: match tensor.swizzle {
+                32 => Swizzle::Bytes32,
+                64 => Swizzle::Bytes64,
+                _ => Swizzle::Bytes128,
+            },
         }
     }
 }

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use sage_emulator::{Buffer, Emulator, EmulatorOptions, Failure, FaultKind, Report, Swizzle, TensorMap};
-use sage_ptx::isa::{Cmp, Control, Space, Warp};
+use sage_ptx::isa::{Cmp, Control, SharedWindow, Space, Warp};
 use sage_ptx::{Program, kernel};
 
 mod support;
@@ -48,7 +48,7 @@ fn load(dims: usize, bytes: u32, corner: &[i32], bugs: Bugs) -> Program {
             let mut src =
                 vec![(tile + if bugs.misaligned { 64 } else { 0 }).operand(), map.operand(), full.operand()];
             src.extend(corner.iter().map(|x| x.operand()));
-            raw.control(Control::BulkTensorLoad { dims: dims as u8 }, &src);
+            raw.control(Control::BulkTensorLoad { dims: dims as u8, window: SharedWindow::Cluster }, &src);
             if bugs.early_write {
                 raw.store(Space::Shared, tile, 1);
             }
@@ -322,7 +322,7 @@ fn bulk_copies_may_not_outlive_their_block() {
         raw.control(Control::FenceMbarrierInit, &[]);
         raw.control(Control::MbarrierArriveExpect, &[full.operand(), 768.operand()]);
         let src = [tile.operand(), map.operand(), full.operand(), 0.operand(), 0.operand()];
-        raw.control(Control::BulkTensorLoad { dims: 2 }, &src);
+        raw.control(Control::BulkTensorLoad { dims: 2, window: SharedWindow::Block }, &src);
     });
     let mut emulator = Emulator::new();
     let (map, _) = tensor(&mut emulator, Swizzle::None, [24, 16]);

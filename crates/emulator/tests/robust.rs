@@ -6,8 +6,8 @@ use std::iter::repeat_n;
 use sage_emulator::{Emulator, EmulatorOptions, FaultKind, Fp8Accumulation, Swizzle, TensorMap};
 use sage_ptx::isa::{
     AtomicOp, BlockScales, Cmp, Control, Convert, Group, HalfMma, Instruction, Lane, LoadMode, Matrix,
-    Memory, Mma, MmaBlockScaled, MmaTy, Op, Redux, Shuffle, Space, Special, StoreMode, Ty, Vote, Warp, Wgmma,
-    Width, Word,
+    Memory, Mma, MmaBlockScaled, MmaTy, Op, Redux, SharedWindow, Shuffle, Space, Special, StoreMode, Ty,
+    Vote, Warp, Wgmma, Width, Word,
 };
 use sage_ptx::program::{Const, Operand, Reg};
 
@@ -141,7 +141,10 @@ fn instruction(random: &mut Random) -> Op {
         32 => Op::Control(Control::CopyAsync { bytes: random.pick(&[4, 8, 16, 3]) }),
         33 => Op::Control(random.pick(&[Control::CopyAsyncCommit, Control::CopyAsyncWait(0)])),
         34 => Op::Control(Control::BulkLoad),
-        35 | 36 => Op::Control(Control::BulkTensorLoad { dims: random.pick(&[1, 2, 3, 5]) }),
+        35 | 36 => Op::Control(Control::BulkTensorLoad {
+            dims: random.pick(&[1, 2, 3, 5]),
+            window: SharedWindow::Block,
+        }),
         37 => Op::Control(random.pick(&[Control::RegistersDecrease(24), Control::RegistersIncrease(256)])),
         38 => Op::Control(random.pick(&[Control::Sleep, Control::Exit])),
         _ => Op::Warp(Warp::Sync),

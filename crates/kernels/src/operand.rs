@@ -135,6 +135,11 @@ impl Operand {
             }
     }
 
+    /// Rows of such a tile: those of scales, which are as long as the others, are the last of them.
+    pub(crate) const fn tile_rows(&self, rows: usize, elements: usize) -> usize {
+        self.tile_bytes(rows, elements) / self.bytes(elements)
+    }
+
     /// Its 4-bit format, where it has one.
     pub const fn fp4(&self) -> Option<Fp4Format> {
         match self.scales {

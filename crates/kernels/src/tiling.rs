@@ -28,6 +28,9 @@ pub enum Copies {
     /// By `cp.async`, a tile ahead of its use for each stage but one. Ampere, and every GPU since.
     #[default]
     Async,
+    /// One of them by TMA, as many tiles ahead of their use: tiles of the workspace whose rows have at most 128 bytes.
+    /// Of kernels for Blackwell's `mma.sync` alone.
+    Tma,
     /// Through their registers: with two stages a tile ahead of its use, with one between two barriers. Every GPU.
     Registers,
 }
@@ -128,9 +131,22 @@ impl Tiling {
         }
     }
 
-    /// Whether tiles come to shared memory through registers.
-    pub const fn copies_through_registers(&self) -> bool {
-        matches!(self, Tiling::Warps(WarpTiling { copies: Copies::Registers, .. }))
+    /// How tiles come to shared memory.
+    pub const fn copies(&self) -> Copies {
+        match self {
+            Tiling::Warps(tiling) => tiling.copies,
+            Tiling::Warpgroups(_) => Copies::Tma,
+        }
+    }
+
+    /// The same shape for a call without keys, as there is no tensor map of nothing.
+    pub(crate) fn without_keys(self) -> Self {
+        match self {
+            Tiling::Warps(tiling @ WarpTiling { copies: Copies::Tma, .. }) => {
+                Tiling::Warps(WarpTiling { copies: Copies::Async, ..tiling })
+            }
+            other => other,
+        }
     }
 
     /// Tiles of K and V in shared memory at once.
@@ -165,7 +181,7 @@ impl Tiling {
 }
 
 /// As in the names of kernels: engine, warps × rows × keys × keys of a step, `r` for queries in registers, `o` for
-/// sums by ones, `t` for tiles through registers, stages, blocks, and the exponent of lazy rescaling.
+/// sums by ones, `t` for tiles through registers and `m` for tiles by tensor maps, stages, blocks, and the exponent of lazy rescaling.
 impl fmt::Display for Tiling {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let engine = match self.engine() {
@@ -176,7 +192,11 @@ impl fmt::Display for Tiling {
             (self.warps(), self.rows_per_warp(), self.tile_keys(), self.step_keys());
         let queries = if self.queries_in_registers() { "r" } else { "" };
         let ones = if self.sums_by_mma() { "o" } else { "" };
-        let through = if self.copies_through_registers() { "t" } else { "" };
+        let through = match (self.engine(), self.copies()) {
+            (Engine::Warps, Copies::Registers) => "t",
+            (Engine::Warps, Copies::Tma) => "m",
+            _ => "",
+        };
         let (stages, blocks, lazy) = (self.stages(), self.min_blocks(), self.lazy_rescale());
         write!(f, "{engine}{warps}x{rows}x{keys}x{step}{queries}{ones}{through}_s{stages}_b{blocks}_l{lazy}")
     }

@@ -284,7 +284,9 @@ fn hopper(r: &Registers<'_>) {
     for dims in 1..=5u8 {
         let mut load = vec![r.shared(), map, r.shared()];
         load.extend(r.many(Ty::S32, dims.into()));
-        r.code.emit(Control::BulkTensorLoad { dims }, &[], &load);
+        for window in [SharedWindow::Block, SharedWindow::Cluster] {
+            r.code.emit(Control::BulkTensorLoad { dims, window }, &[], &load);
+        }
     }
     r.code.emit(Control::BulkLoad, &[], &[r.shared(), r.b64(), r.b32(), r.shared()]);
     r.code.emit(Control::FenceAsyncProxy, &[], &[]);

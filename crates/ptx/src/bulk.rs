@@ -1,7 +1,7 @@
 //! Bulk copies and the `mbarrier`s that count their bytes.
 
 use crate::code::Code;
-use crate::isa::Control;
+use crate::isa::{Control, SharedWindow};
 use crate::pointer::{Global, Shared, Stored};
 use crate::program::Operand;
 use crate::value::{Use, Val};
@@ -82,12 +82,30 @@ impl<'k> Mbarrier<'k> {
 
 impl<'k, T: Stored> Shared<'k, T> {
     /// Starts copying the box at `corner`, the innermost coordinate first, of the tensor map at `map` to here, which
-    /// must be aligned to 128 bytes (1024 for the swizzle of 128); its bytes count at `done`.
+    /// must be aligned to 128 bytes (to eight rows where they are swizzled); its bytes count at `done`.
     #[track_caller]
     pub fn copy_tensor(self, map: Val<'k, u64>, corner: &[Val<'k, i32>], done: &Mbarrier<'k>) {
+        self.start_copy_of_tensor(SharedWindow::Cluster, map, corner, done);
+    }
+
+    /// The same for a kernel of GPUs without clusters.
+    #[track_caller]
+    pub fn copy_tensor_to_block(self, map: Val<'k, u64>, corner: &[Val<'k, i32>], done: &Mbarrier<'k>) {
+        self.start_copy_of_tensor(SharedWindow::Block, map, corner, done);
+    }
+
+    #[track_caller]
+    fn start_copy_of_tensor(
+        self,
+        window: SharedWindow,
+        map: Val<'k, u64>,
+        corner: &[Val<'k, i32>],
+        done: &Mbarrier<'k>,
+    ) {
+        let dims = corner.len() as u8;
         let mut src = vec![self.address().in_register_operand(), map.operand(), done.operand()];
         src.extend(corner.iter().map(|x| x.operand()));
-        self.code().emit(Control::BulkTensorLoad { dims: corner.len() as u8 }, &[], &src);
+        self.code().emit(Control::BulkTensorLoad { dims, window }, &[], &src);
     }
 
     /// Starts copying `bytes` from `from` to here, where all three are multiples of 16; they count at `done`.

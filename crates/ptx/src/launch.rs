@@ -97,7 +97,7 @@ pub struct BoxedTensor {
     pub strides: [u64; 3],
     /// Elements of a box.
     pub tile: [u32; 4],
-    /// Bytes of a box's row, within which its chunks change places: 64 or 128.
+    /// Bytes of a box's row, within which its chunks change places: 32, 64 or 128.
     pub swizzle: usize,
 }
 

@@ -4,7 +4,8 @@
 use std::panic::Location;
 
 use sage_ptx::isa::{
-    Control, Lane, LoadMode, Matrix, Memory, Mma, MmaTy, Op, Redux, Space, Special, Ty, Warp, Width, Word,
+    Control, Lane, LoadMode, Matrix, Memory, Mma, MmaTy, Op, Redux, SharedWindow, Space, Special, Ty, Warp,
+    Width, Word,
 };
 use sage_ptx::program::{Const, Instr, Operand, Program, Reg, Register, Stmt};
 use sage_ptx::{Param, ParamType, Target, kernel};
@@ -111,7 +112,7 @@ fn instructions_that_ptx_lacks_are_refused() {
         Warp::LoadMatrix { count: 3, transposed: false, offset: 0 }.into(),
         Matrix::Mma(Mma { a: MmaTy::S8, b: MmaTy::F16, acc: MmaTy::S32 }).into(),
         Control::CopyAsync { bytes: 3 }.into(),
-        Control::BulkTensorLoad { dims: 6 }.into(),
+        Control::BulkTensorLoad { dims: 6, window: SharedWindow::Cluster }.into(),
     ];
     for op in ops {
         let found = complaint(&program(op, &[], &[]));

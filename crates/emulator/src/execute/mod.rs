@@ -82,7 +82,7 @@ impl Context<'_, '_> {
             Control::CopyAsync { bytes } => self.copy_async(u32::from(bytes), src),
             Control::CopyAsyncCommit => self.commit_copies(),
             Control::CopyAsyncWait(pending) => self.wait_copies(pending),
-            Control::BulkTensorLoad { dims } => self.bulk_tensor_load(usize::from(dims), src),
+            Control::BulkTensorLoad { dims, .. } => self.bulk_tensor_load(usize::from(dims), src),
             Control::BulkLoad => self.bulk_load(src),
             Control::RegistersIncrease(count) => self.set_registers(count, true),
             Control::RegistersDecrease(count) => self.set_registers(count, false),

@@ -7,7 +7,7 @@ use super::attention;
 use super::config::{AttentionConfig, MaskForm, TileSource, dims_description, dims_suffix};
 use crate::kernel::Kernel;
 use crate::operand::{Element, OperandSource};
-use crate::tiling::Engine;
+use crate::tiling::{Copies, Engine};
 
 impl AttentionConfig {
     /// The format of values in 4 bits and, where there are more than one, the levels in which P is scaled.
@@ -135,7 +135,7 @@ impl Kernel for AttentionConfig {
             _ if self.operands.q.element == Element::E2M1 => Target::SM_120A,
             (Engine::Warpgroups, _) => Target::SM_90A,
             (Engine::Warps, Element::E4M3) => Target::SM_89,
-            (Engine::Warps, _) if bf16 || !self.tiling.copies_through_registers() => Target::SM_80,
+            (Engine::Warps, _) if bf16 || self.tiling.copies() != Copies::Registers => Target::SM_80,
             (Engine::Warps, _) => Target::SM_75,
         }
     }

@@ -11,8 +11,8 @@
 //!     O = O / ℓ · scales of V + mean of V         (epilogue)
 //! ```
 //!
-//! Who loads tiles, and which instruction multiplies them, is an engine's business: of `warps` by `cp.async` and
-//! `mma.sync`, of `warpgroups` by TMA and `wgmma`.
+//! Who loads tiles, and which instruction multiplies them, is an engine's business: of `warps` by `cp.async`
+//! or TMA and `mma.sync`, of `warpgroups` by TMA and `wgmma`.
 
 mod band;
 mod biased_softmax;
@@ -20,7 +20,9 @@ mod config;
 mod epilogue;
 mod kernel;
 mod key_tiles;
+mod mapped;
 mod output;
+mod pipeline;
 mod place;
 mod probabilities;
 mod queries;
@@ -46,10 +48,11 @@ pub use config::{AttentionArgs, AttentionConfig, MaskForm, TileSource, padded_di
 pub(crate) use config::{dims_description, dims_suffix, key_columns, value_blocks, value_columns};
 use key_tiles::TileListParams;
 pub use key_tiles::{CLEARED_TILE, CUT_TILE, ENTRIES_BEHIND, MASKED_TILE, TileListArgs};
+pub use mapped::{MappedOperand, boxed_tensor};
+pub(crate) use pipeline::Cursor;
 pub(crate) use queries::load_channels;
 pub(crate) use score_tile::capped;
-pub(crate) use warpgroups::Cursor;
-pub use warpgroups::{MappedOperand, boxed_tensor, stage_bytes};
+pub use warpgroups::stage_bytes;
 pub(crate) use warps::elements;
 
 /// The attention kernel of a configuration.

@@ -38,7 +38,7 @@ pub(super) struct Keys<'k> {
     pub scales: Vec<Val<'k, f32>>,
     /// For 4-bit elements, the lane's words of their groups' scales.
     pub group_scales: Vec<Val<'k, u32>>,
-    /// What products with the lane's keys start from: see [`Scoring::deltas`].
+    /// What products with the lane's keys start from: see [`Deltas`].
     pub deltas: Vec<Val<'k, f32>>,
     /// What is hidden of it.
     pub masking: Masking<'k>,
@@ -215,31 +215,6 @@ impl<'k> Scoring<'k, '_> {
         sums
     }
 
-    /// For 4-bit elements, the products of the lane's keys of a tile with the means that smoothing took from the warp's
-    /// queries, which are of one block: scores start from them, as both lack the same factor. Two of every eight columns;
-    /// none without smoothing.
-    pub fn deltas(&self, tile: Val<'k, i32>) -> Vec<Val<'k, f32>> {
-        let (config, p, place) = (self.config, &self.params, &self.place);
-        let Some(block) = config.smooth_q.filter(|_| config.operands.k.element == Element::E2M1) else {
-            return Vec::new();
-        };
-        self.code.note("scores: products of the means of query blocks");
-        let (order, keys) = (config.operands.key_order(), config.tiling.tile_keys());
-        let line = place.query_block(place.warp_row, block, p);
-        let line = p.delta_s.at(line.mul_wide(p.max_tiles * KEY_TILE as i32));
-        let line = line.at(tile * keys as i32 + order.lane_key(place.lane));
-        match order {
-            KeyOrder::Natural => {
-                (0..keys).step_by(8).flat_map(|key| line.plus(key as i32).load_vector::<2>()).collect()
-            }
-            // Eight neighbours are two of each of four columns' blocks.
-            KeyOrder::Octets => {
-                let four = (0..keys).step_by(32).flat_map(|key| [key, key + 4]);
-                four.flat_map(|key| line.plus(key as i32).load_vector::<4>()).collect()
-            }
-        }
-    }
-
     /// Applies smooth-Q's correction and cap.
     fn finish(&self, mut scores: ScoreTile<'k>) -> ScoreTile<'k> {
         let (config, p, place) = (self.config, &self.params, &self.place);
@@ -257,6 +232,49 @@ impl<'k> Scoring<'k, '_> {
             scores.cap(p, &self.queries);
         }
         scores
+    }
+}
+
+/// For 4-bit elements, the products of the lane's keys with the means that smoothing took from the warp's queries, which
+/// are of one block: scores start from them, as both lack the same factor.
+pub(super) struct Deltas<'k> {
+    order: KeyOrder,
+    tile_keys: usize,
+    /// Where those of the sequence's first tile lie; none without smoothing. The address is found before the loop over
+    /// tiles: inside of it ptxas leaves 20 instructions of its arithmetic to each of them.
+    first: Option<Global<'k, f32>>,
+}
+
+impl<'k> Deltas<'k> {
+    pub fn new(config: &AttentionConfig, p: &AttentionParams<'k>, place: &Place<'k>) -> Self {
+        let (order, tile_keys) = (config.operands.key_order(), config.tiling.tile_keys());
+        let smoothed = config.smooth_q.filter(|_| config.operands.k.element == Element::E2M1);
+        let first = smoothed.map(|block| {
+            let line = place.query_block(place.warp_row, block, p);
+            let line = p.delta_s.at(line.mul_wide(p.max_tiles * KEY_TILE as i32));
+            let code = place.lane.code();
+            let first = code.var(line.at(order.lane_key(place.lane)).address()).named("deltas");
+            Global::at_address(first.get())
+        });
+        Deltas { order, tile_keys, first }
+    }
+
+    /// Those of a tile: two of every eight columns.
+    pub fn of_tile(&self, tile: Val<'k, i32>) -> Vec<Val<'k, f32>> {
+        let Some(first) = self.first else { return Vec::new() };
+        tile.code().note("scores: products of the means of query blocks");
+        let keys = self.tile_keys;
+        let line = first.at(tile * keys as i32);
+        match self.order {
+            KeyOrder::Natural => {
+                (0..keys).step_by(8).flat_map(|key| line.plus(key as i32).load_vector::<2>()).collect()
+            }
+            // Eight neighbours are two of each of four columns' blocks.
+            KeyOrder::Octets => {
+                let four = (0..keys).step_by(32).flat_map(|key| [key, key + 4]);
+                four.flat_map(|key| line.plus(key as i32).load_vector::<4>()).collect()
+            }
+        }
     }
 }
 

@@ -18,7 +18,7 @@ use crate::sequence::{KEY_TILE, Lengths};
 use crate::sparse::Packing;
 use crate::tensor::TensorArg;
 use crate::tiling::{Engine, Tiling};
-use crate::tuning::Key;
+use crate::tuning::{Key, Tuned};
 
 /// Most heads that attention works on at once: their pieces are many times a GPU's multiprocessors, and the search
 /// for a divisor is short.
@@ -45,6 +45,8 @@ impl PlannedAttention {
         let (problem, request) = (&call.problem, &call.request);
         let Forms { operands, smooth_q, key } = *forms;
         let Cut { tuned, splits } = Cut::of(&call, forms);
+        let tuned =
+            if problem.kv_len == 0 { Tuned { tiling: tuned.tiling.without_keys(), ..tuned } } else { tuned };
         let whole_tiles = |[rows, keys]: [usize; 2]| {
             rows.is_multiple_of(tuned.tiling.block_q()) && keys.is_multiple_of(tuned.tiling.tile_keys())
         };
@@ -126,21 +128,15 @@ impl PlannedAttention {
             let values = listed.as_ref().map_or(&plain[..], |listed| &listed[..]);
             let with_sinks = config.adds_sinks().then(|| args.sinks.after(values));
             let values = with_sinks.as_deref().unwrap_or(values);
-            match config.tiling.engine() {
-                Engine::Warps => launch(grid(q_tiles, all_heads), values, &[]),
+            let grid = match config.tiling.engine() {
+                Engine::Warps => grid(q_tiles, all_heads),
                 Engine::Warpgroups => {
                     let resident = call.machine.resident_blocks(config.tiling.min_blocks());
-                    let blocks = (q_tiles * all_heads).min(resident);
-                    let boxed = |operand| boxed(operand, at, &args);
-                    let [k, v] = [MappedOperand::Keys, MappedOperand::Values].map(boxed);
-                    let grid = [blocks as u32, 1, 1];
-                    if config.queries_by_tma {
-                        launch(grid, values, &[k, v, boxed(MappedOperand::Queries)]);
-                    } else {
-                        launch(grid, values, &[k, v]);
-                    }
+                    [(q_tiles * all_heads).min(resident) as u32, 1, 1]
                 }
-            }
+            };
+            let boxed: Vec<_> = config.mapped().iter().map(|&operand| boxed(operand, at, &args)).collect();
+            launch(grid, values, &boxed);
         });
         if splits > 1 {
             self.combine(pass);

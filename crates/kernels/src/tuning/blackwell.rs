@@ -12,11 +12,15 @@ const THREE_BLOCKS: WarpTiling = WarpTiling {
     tile_keys: 64,
     step_keys: 64,
     queries_in_registers: true,
-    copies: Copies::Async,
+    copies: Copies::Tma,
     stages: 3,
     min_blocks: 3,
     lazy_rescale: 0,
 };
+
+/// The same for values as given, which threads copy.
+const GIVEN_VALUES: WarpTiling =
+    WarpTiling { step_keys: 32, copies: Copies::Async, lazy_rescale: 8, ..THREE_BLOCKS };
 
 /// One block of eight warps.
 const EIGHT_WARPS: WarpTiling = WarpTiling { warps: 8, min_blocks: 1, ..THREE_BLOCKS };
@@ -60,17 +64,17 @@ pub(super) const ROWS: &[Row<WarpTiling>] = &[
     },
     Row {
         fits: |key| key.is_narrow(),
-        tiling: WarpTiling { step_keys: 32, lazy_rescale: 8, ..THREE_BLOCKS },
+        tiling: GIVEN_VALUES,
         reason: "twelve warps hide the latency of products",
     },
     Row {
         fits: |key| key.is_medium(),
-        tiling: WarpTiling { step_keys: 32, stages: 2, min_blocks: 2, lazy_rescale: 8, ..THREE_BLOCKS },
+        tiling: WarpTiling { stages: 2, min_blocks: 2, ..GIVEN_VALUES },
         reason: "two blocks of two stages: tiles of 16-bit values fill shared memory",
     },
     Row {
         fits: |_| true,
-        tiling: WarpTiling { step_keys: 32, stages: 2, lazy_rescale: 8, ..EIGHT_WARPS },
+        tiling: WarpTiling { stages: 2, warps: 8, min_blocks: 1, ..GIVEN_VALUES },
         reason: "the sums of 16 rows fill half the registers",
     },
 ];

@@ -50,10 +50,13 @@ instructions! {
         BulkTensorLoad {
             /// 1 to 5.
             dims: u8,
-        }: [] <- [Width::B32, Width::B64, Width::B32, Width::B32.times(dims.into())] if matches!(dims, 1..=5), HOPPER,
+            /// Whose shared memory the address is in.
+            window: SharedWindow,
+        }: [] <- [Width::B32, Width::B64, Width::B32, Width::B32.times(dims.into())] if matches!(dims, 1..=5),
+            window.needs(),
             format!(
-                "cp.async.bulk.tensor.{dims}d.shared::cluster.global.mbarrier::complete_tx::bytes \
-                 [$0], [$1, {{$3}}], [$2]"
+                "cp.async.bulk.tensor.{dims}d.{}.global.mbarrier::complete_tx::bytes [$0], [$1, {{$3}}], [$2]",
+                window.ptx()
             );
         /// Starts copying `src[2]` bytes from global `src[1]` to shared `src[0]`, all multiples of 16, counting them at
         /// the `mbarrier` at `src[3]`.
@@ -69,6 +72,32 @@ instructions! {
         Sleep: [] <- [Width::B32], Needs::BASE, "nanosleep.u32 $*";
         /// The thread ends.
         Exit: [] <- [], Needs::BASE, "exit";
+    }
+}
+
+/// Whose shared memory a copy may go to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum SharedWindow {
+    /// The block's own. On GPUs without clusters anything else is compared with it first, and a function called where it
+    /// differs, for which registers are spilled.
+    Block,
+    /// That of any block of the cluster.
+    Cluster,
+}
+
+impl SharedWindow {
+    const fn ptx(self) -> &'static str {
+        match self {
+            SharedWindow::Block => "shared::cta",
+            SharedWindow::Cluster => "shared::cluster",
+        }
+    }
+
+    const fn needs(self) -> Needs {
+        match self {
+            SharedWindow::Block => Needs::since(Target::SM_90, 8, 6),
+            SharedWindow::Cluster => HOPPER,
+        }
     }
 }
 

@@ -17,7 +17,7 @@ mod types;
 mod warp;
 
 pub use compare::Cmp;
-pub use control::Control;
+pub use control::{Control, SharedWindow};
 pub use convert::Convert;
 pub use lane::Lane;
 pub use matrix::{BlockScales, HalfMma, Matrix, Mma, MmaBlockScaled, Wgmma};

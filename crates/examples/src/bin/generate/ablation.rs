@@ -27,9 +27,18 @@ pub struct Args {
     /// Leaves out the schemes that only the oracle computes, which allows for a long text.
     #[arg(long)]
     kernels_only: bool,
+    /// Only the schemes whose names have one of these texts, such as `FP4` or `rotat`; all where none is given.
+    #[arg(long, value_delimiter = ',', value_name = "TEXT,…")]
+    only: Vec<String>,
     /// Another text than the one that scripts/fetch_models.sh fetched.
     #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
+}
+
+impl Args {
+    fn wants(&self, name: &str) -> bool {
+        self.only.is_empty() || self.only.iter().any(|text| name.contains(text.as_str()))
+    }
 }
 
 pub fn run(args: &Args, at_hand: &AtHand) -> Result<()> {
@@ -41,7 +50,11 @@ pub fn run(args: &Args, at_hand: &AtHand) -> Result<()> {
     let methods: Vec<Method> = methods
         .into_iter()
         .filter(|method| !args.kernels_only || matches!(method, Method::Sage(_)))
+        .filter(|method| args.wants(&method.to_string()))
         .collect();
+    if methods.is_empty() {
+        return Err(format!("--only: no scheme's name has {}", args.only.join(" or ")).into());
+    }
 
     let mut recorded = Recorded::default();
     model.forward(&tokens[..context.min(tokens.len())], 0, &mut recorded)?;
@@ -153,12 +166,14 @@ fn schemes(head_dim: usize) -> Vec<Scheme> {
         preset(Preset::SAGE3_NVFP4),
         rotated(preset(Preset::SAGE3_NVFP4)),
         preset(Preset::SAGE3_NVFP4_ONE_LEVEL),
+        rotated(preset(Preset::SAGE3_NVFP4_ONE_LEVEL)),
         preset(Preset::SAGE3_MXFP4),
         rotated(preset(Preset::SAGE3_MXFP4)),
         preset(Preset::ATTN_QAT_NVFP4),
         rotated(preset(Preset::ATTN_QAT_NVFP4)),
         // FP4 scores alone.
         preset(Preset::NVFP4_FP8),
+        rotated(preset(Preset::NVFP4_FP8)),
         preset(Preset::NVFP4_FP16),
         rotated(preset(Preset::NVFP4_FP16)),
         rough(rotated(preset(Preset::NVFP4_FP16))),

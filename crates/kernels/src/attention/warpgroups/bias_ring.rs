@@ -3,9 +3,9 @@
 
 use sage_ptx::{Code, Shared};
 
-use super::pipeline::{Cursor, Pipeline};
 use crate::attention::config::AttentionConfig;
 use crate::attention::key_tiles::KeyTile;
+use crate::attention::pipeline::{Cursor, Pipeline};
 use crate::attention::place::Place;
 use crate::sequence::KEY_TILE;
 use crate::sparse::{CLASS_ROWS, Packing, STRIPS, StagedWords};

@@ -11,12 +11,12 @@ use sage_ptx::{
 
 use super::bias_ring::{self, BiasRing};
 use super::output_in_flight::OutputInFlight;
-use super::pipeline::Cursor;
 use super::query_stage::QueryStage;
 use super::tma_ring::TmaRing;
 use crate::attention::config::{AttentionConfig, AttentionParams};
 use crate::attention::epilogue::Epilogue;
 use crate::attention::key_tiles::{KeyTile, Span, Walk};
+use crate::attention::pipeline::Cursor;
 use crate::attention::place::Place;
 use crate::attention::queries::{Queries, depth_steps};
 use crate::attention::scores::{KeyScales, MaskSource, Masking, Scoring};

@@ -5,7 +5,6 @@
 mod bias_ring;
 mod consumer;
 mod output_in_flight;
-mod pipeline;
 mod query_stage;
 mod tma_ring;
 mod work_queue;
@@ -14,13 +13,15 @@ use sage_ptx::{Code, Half, MmaElement, RoundedElement, Stored};
 
 use crate::attention::config::{AttentionConfig, AttentionParams, WARPGROUP};
 use crate::attention::key_tiles::TileListParams;
+use crate::attention::mapped::MappedOperand;
+use crate::attention::pipeline::Cursor;
 use bias_ring::BiasRing;
 use consumer::{Consumer, Cursors, Rings};
-pub(crate) use pipeline::Cursor;
 use query_stage::QueryStage;
 pub(super) use query_stage::StagedRows;
 use tma_ring::TmaRing;
-pub use tma_ring::{MappedOperand, boxed_tensor, stage_bytes};
+pub(super) use tma_ring::boxed_tensor;
+pub use tma_ring::stage_bytes;
 use work_queue::WorkQueue;
 
 /// Registers of a multiprocessor.

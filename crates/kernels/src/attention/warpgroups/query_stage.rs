@@ -6,9 +6,9 @@
 
 use sage_ptx::{CHUNK_BYTES, Code, PanelMatrix, SLOT_ROWS, Shared, SharedTile, Val, lane_row};
 
-use super::pipeline::{Cursor, Pipeline};
 use super::tma_ring::Form;
 use crate::attention::config::AttentionConfig;
+use crate::attention::pipeline::{Cursor, Pipeline};
 use crate::attention::place::Place;
 use crate::attention::queries::load_words;
 

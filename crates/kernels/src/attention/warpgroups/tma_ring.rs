@@ -4,33 +4,12 @@
 use sage_ptx::{BoxedTensor, Code, PanelMatrix, Shared, Val};
 
 use super::bias_ring;
-use super::pipeline::{Cursor, Pipeline};
 use crate::attention::config::{AttentionConfig, panel_row_bytes};
+use crate::attention::mapped::MappedOperand;
+use crate::attention::pipeline::{Cursor, Pipeline};
 use crate::attention::place::Place;
 use crate::operand::{Element, OperandSource};
 use crate::sequence::KEY_TILE;
-
-/// What comes through TMA.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum MappedOperand {
-    /// K.
-    Keys,
-    /// V.
-    Values,
-    /// Q, where [`AttentionConfig::queries_by_tma`] says so.
-    Queries,
-}
-
-impl MappedOperand {
-    /// The name of its tensor map, which kernels of warpgroups take after their other parameters in the order above.
-    pub(super) fn map_name(self) -> &'static str {
-        match self {
-            MappedOperand::Keys => "k_map",
-            MappedOperand::Values => "v_map",
-            MappedOperand::Queries => "q_map",
-        }
-    }
-}
 
 /// How an operand's tiles lie in shared memory, and where boxes of them come from.
 #[derive(Clone, Copy, Debug)]
@@ -148,9 +127,8 @@ pub fn stage_bytes(config: &AttentionConfig) -> usize {
     Form::of_keys(config).stage_bytes() + Form::of_values(config).stage_bytes()
 }
 
-/// What the tensor map of an operand describes: its shape and the strides of batch, heads and rows, in elements, as given,
-/// and its address as given or in the workspace.
-pub fn boxed_tensor(
+/// The same as [`mapped::boxed_tensor`](crate::attention::boxed_tensor) for kernels of warpgroups.
+pub(in crate::attention) fn boxed_tensor(
     config: &AttentionConfig,
     operand: MappedOperand,
     (shape, [batch, head, row]): ([u64; 4], [i64; 3]),

@@ -6,9 +6,9 @@
 use sage_ptx::isa::AtomicOp;
 use sage_ptx::{Code, Shared, Val};
 
-use super::pipeline::{Cursor, Pipeline};
 use crate::attention::config::{AttentionConfig, AttentionParams};
 use crate::attention::key_tiles::TileListParams;
+use crate::attention::pipeline::{Cursor, Pipeline};
 use crate::attention::place::{Piece, Place};
 
 /// Pieces that are handed over before the first is taken.

@@ -9,6 +9,7 @@ use crate::attention::config::AttentionConfig;
 use crate::attention::key_tiles::KeyTiles;
 use crate::attention::place::Place;
 use crate::fp4::ScaleWords;
+use crate::operand::Operand;
 use crate::preprocess::SeenKeys;
 use crate::sequence::KEY_TILE;
 use crate::tensor::TensorParam;
@@ -272,12 +273,30 @@ impl<'k> CopiedTiles<'k> {
 }
 
 impl<'k> TileShape<'k> {
+    /// Of rows of the workspace at `base` that another launch has quantised; those of the scales of groups lie behind them.
+    pub fn quantised(base: Shared<'k, u8>, operand: &Operand, rows: usize, elements: usize) -> Self {
+        let row_bytes = operand.bytes(elements);
+        TileShape {
+            stages: SharedTile::new(base, row_bytes),
+            rows: operand.tile_rows(rows, elements),
+            chunks: row_bytes / CHUNK_BYTES,
+            depth_in_rows: false,
+            scales: operand.fp4().map(|_| ScaleWords::new(rows, elements)),
+        }
+    }
+
+    /// The tile in the first stage, as the lane reads it.
+    pub fn staged(&self) -> StagedTile<'k> {
+        let stages = &self.stages;
+        let fragments = if self.depth_in_rows { stages.rows_of_b(0) } else { stages.columns_of_b(0) };
+        let vector = self.scales.map_or(0, |scales| scales.vector());
+        let scales = self.scales.map_or(Vec::new(), |scales| self.places_of_scales(&scales));
+        StagedTile { fragments, scales, vector }
+    }
+
     fn from(self, source: Source<'k>) -> CopiedTiles<'k> {
-        let TileShape { stages, rows, chunks, depth_in_rows, scales } = self;
-        let fragments = if depth_in_rows { stages.rows_of_b(0) } else { stages.columns_of_b(0) };
-        let vector = scales.map_or(0, |scales| scales.vector());
-        let scales = scales.map_or(Vec::new(), |scales| self.places_of_scales(&scales));
-        let first = StagedTile { fragments, scales, vector };
+        let first = self.staged();
+        let TileShape { stages, rows, chunks, .. } = self;
         CopiedTiles { stages, first, rows, chunks, across: chunks, source, seen: None }
     }
 

@@ -6,7 +6,6 @@ use super::copied_tiles::{CopiedTiles, StagedTile, TileShape};
 use super::head_channels::HeadChannels;
 use crate::attention::config::{AttentionConfig, AttentionParams};
 use crate::attention::place::Place;
-use crate::fp4::ScaleWords;
 use crate::operand::{Element, OperandSource};
 
 /// The stages of both operands.
@@ -46,27 +45,18 @@ impl<'k> TileMemory<'k> {
             depth_in_rows: false,
             scales: None,
         };
-        let whole_rows = |base: i32, row_bytes, rows| shape(base, row_bytes, rows, row_bytes / CHUNK_BYTES);
-        // Scales are as the rows behind those of the codes.
-        let scaled = |base: i32, rows: usize, elements: usize| {
-            let (scales, row_bytes) = (ScaleWords::new(rows, elements), elements / 2);
-            let shape = whole_rows(base, row_bytes, rows + scales.bytes() / row_bytes);
-            TileShape { scales: Some(scales), ..shape }
-        };
         let keys_of_head = HeadChannels { dim: config.head_dim, first: None, left: None };
         let values_of_head = HeadChannels::of_values(config, place);
         let used_chunks = |channels: usize| channels.div_ceil(8);
 
-        let mut keys = match (operands.k.element, operands.k.source) {
-            (_, OperandSource::Given | OperandSource::Registers) => {
+        let mut keys = match operands.k.source {
+            OperandSource::Given | OperandSource::Registers => {
                 let shape = shape(0, key_bytes, tile_keys, used_chunks(config.head_dim));
                 shape.of_rows(config, place, &p.k, keys_of_head)
             }
-            (Element::E2M1, OperandSource::Workspace) => {
-                scaled(0, tile_keys, of_k).of_workspace(place, p.k.start)
-            }
-            (_, OperandSource::Workspace) => {
-                whole_rows(0, key_bytes, tile_keys).of_workspace(place, p.k.start)
+            OperandSource::Workspace => {
+                let shape = TileShape::quantised(shared.plus(0), &operands.k, tile_keys, of_k);
+                shape.of_workspace(place, p.k.start)
             }
         };
         if config.values_in_keys {
@@ -78,8 +68,11 @@ impl<'k> TileMemory<'k> {
         let rows_of_values =
             |chunks| TileShape { depth_in_rows: true, ..shape(first_value, 2 * of_v, tile_keys, chunks) };
         let mut values = match (operands.v.element, operands.v.source) {
-            (Element::E2M1, _) => scaled(first_value, of_v, tile_keys).of_workspace(place, p.v.start),
-            (Element::E4M3, _) => whole_rows(first_value, tile_keys, of_v).of_workspace(place, p.v.start),
+            (Element::E2M1 | Element::E4M3, _) => {
+                let base = shared.plus(first_value);
+                let shape = TileShape::quantised(base, &operands.v, of_v, tile_keys);
+                shape.of_workspace(place, p.v.start)
+            }
             (_, OperandSource::Workspace) => {
                 rows_of_values(2 * of_v / CHUNK_BYTES).of_workspace(place, p.v.start)
             }

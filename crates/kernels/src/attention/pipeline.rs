@@ -79,6 +79,18 @@ impl<'k> Pipeline<'k> {
         stage
     }
 
+    /// The same of the stage before the one at the cursor, into which goes what comes `stages − 1` later: for a consumer
+    /// that also produces, of its cursor.
+    pub fn wait_empty_before(&self, cursor: &Cursor<'k>) -> Val<'k, i32> {
+        let (stage, parity) = (cursor.stage.get(), cursor.parity.get());
+        let first = stage.eq(0);
+        let before = first.select(self.stages as i32 - 1, stage - 1);
+        // What comes later is of the same round where the cursor is at its beginning, else of the next.
+        let parity = first.select(parity ^ 1, parity);
+        self.barriers.from(self.stages).at(before).wait(parity);
+        before
+    }
+
     /// What the producer, or copies that it announces, arrive at when a stage is full.
     pub fn full(&self, stage: Val<'k, i32>) -> Mbarrier<'k> {
         self.barriers.at(stage)
