@@ -62,7 +62,8 @@ fn attention(call: &ForwardCall, forms: &Forms, cut: &Cut, cost: &Cost) -> f64 {
     let heads = (problem.batch * problem.num_q_heads * cut.splits) as f64;
     // Of an explicit mask's tiles nothing is known before the call: its pieces, without a band, are taken for alike.
     if problem.band.is_full() && call.request.lengths == Lengths::Dense {
-        return (pieces / slots).ceil() * of_tiles(problem.kv_len.div_ceil(KEY_TILE) as f64);
+        let keys = problem.kv_len.next_multiple_of(tiling.tile_keys());
+        return (pieces / slots).ceil() * of_tiles(keys.div_ceil(KEY_TILE) as f64);
     }
     let rows = tiling.block_q();
     let tiles_of = |first: usize| seen_key_tiles(problem, first, GROUP_ROWS) as f64;

@@ -34,6 +34,7 @@ pub(crate) fn cost(machine: &Machine, key: &Key, tiling: &Tiling) -> Option<Cost
         Tiling::Warpgroups(WarpgroupTiling { groups, tile_keys: 64, .. }) => {
             (of_warpgroups(key, groups)?, 1.0)
         }
+        Tiling::Warpgroups(WarpgroupTiling { groups: 2, tile_keys: 128, .. }) => (of_long_tiles(key)?, 1.0),
         Tiling::Warps(WarpTiling { warps: 4, rows_per_warp: 16, .. }) => (of_warps(key)?, 0.55),
         _ => return None,
     };
@@ -92,6 +93,14 @@ fn of_warpgroups(key: &Key, groups: usize) -> Option<(f64, f64)> {
         (true, true, 256, 2) => (3.1, 0.96),
         _ => return None,
     })
+}
+
+/// Pieces of 128 queries, by tiles of 128 keys.
+fn of_long_tiles(key: &Key) -> Option<(f64, f64)> {
+    match (key.integer, key.fp8, dims(key)?) {
+        (false, false, 128) => Some((2.3, 0.79)),
+        _ => None,
+    }
 }
 
 /// Pieces of 64 queries by `mma.sync`, two or three at once.

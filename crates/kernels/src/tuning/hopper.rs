@@ -116,12 +116,12 @@ pub(super) fn tuned(machine: &Machine, key: &Key) -> Tuned {
     Tuned { tiling: Tiling::Warpgroups(WarpgroupTiling { stages, ..row.tiling }), reason: row.reason }
 }
 
-/// The table's tile shape with other numbers of warpgroups, where registers and shared memory have room for it, and
-/// that of `mma.sync` for short calls.
+/// The table's tile shape with other numbers of warpgroups, where registers and shared memory have room for it, that of
+/// two groups with longer tiles, and that of `mma.sync` for short calls.
 pub(super) fn other_groups(machine: &Machine, key: &Key, own: WarpgroupTiling) -> Vec<Tuned> {
-    let of_groups = |groups: usize| {
+    let of_groups = |groups: usize, tile_keys: usize| {
         let sums_by_mma = groups == 3 && key.padded_value_dim <= 128 && !key.plain;
-        let tiling = WarpgroupTiling { groups, sums_by_mma, tile_keys: 64, ..own };
+        let tiling = WarpgroupTiling { groups, sums_by_mma, tile_keys, ..own };
         let stages = most_stages(machine, &tiling, key).min(own.stages.max(4));
         let fits = stages >= 2
             && warpgroup_registers(&tiling, key) <= registers(groups)
@@ -139,8 +139,11 @@ pub(super) fn other_groups(machine: &Machine, key: &Key, own: WarpgroupTiling) -
         let short = !key.integer && key.padded_dim <= 128 && key.bias_bytes == 0;
         short.then(|| ampere::tuned(machine, &Key { warpgroups: false, ..*key }))
     };
-    let groups = (1..=3).filter(|&groups| groups != own.groups).filter_map(of_groups);
-    groups.chain(of_warps()).collect()
+    let groups = (1..=3).filter(|&groups| groups != own.groups).filter_map(|groups| of_groups(groups, 64));
+    // Of 16-bit scores two groups wait less often for tiles of 128 keys.
+    let long =
+        (!key.integer && !key.fp8 && !key.plain && key.is_medium()).then(|| of_groups(2, 128)).flatten();
+    groups.chain(long).chain(of_warps()).collect()
 }
 
 /// Bytes of the queries that come through TMA, and of those that they become where products read these there as well.
