@@ -16,8 +16,11 @@ impl<'a, E: Element> HeadRows<'a, E> {
     /// Rows from `start` on of a head of a tensor `[batch, heads, seq, channels]`.
     pub fn new(view: &View<'a, E>, batch: usize, head: usize, start: usize) -> Self {
         let geometry = view.geometry();
-        let first = if geometry.is_empty() { 0 } else { geometry.index([batch, head, start, 0]) };
-        HeadRows { data: view.data(), first, stride: geometry.strides()[2], channels: geometry.shape()[3] }
+        let stride = geometry.strides()[2];
+        // A packed sequence without rows may start behind the last.
+        let of_head = || geometry.index([batch, head, 0, 0]) + start as i64 * stride;
+        let first = if geometry.is_empty() { 0 } else { of_head() };
+        HeadRows { data: view.data(), first, stride, channels: geometry.shape()[3] }
     }
 
     /// Elements of a row.

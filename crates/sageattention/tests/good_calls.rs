@@ -167,6 +167,19 @@ fn packed_sequences_do_not_see_each_other() {
 }
 
 #[test]
+fn the_last_of_packed_sequences_may_have_no_tokens() {
+    let x = |seed| tensor(DType::F16, &[9, 2, 16], seed);
+    let (q, k, v) = (x(1), x(2), x(3));
+    for preset in Preset::ALL {
+        let packed = |boundaries: &[i32]| {
+            let attention = Attention::new().scheme(*preset).packed(boundaries, boundaries);
+            attention.forward(&q, &k, &v).unwrap().out
+        };
+        assert_eq!(packed(&[0, 4, 9, 9]), packed(&[0, 4, 9]), "{preset:?}");
+    }
+}
+
+#[test]
 fn a_plan_says_what_and_why() {
     let x = tensor(DType::F16, &[1, 4, 256, 64], 1);
     let plan = Attention::new().causal(true).scheme(Preset::INT8).plan(&x, &x, &x).unwrap();
