@@ -135,8 +135,13 @@ impl PlannedAttention {
                     [(q_tiles * all_heads).min(resident) as u32, 1, 1]
                 }
             };
-            let boxed: Vec<_> = config.mapped().iter().map(|&operand| boxed(operand, at, &args)).collect();
-            launch(grid, values, &boxed);
+            // A launch allocates nothing.
+            let boxed = |&operand: &MappedOperand| boxed(operand, at, &args);
+            match config.mapped() {
+                [k, v, q] => launch(grid, values, &[k, v, q].map(boxed)),
+                [k, v] => launch(grid, values, &[k, v].map(boxed)),
+                _ => launch(grid, values, &[]),
+            }
         });
         if splits > 1 {
             self.combine(pass);
