@@ -4,10 +4,11 @@ use half::{bf16, f16};
 use sage_core::DType;
 use sage_ptx::{Code, Global, Program, Shared, Stored, Val, kernel, lane_column};
 
+use super::list_tiles::List;
 use super::mask_words::LANES;
 use super::pack_mask::{Element, of_pairs, packed};
 use super::{ALL, NONE, Packing, SOME, STRIPS, VECTOR};
-use crate::attention::{CLEARED_TILE, CUT_TILE, ENTRIES_BEHIND, MASKED_TILE, MaskForm};
+use crate::attention::{CLEARED_TILE, CUT_TILE, MASKED_TILE, MaskForm};
 use crate::counters::clear_counters;
 use crate::grid;
 use crate::kernel::Kernel;
@@ -192,8 +193,7 @@ impl KeyMaskConfig {
         let last = (p.keys.div_ceil(KEY_TILE) - 1).max(0);
         code.range_by(code.warp_index(), p.q_tiles, WARPS as i32, |q_tile| {
             let list = (sequence * p.q_tiles + q_tile).named("list");
-            let entries = p.tile_lists.at(list.mul_wide(p.list_stride));
-            let count = code.var(0i32).named("count");
+            let written = List::new(lane, p.tile_lists.at(list.mul_wide(p.list_stride)));
             code.range_by(0, tiles, LANES as i32, |base| {
                 let tile = base + lane;
                 let of_parts: Vec<_> = (0..parts as i32)
@@ -216,14 +216,9 @@ impl KeyMaskConfig {
                 if self.clears {
                     entry = entry | flag(cleared, CLEARED_TILE);
                 }
-                let votes = code.ballot(kept);
-                let before = (votes & ((code.constant(1u32) << lane) - 1u32)).count_ones();
-                code.when(kept, || entries.at(count.get() + before).store(entry));
-                count.set(count.get() + votes.count_ones());
+                written.add(kept, || entry);
             });
-            let behind = lane.lt(ENTRIES_BEHIND as i32);
-            code.when(behind, || entries.at(count.get() + lane).store(0u32));
-            code.when(lane.eq(0), || p.tile_counts.at(list).store(count.get()));
+            written.end(|| p.tile_counts.at(list));
         });
     }
 }

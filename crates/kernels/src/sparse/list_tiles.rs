@@ -1,6 +1,6 @@
 //! Lists of the tiles of keys that each tile of queries is multiplied with.
 
-use sage_ptx::{Code, Program, Val, kernel};
+use sage_ptx::{Code, Global, Program, Val, Var, kernel};
 
 use super::{ALL, CLASS_ROWS, NONE};
 use crate::attention::{Band, CLEARED_TILE, CUT_TILE, ENTRIES_BEHIND, MASKED_TILE};
@@ -151,8 +151,7 @@ impl ListTilesConfig {
         };
 
         let list = ((index * p.heads + head) * p.q_tiles + q_tile).named("list");
-        let entries = p.tile_lists.at(list.mul_wide(p.list_stride));
-        let count = code.var(0i32).named("count");
+        let written = List::new(lane, p.tile_lists.at(list.mul_wide(p.list_stride)));
         let (first, last) =
             (some_start.max(0) / tile_keys, some_end.max(0).div_ceil(self.tile_keys).min(tiles));
         code.range_by(first, last, LANES * IN_FLIGHT as i32, |base| {
@@ -162,19 +161,49 @@ impl ListTilesConfig {
                 let some = classes.iter().map(|class| class.ne(NONE)).reduce(|a, b| a | b);
                 let all = classes.iter().map(|class| class.eq(ALL)).reduce(|a, b| a & b);
                 let kept = seen & in_block & some.unwrap_or(code.constant(true));
-                let votes = code.ballot(kept);
-                let before = (votes & ((code.constant(1u32) << lane) - 1u32)).count_ones();
-                let cut = whole.select(0u32, CUT_TILE);
-                let masked = all.map_or(code.constant(0u32), |all| all.select(0u32, MASKED_TILE));
-                let cleared = keys.map_or(code.constant(0u32), |all| all.select(0u32, CLEARED_TILE));
-                let entry = tile.reinterpret::<u32>() | cut | masked | cleared;
-                code.when(kept, || entries.at(count.get() + before).store(entry));
-                count.set(count.get() + votes.count_ones());
+                written.add(kept, || {
+                    let cut = whole.select(0u32, CUT_TILE);
+                    let masked = all.map_or(code.constant(0u32), |all| all.select(0u32, MASKED_TILE));
+                    let cleared = keys.map_or(code.constant(0u32), |all| all.select(0u32, CLEARED_TILE));
+                    tile.reinterpret::<u32>() | cut | masked | cleared
+                });
             }
         });
+        written.end(|| p.tile_counts.at(list));
+    }
+}
+
+/// A list that a warp writes.
+pub(super) struct List<'k> {
+    lane: Val<'k, i32>,
+    entries: Global<'k, u32>,
+    count: Var<'k, i32>,
+}
+
+impl<'k> List<'k> {
+    /// One without entries, which go to `entries`.
+    pub fn new(lane: Val<'k, i32>, entries: Global<'k, u32>) -> Self {
+        List { lane, entries, count: lane.code().var(0i32).named("count") }
+    }
+
+    /// Adds the entries of those lanes whose tile is `kept`, in the order of the lanes.
+    pub fn add(&self, kept: Val<'k, bool>, entry: impl FnOnce() -> Val<'k, u32>) {
+        let List { lane, entries, count } = *self;
+        let code = lane.code();
+        let votes = code.ballot(kept);
+        let before = (votes & ((code.constant(1u32) << lane) - 1u32)).count_ones();
+        let entry = entry();
+        code.when(kept, || entries.at(count.get() + before).store(entry));
+        count.set(count.get() + votes.count_ones());
+    }
+
+    /// Writes the entries behind the last one and, where `number` says, how many tiles there are.
+    pub fn end(&self, number: impl FnOnce() -> Global<'k, i32>) {
+        let List { lane, entries, count } = *self;
+        let code = lane.code();
         let behind = lane.lt(ENTRIES_BEHIND as i32);
         code.when(behind, || entries.at(count.get() + lane).store(0u32));
-        code.when(lane.eq(0), || p.tile_counts.at(list).store(count.get()));
+        code.when(lane.eq(0), || number().store(count.get()));
     }
 }
 
