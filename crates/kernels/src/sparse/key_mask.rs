@@ -62,7 +62,8 @@ kernel_params! {
         q_tiles: i32,
         /// Tiles of each list, `[sequences][q_tiles]`.
         tile_counts: [i32],
-        /// The lists, `[sequences][q_tiles][list_stride]`, each with [`ENTRIES_BEHIND`] entries behind it.
+        /// The lists, `[sequences][q_tiles][list_stride]`, each with
+        /// [`ENTRIES_BEHIND`](crate::attention::ENTRIES_BEHIND) entries behind it.
         tile_lists: [u32],
         /// Entries from one list to the next.
         list_stride: i32,
