@@ -1,19 +1,16 @@
 //! The entry: a call on the CPU or a GPU.
 
 use pyo3::prelude::*;
-use sageattention::cuda::{Cuda, DeviceBytes, DeviceInts, DeviceLse, DeviceMask, DeviceTensor, Stream};
-use sageattention::{BlockMask, DType, Error, Lengths, Mask, Result, TensorViewMut, View};
+use sageattention::cuda::{Cuda, DeviceBytes, DeviceLse, DeviceMask, DeviceTensor, Stream};
+use sageattention::{BlockMask, DType, Error, Mask, Result, TensorViewMut, View};
 
 use crate::errors::{exception, guarded};
 use crate::host;
+use crate::lengths::{GivenLengths, Packed};
 use crate::map;
 use crate::options::Options;
 use crate::predictor::Predictor;
 use crate::tensor::RawTensor;
-
-/// Boundaries of packed sequences: addresses of 32-bit integers without gaps, on the device of the tensors.
-#[derive(FromPyObject)]
-pub(crate) struct Packed(u64, u64, usize, usize, usize);
 
 /// The blocks of the score matrix to compute, and how many queries and keys a block has.
 #[derive(FromPyObject)]
@@ -29,7 +26,7 @@ struct Tensors<'p> {
     mask: Option<RawTensor>,
     sinks: Option<RawTensor>,
     block_mask: Option<Blocks>,
-    packed: Option<Packed>,
+    lengths: GivenLengths,
     predictor: Option<&'p Predictor>,
     map: Option<RawTensor>,
 }
@@ -42,13 +39,14 @@ struct Tensors<'p> {
 /// `[batch, heads, q_blocks, k_blocks]` bytes without gaps, not 0 where a block was computed.
 /// `sinks` are attention sinks, float32 `[heads]`.
 /// With `wait`, a GPU is done when the call returns.
-/// `packed` is (address of cu_seqlens_q, of cu_seqlens_k, sequences, longest q, longest k).
+/// `packed` is (address of cu_seqlens_q, of cu_seqlens_k, sequences, longest q, longest k), and `kv_lens`, in its place,
+/// how many keys each entry of the batch has: int32 `[batch]`.
 ///
 /// The caller answers for addresses, shapes and strides, and for `out` and `lse` being nobody else's, nor `map`.
 #[pyfunction]
 #[pyo3(signature = (
     q, k, v, out, options, lse=None, mask=None, block_mask=None, packed=None, stream=None, wait=false, predictor=None,
-    map=None, sinks=None
+    map=None, sinks=None, kv_lens=None
 ))]
 #[expect(clippy::too_many_arguments, reason = "arguments of a Python function")]
 pub(crate) fn forward(
@@ -67,8 +65,10 @@ pub(crate) fn forward(
     predictor: Option<&Predictor>,
     map: Option<RawTensor>,
     sinks: Option<RawTensor>,
+    kv_lens: Option<RawTensor>,
 ) -> PyResult<()> {
-    let tensors = Tensors { q, k, v, out, lse, mask, sinks, block_mask, packed, predictor, map };
+    let lengths = GivenLengths::new(packed, kv_lens).map_err(exception)?;
+    let tensors = Tensors { q, k, v, out, lse, mask, sinks, block_mask, lengths, predictor, map };
     let run = || match stream {
         _ if tensors.map.is_some() && predictor.is_none() => {
             Err(Error::unsupported("a map without a predictor", "give both"))
@@ -122,13 +122,8 @@ fn on_cpu(tensors: &Tensors<'_>, options: &Options) -> Result<()> {
         let blocks = View::strided("block_mask", blocks, *geometry)?;
         attention = attention.block_mask(BlockMask { blocks, block_q: *block_q, block_k: *block_k });
     }
-    if let Some(Packed(q, k, sequences, ..)) = tensors.packed {
-        let list = |name, address| {
-            // SAFETY: as above.
-            unsafe { host::integers(name, (address, sequences + 1)) }
-        };
-        attention = attention.packed(list("cu_seqlens_q", q)?, list("cu_seqlens_k", k)?);
-    }
+    // SAFETY: as above.
+    attention = attention.lengths(unsafe { tensors.lengths.on_cpu() }?);
     let mut lse = match &tensors.lse {
         // SAFETY: as for the output.
         Some(lse) => match unsafe { host::view_mut("lse", lse) }? {
@@ -179,15 +174,8 @@ fn on_gpu(tensors: &Tensors<'_>, options: &Options, ordinal: u32, stream: u64, w
         let blocks = unsafe { DeviceBytes::from_raw(flags.geometry("block_mask")?, flags.address) };
         attention = attention.block_mask(BlockMask { blocks, block_q: *block_q, block_k: *block_k });
     }
-    if let Some(Packed(cu_seqlens_q, cu_seqlens_k, batch, max_q_len, max_kv_len)) = tensors.packed {
-        let list = |address| {
-            // SAFETY: as above.
-            unsafe { DeviceInts::from_raw(address, batch + 1) }
-        };
-        let (cu_seqlens_q, cu_seqlens_k) = (list(cu_seqlens_q), list(cu_seqlens_k));
-        attention =
-            attention.lengths(Lengths::DevicePacked { cu_seqlens_q, cu_seqlens_k, max_q_len, max_kv_len });
-    }
+    // SAFETY: as above.
+    attention = attention.lengths(unsafe { tensors.lengths.on_gpu() }?);
     let lse = match &tensors.lse {
         Some(lse) => {
             let rows = rows_of_lse(lse)?;

@@ -10,6 +10,7 @@ mod errors;
 mod forward;
 mod host;
 mod kv_cache;
+mod lengths;
 mod map;
 mod options;
 mod predict;

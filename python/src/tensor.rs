@@ -123,6 +123,20 @@ impl RawTensor {
         }
     }
 
+    /// The address of a list of int32 without gaps, and how many there are.
+    pub(crate) fn list(&self, name: &'static str) -> Result<(u64, usize)> {
+        let &[entries] = &*self.shape else { return Err(Error::shape(name, &self.shape, "[batch]")) };
+        if self.dtype != "int32" {
+            let found = self.dtype.clone().into_owned();
+            return Err(Error::DType { name: name.into(), found, wanted: "int32".into() });
+        }
+        if !self.geometry(name)?.is_contiguous() {
+            let found = format!("{:?}", self.strides);
+            return Err(Error::Strides { name: name.into(), found, wanted: "1: no gaps".into() });
+        }
+        Ok((self.address, entries))
+    }
+
     /// Where the elements lie from the address on.
     pub(crate) fn geometry(&self, name: &'static str) -> Result<Geometry> {
         Geometry::strided(name, &self.shape, &self.strides, 0)

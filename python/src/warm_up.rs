@@ -24,8 +24,10 @@ impl WarmUp {
     }
 
     /// Notes what a call needs. Tensors are as those of `forward`, but for their addresses, which nobody reads;
-    /// `packed` is the boundaries of queries and of keys.
-    #[pyo3(signature = (q, k, v, options, lse=false, mask=None, packed=None, predictor=None, sinks=None))]
+    /// `packed` is the boundaries of queries and of keys; `kv_lens` is whether calls have lengths of keys, whatever they are.
+    #[pyo3(signature = (
+        q, k, v, options, lse=false, mask=None, packed=None, predictor=None, sinks=None, kv_lens=false
+    ))]
     #[expect(clippy::too_many_arguments, reason = "arguments of a Python function")]
     fn note(
         &self,
@@ -39,7 +41,10 @@ impl WarmUp {
         packed: Option<(Vec<i32>, Vec<i32>)>,
         predictor: Option<&Predictor>,
         sinks: Option<RawTensor>,
+        kv_lens: bool,
     ) -> PyResult<()> {
+        // Kernels are the same for all lengths.
+        let lens = kv_lens.then(|| vec![0; q.shape.first().copied().unwrap_or(0)]);
         let note = || {
             let shape =
                 |name, tensor: &RawTensor| Ok(TensorShape::new(tensor.dtype(name)?, tensor.geometry(name)?));
@@ -55,6 +60,9 @@ impl WarmUp {
             }
             if let Some((q, k)) = &packed {
                 attention = attention.packed(q, k);
+            }
+            if let Some(lens) = &lens {
+                attention = attention.kv_lens(lens);
             }
             if let Some(predictor) = predictor {
                 attention = attention.sparse(predictor.get().clone());

@@ -84,8 +84,8 @@ def test_fake_and_real_outputs_agree(device):
     request = Request(tensor_layout="NHD", is_causal=True)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     for operator in (_torch._dense_op, _torch._dense_lse_op):
-        for sinks in (None, torch.zeros(4, device=device)):
-            dense = (q, k, v, None, sinks, None, 0, 0, *request)
+        for sinks, lens in ((None, None), (torch.zeros(4, device=device), torch.tensor([50, 7], device=device))):
+            dense = (q, k, v, None, sinks, lens, None, 0, 0, *request)
             torch.library.opcheck(operator.overload, dense, test_utils=checks)
     cu = torch.tensor([0, 15, 40], dtype=torch.int32, device=device)
     packed = (q[0], k[0, :40], v[0, :40], torch.zeros(4, device=device), cu, cu, 25, 25, *Request())

@@ -130,7 +130,7 @@ def test_smoothing_is_smooth_k_where_a_function_has_that():
         (NotImplementedError, "attn_bias: value is Tensor, expected None: .*; attn_mask takes", {"attn_bias": X}),
         (NotImplementedError, "out: value is Tensor, expected None", {"out": X}),
         (NotImplementedError, "sliding_window: value is 128, expected None or -1: .*; window takes", {"sliding_window": 128}),
-        (NotImplementedError, "kv_lens: value is Tensor, expected None", {"kv_lens": X}),
+        (NotImplementedError, "block_table: value is Tensor, expected None", {"block_table": X}),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )  # fmt: skip

@@ -14,6 +14,7 @@ from spas_sage_attn import (
     spas_sage_attn_meansim_cuda,
     spas_sage_attn_meansim_topk_cuda,
 )
+from test_keywords import DENSE
 
 SINKS = [-2.0, 1.0, 4.0, float("-inf"), 7.0, 30.0]
 
@@ -40,6 +41,21 @@ def test_sinks_are_exact_attentions(device, scheme, causal):
     # The last head's sink leaves nothing of it.
     assert out[:, 5].abs().max() < 1e-4
     assert torch.equal(sageattn(q, k, v, is_causal=causal, scheme=scheme, sinks=sinks_on(device)), out)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", DENSE)
+def test_every_function_has_them(device, name, causal):
+    if device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("FP8 needs compute capability 8.9")
+    q, k, v = qkv(2, 6, 2, 90, 150, 64, dtype=torch.float16 if device == "cuda" else torch.float32, device=device)
+    wanted, wanted_lse = with_sinks(*attention(q, k, v, causal="bottom_right" if causal else None), sinks_on(device))
+    for spelling in ("sinks", "s_aux"):
+        options = {spelling: sinks_on(device), "is_causal": causal, "return_lse": True}
+        out, lse = DENSE[name](q, k, v, **options)
+        assert relative_l1(out, wanted) < TOLERANCE["fp8"]
+        assert (lse - wanted_lse).abs().max() < 0.15
+        assert out[:, 5].abs().max() < 1e-4
 
 
 def test_a_row_without_keys_and_one_query(device):
@@ -164,10 +180,6 @@ def test_numpy_arrays_and_transformers_name():
     wanted = sageattn(q, k, v, sinks=sinks_on("cpu"))
     found = sageattn(*(x.numpy() for x in (q, k, v)), s_aux=numpy.array(SINKS, dtype="float32"))
     assert torch.equal(torch.from_numpy(found), wanted)
-    with pytest.raises(NotImplementedError, match="s_aux"):
-        from sageattention import sageattn_qk_int8_pv_fp16_cuda
-
-        sageattn_qk_int8_pv_fp16_cuda(q, k, v, s_aux=sinks_on("cpu"))
 
 
 def test_a_compiled_graph_has_them(device):

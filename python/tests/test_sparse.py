@@ -322,9 +322,10 @@ def test_fake_and_real_outputs_agree(device):
     options = (*fields(PREDICTORS["sparge_attn_topk"], q, "NHD"), *Request(tensor_layout="NHD"))
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     for operator in _torch_sparse._sparse_ops.values():
-        for sinks in (None, torch.ones(4, device=device)):
-            torch.library.opcheck(operator.overload, (q, k, v, None, sinks, *options), test_utils=checks)
-    torch.library.opcheck(_torch_sparse._predict_op.overload, (q, k, *options), test_utils=checks)
+        for sinks, lens in ((None, None), (torch.ones(4, device=device), torch.tensor([40], device=device))):
+            torch.library.opcheck(operator.overload, (q, k, v, None, sinks, lens, *options), test_utils=checks)
+    for lens in (None, torch.tensor([40], device=device)):
+        torch.library.opcheck(_torch_sparse._predict_op.overload, (q, k, lens, *options), test_utils=checks)
     meta = [x.to("meta") for x in (q, k, v)]
     out, blocks = sparse_attention(*meta, PREDICTORS["sparge_attn_topk"], "NHD", return_map=True)
     assert out.shape == q.shape and blocks.shape == (1, 4, 4, 7)

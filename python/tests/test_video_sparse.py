@@ -6,6 +6,7 @@ import pytest
 import torch
 from exact import TOLERANCE, assert_close, assert_lse_close, attention, local, random, visible
 from sageattention.sparse import block_sparse_attn_from_indices, video_sparse_attn
+from test_sinks import with_sinks
 
 SIZES = [64, 64, 30, 64, 1, 64]
 
@@ -84,11 +85,15 @@ def test_listed_blocks(device):
     blocks = torch.zeros(2, 4, 4, 6, dtype=torch.bool).scatter(-1, order, listed).to(device)
     # What stands behind the listed ones is no block.
     indices = torch.where(listed, order, -7).to(device=device, dtype=torch.int32)
-    out, lse = block_sparse_attn_from_indices(
-        q, k, v, indices, number.to(device=device, dtype=torch.int32), torch.tensor(SIZES, device=device)
-    )
+    arguments = (q, k, v, indices, number.to(device=device, dtype=torch.int32), torch.tensor(SIZES, device=device))
+    out, lse = block_sparse_attn_from_indices(*arguments)
     mask = visible(blocks, 64, 64, 256, 384) & real(SIZES, 64, device)
     wanted, wanted_lse = attention(q, k, v, mask=mask)
+    assert_close(out, wanted, TOLERANCE["fp8"])
+    assert_lse_close(lse * math.log(2), wanted_lse)
+    sinks = torch.tensor([1.0, -2.0, float("-inf"), 4.0], device=device)
+    out, lse = block_sparse_attn_from_indices(*arguments, sinks=sinks)
+    wanted, wanted_lse = with_sinks(wanted, wanted_lse, sinks)
     assert_close(out, wanted, TOLERANCE["fp8"])
     assert_lse_close(lse * math.log(2), wanted_lse)
 

@@ -84,7 +84,7 @@ def test_shapes_and_options_reach_the_gpu_as_calls_do(monkeypatch):
     q = (0, X, (76800, 19200, 64, 1), "float16")
     assert ordinal == 3 and first[:3] == (q, q, q)
     assert second[:3] == (q, (0, (1, 2, 500, 64), (64000, 32000, 64, 1), "float16"), second[1])
-    assert first[4:] == (True, (0, (1, 1, 300, 300), (90000, 90000, 300, 1), "bool"), None, None, None)
+    assert first[4:] == (True, (0, (1, 1, 300, 300), (90000, 90000, 300, 1), "bool"), None, None, None, False)
 
     noted.clear()
     warm_up([(300, 4, 64)], "bfloat16", cu_seqlens_q=[0, 100, 300], device="cuda:1")
@@ -93,8 +93,8 @@ def test_shapes_and_options_reach_the_gpu_as_calls_do(monkeypatch):
     warm_up([X], predictor=Predictor.sla(0.25), device=torch.device("cuda", 2))
     assert noted[0] == 2 and isinstance(noted[1][7], _native.Predictor)
     noted.clear()
-    warm_up([X, (300, 6, 64)], sinks=True, device=0)
-    assert [call[8] for call in noted[1:]] == [(0, (heads,), (1,), "float32") for heads in (4, 6)]
+    warm_up([X, (300, 6, 64)], sinks=True, kv_lens=True, device=0)
+    assert [call[8:] for call in noted[1:]] == [((0, (heads,), (1,), "float32"), True) for heads in (4, 6)]
 
 
 def test_a_driver_that_remembers_nothing_is_told(monkeypatch, caplog):

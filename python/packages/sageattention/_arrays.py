@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Optional
 
 from sageattention import _native, _values
-from sageattention._request import Request, native_options
+from sageattention._request import Request, kv_rows, native_options
 
 # Codes of the DLPack specification.
 _CPU_DEVICES = (1, 3)
@@ -22,6 +22,8 @@ class Library(NamedTuple):
     """An array like another, of a shape, and of a dtype unless it is None."""
     raw: Callable[[str, Any], Any]
     """An array, and its name in messages, as the Rust module takes it."""
+    integers: Callable[[Any, list[int]], Any]
+    """A list as an array of int32, where another array is."""
     stream: Callable[[Any], Optional[tuple[int, int]]]
     """The GPU's number and the current stream, or None on the CPU."""
     wait: bool
@@ -35,6 +37,7 @@ def dense(
     request: Request,
     attn_mask: Any,
     sinks: Any,
+    kv_lens: Any,
     block_mask: Optional[tuple[Any, int, int]],
     return_lse: bool,
 ) -> Any:
@@ -53,7 +56,19 @@ def dense(
         mask=mask,
         block_mask=blocks,
         sinks=None if sinks is None else library.raw("sinks", sinks),
+        kv_lens=key_lengths(library, kv_lens, q, k, request.tensor_layout),
     )
+
+
+def key_lengths(library: Library, kv_lens: Any, q: Any, k: Any, tensor_layout: str) -> Any:
+    """Lengths of keys as the Rust module takes them: those in the host's memory, a list or an array of numpy's, are
+    checked and put beside q; what is of q's own library is read where it is, and is int32."""
+    if kv_lens is None:
+        return None
+    if isinstance(kv_lens, (list, tuple)) or _root(kv_lens) == "numpy":
+        kv_lens = library.integers(q, _values.lengths("kv_lens", kv_lens, kv_rows(k, tensor_layout)))
+    library_of(q, kv_lens=kv_lens)
+    return library.raw("kv_lens", kv_lens)
 
 
 def dense_lse_shape(q: Any, request: Request) -> tuple[int, ...]:
@@ -238,6 +253,10 @@ def _numpy_empty(array: Any, shape: tuple[int, ...], dtype: Optional[str]) -> An
     return sys.modules["numpy"].empty(shape, array.dtype if dtype is None else dtype)
 
 
+def _numpy_integers(array: Any, values: list[int]) -> Any:
+    return sys.modules["numpy"].array(values, dtype="int32")
+
+
 def _cupy_raw(name: str, array: Any) -> Any:
     array = _with_neighbouring_channels(array)
     return _Owned((array.data.ptr, array.shape, _strides(name, array), array.dtype.name), array)
@@ -246,6 +265,11 @@ def _cupy_raw(name: str, array: Any) -> Any:
 def _cupy_empty(array: Any, shape: tuple[int, ...], dtype: Optional[str]) -> Any:
     with array.device:
         return sys.modules["cupy"].empty(shape, array.dtype if dtype is None else dtype)
+
+
+def _cupy_integers(array: Any, values: list[int]) -> Any:
+    with array.device:
+        return sys.modules["cupy"].array(values, dtype="int32")
 
 
 def _cupy_stream(array: Any) -> tuple[int, int]:
@@ -267,6 +291,11 @@ def _any_empty(array: Any, shape: tuple[int, ...], dtype: Optional[str]) -> Any:
     return namespace.empty(shape, dtype=kind, device=array.device)
 
 
+def _any_integers(array: Any, values: list[int]) -> Any:
+    namespace = array.__array_namespace__()
+    return namespace.asarray(values, dtype=namespace.int32, device=array.device)
+
+
 def _any_stream(array: Any) -> Optional[tuple[int, int]]:
     kind, number = array.__dlpack_device__()
     if int(kind) in _CPU_DEVICES:
@@ -277,6 +306,6 @@ def _any_stream(array: Any) -> Optional[tuple[int, int]]:
     raise NotImplementedError(f"q: DLPack device is {int(kind)}, expected the CPU (1) or CUDA (2)")
 
 
-_NUMPY = Library("numpy", _numpy_empty, _numpy_raw, lambda array: None, wait=False)
-_CUPY = Library("cupy", _cupy_empty, _cupy_raw, _cupy_stream, wait=False)
-_ANY = Library("this library", _any_empty, _any_raw, _any_stream, wait=True)
+_NUMPY = Library("numpy", _numpy_empty, _numpy_raw, _numpy_integers, lambda array: None, wait=False)
+_CUPY = Library("cupy", _cupy_empty, _cupy_raw, _cupy_integers, _cupy_stream, wait=False)
+_ANY = Library("this library", _any_empty, _any_raw, _any_integers, _any_stream, wait=True)

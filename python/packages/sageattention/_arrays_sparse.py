@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Optional
 
 from sageattention import _native
-from sageattention._arrays import Library, dense_lse_shape, forward, forward_packed, library_of
+from sageattention._arrays import Library, dense_lse_shape, forward, forward_packed, key_lengths, library_of
 from sageattention._block_maps import map_shape
 from sageattention._predictor import Fields, native_predictor
 from sageattention._request import Request, dense_shape, native_options
@@ -19,6 +19,7 @@ def sparse(
     request: Request,
     attn_mask: Any,
     sinks: Any,
+    kv_lens: Any,
     return_lse: bool,
     return_map: bool,
 ) -> list[Any]:
@@ -34,6 +35,7 @@ def sparse(
         dense_lse_shape(q, request) if return_lse else None,
         mask=None if attn_mask is None else library.raw("mask", attn_mask),
         sinks=None if sinks is None else library.raw("sinks", sinks),
+        kv_lens=key_lengths(library, kv_lens, q, k, request.tensor_layout),
         predictor=native_predictor(fields),
         map=None if block_map is None else library.raw("map", block_map),
     )
@@ -56,7 +58,7 @@ def sparse_varlen(
     return forward_packed(q, k, v, lengths, request, sinks, return_lse, predictor=predictor)
 
 
-def predict(q: Any, k: Any, fields: Fields, request: Request) -> Any:
+def predict(q: Any, k: Any, fields: Fields, request: Request, kv_lens: Any) -> Any:
     """See `_frameworks.predict`."""
     library = library_of(q, k=k)
     block_map = _map_like(library, q, k, fields, request)
@@ -68,6 +70,7 @@ def predict(q: Any, k: Any, fields: Fields, request: Request) -> Any:
         native_predictor(fields),
         stream=library.stream(q),
         wait=library.wait,
+        kv_lens=key_lengths(library, kv_lens, q, k, request.tensor_layout),
     )
     return block_map
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,11 +61,14 @@ def listed_map(indices: Any, number: Any, k_blocks: int) -> Any:
     return block_map.scatter(-1, columns, True)[..., :k_blocks].contiguous()
 
 
-def sparsity(block_map: Any, block_q: int, block_k: int, q_len: int, kv_len: int, request: Request) -> float:
-    """The share of blocks that a map leaves out, of those in which a causal mask and a window let some query see a key.
-    Waits for the device."""
-    batch, heads = block_map.shape[:2]
-    seen = batch * heads * sum(len(row) for row in _seen(block_q, block_k, q_len, kv_len, request))
+def sparsity(block_map: Any, block_q: int, block_k: int, q_len: int, kv_lens: Sequence[int], request: Request) -> float:
+    """The share of blocks that a map leaves out, of those in which a causal mask and a window let some query see a key;
+    `kv_lens` are the keys of each entry of the batch. Waits for the device."""
+    seen = block_map.shape[1] * sum(
+        count * len(row)
+        for kv_len, count in Counter(kv_lens).items()
+        for row in _seen(block_q, block_k, q_len, kv_len, request)
+    )
     return 1.0 - float(block_map.sum()) / seen if seen else 0.0
 
 

@@ -86,7 +86,7 @@ def _backend(dispatch: Any, name: str, scheme: AnyScheme, nearest: bool) -> Any:
             attn_mask = attn_mask[:, None, None]
         asked = Request("NHD", is_causal, "top_left", sm_scale=scale, scheme=scheme_now(scheme), nearest=nearest)
         if _parallel_config is None:
-            return dense(query, key, value, asked, attn_mask, None, None, return_lse)
+            return dense(query, key, value, asked, attn_mask, return_lse=return_lse)
         parallel = _parallel_config.context_parallel_config
         in_ring, in_ulysses = parallel.ring_degree > 1, parallel.ulysses_degree > 1
         parts = None
@@ -155,7 +155,7 @@ def _forward(
     """A step of a ring, or what a process has of the heads. Its log-sum-exp is `[batch, seq, heads]`."""
     if parts is not None:
         attn_mask = next(parts)
-    out = dense(query, key, value, asked, attn_mask, None, None, return_lse)
+    out = dense(query, key, value, asked, attn_mask, return_lse=return_lse)
     if not return_lse:
         return out
     out, lse = out

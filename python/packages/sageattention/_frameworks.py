@@ -73,11 +73,12 @@ def dense(
     *,
     attn_mask: Any = None,
     sinks: Any = None,
+    kv_lens: Any = None,
     block_mask: Optional[tuple[Any, int, int]] = None,
     return_lse: bool = False,
 ) -> Any:
     """Attention of tensors `[batch, heads, seq, head_dim]`, or in the order that the request says."""
-    return _module_for(q).dense(q, k, v, request, attn_mask, sinks, block_mask, return_lse)
+    return _module_for(q).dense(q, k, v, request, attn_mask, sinks, kv_lens, block_mask, return_lse)
 
 
 def varlen(
@@ -107,12 +108,13 @@ def sparse(
     *,
     attn_mask: Any = None,
     sinks: Any = None,
+    kv_lens: Any = None,
     return_lse: bool = False,
     return_map: bool = False,
 ) -> list[Any]:
     """Attention of the blocks that a predictor keeps: the output, and what else was asked for in the order of the
     arguments. The map is of booleans, `[batch, heads, q_blocks, k_blocks]`."""
-    return _sparse_module_for(q).sparse(q, k, v, fields, request, attn_mask, sinks, return_lse, return_map)
+    return _sparse_module_for(q).sparse(q, k, v, fields, request, attn_mask, sinks, kv_lens, return_lse, return_map)
 
 
 def sparse_varlen(
@@ -131,6 +133,6 @@ def sparse_varlen(
     return _sparse_module_for(q).sparse_varlen(q, k, v, lengths, fields, request, sinks, return_lse)
 
 
-def predict(q: Any, k: Any, fields: Fields, request: Request) -> Any:
+def predict(q: Any, k: Any, fields: Fields, request: Request, kv_lens: Any = None) -> Any:
     """The map of a prediction alone."""
-    return _sparse_module_for(q).predict(q, k, fields, request)
+    return _sparse_module_for(q).predict(q, k, fields, request, kv_lens)

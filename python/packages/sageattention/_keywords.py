@@ -24,6 +24,9 @@ _SPELLINGS: dict[str, tuple[str, ...]] = {
     "logits_soft_cap": ("logit_softcap",),
     "return_softmax_lse": ("return_lse",),
     "s_aux": ("sinks",),
+    # flash-attention's of its newer kernels, and of its function over a cache.
+    "seqused_k": ("kv_lens",),
+    "cache_seqlens": ("kv_lens",),
     "layout": ("tensor_layout",),
     # Where a function of the original's has `smooth_k`, it is what `smoothing` is in `sageattn`.
     "smoothing": ("smooth_k",),
@@ -110,7 +113,10 @@ _INSTEAD = {
     "attention_mask": "attn_mask takes a mask that broadcasts to [batch, heads, q_len, kv_len]",
     "attn_bias": "attn_mask takes a bias that broadcasts to [batch, heads, q_len, kv_len]",
     "bias": "attn_mask takes a bias that broadcasts to [batch, heads, q_len, kv_len]",
+    "cache_seqlens": "cu_seqlens_k has the lengths of packed keys",
+    "kv_lens": "cu_seqlens_k has the lengths of packed keys",
     "mask": "attn_mask takes a mask that broadcasts to [batch, heads, q_len, kv_len]",
+    "seqused_k": "cu_seqlens_k has the lengths of packed keys",
     "scheme": "sageattn and sageattn_varlen take the name of a scheme",
     "sliding_window": "window takes (left, right)",
 }

@@ -93,6 +93,7 @@ class WarmUp:
         packed: Optional[tuple[Sequence[int], Sequence[int]]] = None,
         predictor: Optional[Predictor] = None,
         sinks: Optional[Tensor] = None,
+        kv_lens: bool = False,
     ) -> None: ...
     def load(self) -> list[tuple[str, str, float]]: ...
 
@@ -111,6 +112,7 @@ def forward(
     predictor: Optional[Predictor] = None,
     map: Optional[Tensor] = None,
     sinks: Optional[Tensor] = None,
+    kv_lens: Optional[Tensor] = None,
 ) -> None: ...
 def computes_channels(head_dim: int, value_dim: int, gpu: Optional[int] = None) -> bool: ...
 def predict(
@@ -121,6 +123,7 @@ def predict(
     predictor: Predictor,
     stream: Optional[tuple[int, int]] = None,
     wait: bool = False,
+    kv_lens: Optional[Tensor] = None,
 ) -> None: ...
 def driver_cache_folder() -> Optional[PathLike[str]]: ...
 def driver_forgets() -> Optional[str]: ...

@@ -76,6 +76,11 @@ def dense_shape(tensor_layout: str) -> str:
     return "[batch, seq, heads, head_dim]" if tensor_layout == "NHD" else "[batch, heads, seq, head_dim]"
 
 
+def kv_rows(k: Any, tensor_layout: str) -> Optional[int]:
+    """How many keys dense tensors have; None where k is no such tensor, of which the call itself says what is wrong."""
+    return k.shape[1 if tensor_layout == "NHD" else 2] if len(getattr(k, "shape", ())) == 4 else None
+
+
 def check_scheme(scheme: Optional[str]) -> None:
     """Refuses a name that no scheme has.
 

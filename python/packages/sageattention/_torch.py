@@ -11,7 +11,7 @@ from torch import Tensor
 from sageattention import _flops, _native, _values
 from sageattention._arrays import Library
 from sageattention._operators import Operator, define_operator, is_plain
-from sageattention._request import Request, dense_shape, native_options
+from sageattention._request import Request, dense_shape, kv_rows, native_options
 from sageattention._tally import tally
 from sageattention._torch_inputs import autocast, capability, check_tensors, plain_mask, refuse_derivatives
 
@@ -52,8 +52,8 @@ def schema_of(fields: type) -> str:
 
 OPTIONS = schema_of(Request)
 _DENSE = (
-    "Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? sinks, Tensor? block_mask, int block_q, int block_k, "
-    f"{OPTIONS}"
+    "Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? sinks, Tensor? kv_lens, Tensor? block_mask, int block_q, "
+    f"int block_k, {OPTIONS}"
 )
 PACKED = (
     "Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
@@ -62,7 +62,7 @@ PACKED = (
 _VARLEN = f"{PACKED}, {OPTIONS}"
 
 # What kernels read is int32.
-_LARGEST_BOUNDARY = 2**31 - 1
+_LARGEST_INT = 2**31 - 1
 
 
 def dense(
@@ -70,22 +70,47 @@ def dense(
     k: Tensor,
     v: Tensor,
     request: Request,
-    attn_mask: Optional[Tensor],
-    sinks: Optional[Tensor],
-    block_mask: Optional[tuple[Tensor, int, int]],
-    return_lse: bool,
+    attn_mask: Optional[Tensor] = None,
+    sinks: Optional[Tensor] = None,
+    kv_lens: Any = None,
+    block_mask: Optional[tuple[Tensor, int, int]] = None,
+    return_lse: bool = False,
 ) -> Any:
     """See `_frameworks.dense`."""
     blocks, block_q, block_k = block_mask if block_mask is not None else (None, 0, 0)
+    kv_lens = key_lengths(kv_lens, q, k, request.tensor_layout)
     operator = _dense_lse_op if return_lse else _dense_op
     call = operator.compute
-    if not is_plain(q, k, v, attn_mask, sinks, blocks):
+    if not is_plain(q, k, v, attn_mask, sinks, kv_lens, blocks):
         attn_mask = plain_mask(attn_mask, q.device)
-        check_tensors(q, k=k, v=v, attn_mask=attn_mask, sinks=sinks, block_mask=blocks)
+        check_tensors(q, k=k, v=v, attn_mask=attn_mask, sinks=sinks, kv_lens=kv_lens, block_mask=blocks)
         refuse_derivatives(q=q, k=k, v=v, attn_mask=attn_mask, sinks=sinks)
         call = operator.overload
     q, k, v, attn_mask = autocast(q, k, v, attn_mask)
-    return call(q, k, v, attn_mask, sinks, blocks, block_q, block_k, *request)
+    return call(q, k, v, attn_mask, sinks, kv_lens, blocks, block_q, block_k, *request)
+
+
+def key_lengths(kv_lens: Any, q: Tensor, k: Tensor, tensor_layout: str) -> Optional[Tensor]:
+    """Lengths of keys as a tensor beside q. A list, an array or a tensor that has to be copied there is checked first;
+    a tensor beside q is left to the call."""
+    if kv_lens is None:
+        return None
+    if torch.compiler.is_compiling() and not isinstance(kv_lens, (list, tuple)):
+        # What is traced has no values to look at.
+        kv_lens = torch.as_tensor(kv_lens)
+        return kv_lens.to(q.device) if kv_lens.device.type == "cpu" else kv_lens
+    if isinstance(kv_lens, torch.Tensor):
+        if kv_lens.device == q.device or kv_lens.device.type != "cpu":
+            return kv_lens
+        if type(kv_lens) is not Tensor:
+            return kv_lens.to(q.device)
+        kv_lens = kv_lens.tolist()
+    return integers(q, _values.lengths("kv_lens", kv_lens, kv_rows(k, tensor_layout)))
+
+
+def integers(like: Tensor, values: list[int]) -> Tensor:
+    """A list as int32 beside a tensor."""
+    return torch.tensor(values, dtype=torch.int32, device=like.device)
 
 
 def varlen(
@@ -170,6 +195,7 @@ def forward(
     lse: Optional[Tensor] = None,
     attn_mask: Optional[Tensor] = None,
     sinks: Optional[Tensor] = None,
+    kv_lens: Optional[Tensor] = None,
     block_mask: Optional[tuple[Tensor, int, int]] = None,
     cu_seqlens: Optional[tuple[Tensor, Tensor, int, int]] = None,
     predictor: Optional[_native.Predictor] = None,
@@ -200,6 +226,7 @@ def forward(
         predictor,
         block_map,
         sinks,
+        None if kv_lens is None else int32_list("kv_lens", kv_lens, q, "[batch]"),
     )
     tally.accelerated()
 
@@ -213,20 +240,25 @@ def with_neighbouring_channels(tensor: Tensor) -> Tensor:
 
 
 def _boundaries(name: str, cu_seqlens: Tensor, q: Tensor) -> Tensor:
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name}: dtype is {str(cu_seqlens.dtype).removeprefix('torch.')}, expected int32 or int64")
-    if cu_seqlens.ndim != 1 or cu_seqlens.numel() == 0:
+    if cu_seqlens.numel() == 0:
         raise ValueError(f"{name}: shape is {list(cu_seqlens.shape)}, expected [batch + 1]")
-    if cu_seqlens.dtype == torch.int64 and cu_seqlens.device.type == "cpu":
-        wide = (cu_seqlens.abs() > _LARGEST_BOUNDARY).nonzero().flatten().tolist()
+    return int32_list(name, cu_seqlens, q, "[batch + 1]")
+
+
+def int32_list(name: str, values: Tensor, q: Tensor, wanted: str) -> Tensor:
+    """Integers of one dimension as kernels read them, where q is."""
+    if values.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: dtype is {str(values.dtype).removeprefix('torch.')}, expected int32 or int64")
+    if values.ndim != 1:
+        raise ValueError(f"{name}: shape is {list(values.shape)}, expected {wanted}")
+    if values.dtype == torch.int64 and values.device.type == "cpu":
+        wide = (values.abs() > _LARGEST_INT).nonzero().flatten().tolist()
         if wide:
-            raise ValueError(
-                f"{name}[{wide[0]}]: value is {cu_seqlens[wide[0]]}, expected at most {_LARGEST_BOUNDARY}: int32"
-            )
-    elif cu_seqlens.dtype == torch.int64:
+            raise ValueError(f"{name}[{wide[0]}]: value is {values[wide[0]]}, expected at most {_LARGEST_INT}: int32")
+    elif values.dtype == torch.int64:
         # Not looked at, but cut off rather than taken modulo 2**32.
-        cu_seqlens = cu_seqlens.clamp(-_LARGEST_BOUNDARY, _LARGEST_BOUNDARY)
-    return cu_seqlens.to(device=q.device, dtype=torch.int32).contiguous()
+        values = values.clamp(-_LARGEST_INT, _LARGEST_INT)
+    return values.to(device=q.device, dtype=torch.int32).contiguous()
 
 
 def current_stream(q: Tensor) -> Optional[tuple[int, int]]:
@@ -239,7 +271,9 @@ def current_stream(q: Tensor) -> Optional[tuple[int, int]]:
     return (ordinal, torch._C._cuda_getCurrentRawStream(ordinal))
 
 
-_LIBRARY = Library("torch", _empty, lambda name, tensor: with_neighbouring_channels(tensor), current_stream, wait=False)
+_LIBRARY = Library(
+    "torch", _empty, lambda name, tensor: with_neighbouring_channels(tensor), integers, current_stream, wait=False
+)
 
 
 def lse_like(q: Tensor, tensor_layout: str) -> Tensor:
@@ -255,17 +289,17 @@ def check_rank(name: str, tensor: Tensor, rank: int, wanted: str) -> None:
         raise ValueError(f"{name}: shape is {list(tensor.shape)}, expected {wanted}")
 
 
-def _dense(q, k, v, attn_mask, sinks, block_mask, block_q, block_k, *request):
+def _dense(q, k, v, attn_mask, sinks, kv_lens, block_mask, block_q, block_k, *request):
     out = out_like(q, k, v)
     blocks = None if block_mask is None else (block_mask, block_q, block_k)
-    forward(q, k, v, out, request, attn_mask=attn_mask, sinks=sinks, block_mask=blocks)
+    forward(q, k, v, out, request, attn_mask=attn_mask, sinks=sinks, kv_lens=kv_lens, block_mask=blocks)
     return out
 
 
-def _dense_lse(q, k, v, attn_mask, sinks, block_mask, block_q, block_k, *request):
-    out, lse = _dense_lse_fake(q, k, v, attn_mask, sinks, block_mask, block_q, block_k, *request)
+def _dense_lse(q, k, v, attn_mask, sinks, kv_lens, block_mask, block_q, block_k, *request):
+    out, lse = _dense_lse_fake(q, k, v, attn_mask, sinks, kv_lens, block_mask, block_q, block_k, *request)
     blocks = None if block_mask is None else (block_mask, block_q, block_k)
-    forward(q, k, v, out, request, lse=lse, attn_mask=attn_mask, sinks=sinks, block_mask=blocks)
+    forward(q, k, v, out, request, lse=lse, attn_mask=attn_mask, sinks=sinks, kv_lens=kv_lens, block_mask=blocks)
     return out, lse
 
 
@@ -294,7 +328,7 @@ def out_like(q, k, v, *_):
     return q.new_empty(q.shape[:-1] + v.shape[-1:])
 
 
-def _dense_lse_fake(q, k, v, attn_mask, sinks, block_mask, block_q, block_k, tensor_layout, *_):
+def _dense_lse_fake(q, k, v, attn_mask, sinks, kv_lens, block_mask, block_q, block_k, tensor_layout, *_):
     check_rank("q", q, 4, dense_shape(tensor_layout))
     return out_like(q, k, v), lse_like(q, tensor_layout)
 
@@ -309,4 +343,4 @@ _varlen_op = define_operator("varlen", f"({_VARLEN}) -> Tensor", _varlen, out_li
 _varlen_lse_op = define_operator("varlen_lse", f"({_VARLEN}) -> (Tensor, Tensor)", _varlen_lse, _varlen_lse_fake)
 
 # Their argument of this index is the first of the request's, `tensor_layout`.
-_flops.register(layout_position=8)
+_flops.register(layout_position=9)

@@ -19,6 +19,8 @@ from sageattention._torch import (
     check_rank,
     current_stream,
     forward,
+    int32_list,
+    key_lengths,
     lse_like,
     out_like,
     schema_of,
@@ -30,8 +32,8 @@ from sageattention._torch_inputs import autocast, check_tensors, plain_mask, ref
 _PREDICTOR = schema_of(Fields)
 # Where the fields of a request begin among what follows the tensors.
 _REQUEST = len(Fields._fields)
-_SPARSE = f"Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? sinks, {_PREDICTOR}, {OPTIONS}"
-_PREDICT = f"Tensor q, Tensor k, {_PREDICTOR}, {OPTIONS}"
+_SPARSE = f"Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? sinks, Tensor? kv_lens, {_PREDICTOR}, {OPTIONS}"
+_PREDICT = f"Tensor q, Tensor k, Tensor? kv_lens, {_PREDICTOR}, {OPTIONS}"
 
 
 def sparse(
@@ -42,19 +44,21 @@ def sparse(
     request: Request,
     attn_mask: Optional[Tensor],
     sinks: Optional[Tensor],
+    kv_lens: Any,
     return_lse: bool,
     return_map: bool,
 ) -> list[Tensor]:
     """See `_frameworks.sparse`."""
+    kv_lens = key_lengths(kv_lens, q, k, request.tensor_layout)
     operator = _sparse_ops[return_lse, return_map]
     call = operator.compute
-    if not is_plain(q, k, v, attn_mask, sinks):
+    if not is_plain(q, k, v, attn_mask, sinks, kv_lens):
         attn_mask = plain_mask(attn_mask, q.device)
-        check_tensors(q, k=k, v=v, attn_mask=attn_mask, sinks=sinks)
+        check_tensors(q, k=k, v=v, attn_mask=attn_mask, sinks=sinks, kv_lens=kv_lens)
         refuse_derivatives(q=q, k=k, v=v, attn_mask=attn_mask, sinks=sinks)
         call = operator.overload
     q, k, v, attn_mask = autocast(q, k, v, attn_mask)
-    results = call(q, k, v, attn_mask, sinks, *fields, *request)
+    results = call(q, k, v, attn_mask, sinks, kv_lens, *fields, *request)
     return list(results) if return_lse or return_map else [results]
 
 
@@ -72,22 +76,23 @@ def sparse_varlen(
     return call_packed(_varlen_ops[return_lse], (q, k, v), lengths, sinks, (*fields, *request))
 
 
-def predict(q: Tensor, k: Tensor, fields: Fields, request: Request) -> Tensor:
+def predict(q: Tensor, k: Tensor, fields: Fields, request: Request, kv_lens: Any) -> Tensor:
     """See `_frameworks.predict`."""
+    kv_lens = key_lengths(kv_lens, q, k, request.tensor_layout)
     call = _predict_op.compute
-    if not is_plain(q, k):
-        check_tensors(q, k=k)
+    if not is_plain(q, k, kv_lens):
+        check_tensors(q, k=k, kv_lens=kv_lens)
         # A map has no derivative, and torch's rule for such results is that none is missed.
         q, k = q.detach(), k.detach()
         call = _predict_op.overload
     q, k = autocast(q, k)
-    return call(q, k, *fields, *request)
+    return call(q, k, kv_lens, *fields, *request)
 
 
 def _sparse_operator(return_lse: bool, return_map: bool) -> Operator:
     """The operator with these results: one for each combination, as those of varying results have no rule for vmap."""
 
-    def fake(q, k, v, attn_mask, sinks, *options):
+    def fake(q, k, v, attn_mask, sinks, kv_lens, *options):
         tensor_layout = options[_REQUEST]
         _check(q, k, tensor_layout)
         results = [out_like(q, k, v)]
@@ -97,8 +102,8 @@ def _sparse_operator(return_lse: bool, return_map: bool) -> Operator:
             results.append(_map_like(q, k, options))
         return tuple(results) if return_lse or return_map else results[0]
 
-    def compute(q, k, v, attn_mask, sinks, *options):
-        results = fake(q, k, v, attn_mask, sinks, *options)
+    def compute(q, k, v, attn_mask, sinks, kv_lens, *options):
+        results = fake(q, k, v, attn_mask, sinks, kv_lens, *options)
         out, *others = results if return_lse or return_map else (results,)
         forward(
             q,
@@ -109,6 +114,7 @@ def _sparse_operator(return_lse: bool, return_map: bool) -> Operator:
             lse=others[0] if return_lse else None,
             attn_mask=attn_mask,
             sinks=sinks,
+            kv_lens=kv_lens,
             predictor=native_predictor(options[:_REQUEST]),
             block_map=others[-1] if return_map else None,
         )
@@ -139,15 +145,17 @@ def _varlen_operator(return_lse: bool) -> Operator:
     return define_operator(name, f"({PACKED}, {_PREDICTOR}, {OPTIONS}) -> {returned}", compute, fake)
 
 
-def _predict(q, k, *options):
-    block_map = _predict_fake(q, k, *options)
+def _predict(q, k, kv_lens, *options):
+    block_map = _predict_fake(q, k, kv_lens, *options)
     q, k = with_neighbouring_channels(q), with_neighbouring_channels(k)
     predictor = native_predictor(options[:_REQUEST])
-    _native.predict(q, k, block_map, native_options(options[_REQUEST:]), predictor, current_stream(q))
+    lens = None if kv_lens is None else int32_list("kv_lens", kv_lens, q, "[batch]")
+    asked = native_options(options[_REQUEST:])
+    _native.predict(q, k, block_map, asked, predictor, current_stream(q), kv_lens=lens)
     return block_map
 
 
-def _predict_fake(q, k, *options):
+def _predict_fake(q, k, kv_lens, *options):
     _check(q, k, options[_REQUEST])
     return _map_like(q, k, options)
 
@@ -169,5 +177,5 @@ _sparse_ops = {
 _varlen_ops = {lse: _varlen_operator(lse) for lse in (False, True)}
 _predict_op = define_operator("predict", f"({_PREDICT}) -> Tensor", _predict, _predict_fake)
 
-# After q and k come v, the mask and the sinks.
-_flops.register_sparse(layout_position=5 + _REQUEST)
+# After q and k come v, the mask, the sinks and the lengths of keys.
+_flops.register_sparse(layout_position=6 + _REQUEST)

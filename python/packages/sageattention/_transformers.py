@@ -83,7 +83,7 @@ def attention_forward(
         scheme=scheme,
     )
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    return dense(query, key, value, asked, mask, _sinks(s_aux), None, False), None
+    return dense(query, key, value, asked, mask, _sinks(s_aux)), None
 
 
 def _over_cache(

@@ -56,6 +56,24 @@ def boundaries(name: str, values: Any) -> list[int]:
     return [integer(f"{name}[{index}]", value) for index, value in enumerate(values)]
 
 
+def lengths(name: str, values: Any, longest: Optional[int]) -> list[int]:
+    """How many keys each entry of the batch has, from the host's memory: a list, or an array of numpy's. `longest` is
+    how many there are in k, or None where that cannot be told."""
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(values, numpy.ndarray):
+        values = values.tolist()
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(
+            f"{name}: type is {type(values).__name__}, expected a list of integers, an array of numpy or a tensor as q"
+        )
+    found = [integer(f"{name}[{index}]", value) for index, value in enumerate(values)]
+    most = FARTHEST - 1 if longest is None else longest
+    for index, value in enumerate(found):
+        if not 0 <= value <= most:
+            raise ValueError(f"{name}[{index}]: value is {value}, expected 0 to {most}, k's length")
+    return found
+
+
 def length(name: str, value: Any) -> Optional[int]:
     """A number of rows, or None."""
     if value is None:

@@ -92,6 +92,7 @@ def block_sparse_attn_from_indices(
     variable_block_sizes: Any,
     *,
     scheme: Optional[str] = None,
+    sinks: Any = None,
 ) -> Any:
     """Attention of listed key blocks of 64 tokens: the kernel beneath VSA. Nothing waits for a GPU.
 
@@ -104,6 +105,7 @@ def block_sparse_attn_from_indices(
         q2k_num: int32 `[batch, heads, q_blocks]`: how many are listed.
         variable_block_sizes: Integers `[k_blocks]`: how many tokens of each key block count; they come first in it.
         scheme: Ours: the name of a scheme, in place of the device's choice.
+        sinks: Ours: attention sinks, float32 `[heads]`, as in `sageattention.sageattn`.
 
     Returns:
         The output in q's shape and dtype, and the base-2 log-sum-exp, float32 `[batch, heads, q_len]`.
@@ -126,7 +128,8 @@ def block_sparse_attn_from_indices(
     block_map = listed_map(q2k_idx, q2k_num, k.shape[2] // block)
     asked = request("HND", False, None, scheme=scheme)
     mask = _key_mask(counts, block)
-    out, lse = dense(q, k, v, asked, attn_mask=mask, block_mask=(block_map, block, block), return_lse=True)
+    blocks = (block_map, block, block)
+    out, lse = dense(q, k, v, asked, attn_mask=mask, sinks=sinks, block_mask=blocks, return_lse=True)
     return out, lse / math.log(2.0)
 
 

@@ -49,6 +49,7 @@ def warm_up(
     window: Optional[tuple[Optional[int], Optional[int]]] = None,
     logit_softcap: Optional[float] = None,
     sinks: bool = False,
+    kv_lens: bool = False,
     device: Any = None,
     **kwargs: Any,
 ) -> list[WarmedKernel]:
@@ -83,6 +84,7 @@ def warm_up(
         window: (left, right): keys further before or after the diagonal are hidden; None or -1 is no limit.
         logit_softcap: Scaled scores s become `softcap * tanh(s / softcap)`; None or 0 leaves them.
         sinks: Whether calls have attention sinks.
+        kv_lens: Whether calls have lengths of keys.
         device: "cuda", "cuda:N", N or a torch.device; torch's current GPU when None. "cpu" has nothing to compile.
 
     Returns:
@@ -106,7 +108,7 @@ def warm_up(
     )
     options = native_options(asked)
     return_lse = _values.flag("return_lse", return_lse)
-    has_sinks = _values.flag("sinks", sinks)
+    has_sinks, has_kv_lens = _values.flag("sinks", sinks), _values.flag("kv_lens", kv_lens)
     name = _dtype_name("dtype", dtype)
     calls = [_shapes(f"shapes[{index}]", shape) for index, shape in enumerate(shapes)]
     mask = None if attn_mask is None else _mask(attn_mask)
@@ -117,6 +119,8 @@ def warm_up(
         packed = (boundaries, keys)
     elif cu_seqlens_k is not None:
         raise ValueError("cu_seqlens_q: value is None, expected boundaries, as cu_seqlens_k is given")
+    if packed is not None and has_kv_lens:
+        raise ValueError("kv_lens: value is True, expected False, as cu_seqlens_k has the lengths of packed keys")
     ordinal = _ordinal(device)
     if ordinal is None:
         return []
@@ -126,7 +130,7 @@ def warm_up(
         try:
             given = _predictor(predictor, q, tensor_layout, packed is not None)
             heads = _sinks(q, tensor_layout) if has_sinks else None
-            warming.note(*tensors, options, return_lse, mask, packed, given, heads)
+            warming.note(*tensors, options, return_lse, mask, packed, given, heads, has_kv_lens)
         except (ValueError, TypeError, NotImplementedError) as error:
             raise type(error)(f"shapes[{index}]: {error}") from None
     kernels = [WarmedKernel(*kernel) for kernel in warming.load()]

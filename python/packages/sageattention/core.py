@@ -32,6 +32,15 @@ query head that joins its rows' denominator and has no value: `out = sum(exp(s) 
 kernels with sinks (`flash_attn.cute`): parts merge when exactly one of them has the sinks. A row that sees no key is
 zeros, with the sink as its log-sum-exp.
 
+**Key lengths** (`kv_lens`; flash-attention's `seqused_k` and `cache_seqlens` are taken for it): how many keys each
+entry of the batch has, where they are padded or k and v are a cache that is not full yet. The first `kv_lens[b]` keys
+of entry b count, and what lies behind them has no influence at all. Causal masks and windows are aligned with that
+length: bottom-right, the last query of an entry sees its key `kv_lens[b] - 1`. An entry without keys is zeros. They are
+a list, an array of numpy's, or integers `[batch]` of q's library. Those in the host's memory are checked, and beside a
+GPU's tensors copied there, which waits for it. int32 in a GPU's memory is read there when the work runs, without
+waiting, also by graphs that are replayed, and what exceeds k's length is cut off. A mask (`attn_mask`) covers all of
+k's keys. For packed sequences there is `cu_seqlens_k`.
+
 **GPUs**: work is put on the caller's current stream and not waited for.
 
 **Autocast** (torch): q, k, v and an additive mask are cast as torch casts those of its own function, so that q and k
@@ -81,6 +90,7 @@ def sageattn(
     window: Optional[tuple[Optional[int], Optional[int]]] = None,
     logit_softcap: Optional[float] = None,
     sinks: Any = None,
+    kv_lens: Any = None,
     **kwargs: Any,
 ) -> Any:
     """Attention with the fastest accurate scheme of the device at hand.
@@ -102,6 +112,7 @@ def sageattn(
         logit_softcap: Scaled scores s become `softcap * tanh(s / softcap)`; None or 0 leaves them.
         sinks: Float32 `[heads]`: for each query head a logit that joins the softmax's denominator and has no value, as
             GPT-OSS has them (`s_aux` in transformers).
+        kv_lens: Integers `[batch]`: how many keys each entry of the batch has, the first ones of k and v.
 
     Returns:
         The output in q's dtype and shape, but v's head_dim; with `return_lse` a pair of it and float32
@@ -122,7 +133,8 @@ def sageattn(
         scheme=scheme,
         smooth_k=_values.flag("smoothing", smoothing),
     )
-    return dense(q, k, v, asked, attn_mask=attn_mask, sinks=sinks, return_lse=_values.flag("return_lse", return_lse))
+    return_lse = _values.flag("return_lse", return_lse)
+    return dense(q, k, v, asked, attn_mask=attn_mask, sinks=sinks, kv_lens=kv_lens, return_lse=return_lse)
 
 
 @callers_keywords
@@ -212,6 +224,8 @@ def sageattn_qk_int8_pv_fp16_triton(
     causal_alignment: str = "bottom_right",
     window: Optional[tuple[Optional[int], Optional[int]]] = None,
     logit_softcap: Optional[float] = None,
+    sinks: Any = None,
+    kv_lens: Any = None,
     **kwargs: Any,
 ) -> Any:
     """SageAttention1: INT8 QKᵀ with a scale for each block, PV in FP16. No Triton is involved.
@@ -229,6 +243,8 @@ def sageattn_qk_int8_pv_fp16_triton(
         k,
         v,
         attn_mask,
+        sinks,
+        kv_lens,
         return_lse,
         tensor_layout=tensor_layout,
         is_causal=is_causal,
@@ -258,6 +274,8 @@ def sageattn_qk_int8_pv_fp16_cuda(
     causal_alignment: str = "bottom_right",
     window: Optional[tuple[Optional[int], Optional[int]]] = None,
     logit_softcap: Optional[float] = None,
+    sinks: Any = None,
+    kv_lens: Any = None,
     **kwargs: Any,
 ) -> Any:
     """SageAttention2: INT8 QKᵀ, PV in FP16.
@@ -277,6 +295,8 @@ def sageattn_qk_int8_pv_fp16_cuda(
         k,
         v,
         attn_mask,
+        sinks,
+        kv_lens,
         return_lse,
         tensor_layout=tensor_layout,
         is_causal=is_causal,
@@ -306,6 +326,8 @@ def sageattn_qk_int8_pv_fp8_cuda(
     causal_alignment: str = "bottom_right",
     window: Optional[tuple[Optional[int], Optional[int]]] = None,
     logit_softcap: Optional[float] = None,
+    sinks: Any = None,
+    kv_lens: Any = None,
     **kwargs: Any,
 ) -> Any:
     """SageAttention2 and 2++: INT8 QKᵀ, PV in FP8. GPUs from compute capability 8.9 on.
@@ -324,6 +346,8 @@ def sageattn_qk_int8_pv_fp8_cuda(
         k,
         v,
         attn_mask,
+        sinks,
+        kv_lens,
         return_lse,
         tensor_layout=tensor_layout,
         is_causal=is_causal,
@@ -352,6 +376,8 @@ def sageattn_qk_int8_pv_fp8_cuda_sm90(
     causal_alignment: str = "bottom_right",
     window: Optional[tuple[Optional[int], Optional[int]]] = None,
     logit_softcap: Optional[float] = None,
+    sinks: Any = None,
+    kv_lens: Any = None,
     **kwargs: Any,
 ) -> Any:
     """SageAttention2 on Hopper: INT8 QKᵀ, PV in FP8. Runs on any GPU from compute capability 8.9 on.
@@ -371,6 +397,8 @@ def sageattn_qk_int8_pv_fp8_cuda_sm90(
         k,
         v,
         attn_mask,
+        sinks,
+        kv_lens,
         return_lse,
         tensor_layout=tensor_layout,
         is_causal=is_causal,
@@ -382,10 +410,13 @@ def sageattn_qk_int8_pv_fp8_cuda_sm90(
     )
 
 
-def _by_scheme(scheme: str, q: Any, k: Any, v: Any, attn_mask: Any, return_lse: Any, **options: Any) -> Any:
+def _by_scheme(
+    scheme: str, q: Any, k: Any, v: Any, attn_mask: Any, sinks: Any, kv_lens: Any, return_lse: Any, **options: Any
+) -> Any:
     """Attention with a kernel's scheme, or with the nearest that the device has; `options` are those of `request`."""
     asked = request(scheme=scheme, nearest=True, **options)
-    return dense(q, k, v, asked, attn_mask=attn_mask, return_lse=_values.flag("return_lse", return_lse))
+    return_lse = _values.flag("return_lse", return_lse)
+    return dense(q, k, v, asked, attn_mask=attn_mask, sinks=sinks, kv_lens=kv_lens, return_lse=return_lse)
 
 
 def _one_of(name: str, value: Any, names: dict[str, str]) -> str:

@@ -52,6 +52,7 @@ def sparse_attention(
     window: Optional[tuple[Optional[int], Optional[int]]] = None,
     logit_softcap: Optional[float] = None,
     sinks: Any = None,
+    kv_lens: Any = None,
     **kwargs: Any,
 ) -> Any:
     """Attention of the blocks that a predictor keeps; the others are left out.
@@ -78,6 +79,8 @@ def sparse_attention(
         logit_softcap: Scaled scores s become `softcap * tanh(s / softcap)`; None or 0 leaves them.
         sinks: Attention sinks, float32 `[heads]`, as in `sageattention.sageattn`; they do not change which blocks are
             kept. (First blocks of keys that are kept in any case are a predictor's `sink_k`.)
+        kv_lens: Integers `[batch]`: how many keys each entry of the batch has, as in `sageattention.sageattn`. Blocks
+            are predicted from these keys alone.
 
     Returns:
         The output in q's shape and dtype; where asked for, a tuple of it, the log-sum-exp (float32
@@ -106,6 +109,7 @@ def sparse_attention(
         asked,
         attn_mask=attn_mask,
         sinks=sinks,
+        kv_lens=kv_lens,
         return_lse=_values.flag("return_lse", return_lse),
         return_map=_values.flag("return_map", return_map),
     )
@@ -194,6 +198,7 @@ def predict_blocks(
     *,
     causal_alignment: str = "bottom_right",
     window: Optional[tuple[Optional[int], Optional[int]]] = None,
+    kv_lens: Any = None,
     **kwargs: Any,
 ) -> Any:
     """The blocks that a predictor keeps, without attention over them.
@@ -206,6 +211,7 @@ def predict_blocks(
         is_causal: Whether a query sees no later key.
         causal_alignment: "bottom_right" or "top_left".
         window: (left, right), as in `sparse_attention`.
+        kv_lens: As in `sparse_attention`.
 
     Returns:
         Bool `[batch, heads, q_blocks, k_blocks]`, the same as `sparse_attention` returns.
@@ -214,4 +220,4 @@ def predict_blocks(
         ValueError, TypeError, NotImplementedError, MemoryError, RuntimeError: as `sageattention.core` says.
     """
     asked = request(tensor_layout, is_causal, None, causal_alignment=causal_alignment, window=window)
-    return predict(q, k, fields(predictor, q, tensor_layout), asked)
+    return predict(q, k, fields(predictor, q, tensor_layout), asked, kv_lens)

@@ -46,6 +46,8 @@ def sageattn3_blackwell(
     causal_alignment: str = "bottom_right",
     window: Optional[tuple[Optional[int], Optional[int]]] = None,
     logit_softcap: Optional[float] = None,
+    sinks: Any = None,
+    kv_lens: Any = None,
     **kwargs: Any,
 ) -> Any:
     """Attention in NVFP4: Q, K, V and P are E2M1 with an E4M3 scale for each 16 neighbours.
@@ -67,6 +69,8 @@ def sageattn3_blackwell(
         causal_alignment: "bottom_right" or "top_left".
         window: (left, right); None or -1 is no limit.
         logit_softcap: Soft cap of the scaled scores.
+        sinks: Attention sinks, float32 `[heads]`.
+        kv_lens: Integers `[batch]`: how many keys each entry of the batch has.
 
     Returns:
         The output in q's shape and dtype; with `return_lse` a pair of it and float32 `[batch, heads, q_len]`.
@@ -91,6 +95,8 @@ def sageattn3_blackwell(
         causal_alignment=causal_alignment,
         window=window,
         logit_softcap=logit_softcap,
+        sinks=sinks,
+        kv_lens=kv_lens,
     )
 
 
@@ -109,6 +115,8 @@ def sageattn_blackwell(
     tensor_layout: str = "HND",
     return_lse: bool = False,
     causal_alignment: str = "bottom_right",
+    sinks: Any = None,
+    kv_lens: Any = None,
     **kwargs: Any,
 ) -> Any:
     """Attention in NVFP4 for models that were trained with it: nothing is smoothed, P is scaled by its groups alone.
@@ -127,6 +135,8 @@ def sageattn_blackwell(
         tensor_layout: "HND" or "NHD".
         return_lse: Whether to return (out, log-sum-exp).
         causal_alignment: "bottom_right" or "top_left".
+        sinks: Attention sinks, float32 `[heads]`, as in `sageattention.sageattn`.
+        kv_lens: Integers `[batch]`: how many keys each entry of the batch has, likewise.
 
     Returns:
         The output in q's shape and dtype; with `return_lse` a pair of it and float32 `[batch, heads, q_len]`.
@@ -152,6 +162,8 @@ def sageattn_blackwell(
         attn_mask,
         scheme=_scheme("sageattn_blackwell", q, fp4, "attn-qat-nvfp4"),
         causal_alignment=causal_alignment,
+        sinks=sinks,
+        kv_lens=kv_lens,
     )
 
 

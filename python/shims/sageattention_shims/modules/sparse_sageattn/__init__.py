@@ -31,6 +31,7 @@ def sparse_sageattn(
     logit_softcap: Optional[float] = None,
     attn_mask: Any = None,
     sinks: Any = None,
+    kv_lens: Any = None,
     **kwargs: Any,
 ) -> Any:
     """Attention of the blocks that a map names, with SageAttention1's arithmetic: INT8 QKᵀ, values in 16 bits.
@@ -52,6 +53,7 @@ def sparse_sageattn(
         attn_mask: Bool or additive, broadcastable to `[batch, heads, q_len, kv_len]`.
         sinks: Attention sinks, float32 `[heads]`: for each query head a logit that joins the softmax's denominator and
             has no value.
+        kv_lens: Integers `[batch]`: how many keys each entry of the batch has, the first ones of k and v.
 
     Returns:
         The output in q's shape and dtype, zeros in rows without a block; with `return_lse` a pair of it and float32
@@ -75,4 +77,6 @@ def sparse_sageattn(
     )
     blocks = None if mask_id is None else given_map(q, k, mask_id, tensor_layout, [(128, 64)])
     return_lse = _values.flag("return_lse", return_lse)
-    return dense(q, k, v, asked, attn_mask=attn_mask, sinks=sinks, block_mask=blocks, return_lse=return_lse)
+    return dense(
+        q, k, v, asked, attn_mask=attn_mask, sinks=sinks, kv_lens=kv_lens, block_mask=blocks, return_lse=return_lse
+    )

@@ -160,7 +160,9 @@ class HeadTuner:
             found = dense(
                 self._q, self._k, self._v, self._request, attn_mask=self._mask, block_mask=(block_map, *sizes)
             )
-            left_out = sparsity(block_map, *sizes, self._q.shape[2], self._k.shape[2], self._request)
+            left_out = sparsity(
+                block_map, *sizes, self._q.shape[2], [self._k.shape[2]] * self._q.shape[0], self._request
+            )
             self._known[key] = (self._rule.holds(found, self.wanted), left_out)
         return self._known[key]
 

@@ -68,6 +68,7 @@ def spas_sage2_attn_meansim_cuda(
     window: Optional[tuple[Optional[int], Optional[int]]] = None,
     logit_softcap: Optional[float] = None,
     sinks: Any = None,
+    kv_lens: Any = None,
     **kwargs: Any,
 ) -> Any:
     """Attention over the blocks that have together the share `cdfthreshd` of the weight; values in FP8.
@@ -96,6 +97,8 @@ def spas_sage2_attn_meansim_cuda(
         logit_softcap: Soft cap of the scaled scores.
         sinks: Attention sinks, float32 `[heads]`: for each query head a logit that joins the softmax's denominator and
             has no value, as in `sageattention.sageattn`. Not `attention_sink`, which keeps blocks.
+        kv_lens: Integers `[batch]`: how many keys each entry of the batch has, as in `sageattention.sageattn`. Blocks
+            are predicted from these keys alone.
 
     Returns:
         The output in q's shape; where asked for, a tuple of it, the log-sum-exp and the sparsity.
@@ -111,7 +114,7 @@ def spas_sage2_attn_meansim_cuda(
     )
     _check_pvthreshd(pvthreshd)
     return predicted(
-        q, k, v, predictor, asked, attn_mask, attention_sink, output_dtype, return_sparsity, return_lse, sinks
+        q, k, v, predictor, asked, attn_mask, attention_sink, output_dtype, return_sparsity, return_lse, sinks, kv_lens
     )
 
 
@@ -139,6 +142,7 @@ def spas_sage2_attn_meansim_topk_cuda(
     window: Optional[tuple[Optional[int], Optional[int]]] = None,
     logit_softcap: Optional[float] = None,
     sinks: Any = None,
+    kv_lens: Any = None,
     **kwargs: Any,
 ) -> Any:
     """Attention over the share `topk` of the key blocks, those that score highest; values in FP8.
@@ -153,7 +157,7 @@ def spas_sage2_attn_meansim_topk_cuda(
     )
     _check_pvthreshd(pvthreshd)
     return predicted(
-        q, k, v, predictor, asked, attn_mask, attention_sink, output_dtype, return_sparsity, return_lse, sinks
+        q, k, v, predictor, asked, attn_mask, attention_sink, output_dtype, return_sparsity, return_lse, sinks, kv_lens
     )
 
 
@@ -180,6 +184,7 @@ def spas_sage_attn_meansim_cuda(
     window: Optional[tuple[Optional[int], Optional[int]]] = None,
     logit_softcap: Optional[float] = None,
     sinks: Any = None,
+    kv_lens: Any = None,
     **kwargs: Any,
 ) -> Any:
     """As `spas_sage2_attn_meansim_cuda`, with values in 16 bits.
@@ -192,7 +197,7 @@ def spas_sage_attn_meansim_cuda(
     )
     _check_pvthreshd(pvthreshd)
     return predicted(
-        q, k, v, predictor, asked, attn_mask, attention_sink, output_dtype, return_sparsity, return_lse, sinks
+        q, k, v, predictor, asked, attn_mask, attention_sink, output_dtype, return_sparsity, return_lse, sinks, kv_lens
     )
 
 
@@ -220,6 +225,7 @@ def spas_sage_attn_meansim_topk_cuda(
     window: Optional[tuple[Optional[int], Optional[int]]] = None,
     logit_softcap: Optional[float] = None,
     sinks: Any = None,
+    kv_lens: Any = None,
     **kwargs: Any,
 ) -> Any:
     """As `spas_sage2_attn_meansim_topk_cuda`, with values in 16 bits.
@@ -232,7 +238,7 @@ def spas_sage_attn_meansim_topk_cuda(
     )
     _check_pvthreshd(pvthreshd)
     return predicted(
-        q, k, v, predictor, asked, attn_mask, attention_sink, output_dtype, return_sparsity, return_lse, sinks
+        q, k, v, predictor, asked, attn_mask, attention_sink, output_dtype, return_sparsity, return_lse, sinks, kv_lens
     )
 
 
@@ -258,6 +264,7 @@ def block_sparse_sage2_attn_cuda(
     logit_softcap: Optional[float] = None,
     attn_mask: Any = None,
     sinks: Any = None,
+    kv_lens: Any = None,
     **kwargs: Any,
 ) -> Any:
     """Attention of the blocks that a map names; the others are left out.
@@ -284,6 +291,7 @@ def block_sparse_sage2_attn_cuda(
         logit_softcap: Soft cap of the scaled scores.
         attn_mask: Bool or additive, broadcastable to `[batch, heads, q_len, kv_len]`.
         sinks: Attention sinks, float32 `[heads]`, as in `spas_sage2_attn_meansim_cuda`.
+        kv_lens: Integers `[batch]`: how many keys each entry of the batch has, likewise.
 
     Returns:
         The output in q's shape; where asked for, a tuple of it, the log-sum-exp and the sparsity. Rows without a block
@@ -305,7 +313,9 @@ def block_sparse_sage2_attn_cuda(
         block_mask = given_map(q, k, mask_id, tensor_layout, sizes)
         if _values.flag("attention_sink", attention_sink):
             block_mask[0][..., 0] = True
-    result = dense(q, k, v, asked, attn_mask=attn_mask, sinks=sinks, block_mask=block_mask, return_lse=return_lse)
+    result = dense(
+        q, k, v, asked, attn_mask=attn_mask, sinks=sinks, kv_lens=kv_lens, block_mask=block_mask, return_lse=return_lse
+    )
     out, *rest = result if return_lse else (result,)
     others: list[Any] = rest
     if _values.flag("return_sparsity", return_sparsity):
@@ -327,6 +337,7 @@ def predicted(
     return_sparsity: bool,
     return_lse: bool,
     sinks: Any = None,
+    kv_lens: Any = None,
 ) -> Any:
     """Attention over the blocks that a predictor of the original's blocks keeps."""
     options: dict[str, Any] = {"smooth_k": asked.smooth_k}
@@ -344,11 +355,12 @@ def predicted(
         asked,
         attn_mask=attn_mask,
         sinks=sinks,
+        kv_lens=kv_lens,
         return_lse=_values.flag("return_lse", return_lse),
         return_map=return_sparsity,
     )
     if return_sparsity:
-        others[-1] = _sparsity(q, k, others[-1], predictor.block_q, predictor.block_k, asked)
+        others[-1] = _sparsity(q, k, others[-1], predictor.block_q, predictor.block_k, asked, kv_lens)
     return _results(out, others, output_dtype)
 
 
@@ -395,9 +407,13 @@ def _check_pvthreshd(pvthreshd: Any) -> None:
         )
 
 
-def _sparsity(q: Any, k: Any, block_map: Any, block_q: int, block_k: int, asked: Request) -> float:
+def _sparsity(q: Any, k: Any, block_map: Any, block_q: int, block_k: int, asked: Request, kv_lens: Any = None) -> float:
     tokens = 1 if asked.tensor_layout == "NHD" else 2
-    return sparsity(block_map, block_q, block_k, q.shape[tokens], k.shape[tokens], asked)
+    rows = k.shape[tokens]
+    # A GPU's are read to the host, as the map is; there they may say more than there are keys.
+    given = kv_lens.tolist() if hasattr(kv_lens, "tolist") else kv_lens
+    lens = [rows] * q.shape[0] if given is None else [min(max(length, 0), rows) for length in given]
+    return sparsity(block_map, block_q, block_k, q.shape[tokens], lens, asked)
 
 
 def _results(out: Any, others: list[Any], output_dtype: Any) -> Any:
