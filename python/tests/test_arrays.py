@@ -59,6 +59,36 @@ def test_numpy_errors():
         sageattention.sageattn(rows, k, v)
 
 
+class Placed:
+    """An array of a library that speaks DLPack, which says of it where it lies."""
+
+    shape, dtype = SHAPE[:2] + (100, 64), numpy.dtype("float32")
+
+    def __init__(self, *device):
+        self.device = device
+
+    def __array_namespace__(self):
+        return numpy
+
+    def __dlpack_device__(self):
+        return self.device
+
+    def __dlpack__(self):
+        raise AssertionError("an array was read that lies elsewhere")
+
+
+def test_arrays_lie_beside_q():
+    cpu, pinned, gpu, amd = Placed(1, 0), Placed(3, 0), Placed(2, 1), Placed(10, 0)
+    with pytest.raises(ValueError, match="k: device is cuda:1, expected cpu, as q"):
+        sageattention.sageattn(cpu, gpu, cpu)
+    with pytest.raises(ValueError, match="kv_lens: device is cpu, expected cuda:1, as q"):
+        sageattention.sageattn(gpu, gpu, gpu, kv_lens=cpu)
+    with pytest.raises(ValueError, match="sinks: device is cuda:1, expected cuda:0, as q"):
+        sageattention.sageattn(*[Placed(2, 0)] * 3, sinks=gpu)
+    with pytest.raises(NotImplementedError, match="v: DLPack device is 10, expected the CPU .1. or CUDA .2."):
+        sageattention.sageattn(pinned, cpu, amd)
+
+
 def test_jax():
     jax = pytest.importorskip("jax")
     q, k, v = qkv(*SHAPE, dtype=torch.bfloat16)

@@ -24,6 +24,8 @@ class Library(NamedTuple):
     """An array, and its name in messages, as the Rust module takes it."""
     integers: Callable[[Any, list[int]], Any]
     """A list as an array of int32, where another array is."""
+    gpu: Callable[[str, Any], Optional[int]]
+    """The number of the GPU where an array of a name is, or None on the CPU."""
     stream: Callable[[Any], Optional[tuple[int, int]]]
     """The GPU's number and the current stream, or None on the CPU."""
     wait: bool
@@ -196,7 +198,14 @@ def library_of(q: Any, **others: Any) -> Library:
         _check_plain(name, array)
         if _root(array) != root:
             raise TypeError(f"{name}: type is {type(array).__name__}, expected an array of {root}, as q")
+        found, wanted = library.gpu(name, array), library.gpu("q", q)
+        if found != wanted:
+            raise ValueError(f"{name}: device is {_named(found)}, expected {_named(wanted)}, as q")
     return library
+
+
+def _named(gpu: Optional[int]) -> str:
+    return "cpu" if gpu is None else f"cuda:{gpu}"
 
 
 def _check_plain(name: str, array: Any) -> None:
@@ -296,16 +305,25 @@ def _any_integers(array: Any, values: list[int]) -> Any:
     return namespace.asarray(values, dtype=namespace.int32, device=array.device)
 
 
-def _any_stream(array: Any) -> Optional[tuple[int, int]]:
+def _any_gpu(name: str, array: Any) -> Optional[int]:
     kind, number = array.__dlpack_device__()
     if int(kind) in _CPU_DEVICES:
         return None
     if int(kind) in _CUDA_DEVICES:
-        # The legacy default stream.
-        return (int(number), 0)
-    raise NotImplementedError(f"q: DLPack device is {int(kind)}, expected the CPU (1) or CUDA (2)")
+        return int(number)
+    raise NotImplementedError(f"{name}: DLPack device is {int(kind)}, expected the CPU (1) or CUDA (2)")
 
 
-_NUMPY = Library("numpy", _numpy_empty, _numpy_raw, _numpy_integers, lambda array: None, wait=False)
-_CUPY = Library("cupy", _cupy_empty, _cupy_raw, _cupy_integers, _cupy_stream, wait=False)
-_ANY = Library("this library", _any_empty, _any_raw, _any_integers, _any_stream, wait=True)
+def _any_stream(array: Any) -> Optional[tuple[int, int]]:
+    gpu = _any_gpu("q", array)
+    # The legacy default stream.
+    return None if gpu is None else (gpu, 0)
+
+
+_NUMPY = Library(
+    "numpy", _numpy_empty, _numpy_raw, _numpy_integers, lambda name, array: None, lambda array: None, wait=False
+)
+_CUPY = Library(
+    "cupy", _cupy_empty, _cupy_raw, _cupy_integers, lambda name, array: array.device.id, _cupy_stream, wait=False
+)
+_ANY = Library("this library", _any_empty, _any_raw, _any_integers, _any_gpu, _any_stream, wait=True)

@@ -272,7 +272,13 @@ def current_stream(q: Tensor) -> Optional[tuple[int, int]]:
 
 
 _LIBRARY = Library(
-    "torch", _empty, lambda name, tensor: with_neighbouring_channels(tensor), integers, current_stream, wait=False
+    "torch",
+    _empty,
+    lambda name, tensor: with_neighbouring_channels(tensor),
+    integers,
+    lambda name, tensor: tensor.get_device() if tensor.is_cuda else None,
+    current_stream,
+    wait=False,
 )
 
 
