@@ -19,8 +19,8 @@ pub(super) struct Epilogue<'k, 'a> {
     config: &'a AttentionConfig,
     params: &'a AttentionParams<'k>,
     place: &'a Place<'k>,
-    /// Index of the head's first row among all rows of log-sum-exps and of parts.
-    first_row: Val<'k, i64>,
+    /// Index of the head's first row among all rows of log-sum-exps and of parts, where the kernel stores any.
+    first_row: Option<Val<'k, i64>>,
 }
 
 impl<'k, 'a> Epilogue<'k, 'a> {
@@ -30,7 +30,8 @@ impl<'k, 'a> Epilogue<'k, 'a> {
         p: &'a AttentionParams<'k>,
         place: &'a Place<'k>,
     ) -> Self {
-        Epilogue { code, config, params: p, place, first_row: place.first_index(p) }
+        let first_row = (config.lse || config.split).then(|| place.first_index(p));
+        Epilogue { code, config, params: p, place, first_row }
     }
 
     /// Divides the output by the sums of P, which are those of `rows`, applies V's scale and mean, and writes rows and
@@ -45,13 +46,14 @@ impl<'k, 'a> Epilogue<'k, 'a> {
     ) {
         let with_sinks = self.with_sinks(rows, taken);
         let rows = with_sinks.as_ref().unwrap_or(rows);
-        if self.config.lse || self.config.split {
-            self.store_log_sum_exps(rows, taken);
-        }
-        self.code.note("output: scales of v, division by the sums");
-        if self.config.split {
-            self.for_each_pair(output, rows, |slot, column, pair| self.store_partial(slot, column, pair));
-            return;
+        if let Some(first_row) = self.first_row {
+            self.store_log_sum_exps(first_row, rows, taken);
+            if self.config.split {
+                self.for_each_pair(output, rows, |slot, column, pair| {
+                    self.store_partial(first_row, slot, column, pair);
+                });
+                return;
+            }
         }
         // Each row's pairs of channels, packed in words.
         let mut words = rows.map(|_| Vec::new());
@@ -83,8 +85,13 @@ impl<'k, 'a> Epilogue<'k, 'a> {
     }
 
     /// Stores log-sum-exps, or for a part of the keys what they are made of.
-    fn store_log_sum_exps(&self, rows: &Rows<RowSum<'k>>, taken: &Rows<Val<'k, f32>>) {
-        let Epilogue { code, config, params: p, place, first_row } = *self;
+    fn store_log_sum_exps(
+        &self,
+        first_row: Val<'k, i64>,
+        rows: &Rows<RowSum<'k>>,
+        taken: &Rows<Val<'k, f32>>,
+    ) {
+        let Epilogue { code, config, params: p, place, .. } = *self;
         code.note("log-sum-exp");
         let mut writes = (place.lane & 3).eq(0);
         if let Some(values) = place.values {
@@ -124,7 +131,8 @@ impl<'k, 'a> Epilogue<'k, 'a> {
         rows: &Rows<RowSum<'k>>,
         mut visit: impl FnMut(usize, usize, [Val<'k, f32>; 2]),
     ) {
-        let Epilogue { config, params: p, place, .. } = *self;
+        let Epilogue { code, config, params: p, place, .. } = *self;
+        code.note("output: scales of v, division by the sums");
         let padded = padded_dim(config.value_dim) as i32;
         let channel = place.channel(lane_column(place.lane));
         let first = place.kv_index(p) * padded + channel;
@@ -200,8 +208,8 @@ impl<'k, 'a> Epilogue<'k, 'a> {
     }
 
     /// Stores two neighbouring channels of the output for a part of the keys, in single precision.
-    fn store_partial(&self, slot: usize, column: usize, pair: [Val<'k, f32>; 2]) {
-        let Epilogue { code, config, params: p, place, first_row } = *self;
+    fn store_partial(&self, first_row: Val<'k, i64>, slot: usize, column: usize, pair: [Val<'k, f32>; 2]) {
+        let Epilogue { code, config, params: p, place, .. } = *self;
         let dim = config.value_dim as i32;
         let row = place.row(slot);
         let channel = place.channel(lane_column(place.lane)) + column as i32;

@@ -49,6 +49,9 @@ pub(super) fn write<'k, H>(
     let scoring = Scoring { code: k, config, params: *p, place, queries };
     let has_rows = place.warp_row.lt(place.rows);
 
+    // Before the loop, which keeps one index in place of the numbers that make it up.
+    let epilogue = Epilogue::new(k, config, p, &place);
+
     place.key_tiles.for_each(k, |tile: KeyTile<'k>| {
         // On their way while the tile is waited for.
         let deltas = deltas.of_tile(tile.index);
@@ -82,7 +85,7 @@ pub(super) fn write<'k, H>(
 
     let tile = ring.finish();
     let sums = softmax.finish();
-    Epilogue::new(k, config, p, &place).store::<H>(&output, &sums, &scoring.queries.taken, Some(&tile));
+    epilogue.store::<H>(&output, &sums, &scoring.queries.taken, Some(&tile));
 }
 
 /// How tiles come to shared memory.
