@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the tests of sage-core and sage-cpu as 64-bit ARM code (NEON) under qemu, on an x86-64 Debian machine.
+# Runs the tests of sageattention-core and sage-cpu as 64-bit ARM code (NEON) under qemu, on an x86-64 Debian machine.
 # Arguments go to the test binaries, e.g. `scripts/test_neon.sh neon`.
 #
 # Rust's standard library for ARM comes from Debian's rustc-web packages, so nothing is needed beyond apt. Missing
@@ -18,7 +18,7 @@ skip() {
 }
 
 if [[ $(uname -m) == aarch64 ]]; then
-    exec cargo test --package sage-core --package sage-cpu --lib -- "$@"
+    exec cargo test --package sageattention-core --package sage-cpu --lib -- "$@"
 fi
 
 scripts/debian_packages.sh "${packages[@]}" || skip "there is no compiler for $triple, or no qemu"
@@ -35,4 +35,4 @@ export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -cpu ${NEON_C
 export PROPTEST_CASES=${PROPTEST_CASES:-16}
 unset RUSTUP_TOOLCHAIN RUSTC_WRAPPER RUSTFLAGS
 echo "test_neon: $("$RUSTC" --version), $(qemu-aarch64 --version | head -n 1)" >&2
-/usr/bin/cargo test --locked --package sage-core --package sage-cpu --lib --target "$triple" -- "$@"
+/usr/bin/cargo test --locked --package sageattention-core --package sage-cpu --lib --target "$triple" -- "$@"

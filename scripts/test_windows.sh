@@ -55,7 +55,7 @@ windows_tests() {
 windows_tests --package sage-cuda --package sageattn --lib --bins --test disk_cache --test paths --test commands \
     --test bad_calls --test hostile_files -- "$@"
 windows_tests --package sage-kernels --test heads_as_rows --test sinks -- "$@"
-windows_tests --package sage-core --package sage-cpu --lib -- "$@"
+windows_tests --package sageattention-core --package sage-cpu --lib -- "$@"
 
 # The driver's library is found by the name that it has on Windows, and what it compiles is kept in the user's own folder.
 echo "test_windows: the command with a fake driver" >&2
