@@ -11,6 +11,7 @@ SCHEMES = [
     AUTO,
     "full",
     "int8",
+    "int8-fp8",
     "sage2-int8-fp16-per-thread",
     "sage2-int8-fp8-per-thread",
     "sage2pp-int8-fp8-per-thread",

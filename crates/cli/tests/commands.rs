@@ -287,7 +287,13 @@ fn explain_and_info_describe() {
         (&report["threads"], &report["architecture"]),
         (&Value::from(3), &Value::from(std::env::consts::ARCH))
     );
-    assert!(place.succeed("info").contains("backend"));
+    // The GPUs that the driver shows, or why there are none.
+    let gpus = report["gpus"].as_array().unwrap();
+    assert_eq!(gpus.is_empty(), report["no_gpu"].is_string(), "{report}");
+    let text = place.succeed("info");
+    assert!(text.contains("backend"));
+    let wanted = if gpus.is_empty() { "none: " } else { "cuda:0, " };
+    assert!(text.lines().any(|line| line.contains("gpu") && line.contains(wanted)), "{text}");
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 
+use sageattention::cuda::{self, DeviceInfo};
 use serde::Serialize;
 
 use crate::console::Console;
@@ -24,6 +25,35 @@ struct Info {
     caches: Vec<Cache>,
     memory_bytes: Option<u64>,
     nvidia_driver: Option<String>,
+    /// What the driver shows.
+    gpus: Vec<Gpu>,
+    /// Why it shows none.
+    no_gpu: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct Gpu {
+    /// As `--device` takes it.
+    device: String,
+    name: String,
+    target: String,
+    multiprocessors: u32,
+    memory_bytes: u64,
+    /// CUDA version of the driver.
+    driver_version: String,
+}
+
+impl Gpu {
+    fn new(info: &DeviceInfo) -> Self {
+        Gpu {
+            device: format!("cuda:{}", info.ordinal),
+            name: info.name.clone(),
+            target: info.target().to_string(),
+            multiprocessors: info.multiprocessors,
+            memory_bytes: info.memory_bytes,
+            driver_version: info.driver_version.to_string(),
+        }
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -43,6 +73,11 @@ struct Cache {
 
 /// Looks and prints.
 pub fn execute(console: Console) -> Result<()> {
+    let (gpus, no_gpu) = match cuda::devices() {
+        Ok(found) if found.is_empty() => (Vec::new(), Some("the driver shows none".to_owned())),
+        Ok(found) => (found.iter().map(Gpu::new).collect(), None),
+        Err(error) => (Vec::new(), Some(error.to_string())),
+    };
     let info = Info {
         command: "info",
         version: env!("CARGO_PKG_VERSION"),
@@ -54,6 +89,8 @@ pub fn execute(console: Console) -> Result<()> {
         caches: caches(),
         memory_bytes: memory_bytes(),
         nvidia_driver: first_line("/proc/driver/nvidia/version"),
+        gpus,
+        no_gpu,
     };
     if console.json { console.print_json(&info) } else { console.print(&text(&info)) }
 }
@@ -82,10 +119,25 @@ fn text(info: &Info) -> String {
         rows.push(("cache", value));
     }
     if let Some(bytes) = info.memory_bytes {
-        rows.push(("memory", format!("{:.1} GiB", bytes as f64 / f64::from(1 << 30))));
+        rows.push(("memory", gibibytes(bytes)));
     }
     if let Some(driver) = &info.nvidia_driver {
         rows.push(("driver", driver.clone()));
+    }
+    for gpu in &info.gpus {
+        let value = format!(
+            "{}, {}, {}, {} multiprocessors, {}, driver for CUDA {}",
+            gpu.device,
+            gpu.name,
+            gpu.target,
+            gpu.multiprocessors,
+            gibibytes(gpu.memory_bytes),
+            gpu.driver_version
+        );
+        rows.push(("gpu", value));
+    }
+    if let Some(reason) = &info.no_gpu {
+        rows.push(("gpu", format!("none: {reason}")));
     }
     rows.iter()
         .filter(|(_, value)| !value.is_empty())
@@ -95,6 +147,10 @@ fn text(info: &Info) -> String {
             format!("  {}{padding}{value}\n", styled(TITLE, name))
         })
         .collect()
+}
+
+fn gibibytes(bytes: u64) -> String {
+    format!("{:.1} GiB", bytes as f64 / f64::from(1 << 30))
 }
 
 fn cpu_name() -> Option<String> {
