@@ -3,7 +3,7 @@
 Common to all of them:
 
 **Tensors** are torch's, numpy's, CuPy's, JAX's, or of any library that speaks DLPack and the array API; all of one
-library, dtype and device. On the CPU float32, float16 and bfloat16; on NVIDIA GPUs from compute capability 8.0 on
+library, dtype and device. On the CPU float32, float16 and bfloat16; on NVIDIA GPUs, from compute capability 7.5 on,
 float16 and bfloat16 (float32 there raises TypeError: convert it, nothing is rounded behind your back). Any strides do;
 a head whose channels are not neighbours in memory is copied first. Inputs are never changed.
 
@@ -330,7 +330,7 @@ def sageattn_qk_int8_pv_fp8_cuda(
     kv_lens: Any = None,
     **kwargs: Any,
 ) -> Any:
-    """SageAttention2 and 2++: INT8 QKᵀ, PV in FP8. GPUs from compute capability 8.9 on.
+    """SageAttention2 and 2++: INT8 QKᵀ, PV in FP8; on GPUs before compute capability 8.9 in 16 bits.
 
     `qk_quant_gran` is "per_thread" or "per_warp"; `pv_accum_dtype` is "fp32+fp16" (2++), "fp32+fp32" or "fp32". V is
     smoothed only with "fp32"; otherwise `smooth_v` warns and is ignored, as in the original. The rest as `sageattn`.
@@ -380,10 +380,10 @@ def sageattn_qk_int8_pv_fp8_cuda_sm90(
     kv_lens: Any = None,
     **kwargs: Any,
 ) -> Any:
-    """SageAttention2 on Hopper: INT8 QKᵀ, PV in FP8. Runs on any GPU from compute capability 8.9 on.
+    """SageAttention2 on Hopper: INT8 QKᵀ, PV in FP8. Runs on any GPU, before compute capability 8.9 with PV in 16 bits.
 
     `qk_quant_gran` is "per_thread" or "per_warp"; `pv_accum_dtype` is "fp32+fp32" ("fp32" raises NotImplementedError,
-    as in the original). Scales are of 64 keys, finer than the original's 128. The rest as `sageattn`.
+    as in the original). On GPUs scales are of 64 keys, finer than the original's 128. The rest as `sageattn`.
 
     Source: the function of that name of SageAttention 2.2.
     """
