@@ -4,16 +4,19 @@ use std::sync::Arc;
 
 use sage_core::{
     Backend, BackendPlan, BlockTables, CacheBackend, CacheSize, Call, Choice, DType, Error, NewTokens,
-    Preset, Result, Scheme, TensorView, TensorViewMut,
+    Preset, Problem, Result, Scheme, TensorView, TensorViewMut,
 };
 
-use crate::{CachePages, Cpu, CpuPlan, nearest_scheme};
+use crate::{CachePages, Cpu, CpuPlan, kernels, nearest_scheme};
 
 /// Most sequences of a cache.
 const MAX_SEQUENCES: usize = 1 << 24;
 
-/// Relative L1 error of the processor's own choice, INT8 per token: the worst measured on N(0, 1) is 0.0093.
+/// Relative L1 error of the processor's own choice, INT8 per token: the worst measured on N(0, 1) is 0.0098.
 const OWN_ERROR: f32 = 0.01;
+
+/// The same of tensors in bfloat16 where the processor multiplies them as they are: 0.0023.
+const BF16_ERROR: f32 = 0.004;
 
 impl Backend for Cpu {
     type Tensor<'a> = TensorView<'a>;
@@ -31,7 +34,7 @@ impl Backend for Cpu {
     }
 
     fn plan<'c>(&self, call: &Call<'c>, choice: Choice, _: bool) -> Result<Arc<CpuPlan>> {
-        Cpu::plan(self, &call.problem, chosen(choice, call.problem.head_dim)?)
+        Cpu::plan(self, &call.problem, self.chosen(choice, &call.problem)?)
     }
 
     fn run<'c>(
@@ -100,14 +103,18 @@ impl BackendPlan for CpuPlan {
     }
 }
 
-/// The scheme of a choice; none where the plan chooses.
-pub(crate) fn chosen(choice: Choice, head_dim: usize) -> Result<Option<Scheme>> {
-    match choice.accuracy() {
-        Some(error) if error.is_nan() || error <= 0.0 => {
-            Err(Error::value("accuracy", error, "a relative error above 0"))
+impl Cpu {
+    /// The scheme of a choice; none where the plan chooses.
+    pub(crate) fn chosen(&self, choice: Choice, problem: &Problem) -> Result<Option<Scheme>> {
+        let as_they_are = problem.dtype == DType::BF16 && kernels(self.instruction_set()).bf16.is_some();
+        let own_error = if as_they_are { BF16_ERROR } else { OWN_ERROR };
+        match choice.accuracy() {
+            Some(error) if error.is_nan() || error <= 0.0 => {
+                Err(Error::value("accuracy", error, "a relative error above 0"))
+            }
+            Some(error) if error < own_error => Ok(Some(Preset::FULL.scheme(problem.head_dim))),
+            _ => Ok(choice.scheme(problem.head_dim)),
         }
-        Some(error) if error < OWN_ERROR => Ok(Some(Preset::FULL.scheme(head_dim))),
-        _ => Ok(choice.scheme(head_dim)),
     }
 }
 

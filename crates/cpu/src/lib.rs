@@ -29,12 +29,17 @@
 //! Every form but those below takes numbers from the whole range of single precision, subnormal ones too, as long as
 //! the scaled scores are within it. The original's quantisers add 1e-7 to scales or take no maximum below it: what is
 //! much smaller is zero to them ([`sage_core::ZeroGroup`]). NVFP4's scales hold magnitudes from 0.006 to 2688, and half
-//! precision those up to 65504, as [`sage_core::oracle`] says of these formats.
+//! precision those up to 65504, as [`sage_core::oracle`] says of these formats. Where AMX multiplies bfloat16, numbers of Q
+//! and K below 1.2e-38 are zero to it, and those of V beside much larger ones of 128 keys.
 //!
 //! # Schemes
-//! All that [`Scheme`] can say runs in kernels of its own, but 12-bit P·V of other blocks than 128 keys. Integers and FP4 are multiplied as integers. P and V of 8 and 16 bits are rounded to these and
-//! multiplied in single precision, which is no faster than full precision: it shows what a GPU would compute. P of
-//! 16 and fewer bits is relative to the largest score so far, as it is there.
+//! All that [`Scheme`] can say runs in kernels of its own, but 12-bit P·V of other blocks than 128 keys. Integers and FP4
+//! are multiplied as integers. P and V of 8 and 16 bits are rounded to these and multiplied in single precision, which is
+//! no faster than full precision: it shows what a GPU would compute. P of 16 and fewer bits is relative to the largest
+//! score so far, as it is there.
+//!
+//! With AMX, P and V in bfloat16 are multiplied as such, and so are Q and K where the tensors are bfloat16 and neither
+//! smoothed nor rotated. It is what the plan chooses there: of bfloat16 tensors nothing is quantised, of others Q and K are.
 //!
 //! # Determinism
 //! The same call on the same machine gives the same bits: no sum's order depends on the number of threads.
@@ -259,6 +264,8 @@ fn kernels(instruction_set: InstructionSet) -> &'static Kernels {
         InstructionSet::AvxVnni => &kernels::AVX_VNNI,
         #[cfg(target_arch = "x86_64")]
         InstructionSet::Avx512Vnni => &kernels::AVX512,
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        InstructionSet::Amx => &kernels::AMX,
         #[cfg(target_arch = "aarch64")]
         InstructionSet::NeonDotprod => &kernels::NEON,
         _ => &kernels::PORTABLE,

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use sage_core::{Error, Preset, Problem, Pv, Qk, Result, Scheme};
+use sage_core::{Accumulator, DType, Error, Preset, Problem, Pv, Qk, Result, Scheme, SmoothQ};
 
 use crate::isa::InstructionSet;
 use crate::kernels::Kernels;
@@ -65,12 +65,12 @@ impl CpuPlan {
         let scheme = match scheme {
             Some(scheme) => scheme,
             None => {
-                let (preset, reason) = choose(problem, instruction_set, few_rows);
-                reasons.push(format!("scheme {}: {reason}", preset.name()));
-                preset.scheme(problem.head_dim)
+                let (scheme, reason) = choose(problem, instruction_set, kernels, few_rows);
+                reasons.push(format!("scheme {}: {reason}", named(&scheme, problem.head_dim)));
+                scheme
             }
         };
-        let (qk, pv) = forms(&scheme, problem.head_dim)?;
+        let (qk, pv) = forms(&scheme, problem, kernels.bf16.is_some())?;
         // Pooled terms are computed with packed queries.
         let split = few_rows && !problem.pooled_tail && (qk, pv) == (QkForm::Float, PvForm::Float);
         let strategy = if split {
@@ -80,9 +80,8 @@ impl CpuPlan {
             ));
             Strategy::Split
         } else {
-            let lanes = (kernels.width, kernels.word);
             let dims = [problem.head_dim, problem.value_dim];
-            let layout = TileLayout::new(lanes, dims, qk, pv, scheme.rotate, scheme.smooth.q);
+            let layout = TileLayout::new(kernels.packing, dims, qk, pv, scheme.rotate, scheme.smooth.q);
             let (block_q, reason) = block_q(problem, machine, threads, kernels, &layout);
             reasons.push(reason);
             Strategy::Tiled { block_q, layout }
@@ -140,23 +139,54 @@ impl fmt::Display for CpuPlan {
     }
 }
 
+/// The scheme's name where it is a preset, else what it is.
+fn named(scheme: &Scheme, head_dim: usize) -> String {
+    let preset = Preset::ALL.iter().find(|preset| preset.scheme(head_dim) == *scheme);
+    preset.map_or_else(|| scheme.to_string(), |preset| preset.name().to_owned())
+}
+
 /// The scheme when the caller leaves it open.
-fn choose(problem: &Problem, instruction_set: InstructionSet, few_rows: bool) -> (Preset, &'static str) {
-    if few_rows {
+fn choose(
+    problem: &Problem,
+    instruction_set: InstructionSet,
+    kernels: &Kernels,
+    few_rows: bool,
+) -> (Scheme, &'static str) {
+    let scheme = |preset: Preset| preset.scheme(problem.head_dim);
+    let (preset, reason) = if few_rows {
         (Preset::FULL, "so few queries are bound by reading K and V once; quantising would read K twice")
+    } else if kernels.bf16.is_some() && problem.dtype == DType::BF16 {
+        let bf16 = Scheme { pv: Pv::BF16(Accumulator::F32), ..scheme(Preset::FULL) };
+        return (
+            bf16,
+            "tensors in bfloat16 are multiplied as they are, as fast as integers, which would have to be packed",
+        );
     } else if instruction_set == InstructionSet::Portable {
         (Preset::FULL, "without an integer dot product there is nothing to gain from integers")
     } else if problem.q_len < TILE_KEYS {
         (Preset::FULL, "packing integers does not pay for fewer than 128 queries")
+    } else if kernels.bf16.is_some() {
+        let int8 = Scheme { pv: Pv::BF16(Accumulator::F32), ..scheme(Preset::INT8_PER_TOKEN) };
+        return (
+            int8,
+            "integer dot products are faster, and a scale for each row costs no time; so are products of bfloat16",
+        );
     } else {
         (Preset::INT8_PER_TOKEN, "integer dot products are faster, and a scale for each row costs no time")
-    }
+    };
+    (scheme(preset), reason)
 }
 
-/// The kernels that compute a scheme, which is for heads of `head_dim` channels.
-fn forms(scheme: &Scheme, head_dim: usize) -> Result<(QkForm, PvForm)> {
+/// The kernels that compute a scheme; `bf16` is whether there are any of bfloat16 operands.
+fn forms(scheme: &Scheme, problem: &Problem, bf16: bool) -> Result<(QkForm, PvForm)> {
     scheme.check()?;
+    // Q and K as they are given; and where P and V have no more than 16 bits, nobody minds what those kernels take for zero.
+    let given = problem.dtype == DType::BF16
+        && !scheme.rotate
+        && !scheme.smooth.k.is_on()
+        && scheme.smooth.q == SmoothQ::Off;
     let qk = match scheme.qk {
+        Qk::Full if bf16 && given && matches!(scheme.pv, Pv::BF16(_)) => QkForm::Bf16,
         Qk::Full => QkForm::Float,
         Qk::Fp4(format) => QkForm::Fp4(format),
         Qk::Int(quantizer) => QkForm::Int(quantizer),
@@ -164,6 +194,7 @@ fn forms(scheme: &Scheme, head_dim: usize) -> Result<(QkForm, PvForm)> {
     let pv = match scheme.pv {
         Pv::F32 => PvForm::Float,
         Pv::F16(_) => PvForm::Rounded(Rounded::F16),
+        Pv::BF16(_) if bf16 => PvForm::Bf16,
         Pv::BF16(_) => PvForm::Rounded(Rounded::BF16),
         Pv::Fp8 { v_max, rows, .. } => PvForm::Rounded(Rounded::Fp8 { v_max, rows }),
         Pv::Int8 => PvForm::Rounded(Rounded::Int8),
@@ -174,7 +205,7 @@ fn forms(scheme: &Scheme, head_dim: usize) -> Result<(QkForm, PvForm)> {
                 format!("12-bit P·V of {block} keys in the CPU kernels"),
                 format!(
                     "of 128 they have it; the nearest that they compute is {}",
-                    nearest_scheme(*scheme).named_or(head_dim, BY_NAME)
+                    nearest_scheme(*scheme).named_or(problem.head_dim, BY_NAME)
                 ),
             ));
         }

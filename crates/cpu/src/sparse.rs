@@ -6,7 +6,6 @@ use rayon::prelude::*;
 use sage_core::sparse::{BlockMap, Predictor};
 use sage_core::{Call, Choice, Result, SparseBackend, TensorViewMut};
 
-use crate::backend::chosen;
 use crate::{Cpu, CpuPlan, threads};
 
 impl SparseBackend for Cpu {
@@ -20,7 +19,7 @@ impl SparseBackend for Cpu {
         _: bool,
     ) -> Result<Arc<CpuPlan>> {
         let problem = call.problem.blocks([predictor.block_q, predictor.block_k]);
-        Cpu::plan(self, &problem, chosen(choice, problem.head_dim)?)
+        Cpu::plan(self, &problem, self.chosen(choice, &problem)?)
     }
 
     fn predict<'c>(&self, (): &(), call: &Call<'c>, predictor: &Predictor) -> Result<BlockMap> {

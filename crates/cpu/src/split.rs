@@ -84,7 +84,7 @@ impl<E: Load> Attention<'_, '_, E> {
             let [k_copy, v_copy] = &mut copies;
             let (k, k_stride) = contiguous(&k, tile.clone(), k_copy);
             let (v, v_stride) = contiguous(&v, tile.clone(), v_copy);
-            let (keys, columns) = (tile.len(), tile.len().next_multiple_of(self.kernels.width));
+            let (keys, columns) = (tile.len(), tile.len().next_multiple_of(self.kernels.packing.width));
             let Part { out, state } = &mut part;
             let scores = &mut scores[..];
             E::scores(

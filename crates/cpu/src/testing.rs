@@ -7,6 +7,7 @@ use rand_chacha::ChaCha8Rng;
 use crate::InstructionSet;
 use crate::isa::{IntWord, Isa};
 use crate::kernels::{Kernels, RowState};
+use crate::tile::{Fixed12Word, TILE_KEYS};
 
 /// Calls a function that is generic over [`Isa`] for each set of this machine, and for every word layout.
 macro_rules! on_each_isa {
@@ -97,4 +98,23 @@ pub(crate) fn factors(rows: usize) -> RowState {
         state.beta[r] = 1.0 / (1.0 + r as f32);
     }
     state
+}
+
+/// The 12-bit probability of a column in a row of words.
+pub(crate) fn fixed12_p(word: Fixed12Word, row: &[u32], column: usize) -> i32 {
+    let byte = |at: usize| i32::from(row[at / 4].to_le_bytes()[at % 4]);
+    match word {
+        Fixed12Word::Pair => (row[column / 2] >> (16 * (column % 2))) as u16 as i32,
+        Fixed12Word::Digits => 64 * byte(column) + byte(TILE_KEYS + column),
+    }
+}
+
+/// The 12-bit value of a key in a panel of V, in the panel's channel `at`.
+pub(crate) fn fixed12_v((form, width): (Fixed12Word, usize), panel: &[u32], key: usize, at: usize) -> i32 {
+    let byte = |word: u32| i32::from(word.to_le_bytes()[key % 4] as i8);
+    let word = |row: usize| panel[row * width + at];
+    match form {
+        Fixed12Word::Pair => i32::from((word(key / 2) >> (16 * (key % 2))) as i16),
+        Fixed12Word::Digits => 64 * byte(word(key / 4)) + byte(word((TILE_KEYS + key) / 4)),
+    }
 }

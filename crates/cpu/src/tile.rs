@@ -18,6 +18,8 @@ pub(crate) const MAX_QK_DIM: usize = MAX_HEAD_DIM.next_power_of_two();
 pub(crate) enum QkForm {
     /// In single precision.
     Float,
+    /// In bfloat16: what is neither smoothed nor rotated is the same in it, and the products are exact.
+    Bf16,
     /// In integers.
     Int(IntQuantizer),
     /// In FP4: see [`crate::kernels::fp4`].
@@ -33,6 +35,8 @@ pub(crate) enum PvForm {
     Rounded(Rounded),
     /// In FP4: see [`crate::kernels::fp4`].
     Fp4(Fp4Format, PLevels),
+    /// In bfloat16.
+    Bf16,
     /// In 12-bit fixed point.
     Fixed12,
 }
@@ -62,13 +66,53 @@ impl Rounded {
     }
 }
 
+/// How 12-bit P and V are laid out in 32-bit words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fixed12Word {
+    /// Of two keys, 16 bits each.
+    Pair,
+    /// Of four keys, 8 bits each, two digits to the base 64: `64 · upper + lower`, the lower ones of V from −32 to 31. A row
+    /// of P, and a panel of V, has all upper digits first.
+    Digits,
+}
+
+impl Fixed12Word {
+    /// Keys of a word.
+    pub const fn keys(self) -> usize {
+        match self {
+            Fixed12Word::Pair => 2,
+            Fixed12Word::Digits => 4,
+        }
+    }
+}
+
+/// How the kernels of an instruction set want their operands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Packing {
+    /// Keys of a K panel, channels of a V panel.
+    pub width: usize,
+    /// Quantised Q and K.
+    pub word: IntWord,
+    /// Rows of Q and K in integers and in bfloat16 are padded with zeros to a multiple of this many words.
+    pub depth_step: usize,
+    pub fixed12: Fixed12Word,
+}
+
+impl Packing {
+    /// What nothing more is asked of.
+    pub const fn plain(width: usize, word: IntWord) -> Self {
+        Packing { width, word, depth_step: 1, fixed12: Fixed12Word::Pair }
+    }
+}
+
 /// Sizes of a packed tile, in 32-bit words. A tile is one contiguous run of memory:
 /// K panels, K scales, panels of K as it is before it is rotated and rounded where Q is smoothed, V panels, V scales (of
 /// numbers and FP4 one, of the whole tile; as K's of FP4).
 ///
 /// A K panel holds `width` keys: for integers their start values, then for each word of depth the words of all keys.
-/// A V panel holds `width` channels: for each key (12-bit: pair of keys) the words of all channels. FP4's panels are as
-/// [`crate::kernels::fp4`] says.
+/// A V panel holds `width` channels: for each key (bfloat16: pair of keys; 12 bits: as [`Fixed12Word`] says) the words of
+/// all channels. FP4's
+/// panels are as [`crate::kernels::fp4`] says.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct TileLayout {
     pub qk: QkForm,
@@ -84,6 +128,7 @@ pub(crate) struct TileLayout {
     /// Channels of Q and K after rotation.
     pub qk_dim: usize,
     pub word: IntWord,
+    pub fixed12: Fixed12Word,
     /// Keys of a K panel, channels of a V panel.
     pub width: usize,
     /// Words of a row of Q, and of a key.
@@ -108,17 +153,25 @@ pub(crate) struct Tile<'a> {
 
 impl TileLayout {
     pub fn new(
-        (width, word): (usize, IntWord),
+        packing: Packing,
         [head_dim, value_dim]: [usize; 2],
         qk: QkForm,
         pv: PvForm,
         rotate: bool,
         smooth_q: SmoothQ,
     ) -> Self {
+        let Packing { width, word, depth_step, fixed12 } = packing;
         let qk_dim = if rotate { head_dim.next_power_of_two() } else { head_dim };
         let (depth, key_words) = match qk {
             QkForm::Float => (qk_dim, qk_dim),
-            QkForm::Int(_) => (qk_dim.div_ceil(word.channels()), 1 + qk_dim.div_ceil(word.channels())),
+            QkForm::Bf16 => {
+                let depth = qk_dim.div_ceil(2).next_multiple_of(depth_step);
+                (depth, depth)
+            }
+            QkForm::Int(_) => {
+                let depth = qk_dim.div_ceil(word.channels()).next_multiple_of(depth_step);
+                (depth, 1 + depth)
+            }
             QkForm::Fp4(_) => {
                 let blocks = qk_dim.div_ceil(fp4::BLOCK);
                 (blocks * fp4::ROW_WORDS, blocks * fp4::PANEL_WORDS)
@@ -127,7 +180,7 @@ impl TileLayout {
         let v_rows = match pv {
             PvForm::Float | PvForm::Rounded(_) => TILE_KEYS,
             PvForm::Fp4(..) => TILE_KEYS / fp4::BLOCK * fp4::PANEL_WORDS,
-            PvForm::Fixed12 => TILE_KEYS / 2,
+            PvForm::Fixed12 | PvForm::Bf16 => TILE_KEYS / 2,
         };
         TileLayout {
             qk,
@@ -138,6 +191,7 @@ impl TileLayout {
             smooth_q,
             qk_dim,
             word,
+            fixed12,
             width,
             depth,
             k_panel: key_words * width,
@@ -201,13 +255,13 @@ impl TileLayout {
         const ONE: usize = 16;
         let panels = TILE_KEYS / self.width;
         let k_scales = match self.qk {
-            QkForm::Float => 0,
+            QkForm::Float | QkForm::Bf16 => 0,
             QkForm::Int(_) => TILE_KEYS,
             QkForm::Fp4(_) => ONE,
         };
         let k_given = if self.smooths_q() { panels * self.given_panel() } else { 0 };
         let v_scales = match self.pv {
-            PvForm::Float | PvForm::Rounded(_) | PvForm::Fp4(..) => ONE,
+            PvForm::Float | PvForm::Rounded(_) | PvForm::Fp4(..) | PvForm::Bf16 => ONE,
             PvForm::Fixed12 => self.padded_dim(),
         };
         [self.k_panel * panels, k_scales, k_given, self.v_panel * self.channel_panels, v_scales]

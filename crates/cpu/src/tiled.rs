@@ -14,7 +14,7 @@ use sage_core::{Sequence, Smoothing};
 use crate::forward::{Attention, totals};
 use crate::kernels::fp4::{BLOCK, PANEL_WORDS};
 use crate::kernels::{
-    AddMeans, Fp4Softmax, Load, PackTile, RoundedSoftmax, RowState, Scores, Softmax, Values,
+    AddMeans, Bf16Kernels, Fp4Softmax, Load, PackTile, RoundedSoftmax, RowState, Scores, Softmax, Values,
 };
 use crate::plan::PACKED_BYTES_MAX;
 use crate::seen::{Seen, SeenKeys};
@@ -54,18 +54,37 @@ struct Scratch {
     wide: Vec<f32>,
     group_max: Vec<u32>,
     q: Vec<f32>,
-    q_words: Vec<u32>,
+    q_words: Lines<u32>,
     q_scale: Vec<f32>,
     mean_score: Vec<f32>,
     /// The means of the queries, and each query's.
     q_means: Vec<f32>,
     mean_of: Vec<u32>,
     delta: Vec<f32>,
-    scores: Vec<f32>,
-    pairs: Vec<u32>,
-    out: Vec<f32>,
+    scores: Lines<f32>,
+    pairs: Lines<u32>,
+    out: Lines<f32>,
     state: RowState,
     tail: TailScratch,
+}
+
+/// Memory that starts on a cache line, so that no vector of 64 bytes and no row of AMX's tiles lies across two.
+struct Lines<T>(AVec<T>);
+
+impl<T> Default for Lines<T> {
+    fn default() -> Self {
+        Lines(AVec::new(64))
+    }
+}
+
+impl<T: Copy + Default> Lines<T> {
+    /// As the function [`resized`].
+    fn resized(&mut self, len: usize) -> &mut [T] {
+        if self.0.len() < len {
+            self.0.resize(len, T::default());
+        }
+        &mut self.0[..len]
+    }
 }
 
 thread_local! {
@@ -239,9 +258,9 @@ impl<E: Load> Attention<'_, '_, E> {
         self.pack_queries(layout, sequence, block, padded_rows, of_head, scratch);
         scratch.rows.clear();
         scratch.rows.extend((first..first + rows).map(|i| Row::new(self.call, sequence, head, i)));
-        resized(&mut scratch.scores, padded_rows * TILE_KEYS);
-        resized(&mut scratch.pairs, padded_rows * TILE_KEYS / 2);
-        resized(&mut scratch.out, padded_rows * padded_dim).fill(0.0);
+        scratch.scores.resized(padded_rows * TILE_KEYS);
+        scratch.pairs.resized(padded_rows * TILE_KEYS / 2);
+        scratch.out.resized(padded_rows * padded_dim).fill(0.0);
         scratch.state.reset(padded_rows);
 
         let visible = union(&scratch.rows);
@@ -251,7 +270,7 @@ impl<E: Load> Attention<'_, '_, E> {
             let kept = if unit.hides(tile) {
                 None
             } else {
-                blocks.kept(keys, self.kernels.width.max(layout.p_group()))
+                blocks.kept(keys, self.kernels.packing.width.max(layout.p_group()))
             };
             let Some(kept) = kept else { continue };
             if mask_hides(self.call, unit.sequence_index, &scratch.rows, &kept.keys) {
@@ -266,7 +285,7 @@ impl<E: Load> Attention<'_, '_, E> {
     fn write_block(&self, layout: &TileLayout, unit: &Unit<'_>, of_head: &Head, scratch: &mut Scratch) {
         // The cap acted on whole scores; without one, the log-sum-exp lacks the mean's part.
         let capped = self.call.problem.logit_softcap.is_some();
-        let rows = scratch.rows.iter().zip(scratch.out.chunks_exact_mut(layout.padded_dim()));
+        let rows = scratch.rows.iter().zip(scratch.out.0.chunks_exact_mut(layout.padded_dim()));
         for (r, (row, out)) in rows.enumerate() {
             // A row without keys stays zero.
             if totals(&scratch.state, r).1 != 0.0 {
@@ -296,6 +315,10 @@ impl<E: Load> Attention<'_, '_, E> {
         });
     }
 
+    fn bf16(&self) -> &Bf16Kernels {
+        self.kernels.bf16.as_ref().expect("bfloat16 is planned where there are kernels for it")
+    }
+
     /// The same, where `finish` is given the rows, the number of columns, what smoothing K took from each row's scores,
     /// and the scores, and caps and masks them.
     fn step(
@@ -306,16 +329,17 @@ impl<E: Load> Attention<'_, '_, E> {
         scratch: &mut Scratch,
         finish: impl FnOnce(&[Row], usize, &[f32], &mut [f32]),
     ) {
-        let width = self.kernels.width;
+        let width = self.kernels.packing.width;
         // Of the tile's keys, those before the first that is kept; whole panels of K.
         let before = keys.start % TILE_KEYS;
         let Scratch { rows, q_words, q_scale, mean_score, q_means, mean_of, delta, .. } = scratch;
         let Scratch { scores, pairs, out, state, .. } = scratch;
+        let (scores, pairs, out) = (&mut scores.0[..], &mut pairs.0[..], &mut out.0[..]);
         let row_groups = rows.len().div_ceil(self.kernels.rows);
         let panels = keys.len().div_ceil(width);
         let columns = panels * width;
         let args = Scores {
-            q: q_words,
+            q: &q_words.0,
             k: &tile.k[before / width * layout.k_panel..],
             depth: layout.depth,
             row_groups,
@@ -323,12 +347,13 @@ impl<E: Load> Attention<'_, '_, E> {
             q_scale,
             k_scale: match layout.qk {
                 QkForm::Int(_) => &tile.k_scale[before..],
-                QkForm::Float | QkForm::Fp4(_) => tile.k_scale,
+                QkForm::Float | QkForm::Bf16 | QkForm::Fp4(_) => tile.k_scale,
             },
             scores,
         };
         match layout.qk {
             QkForm::Float => self.kernels.scores_float(args),
+            QkForm::Bf16 => self.bf16().scores(args),
             QkForm::Fp4(_) => self.kernels.scores_fp4(args),
             QkForm::Int(_) => self.kernels.scores_int(args),
         }
@@ -363,9 +388,14 @@ impl<E: Load> Attention<'_, '_, E> {
                 self.kernels.softmax_fp4(Fp4Softmax { softmax, format, levels });
                 (pairs, Fp4Softmax::STRIDE, keys.len().div_ceil(BLOCK), before / BLOCK * PANEL_WORDS)
             }
+            PvForm::Bf16 => {
+                self.bf16().softmax(softmax);
+                (pairs, TILE_KEYS / 2, keys.len().div_ceil(2), before / 2)
+            }
             PvForm::Fixed12 => {
                 self.kernels.softmax_fixed12(softmax);
-                (pairs, TILE_KEYS / 2, keys.len().div_ceil(2), before / 2)
+                let of_word = layout.fixed12.keys();
+                (pairs, TILE_KEYS / 2, keys.len().div_ceil(of_word), before / of_word)
             }
         };
         let args = Values {
@@ -383,6 +413,7 @@ impl<E: Load> Attention<'_, '_, E> {
         match layout.pv {
             PvForm::Float | PvForm::Rounded(_) => self.kernels.values_float(args),
             PvForm::Fp4(..) => self.kernels.values_fp4(args),
+            PvForm::Bf16 => self.bf16().values(args),
             PvForm::Fixed12 => self.kernels.values_fixed12(args),
         }
     }

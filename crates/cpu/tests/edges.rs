@@ -4,8 +4,8 @@
 #![allow(clippy::unwrap_used)]
 
 use sage_core::{
-    Alignment, Band, DType, Error, Granularity, IntQuantizer, Layout, Preset, Pv, Qk, Scheme, Tensor, Tile,
-    oracle,
+    Accumulator, Alignment, Band, DType, Error, Granularity, IntQuantizer, Layout, Preset, Pv, Qk, Scheme,
+    Tensor, Tile, oracle,
 };
 use sage_cpu::{Cpu, InstructionSet, nearest_scheme};
 use sage_testkit::{
@@ -216,6 +216,7 @@ fn an_instruction_set_that_is_not_there_is_refused() {
         InstructionSet::Avx2,
         InstructionSet::AvxVnni,
         InstructionSet::Avx512Vnni,
+        InstructionSet::Amx,
         InstructionSet::NeonDotprod,
     ];
     let detected = InstructionSet::detected();
@@ -282,8 +283,16 @@ fn a_plan_says_what_it_does() {
     assert_eq!(few.scheme(), &Preset::FULL.scheme(64));
     assert!(few.to_string().contains("units of 512 keys"), "{few}");
     let many = plan(&Case { q_len: 256, kv_len: 256, ..Case::f32() }, None);
-    let wanted =
-        if cpu.instruction_set() == InstructionSet::Portable { Preset::FULL } else { Preset::INT8_PER_TOKEN };
-    assert_eq!(many.scheme(), &wanted.scheme(64));
+    let (full, int8) = (Preset::FULL.scheme(64), Preset::INT8_PER_TOKEN.scheme(64));
+    let bf16 = Pv::BF16(Accumulator::F32);
+    // Tensors in single precision, and in bfloat16.
+    let wanted = match cpu.instruction_set() {
+        InstructionSet::Portable => [full, full],
+        InstructionSet::Amx => [Scheme { pv: bf16, ..int8 }, Scheme { pv: bf16, ..full }],
+        _ => [int8, int8],
+    };
+    assert_eq!(many.scheme(), &wanted[0]);
+    let many_bf16 = plan(&Case { q_len: 256, kv_len: 256, dtype: DType::BF16, ..Case::f32() }, None);
+    assert_eq!(many_bf16.scheme(), &wanted[1]);
     assert!(!many.reasons().is_empty() && many.workspace_bytes() > 0);
 }

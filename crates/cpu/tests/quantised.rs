@@ -425,3 +425,21 @@ fn a_group_of_queries_reaches_over_blocks_of_work() {
         check(&Cpu::detect(), &built, scheme, granularity.name());
     }
 }
+
+/// What `.accuracy(..)` goes by: the processor's own choice on N(0, 1).
+#[test]
+fn what_is_left_open_is_as_accurate_as_is_said() {
+    for cpu in every_cpu() {
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            for head_dim in [32, 64, 128] {
+                let case = Case { dtype, q_len: 200, kv_len: 2048, head_dim, ..Case::f32() };
+                let built = case.build();
+                let run = cpu.run(&built, None);
+                let accuracy = run.accuracy(&oracle::exact(&built.call()));
+                // Not quantised: bfloat16 where the processor multiplies that, all else in single precision.
+                let bound = if run.scheme.qk == Qk::Full { 0.004 } else { 0.01 };
+                assert!(accuracy.relative_l1 <= bound, "{}, {case:?}: {accuracy}", cpu.name());
+            }
+        }
+    }
+}

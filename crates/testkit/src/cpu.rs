@@ -73,6 +73,7 @@ pub fn cpu_narrow_schemes(head_dim: usize) -> Vec<Scheme> {
         Scheme { pv: mxfp4, rotate: true, ..int8 },
         Preset::SAGE2_INT8_FP8_PER_THREAD.scheme(head_dim),
         Scheme { pv: Pv::F16(Accumulator::F32), ..full },
+        Scheme { pv: Pv::BF16(Accumulator::F32), ..full },
     ]
 }
 

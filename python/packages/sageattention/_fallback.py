@@ -77,8 +77,14 @@ def _why_not_dtypes(query: Tensor, key: Tensor, value: Tensor) -> Optional[str]:
         return "tensors are of several dtypes"
     if dtype not in (torch.float16, torch.bfloat16) and (on_gpu or dtype != torch.float32):
         return f"tensors are {dtype} on {query.device.type}"
-    if on_gpu and capability(query.device) < (8, 0):
-        return "the GPU's compute capability is below 8.0"
+    return _why_not_gpu(capability(query.device), dtype) if on_gpu else None
+
+
+def _why_not_gpu(compute_capability: tuple[int, int], dtype: torch.dtype) -> Optional[str]:
+    if compute_capability < (7, 5):
+        return "the GPU's compute capability is below 7.5"
+    if compute_capability < (8, 0) and dtype == torch.bfloat16:
+        return "tensors are torch.bfloat16 on a GPU whose compute capability is below 8.0"
     return None
 
 

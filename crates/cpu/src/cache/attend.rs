@@ -304,7 +304,7 @@ impl<E: Load> Attention<'_, '_, E> {
                     ahead: Ahead::rows(run.v, head_dim),
                 });
             }
-            let columns = tile.len().next_multiple_of(self.kernels.width);
+            let columns = tile.len().next_multiple_of(self.kernels.packing.width);
             let cut = self.call.block_mask.is_some();
             self.finish_scores(
                 unit.sequence_index,

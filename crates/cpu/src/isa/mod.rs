@@ -4,6 +4,8 @@ use std::fmt;
 
 mod portable;
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -215,6 +217,8 @@ pub enum InstructionSet {
     AvxVnni,
     /// 512-bit FMA, `vpdpbusd` and `vpdpwssd`.
     Avx512Vnni,
+    /// AVX-512 with AMX's tiles of 8-bit integers and bfloat16.
+    Amx,
     /// 128-bit FMA and `sdot`.
     NeonDotprod,
 }
@@ -227,6 +231,7 @@ impl InstructionSet {
             InstructionSet::Avx2 => "avx2",
             InstructionSet::AvxVnni => "avx-vnni",
             InstructionSet::Avx512Vnni => "avx512-vnni",
+            InstructionSet::Amx => "amx",
             InstructionSet::NeonDotprod => "neon-dotprod",
         }
     }
@@ -239,6 +244,10 @@ impl InstructionSet {
             use std::arch::is_x86_feature_detected as has;
             let avx2 = has!("avx2") && has!("fma") && has!("f16c");
             if avx2 && has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vnni") {
+                #[cfg(target_os = "linux")]
+                if has!("avx512bf16") && amx::is_allowed() {
+                    found.push(InstructionSet::Amx);
+                }
                 found.push(InstructionSet::Avx512Vnni);
             }
             if avx2 && has!("avxvnni") {

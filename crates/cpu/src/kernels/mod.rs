@@ -1,5 +1,7 @@
 //! The kernels: every algorithm is written once above [`Isa`], and tabled for each instruction set.
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx;
 mod cached;
 mod direct;
 pub(crate) mod fp4;
@@ -20,19 +22,22 @@ pub(crate) use softmax::{Fp4Softmax, RoundedSoftmax, RowState, SoftCap, Softmax}
 
 use half::{bf16, f16};
 
-use crate::isa::{self, IntWord, Isa};
+use crate::isa::{self, Isa};
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+use crate::tile::Fixed12Word;
+use crate::tile::Packing;
 
 /// Declares the table: its fields are the kernels, its methods call them.
 macro_rules! kernels {
     ($($(#[$doc:meta])* $kernel:ident: $Args:ty,)*) => {
         /// The kernels of one instruction set.
+        #[derive(Clone, Copy)]
         pub(crate) struct Kernels {
             /// Rows of a register tile.
             pub rows: usize,
-            /// Keys of a K panel, channels of a V panel.
-            pub width: usize,
-            /// Layout of quantised Q and K.
-            pub word: IntWord,
+            pub packing: Packing,
+            /// Where the processor multiplies bfloat16.
+            pub bf16: Option<Bf16Kernels>,
             $($kernel: unsafe fn(&mut $Args),)*
         }
 
@@ -114,6 +119,34 @@ kernels! {
     cached_outputs_i8: CachedOutputs<'_, i8>,
 }
 
+/// The kernels of bfloat16 operands, two to a word.
+#[derive(Clone, Copy)]
+pub(crate) struct Bf16Kernels {
+    scores: unsafe fn(&mut Scores<'_>),
+    softmax: unsafe fn(&mut Softmax<'_>),
+    values: unsafe fn(&mut Values<'_>),
+}
+
+impl Bf16Kernels {
+    /// Q·Kᵀ.
+    pub fn scores(&self, mut args: Scores<'_>) {
+        // SAFETY: as of `Kernels`.
+        unsafe { (self.scores)(&mut args) }
+    }
+
+    /// Softmax.
+    pub fn softmax(&self, mut args: Softmax<'_>) {
+        // SAFETY: as of `Kernels`.
+        unsafe { (self.softmax)(&mut args) }
+    }
+
+    /// P·V.
+    pub fn values(&self, mut args: Values<'_>) {
+        // SAFETY: as of `Kernels`.
+        unsafe { (self.values)(&mut args) }
+    }
+}
+
 /// Builds the table of one instruction set: every kernel inside a function that enables its features.
 macro_rules! table {
     ($(#[$attribute:meta])* $NAME:ident: $Isa:ty, rows $R:literal, vectors $V:literal $(, $features:literal)?) => {
@@ -137,8 +170,8 @@ macro_rules! table {
             }
             Kernels {
                 rows: $R,
-                width: $V * <$Isa as Isa>::LANES,
-                word: <$Isa as Isa>::WORD,
+                packing: Packing::plain($V * <$Isa as Isa>::LANES, <$Isa as Isa>::WORD),
+                bf16: None,
                 pack_tile: kernel!(pack::pack_tile, PackTile<'_>),
                 pack_queries: kernel!(pack::pack_queries, PackQueries<'_>),
                 scores_float: kernel!(product::scores_float::<$Isa, $R, $V>, Scores<'_>),
@@ -153,7 +186,7 @@ macro_rules! table {
                 softmax_float: kernel!(softmax::softmax_float::<$Isa>, Softmax<'_>),
                 softmax_rounded: kernel!(softmax::softmax_rounded::<$Isa>, RoundedSoftmax<'_>),
                 softmax_fp4: kernel!(softmax::softmax_fp4::<$Isa>, Fp4Softmax<'_>),
-                softmax_fixed12: kernel!(softmax::softmax_fixed12::<$Isa>, Softmax<'_>),
+                softmax_fixed12: kernel!(softmax::softmax_fixed12::<$Isa, softmax::Pairs>, Softmax<'_>),
                 values_float: kernel!(product::values_float::<$Isa, $R, $V>, Values<'_>),
                 values_fp4: kernel!(fp4::values_fp4::<$Isa, HALF, $V>, Values<'_>),
                 values_fixed12: kernel!(product::values_fixed12::<$Isa, $R, $V>, Values<'_>),
@@ -196,5 +229,19 @@ table!(AVX2: isa::Avx2, rows 6, vectors 2, "avx2,fma,f16c");
 table!(AVX_VNNI: isa::AvxVnni, rows 6, vectors 2, "avx2,fma,f16c,avxvnni");
 #[cfg(target_arch = "x86_64")]
 table!(AVX512: isa::Avx512, rows 12, vectors 2, "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vnni");
+/// AVX-512's, but for products of 8-bit integers and of bfloat16.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+pub(crate) static AMX: Kernels = Kernels {
+    packing: Packing { depth_step: amx::DEPTH_STEP, fixed12: Fixed12Word::Digits, ..AVX512.packing },
+    bf16: Some(Bf16Kernels {
+        scores: amx::scores_bf16,
+        softmax: amx::softmax_bf16,
+        values: amx::values_bf16,
+    }),
+    scores_int: amx::scores_int,
+    softmax_fixed12: amx::softmax_fixed12,
+    values_fixed12: amx::values_fixed12,
+    ..AVX512
+};
 #[cfg(target_arch = "aarch64")]
 table!(NEON: isa::Neon, rows 6, vectors 4, "neon");

@@ -14,7 +14,7 @@ use fp4_values::fp4_values;
 use rounded::round_values;
 
 pub(crate) use rounded::fp8_factor;
-use values::{fixed12_values, float_values};
+use values::{bf16_values, fixed12_values, float_values};
 
 /// Packs a tile of keys and values.
 pub(crate) struct PackTile<'a> {
@@ -76,6 +76,7 @@ pub(super) fn pack_tile(args: &mut PackTile<'_>) {
     }
     match layout.qk {
         QkForm::Float => float_keys((layout.width, layout.qk_dim), k_rows, layout.qk_dim, k),
+        QkForm::Bf16 => bf16_keys(&layout, k_rows, k),
         QkForm::Fp4(format) => {
             let [factor, later] = fp4::factors(absmax_bits(k_rows));
             fp4::pack_keys(k_rows, layout.qk_dim, format, layout.width, factor, k);
@@ -92,6 +93,7 @@ pub(super) fn pack_tile(args: &mut PackTile<'_>) {
     }
     match layout.pv {
         PvForm::Float | PvForm::Rounded(_) => v_scale[0] = float_values(&layout, v_rows, v).to_bits(),
+        PvForm::Bf16 => v_scale[0] = bf16_values(&layout, v_rows, v).to_bits(),
         PvForm::Fp4(format, _) => {
             v_scale[0] = fp4_values(&layout, format, args.seen, v_rows, v).to_bits();
         }
@@ -107,6 +109,24 @@ fn float_keys((width, depth): (usize, usize), rows: &[f32], stride: usize, out: 
             for (words, x) in panel.chunks_exact_mut(width).zip(row) {
                 words[key] = x.to_bits();
             }
+        }
+    }
+}
+
+/// Numbers that are bfloat16, two to a word.
+#[inline(always)]
+fn bf16_words<'a>(row: &[f32], words: impl Iterator<Item = &'a mut u32>) {
+    for (pair, word) in row.chunks(2).zip(words) {
+        *word = pair[0].to_bits() >> 16 | pair.get(1).map_or(0, |x| x.to_bits() & 0xffff_0000);
+    }
+}
+
+#[inline(always)]
+fn bf16_keys(layout: &TileLayout, rows: &[f32], out: &mut [u32]) {
+    let panels = out.chunks_exact_mut(layout.k_panel).zip(rows.chunks(layout.width * layout.qk_dim));
+    for (panel, rows) in panels {
+        for (key, row) in rows.chunks_exact(layout.qk_dim).enumerate() {
+            bf16_words(row, panel[key..].iter_mut().step_by(layout.width));
         }
     }
 }
@@ -192,6 +212,15 @@ pub(super) fn pack_queries(args: &mut PackQueries<'_>) {
         QkForm::Float => {
             for (word, x) in args.words.iter_mut().zip(rows) {
                 *word = (*x * args.score_scale).to_bits();
+            }
+            return;
+        }
+        QkForm::Bf16 => {
+            args.scale.fill(args.score_scale);
+            for (words, row) in
+                args.words.chunks_exact_mut(layout.depth).zip(rows.chunks_exact(layout.qk_dim))
+            {
+                bf16_words(row, words.iter_mut());
             }
             return;
         }

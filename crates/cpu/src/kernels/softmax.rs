@@ -20,7 +20,7 @@ pub(crate) struct Softmax<'a> {
     pub columns: usize,
     /// Rows of [`TILE_KEYS`] scores; the forms in floating point leave probabilities here.
     pub scores: &'a mut [f32],
-    /// Rows of `TILE_KEYS / 2` words: the 12-bit form leaves pairs of probabilities here, FP4 its own words.
+    /// Rows of `TILE_KEYS / 2` words: the 12-bit form leaves probabilities here, FP4 its own words.
     pub pairs: &'a mut [u32],
     pub state: &'a mut RowState,
 }
@@ -44,11 +44,11 @@ pub(crate) struct RowState {
     /// Factor on the tile's output.
     pub beta: Vec<f32>,
     /// Largest score of the tile.
-    tile_max: Vec<f32>,
+    pub(super) tile_max: Vec<f32>,
     /// Sum of the tile's probabilities relative to it.
-    tile_sum: Vec<f32>,
+    pub(super) tile_sum: Vec<f32>,
     /// The same before they were rounded.
-    tile_lse_sum: Vec<f32>,
+    pub(super) tile_lse_sum: Vec<f32>,
 }
 
 impl RowState {
@@ -79,7 +79,7 @@ impl RowState {
 
     /// Accounts for a tile whose probabilities, relative to its maximum, are multiples of `unit`.
     #[inline(always)]
-    unsafe fn update<I: Isa>(&mut self, rows: usize, unit: f32) {
+    pub(super) unsafe fn update<I: Isa>(&mut self, rows: usize, unit: f32) {
         let padded = rows.next_multiple_of(I::LANES);
         assert!(padded <= self.capacity());
         for r in (0..padded).step_by(I::LANES) {
@@ -172,7 +172,7 @@ unsafe fn row_max<I: Isa>(row: *const f32, columns: usize) -> f32 {
 }
 
 #[inline(always)]
-fn check_softmax<I: Isa>(args: &Softmax<'_>) {
+pub(super) fn check_softmax<I: Isa>(args: &Softmax<'_>) {
     assert!(args.columns <= TILE_KEYS && args.columns.is_multiple_of(2 * I::LANES));
     assert!(args.scores.len() >= args.rows * TILE_KEYS);
     assert!(args.state.capacity() >= args.rows);
@@ -246,8 +246,49 @@ pub(super) unsafe fn softmax_float<I: Isa>(args: &mut Softmax<'_>) {
     unsafe { args.state.update::<I>(args.rows, 1.0) }
 }
 
+/// How 12-bit probabilities are stored: see [`crate::tile::Fixed12Word`].
+pub(super) trait StoreFixed12<I: Isa> {
+    /// Stores those of two vectors of a row, from a column on.
+    ///
+    /// # Safety
+    /// The row must be valid for `TILE_KEYS / 2` words, and the processor must have `I`.
+    unsafe fn store(row: *mut u32, column: usize, p: [I::I; 2]);
+}
+
+/// Two to a word.
+pub(super) struct Pairs;
+
+impl<I: Isa> StoreFixed12<I> for Pairs {
+    #[inline(always)]
+    unsafe fn store(row: *mut u32, column: usize, [low, high]: [I::I; 2]) {
+        // SAFETY: the caller's promise.
+        unsafe { I::store_i16(row.cast::<i16>().add(column), low, high) }
+    }
+}
+
+/// What a row's 12-bit probabilities add up to.
+struct Fixed12Sum<I: Isa> {
+    levels: [I::I; 2],
+    /// A NaN vanishes in the conversion to integers; this sum keeps it.
+    nan: I::F,
+}
+
+impl<I: Isa> Fixed12Sum<I> {
+    /// Rounds two vectors of a row, from a column on, stores and adds them.
+    #[inline(always)]
+    unsafe fn store<S: StoreFixed12<I>>(&mut self, row: *mut u32, column: usize, p: [I::F; 2]) {
+        // SAFETY: the caller vouches for the instruction set and the pointer.
+        unsafe {
+            self.nan = I::add(self.nan, I::add(p[0], p[1]));
+            let levels = [I::float_to_int(p[0]), I::float_to_int(p[1])];
+            self.levels = [I::add_int(self.levels[0], levels[0]), I::add_int(self.levels[1], levels[1])];
+            S::store(row, column, levels);
+        }
+    }
+}
+
 #[inline(always)]
-pub(super) unsafe fn softmax_fixed12<I: Isa>(args: &mut Softmax<'_>) {
+pub(super) unsafe fn softmax_fixed12<I: Isa, S: StoreFixed12<I>>(args: &mut Softmax<'_>) {
     const POLYNOMIAL: [f32; 5] = scaled_exp2(FIXED12_MAX);
     check_softmax::<I>(args);
     assert!(args.pairs.len() >= args.rows * TILE_KEYS / 2);
@@ -255,30 +296,22 @@ pub(super) unsafe fn softmax_fixed12<I: Isa>(args: &mut Softmax<'_>) {
         // SAFETY: the assertions bound every index; the caller vouches for the instruction set.
         unsafe {
             let row = args.scores.as_ptr().add(r * TILE_KEYS);
-            let pairs = args.pairs.as_mut_ptr().add(r * TILE_KEYS / 2).cast::<i16>();
+            let pairs = args.pairs.as_mut_ptr().add(r * TILE_KEYS / 2);
             let max = row_max::<I>(row, args.columns);
             let shift = finite_shift::<I>(I::splat(max));
-            let mut sum = [I::splat_int(0); 2];
-            let mut nan = I::splat(0.0);
-            let mut store = |c: usize, p: [I::F; 2]| {
-                // A NaN vanishes in the conversion to integers; this sum keeps it.
-                nan = I::add(nan, I::add(p[0], p[1]));
-                let (low, high) = (I::float_to_int(p[0]), I::float_to_int(p[1]));
-                sum = [I::add_int(sum[0], low), I::add_int(sum[1], high)];
-                I::store_i16(pairs.add(c), low, high);
-            };
+            let mut sum = Fixed12Sum::<I> { levels: [I::splat_int(0); 2], nan: I::splat(0.0) };
             let whole = args.columns / (4 * I::LANES) * 4 * I::LANES;
             for c in (0..whole).step_by(4 * I::LANES) {
                 let [p0, p1, p2, p3] = probabilities::<I, 4, false>(&POLYNOMIAL, row.add(c), shift);
-                store(c, [p0, p1]);
-                store(c + 2 * I::LANES, [p2, p3]);
+                sum.store::<S>(pairs, c, [p0, p1]);
+                sum.store::<S>(pairs, c + 2 * I::LANES, [p2, p3]);
             }
             for c in (whole..args.columns).step_by(2 * I::LANES) {
-                store(c, probabilities::<I, 2, false>(&POLYNOMIAL, row.add(c), shift));
+                sum.store::<S>(pairs, c, probabilities::<I, 2, false>(&POLYNOMIAL, row.add(c), shift));
             }
-            let sum = I::reduce_add_int(I::add_int(sum[0], sum[1])) as f32;
+            let level = I::reduce_add_int(I::add_int(sum.levels[0], sum.levels[1])) as f32;
+            let sum = if I::reduce_add(sum.nan).is_nan() { f32::NAN } else { level };
             args.state.tile_max[r] = max;
-            let sum = if I::reduce_add(nan).is_nan() { f32::NAN } else { sum };
             (args.state.tile_sum[r], args.state.tile_lse_sum[r]) = (sum, sum);
         }
     }

@@ -110,7 +110,7 @@ impl<E: Load> Attention<'_, '_, E> {
             q,
             group_max,
             first_group,
-            words: resized(q_words, padded_rows * layout.depth),
+            words: q_words.resized(padded_rows * layout.depth),
             scale: resized(q_scale, padded_rows),
         });
     }

@@ -77,9 +77,9 @@ impl Sums {
 impl<E: Load> Attention<'_, '_, E> {
     /// The tiles of pooled keys; none where blocks that are left out count for nothing.
     pub(super) fn tail_layout(&self) -> Option<TileLayout> {
-        let shape = (self.kernels.width, self.kernels.word);
+        let packing = self.kernels.packing;
         let dims = [self.call.problem.head_dim, self.call.problem.value_dim];
-        let layout = || TileLayout::new(shape, dims, QkForm::Float, PvForm::Float, false, SmoothQ::Off);
+        let layout = || TileLayout::new(packing, dims, QkForm::Float, PvForm::Float, false, SmoothQ::Off);
         self.block_k().map(|_| layout())
     }
 

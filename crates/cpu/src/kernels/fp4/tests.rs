@@ -71,7 +71,7 @@ fn packed_operands_are_the_oracles() {
                     |x: &[f32]| Matrix::from_fn(keys, x.len() / keys, |i, c| x[i * (x.len() / keys) + c]);
                 let form = PvForm::Fp4(format, PLevels::One);
                 let layout = TileLayout::new(
-                    (kernels.width, kernels.word),
+                    kernels.packing,
                     [head_dim, value_dim],
                     QkForm::Fp4(format),
                     form,
@@ -156,7 +156,7 @@ fn operand(seed: u64, words: usize, of: usize, limits: [i32; 2]) -> Vec<u32> {
 #[test]
 fn products_are_sums_of_blocks_times_both_scales() {
     for (set, kernels) in tables() {
-        let (rows, width, panels) = (2 * kernels.rows, kernels.width, 2);
+        let (rows, width, panels) = (2 * kernels.rows, kernels.packing.width, 2);
         for blocks in [1, 2, 3, 5, 8] {
             let mut a = operand(1, rows, blocks * ROW_WORDS, [0, 24]);
             let scales = normal(2, rows * blocks);
@@ -247,7 +247,7 @@ fn probabilities_are_rounded_relative_to_the_largest_score_so_far() {
             let mut state = RowState::default();
             state.reset(rows);
             let mut largest = vec![f32::NEG_INFINITY; rows];
-            for (tile, columns) in [(0u64, TILE_KEYS), (1, kernels.width), (2, TILE_KEYS)] {
+            for (tile, columns) in [(0u64, TILE_KEYS), (1, kernels.packing.width), (2, TILE_KEYS)] {
                 let mut scores: Vec<f32> =
                     normal(20 + tile, rows * TILE_KEYS).iter().map(|x| 4.0 * x - tile as f32).collect();
                 scores.iter_mut().step_by(7).for_each(|x| *x = f32::NEG_INFINITY);

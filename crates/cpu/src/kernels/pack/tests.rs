@@ -7,8 +7,8 @@ use sage_testkit::normal;
 use super::*;
 use crate::InstructionSet;
 use crate::isa::{IntWord, Isa};
-use crate::testing::{close, int_lanes, on_each_isa, tables, words};
-use crate::tile::{Rounded, Tile};
+use crate::testing::{close, fixed12_v, int_lanes, on_each_isa, tables, words};
+use crate::tile::{Packing, Rounded, Tile};
 
 fn matrix(rows: usize, width: usize, data: &[f32]) -> Matrix<f32> {
     Matrix::from_fn(rows, width, |i, c| data[i * width + c])
@@ -52,7 +52,8 @@ fn nearly_equal(actual: &[i32], expected: &[i32], what: &str) {
 #[test]
 fn packed_keys_and_values_are_the_oracles_in_every_word_layout() {
     for (set, kernels) in tables() {
-        for (word, width) in WORDS.into_iter().zip([16, 32, 16]).chain([(kernels.word, kernels.width)]) {
+        let plain = WORDS.into_iter().zip([16, 32, 16]).map(|(word, width)| Packing::plain(width, word));
+        for packing in plain.chain([kernels.packing]) {
             for (keys, [head_dim, value_dim], rotate) in [
                 (1, [1, 1], false),
                 (128, [64, 64], false),
@@ -64,9 +65,8 @@ fn packed_keys_and_values_are_the_oracles_in_every_word_layout() {
                 for (n, quantizer) in quantizers().into_iter().enumerate() {
                     let (qk, pv) = (QkForm::Int(quantizer), [PvForm::Fixed12, PvForm::Float][n % 2]);
                     let layout =
-                        TileLayout::new((width, word), [head_dim, value_dim], qk, pv, rotate, SmoothQ::Off);
-                    let what =
-                        format!("{set}, {word:?} of {width}, {keys} keys of {head_dim}, {quantizer:?}");
+                        TileLayout::new(packing, [head_dim, value_dim], qk, pv, rotate, SmoothQ::Off);
+                    let what = format!("{set}, {packing:?}, {keys} keys of {head_dim}, {quantizer:?}");
                     let (k, v) = (normal(1, keys * head_dim), normal(2, keys * value_dim));
                     let k = Matrix::from_fn(keys, layout.qk_dim, |j, c| {
                         if c < head_dim { k[j * head_dim + c] } else { 0.0 }
@@ -147,8 +147,11 @@ fn check_fixed12_values(layout: &TileLayout, tile: &Tile<'_>, oracle: &Fixed12Bl
         for j in 0..TILE_KEYS {
             let wanted =
                 if inside && j < oracle.values.rows() { i32::from(oracle.values.row(j)[c]) } else { 0 };
-            let pair = channels(IntWord::Pair, panel[j / 2 * layout.width + c % layout.width], false);
-            assert_eq!(pair[j % 2], wanted, "{what}");
+            assert_eq!(
+                fixed12_v((layout.fixed12, layout.width), panel, j, c % layout.width),
+                wanted,
+                "{what}"
+            );
         }
     }
 }
@@ -164,7 +167,7 @@ fn packed_queries_are_the_oracles_and_their_products_with_keys_exact() {
             for quantizer in quantizers() {
                 let width = 2 * I::LANES;
                 let layout = TileLayout::new(
-                    (width, word),
+                    Packing::plain(width, word),
                     [head_dim; 2],
                     QkForm::Int(quantizer),
                     PvForm::Float,
@@ -263,7 +266,7 @@ fn a_group_that_is_not_finite_has_a_scale_of_nan() {
             for quantizer in quantizers() {
                 for head_dim in [1, 64] {
                     let layout = TileLayout::new(
-                        (kernels.width, kernels.word),
+                        kernels.packing,
                         [head_dim; 2],
                         QkForm::Int(quantizer),
                         PvForm::Fixed12,
@@ -330,7 +333,7 @@ fn values_of_8_and_16_bits_are_the_oracles() {
                 let rows = matrix(keys, head_dim, &v);
                 let expected = oracle::quantize_v(&rows, &pv, &SeenKeys::all(keys));
                 let v_max: Vec<f32> = (0..head_dim).map(|c| oracle::absmax(rows.column(c))).collect();
-                let (lanes, form) = ((kernels.width, kernels.word), PvForm::Rounded(to));
+                let (lanes, form) = (kernels.packing, PvForm::Rounded(to));
                 let layout = TileLayout::new(lanes, [head_dim; 2], QkForm::Float, form, false, SmoothQ::Off);
                 let mut tile = vec![0xdead_beef; layout.words()];
                 kernels.pack_tile(PackTile {

@@ -3,7 +3,8 @@
 use sage_testkit::normal;
 
 use super::*;
-use crate::testing::{close, tables};
+use crate::testing::{close, fixed12_p, tables};
+use crate::tile::Rounded;
 
 /// Rows of scores: plain ones, one that falls steeply, hidden keys, only hidden keys, a NaN, +∞.
 fn score_rows(seed: u64, columns: usize) -> Vec<f32> {
@@ -28,10 +29,10 @@ fn softmax_keeps_maximum_sum_and_factors() {
             state.reset(7);
             let mut totals = [(f64::NEG_INFINITY, 0f64); 7];
             for (tile, columns) in
-                [kernels.width, TILE_KEYS, TILE_KEYS - kernels.width].into_iter().enumerate()
+                [kernels.packing.width, TILE_KEYS, TILE_KEYS - kernels.packing.width].into_iter().enumerate()
             {
-                let given = score_rows(10 + tile as u64, columns.max(kernels.width));
-                let columns = columns.max(kernels.width);
+                let given = score_rows(10 + tile as u64, columns.max(kernels.packing.width));
+                let columns = columns.max(kernels.packing.width);
                 let (mut scores, mut pairs) = (given.clone(), vec![0xdead_beef; 7 * TILE_KEYS / 2]);
                 let old_sum = state.sum.clone();
                 let args =
@@ -60,8 +61,8 @@ fn softmax_keeps_maximum_sum_and_factors() {
                     for (c, &score) in row.iter().enumerate() {
                         let p = relative(f64::from(score), f64::from(max));
                         if fixed12 {
-                            let word = pairs[(r * TILE_KEYS + c) / 2];
-                            let level = if c % 2 == 0 { word & 0xffff } else { word >> 16 };
+                            let words = &pairs[r * TILE_KEYS / 2..][..TILE_KEYS / 2];
+                            let level = fixed12_p(kernels.packing.fixed12, words, c);
                             let wanted = 4095.0 * p;
                             // The nearest integer; 0.02 more for the polynomial of degree 4 and a rounded difference.
                             let near = (f64::from(level) - wanted).abs() <= 0.52;
@@ -110,6 +111,62 @@ fn a_soft_cap_is_a_scaled_tanh() {
                 }
                 let wanted = f64::from(cap) * (f64::from(*s) / f64::from(cap)).tanh();
                 close(x, wanted, 0.0, 3e-7 * f64::from(cap), || format!("{set}, cap {cap}, score {s}"));
+            }
+        }
+    }
+}
+
+#[test]
+fn probabilities_as_words_are_bfloat16_of_exact_ones() {
+    for (set, kernels) in tables() {
+        let Some(bf16) = &kernels.bf16 else { continue };
+        let mut pairs = vec![0; 7 * TILE_KEYS / 2];
+        let [mut state, mut wanted] = [(), ()].map(|()| {
+            let mut state = RowState::default();
+            state.reset(7);
+            state
+        });
+        for (tile, columns) in [TILE_KEYS, 32, 96].into_iter().enumerate() {
+            let given = score_rows(20 + tile as u64, columns);
+            let (mut scores, mut numbers) = (given.clone(), given.clone());
+            bf16.softmax(Softmax {
+                rows: 7,
+                columns,
+                scores: &mut scores,
+                pairs: &mut pairs,
+                state: &mut state,
+            });
+            let softmax =
+                Softmax { rows: 7, columns, scores: &mut numbers, pairs: &mut [], state: &mut wanted };
+            kernels.softmax_rounded(RoundedSoftmax { softmax, to: Rounded::BF16 });
+            for r in 0..7 {
+                let what = || format!("{set}, tile {tile}, row {r}");
+                let (sum, lse_sum) = (state.sum[r], state.lse_sum[r]);
+                if wanted.sum[r].is_nan() {
+                    assert!(sum.is_nan() && lse_sum.is_nan(), "{}", what());
+                    continue;
+                }
+                let mut of_words = 0.0;
+                for c in 0..columns {
+                    let word = pairs[(r * TILE_KEYS + c) / 2];
+                    let p = f32::from_bits(if c % 2 == 0 { word << 16 } else { word & 0xffff_0000 });
+                    let score = given[r * TILE_KEYS + c];
+                    let exact = if score == f32::NEG_INFINITY {
+                        0.0
+                    } else {
+                        (f64::from(score) - f64::from(state.max[r])).exp2()
+                    };
+                    // Half a unit in the last of 8 places, and what the polynomial leaves; nothing below the normal range.
+                    close(p, exact, 0.5f64.powi(8) + 4e-6, 1.2e-38, || format!("{}, column {c}", what()));
+                    of_words += f64::from(p);
+                }
+                if tile == 0 {
+                    close(sum, of_words, 1e-6, 0.0, || format!("sum of {}", what()));
+                }
+                close(lse_sum, f64::from(wanted.lse_sum[r]), 1e-5, 0.0, || format!("lse of {}", what()));
+                // A few are rounded the other way.
+                close(sum, f64::from(wanted.sum[r]), 1e-3, 0.0, || format!("sum of {}", what()));
+                assert_eq!(state.max[r], wanted.max[r], "{}", what());
             }
         }
     }
