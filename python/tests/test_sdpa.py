@@ -53,6 +53,14 @@ def test_every_argument(device, dtype):
         assert out.dtype == dtype
 
 
+def test_an_older_gpu_is_left_to_torch_where_it_lacks_kernels():
+    from sageattention._fallback import _why_not_gpu
+
+    assert _why_not_gpu((7, 5), torch.float16) is None and _why_not_gpu((8, 0), torch.bfloat16) is None
+    assert "bfloat16" in _why_not_gpu((7, 5), torch.bfloat16)
+    assert "below 7.5" in _why_not_gpu((7, 0), torch.float16)
+
+
 def test_heads_that_lie_side_by_side_stay_so(device):
     q = random(2, 50, 4, 64, seed=0, dtype=torch.float16, device=device).transpose(1, 2)
     with sageattention.patched():
