@@ -15,6 +15,7 @@ use crate::pass_summary::PassSummary;
 #[derive(Debug)]
 pub struct DecodePlan {
     layout: CacheLayout,
+    storage: Storage,
     options: Options,
     problem: Problem,
     kv_lens: Vec<i32>,
@@ -73,8 +74,9 @@ impl DecodePlan {
         };
         let problem = Call::check_cached(&queries, &layout, &call_options)?.problem;
         let table_stride = problem.kv_len.div_ceil(layout.page_size).max(1);
+        let storage = Storage::new(&layout, machine.target)?;
         let attend = AttendCall {
-            storage: Storage::new(&layout),
+            storage,
             dtype,
             sequences: problem.batch,
             num_q_heads: problem.num_q_heads,
@@ -98,6 +100,7 @@ impl DecodePlan {
         let appends = appends(&kv_lens, &attend);
         Ok(DecodePlan {
             layout,
+            storage,
             options: call_options,
             problem,
             kv_lens,
@@ -113,6 +116,11 @@ impl DecodePlan {
     /// What a page of the cache holds.
     pub fn layout(&self) -> &CacheLayout {
         &self.layout
+    }
+
+    /// How it holds that.
+    pub fn storage(&self) -> &Storage {
+        &self.storage
     }
 
     /// The call, with all cached tokens as its keys.

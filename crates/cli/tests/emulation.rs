@@ -316,6 +316,18 @@ fn sizes_and_schemes_that_cannot_be_emulated() {
              `sage2-int8-fp16-per-thread`, INT8 QK per-thread · smooth K · FP16 PV (f32)",
         ),
         (
+            "emulate --kv-cache fp8-e4m3 --target sm_86",
+            1,
+            "a KV cache with values in fp8-e4m3 on sm_86 is not supported: they need sm_89 or later; the nearest \
+             that this GPU stores is int8",
+        ),
+        (
+            "explain --kv-cache bf16 --target sm_75",
+            1,
+            "a KV cache with values in bf16 on sm_75 is not supported: they need sm_80 or later; the nearest that \
+             this GPU stores is f16",
+        ),
+        (
             "emulate --heads 4096 --seq 65536",
             1,
             "a buffer of 34359738368 bytes is not supported: the emulator's have at most 4294967296",
@@ -336,8 +348,8 @@ fn plans_that_cannot_be_explained_or_tuned() {
         (
             "explain --kv-cache fp8-e4m3 --target sm_86",
             1,
-            "target: value is sm_86, expected sm_89 for `cvt.rn.satfinite.e4m3x2.f32 %h_11, %r_203, %r_201` of \
-             cache_append_f16_fp8_e4m3_p64_d64",
+            "a KV cache with values in fp8-e4m3 on sm_86 is not supported: they need sm_89 or later; the nearest \
+             that this GPU stores is int8",
         ),
         (
             "explain --kv-cache int8",

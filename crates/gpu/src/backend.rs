@@ -64,7 +64,7 @@ impl CacheBackend for Cuda {
     const SHARES_PAGES: bool = false;
 
     fn cache(&self, stream: &Stream, size: &CacheSize) -> Result<CachePool> {
-        CachePool::new(stream, size)
+        CachePool::new(stream, size, self.machine().target)
     }
 
     fn cache_bytes(&self, cache: &CachePool) -> usize {

@@ -2,6 +2,7 @@
 
 use sage_core::{CacheLayout, CacheSize, Call, DType, Error, MAX_HEADS, Operand, Problem, Result};
 use sage_kernels::decode::{AppendCall, AttendCall, PoolBytes, Storage};
+use sage_ptx::Target;
 
 /// What would do where a GPU lacks an instruction.
 pub const INSTEAD: &str = "store values in another form, such as INT8 or f16";
@@ -15,8 +16,8 @@ pub struct CacheShape {
 }
 
 impl CacheShape {
-    /// The shape of a cache whose [`CacheSize::max_pages`] is set.
-    pub fn new(size: &CacheSize) -> Result<Self> {
+    /// The shape of a cache whose [`CacheSize::max_pages`] is set, on a GPU of a target.
+    pub fn new(size: &CacheSize, target: Target) -> Result<Self> {
         let CacheSize { layout, sequences, max_pages } = *size;
         layout.check()?;
         let Some(max_pages) = max_pages else {
@@ -33,7 +34,7 @@ impl CacheShape {
             let wanted = format!("1 to {most}, and tables of less than 2³¹ pages");
             return Err(Error::value("sequences", sequences, wanted));
         }
-        Ok(CacheShape { layout, storage: Storage::new(&layout), max_pages })
+        Ok(CacheShape { layout, storage: Storage::new(&layout, target)?, max_pages })
     }
 
     /// Pages of the pool, and of a row of the block tables.

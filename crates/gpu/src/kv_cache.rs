@@ -7,6 +7,7 @@ use sage_cuda::{Buffer, Kernel, Stream};
 use sage_kernels::TensorArg;
 use sage_kernels::decode::{AppendCall, AppendTensors, AttendCall, AttendTensors, PoolTensors};
 use sage_kernels::pass::Pass;
+use sage_ptx::Target;
 
 use crate::backend::sinks;
 use crate::cache_shape::{CacheShape, INSTEAD, check_options, runs, sixteen_bits};
@@ -48,8 +49,8 @@ pub struct CachePool {
 
 impl CachePool {
     /// Takes all memory now, for [`CacheSize::max_pages`] pages, which must be set.
-    pub(crate) fn new(stream: &Stream, size: &CacheSize) -> Result<Self> {
-        let shape = CacheShape::new(size)?;
+    pub(crate) fn new(stream: &Stream, size: &CacheSize, target: Target) -> Result<Self> {
+        let shape = CacheShape::new(size, target)?;
         let (sequences, entries) = (size.sequences, size.sequences * shape.max_pages());
         let bytes = shape.pool();
         let buffer = |bytes| Buffer::new(stream, bytes).map_err(driver);

@@ -163,7 +163,7 @@ impl CacheBackend for WarmUp {
     const SHARES_PAGES: bool = false;
 
     fn cache(&self, (): &(), size: &CacheSize) -> Result<CacheShape> {
-        CacheShape::new(size)
+        CacheShape::new(size, self.cuda.machine().target)
     }
 
     fn cache_bytes(&self, _: &CacheShape) -> usize {

@@ -102,7 +102,7 @@ struct Cache {
 
 impl Case {
     fn storage(&self) -> Storage {
-        Storage::new(&self.layout)
+        Storage::new(&self.layout, Target::SM_90A).unwrap()
     }
 
     fn cache(&self) -> Cache {

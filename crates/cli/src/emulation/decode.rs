@@ -4,7 +4,7 @@ use sage_core::DType;
 use sage_core::oracle::{CachedHead, Matrix, cached, exact};
 use sage_emulator::Buffer;
 use sage_kernels::TensorArg;
-use sage_kernels::decode::{AppendTensors, AttendTensors, PoolTensors, Storage};
+use sage_kernels::decode::{AppendTensors, AttendTensors, PoolTensors};
 use sageattention::TensorView;
 
 use super::{Emulation, Gpu, argument};
@@ -65,7 +65,7 @@ fn pool(gpu: &mut Gpu<'_>, plan: &DecodePlan) -> Result<PoolTensors> {
     let tables: Vec<i32> = (0..sequences)
         .flat_map(|sequence| (0..stride).map(move |page| (pages - 1 - sequences * page - sequence) as i32))
         .collect();
-    let bytes = Storage::new(layout).pool(pages, layout.num_kv_heads);
+    let bytes = plan.storage().pool(pages, layout.num_kv_heads);
     let mut part = |name: &str, bytes| gpu.uninitialized(name, bytes).map(|buffer| buffer.address());
     Ok(PoolTensors {
         keys: part("keys", bytes.keys)?,

@@ -146,7 +146,7 @@ unsafe fn scale_scores(args: &mut Scores<'_>, rows: Range<usize>, panel: usize) 
         let scale = [_mm512_loadu_ps(scale), _mm512_loadu_ps(scale.add(TILE_WORDS))];
         for row in rows {
             let q_scale = _mm512_set1_ps(*args.q_scale.get_unchecked(row));
-            for c in 0..2 {
+            for c in [0, 1] {
                 let at = args.scores.as_mut_ptr().add(row * TILE_KEYS + panel * WIDTH + c * TILE_WORDS);
                 let sum = _mm512_add_epi32(_mm512_loadu_si512(at.cast()), start[c]);
                 let factor = _mm512_mul_ps(q_scale, scale[c]);
@@ -398,7 +398,7 @@ pub(super) unsafe fn values_fixed12(args: &mut Values<'_>) {
                 for row in done..(first + TILE_ROWS).min(rows) {
                     let alpha = _mm512_set1_ps(*args.state.alpha.get_unchecked(row));
                     let beta = _mm512_set1_ps(*args.state.beta.get_unchecked(row));
-                    for c in 0..2 {
+                    for c in [0, 1] {
                         let sums = sums.0.as_ptr().add(3 * c).cast::<i32>().add((row - first) * TILE_WORDS);
                         let mut sum = _mm512_load_si512(sums.cast());
                         for digit in 1..3 {

@@ -8,8 +8,8 @@ mod append;
 mod attend;
 mod pass;
 
-use sage_core::{CacheLayout, ValueFormat};
-use sage_ptx::{Code, Global, Val};
+use sage_core::{CacheLayout, Error, Result, ValueFormat};
+use sage_ptx::{Code, Global, Target, Val};
 
 use crate::integer::magnitude_bits;
 use crate::params::kernel_params;
@@ -62,9 +62,23 @@ impl PoolBytes {
 }
 
 impl Storage {
-    /// For a cache with this layout.
-    pub fn new(layout: &CacheLayout) -> Self {
-        Storage { head_dim: layout.head_dim, page_size: layout.page_size, values: layout.values }
+    /// For a cache with this layout on a target.
+    ///
+    /// # Errors
+    /// When the target has no instructions for values of that form.
+    pub fn new(layout: &CacheLayout, target: Target) -> Result<Self> {
+        let CacheLayout { head_dim, page_size, values, .. } = *layout;
+        let lacking = match values {
+            ValueFormat::Fp8E4M3 if target.sm() < 89 => Some(("sm_89", ValueFormat::Int8)),
+            ValueFormat::BF16 if target.sm() < 80 => Some(("sm_80", ValueFormat::F16)),
+            _ => None,
+        };
+        if let Some((from, nearest)) = lacking {
+            let what = format!("a KV cache with values in {values} on {target}");
+            let instead = format!("they need {from} or later; the nearest that this GPU stores is {nearest}");
+            return Err(Error::unsupported(what, instead));
+        }
+        Ok(Storage { head_dim, page_size, values })
     }
 
     /// Channels of a stored row.
