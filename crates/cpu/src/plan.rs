@@ -180,7 +180,8 @@ fn choose(
 /// The kernels that compute a scheme; `bf16` is whether there are any of bfloat16 operands.
 fn forms(scheme: &Scheme, problem: &Problem, bf16: bool) -> Result<(QkForm, PvForm)> {
     scheme.check()?;
-    // Q and K as they are given; and where P and V have no more than 16 bits, nobody minds what those kernels take for zero.
+    // Q and K that are still as they were given are bfloat16. Its kernels take the smallest numbers for zero, and so they do
+    // not serve schemes in single precision.
     let given = problem.dtype == DType::BF16
         && !scheme.rotate
         && !scheme.smooth.k.is_on()

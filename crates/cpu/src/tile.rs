@@ -73,6 +73,10 @@ pub(crate) enum Fixed12Word {
     Pair,
     /// Of four keys, 8 bits each, two digits to the base 64: `64 · upper + lower`, the lower ones of V from −32 to 31. A row
     /// of P, and a panel of V, has all upper digits first.
+    #[cfg_attr(
+        not(all(target_arch = "x86_64", target_os = "linux")),
+        expect(dead_code, reason = "AMX alone has them")
+    )]
     Digits,
 }
 
@@ -111,8 +115,7 @@ impl Packing {
 ///
 /// A K panel holds `width` keys: for integers their start values, then for each word of depth the words of all keys.
 /// A V panel holds `width` channels: for each key (bfloat16: pair of keys; 12 bits: as [`Fixed12Word`] says) the words of
-/// all channels. FP4's
-/// panels are as [`crate::kernels::fp4`] says.
+/// all channels. FP4's panels are as [`crate::kernels::fp4`] says.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct TileLayout {
     pub qk: QkForm,

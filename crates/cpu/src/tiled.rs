@@ -297,6 +297,10 @@ impl<E: Load> Attention<'_, '_, E> {
         }
     }
 
+    fn bf16(&self) -> &Bf16Kernels {
+        self.kernels.bf16.as_ref().expect("bfloat16 is planned where there are kernels for it")
+    }
+
     /// One step of a block of queries: scores with those keys of a tile that are kept, softmax, and what their values
     /// add to the output.
     fn attend_tile(
@@ -313,10 +317,6 @@ impl<E: Load> Attention<'_, '_, E> {
             let mean_score = smoothed.then_some(mean_score);
             self.finish_scores(unit.sequence_index, rows, first..first + columns, cut, mean_score, scores);
         });
-    }
-
-    fn bf16(&self) -> &Bf16Kernels {
-        self.kernels.bf16.as_ref().expect("bfloat16 is planned where there are kernels for it")
     }
 
     /// The same, where `finish` is given the rows, the number of columns, what smoothing K took from each row's scores,

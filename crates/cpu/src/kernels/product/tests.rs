@@ -1,11 +1,10 @@
 //! The products against plain loops over the same packed operands.
 
+use half::bf16;
 use rand::RngExt;
 use sage_testkit::normal;
 
 use super::*;
-use half::bf16;
-
 use crate::kernels::{Bf16Kernels, Kernels};
 use crate::testing::{close, dot, factors, rng, tables};
 use crate::tile::Fixed12Word;
@@ -150,17 +149,17 @@ fn values_are_rescaled_sums_of_products() {
     }
 }
 
-/// Rows of 12-bit probabilities, and panels of values, as the kernels want them.
-fn pack_fixed12(form: Fixed12Word, rows: &[i32], row: usize, width: usize) -> Vec<u32> {
-    let mut words = vec![0u32; rows.len() / 2];
-    let of_row = row / 2;
-    for (at, &x) in rows.iter().enumerate() {
-        let (row, key, column) = (at / (row * width), at / width % row, at % width);
-        let mut put = |word: usize, bits: u32| words[(row * of_row + word) * width + column] |= bits;
+/// 12-bit numbers as the kernels want them: panels of `width` values of each key of a tile, or, of width 1, rows of
+/// probabilities.
+fn pack_fixed12(form: Fixed12Word, numbers: &[i32], width: usize) -> Vec<u32> {
+    let mut words = vec![0u32; numbers.len() / 2];
+    for (at, &x) in numbers.iter().enumerate() {
+        let (panel, key, column) = (at / (TILE_KEYS * width), at / width % TILE_KEYS, at % width);
+        let mut put = |word: usize, bits: u32| words[(panel * TILE_KEYS / 2 + word) * width + column] |= bits;
         match form {
             Fixed12Word::Pair => put(key / 2, (x as u32 & 0xffff) << (16 * (key % 2))),
             Fixed12Word::Digits => {
-                // The lower digits of values are around zero; those of probabilities would be as good.
+                // Values have lower digits around zero, probabilities none below it.
                 let upper = if width == 1 { x >> 6 } else { (x + 32) >> 6 };
                 put(key / 4, u32::from(upper as u8) << (8 * (key % 4)));
                 put((TILE_KEYS + key) / 4, u32::from((x - 64 * upper) as u8) << (8 * (key % 4)));
@@ -185,9 +184,9 @@ fn twelve_bit_values_are_exact() {
             let before = normal(3, rows * panels * width);
             let (mut out, state) = (before.clone(), factors(rows));
             kernels.values_fixed12(Values {
-                p: &pack_fixed12(form, &p, TILE_KEYS, 1),
+                p: &pack_fixed12(form, &p, 1),
                 p_stride: TILE_KEYS / 2,
-                v: &pack_fixed12(form, &v, TILE_KEYS, width),
+                v: &pack_fixed12(form, &v, width),
                 panel_words: TILE_KEYS / 2 * width,
                 depth: keys.div_ceil(form.keys()),
                 row_groups: 2,
