@@ -163,14 +163,14 @@ fn choose(
         );
     } else if instruction_set == InstructionSet::Portable {
         (Preset::FULL, "without an integer dot product there is nothing to gain from integers")
-    } else if problem.q_len < TILE_KEYS {
-        (Preset::FULL, "packing integers does not pay for fewer than 128 queries")
-    } else if kernels.bf16.is_some() {
+    } else if kernels.bf16.is_some() && problem.q_len.max(problem.kv_len) >= TILE_KEYS {
         let int8 = Scheme { pv: Pv::BF16(Accumulator::F32), ..scheme(Preset::INT8_PER_TOKEN) };
         return (
             int8,
             "integer dot products are faster, and a scale for each row costs no time; so are products of bfloat16",
         );
+    } else if problem.q_len < TILE_KEYS {
+        (Preset::FULL, "packing integers does not pay for fewer than 128 queries")
     } else {
         (Preset::INT8_PER_TOKEN, "integer dot products are faster, and a scale for each row costs no time")
     };

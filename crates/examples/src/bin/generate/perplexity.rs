@@ -82,7 +82,8 @@ pub fn run(args: &Args, at_hand: &AtHand) -> Result<()> {
     );
     let on_cpu = at_hand.model.place().0.is_cpu();
     if on_cpu && methods.contains(&Method::Sage(Choice::Automatic)) {
-        println!("\nsage is {} where it has 128 queries or more.", Preset::INT8_PER_TOKEN.name());
+        let name = Preset::INT8_PER_TOKEN.name();
+        println!("\nsage quantises as {name} does, from 128 queries on; with AMX from 128 keys on.");
     }
     if let Some(path) = &args.plot {
         let panel = |title: &str, series, axis| Panel { title: title.into(), axis, series };
