@@ -322,12 +322,6 @@ fn sizes_and_schemes_that_cannot_be_emulated() {
              that this GPU stores is int8",
         ),
         (
-            "explain --kv-cache bf16 --target sm_75",
-            1,
-            "a KV cache with values in bf16 on sm_75 is not supported: they need sm_80 or later; the nearest that \
-             this GPU stores is f16",
-        ),
-        (
             "emulate --heads 4096 --seq 65536",
             1,
             "a buffer of 34359738368 bytes is not supported: the emulator's have at most 4294967296",
@@ -350,6 +344,12 @@ fn plans_that_cannot_be_explained_or_tuned() {
             1,
             "a KV cache with values in fp8-e4m3 on sm_86 is not supported: they need sm_89 or later; the nearest \
              that this GPU stores is int8",
+        ),
+        (
+            "explain --kv-cache bf16 --target sm_75",
+            1,
+            "a KV cache with values in bf16 on sm_75 is not supported: they need sm_80 or later; the nearest that \
+             this GPU stores is f16",
         ),
         (
             "explain --kv-cache int8",

@@ -124,15 +124,19 @@ impl Element for bf16 {
         from.iter().zip(to).for_each(|(from, to)| *to = f32::from_bits(u32::from(from.to_bits()) << 16));
     }
     fn narrow(from: &[f32], to: &mut [Self]) {
-        for (from, to) in from.iter().zip(to) {
-            let bits = from.to_bits();
-            // Half a unit in the last place, less one where that is even, carries into what is kept.
-            let nearest = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
-            // Of a NaN the upper half might be that of infinity.
-            let quiet = bits >> 16 | 0x40;
-            *to = bf16::from_bits(if from.is_nan() { quiet } else { nearest } as u16);
-        }
+        from.iter().zip(to).for_each(|(from, to)| *to = nearest_bf16(*from));
     }
+}
+
+/// `bf16::from_f32` without branches, for loops that are to become vectors.
+#[inline(always)]
+pub fn nearest_bf16(x: f32) -> bf16 {
+    let bits = x.to_bits();
+    // Half a unit in the last place, less one where that is even, carries into what is kept.
+    let nearest = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+    // Of a NaN the upper half might be that of infinity.
+    let quiet = bits >> 16 | 0x40;
+    bf16::from_bits(if x.is_nan() { quiet } else { nearest } as u16)
 }
 
 #[cfg(test)]

@@ -35,7 +35,7 @@ pub use backend::{Backend, BackendPlan, CacheBackend, CacheSize, NewTokens, Spar
 pub use cache::{BlockTables, CacheLayout, CachedInputs, MAX_CACHED_HEAD_DIM, PageCopy, ValueFormat};
 pub use call::Call;
 pub use choice::Choice;
-pub use dtype::{DType, Element};
+pub use dtype::{DType, Element, nearest_bf16};
 pub use error::{BackendErrorKind, Error, Result};
 pub use geometry::{Geometry, MAX_RANK};
 pub use lengths::{Lengths, Sequence};

@@ -380,10 +380,15 @@ impl Scheme {
 }
 
 impl Scheme {
+    /// The preset that this is, for heads of `head_dim` channels.
+    pub fn preset(&self, head_dim: usize) -> Option<Preset> {
+        Preset::ALL.iter().find(|preset| preset.scheme(head_dim) == *self).copied()
+    }
+
     /// The scheme in a line, with its name where it is a preset for heads of `head_dim` channels, and else with that of
     /// another that is as accurate: for messages.
     pub fn named_or(&self, head_dim: usize, other: Preset) -> String {
-        match Preset::ALL.iter().find(|preset| preset.scheme(head_dim) == *self) {
+        match self.preset(head_dim) {
             Some(preset) => format!("`{preset}`, {self}"),
             None => format!("{self}, or by name `{other}`"),
         }

@@ -66,7 +66,9 @@ impl CpuPlan {
             Some(scheme) => scheme,
             None => {
                 let (scheme, reason) = choose(problem, instruction_set, kernels, few_rows);
-                reasons.push(format!("scheme {}: {reason}", named(&scheme, problem.head_dim)));
+                let name =
+                    scheme.preset(problem.head_dim).map_or_else(|| scheme.to_string(), |p| p.to_string());
+                reasons.push(format!("scheme {name}: {reason}"));
                 scheme
             }
         };
@@ -139,12 +141,6 @@ impl fmt::Display for CpuPlan {
     }
 }
 
-/// The scheme's name where it is a preset, else what it is.
-fn named(scheme: &Scheme, head_dim: usize) -> String {
-    let preset = Preset::ALL.iter().find(|preset| preset.scheme(head_dim) == *scheme);
-    preset.map_or_else(|| scheme.to_string(), |preset| preset.name().to_owned())
-}
-
 /// The scheme when the caller leaves it open.
 fn choose(
     problem: &Problem,
@@ -152,29 +148,27 @@ fn choose(
     kernels: &Kernels,
     few_rows: bool,
 ) -> (Scheme, &'static str) {
-    let scheme = |preset: Preset| preset.scheme(problem.head_dim);
-    let (preset, reason) = if few_rows {
-        (Preset::FULL, "so few queries are bound by reading K and V once; quantising would read K twice")
+    let [full, int8] = [Preset::FULL, Preset::INT8_PER_TOKEN].map(|preset| preset.scheme(problem.head_dim));
+    let bf16_values = |scheme| Scheme { pv: Pv::BF16(Accumulator::F32), ..scheme };
+    if few_rows {
+        (full, "so few queries are bound by reading K and V once; quantising would read K twice")
     } else if kernels.bf16.is_some() && problem.dtype == DType::BF16 {
-        let bf16 = Scheme { pv: Pv::BF16(Accumulator::F32), ..scheme(Preset::FULL) };
-        return (
-            bf16,
+        (
+            bf16_values(full),
             "tensors in bfloat16 are multiplied as they are, as fast as integers, which would have to be packed",
-        );
+        )
     } else if instruction_set == InstructionSet::Portable {
-        (Preset::FULL, "without an integer dot product there is nothing to gain from integers")
+        (full, "without an integer dot product there is nothing to gain from integers")
     } else if kernels.bf16.is_some() && problem.q_len.max(problem.kv_len) >= TILE_KEYS {
-        let int8 = Scheme { pv: Pv::BF16(Accumulator::F32), ..scheme(Preset::INT8_PER_TOKEN) };
-        return (
-            int8,
+        (
+            bf16_values(int8),
             "integer dot products are faster, and a scale for each row costs no time; so are products of bfloat16",
-        );
+        )
     } else if problem.q_len < TILE_KEYS {
-        (Preset::FULL, "packing integers does not pay for fewer than 128 queries")
+        (full, "packing integers does not pay for fewer than 128 queries")
     } else {
-        (Preset::INT8_PER_TOKEN, "integer dot products are faster, and a scale for each row costs no time")
-    };
-    (scheme(preset), reason)
+        (int8, "integer dot products are faster, and a scale for each row costs no time")
+    }
 }
 
 /// The kernels that compute a scheme; `bf16` is whether there are any of bfloat16 operands.

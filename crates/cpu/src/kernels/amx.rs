@@ -14,7 +14,9 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::product::{Scores, Values, check_values};
-use super::softmax::{Softmax, StoreFixed12, check_softmax, softmax_fixed12 as softmax_fixed12_of};
+use super::softmax::{
+    Softmax, StoreFixed12, check_softmax, finite_shift, row_max, softmax_fixed12 as softmax_fixed12_of,
+};
 use crate::isa::Avx512;
 use crate::tile::TILE_KEYS;
 
@@ -117,15 +119,10 @@ pub(super) unsafe fn scores_int(args: &mut Scores<'_>) {
     // SAFETY: the assertions bound every index; the caller vouches for the instruction set.
     unsafe {
         let _tiles = Tiles::shaped(&Shapes::two_by_two(rows));
-        for [first, second] in pairs_of_tiles(rows) {
-            let q = args.q.as_ptr();
-            let q = [q.add(first * args.depth), q.add(second * args.depth)];
+        for pair in pairs_of_tiles(rows) {
+            multiply_panels::<true>(args, pair);
             for panel in 0..args.panels {
-                let k = args.k.as_ptr().add(panel * panel_words + WIDTH);
-                let scores = args.scores.as_mut_ptr().add(panel * WIDTH);
-                let sums = [scores.add(first * TILE_KEYS), scores.add(second * TILE_KEYS)];
-                multiply_int8(q, 4 * args.depth, k, args.depth / TILE_WORDS, sums, SCORE_STRIDE);
-                scale_scores(args, first..(second + TILE_ROWS).min(rows), panel);
+                scale_scores(args, pair[0]..(pair[1] + TILE_ROWS).min(rows), panel);
             }
         }
     }
@@ -166,14 +163,7 @@ pub(super) unsafe fn scores_bf16(args: &mut Scores<'_>) {
     unsafe {
         let _tiles = Tiles::shaped(&Shapes::two_by_two(rows));
         for [first, second] in pairs_of_tiles(rows) {
-            let q = args.q.as_ptr();
-            let q = [q.add(first * args.depth), q.add(second * args.depth)];
-            for panel in 0..args.panels {
-                let k = args.k.as_ptr().add(panel * panel_words);
-                let scores = args.scores.as_mut_ptr().add(panel * WIDTH);
-                let sums = [scores.add(first * TILE_KEYS), scores.add(second * TILE_KEYS)];
-                multiply_bf16(q, 4 * args.depth, k, args.depth / TILE_WORDS, sums, SCORE_STRIDE);
-            }
+            multiply_panels::<false>(args, [first, second]);
             for row in first..(second + TILE_ROWS).min(rows) {
                 let q_scale = _mm512_set1_ps(*args.q_scale.get_unchecked(row));
                 let scores = args.scores.as_mut_ptr().add(row * TILE_KEYS);
@@ -181,6 +171,32 @@ pub(super) unsafe fn scores_bf16(args: &mut Scores<'_>) {
                     let at = scores.add(at);
                     _mm512_storeu_ps(at, _mm512_mul_ps(_mm512_loadu_ps(at), q_scale));
                 }
+            }
+        }
+    }
+}
+
+/// Products of two tiles of queries with all panels of keys, of 8-bit integers or of bfloat16, where scores will be.
+///
+/// # Safety
+/// As of the kernels of scores, which have checked the sizes and shaped the tiles.
+#[inline(always)]
+unsafe fn multiply_panels<const INT8: bool>(args: &mut Scores<'_>, [first, second]: [usize; 2]) {
+    // Panels of integers begin with what their sums start from.
+    let start = if INT8 { WIDTH } else { 0 };
+    // SAFETY: the caller's promise.
+    unsafe {
+        let q = args.q.as_ptr();
+        let q = [q.add(first * args.depth), q.add(second * args.depth)];
+        for panel in 0..args.panels {
+            let k = args.k.as_ptr().add(panel * (start + args.depth * WIDTH) + start);
+            let scores = args.scores.as_mut_ptr().add(panel * WIDTH);
+            let sums = [scores.add(first * TILE_KEYS), scores.add(second * TILE_KEYS)];
+            let (stride, steps) = (4 * args.depth, args.depth / TILE_WORDS);
+            if INT8 {
+                multiply_int8(q, stride, k, steps, sums, SCORE_STRIDE);
+            } else {
+                multiply_bf16(q, stride, k, steps, sums, SCORE_STRIDE);
             }
         }
     }
@@ -319,15 +335,9 @@ pub(super) unsafe fn softmax_bf16(args: &mut Softmax<'_>) {
         for r in 0..args.rows {
             let row = args.scores.as_ptr().add(r * TILE_KEYS);
             let words = args.pairs.as_mut_ptr().add(r * TILE_KEYS / 2);
-            // The running maximum is no NaN: these maxima and `update` ignore those.
-            let mut max = [_mm512_set1_ps(*args.state.max.get_unchecked(r)); 2];
-            for c in (0..args.columns).step_by(2 * TILE_WORDS) {
-                max[0] = _mm512_max_ps(_mm512_loadu_ps(row.add(c)), max[0]);
-                max[1] = _mm512_max_ps(_mm512_loadu_ps(row.add(c + TILE_WORDS)), max[1]);
-            }
-            let max = _mm512_reduce_max_ps(_mm512_max_ps(max[0], max[1]));
-            // −∞, where every score is hidden, would give −∞ − −∞ = NaN.
-            let shift = _mm512_set1_ps(max.max(f32::MIN));
+            // The running maximum is no NaN: `row_max` and `update` ignore those.
+            let max = row_max::<Avx512>(row, args.columns).max(*args.state.max.get_unchecked(r));
+            let shift = finite_shift::<Avx512>(_mm512_set1_ps(max));
             let (mut sum, mut rounded) = ([_mm512_setzero_ps(); 2], _mm512_setzero_ps());
             for c in (0..args.columns).step_by(2 * TILE_WORDS) {
                 let low = exp2(_mm512_sub_ps(_mm512_loadu_ps(row.add(c)), shift));

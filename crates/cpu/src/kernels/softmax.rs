@@ -110,7 +110,7 @@ impl RowState {
 
 /// A maximum that can be subtracted: −∞, where every score is hidden, would give −∞ − −∞ = NaN.
 #[inline(always)]
-unsafe fn finite_shift<I: Isa>(max: I::F) -> I::F {
+pub(super) unsafe fn finite_shift<I: Isa>(max: I::F) -> I::F {
     // SAFETY: the caller vouches for the instruction set.
     unsafe { I::max(max, I::splat(f32::MIN)) }
 }
@@ -159,7 +159,7 @@ pub(super) unsafe fn soft_cap<I: Isa>(args: &mut SoftCap<'_>) {
 
 /// Largest of `columns` scores.
 #[inline(always)]
-unsafe fn row_max<I: Isa>(row: *const f32, columns: usize) -> f32 {
+pub(super) unsafe fn row_max<I: Isa>(row: *const f32, columns: usize) -> f32 {
     // SAFETY: the caller's row holds `columns` scores, a multiple of two vectors.
     unsafe {
         let mut max = [I::splat(f32::NEG_INFINITY); 2];

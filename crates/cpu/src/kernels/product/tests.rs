@@ -12,6 +12,27 @@ use crate::tile::Fixed12Word;
 /// Sizes of a block of queries and a tile of keys that leave every kind of remainder.
 const DEPTHS: [usize; 6] = [1, 2, 3, 5, 8, 65];
 
+/// Whether scores of the first `columns` keys are sums of `terms` terms, of a row, a key and a channel, within so much of
+/// the sum of their magnitudes; and whether the −7 beyond them still stand.
+fn check_sums(
+    scores: &[f32],
+    columns: usize,
+    (terms, relative): (usize, f64),
+    term: impl Fn(usize, usize, usize) -> f64,
+    what: &str,
+) {
+    for (at, &score) in scores.iter().enumerate() {
+        let (row, key) = (at / TILE_KEYS, at % TILE_KEYS);
+        if key >= columns {
+            assert_eq!(score, -7.0, "{what} wrote beyond its panels");
+            continue;
+        }
+        let of_channels = (0..terms).map(|c| term(row, key, c));
+        let bound = relative * of_channels.clone().map(f64::abs).sum::<f64>();
+        close(score, of_channels.sum(), 0.0, bound, || format!("{what}, row {row}, key {key}"));
+    }
+}
+
 #[test]
 fn scores_are_sums_of_products() {
     for (set, kernels) in tables() {
@@ -31,19 +52,12 @@ fn scores_are_sums_of_products() {
                     k_scale: &[],
                     scores: &mut scores,
                 });
-                for (at, &score) in scores.iter().enumerate() {
-                    let (row, key) = (at / TILE_KEYS, at % TILE_KEYS);
-                    if key >= panels * width {
-                        assert_eq!(score, -7.0, "{set} wrote beyond its panels");
-                        continue;
-                    }
-                    let term = |d: usize| {
-                        let word = k[key / width * depth * width + d * width + key % width];
-                        f64::from(q[row * depth + d]) * f64::from(f32::from_bits(word))
-                    };
-                    let bound = 1e-7 * (0..depth).map(|d| term(d).abs()).sum::<f64>() * depth as f64;
-                    close(score, (0..depth).map(term).sum(), 0.0, bound, || format!("{set}, depth {depth}"));
-                }
+                let term = |row: usize, key: usize, d: usize| {
+                    let word = k[key / width * depth * width + d * width + key % width];
+                    f64::from(q[row * depth + d]) * f64::from(f32::from_bits(word))
+                };
+                let what = format!("{set}, depth {depth}");
+                check_sums(&scores, panels * width, (depth, 1e-7 * depth as f64), term, &what);
             }
         }
     }
@@ -257,22 +271,12 @@ fn scores_of_bfloat16_are_scaled_sums_of_products() {
                         k_scale: &[],
                         scores: &mut scores,
                     });
-                    for (at, &score) in scores.iter().enumerate() {
-                        let (row, key) = (at / TILE_KEYS, at % TILE_KEYS);
-                        if key >= panels * width {
-                            assert_eq!(score, -7.0, "{set} wrote beyond its panels");
-                            continue;
-                        }
-                        let term = |c: usize| {
-                            let word = (key / width * depth + c / 2) * width + key % width;
-                            q_numbers[2 * row * depth + c]
-                                * k_numbers[2 * word + c % 2]
-                                * f64::from(q_scale[row])
-                        };
-                        let size = (0..2 * depth).map(|c| term(c).abs()).sum::<f64>();
-                        let what = || format!("{set}, {rows} rows, depth {depth}, row {row}, key {key}");
-                        close(score, (0..2 * depth).map(term).sum(), 0.0, 1e-7 * size * depth as f64, what);
-                    }
+                    let term = |row: usize, key: usize, c: usize| {
+                        let word = (key / width * depth + c / 2) * width + key % width;
+                        q_numbers[2 * row * depth + c] * k_numbers[2 * word + c % 2] * f64::from(q_scale[row])
+                    };
+                    let what = format!("{set}, {rows} rows, depth {depth}");
+                    check_sums(&scores, panels * width, (2 * depth, 1e-7 * depth as f64), term, &what);
                 }
             }
         }
