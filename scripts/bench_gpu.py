@@ -36,8 +36,8 @@ MODELS = [
 ]
 SHAPES = {"all": GRID + MODELS, "grid": GRID, "models": MODELS}
 
-# As in crates/sageattention/examples/bench_gpu.rs, so that contestants are timed alike.
-WARM_UP_RUNS, WARM_UP_MS = 3, 60
+# As in crates/sageattention/examples/bench_gpu/timing.rs, so that contestants are timed alike.
+WARM_UP_MS = 100
 GROUP_MS = 1
 GROUPS, TIMED_MS = (7, 50), 80
 
@@ -45,27 +45,38 @@ GROUPS, TIMED_MS = (7, 50), 80
 ALIKE = 0.99
 
 
-def median_ms(run):
-    """Median time of a call, warmed up, of groups of calls that last a millisecond or more."""
+def calls_of_a_group(run):
+    """How many calls last `GROUP_MS` together."""
+    run()
+    few = math.ceil(GROUP_MS / event_ms(run))
+    return math.ceil(GROUP_MS * few / event_ms(lambda: [run() for _ in range(few)]))
 
-    def calls(count):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(count):
-            run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
 
-    runs, spent = 0, 0.0
-    while runs < WARM_UP_RUNS or spent < WARM_UP_MS:
-        spent += calls(1)
-        runs += 1
-    group = math.ceil(GROUP_MS * runs / spent)
+def event_ms(work):
+    """The GPU's time between two events around what is launched."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def median_of_groups(group, count, warm_up_ms):
+    """Median time of a call, of groups of so many of them, after groups that keep the GPU busy."""
+    spent = 0.0
+    while spent < warm_up_ms:
+        spent += event_ms(group)
     times = []
-    while len(times) < GROUPS[0] or len(times) < GROUPS[1] and sum(times) * group < TIMED_MS:
-        times.append(calls(group) / group)
+    while len(times) < GROUPS[0] or len(times) < GROUPS[1] and sum(times) * count < TIMED_MS:
+        times.append(event_ms(group) / count)
     return statistics.median(times)
+
+
+def median_ms(run):
+    """Median time of a call, of groups of calls that last a millisecond or more."""
+    count = calls_of_a_group(run)
+    return median_of_groups(lambda: [run() for _ in range(count)], count, WARM_UP_MS)
 
 
 def bandwidth():

@@ -2,7 +2,7 @@
 graphs.
 
     python3 scripts/sweep_gpu.py PATH_OF_bench_gpu [--rounds 3] [--only decode,short] [--alternatives] [--peers FA3,cuDNN]
-                                 [--seconds 480] [--json FILE]
+                                 [--shapes "4,32,4096,128;…"] [--warm-up 100] [--seconds 480] [--json FILE]
 
 Prints, for each shape, microseconds of ours and of the fastest peer, and their ratio with its range over the rounds;
 then for each family of shapes and all of them the geometric mean of the ratios, the worst, and the share below 0.97.
@@ -25,7 +25,7 @@ import warnings
 from dataclasses import dataclass
 
 import torch
-from bench_gpu import ALIKE, GROUP_MS, GROUPS, TIMED_MS, WARM_UP_MS, WARM_UP_RUNS, Complaints, fa3, sdpa
+from bench_gpu import ALIKE, WARM_UP_MS, Complaints, calls_of_a_group, fa3, median_of_groups, sdpa
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
@@ -133,32 +133,16 @@ def shapes():
     yield from (Shape("masks", b, h, h, n, n, d, mask) for b, h, n, d, mask in masks)
 
 
-def graph_ms(run):
+def graph_ms(run, warm_up_ms):
     """Median time of a call in CUDA graphs of calls that last a millisecond or more together."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def timed(work):
-        start.record()
-        work()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        runs, spent = 0, 0.0
-        while runs < WARM_UP_RUNS or spent < WARM_UP_MS:
-            spent += timed(run)
-            runs += 1
-        group = math.ceil(GROUP_MS * runs / spent)
+        count = calls_of_a_group(run)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
-            for _ in range(group):
+            for _ in range(count):
                 run()
-        times = []
-        while len(times) < GROUPS[0] or len(times) < GROUPS[1] and sum(times) * group < TIMED_MS:
-            times.append(timed(graph.replay) / group)
-    return statistics.median(times)
+        return median_of_groups(graph.replay, count, warm_up_ms)
 
 
 # Each peer: a function that imports what it needs and returns `prepare`, which takes q, k, v (`[batch, heads, length,
@@ -278,8 +262,8 @@ class SweepComplaints(Complaints):
 class Ours:
     """Our binary, started once: it keeps its kernels and its memory from shape to shape."""
 
-    def __init__(self, binary, choices, alternatives):
-        flags = ["--bf16", "--alternatives" if alternatives else "--graphs"]
+    def __init__(self, binary, choices, alternatives, warm_up_ms):
+        flags = ["--bf16", f"--warm-up={warm_up_ms}", "--alternatives" if alternatives else "--graphs"]
         self.process = subprocess.Popen(
             [binary, *flags, ",".join(choices), "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -294,7 +278,7 @@ class Ours:
         return rows
 
 
-def one_round(ours, runs, shape, order, failures):
+def one_round(ours, runs, shape, order, warm_up_ms, failures):
     """Milliseconds of each contestant."""
     times = {}
 
@@ -307,7 +291,7 @@ def one_round(ours, runs, shape, order, failures):
 
     def turn(name):
         try:
-            times[name] = graph_ms(runs[name])
+            times[name] = graph_ms(runs[name], warm_up_ms)
         except Exception as error:
             failures.append(f"{name} on {shape}: {str(error).strip().splitlines()[0]}")
 
@@ -384,6 +368,8 @@ def main():
     parser.add_argument("--choices", default="auto,full,int8-fp8", help="what of ours is timed, the first in ratios")
     parser.add_argument("--peers", default=",".join(PEERS), help="names with commas, or none")
     parser.add_argument("--only", default="", help="only these families of shapes")
+    parser.add_argument("--shapes", default="", help="only these shapes, as they are printed, with semicolons")
+    parser.add_argument("--warm-up", type=int, default=WARM_UP_MS, metavar="MS", help="time before a call is timed")
     parser.add_argument("--alternatives", action="store_true", help="time all that the planner weighs, in one round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no shape after this time")
@@ -393,22 +379,25 @@ def main():
     # Torch says at length why a backend does not take a shape.
     warnings.filterwarnings("ignore", category=UserWarning)
     choices, families = options.choices.split(","), [name for name in options.only.split(",") if name]
+    named = [name for name in options.shapes.split(";") if name]
     complaints = SweepComplaints()
     peers = Peers([name for name in options.peers.split(",") if name and name != "none"], complaints)
-    ours = Ours(options.binary, choices, False)
-    weighed = Ours(options.binary, [choices[0], "auto@0.05"], True) if options.alternatives else None
+    ours = Ours(options.binary, choices, False, options.warm_up)
+    weighed = Ours(options.binary, [choices[0], "auto@0.05"], True, options.warm_up) if options.alternatives else None
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}; bf16")
     print(f"{'':<34}{choices[0] + ' µs':>9}{'peer µs':>9} {'':<9} peer / ours", flush=True)
     results = []
     warm_up()
     for shape in shapes():
-        if families and shape.family not in families:
+        if families and shape.family not in families or named and str(shape) not in named:
             continue
         if time.monotonic() - begun > options.seconds:
             print(f"{shape} and what follows left out: {options.seconds:.0f} seconds are over")
             break
         runs = peers.ready(shape)
-        rounds = [one_round(ours, runs, shape, (-1) ** i, complaints.lines) for i in range(options.rounds)]
+        rounds = [
+            one_round(ours, runs, shape, (-1) ** i, options.warm_up, complaints.lines) for i in range(options.rounds)
+        ]
         del runs
         torch.cuda.empty_cache()
         alternatives = weighed.rows(shape) if weighed else []

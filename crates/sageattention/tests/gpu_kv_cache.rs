@@ -20,6 +20,15 @@ fn random(seed: u64, shape: &[usize], bias: f32, dtype: DType) -> Tensor {
     Tensor::new(data.collect::<Vec<f32>>(), shape).unwrap().to_dtype(dtype)
 }
 
+/// The oldest architecture that converts to the values' format, 80 for sm_80.
+fn first_that_stores(values: ValueFormat) -> u16 {
+    match values {
+        ValueFormat::Fp8E4M3 => 89,
+        ValueFormat::BF16 => 80,
+        ValueFormat::F16 | ValueFormat::Int8 => 75,
+    }
+}
+
 #[test]
 fn decoding_and_chunks_are_those_of_the_cache_in_this_machine() {
     let Some(cuda) = gpu::first("decoding_and_chunks") else { return };
@@ -31,8 +40,10 @@ fn decoding_and_chunks_are_those_of_the_cache_in_this_machine() {
             let options = KvCacheOptions::new(2, head_dim).sequences(2).values(values).max_pages(64);
             let mut expected = options.build().unwrap();
             let mut found = match options.build_on(cuda.clone(), &stream) {
-                Ok(cache) => cache,
-                Err(error) => panic!("{values}: {error}"),
+                Err(Error::Unsupported { .. }) if cuda.machine().target.sm() < first_that_stores(values) => {
+                    continue;
+                }
+                result => result.unwrap(),
             };
             let mut attention = Attention::new().causal(true).return_lse(true);
             if let Some(cap) = softcap {
@@ -46,11 +57,7 @@ fn decoding_and_chunks_are_those_of_the_cache_in_this_machine() {
                 let q = random(seed + 2, &[2, 2 * group, tokens, head_dim], 0.0, dtype);
                 expected.append(&k, &v).unwrap();
                 let [k, v, q_there] = [&k, &v, &q].map(|x| CudaTensor::upload(&stream, &x.view()).unwrap());
-                match found.append(k.view(), v.view()) {
-                    // Before sm_89 there is no conversion to E4M3.
-                    Err(Error::Unsupported { .. }) if values == ValueFormat::Fp8E4M3 => break,
-                    result => result.unwrap(),
-                }
+                found.append(k.view(), v.view()).unwrap();
                 let out = CudaTensor::uninitialized(&stream, dtype, q.shape()).unwrap();
                 let lse = Buffer::new(&stream, 4 * 2 * 2 * group * tokens).unwrap();
                 let rows = Some(DeviceLse::of(&lse));

@@ -177,8 +177,8 @@ mod tests {
         assert_eq!(chosen(8192, None, false, hopper), Ok(int8));
         assert_eq!(chosen(8192, Some(0.02), false, hopper), Ok(int8));
         assert!(chosen(8192, Some(0.05), false, hopper).is_ok_and(fp8));
-        let few = chosen(2048, Some(0.05), false, hopper);
-        assert!(few.is_ok_and(|scheme| scheme.qk == Qk::Full), "too few keys repay passes over K and V");
+        assert_eq!(chosen(2048, None, false, hopper), Ok(int8));
+        assert!(chosen(2048, Some(0.05), false, hopper).is_ok_and(fp8));
         assert!(chosen(8192, Some(0.05), true, hopper).is_ok_and(fp8));
         assert!(chosen(1024, None, false, hopper).is_ok_and(|scheme| scheme.qk == Qk::Full), "too few keys");
         assert_eq!(chosen(8192, None, true, hopper), Ok(int8));

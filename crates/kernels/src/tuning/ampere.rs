@@ -92,8 +92,18 @@ pub(super) const ROWS: &[Row<WarpTiling>] = &[
     },
 ];
 
+/// Two blocks for few query rows of wide heads: one warp of a block multiplies all of a tile's keys with up to 16 rows,
+/// which takes longer than memory takes to bring them.
+const FEW_WIDE: WarpTiling =
+    WarpTiling { warps: 4, tile_keys: 32, min_blocks: 2, queries_in_registers: false, ..SIXTEEN };
+
 /// The tile shape for a kernel: the table's, in as much shared memory as the GPU has.
 pub(super) fn tuned(machine: &Machine, key: &Key) -> Tuned {
+    let is_few_and_wide = key.few_rows && key.is_wide() && !key.is_large() && key.is_given();
+    if is_few_and_wide && blocks_fit(machine, key, &FEW_WIDE) {
+        let reason = "two blocks multiply few rows of wide heads while one waits";
+        return Tuned { tiling: Tiling::Warps(FEW_WIDE), reason };
+    }
     let row = key.row(ROWS);
     let mut tiling = row.tiling;
     if key.fp8 {
@@ -112,8 +122,7 @@ pub(super) fn fitted(machine: &Machine, key: &Key, tiling: WarpTiling, reason: &
         let fitting = LARGE_SHAPES.map(shape).into_iter().find(|tiling| !too_large(tiling));
         return Tuned { tiling: Tiling::Warps(fitting.unwrap_or(shape(least))), reason };
     }
-    // Tiles of FP8 values are of 64 keys in the workspace, as those of quantised keys are.
-    let given = !key.integer && !key.fp4_scores && !key.fp8;
+    let given = key.is_given();
     while given && too_large(&tiling) && tiling.tile_keys > 32 {
         tiling.tile_keys /= 2;
         reason = "tiles of 32 keys fit this GPU's shared memory";
@@ -129,14 +138,16 @@ pub(super) fn fitted(machine: &Machine, key: &Key, tiling: WarpTiling, reason: &
         tiling.queries_in_registers = true;
         reason = "shared memory has no room for queries beside tiles of 64 keys";
     }
-    let blocks_fit = |tiling: &WarpTiling| {
-        let block = shared_bytes(tiling, key) + RESERVED;
-        tiling.min_blocks as usize * block <= machine.shared_bytes + RESERVED
-    };
-    while tiling.min_blocks > 1 && !blocks_fit(&tiling) {
+    while tiling.min_blocks > 1 && !blocks_fit(machine, key, &tiling) {
         tiling.min_blocks -= 1;
     }
     Tuned { tiling: Tiling::Warps(tiling), reason }
+}
+
+/// Whether shared memory holds as many blocks as a tile shape asks for.
+fn blocks_fit(machine: &Machine, key: &Key, tiling: &WarpTiling) -> bool {
+    let block = shared_bytes(tiling, key) + RESERVED;
+    tiling.min_blocks as usize * block <= machine.shared_bytes + RESERVED
 }
 
 /// Bytes of the tiles of K and V, or of the output that takes their place, and of the queries that stay in shared

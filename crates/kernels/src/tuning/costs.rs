@@ -1,8 +1,10 @@
 //! What a piece of attention's work costs a multiprocessor, as measured: the planner's choices are made by it.
 //!
-//! Constants are fitted to the GPU's times, under CUDA graphs, of some 700 ways to compute 150 calls of more than 64
-//! queries, on an H200 (`scripts/gpu.sh regret`; docs/performance/hopper.md#what-the-planner-predicts). With them the
-//! times of kernels of warpgroups are predicted to within 8% (root mean square), those of `mma.sync` to within 12%.
+//! Constants are fitted to the GPU's times, under CUDA graphs, of 720 ways to compute 119 calls of more than 64 queries,
+//! on an H200 that was busy with each for a tenth of a second before: products of 16 bits lower its clock the most
+//! (`scripts/gpu.sh regret`; docs/performance/hopper.md#what-the-planner-predicts). With them the times of kernels of
+//! warpgroups are predicted to within 6% (root mean square), those of `mma.sync` to within 8%. Those of FP8 values are of
+//! an earlier fit, to a card that was cooler, but for four shapes.
 
 use super::Key;
 use crate::machine::Machine;
@@ -39,10 +41,10 @@ pub(crate) fn cost(machine: &Machine, key: &Key, tiling: &Tiling) -> Option<Cost
         _ => return None,
     };
     let channels = match dims(key)? {
-        64 => 0.52,
-        128 => 0.46,
+        64 => 0.81,
+        128 => 0.31,
         192 => 0.0,
-        _ => 0.55,
+        _ => 0.81,
     };
     Some(Cost { piece, tile, channels, alone })
 }
@@ -61,32 +63,32 @@ fn dims(key: &Key) -> Option<usize> {
 /// Pieces of so many times 64 queries. Those of one group are two at once.
 fn of_warpgroups(key: &Key, groups: usize) -> Option<(f64, f64)> {
     Some(match (key.integer, key.fp8, dims(key)?, groups) {
-        (false, false, 64, 1) => (1.5, 0.57),
-        (false, false, 64, 2) => (1.4, 0.57),
-        (false, false, 64, 3) => (1.8, 0.79),
-        (false, false, 128, 1) => (1.9, 0.87),
-        (false, false, 128, 2) => (2.2, 0.83),
-        (false, false, 128, 3) => (3.1, 1.02),
-        (false, false, 192, 1) => (3.7, 1.03),
-        (false, false, 192, 2) => (2.2, 0.97),
-        (false, false, 192, 3) => (5.1, 1.22),
-        (false, false, 256, 2) => (5.6, 1.13),
-        (true, false, 64, 1) => (2.3, 0.51),
-        (true, false, 64, 2) => (2.2, 0.54),
-        (true, false, 64, 3) => (2.7, 0.70),
-        (true, false, 128, 1) => (2.7, 0.69),
-        (true, false, 128, 2) => (2.8, 0.71),
-        (true, false, 128, 3) => (4.1, 0.90),
-        (true, false, 192, 1) => (6.3, 0.83),
-        (true, false, 192, 2) => (5.6, 0.77),
-        (true, false, 192, 3) => (9.4, 1.03),
-        (true, false, 256, 2) => (3.9, 1.04),
-        (true, true, 64, 1) => (2.7, 0.49),
+        (false, false, 64, 1) => (1.3, 0.60),
+        (false, false, 64, 2) => (1.4, 0.56),
+        (false, false, 64, 3) => (1.7, 0.81),
+        (false, false, 128, 1) => (2.0, 0.93),
+        (false, false, 128, 2) => (2.1, 0.84),
+        (false, false, 128, 3) => (2.7, 1.10),
+        (false, false, 192, 1) => (4.4, 1.05),
+        (false, false, 192, 2) => (3.7, 0.96),
+        (false, false, 192, 3) => (5.6, 1.35),
+        (false, false, 256, 2) => (2.9, 1.44),
+        (true, false, 64, 1) => (2.0, 0.54),
+        (true, false, 64, 2) => (2.0, 0.54),
+        (true, false, 64, 3) => (2.4, 0.70),
+        (true, false, 128, 1) => (2.6, 0.75),
+        (true, false, 128, 2) => (2.8, 0.70),
+        (true, false, 128, 3) => (3.9, 0.90),
+        (true, false, 192, 1) => (8.5, 0.80),
+        (true, false, 192, 2) => (5.8, 0.74),
+        (true, false, 192, 3) => (5.6, 1.04),
+        (true, false, 256, 2) => (3.8, 1.11),
+        (true, true, 64, 1) => (2.7, 0.45),
         (true, true, 64, 2) => (2.8, 0.50),
-        (true, true, 64, 3) => (3.5, 0.57),
-        (true, true, 128, 1) => (3.0, 0.60),
-        (true, true, 128, 2) => (3.2, 0.62),
-        (true, true, 128, 3) => (4.7, 0.78),
+        (true, true, 64, 3) => (3.5, 0.60),
+        (true, true, 128, 1) => (3.0, 0.63),
+        (true, true, 128, 2) => (3.2, 0.60),
+        (true, true, 128, 3) => (4.7, 0.75),
         (true, true, 192, 1) => (6.6, 0.67),
         (true, true, 192, 2) => (6.7, 0.63),
         (true, true, 192, 3) => (9.2, 0.80),
@@ -98,7 +100,7 @@ fn of_warpgroups(key: &Key, groups: usize) -> Option<(f64, f64)> {
 /// Pieces of 128 queries, by tiles of 128 keys.
 fn of_long_tiles(key: &Key) -> Option<(f64, f64)> {
     match (key.integer, key.fp8, dims(key)?) {
-        (false, false, 128) => Some((2.3, 0.79)),
+        (false, false, 128) => Some((2.0, 0.80)),
         _ => None,
     }
 }
@@ -106,7 +108,7 @@ fn of_long_tiles(key: &Key) -> Option<(f64, f64)> {
 /// Pieces of 64 queries by `mma.sync`, two or three at once.
 fn of_warps(key: &Key) -> Option<(f64, f64)> {
     match (key.integer, key.fp8, dims(key)?) {
-        (false, false, 64) => Some((2.3, 1.20)),
+        (false, false, 64) => Some((1.7, 1.34)),
         (false, false, 128) => Some((2.3, 1.78)),
         _ => None,
     }

@@ -94,6 +94,12 @@ impl Key {
         self.padded_value_dim > 128 || self.padded_dim > 192
     }
 
+    /// Whether K and V are read as given. Tiles of FP8 values are of 64 keys in the workspace, as those of quantised keys
+    /// are.
+    const fn is_given(&self) -> bool {
+        !self.integer && !self.fp4_scores && !self.fp8
+    }
+
     /// Whether both kinds of heads have few channels.
     const fn is_narrow(&self) -> bool {
         self.padded_dim <= 64 && self.padded_value_dim <= 64

@@ -6,8 +6,9 @@
 //! ```
 //!
 //! Options: `--graphs` times calls in CUDA graphs, the GPU's time alone, and no single kernels; `--alternatives` does so
-//! for every way that the planner weighs, a line for each; `--bf16` takes bf16 instead of f16; `--launch` launches every
-//! kernel once, for profilers.
+//! for every way that the planner weighs, a line for each, but for those that it predicts to take 1.5 times as long as
+//! another; `--bf16` takes bf16 instead of f16; `--warm-up=MS` keeps the GPU busy with a call for so many milliseconds
+//! before it is timed, by default 100; `--launch` launches every kernel once, for profilers.
 //!
 //! A choice is `auto`, `auto@ERROR` with the largest error allowed, or a scheme's name. A shape is
 //! `BATCH,HEADS[/KV_HEADS],LENGTH,HEAD_DIM[/VALUE_DIM]`, where a length is `TOKENS` or `QUERIESxKEYS`, and what is
@@ -34,20 +35,25 @@ mod timing;
 use masks::{Blocks, ExplicitMask};
 use noise::normal;
 use shape::Shape;
-use timing::{Budget, Launching, times};
+use timing::{Launching, times};
 
 type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
 
-const USAGE: &str = "bench_gpu [--graphs] [--alternatives] [--bf16] [--launch] CHOICE,… SHAPE…, a shape \
+const USAGE: &str = "bench_gpu [--graphs] [--alternatives] [--bf16] [--warm-up=MS] [--launch] CHOICE,… SHAPE…, a shape \
     BATCH,HEADS[/KV_HEADS],LENGTH,HEAD_DIM[/VALUE_DIM][,VISIBLE…] or -";
 
 fn main() -> Result<()> {
     let (flags, arguments): (Vec<_>, Vec<_>) = std::env::args().skip(1).partition(|x| x.starts_with("--"));
     let [choices, shapes @ ..] = arguments.as_slice() else { return Err(USAGE.into()) };
+    let (numbers, flags): (Vec<_>, Vec<_>) = flags.into_iter().partition(|x| x.starts_with("--warm-up="));
     let known = ["--graphs", "--alternatives", "--bf16", "--launch"];
     if shapes.is_empty() || flags.iter().any(|flag| !known.contains(&flag.as_str())) {
         return Err(USAGE.into());
     }
+    let warm_up = match numbers.last() {
+        Some(given) => given["--warm-up=".len()..].parse().map_err(|_| USAGE)?,
+        None => 100,
+    };
     let given = |flag: &str| flags.iter().any(|found| found == flag);
     let timed = match given("--alternatives") {
         true => Timed::Alternatives,
@@ -56,7 +62,11 @@ fn main() -> Result<()> {
         false => Timed::Calls(Launching::Queued),
     };
     let choices: Vec<&str> = choices.split(',').collect();
-    let mut bench = Bench::new(timed, if given("--bf16") { DType::BF16 } else { DType::F16 })?;
+    let mut bench = Bench::new(
+        timed,
+        Duration::from_millis(warm_up),
+        if given("--bf16") { DType::BF16 } else { DType::F16 },
+    )?;
     if shapes != ["-"] {
         return shapes.iter().try_for_each(|shape| bench.shape(&choices, shape));
     }
@@ -67,6 +77,9 @@ fn main() -> Result<()> {
     }
     Ok(())
 }
+
+/// How many times as long as another an alternative must be predicted to take not to be timed.
+const HOPELESS: f64 = 1.5;
 
 /// What is timed of each choice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,16 +99,17 @@ struct Bench {
     inputs: [CudaTensor; 3],
     out: CudaTensor,
     timed: Timed,
+    warm_up: Duration,
     dtype: DType,
 }
 
 impl Bench {
-    fn new(timed: Timed, dtype: DType) -> Result<Self> {
+    fn new(timed: Timed, warm_up: Duration, dtype: DType) -> Result<Self> {
         let gpu = Cuda::new(0)?;
         let stream = gpu.stream()?;
         let empty = || CudaTensor::uninitialized(&stream, dtype, &[1]);
         let (inputs, out) = ([empty()?, empty()?, empty()?], empty()?);
-        Ok(Bench { gpu, stream, inputs, out, timed, dtype })
+        Ok(Bench { gpu, stream, inputs, out, timed, warm_up, dtype })
     }
 
     /// Times all choices on one shape.
@@ -154,12 +168,12 @@ impl Bench {
                 Ok(Vec::new())
             }
             Timed::Calls(Launching::Graphs) => {
-                let times = times(gpu, stream, (Launching::Graphs, Budget::CONTEST), call)?;
+                let times = times(gpu, stream, (Launching::Graphs, self.warm_up), call)?;
                 let plan = gpu.plan(checked, choice, false)?.to_string();
                 Ok(vec![json!({ "ms": median_ms(&times), "plan": plan.lines().collect::<Vec<_>>() })])
             }
             Timed::Calls(Launching::Queued) => {
-                let times = times(gpu, stream, (Launching::Queued, Budget::CONTEST), call)?;
+                let times = times(gpu, stream, (Launching::Queued, self.warm_up), call)?;
                 let kernels = gpu.time_kernels(stream, checked, choice, out, times.len())?;
                 let kernels = kernels.iter().map(|(name, time)| json!({ "kernel": name, "ms": ms(*time) }));
                 Ok(vec![json!({ "ms": median_ms(&times), "kernels": kernels.collect::<Vec<_>>() })])
@@ -174,7 +188,13 @@ impl Bench {
         call: &DeviceCall<'_>,
         out: DeviceTensor<'_>,
     ) -> Result<Vec<Value>> {
-        let (gpu, alternatives) = (&self.gpu, self.gpu.alternatives(call, choice)?);
+        let (gpu, mut alternatives) = (&self.gpu, self.gpu.alternatives(call, choice)?);
+        let least = alternatives.iter().filter_map(|alternative| alternative.predicted).reduce(f64::min);
+        let is_hopeless = |alternative: &Alternative| {
+            let times = alternative.predicted.zip(least);
+            times.is_some_and(|(predicted, least)| predicted > HOPELESS * least)
+        };
+        alternatives.retain(|alternative| !is_hopeless(alternative));
         // Kernels are compiled side by side; what this finds wrong is found again below.
         thread::scope(|scope| {
             for alternative in &alternatives {
@@ -183,7 +203,7 @@ impl Bench {
         });
         let row = |alternative: &Alternative| {
             let run = || gpu.run_alternative(&self.stream, call, alternative, out);
-            let mut row = match times(gpu, &self.stream, (Launching::Graphs, Budget::ONE_OF_MANY), run) {
+            let mut row = match times(gpu, &self.stream, (Launching::Graphs, self.warm_up), run) {
                 Ok(times) => json!({ "ms": median_ms(&times) }),
                 Err(error) => json!({ "error": error.to_string() }),
             };

@@ -6,30 +6,11 @@ use sageattention::cuda::{Cuda, Stream};
 
 use crate::Result;
 
-/// A contestant is run so often at least before times are taken, and for [`Budget::warm_up`].
-const WARM_UP_RUNS: usize = 3;
 /// Calls between two events last this long together, so that launching the first does not count.
 const GROUP: Duration = Duration::from_millis(1);
-/// So many groups are timed at least and at most.
+/// So many groups are timed at least and at most, and for [`TIMED`] where they are long.
 const GROUPS: std::ops::RangeInclusive<usize> = 7..=50;
-
-/// How much time a contestant gets. `scripts/bench_gpu.py` does as [`Budget::CONTEST`].
-#[derive(Clone, Copy, Debug)]
-pub struct Budget {
-    /// Before times are taken: a GPU that waited has lowered its clock.
-    warm_up: Duration,
-    /// While they are taken.
-    timed: Duration,
-}
-
-impl Budget {
-    /// Beside other programs.
-    pub const CONTEST: Budget =
-        Budget { warm_up: Duration::from_millis(60), timed: Duration::from_millis(80) };
-    /// One of many in a row.
-    pub const ONE_OF_MANY: Budget =
-        Budget { warm_up: Duration::from_millis(4), timed: Duration::from_millis(20) };
-}
+const TIMED: Duration = Duration::from_millis(80);
 
 /// How calls come to the GPU while they are timed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,22 +21,23 @@ pub enum Launching {
     Graphs,
 }
 
-/// Sorted times of a call, warmed up.
+/// Sorted times of a call that follows itself for `warm_up`: a GPU that waited has lowered its clock, and one that
+/// was busy for less than a tenth of a second has not yet come down to the clock at which it stays within its power.
+/// `scripts/bench_gpu.py` does as this.
 pub fn times(
     gpu: &Cuda,
     stream: &Stream,
-    (launching, budget): (Launching, Budget),
+    (launching, warm_up): (Launching, Duration),
     call: impl Fn() -> sageattention::Result<()>,
 ) -> Result<Vec<Duration>> {
     let queued = |count: usize| gpu.time(stream, || (0..count).try_for_each(|_| call()));
-    let (mut runs, mut spent) = (0, Duration::ZERO);
-    while runs < WARM_UP_RUNS || spent < budget.warm_up {
-        spent += queued(1)?;
-        runs += 1;
-    }
-    let group = (GROUP.as_secs_f64() * runs as f64 / spent.as_secs_f64()).ceil() as usize;
+    // The first call compiles kernels.
+    call()?;
+    let of_one = queued(1)?;
+    let few = calls_of_a_group(of_one);
+    let group = calls_of_a_group(queued(few)?.div_f64(few as f64));
     match launching {
-        Launching::Queued => of_groups(group, budget, || Ok(queued(group)?)),
+        Launching::Queued => of_groups(group, warm_up, || Ok(queued(group)?)),
         Launching::Graphs => {
             stream.begin_capture()?;
             let captured = (0..group).try_for_each(|_| call());
@@ -67,15 +49,23 @@ pub fn times(
                 let launched = unsafe { graph.launch(stream) };
                 launched.map_err(|error| sageattention::Error::backend(error.to_string()))
             };
-            of_groups(group, budget, || Ok(gpu.time(stream, launch)?))
+            of_groups(group, warm_up, || Ok(gpu.time(stream, launch)?))
         }
     }
 }
 
+fn calls_of_a_group(call: Duration) -> usize {
+    (GROUP.as_secs_f64() / call.as_secs_f64()).ceil() as usize
+}
+
 /// Times of a call from those of groups of so many.
-fn of_groups(calls: usize, budget: Budget, group: impl Fn() -> Result<Duration>) -> Result<Vec<Duration>> {
+fn of_groups(calls: usize, warm_up: Duration, group: impl Fn() -> Result<Duration>) -> Result<Vec<Duration>> {
+    let mut spent = Duration::ZERO;
+    while spent < warm_up {
+        spent += group()?;
+    }
     let (mut times, mut spent) = (Vec::new(), Duration::ZERO);
-    while times.len() < *GROUPS.start() || times.len() < *GROUPS.end() && spent < budget.timed {
+    while times.len() < *GROUPS.start() || times.len() < *GROUPS.end() && spent < TIMED {
         let time = group()?;
         times.push(time.div_f64(calls as f64));
         spent += time;
