@@ -18,7 +18,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from sageattention import HybridSchedule, sageattn
+from sageattention import HybridSchedule
 from sklearn.datasets import load_digits
 
 
