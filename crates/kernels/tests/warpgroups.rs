@@ -39,7 +39,7 @@ const FULL: WarpgroupTiling = WarpgroupTiling {
 };
 
 fn check(case: &Case) {
-    let short = case.scheme == Some(full()) && case.head_dim == 64 && case.mask.is_none();
+    let short = case.scheme == Some(full()) && case.head_dim <= 64 && case.mask.is_none();
     let tiling = short.then_some(Tiling::Warpgroups(FULL));
     check_on(&Emulated { tiling, ..gpu() }, case);
 }
